@@ -215,7 +215,7 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
         if value not in args:
             complaints.append(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
         return value
-    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int and abs(value) < 1e300):
         return float(value) if hint is float else value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
     complaints.append(f"{where or 'the whole'}: {value!r} is not {wanted.get(kind or hint, 'a mapping')}")
@@ -261,16 +261,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
 
 
+def by_likeness(word: str, known: Iterable[str]) -> list[str]:
+    """All known names, the nearest to `word` first."""
+    import difflib
+
+    return difflib.get_close_matches(word, list(known), n=99, cutoff=0.0)
+
+
 class Secret:
     """A key: shows as ***, and `redact` takes it out of whatever leaves this program."""
 
-    spellings: ClassVar[set[str]] = set()
+    spellings: ClassVar[Sequence[str]] = ()
 
     def __init__(self, value: str) -> None:
         self._value = value
         if len(value) >= 8:  # a shorter one is a placeholder such as "none", and would tear words apart
             quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
-            Secret.spellings |= {value, quoted, json.dumps(value)[1:-1]}
+            spellings = {*Secret.spellings, value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
+            Secret.spellings = sorted(spellings, key=len, reverse=True)  # so that none leaves the tail of another
 
     def reveal(self) -> str:
         """The key itself, for a header."""
@@ -301,9 +309,16 @@ def redact(value: Any) -> Any:
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def excerpt(data: bytes | bytearray, most: int = 300) -> str:
+    """The beginning of what a remote sent, on one line; keys are taken out before it is cut."""
+    text = " ".join(data[: 1 << 16].decode("utf-8", "replace").split())
+    return "an HTML page" if "<html" in text[:200].lower() else str(redact(text))[:most] or "nothing"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """One JSON text, keys redacted, umlauts as they are; every file and answer of ours is written through this."""
-    return json.dumps(redact(value), ensure_ascii=False, indent=indent).encode("utf-8", "replace").decode()
+    text = json.dumps(redact(value), ensure_ascii=False, indent=indent, default=str)
+    return text.encode("utf-8", "replace").decode()
 
 
 def new_uuid() -> str:
@@ -357,7 +372,7 @@ def sniff(file: BinaryIO) -> Sniffed | None:
             with suppress(EOFError, struct.error):
                 for known in steps(file):
                     sniffed = Sniffed(ending, *known)
-            return sniffed
+            return sniffed if sniffed.width and sniffed.height else sniffed._replace(complete=False)
     return None
 
 
@@ -429,6 +444,32 @@ def _gif_colors(flags: int) -> int:
     return 3 * 2 << (flags & 7) if flags & 0x80 else 0
 
 
+def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
+    """The image in a `data:` URI, in `spool`, at its start."""
+    return decode_base64(memoryview(uri.partition(",")[2].encode()), spool)
+
+
+def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
+    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
+    pending = b""
+    for position in range(0, len(text), 1 << 20):
+        piece = pending + bytes(text[position : position + (1 << 20)])
+        tail = piece[len(piece.rstrip(b"\\")) :]  # an escape cut in two waits for the next piece
+        piece = piece[: len(piece) - len(tail)]
+        if b"\\" in piece:
+            piece = re.sub(rb"\\[nrt]", b"", piece).replace(b"\\/", b"/")
+        whole = len(piece) // 4 * 4
+        pending = piece[whole:] + tail
+        if position + (1 << 20) >= len(text):
+            whole, pending = len(piece), b""
+        try:
+            spool.write(binascii.a2b_base64(piece[:whole]))
+        except binascii.Error as problem:
+            raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
+    spool.seek(0)
+    return spool
+
+
 def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]) -> bytes:
     """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
 
@@ -491,7 +532,13 @@ class Context:
     user | lost | released | deadline. `charged` is the truth about this attempt, as far as it is known.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        timeout: float = 600.0,
+        on_progress: Callable[[str, float | None, float | None], None] = lambda note, done, total: None,
+        on_warning: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._on_progress, self._on_warning = on_progress, on_warning
         self.timeout, self.started = timeout, time.monotonic()
         self.deadline = self.started + timeout
         self.why = ""
@@ -502,9 +549,11 @@ class Context:
 
     def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
         """Something happened: a word for a person, and how far it is where the backend says."""
+        self._on_progress(note, done, total)
 
     def warn(self, text: str) -> None:
         """Something a person should know, though the image will be made."""
+        self._on_warning(text)
 
     def stop(self, why: str) -> None:
         """End the work, from any thread or signal handler: a blocked read returns within milliseconds."""
@@ -597,7 +646,8 @@ class Backend:
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
 
-        `remote` is what ctx.remote() was told, which may lack the id, and `since`, when the attempt was sent.
+        `remote` is what ctx.remote() was told, which may lack the id; `since`, when the attempt was sent; and `taken`,
+        the ids of jobs that belong to other attempts.
         """
         raise Ended("this kind of backend keeps no results")
 
@@ -632,7 +682,7 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
     kind = str(block.pop("type", ""))
     with naming_backend(name):
         if kind not in BACKENDS:
-            raise BadConfig(f'type "{kind}" is unknown, {nearest(kind, BACKENDS)}')
+            raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {", ".join(by_likeness(kind, BACKENDS))}')
         cls = BACKENDS[kind]
         options = from_mapping(cls.Options, block)
     allowed = marked(cls.Options, REQUEST) if opts else []
@@ -645,18 +695,19 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
 def open_backend(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
-    with naming_backend(name):
+    with naming_backend(name, BadRequest if opts else None):
         return cls(name, options)
 
 
 @contextmanager
-def naming_backend(name: str) -> Iterator[None]:
-    """What fails inside is about the backend called `name`, and says so."""
+def naming_backend(name: str, kind: type[ImagenError] | None = None) -> Iterator[None]:
+    """What fails inside is about the backend called `name`, and says so; a bad value is a `kind`, if given."""
     try:
         yield
     except BadConfig as problem:
         lines = str(problem).split("\n")
-        raise type(problem)("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
+        cls = type(problem) if isinstance(problem, KeyMissing) or not kind else kind
+        raise cls("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
 
 
 # === 5. Config: imagen.yaml: flag > environment > file > default ======================================================
@@ -784,6 +835,14 @@ def config_path(flag: str = "", new: bool = False) -> str:
 
 def load_config(flag: str = "") -> Config:
     """The configuration in force. Raises BadConfig with every complaint at once, one a line."""
+    data = config_data(flag)
+    if complaints := config_complaints(flag, data):
+        raise BadConfig("\n".join(complaints))
+    return from_mapping(Config, data)
+
+
+def config_data(flag: str = "") -> dict[str, Any]:
+    """The file's values with the environment's over them, not yet checked."""
     path = config_path(flag)
     data = read_yaml(path) if path else {}
     if isinstance(data.get("env_file"), str) and data["env_file"]:
@@ -799,18 +858,37 @@ def load_config(flag: str = "") -> Config:
         data["styles"] = {name: {"suffix": style} if isinstance(style, str) else style for name, style in styles}
     if isinstance(data.get("backends", {}), Mapping | None):
         data["backends"] = {**BUILTIN_BACKENDS, **(data.get("backends") or {})}
+    hide_pasted_keys(data)
+    return data
+
+
+def hide_pasted_keys(
+    values: Mapping[str, Any], pasted: str = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
+) -> None:
+    """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            hide_pasted_keys(value)
+        elif isinstance(value, str) and re.search(r"key|token|secret|password|_env$", str(key)):
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
+                Secret(value)
+        elif isinstance(value, str) and (found := re.search(pasted, value)):
+            Secret(found[0])
+
+
+def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with `config_data`, each with the file or variable that it comes from."""
+    lines, default, owner = [], data.get("default_backend", "mock"), data.get("owner_user_id", "")
     try:
-        config = from_mapping(Config, data)
-        if config.default_backend not in config.backends:
-            cure = nearest(config.default_backend, config.backends)
-            raise BadConfig(f'default_backend: "{config.default_backend}" is unknown, {cure}')
-        if config.owner_user_id and not is_uuid(config.owner_user_id):
-            raise BadConfig(f'owner_user_id: "{config.owner_user_id}" is no UUID: yours stands in auth.users')
+        from_mapping(Config, data)
     except BadConfig as problem:
-        origins = {field: name for name, field in overrides().items()}
         lines = str(problem).split("\n")
-        raise BadConfig("\n".join(f"{origins.get(line.split(':')[0], path)}: {line}" for line in lines)) from None
-    return config
+    if isinstance(data["backends"], Mapping) and isinstance(default, str) and default not in data["backends"]:
+        lines.append(f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}')
+    if owner and not is_uuid(str(owner)):
+        lines.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+    origins = {field: name for name, field in overrides().items()}
+    return [f"{origins.get(line.split(':')[0], config_path(flag))}: {line}" for line in lines]
 
 
 def overrides() -> dict[str, str]:
@@ -825,14 +903,21 @@ def read_yaml(path: str) -> dict[str, Any]:
     except ImportError:
         raise BadConfig(f"{path}: reading it needs pyyaml", "pip install pyyaml, or: uv run imagen.py …") from None
     try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        spot = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise BadConfig(f"{path}{spot}: {getattr(problem, 'problem', None) or problem}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadConfig(f"{path}: {problem}") from None
+        with open(path, "rb") as file:
+            raw = file.read()
+        data = yaml.safe_load(raw.decode("utf-8"))
+    except OSError as problem:
+        raise BadConfig(f"{path}: {problem.strerror}") from None
+    except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
+        mark, place = getattr(problem, "problem_mark", None), getattr(problem, "position", getattr(problem, "start", 0))
+        before = raw[:place].split(b"\n")
+        line, column = (mark.line + 1, mark.column + 1) if mark else (len(before), len(before[-1]) + 1)
+        what = (
+            getattr(problem, "problem", None)
+            or getattr(problem, "reason", None)
+            or f"{type(problem).__name__}: {problem}"
+        )
+        raise BadConfig(f"{path}, line {line}, column {column}: {what}") from None
     if not isinstance(data, dict | None):
         raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
     return data or {}
@@ -843,14 +928,14 @@ def load_env_file(path: str) -> None:
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                raise BadConfig(f"env_file {path}: others can read it", f"chmod 600 {path}")
+                raise BadConfig(f"env_file {path}: others can read it; chmod 600 {path}")
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        found = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(\"?)(.*?)\2\s*", line)
+        found = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*", line)
         if not found:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
         os.environ.setdefault(found[1], found[3])
@@ -909,14 +994,16 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     style = own.get(request.style) or STYLES.get(request.style)
     if style is None:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, [*own, *STYLES])}')
-    prompt, negative = request.prompt, request.negative_prompt
-    if not prompt.endswith(style.suffix):
-        prompt = f"{prompt.rstrip(' ,')}, {style.suffix}"
-    if style.negative not in negative:
-        negative = ", ".join(filter(None, (negative, style.negative)))
+    prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
     if not request.width and not request.height:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
+
+
+def _with(text: str, words: str) -> str:
+    if not words or re.search(rf"(^|\W){re.escape(words)}$", text):
+        return text
+    return f"{text.rstrip(' ,')}, {words}" if text else words
 
 
 # === 7. HTTP: the only way out, and what may be sent twice ============================================================
@@ -937,7 +1024,7 @@ REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
 LONGEST_WAIT = 30.0  # seconds between two tries, where the remote names none
-OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit|try again", re.IGNORECASE)
+OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
@@ -956,8 +1043,7 @@ class Answer(NamedTuple):
 
     def words(self) -> str:
         """The body as one short line for a person."""
-        text = " ".join(self.body[:2000].decode("utf-8", "replace").split())
-        return "an HTML page" if "<html" in text[:200].lower() else text[:300] or "nothing"
+        return excerpt(self.body)
 
 
 class Broken(Exception):
@@ -990,8 +1076,6 @@ def explain_status(answer: Answer, said: str = "") -> ImagenError:
 
 def retry_after(answer: Answer) -> float:
     """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
-    from email.utils import parsedate_to_datetime
-
     text = answer.body[:2000].decode("utf-8", "replace")
     in_words = re.search(r"~(\d+(?:\.\d+)?) ?s\b", text) or re.search(r'"retry_after": *"?(\d+(?:\.\d+)?)', text)
     said = answer.headers.get("Retry-After", "")
@@ -999,9 +1083,18 @@ def retry_after(answer: Answer) -> float:
         return max(0.0, float(answer.headers.get("retry-after-ms", "")) / 1000)
     with suppress(ValueError):
         return max(0.0, float(said))
-    with suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    return float(in_words[1]) if in_words else 0.0
+    return max(0.0, epoch(said) - time.time() if said else float(in_words[1]) if in_words else 0.0)
+
+
+def epoch(text: str) -> float:
+    """Seconds since 1970 of an ISO 8601 time or an HTTP date; 0 where it is neither."""
+    from datetime import datetime
+    from email.utils import parsedate_to_datetime
+
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        with suppress(TypeError, ValueError):
+            return read(text).timestamp()
+    return 0.0
 
 
 def not_accepted(answer: Answer) -> bool:
@@ -1031,7 +1124,7 @@ class Http:
 
     def get(self, path: str) -> Answer:
         """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
-        return self._repeated(lambda: self._followed(path, JSON_LIMIT, None))
+        return self._tried(lambda: self._followed(path, JSON_LIMIT, None))
 
     def get_json(self, path: str) -> Any:
         """The JSON of a GET; Failed where the answer is none."""
@@ -1057,103 +1150,86 @@ class Http:
                 raise Broken("the image breaks off", sent=True)
             return answer
 
-        self._repeated(once)
+        self._tried(once)
         spool.seek(0)
         return spool
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """The 2xx answer to a free POST. Repeated where nothing was sent or it was turned away; Unknown where the
-        answer was lost, for the adapter to look whether it had arrived."""
-        return self._posted(path, body, lambda: None)
+        """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
+        return self._tried(lambda: self._exchange("POST", path, body, JSON_LIMIT), post=True)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
-        return self._posted(path, body, self.ctx.sending)
 
-    def _posted(self, path: str, body: Mapping[str, Any], sending: Callable[[], None]) -> Answer:
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                answer = self._exchange("POST", self._url(path), body, IMAGE_LIMIT * 4 // 3, None, sending)
-            except Broken as problem:
-                if problem.sent:
-                    raise Unknown(f"sent, but {problem}") from None
-                error: ImagenError = self._unreachable(problem)
-            else:
-                if 200 <= answer.status < 300:
-                    return answer
-                error = self.explain(answer)
-                if not_accepted(answer):
-                    self.ctx.settle("yes" if error.charged == "yes" else "no")
-                elif self.ctx.charged != "no" and not isinstance(error, Refused):
-                    raise Unknown(f"sent, and answered {error}")
-            if not isinstance(error, Busy) and not (isinstance(error, Unreachable) and tries < TRIES):
-                raise error
-            self._wait(error, tries)
+        def once() -> Answer:
+            answer = self._exchange("POST", path, body, IMAGE_LIMIT * 4 // 3, sending=self.ctx.sending)
+            if not_accepted(answer):
+                self.ctx.settle("yes" if self.explain(answer).charged == "yes" else "no")
+            return answer
 
-    def _repeated(self, once: Callable[[], Answer]) -> Answer:
-        tries, troubled = 0, time.monotonic()
+        return self._tried(once, post=True)
+
+    def _tried(self, once: Callable[[], Answer], post: bool = False) -> Answer:
+        """The first 2xx answer of `once`, which is called again as long as the table above allows."""
+        tries, began = 0, time.monotonic()
         while True:
             tries += 1
             try:
                 answer = once()
-            except Broken as problem:
-                error: ImagenError = self._unreachable(problem)
-            else:
                 if answer.status < 300:
                     return answer
-                error = self.explain(answer)
-                if answer.status < 500 and not isinstance(error, Busy):
-                    raise error
-            patient = self.ctx.remote_ids and time.monotonic() - troubled < PATIENCE
-            if not isinstance(error, Busy) and tries >= TRIES and not patient:
+                error, again = self.explain(answer), answer.status >= 500 and not post
+                if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
+                    raise Unknown(f"sent, and answered {error}")
+            except Broken as problem:
+                if post and problem.sent:
+                    raise Unknown(f"sent, but {problem}") from None
+                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?"), True
+            patient = self.ctx.remote_ids and time.monotonic() - began < PATIENCE
+            if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            self._wait(error, tries)
+            jitter = os.urandom(1)[0] / 255
+            wait = error.after * (1 + jitter / 10) or min(LONGEST_WAIT, 0.4 * 2.0**tries) * (0.5 + jitter / 2)
+            if wait > self.ctx.left():
+                raise error
+            if wait > 2:
+                self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
+            self.ctx.sleep(wait)
 
-    def _wait(self, error: ImagenError, tries: int) -> None:
-        jitter = os.urandom(1)[0] / 255
-        wait = error.after * (1 + jitter / 10) or min(LONGEST_WAIT, 0.4 * 2.0**tries) * (0.5 + jitter / 2)
-        if wait > self.ctx.left():
-            raise error
-        if wait > 2:
-            self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
-        self.ctx.sleep(wait)
-
-    def _unreachable(self, problem: Broken) -> Unreachable:
-        return Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?")
-
-    def _url(self, path: str) -> str:
-        return path if "://" in path else self.base + path
-
-    def _followed(self, path: str, limit: int, sink: BinaryIO | None) -> Answer:
-        from urllib.parse import urljoin
-
-        url = self._url(path)
+    def _followed(self, url: str, limit: int, sink: BinaryIO | None) -> Answer:
         for _ in range(REDIRECTS + 1):
-            answer = self._exchange("GET", url, None, limit, sink, lambda: None)
+            answer = self._exchange("GET", url, None, limit, sink)
             location = answer.headers.get("Location")
             if answer.status not in (301, 302, 303, 307, 308) or not location:
                 return answer
-            url = urljoin(url, location)
+            url = joined(
+                url if "://" in url else self.base + url, location.encode("latin-1").decode("utf-8", "replace")
+            )
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
     def _exchange(
-        self, method: str, url: str, body: Any, limit: int, sink: BinaryIO | None, sending: Callable[[], None]
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        limit: int,
+        sink: BinaryIO | None = None,
+        sending: Callable[[], None] = lambda: None,
     ) -> Answer:
         """One request, one answer; a 2xx body goes into `sink` if there is one. Broken where it is not all there."""
         import http.client
+        import urllib.parse
         import urllib.request
         from contextlib import ExitStack
 
-        if origin(url)[0] not in ("http", "https"):
-            raise Failed(f"{url[:20]}…: not an address to fetch from")
+        url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
+        ours = origin(url) == origin(self.base)
         self.ctx.check()
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), method=method)
         request.add_header("User-Agent", f"imagen/{__version__}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
-        for name, value in self._keys.items() if origin(url) == origin(self.base) else ():
+        for name, value in self._keys.items() if ours else ():
             request.add_unredirected_header(name, value)
         sent: list[bool] = []
 
@@ -1166,7 +1242,8 @@ class Http:
             try:
                 return call()
             except (OSError, http.client.HTTPException, EOFError) as problem:
-                self.ctx.check()  # our own shutdown looks like a server that hung up
+                if sent or self.ctx.why not in ("", "deadline"):
+                    self.ctx.check()  # our own shutdown looks like a server that hung up
                 raise Broken(problem, bool(sent)) from None
 
         with ExitStack() as stack:
@@ -1179,45 +1256,60 @@ class Http:
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
             fine, kept, size = response.status < 300, bytearray(), 0
+            announced = response.headers.get("Content-Length", "")
+            announced = int(announced) if announced.isdigit() else None
             try:
+                if fine and (announced or 0) > limit:
+                    raise Failed(f"the answer is larger than {limit >> 20} MB")
                 while block := guarded(lambda: response.read1(1 << 16)):
                     size += len(block)
                     if size > (limit if fine else ERROR_LIMIT):
-                        raise Broken(f"the answer is larger than {limit >> 20} MB", True)
+                        raise Failed(f"the answer is larger than {limit >> 20} MB")
                     if fine and sink:
                         sink.write(block)
                     else:
                         kept += block
-                announced = response.headers.get("Content-Length", "")
-                if announced.isdigit() and size != int(announced):
+                self.ctx.check()
+                if announced not in (None, size):
                     raise Broken(f"the answer breaks off after {size} of {announced} bytes", True)
-            except Broken:
-                if fine:
+            except (Broken, Failed):
+                if fine or self.ctx.why:
                     raise
-            self.ctx.check()
             return Answer(response.status, response.headers, kept)
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port: a prefix would take api.example.com.evil.net for api.example.com."""
+    """Scheme, host and port, as a prefix would take api.example.com.evil.net for api.example.com; Failed for none."""
     from urllib.parse import urlsplit
 
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    raise Failed(f"{url.split(':')[0][:20]}:… is no http address")
+
+
+def joined(base: str, link: str) -> str:
+    """The address that `link` means on a page at `base`; Failed where it means none."""
+    from urllib.parse import urljoin
+
+    try:
+        return urljoin(base, link)
+    except ValueError:
+        raise Failed("a link that is no http address") from None
 
 
 def checked_url(base: str, path: str = "") -> str:
     """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
-    from urllib.parse import urlsplit
-
     try:
-        parts = urlsplit(base)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        origin(base)
+        fine = base.isprintable() and not re.search(r"[\s@?#]", base)
+    except Failed:
         fine = False
-    if not fine or not base.isprintable() or re.search(r"[\s@?#]", base):
+    if not fine:
         raise BadConfig("base_url: not an address such as https://host/path", "keys stand in environment variables")
-    return base.rstrip("/") if parts.path.strip("/") else base.rstrip("/") + path
+    base = base.rstrip("/")
+    return base if "/" in base.partition("://")[2] else base + path
 
 
 def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
@@ -1233,10 +1325,9 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
 
         def connect(self) -> None:
             read_timeout, self.timeout = self.timeout, CONNECT_TIMEOUT
-            self._create_connection = lambda address, timeout, source=None: connect_watched(ctx, *address)
+            self._create_connection = connecting
             super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
             self.sock.settimeout(read_timeout)
-            stack.enter_context(ctx.watching(self.sock))
             self.ready = True
 
         def send(self, data: Any) -> None:
@@ -1257,6 +1348,12 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
         def https_open(self, request: Any) -> Any:
             return self.do_open(WatchedTLS, request)
 
+    def connecting(address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
+        sock = connect_watched(ctx, *address)
+        twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
+        stack.enter_context(ctx.watching(twin))
+        return sock
+
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(), Plain(), TLS()):
         opener.add_handler(handler)
@@ -1276,8 +1373,9 @@ def connect_watched(ctx: Context, host: str, port: int) -> socket.socket:
             return sock
         except OSError as failed:
             sock.close()
-            ctx.check()
             problem = failed
+            if ctx.why:
+                break
     raise problem
 
 
@@ -1377,12 +1475,13 @@ def mock_palette(dice: bytes) -> bytes:
 def mock_write(rows: list[bytearray], prompt: str, width: int, height: int) -> None:
     """Write the prompt on a strip of paper at the foot of the picture, as large as fits."""
     import textwrap
+    import unicodedata
 
     scale = max(1, width // 256)
     columns, most = (width - 4 * scale) // (6 * scale), min(4, (height // 2 - 4 * scale) // (11 * scale))
     if columns < 5 or most < 1:
         return
-    lines = textwrap.wrap(printable(prompt), columns, max_lines=most, placeholder="…")
+    lines = textwrap.wrap(printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…")
     top = height - (11 * len(lines) + 4) * scale
     for y in range(top, height):
         rows[y][:] = b"\xfe" * width
@@ -1425,17 +1524,6 @@ def glyph_rows(line: str) -> Iterator[list[bool]]:
 
 # === 9. ComfyUI: the GPU box at home ==================================================================================
 
-Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
-
-
-class ComfyGraph(NamedTuple):
-    """A graph ready to be posted, and what it makes of the request."""
-
-    graph: Graph
-    model: str | None
-    steps: int
-    ignored: tuple[str, ...]
-
 
 @register("comfyui")
 class ComfyUI(Backend):
@@ -1470,13 +1558,16 @@ class ComfyUI(Backend):
         self.base = checked_url(options.base_url)
         if not options.model and not options.workflow:
             raise BadConfig("model: missing (or name a workflow file)")
+        if len(options.clip) != 2:
+            raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
         self.workflow = comfy_workflow(options.workflow, options.nodes) if options.workflow else None
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """What is known before the server has been asked what `model` is."""
-        what = {"workflow": options.workflow} if options.workflow else {"model": options.model}
-        return {**what, **super().plan(options, request), "steps": request.steps or options.default_steps}
+        what = "workflow" if options.workflow else "model"
+        steps = request.steps or options.default_steps
+        return {what: getattr(options, what), **super().plan(options, request), "steps": steps}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
@@ -1486,222 +1577,204 @@ class ComfyUI(Backend):
         # A file prefix of its own keeps a cached run from naming an older run's file.
         for spec in graph.values():
             if "filename_prefix" in spec["inputs"]:
-                spec["inputs"]["filename_prefix"] = f"{self.options.filename_prefix}/{prompt_id}"
+                spec["inputs"]["filename_prefix"] = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
-        with comfy_watching(ctx, self.base, client_id, prompt_id):
+        with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
             # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
             self._submit(http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id})
-            return self._fetch(ctx, http, ctx.remote_ids, request)
+            return self.resume(ctx, ctx.remote_ids, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """The result of a prompt posted earlier, as long as the server has its history."""
-        return self._fetch(ctx, self._http(ctx), remote, request)
+        """Wait for a prompt that was posted, and fetch its result, as long as the server has its history."""
+        from urllib.parse import urlencode
+
+        http, prompt_id, ignored = self._http(ctx), remote["prompt_id"], tuple(remote.get("ignored") or ())
+        while (state := comfy_state(http, prompt_id))[0] in ("pending", "running"):
+            ctx.progress("queued") if state[0] == "pending" else None
+            ctx.sleep(0.25)
+        file = comfy_outcome(state[1], ctx)
+        try:
+            query = urlencode({key: file[key] for key in ("filename", "subfolder", "type") if key in file})
+            image = http.download(f"/view?{query}")
+        except (BadConfig, BadRequest) as problem:
+            gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
+            raise Ended(gone, "ask again, with another seed") from None
+        seed, steps = None if "seed" in ignored else request.seed, remote.get("steps") or None
+        about = {"prompt_id": prompt_id, "file": file}
+        return Result(image, "image/png", remote.get("model"), seed, steps, 0.0, ignored, about)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both.
-
-        Old servers interrupt whatever runs, so nothing is interrupted unless /queue says that it is ours.
-        """
+        """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both."""
         http, prompt_id = self._http(ctx), remote["prompt_id"]
-        while place := comfy_place(http.get_json("/queue"), prompt_id):
-            if place == "running":
-                http.post("/interrupt", {"prompt_id": prompt_id})
-            else:
-                http.post("/queue", {"delete": [prompt_id]})
+        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless ours is what runs.
+        ways = {"running": ("/interrupt", {"prompt_id": prompt_id}), "pending": ("/queue", {"delete": [prompt_id]})}
+        while (place := comfy_state(http, prompt_id)[0]) in ways:
+            http.post(*ways[place])
             ctx.sleep(0.1)
 
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
         http = self._http(ctx)
-        said = (http.get_json("/system_stats") or {}).get("system", {})
-        what = self.options.workflow or "{1} in {0}".format(*self._model(http))
-        return f"ComfyUI {said.get('comfyui_version', 'of unknown version')}, {what}"
+        version = http.get_json("/system_stats")["system"].get("comfyui_version", "of unknown version")
+        return f"ComfyUI {version}, {self.options.workflow or '{1} in {0}'.format(*self._model(http))}"
 
     def _http(self, ctx: Context) -> Http:
         return Http(ctx, self.base, explain=comfy_error, read_timeout=self.options.timeout)
 
-    def _choices(self, http: Http, node: str, field: str) -> list[str]:
-        return comfy_choices(http.get_json(f"/object_info/{node}"), node, field)
-
     def _model(self, http: Http) -> tuple[str, str]:
-        """Where the server has our model, and its name there."""
-        installed: list[str] = []
-        loaders = (
-            ("checkpoints", "CheckpointLoaderSimple", "ckpt_name"),
-            ("diffusion_models", "UNETLoader", "unet_name"),
-        )
-        for folder, node, field in loaders:
-            choices = self._choices(http, node, field)
-            if found := comfy_match(self.options.model, choices):
-                return folder, found
-            installed += choices
-        raise BadConfig(f'model "{self.options.model}" is not on {self.base}: {nearest(self.options.model, installed)}')
+        return comfy_find(http, self.options.model, "checkpoints", "diffusion_models")
 
     def _graph(self, http: Http, request: Request) -> ComfyGraph:
         request = request._replace(steps=request.steps or self.options.default_steps)
         if self.workflow:
-            return comfy_filled(self.workflow, self.options.nodes, request)
+            return comfy_filled(self.workflow, self.options.nodes, request, EMPTY)
         folder, model = self._model(http)
-        options = self.options._replace(model=model)
-        if folder == "checkpoints":
-            return comfy_checkpoint(options, request)
-        parts = (("DualCLIPLoader", "clip_name1", options.clip), ("VAELoader", "vae_name", (options.vae,)))
-        found = []
-        for node, field, wanted in parts:
-            choices = self._choices(http, node, field)
-            for name in wanted:
-                alike = [
-                    choice for choice in choices if re.split(r"[\\/]", choice)[-1].lower().startswith(name.lower())
-                ]
-                if not alike:
-                    raise BadConfig(f'"{name}" is not on {self.base}', f"{node} has {', '.join(choices) or 'nothing'}")
-                found.append(comfy_match(name, choices) or alike[0])
-        return comfy_split(options._replace(clip=tuple(found[:-1]), vae=found[-1]), request)
+        found: dict[str, Any] = {"model": model}
+        if folder == "diffusion_models":
+            found["clip"] = [comfy_find(http, name, "text_encoders")[1] for name in self.options.clip]
+            found["vae"] = comfy_find(http, self.options.vae, "vae")[1]
+        return comfy_graph(folder, self.options._replace(**found), request)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
         # The same id posted twice runs twice, so after a lost answer the server is asked before posting again.
         for _ in range(TRIES):
-            try:
-                said = http.post("/prompt", body).json()
-            except Unknown:
-                if self._entry(http, body["prompt_id"]) is not None:
-                    return
-                continue
-            if not isinstance(said, dict):
-                raise Failed("/prompt answered something that is no JSON: is that a ComfyUI?")
-            if said.get("node_errors"):
-                raise comfy_node_errors(said["node_errors"])
-            return
+            with suppress(Unknown):
+                answer = http.post("/prompt", body)
+                if not isinstance(said := answer.json(), dict):
+                    raise Failed("/prompt answered something that is no JSON: is that a ComfyUI?")
+                if said.get("node_errors"):
+                    self.cancel(http.ctx, body)  # what is left of the graph would run
+                    raise comfy_error(answer)
+                return
+            if comfy_state(http, body["prompt_id"])[0]:
+                return
         raise Unreachable(f"{self.base}: takes the prompt and breaks off, {TRIES} times", "look at the server's log")
 
-    def _entry(self, http: Http, prompt_id: str) -> Mapping[str, Any] | None:
-        """The history entry of our prompt; {} while it is queued or runs, None where the server does not know it."""
-        history = f"/history/{prompt_id}"
-        if entry := (http.get_json(history) or {}).get(prompt_id):
-            return dict(entry)
-        if place := comfy_place(http.get_json("/queue"), prompt_id):
-            http.ctx.progress("queued") if place == "pending" else None
-            return {}
-        # It may have moved from the queue into history between the two looks.
-        return (http.get_json(history) or {}).get(prompt_id)
 
-    def _fetch(self, ctx: Context, http: Http, remote: Mapping[str, Any], request: Request) -> Result:
-        from urllib.parse import urlencode
+COMFY_LOADERS = {  # folder of the server → node and input that list what is in it; whether the start of a name will do
+    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name", False),
+    "diffusion_models": ("UNETLoader", "unet_name", False),
+    "text_encoders": ("DualCLIPLoader", "clip_name1", True),
+    "vae": ("VAELoader", "vae_name", True),
+}
 
-        pause = 0.1
-        while (entry := self._entry(http, remote["prompt_id"])) == {}:
-            ctx.sleep(pause)
-            pause = min(0.5, pause * 1.4)
-        if entry is None:
-            raise Ended("the job is gone from queue and history: cancelled there, or the server restarted")
-        file = comfy_outcome(entry, ctx)
-        query = urlencode({key: file.get(key, "") for key in ("filename", "subfolder", "type")})
-        try:
-            image = http.download(f"/view?{query}")
-        except BadConfig as problem:
-            gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
-            raise Ended(gone, "ask again, with another seed") from None
-        ignored = tuple(remote.get("ignored") or ())
-        return Result(
-            *(image, "image/png", remote.get("model"), None if "seed" in ignored else request.seed),
-            *(remote.get("steps") or None, 0.0, ignored, {"prompt_id": remote["prompt_id"], "file": file}),
-        )
+
+def comfy_find(http: Http, wanted: str, *folders: str) -> tuple[str, str]:
+    """Which of the server's folders has the model `wanted`, and its name there; BadConfig with the nearest names."""
+    installed: list[str] = []
+    for folder in folders:
+        node, field, begins = COMFY_LOADERS[folder]
+        names = comfy_choices(http.get_json(f"/object_info/{node}"), node, field)
+        if found := comfy_match(wanted, names, begins):
+            return folder, found
+        installed += names
+    cure = nearest(wanted, installed).replace("known: ", "installed: ", 1)
+    raise BadConfig(f'model "{wanted}" is not on {http.base}: {cure}')
 
 
 def comfy_choices(info: Any, node: str, field: str) -> list[str]:
-    """The values an enum input takes, from /object_info; [] where the server lacks the node. Both shapes of today.
-
-    >>> comfy_choices({"N": {"input": {"required": {"x": ["COMBO", {"options": ["a"]}]}}}}, "N", "x")
-    ['a']
-    """
+    """The values an enum input takes, from /object_info in its old or new shape; [] where there is no such input."""
     try:
         spec = info[node]["input"]["required"][field]
-        return list(spec[1]["options"] if spec[0] == "COMBO" else spec[0])
+        return list(spec[0] if isinstance(spec[0], list) else spec[1]["options"])
     except (KeyError, IndexError, TypeError):
         return []
 
 
-def comfy_match(wanted: str, installed: Sequence[str]) -> str:
-    """The installed name that `wanted` means: itself, or the only one of that file name in whatever folder; else ""."""
-    same = [name for name in installed if re.split(r"[\\/]", name)[-1] == wanted]
-    return wanted if wanted in installed else same[0] if len(same) == 1 else ""
+def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> str:
+    """The installed name that `wanted` means: itself, or the only file called so, or the first that begins so."""
+    pattern = r"(.*[\\/])?" + re.escape(wanted) + r"[^\\/]*" * begins
+    alike = [name for name in installed if re.fullmatch(pattern, name, re.IGNORECASE)]
+    return wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
 
 
-def comfy_place(queue: Any, prompt_id: str) -> str:
-    """Where our prompt stands in GET /queue: running, pending, or "" for nowhere."""
-    for place in ("running", "pending"):
-        if any(item[1] == prompt_id for item in (queue or {}).get(f"queue_{place}", [])):
-            return place
-    return ""
+def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
+    """Where our prompt is: pending, running, done (then with its history entry), or "" where nobody knows of it."""
+    for _ in range(2):  # between two looks it may move from the queue into history
+        if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
+            return "done", entry
+        for key, jobs in http.get_json("/queue").items():
+            if any(job[1] == prompt_id for job in jobs):
+                return key.removeprefix("queue_"), {}
+    return "", {}
 
 
-def _node(kind: str, /, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
+Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
 
 
-def comfy_checkpoint(options: Any, request: Request) -> ComfyGraph:
-    """One file: FLUX, or SD and SDXL. At cfg 1 a negative prompt has no effect at all, so it counts as ignored."""
+class ComfyGraph(NamedTuple):
+    """A graph ready to be posted, and what it makes of the request."""
+
+    graph: Graph
+    model: str | None
+    steps: int
+    ignored: tuple[str, ...]
+
+
+# Our own graphs are workflows too. A line is a node: id, class, inputs; "cfg" is "{cfg}", "text=prompt" is "{prompt}",
+# "clip=30:1" is linked to output 1 of node 30. What else a model needs replaces the lines of the same id.
+COMFY_GRAPHS = {
+    "checkpoints": """
+30 CheckpointLoaderSimple ckpt_name=model
+6 CLIPTextEncode text=prompt clip=30:1
+33 CLIPTextEncode text=nothing clip=30:1
+5 EmptyLatentImage width height batch_size
+31 KSampler seed steps cfg sampler_name=sampler scheduler denoise model=30:0 positive=6:0 negative=33:0 latent_image=5:0
+8 VAEDecode samples=31:0 vae=30:2
+9 SaveImage images=8:0 filename_prefix=nothing""",
+    "checkpoints, FLUX": """
+5 EmptySD3LatentImage width height batch_size
+35 CLIPTextEncode text=prompt clip=30:1
+6 FluxGuidance guidance conditioning=35:0""",
+    "checkpoints, cfg": """
+33 CLIPTextEncode text=negative clip=30:1""",
+    "diffusion_models": """
+12 UNETLoader unet_name=model weight_dtype
+11 DualCLIPLoader clip_name1 clip_name2 type
+10 VAELoader vae_name=vae
+6 CLIPTextEncode text=prompt clip=11:0
+5 EmptySD3LatentImage width height batch_size
+16 KSamplerSelect sampler_name=sampler
+17 BasicScheduler scheduler steps denoise model=12:0
+25 RandomNoise noise_seed=seed
+22 BasicGuider model=12:0 conditioning=6:0
+13 SamplerCustomAdvanced noise=25:0 guider=22:0 sampler=16:0 sigmas=17:0 latent_image=5:0
+8 VAEDecode samples=13:0 vae=10:0
+9 SaveImage images=8:0 filename_prefix=nothing""",
+    "diffusion_models, FLUX": """
+26 CLIPTextEncode text=prompt clip=11:0
+6 FluxGuidance guidance conditioning=26:0""",
+    "diffusion_models, cfg": """
+7 CLIPTextEncode text=negative clip=11:0
+22 CFGGuider cfg model=12:0 positive=6:0 negative=7:0""",
+}
+COMFY_FLUX = {"cfg": 1.0, "sampler": "euler", "scheduler": "simple", "steps": 20, "guidance": 0.0, "type": "flux"}
+COMFY_SD = {"cfg": 7.0, "sampler": "dpmpp_2m", "scheduler": "karras", "steps": 25}
+
+
+def comfy_graph(folder: str, options: Any, request: Request) -> ComfyGraph:
+    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for the diffusion model of a FLUX in split files."""
     name = options.model.lower()
-    flux, old = "flux" in name, re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name) and "xl" not in name
-    steps = request.steps or (25 if not flux else 4 if "schnell" in name else 20)
-    cfg, side = options.cfg or (1.0 if flux else 7.0), 512 if old else 1024
-    size = {"width": request.width or side, "height": request.height or side, "batch_size": 1}
-    graph = {
-        "30": _node("CheckpointLoaderSimple", ckpt_name=options.model),
-        "6": _node("CLIPTextEncode", text=request.prompt, clip=["30", 1]),
-        "33": _node("CLIPTextEncode", text=request.negative_prompt if cfg > 1 else "", clip=["30", 1]),
-        "27": _node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size),
-        "31": _node(
-            "KSampler",
-            seed=request.seed,
-            steps=steps,
-            cfg=cfg,
-            denoise=1.0,
-            sampler_name=options.sampler or ("euler" if flux else "dpmpp_2m"),
-            scheduler=options.scheduler or ("simple" if flux else "karras"),
-            model=["30", 0],
-            positive=["35" if flux else "6", 0],
-            negative=["33", 0],
-            latent_image=["27", 0],
-        ),
-        "8": _node("VAEDecode", samples=["31", 0], vae=["30", 2]),
-        "9": _node("SaveImage", images=["8", 0], filename_prefix=""),
-    }
-    if flux:
-        graph["35"] = _node("FluxGuidance", guidance=options.guidance, conditioning=["6", 0])
-    return ComfyGraph(
-        graph, options.model, steps, () if cfg > 1 or not request.negative_prompt else ("negative_prompt",)
-    )
-
-
-def comfy_split(options: Any, request: Request) -> ComfyGraph:
-    """FLUX in split files: UNET, two text encoders, VAE. A cfg above 1 brings a guider that knows negatives."""
-    schnell = "schnell" in options.model.lower()
-    steps, positive = request.steps or (4 if schnell else 20), ["6" if schnell else "26", 0]
-    wires = {"noise": ["25", 0], "guider": ["22", 0], "sampler": ["16", 0], "sigmas": ["17", 0]}
-    schedule = {"scheduler": options.scheduler or "simple", "steps": steps, "denoise": 1.0}
-    size = {"width": request.width or 1024, "height": request.height or 1024, "batch_size": 1}
-    graph = {
-        "12": _node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype),
-        "11": _node("DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux"),
-        "10": _node("VAELoader", vae_name=options.vae),
-        "6": _node("CLIPTextEncode", text=request.prompt, clip=["11", 0]),
-        "5": _node("EmptySD3LatentImage", **size),
-        "16": _node("KSamplerSelect", sampler_name=options.sampler or "euler"),
-        "17": _node("BasicScheduler", model=["12", 0], **schedule),
-        "25": _node("RandomNoise", noise_seed=request.seed),
-        "22": _node("BasicGuider", model=["12", 0], conditioning=positive),
-        "13": _node("SamplerCustomAdvanced", latent_image=["5", 0], **wires),
-        "8": _node("VAEDecode", samples=["13", 0], vae=["10", 0]),
-        "9": _node("SaveImage", images=["8", 0], filename_prefix=""),
-    }
-    if not schnell:
-        graph["26"] = _node("FluxGuidance", guidance=options.guidance, conditioning=["6", 0])
-    if options.cfg > 1:
-        graph["7"] = _node("CLIPTextEncode", text=request.negative_prompt, clip=["11", 0])
-        graph["22"] = _node("CFGGuider", model=["12", 0], positive=positive, negative=["7", 0], cfg=options.cfg)
-    heard = options.cfg > 1 or not request.negative_prompt
-    return ComfyGraph(graph, options.model, steps, () if heard else ("negative_prompt",))
+    split, schnell = folder == "diffusion_models", "schnell" in name
+    flux = split or "flux" in name
+    usual: dict[str, Any] = {**(COMFY_FLUX if flux else COMFY_SD), "batch_size": 1, "denoise": 1.0, "nothing": ""}
+    usual |= {"steps": 4} if schnell else {}
+    if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
+        usual |= {"width": 512, "height": 512}
+    usual |= {option: value for option, value in options._asdict().items() if value}
+    usual["clip_name1"], usual["clip_name2"] = options.clip
+    table = COMFY_GRAPHS[folder]
+    if flux and not (split and schnell):
+        table += COMFY_GRAPHS[f"{folder}, FLUX"]
+    if usual["cfg"] > 1:  # else a negative prompt has no effect at all
+        table += COMFY_GRAPHS[f"{folder}, cfg"]
+    graph: Graph = {}
+    for node, kind, *inputs in (line.split() for line in table.strip().split("\n")):
+        graph[node] = {"class_type": kind, "inputs": {}}
+        for key, _, source in (text.partition("=") for text in inputs):
+            start, _, slot = source.partition(":")
+            graph[node]["inputs"][key] = [start, int(slot)] if slot else f"{{{source or key}}}"
+    return comfy_filled(graph, EMPTY, request, usual)._replace(model=options.model)
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
@@ -1712,56 +1785,54 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> Graph:
     """The graph in a workflow file; BadConfig where it is none, or has no place for a prompt or for one of `nodes`."""
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
-            graph = json.load(file)
+            graph: Graph = json.load(file)
+        places = [f"{node}.{key}" for node, spec in graph.items() for key, _ in spec["inputs"].items()]
     except (OSError, ValueError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
-    if not isinstance(graph, dict) or not all(isinstance(n, dict) and "inputs" in n for n in graph.values()):
-        raise BadConfig(f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"')
+    except (AttributeError, KeyError, TypeError):
+        raise BadConfig(f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"') from None
 
-    def candidates(field: str) -> str:
-        keys = {"prompt": ("text", "prompt"), "negative": ("text",), "seed": ("seed", "noise_seed")}.get(
-            field, (field,)
-        )
-        places = [f"{node}.{key}" for node, spec in graph.items() for key in spec["inputs"] if key in keys]
-        return f"candidates: {', '.join(places) or 'none'}"
-
-    for field, place in nodes.items():
-        if field not in COMFY_FIELDS:
-            raise BadConfig(f"nodes.{field}: unknown, {nearest(field, COMFY_FIELDS)}")
-        node, _, key = place.partition(".")
-        if key not in graph.get(node, {}).get("inputs", {}):
-            raise BadConfig(f'nodes.{field}: the workflow has no "{place}"', candidates(field))
-    if "prompt" not in nodes and "{prompt}" not in json.dumps(graph):
-        cure = 'put {prompt} into it, or say nodes: {prompt: "6.text"}'
-        raise BadConfig(f"workflow {path}: no place for the prompt; {cure}", candidates("prompt"))
+    needed = dict(nodes)
+    if "{prompt}" not in json.dumps(graph):
+        needed.setdefault("prompt", "")
+    for name, place in needed.items():
+        if name not in COMFY_FIELDS:
+            raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
+        if place not in places:
+            usual = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
+            likely = ", ".join(place for place in places if re.search(usual, place)) or "none"
+            missed = f'it has no "{place}"' if place else "no place for the prompt: put {prompt} there, or name one"
+            raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
     return graph
 
 
-def comfy_filled(workflow: Graph, nodes: Mapping[str, str], request: Request) -> ComfyGraph:
-    """The user's workflow with the request's values at its placeholders and `nodes`; the rest stays as it is."""
+def comfy_filled(workflow: Graph, nodes: Mapping[str, str], request: Request, usual: Mapping[str, Any]) -> ComfyGraph:
+    """The workflow with values of the request, or `usual` ones, at its placeholders, and at `nodes` what was asked."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
     asked = {name: getattr(request, field) for name, field in COMFY_FIELDS.items()}
-    values = {**asked, "width": request.width or 1024, "height": request.height or 1024, "steps": request.steps or 20}
+    asked = {name: value for name, value in asked.items() if value or name == "seed"}
+    values = {"negative": "", "width": 1024, "height": 1024, "steps": 20, **usual, **asked}
+    marks = {f"{{{name}}}": value for name, value in values.items()}
     for spec in graph.values():
-        for key, value in spec["inputs"].items():
-            if isinstance(value, str) and value.strip("{}") in values and value[:1] == "{":
-                spec["inputs"][key] = values[value.strip("{}")]  # alone in its field, a number stays a number
-            elif isinstance(value, str):
-                spec["inputs"][key] = re.sub(r"\{(\w+)\}", lambda hit: str(values.get(hit[1], hit[0])), value)
-    for name, place in nodes.items():
-        if asked[name]:  # what was not asked for stays as the workflow has it
-            node, _, key = place.partition(".")
-            graph[node]["inputs"][key] = asked[name]
-    unplaced = [name for name in asked if name not in nodes and f"{{{name}}}" not in text]
-    steps = 0 if "steps" in unplaced else request.steps
-    return ComfyGraph(graph, None, steps, tuple(COMFY_FIELDS[name] for name in unplaced if asked[name]))
+        for key, old in spec["inputs"].items():
+            if isinstance(old, str):  # a number alone in its field stays a number
+                filled = re.sub(r"\{\w+\}", lambda hit: str(marks.get(hit[0], hit[0])), old)
+                spec["inputs"][key] = marks.get(old, filled)
+    for name in nodes.keys() & asked:
+        node, _, key = nodes[name].partition(".")
+        graph[node]["inputs"][key] = asked[name]
+    ignored = tuple(COMFY_FIELDS[name] for name in asked if name not in nodes and f"{{{name}}}" not in text)
+    steps = values["steps"] if "{steps}" in text else request.steps if "steps" in nodes else 0
+    return ComfyGraph(graph, None, steps, ignored)
 
 
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     """The image file that a history entry names: {filename, subfolder, type}. Ended where it names none."""
+    if not entry:
+        raise Ended("the job is gone from queue and history: cancelled there, or the server restarted")
     status = entry.get("status") or {}
-    event, said = (status.get("messages") or [["", {}]])[-1]
+    event, said = [("", {}), *(status.get("messages") or ())][-1]
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
@@ -1770,115 +1841,97 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         hint = "out of GPU memory: ask for a smaller size" if memory else "the server's log has the traceback"
         raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
     lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
-    files = [item for value in lists if isinstance(value, list) for item in value if isinstance(item, dict)]
-    images = sorted((file for file in files if file.get("filename")), key=lambda file: file.get("type") != "output")
-    if not images:
+    items = [item for value in lists if isinstance(value, list) for item in value]
+    files = [item for item in items if isinstance(item, dict) and item.get("filename")]
+    if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
-    if len(images) > 1:
-        ctx.warn(f"the workflow made {len(images)} images; the first is kept, the others stay on the server")
-    return dict(images[0])
+    if len(files) > 1:
+        ctx.warn(f"the workflow made {len(files)} images; the first is kept, the others stay on the server")
+    return min(files, key=lambda file: file.get("type") != "output")
 
 
 def comfy_error(answer: Answer) -> ImagenError:
-    """What an error answer of ComfyUI means; its details are often in node_errors alone."""
+    """What an answer of ComfyUI complains of; node_errors, which a 200 may have too, say more than the rest."""
     said = answer.json()
-    if not isinstance(said, dict) or not isinstance(said.get("error"), dict):
-        return explain_status(answer)
+    said = said if isinstance(said, dict) else {}
     if said.get("node_errors"):
         return comfy_node_errors(said["node_errors"])
-    text = " ".join(str(said["error"].get(key) or "") for key in ("message", "details"))
-    return BadConfig(
-        f"{answer.status}: {text}", "install the custom node, or change the workflow" if "ode" in text else ""
-    )
+    if not isinstance(error := said.get("error"), dict):
+        return explain_status(answer)
+    text = f"{error.get('message', '')} {error.get('details', '')}"
+    hint = "install the custom node, or change the workflow" if "node" in text.lower() else ""
+    return BadConfig(f"{answer.status}: {text}", hint)
 
 
 def comfy_node_errors(errors: Mapping[str, Any]) -> ImagenError:
-    """One error that names each node and field at fault, our value and the nearest one that the server takes."""
+    """One error that names each node and field at fault; BadRequest where all there is are numbers out of range."""
     lines, kinds = [], set()
     for node, spec in errors.items():
-        for error in spec.get("errors", []):
-            extra, kind = error.get("extra_info") or {}, str(error.get("type"))
-            kinds.add(kind)
-            value = str(extra.get("received_value"))
-            line = f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: "
+        for error in spec["errors"]:
+            kind, text, extra = str(error.get("type")), error.get("message"), error.get("extra_info") or {}
             if kind == "value_not_in_list":
-                choices = comfy_choices({"n": {"input": {"required": {"f": extra.get("input_config")}}}}, "n", "f")
-                line += f'"{value}" is not installed' + (f", {nearest(value, choices)}" if choices else "")
-            else:  # details of exceptions are tracebacks with the server's paths
-                details = "" if "exception" in kind else f" ({error.get('details')})"
-                line += f"{error.get('message', kind)}{details}"
-            lines.append(line)
-    numbers = kinds and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
-    return (BadRequest if numbers else BadConfig)("; ".join(lines) or "the server refuses the graph")
+                value, info = (
+                    str(extra.get("received_value")),
+                    {"input": {"required": {"x": extra.get("input_config")}}},
+                )
+                known = comfy_choices({"n": info}, "n", "x")
+                text = f'"{value}" is not installed' + (f", {nearest(value, known)}" if known else "")
+            elif "exception" not in kind:  # there the details are a traceback with the server's paths
+                text = f"{text} ({error.get('details')})"
+            lines.append(f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}")
+            kinds.add(kind)
+    numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
+    return (BadRequest if numbers else BadConfig)("; ".join(lines))
 
 
 @contextmanager
-def comfy_watching(ctx: Context, base: str, client_id: str, prompt_id: str) -> Iterator[None]:
+def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
     """While inside, ctx.progress gets the sampler's steps from the server's websocket; losing it does no harm."""
-    listening, over = threading.Event(), threading.Event()
+    ear, greeted = Context(), threading.Event()
 
     def listen() -> None:
-        try:
-            for text in websocket_texts(ctx, f"{base}/ws?clientId={client_id}", listening, over):
+        with suppress(Exception):  # progress is a courtesy: /history is what counts
+            for text in websocket_texts(ear, url):
+                greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
                 if event.get("type") == "progress" and data.get("prompt_id") == prompt_id:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
-        except (OSError, ValueError, AttributeError, EOFError, ImagenError):
-            pass  # progress is a courtesy: /history is what counts
-        finally:
-            listening.set()
+        greeted.set()
 
-    threading.Thread(target=listen, daemon=True).start()
-    listening.wait(2)  # what happens before the socket stands is not told
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    greeted.wait(2)  # what happens before the server has said hello is not told
     try:
         yield
     finally:
-        over.set()
+        ear.stop("over")
+        listener.join(0.5)
 
 
-def websocket_texts(ctx: Context, url: str, listening: threading.Event, over: threading.Event) -> Iterator[bytes]:
-    """The text messages of a websocket, read only (RFC 6455); ends when `over` is set or the server closes."""
+def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
+    """The JSON messages of a websocket, read only (RFC 6455), until the server closes it or `ear` is stopped."""
+    import http.client
+    from contextlib import closing
+
     scheme, host, port = origin(url)
-    with connect_watched(ctx, host, port) as plain, ctx.watching(plain):
-        sock: socket.socket = plain
-        if scheme == "https":
-            import ssl
-
-            sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-        key = binascii.b2a_base64(os.urandom(16)).decode().strip()
-        lines = [f"GET /{url.split('/', 3)[3]} HTTP/1.1", f"Host: {host}:{port}", "Upgrade: websocket"]
-        lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}", "\r\n"]
-        sock.sendall("\r\n".join(lines).encode())
-        sock.settimeout(0.2)  # only so that `over` is seen
-        buffered = bytearray()
-
-        def take(count: int) -> bytes:
-            while len(buffered) < count:
-                if over.is_set():
-                    raise EOFError
-                with suppress(TimeoutError):
-                    block = sock.recv(1 << 16)
-                    if not block:
-                        raise EOFError
-                    buffered.extend(block)
-            taken = bytes(buffered[:count])
-            del buffered[:count]
-            return taken
-
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += take(1)
-        listening.set()
-        message = b""
-        while b" 101 " in head.partition(b"\r\n")[0]:
-            first, second = take(2)
-            length = second & 0x7F
-            body = take(int.from_bytes(take(2 if length == 126 else 8)) if length > 125 else length)
-            if first & 15 in (0, 1):  # text, or the rest of one; previews and pings pass by
+    connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers["Sec-WebSocket-Key"] = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    with closing(connection(host, port, timeout=2)) as server:
+        server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
+        with ear.watching(server.sock), server.getresponse() as answer:
+            server.sock.settimeout(None)
+            read, message = answer.fp.read, b""
+            while answer.status == 101 and len(head := read(2)) == 2:
+                size = head[1] & 127
+                body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
+                if head[0] & 8:
+                    continue  # a ping may stand between the parts of a message
                 message += body
-                if first & 0x80:
-                    yield message
+                if head[0] & 128:
+                    if message[:1] == b"{":  # previews are binary, and begin with a zero
+                        yield message
                     message = b""
 
 
@@ -1902,7 +1955,16 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-REPLICATE_ASPECTS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+REPLICATE_ASPECTS = {  # and what a megapixel of them comes out as; each the other way round too
+    "1:1": (1024, 1024),
+    "5:4": (1088, 896),
+    "4:3": (1152, 896),
+    "3:2": (1216, 832),
+    "16:9": (1344, 768),
+    "21:9": (1536, 640),
+}
+REPLICATE_ASPECTS |= {":".join(name.split(":")[::-1]): (h, w) for name, (w, h) in REPLICATE_ASPECTS.items()}
+REPLICATE_RUNNING = ("starting", "processing")
 MODERATED = re.compile(r"nsfw|sensitive|safety|moderat|content policy|E005", re.IGNORECASE)
 
 
@@ -1963,7 +2025,7 @@ class Replicate(Backend):
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
         http = self._http(ctx)
-        prediction_id = remote.get("id") or self._listed(http, request, str(remote.get("since", "")))
+        prediction_id = remote.get("id") or self._listed(http, request, remote)
         if not prediction_id:
             ctx.settle("no")
             raise Ended("it never arrived there", "ask for the image again")
@@ -1977,12 +2039,17 @@ class Replicate(Backend):
         return self._settled(ctx, http, prediction, request)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Cancel the prediction; Unknown where there is no id yet, or it had succeeded before."""
+        """Cancel the prediction and see it end; Unknown where there is no id yet, or it had succeeded before."""
         if "id" not in remote:
             raise Unknown("the prediction has no id yet, so it cannot be cancelled")
-        said = self._http(ctx).post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
-        if said.get("status") == "succeeded":
+        http = self._http(ctx)
+        state = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
+        while state.get("status") in REPLICATE_RUNNING:
+            ctx.sleep(0.2)
+            state = http.get_json(f"/predictions/{remote['id']}")
+        if state.get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before it could be cancelled")
+        ctx.settle(replicate_charged(state))
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
@@ -1996,7 +2063,7 @@ class Replicate(Backend):
 
     def _settled(self, ctx: Context, http: Http, state: Any, request: Request) -> Result:
         pause = 0.5
-        while state.get("status") in ("starting", "processing"):
+        while state.get("status") in REPLICATE_RUNNING:
             ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
             ctx.sleep(pause)
             pause = min(2.0, pause * 1.1)
@@ -2013,21 +2080,27 @@ class Replicate(Backend):
             {key: state.get(key) for key in ("id", "version", "metrics", "created_at", "completed_at")},
         )
 
-    def _listed(self, http: Http, request: Request, since: str) -> str:
-        """The id of the prediction that a lost create made: same model, equal input, not before the attempt; or ""."""
-        wanted, url, earliest = self.plan(self.options, request), "/predictions", 0.0
+    def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
+        """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
+        wanted, url, earliest, found = self.plan(self.options, request), "/predictions", 0.0, ""
+        since, taken, doubtful = str(remote.get("since", "")), remote.get("taken", ()), False
         while url:
             answer = http.get(url)
             page = answer.json() or {}
-            earliest = earliest or epoch(since) + clock_skew(answer) - 2
+            theirs = epoch(answer.headers.get("Date", "")) or time.time()  # their clock may be minutes off ours
+            earliest = earliest or epoch(since) + (theirs - time.time()) - 2
             for prediction in page.get("results") or []:
                 if since and epoch(prediction.get("created_at") or "") < earliest:
-                    return ""
+                    page = {}
+                    break
                 ours = prediction.get("model") == self.model and self.version in ("", prediction.get("version"))
-                if ours and prediction.get("input") == wanted:
-                    return str(prediction["id"])
+                if ours and prediction.get("input") == wanted and prediction["id"] not in taken:
+                    found = str(prediction["id"])
+                doubtful = doubtful or bool(ours and prediction.get("data_removed"))
             url = page.get("next") or ""
-        return ""
+        if doubtful and not found:
+            raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
+        return found
 
 
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -2048,7 +2121,10 @@ def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tup
         wanted |= replicate_size(known, request.width, request.height)
     if ending := options.output_format or ("png" if known else ""):
         wanted["output_format"] = "jpg" if ending == "jpeg" else ending
-    return {**wanted, **options.extra}, tuple(ignored)
+    wanted |= options.extra
+    if wanted.get("num_outputs", 1) != 1:
+        raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
+    return wanted, tuple(ignored)
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
@@ -2060,8 +2136,12 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         if [width, height] != near:
             raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {near[0]}x{near[1]}")
         return {"aspect_ratio": "custom", "width": width, "height": height}
-    parts = {aspect: tuple(map(int, aspect.split(":"))) for aspect in REPLICATE_ASPECTS}
-    aspect = min(parts, key=lambda name: unlike(parts[name], (width, height)))
+
+    def distance(name: str) -> float:
+        ideal = tuple(map(int, name.split(":")))
+        return min(unlike(shape, (width, height)) for shape in (ideal, REPLICATE_ASPECTS[name]))
+
+    aspect = min(REPLICATE_ASPECTS, key=distance)
     return {"aspect_ratio": aspect, **({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})}
 
 
@@ -2092,17 +2172,18 @@ def replicate_charged(state: Mapping[str, Any]) -> Charged:
 def replicate_image(state: Mapping[str, Any]) -> str:
     """Where the first image of an ended prediction is; Ended or Refused where there is none."""
     status, said, output = state.get("status"), str(state.get("error") or ""), state.get("output")
+    if status not in ("succeeded", "failed", "canceled", "aborted"):
+        raise Unknown(f'prediction {state.get("id")} is "{status}", whatever that means')
     if status != "succeeded" and MODERATED.search(said):
         raise Refused(said, "reword the prompt")
     if status != "succeeded":
         raise Ended(f"prediction {state.get('id')} ended as {status}{': ' + said if said else ''}")
     if state.get("data_removed"):
         raise Ended("the result is gone: Replicate keeps it for one hour", "ask for the image again; that costs again")
-    found = list(output.values()) if isinstance(output, dict) else output if isinstance(output, list) else [output]
-    urls = [item for item in found if isinstance(item, str) and item.startswith(("http:", "https:", "data:"))]
-    if not urls:
+    found = re.search(r'"((?:https?|data):[^"]+)"', json.dumps(output))  # a string, a list of them, or an object
+    if not found:
         raise Ended("the prediction succeeded without an image: its safety filter drops images one by one")
-    return urls[0]
+    return str(json.loads(f'"{found[1]}"'))
 
 
 def replicate_error(answer: Answer) -> ImagenError:
@@ -2117,24 +2198,6 @@ def replicate_error(answer: Answer) -> ImagenError:
     return error
 
 
-def epoch(iso: str) -> float:
-    """Seconds since 1970 of an ISO 8601 time; 0 where it is none."""
-    from datetime import datetime
-
-    with suppress(ValueError):
-        return datetime.fromisoformat(iso).timestamp()
-    return 0.0
-
-
-def clock_skew(answer: Answer) -> float:
-    """Seconds that the remote's clock is ahead of ours, by its Date header."""
-    from email.utils import parsedate_to_datetime
-
-    with suppress(TypeError, ValueError):
-        return parsedate_to_datetime(answer.headers.get("Date", "")).timestamp() - time.time()
-    return 0.0
-
-
 # === 11. OpenAI: the Images API and whoever speaks its dialect ========================================================
 
 # USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
@@ -2143,9 +2206,8 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
-OPENAI_SQUARE = {"low": 272, "medium": 1056, "high": 4160}  # output tokens of 1024x1024 on gpt-image-1.5
-OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5; later ones take nearly any
-OPENAI_PIXELS = (655_360, 8_294_400)  # of gpt-image-2, as measured by others
+OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5
+OPENAI_PIXELS = (655_360, 8_294_400)  # of gpt-image-2 and later, as measured by others
 
 
 @register("openai")
@@ -2186,12 +2248,8 @@ class OpenAI(Backend):
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
-        """The config's price; else what the tokens of a square image come to, where their number is known."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
-        square = request.width == request.height and request.width in (0, 1024)
-        tokens = OPENAI_SQUARE.get(options.quality) if square and options.model.startswith("gpt-image-1.5") else None
-        return Price(round(tokens * 32.0 / 1e6, 4), PRICED) if tokens else Price()
+        """The config's price; the tokens that decide are counted in the answer alone."""
+        return Price() if options.cost_usd is None else Price(options.cost_usd, "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the answer."""
@@ -2206,16 +2264,21 @@ class OpenAI(Backend):
             ctx.settle("yes")
         if not image and not url:
             raise Unknown(f"sent, and answered {answer.status} without an image: {answer.words()[:200]}")
-        image = image or self._linked(http, url)
         cost = openai_cost(self.options.model, usage)
-        fields = ("created", "size", "quality", "background", "output_format", "usage", "id")
-        kept = {key: said[key] for key in fields if key in said}
-        kept |= {key: item[key] for item in data for key in ("revised_prompt",) if item.get(key)}
-        if request_id := answer.headers.get("x-request-id"):
-            kept["x_request_id"] = request_id
-        steps = None if "steps" in ignored else request.steps or None
-        cost = self.options.cost_usd if cost is None else cost
-        return Result(image, "", self.options.model, None, steps, cost, ignored, kept)
+        kept: dict[str, Any] = {
+            key: said.get(key) for key in ("created", "size", "quality", "background", "usage", "id")
+        }
+        kept["x_request_id"] = answer.headers.get("x-request-id")
+        kept["revised_prompt"] = next((item["revised_prompt"] for item in data if item.get("revised_prompt")), None)
+        return Result(
+            image=image or self._linked(http, url),
+            mime_type=f"image/{said.get('output_format') or 'png'}",
+            model=self.options.model,
+            steps=None if "steps" in ignored else request.steps or None,
+            cost_usd=self.options.cost_usd if cost is None else cost,
+            ignored=ignored,
+            metadata={key: value for key, value in kept.items() if value is not None},
+        )
 
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
@@ -2230,10 +2293,8 @@ class OpenAI(Backend):
 
     def _linked(self, http: Http, url: str) -> BinaryIO:
         """The image behind a `url` answer, which may be relative to the server's root."""
-        from urllib.parse import urljoin
-
         try:
-            return http.download(urljoin(self.base + "/", url))
+            return http.download(joined(self.base + "/", url))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
 
@@ -2254,10 +2315,6 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     for field in ("quality", "background", "output_format", "moderation"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
-    if body.get("output_format") not in (None, "png", "jpeg", "webp"):
-        raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
-    if (body.get("background"), body.get("output_format")) == ("transparent", "jpeg"):
-        raise BadRequest("background transparent: jpeg has none", "output_format png or webp")
     asked = {"seed": request.seed, "steps": request.steps or None, "negative_prompt": request.negative_prompt or None}
     if not own:
         body |= {"seed": asked["seed"], "negative_prompt": asked["negative_prompt"], "response_format": "b64_json"}
@@ -2267,6 +2324,12 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     placed = {words[str(value)] for value in options.extra.values() if str(value) in words}
     body |= {key: asked[words[str(value)]] if str(value) in words else value for key, value in options.extra.items()}
     body = {key: value for key, value in body.items() if value is not None}
+    if body.get("n") != 1:
+        raise BadRequest("n: one request makes one image here", "-n N makes several")
+    if body.get("output_format") not in (None, "png", "jpeg", "webp"):
+        raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
+    if (body.get("background"), body.get("output_format")) == ("transparent", "jpeg"):
+        raise BadRequest("background transparent: jpeg has none", "output_format png or webp")
     return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed})
 
 
@@ -2275,23 +2338,30 @@ def openai_check_size(model: str, width: int, height: int) -> None:
     if model.startswith("gpt-image-1"):
         near = sorted(OPENAI_SIZES, key=lambda size: unlike(size, (width, height)))
     elif model.startswith("gpt-image-2"):
-        low, high = OPENAI_PIXELS
-        ratio = min(3.0, max(1 / 3, width / height))
-        pixels = min(high, max(low, width * height))
-        w = min(3840, round((pixels * ratio) ** 0.5 / 16) * 16)
-        h = min(3840, round(w / ratio / 16) * 16)
-        while w * h < low or w > 3 * h or h > 3 * w:
-            w, h = (w + 16, h) if h > 3 * w or (w <= h and w * h < low) else (w, h + 16)
-        while w * h > high:
-            w, h = (w - 16, h) if w >= h else (w, h - 16)
-        fits = width % 16 == height % 16 == 0 and width <= 3 * height and height <= 3 * width
-        fits = fits and low <= width * height <= high and max(width, height) <= 3840
-        near = [(width, height) if fits else (w, h)]
+        near = [openai_nearest(width, height)]
     else:
         return
     if (width, height) not in near:
         sizes = ", ".join(f"{w}x{h}" for w, h in near)
         raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {sizes}")
+
+
+def openai_nearest(width: int, height: int) -> tuple[int, int]:
+    """The size nearest to this one that gpt-image-2 makes: multiples of 16, at most 3:1, within OPENAI_PIXELS.
+
+    >>> openai_nearest(1536, 1024), openai_nearest(4000, 1000), openai_nearest(64, 64)
+    ((1536, 1024), (3008, 1008), (816, 816))
+    """
+    low, high = OPENAI_PIXELS
+    short, long = sorted((width, height))
+    long = min(long, 3 * short)
+    scale = max(min(1.0, 3840 / long, (high / (long * short)) ** 0.5), (low / (long * short)) ** 0.5)
+    short, long = (max(16, round(edge * scale / 16) * 16) for edge in (short, long))
+    while long * short < low or long > 3 * short:
+        short += 16
+    while long * short > high or long > 3840:
+        long -= 16
+    return (long, short) if width >= height else (short, long)
 
 
 def openai_data(said: Any) -> list[Mapping[str, Any]]:
@@ -2315,32 +2385,6 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
         return said, None
     with memoryview(answer.body) as view, view[start:end] as text:
         return said, decode_base64(text, ctx.spool())
-
-
-def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
-    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
-    pending = b""
-    for position in range(0, len(text), 1 << 20):
-        piece = pending + bytes(text[position : position + (1 << 20)])
-        tail = piece[len(piece.rstrip(b"\\")) :]  # an escape cut in two waits for the next piece
-        piece = piece[: len(piece) - len(tail)]
-        if b"\\" in piece:
-            piece = re.sub(rb"\\[nrt]", b"", piece).replace(b"\\/", b"/")
-        whole = len(piece) // 4 * 4
-        pending = piece[whole:] + tail
-        if position + (1 << 20) >= len(text):
-            whole, pending = len(piece), b""
-        try:
-            spool.write(binascii.a2b_base64(piece[:whole]))
-        except binascii.Error as problem:
-            raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
-    spool.seek(0)
-    return spool
-
-
-def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
-    """The image in a `data:` URI, in `spool`, at its start."""
-    return decode_base64(memoryview(uri.partition(",")[2].encode()), spool)
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
@@ -2417,6 +2461,8 @@ def check_template(template: str) -> None:
     parts = re.sub(r"\{\w+\}", "x", template).split("/")
     if re.search(r"[{}\0]", "".join(parts)):
         raise BadConfig(f"output.naming: a brace of {template!r} stands alone")
+    if "{ext}" in os.path.dirname(template):
+        raise BadConfig("output.naming: {ext} is known too late to name a folder")
     if any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
         raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder")
 
@@ -2512,6 +2558,8 @@ def publish(
         path = numbered(name, ending, number)
         beside = f"{path}.json"
         if not _same(hidden, path):
+            if os.path.lexists(path) and _same(note, beside):
+                os.unlink(beside)  # we were killed with the name in hand, and somebody took it since
             if os.path.lexists(path) or (sidecar and os.path.lexists(beside) and not _same(note, beside)):
                 continue
             if sidecar and not _same(note, beside):
@@ -2644,10 +2692,15 @@ def _show(paths: Sequence[str], command: str, environ: Mapping[str, str]) -> str
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     if not environ.get("TMUX"):
         null = subprocess.DEVNULL
-        subprocess.Popen(["sh", "-c", f"({script}) &"], stdin=null, stdout=null, start_new_session=True).wait()
+        subprocess.Popen(
+            ["sh", "-c", f"({script}) &"], stdin=null, stdout=null, stderr=null, start_new_session=True
+        ).wait()
         return ""
     window = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
-    done = subprocess.run(window, capture_output=True, text=True, timeout=5)
+    try:
+        done = subprocess.run(window, capture_output=True, text=True, timeout=5)
+    except subprocess.TimeoutExpired:
+        return "tmux does not answer"
     return done.stderr.strip() if done.returncode else ""
 
 
@@ -2744,7 +2797,7 @@ class Entry:
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         kept = {key: value for key, value in self.record.items() if key not in ("sending", "name", "claim", "styled")}
-        fd = os.open(ledger_path(), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        fd = _locked(ledger_path(), os.O_CREAT, wait=True)
         try:
             size = os.fstat(fd).st_size
             append_line(fd, kept, before="\n" if size and os.pread(fd, 1, size - 1) != b"\n" else "")
@@ -2760,12 +2813,28 @@ class Entry:
         self.fd = -1
 
 
-def _locked(path: str, flags: int) -> int:
+def lost_record(path: str) -> dict[str, Any]:
+    """What an entry says whose first line is torn: it was killed before anything could be sent."""
+    folder, last = os.path.split(path)
+    said = {"id": last.removesuffix(".jsonl"), "at": "", "backend": "", "request": {"prompt": ""}}
+    return {**said, "styled": said["request"], "name": os.path.join(folder, "lost")}
+
+
+def sweep_journal() -> None:
+    """Unlink entries that were killed before they had their name."""
+    folder = os.path.join(state_folder(), "open")
+    for name in os.listdir(folder):
+        if name.startswith(".") and (entry := Entry.take(os.path.join(folder, name))):
+            os.unlink(entry.path)
+            entry.release()
+
+
+def _locked(path: str, flags: int, wait: bool = False) -> int:
     import fcntl
 
     fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(fd)
         raise
@@ -2773,9 +2842,10 @@ def _locked(path: str, flags: int) -> int:
 
 
 def append_line(fd: int, line: Mapping[str, Any], before: str = "") -> None:
-    """One JSON line in one write, so that it stays whole beside other writers. OSError where the disk is full."""
-    data = f"{before}{to_json(line)}\n".encode()
+    """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
+    data, size = f"{before}{to_json(line)}\n".encode(), os.fstat(fd).st_size
     if os.write(fd, data) != len(data):
+        os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -2818,11 +2888,14 @@ def ledger_path() -> str:
     return os.path.join(state_folder(), "ledger.jsonl")
 
 
-def ledger() -> Iterator[dict[str, Any]]:
-    """Finished attempts and open entries that already have their image, newest first, each id once."""
+def ledger(everything: bool = False) -> Iterator[dict[str, Any]]:
+    """Finished attempts and open entries that already have their image (`everything`: others too), newest first."""
     seen = set()
-    delivering = [record for record in (merged(_read(path)) for path in reversed(open_paths())) if record.get("path")]
-    for record in (*delivering, *map(merged, reversed(_read(ledger_path()).splitlines()))):
+    unfinished = map(merged, map(_read, reversed(open_paths())))
+    for record in (
+        *(record for record in unfinished if everything or record.get("path")),
+        *map(merged, reversed(_read(ledger_path()).splitlines())),
+    ):
         if record.get("id") and record["id"] not in seen:
             seen.add(record["id"])
             yield record
@@ -2882,25 +2955,13 @@ def check_request(request: Request) -> None:
 class Run(Context):
     """One attempt: the context of its adapter, and the journal entry that outlives it."""
 
-    def __init__(
-        self,
-        timeout: float = 600.0,
-        on_progress: Callable[[str, float | None, float | None], None] = lambda note, done, total: None,
-        on_warning: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        super().__init__(timeout)
-        self._on_progress, self._on_warning = on_progress, on_warning
-        self.id, self.paid = new_uuid(), False
-        self.entry: Entry
-        self._spool: Spool | None = None
+    entry: Entry
+    paid = False
+    _spool: Spool | None = None
 
-    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
-        """Passed on to whoever shows it."""
-        self._on_progress(note, done, total)
-
-    def warn(self, text: str) -> None:
-        """Passed on to whoever shows it."""
-        self._on_warning(text)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.id = new_uuid()
 
     def begin(self, plan: Plan) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
@@ -2916,7 +2977,7 @@ class Run(Context):
 
     def adopt(self, entry: Entry) -> None:
         """Go on with an entry that somebody else began."""
-        record = entry.record
+        record = entry.record = {**lost_record(entry.path), **entry.record}
         self.entry, self.id, self.paid = entry, record["id"], bool(record.get("paid"))
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
@@ -2988,6 +3049,7 @@ class Run(Context):
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.id)
         self.clean()
+        self.entry.record["charged"] = self.charged
         try:
             self.entry.finish()
         except OSError as problem:
@@ -3016,15 +3078,20 @@ class Run(Context):
             said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[self.charged]
         if not ended:
             hint = f"{hint + '; ' if hint else ''}imagen recover {self.id}"
-        known = ended or self.charged == "no" or isinstance(error, Interrupted | Disk)
-        error = (type(error) if known else Unknown)(said, hint, charged=self.charged, after=error.after)
+        kind = type(error)
+        if self.charged != "no" and not ended and not isinstance(error, Interrupted | Disk):
+            kind = Unknown
+        error = kind(said, hint, charged=self.charged, after=error.after)
         self.jot(charged=self.charged, error={"code": error.code, "message": said})
         self.close() if ended else self.entry.release()
         return error
 
     def _cancelled(self, backend: Backend) -> bool:
         try:
-            backend.cancel(Context(timeout=3.0), self.remote_ids)
+            fresh = Context(timeout=3.0)
+            fresh.charged = self.charged
+            backend.cancel(fresh, self.remote_ids)
+            self.settle(fresh.charged)
             return True
         except ImagenError as problem:
             self.warn(f"{backend.name}: could not be cancelled: {problem}")
@@ -3069,7 +3136,7 @@ def finish(run: Run, result: Result) -> dict[str, Any]:
             sniffed = sniff(spool)
             if not sniffed or not sniffed.complete:
                 spool.seek(0)
-                what = "an image that breaks off" if sniffed else f"no image: {spool.read(16)!r}…"
+                what = "an image that breaks off" if sniffed else f"no image but {excerpt(spool.read(1 << 16), 60)}"
                 raise (Unknown if run.paid else Ended)(f"the backend sent {what}")
             if spool.path == spool.fallback:
                 raise Disk(f"{os.path.dirname(run.hidden)}: full; the image waits in {spool.path}", "make room")
@@ -3087,24 +3154,37 @@ def _spooled(run: Run, source: BinaryIO) -> Spool:
 
 def save(run: Run) -> dict[str, Any]:
     """From the complete hidden image to its name, its sidecar and the record; the same after a kill at any step."""
+    record = run.entry.record
+    ending, about = describe(run, run.hidden)
+    run.jot(image={"file": run.hidden, "sha256": about["sha256"], "bytes": about["bytes"]})
+    asked, got = [(shape["width"], shape["height"]) for shape in (about["requested"], about)]
+    if asked[0] and asked != got:
+        run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
+    text = to_json(about, indent=2) + "\n"
+    sidecar = (lambda path: text) if record.get("sidecar_wanted", True) else None
+    path = publish(run.hidden, record["name"], ending, sidecar, lambda path: run.jot(claim=path))
+    run.jot(path=path, sidecar=about)
+    if sidecar and not os.path.exists(f"{path}.json"):
+        run.warn(f"{path}.json: the sidecar could not be written")
+    run.clean()
+    return record
+
+
+def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
+    """The true ending of the image at `path`, and its sidecar: what was asked, what was got, what it cost."""
     import hashlib
 
-    record, digest, size = run.entry.record, hashlib.sha256(), 0
-    with open(run.hidden, "rb") as file:
+    record, digest = run.entry.record, hashlib.sha256()
+    with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
         file.seek(0)
         while block := file.read(1 << 20):
             digest.update(block)
-            size += len(block)
-    run.jot(image={"file": run.hidden, "sha256": digest.hexdigest(), "bytes": size})
     request, styled = Request(**record["request"]), Request(**record["styled"])
-    got, asked = (sniffed.width, sniffed.height), (request.width, request.height)
-    if request.width and got != asked:
-        run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
     said: Mapping[str, Any] = record.get("result") or {}
     ignored, seed = list(said.get("ignored") or ()), said.get("seed")
     wanted = {"width": request.width, "height": request.height, "steps": request.steps}
-    about = {
+    return sniffed.format, {
         "image_id": run.id,
         "prompt": request.prompt,
         "style": request.style,
@@ -3116,10 +3196,10 @@ def save(run: Run) -> dict[str, Any]:
         "steps": said.get("steps"),
         "timestamp": record["at"],
         "requested": wanted | ({"backend_opts": dict(request.backend_opts)} if request.backend_opts else {}),
-        "width": got[0],
-        "height": got[1],
+        "width": sniffed.width,
+        "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
-        "bytes": size,
+        "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
         "latency_ms": said.get("latency_ms"),
         "cost_usd_estimate": said.get("cost_usd"),
@@ -3129,14 +3209,6 @@ def save(run: Run) -> dict[str, Any]:
         "metadata": said.get("metadata") or {},
         "imagen_version": __version__,
     }
-    text = to_json(about, indent=2) + "\n"
-    sidecar = (lambda path: text) if record.get("sidecar_wanted", True) else None
-    path = publish(run.hidden, record["name"], sniffed.format, sidecar, lambda path: run.jot(claim=path))
-    run.jot(path=path, sidecar=about)
-    if sidecar and not os.path.exists(f"{path}.json"):
-        run.warn(f"{path}.json: the sidecar could not be written")
-    run.clean()
-    return record
 
 
 def deliver(run: Run) -> None:
@@ -3165,14 +3237,18 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
             restore(run, kept)
             return save(run)
     if claim and os.path.exists(claim) and os.path.getsize(claim) == size:
-        run.jot(path=claim, sidecar=read_json(f"{claim}.json"))
+        run.jot(path=claim, sidecar=describe(run, claim)[1])
         return record
     if run.charged == "no" and not run.remote_ids:
         run.close()
         return None
+    if not os.path.isdir(folder := os.path.dirname(run.hidden)):
+        entry.release()
+        raise Disk(f"{folder}: not there, and the image may wait in it", "mount or make it, then recover again")
     styled = Request(**record["styled"])
     backend = open_backend(styled.backend, config.backends, styled.backend_opts)
-    remote = {"since": record.get("sending", ""), **run.remote_ids}
+    taken = [str((other.get("remote") or {}).get("id")) for other in ledger(everything=True)]
+    remote = {"since": record.get("sending", ""), "taken": taken, **run.remote_ids}
     try:
         with run.attempting(backend):
             result = backend.resume(run, remote, styled)
@@ -3209,9 +3285,12 @@ def _copy(source: BinaryIO, spool: Spool) -> None:
 class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
-    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
-        self.quiet, self.as_json = quiet, as_json
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not quiet
+    def __init__(self, argv: Sequence[str]) -> None:
+        """`argv` is looked through for --json, -q and -v, which hold even where the rest of it is a mistake."""
+        short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
+        self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
+        self.verbose = "v" in short or "--verbose" in argv
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
         self._lock, self._drawn = threading.RLock(), False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
@@ -3226,34 +3305,62 @@ class Terminal:
         if not self.quiet:
             self.say(text, prefix="")
 
-    def result(self, document: Any, *lines: str) -> None:
-        """The result, flushed: `document` as JSON under --json, else `lines`. A reader that has gone is no error."""
+    def report(self, problem: BaseException) -> ImagenError:
+        """Tell what happened and what to do next, where no JSON will; with -v where a bug is. Returns the error."""
+        error = as_error(problem) if isinstance(problem, Exception) else Interrupted("interrupted")
+        if self.verbose and error.code == "bug":
+            import traceback
+
+            self.say("".join(traceback.format_exception(problem)), prefix="")
+        if not self.as_json:
+            self.say(str(error))
+            if error.hint:
+                self.say(error.hint, prefix="        → ")
+        return error
+
+    def write(self, *lines: str) -> None:
+        """Lines on stdout, flushed. A reader that has gone is no error."""
         with self._lock:
             self.draw("")
-            text = to_json(document) if self.as_json else "\n".join(lines)
             try:
-                sys.stdout.write(f"{text}\n" if text else "")
+                sys.stdout.writelines(f"{line}\n" for line in lines)
                 sys.stdout.flush()
             except (BrokenPipeError, ValueError):
                 with suppress(OSError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
 
+    def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
+        """All that a command has to say: one JSON document under --json, else `lines`. Returns the exit code."""
+        said: dict[str, Any] = {"ok": not error}
+        if error:
+            fields = {name: getattr(error, name) for name in ("code", "hint", "charged")}
+            fields["retryable"] = error.retryable and error.charged == "no"
+            said |= {"error": {"message": str(error), **fields}, "images": []}
+        self.write(*((to_json({**said, **document}),) if self.as_json else lines))
+        return error.exit_code if error else 0
+
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
         if self.live and (text or self._drawn):
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            text = text[: width - 1]
-            dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
             with self._lock, suppress(OSError):
+                text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
+                dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
                 sys.stderr.write(f"\r\x1b[K{dimmed}")
                 sys.stderr.flush()
                 self._drawn = bool(text)
 
 
+def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
+    """Rows as lines, cell under cell, with nothing in them that steers a terminal."""
+    cells = [[printable(redact(str(cell))).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
 class Progress(NamedTuple):
     """Where one attempt stands."""
 
-    note: str = "waiting"
+    note: str = ""
     done: float | None = None
     total: float | None = None
 
@@ -3264,32 +3371,37 @@ def progress_line(now: Progress, elapsed: float, usual: float | None, count: str
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
     """
-    told = now.done is not None and now.total
-    share = (
-        now.done / now.total if now.done is not None and now.total else min(0.99, elapsed / usual) if usual else None
-    )
-    parts = [
-        now.note,
-        "" if share is None else "━" * round(36 * min(1.0, share)) + "─" * (36 - round(36 * min(1.0, share))),
-    ]
-    whole = float(now.total or 0).is_integer() and float(now.done or 0).is_integer()
-    parts.append((f"{now.done:.0f}/{now.total:.0f}" if whole else f"{share:.0%}") if told else "")
-    parts.append(f"{elapsed:.1f} s" + (f" of about {usual:.0f}" if usual and not told else ""))
-    return "  ".join(filter(None, (*parts, count)))
+    bar, told, took = "", "", f"{elapsed:.1f} s"
+    if now.done is not None and now.total:
+        share = min(1.0, now.done / now.total)
+        told = f"{now.done:.0f}/{now.total:.0f}" if now.done % 1 == now.total % 1 == 0 else f"{share:.0%}"
+    elif usual:
+        share, took = min(0.99, elapsed / usual), f"{took} of about {usual:.0f}"
+    if told or usual:
+        bar = f"{'━' * round(36 * share):─<36}"
+    return "  ".join(filter(None, (now.note or "waiting", bar, told, took, count)))
+
+
+def made_before() -> Iterator[dict[str, Any]]:
+    """The images of the ledger, newest first: sidecars with their `path`."""
+    for record in ledger():
+        if record.get("path") and record.get("sidecar"):
+            yield {**record["sidecar"], "path": record["path"]}
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last images of the same backend, model and size; None where there were none."""
+    """The median time of the last nine images of the same backend, model and size; None where there were none."""
+    from itertools import islice
+
     model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
-    times: list[float] = []
-    for record in ledger():
-        about = record.get("sidecar") or {}
-        alike = about.get("backend") == plan.request.backend and model in (None, about.get("model"))
-        if alike and about.get("latency_ms") and size in ((0, 0), (about["width"], about["height"])):
-            times.append(about["latency_ms"] / 1000)
-        if len(times) == 9:
-            break
-    return sorted(times)[len(times) // 2] if times else None
+    alike = (
+        about["latency_ms"] / 1000
+        for about in made_before()
+        if about["backend"] == plan.request.backend and model in (None, about["model"])
+        if about["latency_ms"] and size in ((0, 0), (about["width"], about["height"]))
+    )
+    times = sorted(islice(alike, 9))
+    return times[len(times) // 2] if times else None
 
 
 def money(usd: float | None) -> str:
@@ -3300,318 +3412,306 @@ def money(usd: float | None) -> str:
     return "$?" if usd is None else f"${usd:.6f}".rstrip("0").rstrip(".")
 
 
-def error_document(error: ImagenError) -> dict[str, Any]:
-    """What --json prints of a failure."""
-    fields = {name: getattr(error, name) for name in ("code", "hint", "retryable", "charged")}
-    return {"ok": False, "error": {"message": str(error), **fields}, "images": []}
-
-
-def report(error: ImagenError, terminal: Terminal) -> None:
-    """Tell a person what happened and what to do next."""
-    terminal.say(str(error))
-    if error.hint:
-        terminal.say(error.hint, prefix="        → ")
-
-
 # === 21. Commands: argparse and main() ================================================================================
 
-
-def add_generate(parser: argparse.ArgumentParser) -> None:
-    """Flags of `generate`."""
-    add = parser.add_argument
-    add("prompt", nargs="?", help="what to see; - reads it from stdin")
-    add("-b", "--backend", metavar="NAME", help="one of `imagen backends`")
-    add("-s", "--style", metavar="NAME", help="one of `imagen styles`")
-    add("--size", metavar="WxH", help="pixels, such as 1024x1024")
-    add("--width", type=int, metavar="PX")
-    add("--height", type=int, metavar="PX")
-    add("--steps", type=int, metavar="N")
-    add("--seed", type=int, metavar="N", help="the same seed makes the same image, where the backend can")
-    add("--negative", metavar="TEXT", help="what not to see")
-    add("-n", type=int, default=1, metavar="N", help="that many images, with seeds N, N+1, …")
-    add("--opt", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; VALUE may be JSON")
-    add("--like", metavar="FILE|last", help="take everything from an image made before; other flags override")
-    add("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …")
-    add("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2")
-    add("--no-preview", dest="preview", action="store_const", const="off")
-    add("--cloud", choices=("auto", "on", "off"), help="sync to Supabase")
-    add("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
-    add("--dry-run", action="store_true", help="say what would be done, and what it would cost")
+Cmd = Callable[["argparse.Namespace", Terminal], int]
+Flag = tuple[tuple[str, ...], dict[str, Any]]
+COMMANDS: dict[str, tuple[Cmd, Sequence[Flag]]] = {}
 
 
+def command(*flags: Flag) -> Callable[[Cmd], Cmd]:
+    """Decorator: `cmd_x` is the command x, with these flags; its docstring is its line in the help."""
+
+    def add(cmd: Cmd) -> Cmd:
+        COMMANDS[cmd.__name__.removeprefix("cmd_")] = cmd, flags
+        return cmd
+
+    return add
+
+
+def flag(*names: str, **how: Any) -> Flag:
+    """What argparse's add_argument takes, kept until somebody needs the parser."""
+    return names, how
+
+
+TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
+
+
+@command(
+    flag("prompt", nargs="?", help="what to see; - reads it from stdin"),
+    flag("-b", "--backend", metavar="NAME", help="one of `imagen backends`"),
+    flag("-s", "--style", metavar="NAME", help="one of `imagen styles`"),
+    flag("--size", metavar="WxH", help="pixels, such as 1024x1024"),
+    *(flag(name, type=int, metavar="N") for name in ("--width", "--height", "--steps")),
+    flag("--seed", type=int, metavar="N", help="the same seed makes the same image, where the backend can"),
+    flag("--negative", dest="negative_prompt", metavar="TEXT", help="what not to see"),
+    flag("-n", type=int, default=1, metavar="N", help="that many images, with seeds N, N+1, …"),
+    flag("--opt", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; VALUE may be JSON"),
+    flag("--like", metavar="FILE|last", help="take everything from an image made before; other flags override"),
+    flag("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"),
+    flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
+    flag("--no-preview", dest="preview", action="store_const", const="off"),
+    flag("--cloud", choices=("auto", "on", "off"), help="sync to Supabase"),
+    flag("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private"),
+    TIMEOUT,
+    flag("--dry-run", action="store_true", help="say what would be done, and what it would cost"),
+)
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
-    config = load_config(args.config)
-    first = prepare(request_from(args), config, args.output)
+    config, request = load_config(args.config), request_from(args)
     if not 1 <= args.n <= 1000 or not args.timeout > 0:
         raise BadRequest("-n is 1 to 1000, --timeout more than 0 seconds")
+    offered = not args.backend and (request.backend or config.default_backend) != "mock"
+    with offering_mock(offered):
+        first = prepare(request, config, args.output)
     seeds = range(first.request.seed or 0, (first.request.seed or 0) + args.n)
     plans = [first, *(prepare(first.request._replace(seed=seed), config, args.output) for seed in seeds[1:])]
     if args.dry_run:
         return show_plans(plans, terminal)
-    if not args.backend and config.default_backend == "mock" and not config_path(args.config) and not args.quiet:
-        terminal.say(
-            "no backend is configured, so `mock` draws a placeholder; "
+    plans.reverse()  # the first to be made stands last
+    if not args.backend and config.default_backend == "mock" and not config_path(args.config):
+        terminal.note(
+            "imagen: no backend is configured, so `mock` draws a placeholder; "
             "next: imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
         )
-    if (waiting := unfinished_count()) and not args.quiet:
-        terminal.say(f"{waiting} unfinished from before: imagen recover")
-    asked = {"seed": args.seed, "steps": args.steps, "negative_prompt": args.negative}
-    crew = Crew(plans, config, terminal, args.timeout, {field for field in asked if asked[field] is not None})
-    crew.work()
-    if args.json:
-        terminal.result(crew.document())
-    for error in crew.errors if not args.json else ():
-        if not args.backend and first.request.backend != "mock" and isinstance(error, BadConfig | Unreachable):
-            error.hint += f"{'; ' if error.hint else ''}or try -b mock"
-        report(error, terminal)
-    output = config.output._replace(preview=args.preview or config.output.preview)
-    show_preview([record["path"] for record in crew.made], output, terminal.say)
-    return crew.exit_code()
+    if sent := [row for row in unfinished() if row["state"] == "sent"]:
+        terminal.note(f"imagen: {len(sent)} unfinished from before: imagen recover")
+    if not terminal.live:
+        terminal.note(f"{first.request.backend}, {args.n} to make")
+
+    def attempt(plan: Plan, run: Run) -> dict[str, Any]:
+        try:
+            with offering_mock(offered):
+                record = finish(run, make(plan, config, run))
+        except (BadConfig, BadRequest, Disk, Quota):
+            plans.clear()  # the others would fail alike
+            raise
+        if ignored := sparse(request).keys() & record["sidecar"]["ignored"]:
+            run.warn(f"{plan.request.backend} cannot take {', '.join(sorted(ignored))}: ignored")
+        return record
+
+    usual = usual_seconds(first) if terminal.live else None
+    code, paths = crew(plans, attempt, terminal, args.timeout, first.parallel, usual)
+    show_preview(paths, config.output._replace(preview=args.preview or config.output.preview), terminal.say)
+    return code
+
+
+@contextmanager
+def offering_mock(offered: bool) -> Iterator[None]:
+    """Who named no backend, and whose default one fails, is told of another."""
+    try:
+        yield
+    except (BadConfig, Unreachable) as error:
+        error.hint = "; ".join(filter(None, (error.hint, "or try -b mock" * offered)))
+        raise
 
 
 def request_from(args: argparse.Namespace) -> Request:
     """The request that the flags of `generate` ask for."""
     base = like(args.like) if args.like else Request("")
-    if args.backend and args.backend != base.backend:
-        base = base._replace(backend_opts=EMPTY)
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    width, height = args.width, args.height
+    if args.prompt == "-":
+        try:
+            args.prompt = sys.stdin.read().strip()
+        except ValueError:
+            raise BadRequest("the prompt on stdin is no text in UTF-8") from None
     if args.size:
-        sized = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", args.size)
+        sized = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
         if not sized:
-            raise BadRequest(f'--size "{args.size}": not WxH', "such as --size 1024x768")
-        width, height = int(sized[1]), int(sized[2])
-    options = dict(base.backend_opts)
+            raise BadRequest(f'--size "{args.size}": not WxH', "16 to 8192 pixels each, such as --size 1024x768")
+        args.width, args.height = map(int, sized.groups())
+    options = dict(base.backend_opts) if args.backend in (None, base.backend) else {}
     for pair in args.opt:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
-        options[key] = value
-        with suppress(ValueError):
+        try:
             options[key] = json.loads(value)
-    given = Request(prompt, args.negative, width, height, args.steps, args.seed, args.style, args.backend, options)
-    return base._replace(**{key: value for key, value in given._asdict().items() if value is not None})
+        except ValueError:
+            options[key] = value
+    given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
+    return base._replace(**given, backend_opts=options)
 
 
 def like(what: str) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
-    path = os.path.expanduser(what)
+    path = os.path.abspath(os.path.expanduser(what))
     about = read_json(path) or read_json(f"{path}.json")
-    if what == "last":
-        about = next((record["sidecar"] for record in ledger() if record.get("path") and record.get("sidecar")), {})
+    about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
     if "prompt" not in about:
-        raise BadRequest(f"--like {what}: neither a sidecar nor an image with one beside it")
-    asked, style = about.get("requested") or {}, STYLES.get(about.get("style") or "", Style())
-    negative = str(about.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
-    return Request(
-        *(str(about["prompt"]), negative, asked.get("width") or 0, asked.get("height") or 0, asked.get("steps") or 0),
-        *(about.get("seed"), about.get("style") or "", about.get("backend") or "", asked.get("backend_opts") or EMPTY),
-    )
-
-
-def unfinished_count() -> int:
-    """How many entries a person should know of: sent, no image yet, and nobody works on them."""
-    count = 0
-    for path in open_paths():
-        if entry := Entry.take(path):
-            record = entry.record
-            count += not record.get("path") and bool(record.get("sending") or record.get("remote"))
-            entry.release()
-    return count
+        hint = "imagen list names them; imagen generate PROMPT makes one"
+        raise BadRequest(f"--like {what}: neither a sidecar nor an image with one beside it", hint)
+    known = {**about, **(about.get("requested") or {})}  # what was asked for, not what came of it
+    style = STYLES.get(known.get("style") or "", Style())
+    known["negative_prompt"] = str(known.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
+    fields = {key: known[key] for key in Request._fields if known.get(key) is not None}
+    return from_mapping(Request, fields, f"--like {what}", BadRequest)
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     """What `generate --dry-run` says."""
-    shown = [
-        {
-            "backend": plan.request.backend,
-            "prompt": plan.styled.prompt,
-            "negative": plan.styled.negative_prompt,
-            "parameters": dict(plan.parameters),
-            "file": plan.name,
-            "price_usd": plan.price.usd,
-            "price_source": plan.price.source or "unknown",
-        }
-        for plan in plans
-    ]
-    lines = (
-        f"{key:<13}{value if isinstance(value, str) else to_json(value)}" for one in shown for key, value in one.items()
-    )
-    terminal.result({"ok": True, "dry_run": True, "plans": shown}, *lines)
-    return 0
+    shown = []
+    for _, styled, name, price, parameters, *_ in plans:
+        asked = {"backend": styled.backend, "prompt": styled.prompt, "negative": styled.negative_prompt}
+        cost = {"price_usd": price.usd, "price_source": price.source or "unknown"}
+        shown.append({**asked, "parameters": dict(parameters), "file": name, **cost})
+    rows = [(key, value if isinstance(value, str) else to_json(value)) for plan in shown for key, value in plan.items()]
+    return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
 
-class Crew:
-    """Several attempts at once in daemon threads, and what became of them; the main thread draws and takes signals."""
+def unfinished() -> list[dict[str, Any]]:
+    """What is known of the entries that nobody works on, oldest first."""
+    rows = []
+    for entry in filter(None, map(Entry.take, open_paths())):
+        entry.release()
+        entry.record.setdefault("id", os.path.basename(entry.path).removesuffix(".jsonl"))
+        row = {key: entry.record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
+        sent = row["remote"] or entry.record.get("sending")
+        row["state"] = "to deliver" if row["path"] else "sent" if sent else "begun"
+        rows.append({**row, "prompt": entry.record.get("request", {}).get("prompt", "")})
+    return rows
 
-    def __init__(self, plans: list[Plan], config: Config, terminal: Terminal, timeout: float, asked: set[str]) -> None:
-        self.plans, self.config, self.terminal, self.timeout, self.asked = plans, config, terminal, timeout, asked
-        self.made: list[dict[str, Any]] = []
-        self.errors: list[ImagenError] = []
-        self.warnings: list[str] = []
-        self._waiting = plans[::-1]
-        self._runs: dict[Run, Progress] = {}
-        self._stopped_at = 0.0
 
-    def work(self) -> None:
-        """Until every plan is done, or somebody stopped us and what was under way has ended."""
-        import queue
-        import signal
+def crew(
+    waiting: list[Any],
+    attempt: Callable[[Any, Run], dict[str, Any] | None],
+    terminal: Terminal,
+    timeout: float,
+    parallel: int = 1,
+    usual: float | None = None,
+    why: str = "user",
+) -> tuple[int, list[str]]:
+    """The exit code and the paths that `attempt(item, run)` makes of the items, the last one first.
 
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        began, terminal, first = time.monotonic(), self.terminal, self.plans[0]
-        if not terminal.live:
-            terminal.note(f"imagen: {first.request.backend}, {len(self.plans)} to make")
-        usual = usual_seconds(first) if terminal.live else None
-        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        members = min(first.parallel, len(self.plans))
-        for _ in range(members):
-            threading.Thread(target=self._member, args=(ended,), daemon=True).start()
-        while members and not (self._stopped_at and time.monotonic() > self._stopped_at + 5):
-            with suppress(queue.Empty):
-                ended.get(timeout=0.1)
-                members -= 1
-            for now in [*self._runs.values()][-1:]:
-                count = f"{len(self.made)} of {len(self.plans)}" if len(self.plans) > 1 else ""
-                terminal.draw(progress_line(now, time.monotonic() - began, usual, count))
-        terminal.draw("")
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    The attempts run in daemon threads; the main thread draws and takes signals: the first ends what is under way, the
+    second leaves at once. Who clears `waiting` lets nothing more begin.
+    """
+    import signal
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stopped_at:
+    made: list[dict[str, Any]] = []
+    errors: list[ImagenError] = []
+    warnings: list[str] = []
+    runs: dict[Run, Progress] = {}
+    count, stopped_at = len(waiting), 0.0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal stopped_at
+        if stopped_at:
             os._exit(Interrupted.exit_code)
-        self._stopped_at = time.monotonic()
-        self._waiting.clear()
-        for run in list(self._runs):
-            run.stop("user")
+        stopped_at = time.monotonic()
+        for run in [*runs]:
+            run.stop(why)
 
-    def _member(self, ended: Any) -> None:
-        while True:
-            try:
-                plan = self._waiting.pop()
-            except IndexError:
-                ended.put(None)
-                return
-            self._one(plan)
+    def warn(text: str) -> None:
+        warnings.append(printable(text))
+        terminal.say(text)
 
-    def _one(self, plan: Plan) -> None:
-        run = Run(self.timeout, lambda *now: self._runs.update({run: Progress(*now)}), self._warn)
-        self._runs[run] = Progress()
-        if self._stopped_at:
-            run.stop("user")
+    def member() -> None:
+        with suppress(IndexError):  # nothing waits any more
+            while not stopped_at:
+                one(waiting.pop())
+
+    def one(item: Any) -> None:
+        run: Run = Run(timeout, lambda *now: runs.update({run: Progress(*now)}), warn)
+        runs[run], record = Progress(), None
+        if stopped_at:
+            run.stop(why)
         try:
-            record = finish(run, make(plan, self.config, run))
-            self.made.append(record)
-            self._announce(record)
-            deliver(run)
+            if record := attempt(item, run):
+                made.append({**record["sidecar"], "path": record["path"], "cloud": None})
+                announce(made[-1], terminal)
+                deliver(run)
         except Exception as problem:  # a bug in one attempt must not take the others along
-            error = as_error(problem)
-            error.__cause__ = error.__cause__ or (problem if problem is not error else None)
-            self.errors.append(error)
-            if isinstance(error, BadConfig | Quota | BadRequest | Disk):
-                self._waiting.clear()  # the others would fail alike
+            warn(str(as_error(problem))) if record else errors.append(terminal.report(problem))
         finally:
-            del self._runs[run]
+            del runs[run]
 
-    def _warn(self, text: str) -> None:
-        self.warnings.append(str(redact(printable(text))))
-        self.terminal.say(text)
-
-    def _announce(self, record: Mapping[str, Any]) -> None:
-        about, path, terminal = record["sidecar"], record["path"], self.terminal
-        if not terminal.as_json:
-            terminal.result(None, path)
-        if ignored := self.asked.intersection(about["ignored"]):
-            self._warn(f"{about['backend']} cannot take {', '.join(sorted(ignored))}: ignored")
-        if os.path.exists(f"{path}.json"):
-            terminal.note(f"sidecar: {path}.json")
-        seed = "" if about["seed"] is None else f", seed {about['seed']}"
-        terminal.note(f"{(about['latency_ms'] or 0) / 1000:.1f} s, {money(about['cost_usd_estimate'])}{seed}")
-
-    def exit_code(self) -> int:
-        """10 if any outcome is unknown, else 130 if interrupted, else 9 if some were made, else the first error's."""
-        codes = [error.exit_code for error in self.errors]
-        for code in (Unknown.exit_code, Interrupted.exit_code):
-            if code in codes:
-                return code
-        if len(self.made) == len(self.plans):
-            return 0
-        if self._stopped_at and not codes:
-            return Interrupted.exit_code
-        return Partial.exit_code if self.made else codes[0]
-
-    def document(self) -> dict[str, Any]:
-        """What --json prints."""
-        said: dict[str, Any] = {"ok": True}
-        if self.exit_code():
-            stopped = Interrupted("interrupted")
-            said = error_document(
-                next((e for e in self.errors if e.exit_code == self.exit_code()), [*self.errors, stopped][0])
-            )
-        images = [{**record["sidecar"], "path": record["path"], "cloud": None} for record in self.made]
-        return {**said, "images": images, "warnings": self.warnings}
+    for number in (signal.SIGINT, signal.SIGTERM):  # for good: what follows is short
+        signal.signal(number, on_signal)
+    threads = [threading.Thread(target=member, daemon=True) for _ in waiting[:parallel]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive() and not (stopped_at and time.monotonic() > stopped_at + 5):
+            thread.join(0.1)
+            for run, now in [*runs.items()][-1:]:
+                part = f"{len(made)} of {count}" if count > 1 else ""
+                terminal.draw(progress_line(now, time.monotonic() - run.started, usual, part))
+    if stopped_at and (runs or waiting):
+        stopped = Interrupted(f"interrupted; {len(runs)} did not end, {len(waiting)} not begun")
+        errors.append(terminal.report(stopped))
+    # An unknown outcome comes first, else the interruption, else that some were made, else the first error.
+    kinds = (Unknown, Interrupted, ImagenError)
+    worst = next((error for kind in kinds for error in errors if isinstance(error, kind)), None)
+    if worst and made and not isinstance(worst, Unknown | Interrupted):
+        worst = Partial(f"{len(made)} of {count} made; {worst}", worst.hint, charged=worst.charged)
+    code = terminal.result({"images": made, "warnings": warnings}, error=worst)
+    return code, [image["path"] for image in made]
 
 
-def add_backends(parser: argparse.ArgumentParser) -> None:
-    """Flags of `backends`."""
-    parser.add_argument("--check", action="store_true", help="ask each of them, at no cost, whether it is ready")
+def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
+    """An image is safe: its path as the result, the rest as notes."""
+    if not terminal.as_json:
+        terminal.write(image["path"])
+    if os.path.exists(f"{image['path']}.json"):
+        terminal.note(f"sidecar: {image['path']}.json")
+    seed = "" if image.get("seed") is None else f", seed {image['seed']}"
+    terminal.note(f"{(image.get('latency_ms') or 0) / 1000:.1f} s, {money(image.get('cost_usd_estimate'))}{seed}")
 
 
+@command(flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready"))
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
-    config, codes, rows = load_config(args.config), [0], []
+    config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
-        cls = BACKENDS.get(str(block.get("type")))
-        variable = next(
-            (str(block[field]) for field in (marked(cls.Options, KEY) if cls else ()) if block.get(field)), ""
-        )
-        row = {"name": name, "type": block.get("type"), "model": str(block.get("model") or block.get("workflow") or "")}
-        rows.append(
-            {**row, "default": name == config.default_backend, "variable": variable, "set": variable in os.environ}
-        )
+        said = fault(name, config)
+        fields = marked(BACKENDS[block["type"]].Options, KEY) if not said else ()
+        variable = next((block[field] for field in fields if block.get(field)), "")
+        there = bool(os.environ.get(variable, "").strip())
+        row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
+        row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
+        rows.append({**row, "said": said or f"{variable} {'set' if there else 'not set'}" * bool(variable)})
 
     def check(row: dict[str, Any]) -> None:
         try:
-            row["said"] = f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}"
+            row |= {"said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}", "ok": True}
         except Exception as problem:
-            error = as_error(problem)
-            codes.append(error.exit_code)
-            row["said"] = f"{error.code}: {error}"
+            errors.append(error := as_error(problem))
+            row |= {"said": f"{error.code}: {error}", "ok": False}
 
-    threads = [threading.Thread(target=check, args=(row,)) for row in rows if args.check]
+    threads = [threading.Thread(target=check, args=(row,), daemon=True) for row in rows if args.check]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    lines = []
-    for row in rows:
-        variable = f"{row['variable']} is {'set' if row['set'] else 'not set'}" if row["variable"] else ""
-        mark, said = "*" if row["default"] else " ", row.get("said", variable)
-        lines.append(f"{mark} {row['name']:<24} {row['type']:<10} {row['model']:<40} {said}".rstrip())
-    terminal.result({"ok": codes == [0], "backends": rows}, *map(printable, map(redact, lines)))
-    return 3 if 3 in codes else 4 if 4 in codes else max(codes)
+    lines = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    lines = [f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)]
+    worst = max(errors, key=lambda error: {3: 1003, 4: 1002}.get(error.exit_code, error.exit_code), default=None)
+    return terminal.result({"backends": rows}, *lines, error=worst)
 
 
+def fault(name: str, config: Config) -> str:
+    """What is wrong with a backend's block, in words that show no key pasted into it; a key not set is no fault."""
+    try:
+        open_backend(name, config.backends)
+    except BadConfig as problem:
+        return "" if isinstance(problem, KeyMissing) else str(problem)
+    return ""
+
+
+@command()
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    lines = (
-        f"{name:<14} {style.suffix}{f' [{style.width}x{style.height}]' * bool(style.width)}"
-        for name, style in styles.items()
-    )
-    terminal.result({"ok": True, "styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
-    return 0
+    rows = [
+        (name, style.suffix + f" [{style.width}x{style.height}]" * bool(style.width)) for name, style in styles.items()
+    ]
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Flags of `config`."""
-    parser.add_argument("action", choices=("init", "validate", "show"))
-    parser.add_argument("--force", action="store_true", help="init: overwrite what is there")
-
-
+@command(
+    flag("action", choices=("init", "validate", "show")),
+    flag("--force", action="store_true", help="init: overwrite what is there"),
+)
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
     return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](args, terminal)
@@ -3627,225 +3727,190 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         write_file(path, sample_text(), 0o600)
     except OSError as problem:
         raise Disk(f"{path}: {problem.strerror}") from None
-    terminal.result({"ok": True, "path": path}, path)
-    return 0
+    return terminal.result({"path": path}, path)
 
 
 def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     """Every complaint at once; what only another backend or the cloud lacks is a warning."""
-    complaints: list[str] = []
     warnings: list[str] = []
-    try:
-        config = load_config(args.config)
-    except BadConfig as problem:
-        complaints += str(problem).split("\n")
-    else:
-        for name in ("", *config.backends):
-            try:
-                open_backend(name, config.backends) if name else check_template(config.output.naming)
-            except KeyMissing as problem:
-                (complaints if name == config.default_backend else warnings).append(str(problem))
-            except BadConfig as problem:
-                complaints += str(problem).split("\n")
-        if not config.owner_user_id:
-            warnings.append("owner_user_id is empty: no cloud sync")
-    path = config_path(args.config) or "no config file; the built-in defaults"
-    for line in (*complaints, *(f"warning: {line}" for line in warnings)):
-        terminal.say(line)
-    said = {"ok": not complaints, "path": path, "errors": complaints, "warnings": warnings}
-    terminal.result(said, *([] if complaints else [f"{path}: fine"]))
-    return BadConfig.exit_code if complaints else 0
+    path, data = config_path(args.config), config_data(args.config)
+    complaints = config_complaints(args.config, data)
+    output, blocks = data.get("output"), data["backends"] if isinstance(data["backends"], Mapping) else {}
+    naming = output.get("naming") if isinstance(output, Mapping) else None
+    for name in ("", *blocks):
+        try:
+            if name:
+                open_backend(name, blocks)
+            elif isinstance(naming, str):
+                check_template(naming)
+        except BadConfig as problem:
+            bearable = isinstance(problem, KeyMissing) and name != data.get("default_backend", "mock")
+            (warnings if bearable else complaints).append(str(problem))
+    warnings += ["owner_user_id is empty: no cloud sync"] * (not data.get("owner_user_id"))
+    for line in warnings:
+        terminal.say(f"warning: {line}")
+    path = path or "no config file; the built-in defaults"
+    error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
+    lines = [] if error else [f"{path}: fine"]
+    return terminal.result({"path": path, "errors": complaints, "warnings": warnings}, *lines, error=error)
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The file in force and the merged values, with those that the environment overrides. Keys are never in it."""
-
-    def plain(value: Any) -> Any:
-        value = value._asdict() if hasattr(value, "_asdict") else value
-        return {key: plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-    config, path = plain(load_config(args.config)), config_path(args.config)
-    lines = [f"# {path or 'no config file; the built-in defaults'}"]
-    lines += [f"# {field} comes from {name}" for name, field in overrides().items()]
-    for section, value in config.items():
-        nested = value if isinstance(value, dict) else {}
-        lines.append(f"{section}:" if nested else f"{section}: {to_json(value)}")
-        lines += [f"  {key}: {to_json(item)}" for key, item in nested.items()]
-    terminal.result({"ok": True, "path": path or None, "config": config, "environment": overrides()}, *lines)
-    return 0
+    """The file in force and the merged values (JSON is YAML), with those that the environment overrides. No keys."""
+    config, path = load_config(args.config), config_path(args.config)
+    shown = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in config._asdict().items()}
+    shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    shown["backends"] = {name: fault(name, config) or block for name, block in config.backends.items()}
+    origins = (f"# {field} comes from {name}" for name, field in overrides().items())
+    lines = (f"# {path or 'no config file; the built-in defaults'}", *origins, to_json(shown, indent=2))
+    return terminal.result({"path": path or None, "config": shown, "environment": overrides()}, *lines)
 
 
-def add_recover(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recover`."""
-    parser.add_argument("id", nargs="?", help="an unfinished image; without one they are listed")
-    parser.add_argument("--all", action="store_true", help="every unfinished image")
-    parser.add_argument("--forget", metavar="ID", help="close an entry without looking for its image")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
-
-
+@command(
+    flag("id", nargs="?", default="", help="an unfinished image; without one they are listed"),
+    flag("--all", action="store_true", help="every unfinished image"),
+    flag("--forget", metavar="ID", help="close an entry without looking for its image"),
+    TIMEOUT,
+)
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     """list or end what is unfinished"""
-    wanted = args.forget or args.id or ""
+    wanted = args.forget or args.id
+    if not wanted and not args.all:
+        rows = unfinished()
+        help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
+        terminal.note(help_ if rows else "nothing is unfinished")
+        lines = aligned((row["id"], row["at"], row["backend"], row["state"], row["prompt"][:60]) for row in rows)
+        return terminal.result({"unfinished": rows}, *lines)
     paths = [path for path in open_paths() if os.path.basename(path).startswith(wanted)]
     if wanted and len(paths) != 1:
         found = "several unfinished images begin so" if paths else "no unfinished image"
         raise BadRequest(f"{wanted}: {found}", "imagen recover")
-    entries = [entry for entry in map(Entry.take, paths) if entry]
-    if not wanted and not args.all:
-        return show_unfinished(entries, terminal)
-    if not entries and paths:
+    sweep_journal()
+    config, entries = load_config(args.config), [entry for entry in map(Entry.take, paths) if entry]
+    if len(entries) < len(paths):
         terminal.note("somebody works on it")
-    config, made = load_config(args.config), []
-    errors: list[ImagenError] = []
-    for entry in entries:
-        run = Run(args.timeout, on_warning=terminal.say)
-        try:
-            if args.forget:
-                run.adopt(entry)
-                run.close()
-            elif record := recover(entry, config, run):
-                made.append({**record["sidecar"], "path": record["path"]})
-                if not args.json:
-                    terminal.result(None, record["path"])
-                deliver(run)
-            else:
-                terminal.note(f"{run.id}: nothing had been sent; closed")
-        except ImagenError as problem:
-            errors.append(problem)
-            if not args.json:
-                report(problem, terminal)
-        finally:
-            entry.release()
-    if args.json:
-        terminal.result({**(error_document(errors[0]) if errors else {"ok": True}), "images": made})
-    return errors[0].exit_code if errors else 0
+
+    def attempt(entry: Entry, run: Run) -> dict[str, Any] | None:
+        if args.forget:
+            run.adopt(entry)
+            run.close()
+            return None
+        record = recover(entry, config, run)
+        if not record:
+            terminal.note(f"{run.id}: nothing had been sent; closed")
+        return record
+
+    # Only a stop for "user" cancels at the backend, and this may be paid already.
+    return crew(entries[::-1], attempt, terminal, args.timeout, why="released")[0]
 
 
-def show_unfinished(entries: Sequence[Entry], terminal: Terminal) -> int:
-    """What `imagen recover` says without an id."""
-    rows = []
-    for entry in entries:
-        entry.release()
-        record = entry.record
-        state = "to deliver" if record.get("path") else "sent" if record.get("sending") else "begun"
-        row = {key: record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
-        rows.append({**row, "state": state, "prompt": record["request"]["prompt"]})
-    lines = (
-        f"{row['id']}  {row['at']}  {row['backend']}  {row['state']}  {printable(row['prompt'])[:60]}" for row in rows
-    )
-    terminal.result({"ok": True, "unfinished": rows}, *lines)
-    terminal.note(
-        "imagen recover ID, or --all; --forget ID closes one without looking" if rows else "nothing is unfinished"
-    )
-    return 0
-
-
-def add_list(parser: argparse.ArgumentParser) -> None:
-    """Flags of `list`."""
-    parser.add_argument("words", nargs="*", help="that the prompt must hold, all of them")
-    parser.add_argument("-n", type=int, default=20, metavar="N", help="at most that many (20)")
-
-
+@command(
+    flag("words", nargs="*", help="that the prompt must hold, all of them"),
+    flag("-n", type=int, default=20, metavar="N", help="at most that many (20)"),
+)
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     """the last images"""
     from itertools import islice
 
-    words = [word.lower() for word in args.words]
-    made = (
-        {**record["sidecar"], "path": record["path"]}
-        for record in ledger()
-        if record.get("path") and record.get("sidecar")
-    )
-    rows = list(islice((row for row in made if all(word in row["prompt"].lower() for word in words)), max(1, args.n)))
-    lines = (
-        f"{row['timestamp'][:16]}  {row['backend']}  {money(row['cost_usd_estimate'])}  {row['path']}  "
-        f"{printable(row['prompt'])[:60]}"
+    found = (row for row in made_before() if all(word.lower() in row["prompt"].lower() for word in args.words))
+    rows = list(islice(found, max(1, args.n)))
+    lines = aligned(
+        (row["timestamp"][:16], row["backend"], money(row["cost_usd_estimate"]), row["path"], row["prompt"][:60])
         for row in rows
     )
-    terminal.result({"ok": True, "images": rows}, *lines)
-    return 0
+    return terminal.result({"images": rows}, *lines)
 
 
-def add_cost(parser: argparse.ArgumentParser) -> None:
-    """Flags of `cost`."""
-    parser.add_argument("--since", default="", metavar="DATE", help="YYYY-MM-DD")
-    parser.add_argument("--by", choices=("day", "backend"), default="day")
-
-
+@command(
+    flag("--since", default="", metavar="DATE", help="YYYY-MM-DD"),
+    flag("--by", choices=("day", "backend"), default="day"),
+)
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent"""
     if args.since and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.since):
         raise BadRequest(f'--since "{args.since}": not YYYY-MM-DD')
-    sums: dict[str, dict[str, Any]] = {}
+    nothing = {"images": 0, "usd": 0.0, "unknown": 0}
+    total, sums = nothing.copy(), dict[str, dict[str, Any]]()
     for record in ledger():
-        if record.get("at", "") < args.since or not (record.get("path") or record.get("charged") != "no"):
+        day, image = str(record.get("at"))[:10], record.get("path")
+        if day < args.since or not (image or record.get("charged", "no") != "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
-        for key in (record["at"][:10] if args.by == "day" else str(record["backend"]), "total"):
-            row = sums.setdefault(key, {args.by: key, "images": 0, "usd": 0.0, "unknown": 0})
-            row["images"] += bool(record.get("path"))
+        key = day if args.by == "day" else str(record.get("backend"))
+        for row in (total, sums.setdefault(key, {args.by: key, **nothing})):
+            row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    total = sums.pop("total", {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0})
-    rows = sorted(sums.values(), key=lambda row: str(row[args.by]))
-    lines = (
-        f"{row[args.by]:<24} {row['images']:>5} images  {money(row['usd'])}"
-        + (f"  and {row['unknown']} of unknown cost" if row["unknown"] else "")
-        for row in (*rows, total)
-    )
-    terminal.result({"ok": True, "rows": rows, "total": total}, *lines)
-    return 0
+    rows = [sums[key] for key in sorted(sums)]
+    lines = []
+    for row in (*rows, total):
+        unknown = f"and {row['unknown']} of unknown cost" if row["unknown"] else ""
+        lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
+    return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
-def add_install(parser: argparse.ArgumentParser) -> None:
-    """Flags of `install`."""
-    parser.add_argument("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put")
-
-
+@command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     """put a launcher on the PATH; it starts from cached bytecode, 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
-    here = os.path.dirname(os.path.abspath(__file__))
-    folder = os.path.abspath(os.path.expanduser(args.folder))
-    path, mark = os.path.join(folder, "imagen"), "# the launcher of imagen.py"
+    folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
+    path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    cure = "name another folder: imagen install DIR"
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
-            raise BadRequest(f"{path} exists and is not ours", "name another folder: imagen install DIR")
-        launcher = f'#!/bin/sh\n{mark}\nexec {shlex.quote(sys.executable)} -P -c {shlex.quote(code)} "$@"\n'
-        write_file(f"{path}.{os.getpid()}", launcher, 0o755)
-        os.replace(f"{path}.{os.getpid()}", path)
+            raise BadRequest(f"{path} exists and is not ours", cure)
+        write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
     except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}") from None
-    terminal.result({"ok": True, "path": path}, path)
+        raise Disk(f"{path}: {problem.strerror}", cure) from None
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
-    return 0
+    return terminal.result({"path": path}, path)
 
 
-Add = Callable[["argparse.ArgumentParser"], None]
-Cmd = Callable[["argparse.Namespace", Terminal], int]
-COMMANDS: dict[str, tuple[Add | None, Cmd]] = {
-    "generate": (add_generate, cmd_generate),
-    "backends": (add_backends, cmd_backends),
-    "styles": (None, cmd_styles),
-    "config": (add_config, cmd_config),
-    "recover": (add_recover, cmd_recover),
-    "list": (add_list, cmd_list),
-    "cost": (add_cost, cmd_cost),
-    "install": (add_install, cmd_install),
-}
 EXAMPLES = """\
   imagen generate "a cat in a fishbowl"
   imagen generate "a lighthouse at dusk" --style poster -n 4 -b gpt-image
   imagen generate --like last --seed 7 --size 1536x1024 --json"""
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. The only place that turns errors into words for it."""
+    argv = sys.argv[1:] if argv is None else argv
+    # A stream that was closed for us: no file of ours may get its number.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path keeps its bytes, and no letter ends a run
+        utf8 = sys.stdout.encoding.lower() == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    terminal = Terminal(argv)
+    try:
+        return dispatch(argv, terminal)
+    except (Exception, KeyboardInterrupt) as problem:
+        return terminal.result({}, error=terminal.report(problem))
+
+
+def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
+    """Run the command that `argv` names; flags may stand before it too."""
+    place = 0
+    while place < len(argv) and argv[place].startswith("-"):
+        place += 2 if argv[place] == "--config" else 1
+    before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
+    if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
+        text = version_text() if "--version" in before else help_text()
+        return terminal.result({"text": text}, text)
+    if name not in COMMANDS:
+        hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
+        raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
+    return COMMANDS[name][0](parser_of(name, terminal).parse_args([*before, *after]), terminal)
+
+
 def help_text() -> str:
     """What `imagen --help` prints: examples first, then the commands."""
-    commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (_, cmd) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
     end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
     return f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
 
@@ -3854,28 +3919,24 @@ def version_text() -> str:
     """The release, and which copy of the file this is: copies travel without their repository."""
     import hashlib
 
-    with open(__file__, "rb") as file:
-        return f"imagen {__version__} ({hashlib.sha256(file.read()).hexdigest()[:12]})"
+    return f"imagen {__version__} ({hashlib.sha256(_read(__file__)).hexdigest()[:12]})"
 
 
-def parse(argv: Sequence[str]) -> tuple[Cmd, argparse.Namespace]:
-    """The command and its arguments, which may stand before it too. Only the chosen command's parser is built."""
+def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
+    """The parser of one command; what it has to say leaves like everything else."""
     import argparse
 
     class Strict(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
             unknown = re.search(r"unrecognized arguments: (-\S+)", message)
-            known = [flag for action in self._actions for flag in action.option_strings]
+            known = self._option_string_actions
             raise BadRequest(message, nearest(unknown[1], known) if unknown else f"{self.prog} --help")
 
-    position = 0
-    while position < len(argv) and argv[position].startswith("-"):
-        position += 2 if argv[position] == "--config" else 1
-    name = argv[position] if position < len(argv) else ""
-    if name not in COMMANDS:
-        hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
-        raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
-    add, cmd = COMMANDS[name]
+        def print_help(self, file: Any = None) -> None:
+            text = self.format_help().rstrip()
+            terminal.result({"text": text}, text)
+
+    cmd, flags = COMMANDS[name]
     parser = Strict(
         prog=f"imagen {name}",
         usage=f"imagen {name} …\n\n{EXAMPLES}" if name == "generate" else None,
@@ -3883,37 +3944,15 @@ def parse(argv: Sequence[str]) -> tuple[Cmd, argparse.Namespace]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # a width of its own would cost shutil
         allow_abbrev=False,
     )
-    if add:
-        add(parser)
-    parser.add_argument("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("-q", "--quiet", action="store_true", help="results and errors only")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens")
-    return cmd, parser.parse_args([*argv[:position], *argv[position + 1 :]])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code. The only place that turns errors into words for it."""
-    argv = sys.argv[1:] if argv is None else argv
-    terminal = Terminal(quiet="-q" in argv or "--quiet" in argv, as_json="--json" in argv)
-    try:
-        if argv[:1] in ([], ["-h"], ["--help"], ["help"], ["--version"]):
-            text = version_text() if argv[:1] == ["--version"] else help_text()
-            terminal.result({"ok": True, "text": text}, text)
-            return 0
-        cmd, args = parse(argv)
-        return cmd(args, terminal)
-    except Exception as problem:
-        if not isinstance(problem, ImagenError) and ("-v" in argv or "--verbose" in argv):
-            import traceback
-
-            terminal.say("".join(traceback.format_exception(problem)), prefix="")
-        error = as_error(problem)
-        if terminal.as_json:
-            terminal.result(error_document(error))
-        else:
-            report(error, terminal)
-        return error.exit_code
+    for names, how in (
+        *flags,
+        flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
+        flag("--json", action="store_true", help="one JSON document on stdout"),
+        flag("-q", "--quiet", action="store_true", help="results and errors only"),
+        flag("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens"),
+    ):
+        parser.add_argument(*names, **how)
+    return parser
 
 
 if __name__ == "__main__":
