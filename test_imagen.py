@@ -1,0 +1,7780 @@
+"""Tests of imagen.py, in its order and under its banners: `grep -n '^# ===' imagen.py test_imagen.py` pairs them.
+
+Nothing inside imagen.py is patched. What speaks HTTP speaks to a server on a free port of this machine that follows
+the remote's documented behaviour; what needs a process, a signal, a full disk or a tmux gets a real one.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import email.message
+import email.utils
+import errno
+import functools
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import pty
+import random
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import statistics
+import string
+import struct
+import subprocess
+import symtable
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tomllib
+import types
+import unicodedata
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import imagen
+
+# === Helpers: the few things every section uses =======================================================================
+
+HERE = Path(imagen.__file__).resolve()
+
+
+class Done:
+    """What a finished command said: exit code, stdout lines, stderr, and stdout as JSON."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Box:
+    """A person's home: their own config, state and pictures, and a real `python3 imagen.py` to run in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.out, self.state = root, root / "pictures", root / "state" / "imagen"
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(root),
+            "XDG_STATE_HOME": str(root / "state"),
+            "XDG_CONFIG_HOME": str(root / "config"),
+            "IMAGEN_OUTPUT_DIR": str(self.out),
+            "LANG": "C.UTF-8",
+        }
+
+    def configure(self, backends: Mapping[str, Mapping[str, Any]], **more: Any) -> Path:
+        """Write imagen.yaml (JSON is YAML); the first backend is the default unless said otherwise."""
+        path = self.root / "config" / "imagen.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"default_backend": next(iter(backends)), "backends": backends, **more}))
+        return path
+
+    def start(self, *args: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+        """The command, running. Use it with `with`, or call `ended`."""
+        return subprocess.Popen(
+            [sys.executable, str(HERE), *args],
+            env={**self.environ, **(env or {})},
+            cwd=self.root,
+            text=True,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    def run(self, *args: str, env: Mapping[str, str] | None = None, timeout: float = 60, **options: Any) -> Done:
+        """The command, finished."""
+        if "input" in options:
+            options["stdin"] = subprocess.PIPE
+        text = options.pop("input", None)
+        with self.start(*args, env=env, **options) as process:
+            try:
+                out, err = process.communicate(text, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            return Done(process.returncode, out or "", err or "")
+
+    def sidecar(self, path: str | Path) -> dict[str, Any]:
+        """The sidecar of an image."""
+        return dict(json.loads(Path(f"{path}.json").read_text()))
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """The journal's finished attempts, oldest first."""
+        path = self.state / "ledger.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """The journal's open entries, merged."""
+        return [imagen.merged(path.read_bytes()) for path in sorted((self.state / "open").glob("*.jsonl"))]
+
+    def hidden(self) -> list[Path]:
+        """Hidden files that a killed run left among the pictures."""
+        return sorted(self.out.rglob(".imagen-*")) if self.out.exists() else []
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    """A fresh home."""
+    return Box(tmp_path)
+
+
+@pytest.fixture
+def here(box: Box, monkeypatch: pytest.MonkeyPatch) -> Box:
+    """The same home for calls inside this process."""
+    for name in list(os.environ):
+        if name.startswith(("IMAGEN_", "XDG_", "OPENAI_", "REPLICATE_", "SUPABASE_")) and "_LIVE_" not in name:
+            monkeypatch.delenv(name)
+    for name, value in box.environ.items():
+        monkeypatch.setenv(name, value)
+    return box
+
+
+def png(
+    width: int = 8, height: int = 8, pad: int = 0, content: bytes = b"", text: Mapping[str, str] | None = None
+) -> bytes:
+    """An RGB PNG, each row of one colour; `pad` adds a private chunk of that many incompressible bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    colours = random.Random(content).randbytes(3 * height)
+    rows = b"".join(b"\0" + colours[3 * y : 3 * y + 3] * width for y in range(height))
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
+    parts += [chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in (text or {}).items()]
+    parts += [chunk(b"paDd", random.Random(pad).randbytes(pad))] if pad else []
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IDAT", zlib.compress(rows, 1)), chunk(b"IEND", b"")])
+
+
+def jpeg(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
+    """A baseline grey JPEG: one Huffman code per table, so a block is two zero bits; `content` is its comment."""
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return bytes([0xFF, marker]) + (len(data) + 2).to_bytes(2, "big") + data
+
+    bits = 2 * ((width + 7) // 8) * ((height + 7) // 8)
+    scan = bytes(bits // 8) + (bytes([0xFF >> bits % 8]) if bits % 8 else b"")
+    one_code = b"\1" + bytes(15) + b"\0"
+    return b"".join(
+        [
+            b"\xff\xd8" + segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0") + segment(0xFE, content.hex().encode()),
+            segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC0, struct.pack(">BHHBBBB", 8, height, width, 1, 1, 0x11, 0)),
+            segment(0xC4, b"\0" + one_code + b"\x10" + one_code)
+            + segment(0xDA, b"\1\1\0\0\x3f\0")
+            + scan
+            + b"\xff\xd9",
+        ]
+    )
+
+
+def webp(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
+    """A lossless WebP of one colour: five prefix codes of one symbol each, so a pixel takes no bits at all."""
+    green, red, blue = hashlib.sha256(content).digest()[:3]
+    bits, at = 0, 0
+    fields = [(width - 1, 14), (height - 1, 14), (0, 1 + 3), (0, 1 + 1 + 1)]
+    fields += [field for symbol in (green, red, blue, 255) for field in ((0b101, 3), (symbol, 8))] + [
+        (0b001, 3),
+        (0, 1),
+    ]
+    for value, size in fields:
+        bits, at = bits | value << at, at + size
+    data = b"\x2f" + bits.to_bytes((at + 7) // 8, "little")
+    chunk = b"VP8L" + len(data).to_bytes(4, "little") + data + bytes(len(data) % 2)
+    return b"RIFF" + (len(chunk) + 4).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+def gif(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
+    """A GIF of one frame and one colour: LZW code 4 + n stands for a run of n pixels."""
+    codes, left, fresh = [(4, 3)], width * height, 5  # 4: forget all codes; `fresh`: the next one to be defined
+    while left:
+        run = min(left, fresh - 4)
+        codes.append((0 if run == 1 else 4 + run, fresh.bit_length()))
+        left, fresh = left - run, fresh + 1
+        if fresh == 4095:
+            codes, fresh = [*codes, (4, 12)], 5
+    codes.append((5, fresh.bit_length()))
+    return _gif_file(width, height, codes, hashlib.sha256(content).digest()[:6])
+
+
+def _gif_file(width: int, height: int, codes: Sequence[tuple[int, int]], palette: bytes) -> bytes:
+    bits, at = 0, 0
+    for code, size in codes:
+        bits, at = bits | code << at, at + size
+    data = bits.to_bytes((at + 7) // 8, "little")
+    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
+    screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + palette
+    return b"GIF89a" + screen + b"," + struct.pack("<HHHHBB", 0, 0, width, height, 0, 2) + blocks + b"\0;"
+
+
+class Seen(NamedTuple):
+    """One request as it arrived."""
+
+    method: str
+    path: str  # with its query
+    headers: dict[str, str]  # lower-case names
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(urllib.parse.parse_qsl(self.path.partition("?")[2], keep_blank_values=True))
+
+
+class Wire:
+    """The server's end of one connection."""
+
+    def __init__(self, sock: socket.socket, stop: threading.Event) -> None:
+        self.sock, self.stop, self.buffer = sock, stop, b""
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes; ConnectionError if the client leaves before."""
+        parts, have = [self.buffer], len(self.buffer)
+        while have < size:
+            if not (data := self.sock.recv(min(1 << 20, max(size - have, 4096)))):
+                self.buffer = b"".join(parts)
+                raise ConnectionError("the client left in the middle of its request")
+            parts, have = [*parts, data] if len(parts) < 64 else [b"".join(parts), data], have + len(data)
+        whole = b"".join(parts)
+        self.buffer = whole[size:]
+        return whole[:size]
+
+    def line(self) -> bytes:
+        while b"\r\n" not in self.buffer:
+            if not (data := self.sock.recv(65536)):
+                raise ConnectionError("the client left in the middle of a line")
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return line
+
+    def head(self) -> Seen:
+        words = self.line().decode("latin-1").split(" ")
+        if len(words) != 3:
+            raise ConnectionError("the client does not speak HTTP")
+        headers: dict[str, str] = {}
+        while line := self.line().decode("latin-1"):
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        return Seen(words[0], words[1], headers, b"")
+
+    def body(self, headers: Mapping[str, str]) -> bytes:
+        if headers.get("transfer-encoding", "").lower() != "chunked":
+            return self.read(int(headers.get("content-length") or 0))
+        pieces = []
+        while size := int(self.line().partition(b";")[0], 16):
+            pieces.append(self.read(size))
+            self.line()
+        self.line()
+        return b"".join(pieces)
+
+    def stay(self, seconds: float) -> bool:
+        """Wait that long; False as soon as the client has left or the stand-in closes."""
+        try:
+            if select.select([self.sock], [], [], seconds)[0]:
+                if not self.sock.recv(1, socket.MSG_PEEK):
+                    return False
+                return not self.stop.wait(seconds)  # bytes nobody reads: the socket no longer tells
+        except (OSError, ValueError):
+            return False
+        return not self.stop.is_set()
+
+    def stay_until(self, event: threading.Event | None) -> bool:
+        while event is None or not event.is_set():
+            if not self.stay(0.01 if event else 3600):
+                return False
+        return True
+
+
+class Answer(NamedTuple):
+    """What to do once a request is there; `reads`: its body is read first."""
+
+    play: Callable[[Wire], object]
+    reads: bool = True
+
+
+MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+
+
+def _encoded(body: object) -> tuple[bytes, str]:
+    if isinstance(body, bytes):
+        return body, next((kind for magic, kind in MAGIC.items() if body.startswith(magic)), "application/octet-stream")
+    if isinstance(body, str):
+        return body.encode(), "text/plain; charset=utf-8"
+    return json.dumps(body).encode(), "application/json"
+
+
+def _head(code: int, headers: Mapping[str, object]) -> bytes:
+    lines = [
+        f"HTTP/1.1 {code} {http.client.responses.get(code, 'Unknown')}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+
+
+def status(code: int, body: object = b"", headers: Mapping[str, str] | None = None) -> Answer:
+    """A whole answer; bytes, text, or anything else as JSON. A header given here replaces the default one."""
+    data, kind = _encoded(body)
+    head = _head(
+        code, {"Content-Type": kind, "Content-Length": len(data)} | {k.title(): v for k, v in (headers or {}).items()}
+    )
+    return Answer(lambda wire: wire.send(head + data))
+
+
+def ok(body: object = b"", **headers: str) -> Answer:
+    """200; `retry_after="3"` becomes the header Retry-After."""
+    return status(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def html(code: int = 200, text: str = "<!doctype html><title>Sign in</title><h1>Please sign in</h1>") -> Answer:
+    return status(code, text, {"Content-Type": "text/html; charset=utf-8"})
+
+
+def redirect(code: int, location: str) -> Answer:
+    return status(code, b"", {"Location": location})
+
+
+def drip(body: object, interval_s: float, *, head: bool = False) -> Answer:
+    """The body at one byte per interval; with `head` the header instead, which then never ends."""
+    data, kind = _encoded(body)
+    start = _head(200, {"Content-Type": kind, "Content-Length": len(data)})
+
+    def play(wire: Wire) -> None:
+        if head:
+            data_now, endless = start[:-2] + b"X-Drip: ", True
+        else:
+            wire.send(start)
+            data_now, endless = data, False
+        for byte in data_now:
+            if not wire.stay(interval_s):
+                return
+            wire.send(bytes([byte]))
+        while endless and wire.stay(interval_s):
+            wire.send(b".")
+
+    return Answer(play)
+
+
+def cut(body: object, keep: int, *, rst: bool = False) -> Answer:
+    """The full Content-Length, then only `keep` bytes and the end (with `rst` a reset)."""
+    data, kind = _encoded(body)
+
+    def play(wire: Wire) -> None:
+        wire.send(_head(200, {"Content-Type": kind, "Content-Length": len(data)}) + data[:keep])
+        if rst:
+            _linger_zero(wire)
+
+    return Answer(play)
+
+
+def close_delimited(body: object, keep: int | None = None) -> Answer:
+    """No Content-Length: the end of the connection ends the body, after `keep` bytes if given."""
+    data, kind = _encoded(body)
+    return Answer(lambda wire: wire.send(_head(200, {"Content-Type": kind}) + data[:keep]))
+
+
+def chunked(body: object, size: int = 1000, *, keep: int | None = None) -> Answer:
+    """Chunked; with `keep` cut off after that many bytes of the body, without the last chunk."""
+    data, kind = _encoded(body)
+    pieces = [data[i : i + size] for i in range(0, len(data[:keep]), size)]
+    coded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + (
+        b"0\r\n\r\n" if keep is None else b""
+    )
+    return Answer(lambda wire: wire.send(_head(200, {"Content-Type": kind, "Transfer-Encoding": "chunked"}) + coded))
+
+
+def reset() -> Answer:
+    """Reads the whole request, then RST."""
+    return Answer(lambda wire: _linger_zero(wire))
+
+
+def _linger_zero(wire: Wire) -> None:
+    wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def hangup() -> Answer:
+    """Reads the whole request, then closes without a word."""
+    return Answer(lambda wire: None)
+
+
+def silent(event: threading.Event | None = None) -> Answer:
+    """Reads the whole request, then nothing until the event, or until the client leaves."""
+    return Answer(lambda wire: wire.stay_until(event))
+
+
+def hold(event: threading.Event, answer: object) -> Answer:
+    """Waits for the event, then answers."""
+    then = as_answer(answer)
+    return Answer(lambda wire: wire.stay_until(event) and then.play(wire), then.reads)
+
+
+def early(code: int, body: object = b"", headers: Mapping[str, str] | None = None) -> Answer:
+    """Answers and closes without having read the request's body."""
+    return Answer(status(code, body, headers).play, reads=False)
+
+
+def not_http() -> Answer:
+    return Answer(lambda wire: wire.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
+
+
+def continue_first(answer: object) -> Answer:
+    """100 Continue, then the answer."""
+    then = as_answer(answer)
+
+    def play(wire: Wire) -> None:
+        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        then.play(wire)
+
+    return Answer(play, then.reads)
+
+
+def as_answer(answer: object) -> Answer:
+    """An Answer as it is, a number as a status, everything else as the body of a 200."""
+    if isinstance(answer, Answer):
+        return answer
+    return status(answer) if isinstance(answer, int) else ok(answer)
+
+
+class Server:
+    """A server on a free port of this machine, one request per connection. Subclasses say `respond`."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []  # whole requests, in the order of their arrival
+        self.torn: list[Seen] = []  # requests whose client left in the middle of the body
+        self.bugs: list[BaseException] = []  # what the stand-in itself stumbled over; raised at the end
+        self.changed = threading.Condition(threading.RLock())  # guards all state; notified whenever something happened
+        self._stop, self._wires, self._threads = threading.Event(), set[socket.socket](), list[threading.Thread]()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._wake, self._waker = socket.socketpair()
+        self.port = int(self._listener.getsockname()[1])
+        self.base = f"http://127.0.0.1:{self.port}"
+
+    def respond(self, seen: Seen) -> object:
+        raise NotImplementedError
+
+    def pick(self, head: Seen) -> Answer | None:
+        """An answer that is certain before the body was read; None: ask `respond`."""
+        return None
+
+    def wait_seen(self, count: int = 1, timeout: float = 10) -> list[Seen]:
+        """Block until that many requests have arrived."""
+        self.wait(lambda: len(self.seen) >= count, timeout)
+        return list(self.seen)
+
+    def wait(self, condition: Callable[[], Any], timeout: float = 10) -> Any:
+        """Block until the condition (of this server's state) holds; its value."""
+        with self.changed:
+            if not (value := self.changed.wait_for(condition, timeout)):
+                raise AssertionError(f"{type(self).__name__}: waited {timeout} s in vain")
+            return value
+
+    def __enter__(self) -> Self:
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        self._waker.close()
+        self._acceptor.join(10)
+        with self.changed:
+            self.changed.notify_all()
+            for sock in self._wires:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
+        self._wake.close()
+        if self.bugs and kind is None:
+            raise self.bugs[0]
+
+    def _accept(self) -> None:
+        while select.select([self._listener, self._wake], [], [])[0] == [self._listener]:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                continue  # the client was gone before it was accepted
+            thread = threading.Thread(target=self._talk, args=(sock,), daemon=True)
+            with self.changed:
+                self._wires.add(sock)
+                self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+                thread.start()
+
+    def _talk(self, sock: socket.socket) -> None:
+        wire = Wire(sock, self._stop)
+        try:
+            seen = wire.head()
+            answer = self.pick(seen)
+            if answer is None or answer.reads:
+                try:
+                    seen = seen._replace(body=wire.body(seen.headers))
+                except OSError:
+                    self.torn.append(seen._replace(body=wire.buffer))
+                    raise
+            with self.changed:
+                self.seen.append(seen)
+                self.changed.notify_all()
+            (answer or as_answer(self.respond(seen))).play(wire)
+        except OSError:
+            pass  # the client left: its business
+        except Exception as err:
+            self.bugs.append(err)
+        finally:
+            with self.changed:
+                self._wires.discard(sock)
+                sock.close()
+                self.changed.notify_all()
+
+
+class Remote(Server):
+    """Gives the scripted answers in turn (with `repeat` the last one for ever), or what `handler(seen)` returns."""
+
+    def __init__(self, *answers: object, handler: Callable[[Seen], object] | None = None, repeat: bool = False) -> None:
+        super().__init__()
+        self.answers, self.handler, self.repeat = [as_answer(a) for a in answers], handler, repeat
+
+    def pick(self, head: Seen) -> Answer | None:
+        with self.changed:
+            if self.answers:
+                return self.answers[0] if self.repeat and len(self.answers) == 1 else self.answers.pop(0)
+        return None if self.handler else status(418, "no answer was scripted for this request")
+
+    def respond(self, seen: Seen) -> object:
+        return self.handler(seen) if self.handler else 418
+
+
+class FileHost(Server):
+    """Where results lie: another origin, which must never see a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+        self.leaked: list[str] = []  # keys that came along
+        self.faults: list[Answer] = []  # played first, one per request
+
+    def put(self, data: bytes, ending: str) -> str:
+        path = f"/out/{hashlib.sha256(data).hexdigest()[:12]}-{len(self.files)}.{ending}"
+        self.files[path] = data
+        return self.base + path
+
+    def respond(self, seen: Seen) -> object:
+        with self.changed:
+            if keys := [
+                seen.headers[n] for n in ("authorization", "x-api-key", "apikey", "cookie") if n in seen.headers
+            ]:
+                self.leaked += keys
+                return 403
+            if self.faults:
+                return self.faults.pop(0)
+            data = self.files.get(seen.path.partition("?")[0])
+            return status(404, "not found") if data is None else data
+
+
+@functools.cache
+def refused_port() -> int:
+    """A port on which nobody listens; it stays bound till the process ends, so that no other server can get it."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    port = int(sock.getsockname()[1])
+    sock.detach()
+    return port
+
+
+@contextlib.contextmanager
+def full_backlog() -> Iterator[int]:
+    """A port whose listener takes no more connections: connecting neither succeeds nor fails."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        waiting = 0
+        while waiting < 2:
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            assert filler.connect_ex(listener.getsockname()) in (0, errno.EINPROGRESS)
+            waiting += not select.select([], [filler], [], 0.1)[1]
+        yield int(listener.getsockname()[1])
+
+
+SAMPLERS = str.split(
+    "euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpm_2 "
+    "dpm_2_ancestral lms dpm_fast dpm_adaptive dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu "
+    "dpmpp_2m dpmpp_2m_cfg_pp dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde "
+    "dpmpp_3m_sde_gpu ddpm lcm ipndm ipndm_v deis res_multistep res_multistep_cfg_pp res_multistep_ancestral "
+    "res_multistep_ancestral_cfg_pp gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver "
+    "sa_solver_pece ddim uni_pc uni_pc_bh2"
+)
+SCHEDULERS = str.split("simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal")
+CLIP_TYPES = str.split("sdxl sd3 flux hunyuan_video hidream hunyuan_image hunyuan_video_15 kandinsky5 ltxv newbie ace")
+CHECKPOINTS = ("broken.safetensors", "flux1-schnell-fp8.safetensors", "sd_xl_base_1.0.safetensors")
+
+COMFY_500 = "500 Internal Server Error\n\nServer got itself in trouble"
+COMFY_ERRORS = {  # kind: exception_type, exception_message
+    "execution_error": (
+        "safetensors._safetensors_rust.SafetensorError",
+        "Error while deserializing header: header too large\n",
+    ),
+    "oom": (
+        "torch.OutOfMemoryError",
+        "Allocation on device 0 would exceed allowed memory. (out of memory)\nThis error means you ran out of memory "
+        "on your GPU.\n\nTIPS: You might have accidentally set the batch_size to a large number.",
+    ),
+    "prefix": ("Exception", "**** ERROR: Saving image outside the output folder is not allowed.\n"),
+}
+
+COMFY_FATES = str.split("execution_error oom interrupted lost empty_outputs file_gone node_errors_in_200")
+
+Graph = dict[str, dict[str, Any]]
+
+
+def flux_graph(
+    text: str = "a red fox", seed: int = 11, steps: int = 4, model: str = CHECKPOINTS[1], prefix: str = "x"
+) -> Graph:
+    """The all-in-one FLUX graph at 64x64, as people post it."""
+    return {
+        "30": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": model}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": text, "clip": ["30", 1]}},
+        "33": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["30", 1]}},
+        "35": {"class_type": "FluxGuidance", "inputs": {"guidance": 3.5, "conditioning": ["6", 0]}},
+        "27": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "31": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": seed,
+                "steps": steps,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            }
+            | {"model": ["30", 0], "positive": ["35", 0], "negative": ["33", 0], "latent_image": ["27", 0]},
+        },
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["31", 0], "vae": ["30", 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix, "images": ["8", 0]}},
+    }
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _reach(graph: Graph, node: str, found: dict[str, None] | None = None) -> dict[str, None]:
+    """The nodes that `node` needs, in the order of their execution, itself last."""
+    found = {} if found is None else found
+    if node in graph and node not in found:
+        found[node] = None  # before its inputs: a circle ends
+        for value in graph[node].get("inputs", {}).values():
+            if _is_link(value):
+                _reach(graph, value[0], found)
+        found.pop(node)
+        found[node] = None
+    return found
+
+
+def _signature(graph: Graph, node: str, picture: bool = False) -> str:
+    """Equal for nodes that compute the same; `picture`: for those that give the same pixels."""
+    inputs = dict(graph[node]["inputs"])
+    if picture:  # at cfg 1 a negative prompt has no effect, and image 0 of a batch is that of the single run
+        for name in ["filename_prefix", "batch_size", *(["negative"] if inputs.get("cfg") == 1.0 else [])]:
+            inputs.pop(name, None)
+    parts = {k: [_signature(graph, v[0], picture), v[1]] if _is_link(v) else v for k, v in sorted(inputs.items())}
+    return hashlib.sha256(json.dumps([graph[node]["class_type"], parts]).encode()).hexdigest()
+
+
+class Job:
+    """One prompt in the queue of the ComfyUI stand-in."""
+
+    def __init__(
+        self, number: float, ident: str, graph: Graph, extra: dict[str, Any], outputs: list[str], fate: str
+    ) -> None:
+        self.number, self.id, self.graph, self.extra, self.outputs, self.fate = (
+            number,
+            ident,
+            graph,
+            extra,
+            outputs,
+            fate,
+        )
+        self.stop = ""  # "interrupted" or "lost" once it shall end early
+        self.messages: list[list[Any]] = []
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    @property
+    def item(self) -> list[Any]:
+        return [self.number, self.id, self.graph, self.extra, self.outputs]
+
+
+class Comfy(Server):
+    """ComfyUI from 0.3.64 to 0.33.0: a queue, one worker, a history, a cache, a websocket.
+
+    A job ends at once; with `hold` or after `pause()` it stays at its first step till `release()` or `resume()`.
+    """
+
+    def __init__(
+        self,
+        version: str = "0.33.0",
+        *,
+        checkpoints: Sequence[str] = CHECKPOINTS,
+        diffusion_models: Sequence[str] = ("flux1-dev.safetensors", "flux1-schnell.safetensors"),
+        clips: Sequence[str] = ("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+        vaes: Sequence[str] = ("ae.safetensors",),
+        hold: bool = False,
+        targeted: bool | None = None,
+        websocket: bool = True,
+    ) -> None:
+        super().__init__()
+        self.version, self.release_of = version, tuple(int(part) for part in version.split("."))
+        self.models = {
+            "checkpoints": list(checkpoints),
+            "diffusion_models": list(diffusion_models),
+            "loras": list[str](),
+        }
+        self.models |= {"text_encoders": list(clips), "vae": list(vaes)}
+        self.targeted = (
+            self.release_of >= (0, 3, 56) if targeted is None else targeted
+        )  # /interrupt heeds its prompt_id
+        self.websocket, self.nodes = websocket, self._node_table()
+        self.submitted: list[dict[str, Any]] = []  # bodies of accepted POST /prompt
+        self.canceled: list[str] = []  # ids taken out of the queue
+        self.interrupted: list[str] = []  # ids stopped while they ran
+        self.files: dict[tuple[str, str, str], bytes] = {}  # (type, subfolder, filename)
+        self.history: dict[str, dict[str, Any]] = {}
+        self.pending: list[Job] = []
+        self.running: Job | None = None
+        self._paused, self._tickets, self._fates = hold, 0, list[str]()
+        self._number, self._counters, self._cache = 0, dict[str, int](), dict[str, Any]()
+        self._sockets: dict[str, tuple[Wire, set[str]]] = {}
+        self._big_preview = True
+
+    # What a test does to it
+
+    def pause(self) -> None:
+        with self.changed:
+            self._paused = True
+
+    def resume(self) -> None:
+        with self.changed:
+            self._paused = False
+            self.changed.notify_all()
+
+    def release(self, count: int = 1) -> None:
+        """Let that many held jobs go on."""
+        with self.changed:
+            self._tickets += count
+            self.changed.notify_all()
+
+    def fail_next(self, *kinds: str) -> None:
+        """Fates of the next prompts; see COMFY_FATES."""
+        assert set(kinds) <= set(COMFY_FATES)
+        self._fates += kinds
+
+    def foreign_job(self, client_id: str | None = None) -> str:
+        """Somebody else's prompt; where nothing runs it is running when this returns."""
+        with self.changed:
+            extra = {"client_id": client_id} if client_id else {}
+            graph = flux_graph(f"theirs {self._number}", self._number)
+            ident = self._enqueue(graph, str(uuid.uuid4()), extra, ["9"], "").id
+            if not self.running and len(self.pending) == 1:
+                self.wait(lambda: not any(job.id == ident for job in self.pending))
+        return ident
+
+    def wait_running(self, timeout: float = 10) -> str:
+        """Block until a job stands at its first step; its id."""
+        return str(self.wait(lambda: self.running and self.running.nodes and self.running.id, timeout))
+
+    def advance(self, value: int) -> None:
+        """Tell of a further step of the held job."""
+        with self.changed:
+            assert self.running
+            node = next(n for n, state in self.running.nodes.items() if state["state"] == "running")
+            self._step(self.running, node, value, self.running.nodes[node]["max"])
+
+    def restart(self) -> None:
+        """Queue, history and sockets are forgotten; files stay."""
+        with self.changed:
+            self.pending, self.history, self._cache, self._number = [], {}, {}, 0
+            if self.running:
+                self.running.stop = "lost"
+            self.drop_sockets()
+            self.changed.notify_all()
+
+    def drop_sockets(self) -> None:
+        """Cut every websocket."""
+        with self.changed:
+            for wire, _ in self._sockets.values():
+                with contextlib.suppress(OSError):
+                    wire.sock.shutdown(socket.SHUT_RDWR)
+            self._sockets.clear()
+
+    def status_of(self, ident: str) -> str:
+        """pending, in_progress, completed, failed, cancelled, or "" for an unknown id."""
+        with self.changed:
+            if self.running and self.running.id == ident:
+                return "in_progress"
+            if entry := self.history.get(ident):
+                last = entry["status"]["messages"][-1][0]
+                return {"execution_success": "completed", "execution_interrupted": "cancelled"}.get(last, "failed")
+            return "pending" if any(job.id == ident for job in self.pending) else ""
+
+    # The HTTP side
+
+    def respond(self, seen: Seen) -> object:
+        host, origin = seen.headers.get("host", ""), seen.headers.get("origin")
+        if (origin and urllib.parse.urlsplit(origin).netloc != host) or seen.headers.get(
+            "sec-fetch-site"
+        ) == "cross-site":
+            return status(403)
+        path = seen.path.partition("?")[0]
+        under_api = path.startswith("/api/")
+        route = [seen.method, *(urllib.parse.unquote(part) for part in path.removeprefix("/api").strip("/").split("/"))]
+        if route == ["GET", "ws"] and self.websocket:
+            return Answer(lambda wire: self._talk_websocket(wire, seen))
+        with self.changed:
+            try:
+                return self._route(route, seen, under_api)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                return status(500, COMFY_500)
+
+    def _route(self, route: list[str], seen: Seen, under_api: bool) -> object:
+        match route:
+            case ["POST", "prompt"]:
+                return self._post_prompt(seen.json)
+            case ["GET", "prompt"]:
+                return {"exec_info": {"queue_remaining": self._remaining()}}
+            case ["GET", "queue"]:
+                pending = sorted(self.pending, key=lambda job: job.number)
+                return {
+                    "queue_running": [self.running.item] if self.running else [],
+                    "queue_pending": [j.item for j in pending],
+                }
+            case ["POST", "queue"]:
+                body = seen.json
+                doomed = [job.id for job in self.pending] if body.get("clear") else body.get("delete", [])
+                return [self._delete(ident) for ident in doomed] and b""
+            case ["POST", "interrupt"]:
+                target = seen.json.get("prompt_id") if seen.body and self.targeted else None
+                if self.running and target in (None, self.running.id):
+                    self._interrupt(self.running)
+                return b""
+            case ["GET", "history"]:
+                return self.history
+            case ["GET", "history", ident]:
+                return {ident: self.history[ident]} if ident in self.history else {}
+            case ["GET", "view"]:
+                return self._view(seen.query)
+            case ["GET", "object_info"]:
+                return {name: self._object_info(name) for name in self.nodes}
+            case ["GET", "object_info", name]:
+                return {name: self._object_info(name)} if name in self.nodes else {}
+            case ["GET", "models"]:
+                return list(self.models)
+            case ["GET", "models", folder] if folder in self.models:
+                return self.models[folder]
+            case ["GET", "system_stats"]:
+                device = {
+                    "name": "cuda:0 Stand-In",
+                    "type": "cuda",
+                    "index": 0,
+                    "vram_total": 24 << 30,
+                    "vram_free": 20 << 30,
+                }
+                system = {
+                    "os": "posix",
+                    "comfyui_version": self.version,
+                    "python_version": "3.11.7",
+                    "ram_total": 64 << 30,
+                }
+                return {"system": system, "devices": [device]}
+            case ["POST", "free"]:
+                self._cache.clear()
+                return b""
+            case ["GET", "jobs", ident] if under_api and self.release_of >= (0, 5, 1):
+                return self._job(ident)
+            case ["POST", "jobs", ident, "cancel"] if under_api and self.release_of >= (0, 25, 0):
+                running = self.running if self.running and self.running.id == ident else None
+                return {"cancelled": self._interrupt(running) if running else self._delete(ident)}
+        return status(404)
+
+    def _post_prompt(self, body: dict[str, Any]) -> object:
+        def refuse(kind: str, message: str, details: str = "", extra: object = None, faults: object = None) -> Answer:
+            error = {"type": kind, "message": message, "details": details, "extra_info": extra or {}}
+            return status(400, {"error": error, "node_errors": faults or {}})
+
+        if "prompt" not in body:
+            return refuse("no_prompt", "No prompt provided", "No prompt provided")
+        ident = str(body.get("prompt_id") or uuid.uuid4()) if self.release_of >= (0, 3, 44) else str(uuid.uuid4())
+        if not isinstance(body["prompt"], dict):
+            return status(500, COMFY_500)
+        if self.release_of >= (0, 24, 0):
+            try:
+                valid = str(uuid.UUID(ident)) == ident
+            except ValueError:
+                valid = False
+            if not valid:
+                return refuse("invalid_prompt_id", "prompt_id must be a valid UUID", f"prompt_id: {ident!r}")
+        graph: Graph = body["prompt"]
+        for node, spec in graph.items():
+            if (name := spec.get("class_type")) in self.nodes:
+                continue
+            if self.release_of >= (0, 11, 1):
+                text = (
+                    f"Node '{name}' not found. The custom node may not be installed."
+                    if name
+                    else f"Node 'ID #{node}' has no class_type."
+                )
+                title = spec.get("_meta", {}).get("title", name)
+                return refuse(
+                    "missing_node_type",
+                    text,
+                    f"Node ID '#{node}'",
+                    {"node_id": node, "class_type": name, "node_title": title},
+                )
+            what = f"node {name} does not exist." if name else "a node is missing the class_type property."
+            return refuse("invalid_prompt", f"Cannot execute because {what}", f"Node ID '#{node}'")
+        outputs = [node for node, spec in graph.items() if spec["class_type"] in ("SaveImage", "PreviewImage")]
+        if not outputs:
+            return refuse("prompt_no_outputs", "Prompt has no outputs")
+        faults = {
+            node: found for output in outputs for node in _reach(graph, output) if (found := self._faults(graph, node))
+        }
+        good = [output for output in outputs if not faults.keys() & _reach(graph, output).keys()]
+        fate = self._fates.pop(0) if self._fates else ""
+        if fate == "node_errors_in_200":
+            faults[outputs[0]] = [
+                self._fault("required_input_missing", "Required input is missing", "images", "images", None)
+            ]
+        node_errors = {
+            node: {
+                "errors": found,
+                "dependent_outputs": [output for output in outputs if node in _reach(graph, output)],
+                "class_type": graph[node]["class_type"],
+            }
+            for node, found in faults.items()
+        }
+        if not good:
+            details = "\n".join(f"{f['message']}: {f['details']}" for output in outputs for f in faults.get(output, []))
+            return refuse(
+                "prompt_outputs_failed_validation", "Prompt outputs failed validation", details, None, node_errors
+            )
+        extra = dict(body.get("extra_data") or {}) | ({"client_id": body["client_id"]} if "client_id" in body else {})
+        self.submitted.append(body)
+        job = self._enqueue(graph, ident, extra, good, fate, -1 if body.get("front") else 1)
+        return {"prompt_id": job.id, "number": job.number, "node_errors": node_errors}
+
+    def _faults(self, graph: Graph, node: str) -> list[dict[str, Any]]:
+        """What is wrong with the inputs of one node; numbers are coerced in place."""
+        found, inputs = [], graph[node].setdefault("inputs", {})
+        for name, config in self.nodes[graph[node]["class_type"]][0].items():
+            value, kind, optional = inputs.get(name), config[0], name == "device"
+            options = kind if isinstance(kind, list) else config[1]["options"] if kind == "COMBO" else None
+            if name not in inputs:
+                fault = None if optional else ("required_input_missing", "Required input is missing", name)
+            elif _is_link(value):
+                fault = self._link_fault(graph, name, value, "COMBO" if options else kind)
+            elif options is not None:
+                listed = f"(list of length {len(options)})" if len(options) > 20 else str(options)
+                fault = (
+                    None
+                    if value in options
+                    else ("value_not_in_list", "Value not in list", f"{name}: '{value}' not in {listed}")
+                )
+                config = None if len(options) > 20 else config
+            elif kind in ("INT", "FLOAT"):
+                fault = self._number_fault(inputs, name, kind, config[1])
+            elif kind == "STRING":
+                fault = None
+            else:
+                fault = ("bad_linked_input", "Bad linked input, must be a length-2 list of [node_id, slot_index]", name)
+            if fault:
+                found.append(self._fault(*fault, name, config, value))
+        return found
+
+    @staticmethod
+    def _fault(
+        kind: str, message: str, details: str, name: str, config: object, value: object = None
+    ) -> dict[str, Any]:
+        extra = {"input_name": name, "input_config": config} | ({} if value is None else {"received_value": value})
+        return {"type": kind, "message": message, "details": details, "extra_info": extra}
+
+    def _link_fault(self, graph: Graph, name: str, link: list[Any], kind: str) -> tuple[str, str, str] | None:
+        if link[0] not in graph:
+            return "exception_during_validation", "Exception when validating inner node", f"'{link[0]}'"
+        given = self.nodes[graph[link[0]]["class_type"]][1]
+        got = given[link[1]] if link[1] < len(given) else "nothing"
+        mismatch = f"{name}, received_type({got}) mismatch input_type({kind})"
+        return None if got == kind else ("return_type_mismatch", "Return type mismatch between linked nodes", mismatch)
+
+    @staticmethod
+    def _number_fault(
+        inputs: dict[str, Any], name: str, kind: str, limits: dict[str, Any]
+    ) -> tuple[str, str, str] | None:
+        try:
+            value = inputs[name] = int(inputs[name]) if kind == "INT" else float(inputs[name])
+        except (TypeError, ValueError) as err:
+            return (
+                "invalid_input_type",
+                f"Failed to convert an input value to a {kind} value",
+                f"{name}, {inputs[name]}, {err}",
+            )
+        if value < limits["min"]:
+            return "value_smaller_than_min", f"Value {value} smaller than min of {limits['min']}", name
+        if value > limits["max"]:
+            return "value_bigger_than_max", f"Value {value} bigger than max of {limits['max']}", name
+        return None
+
+    def _delete(self, ident: str) -> bool:
+        found = [job for job in self.pending if job.id == ident]
+        self.pending = [job for job in self.pending if job.id != ident]
+        self.canceled += [job.id for job in found]
+        return bool(found)
+
+    def _interrupt(self, job: Job) -> bool:
+        job.stop = job.stop or "interrupted"
+        self.interrupted.append(job.id)
+        self.changed.notify_all()
+        return True
+
+    def _view(self, query: dict[str, str]) -> Answer:
+        name, folder, kind = query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
+        if not name:
+            return status(404)
+        if name.startswith("/") or ".." in name or kind not in ("output", "temp", "input"):
+            return status(400)
+        if folder.startswith("/") or ".." in folder.split("/"):
+            return status(403)
+        data = self.files.get((kind, folder, name))
+        return status(404) if data is None else ok(data, content_disposition=f'filename="{name}"')
+
+    def _job(self, ident: str) -> object:
+        if not (state := self.status_of(ident)):
+            return status(404, {"error": "Job not found"})
+        entry = self.history.get(ident, {"outputs": {}, "status": None})
+        images = [image for output in entry["outputs"].values() for image in output["images"]]
+        found: dict[str, Any] = {
+            "id": ident,
+            "status": state,
+            "outputs_count": len(images),
+            "outputs": entry["outputs"],
+        }
+        found["execution_status"] = entry["status"]
+        if state == "failed":
+            found["execution_error"] = entry["status"]["messages"][-1][1]
+        return found
+
+    def _node_table(self) -> dict[str, tuple[dict[str, Any], list[str]]]:
+        """Class: its inputs as /object_info describes them, its outputs."""
+
+        def number(kind: str, low: float, high: float, default: float) -> list[Any]:
+            return [kind, {"default": default, "min": low, "max": high}]
+
+        def combo(options: Sequence[str]) -> list[Any]:  # since nodes of the new kind: another shape
+            return ["COMBO", {"multiselect": False, "options": options}] if self.release_of >= (0, 4) else [options]
+
+        seed, steps, cfg = number("INT", 0, 2**64 - 1, 0), number("INT", 1, 10000, 20), number("FLOAT", 0.0, 100.0, 8.0)
+        denoise, side, batch = number("FLOAT", 0.0, 1.0, 1.0), number("INT", 16, 16384, 1024), number("INT", 1, 4096, 1)
+        text, cond, clips = ["STRING", {"multiline": True}], ["CONDITIONING"], [self.models["text_encoders"]]
+        model, clip, vae, latent, image = ["MODEL"], ["CLIP"], ["VAE"], ["LATENT"], ["IMAGE"]
+        size, device = {"width": side, "height": side, "batch_size": batch}, [["default", "cpu"], {"advanced": True}]
+        checkpoint = [self.models["checkpoints"], {"tooltip": "The name of the checkpoint (model) to load."}]
+        dtype = [["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"], {"advanced": True}]
+        conds = {"positive": cond, "negative": cond}
+        sampling = {
+            "model": model,
+            "seed": seed,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": [SAMPLERS],
+            "scheduler": [SCHEDULERS],
+        }
+        return {
+            "CheckpointLoaderSimple": ({"ckpt_name": checkpoint}, ["MODEL", "CLIP", "VAE"]),
+            "UNETLoader": ({"unet_name": [self.models["diffusion_models"]], "weight_dtype": dtype}, ["MODEL"]),
+            "CLIPLoader": ({"clip_name": clips, "type": [CLIP_TYPES], "device": device}, ["CLIP"]),
+            "DualCLIPLoader": (
+                {"clip_name1": clips, "clip_name2": clips, "type": [CLIP_TYPES], "device": device},
+                ["CLIP"],
+            ),
+            "VAELoader": ({"vae_name": [[*self.models["vae"], "pixel_space"]]}, ["VAE"]),
+            "CLIPTextEncode": ({"text": text, "clip": clip}, ["CONDITIONING"]),
+            "FluxGuidance": ({"conditioning": cond, "guidance": cfg}, ["CONDITIONING"]),
+            "EmptyLatentImage": (size, ["LATENT"]),
+            "EmptySD3LatentImage": (size, ["LATENT"]),
+            "EmptyImage": (size | {k: number("INT", 1, 16384, 512) for k in ("width", "height")}, ["IMAGE"]),
+            "KSampler": (sampling | conds | {"latent_image": latent, "denoise": denoise}, ["LATENT"]),
+            "KSamplerSelect": ({"sampler_name": combo(SAMPLERS)}, ["SAMPLER"]),
+            "BasicScheduler": (
+                {"model": model, "scheduler": combo(SCHEDULERS), "steps": steps, "denoise": denoise},
+                ["SIGMAS"],
+            ),
+            "RandomNoise": ({"noise_seed": seed}, ["NOISE"]),
+            "BasicGuider": ({"model": model, "conditioning": cond}, ["GUIDER"]),
+            "CFGGuider": ({"model": model, **conds, "cfg": cfg}, ["GUIDER"]),
+            "SamplerCustomAdvanced": (
+                {
+                    "noise": ["NOISE"],
+                    "guider": ["GUIDER"],
+                    "sampler": ["SAMPLER"],
+                    "sigmas": ["SIGMAS"],
+                    "latent_image": latent,
+                },
+                ["LATENT", "LATENT"],
+            ),
+            "VAEDecode": ({"samples": latent, "vae": vae}, ["IMAGE"]),
+            "SaveImage": ({"images": image, "filename_prefix": ["STRING", {"default": "ComfyUI"}]}, []),
+            "PreviewImage": ({"images": image}, []),
+        }
+
+    def _object_info(self, name: str) -> dict[str, Any]:
+        inputs, outputs = self.nodes[name]
+        parts = {"required": {k: v for k, v in inputs.items() if k != "device"}}
+        parts |= {"optional": {"device": inputs["device"]}} if "device" in inputs else {}
+        return {
+            "input": parts,
+            "input_order": {k: list(v) for k, v in parts.items()},
+            "is_input_list": False,
+            "output": outputs,
+            "output_is_list": [False] * len(outputs),
+            "output_name": outputs,
+            "name": name,
+            "display_name": name,
+            "description": "",
+            "python_module": "nodes",
+            "category": "",
+            "output_node": not outputs,
+        }
+
+    # The worker
+
+    def __enter__(self) -> Self:
+        self._threads.append(threading.Thread(target=self._work, daemon=True))
+        self._threads[0].start()
+        return super().__enter__()
+
+    def _enqueue(
+        self, graph: Graph, ident: str, extra: dict[str, Any], outputs: list[str], fate: str, sign: int = 1
+    ) -> Job:
+        job = Job(sign * self._number, ident, graph, extra | {"create_time": int(time.time() * 1000)}, outputs, fate)
+        self._number += 1
+        self.pending.append(job)
+        self._tell_status()
+        self.changed.notify_all()
+        return job
+
+    def _remaining(self) -> int:
+        return len(self.pending) + bool(self.running)
+
+    def _work(self) -> None:
+        with self.changed:
+            while self.changed.wait_for(lambda: self._stop.is_set() or self.pending) and not self._stop.is_set():
+                job = self.running = min(self.pending, key=lambda job: job.number)
+                self.pending.remove(job)
+                self.changed.notify_all()
+                self._tell_status()
+                try:
+                    self._run(job)
+                except Exception as err:
+                    self.bugs.append(err)
+                self.running = None
+                self._tell_status()
+                self._tell(job, "executing", {"node": None})
+                self.changed.notify_all()
+
+    def _run(self, job: Job) -> None:
+        graph, outputs, client = job.graph, dict[str, Any](), job.extra.get("client_id")
+        order = list({node: None for output in job.outputs for node in _reach(graph, output)})
+        keys = {node: _signature(graph, node) for node in order}
+        cached = [node for node in order if keys[node] in self._cache]
+        todo = [node for node in order if node not in cached]
+        samplers = [node for node in todo if graph[node]["class_type"] in ("KSampler", "SamplerCustomAdvanced")]
+        self._tell(job, "execution_start", {})
+        self._tell(job, "execution_cached", {"nodes": cached})
+        for node in cached:
+            amnesia = (0, 18, 1) <= self.release_of <= (0, 27, 0) and not client and not todo
+            if node in job.outputs and not amnesia:
+                outputs[node] = self._cache[keys[node]]
+                self._tell(job, "executed", {"node": node, "display_node": node, "output": outputs[node]})
+                self._step(job, node, 1, 1, "finished")
+        for node in todo:
+            self._step(job, node, 0.0, 1.0)
+            self._tell(job, "executing", {"node": node, "display_node": node})
+            trouble = "execution_error" if "broken.safetensors" in graph[node]["inputs"].values() else ""
+            if node == (samplers or todo)[0]:
+                trouble = trouble or self._at_the_gate(job, node)
+            if node in job.outputs and not trouble:
+                outputs[node] = self._save(job, node)
+                trouble = "" if outputs[node] else "prefix"
+                if outputs[node]:
+                    self._tell(job, "executed", {"node": node, "display_node": node, "output": outputs[node]})
+            if trouble:
+                self._end(job, trouble, node, {})
+                return
+            last = job.nodes[node]["max"]
+            self._step(job, node, last, last, "finished")
+            self._cache[keys[node]] = outputs.get(node)
+        self._end(job, "", "", {} if job.fate == "empty_outputs" else outputs)
+
+    def _at_the_gate(self, job: Job, node: str) -> str:
+        """The first step; where a held job waits. What went wrong there."""
+        steps = next((s["inputs"]["steps"] for s in job.graph.values() if "steps" in s["inputs"]), 1)
+        self._send_preview(job, node)
+        self._step(job, node, 1, steps)
+        self.changed.notify_all()
+        self.changed.wait_for(lambda: not self._paused or self._tickets or job.stop or self._stop.is_set())
+        if self._stop.is_set():
+            return "lost"
+        if not job.stop:
+            self._tickets -= bool(self._tickets and self._paused)
+            if job.fate == "lost":
+                self.restart()
+        if not job.stop and job.fate in (*COMFY_ERRORS, "interrupted"):
+            return job.fate
+        if not job.stop:
+            self._step(job, node, steps, steps)
+        return job.stop
+
+    def _save(self, job: Job, node: str) -> dict[str, Any]:
+        """Write the images of an output node; {} where the prefix climbs out of the folder."""
+        graph, spec = job.graph, job.graph[node]
+        sizes = [s["inputs"] for n in _reach(graph, node) if "width" in (s := graph[n])["inputs"]]
+        size = sizes[-1] if sizes else {"width": 512, "height": 512}
+        grid = 1 if any(graph[n]["class_type"] == "EmptyImage" for n in _reach(graph, node)) else 8
+        width, height = size["width"] // grid * grid, size["height"] // grid * grid
+        prefix = str(spec["inputs"].get("filename_prefix", "ComfyUI_temp"))
+        prefix = prefix.replace("%width%", str(width)).replace("%height%", str(height))
+        folder, _, name = prefix.rpartition("/")
+        if prefix.startswith("/") or ".." in folder.split("/"):
+            return {}
+        kind, images = "output" if spec["class_type"] == "SaveImage" else "temp", []
+        text = {"prompt": graph, **(job.extra.get("extra_pnginfo") or {})}
+        for i in range(size.get("batch_size", 1)):
+            count = self._counters[prefix] = self._counters.get(prefix, 0) + 1
+            place = {"filename": f"{name}_{count:05}_.png", "subfolder": folder, "type": kind}
+            content = f"{_signature(graph, node, picture=True)}{i or ''}".encode()
+            data = png(width, height, content=content, text={k: json.dumps(v) for k, v in text.items()})
+            if job.fate != "file_gone":
+                self.files[kind, folder, place["filename"]] = data
+            images.append(place)
+        return {"images": images}
+
+    def _end(self, job: Job, trouble: str, node: str, outputs: dict[str, Any]) -> None:
+        if trouble == "lost":
+            return
+        where = {"node_id": node, "node_type": job.graph[node]["class_type"], "executed": []} if trouble else {}
+        if trouble == "interrupted":
+            self._tell(job, "execution_interrupted", where)
+        elif trouble:
+            kind, message = COMFY_ERRORS[trouble]
+            inputs = {k: [str(v)] for k, v in job.graph[node]["inputs"].items()}
+            trace = ['  File "/srv/ComfyUI/execution.py", line 545, in execute\n    output_data = await get()\n']
+            error = {"exception_message": message, "exception_type": kind, "traceback": trace, "current_inputs": inputs}
+            self._tell(job, "execution_error", {**where, **error, "current_outputs": []})
+        else:
+            self._tell(job, "execution_success", {})
+        state = {"status_str": "error" if trouble else "success", "completed": not trouble, "messages": job.messages}
+        meta = {n: {"node_id": n, "display_node": n, "parent_node": None, "real_node_id": n} for n in outputs}
+        self.history[job.id] = {"prompt": job.item, "outputs": outputs, "status": state, "meta": meta}
+
+    # The websocket
+
+    def _tell_status(self) -> None:
+        self._send(None, "status", {"status": {"exec_info": {"queue_remaining": self._remaining()}}})
+
+    def _tell(self, job: Job, event: str, data: dict[str, Any]) -> None:
+        data = {**data, "prompt_id": job.id}
+        if event.startswith("execution_"):
+            data["timestamp"] = int(time.time() * 1000)
+            job.messages.append([event, data])
+        client = job.extra.get("client_id")
+        if client or event in ("progress", "progress_state", "execution_interrupted"):
+            self._send(None if event == "execution_interrupted" else client, event, data)
+
+    def _step(self, job: Job, node: str, value: float, most: float, state: str = "running") -> None:
+        names = {
+            "node_id": node,
+            "prompt_id": job.id,
+            "display_node_id": node,
+            "parent_node_id": None,
+            "real_node_id": node,
+        }
+        job.nodes[node] = {"value": value, "max": most, "state": state, **names}
+        self._tell(job, "progress_state", {"nodes": dict(job.nodes)})
+        if state == "running" and value:
+            self._tell(job, "progress", {"value": value, "max": most, "node": node})
+
+    def _send_preview(self, job: Job, node: str) -> None:
+        """A binary frame; the first one needs the 64-bit length."""
+        image = png(8, 8, pad=70_000 if self._big_preview else 0)
+        self._big_preview = False
+        for client, (_, flags) in list(self._sockets.items()):
+            if client == job.extra.get("client_id"):
+                meta = json.dumps({"node_id": node, "prompt_id": job.id, "image_type": "image/png"}).encode()
+                head = struct.pack(">II", 4, len(meta)) + meta if flags else struct.pack(">II", 1, 2)
+                self._send_frame(client, head + image, 2)
+
+    def _send(self, client: str | None, event: str, data: dict[str, Any]) -> None:
+        for name in list(self._sockets) if client is None else [client]:
+            self._send_frame(name, json.dumps({"type": event, "data": data}).encode())
+
+    def _send_frame(self, client: str, data: bytes, opcode: int = 1) -> None:
+        """One unmasked frame; who does not read loses the socket, so that nobody waits for him."""
+        size = len(data)
+        short, long = struct.pack(">BH", 126, size & 0xFFFF), struct.pack(">BQ", 127, size)
+        length = bytes([size]) if size < 126 else short if size < 65536 else long
+        frame = bytes([0x80 | opcode]) + length + data
+        if client in self._sockets:
+            sock = self._sockets[client][0].sock
+            try:
+                whole = sock.send(frame, socket.MSG_DONTWAIT) == len(frame)
+            except OSError:
+                whole = False
+            if not whole:
+                del self._sockets[client]
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _talk_websocket(self, wire: Wire, seen: Seen) -> None:
+        key = seen.headers.get("sec-websocket-key", "")
+        if (
+            seen.headers.get("upgrade", "").lower() != "websocket"
+            or seen.headers.get("sec-websocket-version") != "13"
+            or not key
+        ):
+            return wire.send(_head(400, {"Content-Length": 0}))
+        digest = hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False).digest()
+        accept = f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}"
+        client, flags = seen.query.get("clientId") or uuid.uuid4().hex, set[str]()
+        head = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n{accept}\r\n\r\n"
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        with self.changed:
+            wire.send(head.encode())
+            self._sockets[client] = (wire, flags)  # an older socket of that name hears nothing any more
+            self._send(
+                client, "status", {"status": {"exec_info": {"queue_remaining": self._remaining()}}, "sid": client}
+            )
+            self.changed.notify_all()
+        try:
+            while True:
+                first, second = wire.read(2)
+                assert second & 0x80, "a client's frame must be masked"
+                extended = {126: 2, 127: 8}.get(second & 0x7F, 0)
+                size = int.from_bytes(wire.read(extended), "big") if extended else second & 0x7F
+                mask, data = wire.read(4), wire.read(size)
+                data = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+                with self.changed:
+                    if first & 0x0F == 8:
+                        return self._send_frame(client, data, 8)
+                    if first & 0x0F == 9:
+                        self._send_frame(client, data, 10)
+                    elif first & 0x0F == 1 and json.loads(data).get("type") == "feature_flags":
+                        flags |= {k for k, v in json.loads(data)["data"].items() if v}
+                        self._send(
+                            client, "feature_flags", {"supports_preview_metadata": True, "max_upload_size": 104857600}
+                        )
+        finally:
+            with self.changed:
+                if self._sockets.get(client, (None,))[0] is wire:
+                    del self._sockets[client]
+
+
+RATIOS = {  # pixels at 1 MP
+    pair.partition("=")[0]: (int(pair.partition("=")[2].partition("x")[0]), int(pair.rpartition("x")[2]))
+    for pair in str.split(
+        "1:1=1024x1024 16:9=1344x768 21:9=1536x640 3:2=1216x832 2:3=832x1216 4:5=896x1088 5:4=1088x896 3:4=896x1152 "
+        "4:3=1152x896 9:16=768x1344 9:21=640x1536"
+    )
+}
+_FLUX: dict[str, Any] = {
+    "prompt": str,
+    "seed": int,
+    "output_format": ["webp", "jpg", "png"],
+    "output_quality": (0, 100),
+}
+_OPEN: dict[str, Any] = _FLUX | {"aspect_ratio": [*RATIOS], "num_outputs": (1, 4), "megapixels": ["1", "0.25"]}
+_PRO: dict[str, Any] = _FLUX | {"aspect_ratio": ["custom", *RATIOS], "safety_tolerance": (1, 6)}
+FLUX_INPUTS = {  # model: input: type, choices or limits
+    "black-forest-labs/flux-schnell": _OPEN | {"num_inference_steps": (1, 4)},
+    "black-forest-labs/flux-dev": _OPEN | {"num_inference_steps": (1, 50), "guidance": (0, 10)},
+    "black-forest-labs/flux-1.1-pro": _PRO | {"width": (256, 1440), "height": (256, 1440)},
+    "somebody/sdxl-copy": {"prompt": str, "seed": int, "width": (64, 2048), "height": (64, 2048)},  # needs its version
+}
+
+
+class Fate(NamedTuple):
+    """What becomes of a prediction of the Replicate stand-in."""
+
+    status: str = "succeeded"  # succeeded, failed, canceled, aborted
+    error: str | None = None
+    predict_time: float | None = 0.42
+    polls: int = 2  # the GET that shows the end; 0: the create's answer already does
+    output: str = ""  # list, string, data (URI in a list), object, null, removed; "": as the model does
+    image: bytes = b""  # b"": one that fits the input
+    images: int | None = None  # how many are left; None: all that were asked for
+
+
+class ReplicateServer(Server):
+    """api.replicate.com with its file host (`files`, another origin). Base URL for the adapter: `v1`."""
+
+    def __init__(self, token: str = "r8_stand_in", *, page: int = 100) -> None:
+        super().__init__()
+        self.token, self.page, self.v1 = token, page, f"{self.base}/v1"
+        self.files = FileHost()
+        self.created = 0
+        self.predictions: dict[str, dict[str, Any]] = {}  # oldest first
+        self.canceled: list[str] = []
+        self.get_faults: list[Answer] = []  # played first by GETs, one each
+        self.urls_base = self.v1  # another one: `urls.get` then leads elsewhere
+        self._fates: list[Fate] = []
+        self._default, self._left = Fate(), dict[str, tuple[int, Fate]]()
+        self._posts: list[tuple[Answer, bool]] = []
+
+    def __enter__(self) -> Self:
+        self.files.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.files.__exit__(kind, *rest)
+        super().__exit__(kind, *rest)
+
+    def script(self, *, always: bool = False, **fate: Any) -> None:
+        """The Fate of the next prediction (`always`: of all without one of their own)."""
+        with self.changed:
+            if always:
+                self._default = Fate(**fate)
+            else:
+                self._fates.append(Fate(**fate))
+
+    def answer_next(self, *answers: object, create: bool = False) -> None:
+        """The next POSTs that would create get these; with `create` the prediction is nevertheless made."""
+        self._posts += [(as_answer(answer), create) for answer in answers]
+
+    def lose_next_answer(self) -> None:
+        self.answer_next(reset(), create=True)
+
+    def refuse_next(self, code: int, title: str, detail: str, **headers: str) -> None:
+        """An error of the API, such as 402 "Insufficient credit" or 429 "… resets in ~30s."."""
+        self.answer_next(
+            self._problem(code, title, detail, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        )
+
+    def plant(
+        self, input: dict[str, Any], model: str = "black-forest-labs/flux-schnell", age_s: float = 0, **fate: Any
+    ) -> str:
+        """A finished prediction that somebody else made, that long ago; its id."""
+        with self.changed:
+            made = self._create(model, "hidden", input, Fate(**{"polls": 0, **fate}), age_s)
+            self.predictions = dict(sorted(self.predictions.items(), key=lambda item: str(item[1]["created_at"])))
+            return str(made["id"])
+
+    def finish(self) -> None:
+        """Every running prediction ends with its next GET."""
+        with self.changed:
+            self._left = {ident: (0, fate) for ident, (_, fate) in self._left.items()}
+
+    def expire(self) -> None:
+        """An hour later: inputs, outputs, logs and files of what has ended are gone."""
+        with self.changed:
+            self.files.files.clear()
+            for made in self.predictions.values():
+                if made.get("completed_at"):
+                    made.update(input={}, output=None, logs="", data_removed=True)
+
+    def respond(self, seen: Seen) -> object:
+        path, _, _ = seen.path.partition("?")
+        with self.changed:
+            if seen.headers.get("authorization") not in (f"Bearer {self.token}", f"Token {self.token}"):
+                return self._problem(401, "Unauthenticated", "You did not pass a valid authentication token")
+            if seen.method == "GET" and self.get_faults:
+                return self.get_faults.pop(0)
+            match [seen.method, *path.strip("/").split("/")]:
+                case ["GET", "v1", "account"]:
+                    return {"type": "user", "username": "stand-in", "name": "Stand In", "github_url": ""}
+                case ["GET", "v1", "models", owner, name] if f"{owner}/{name}" in FLUX_INPUTS:
+                    return self._model(owner, name)
+                case ["POST", "v1", "models", owner, name, "predictions"] if owner == "black-forest-labs":
+                    if f"{owner}/{name}" in FLUX_INPUTS:
+                        return self._post(seen, f"{owner}/{name}")
+                case ["POST", "v1", "predictions"]:
+                    return self._post(seen, None)
+                case ["GET", "v1", "predictions"]:
+                    return self._list(int(seen.query.get("cursor", "0")))
+                case ["GET", "v1", "predictions", ident] if ident in self.predictions:
+                    return self._advance(ident)
+                case ["POST", "v1", "predictions", ident, "cancel"] if ident in self.predictions:
+                    self.canceled.append(ident)
+                    if ident in self._left:
+                        self._end(ident, self._left[ident][1]._replace(status="canceled", error=None))
+                    return self.predictions[ident]
+            return self._problem(404, "", "The requested resource could not be found.")
+
+    @staticmethod
+    def _problem(
+        code: int, title: str, detail: str, fields: object = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        body: dict[str, Any] = {"detail": detail, "status": code} | ({"title": title} if title else {})
+        body |= {"invalid_fields": fields} if fields else {}
+        return status(code, body, {"Content-Type": "application/problem+json", **(headers or {})})
+
+    def _post(self, seen: Seen, model: str | None) -> object:
+        answer, create = self._posts.pop(0) if self._posts else (None, True)
+        if answer and not create:
+            return answer
+        body, version = seen.json, "hidden"
+        faults = [
+            ("additional_property_not_allowed", key, f"Additional property {key} is not allowed")
+            for key in body.keys() - {"input", "webhook", "webhook_events_filter", *([] if model else ["version"])}
+        ]
+        if "input" not in body:
+            faults.append(("required", "", "input is required"))
+        if model is None and not faults:
+            model, version = self._find_version(str(body.get("version", "")))
+            if not model:
+                text = "The specified version does not exist (or perhaps you don't have permission to use it?)"
+                return self._problem(422, "Invalid version or not permitted", text)
+        if model and not faults:
+            faults = self._input_faults(FLUX_INPUTS[model], body["input"])
+        if faults:
+            fields = [{"type": kind, "field": field, "description": text} for kind, field, text in faults]
+            detail = "".join(f"- {field}: {text}\n" if field else f"- {text}\n" for _, field, text in faults)
+            return self._problem(422, "Input validation failed", detail, fields)
+        self.created += 1
+        made = self._create(str(model), version, body["input"], self._fates.pop(0) if self._fates else self._default)
+        return answer or status(201, made)
+
+    @staticmethod
+    def _version(model: str) -> str:
+        return hashlib.sha256(model.encode()).hexdigest()
+
+    def _find_version(self, version: str) -> tuple[str, str]:
+        """The model and version named by 64 hex, owner/name:version, or owner/name of an official model."""
+        for model in FLUX_INPUTS:
+            official = [model] if model.startswith("black-forest-labs/") else []
+            if version in (self._version(model), f"{model}:{self._version(model)}", *official):
+                return model, "hidden" if official else self._version(model)
+        return "", ""
+
+    @staticmethod
+    def _input_faults(known: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        """Unknown inputs are ignored, known ones checked."""
+        faults = [] if "prompt" in given else [("required", "input", "prompt is required")]
+        for name in known.keys() & given.keys():
+            rule, value, field = known[name], given[name], f"input.{name}"
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(rule, list):
+                if value not in rule:
+                    listed = ", ".join(f'"{choice}"' for choice in rule)
+                    faults.append(("enum", field, f"{name} must be one of the following: {listed}"))
+            elif isinstance(rule, type):
+                if not isinstance(value, rule) or isinstance(value, bool):
+                    wanted = {int: "integer", str: "string"}[rule]
+                    faults.append(
+                        ("invalid_type", field, f"Invalid type. Expected: {wanted}, given: {type(value).__name__}")
+                    )
+            elif not number:
+                faults.append(("invalid_type", field, f"Invalid type. Expected: number, given: {type(value).__name__}"))
+            elif value > rule[1]:
+                faults.append(("number_lte", field, f"Must be less than or equal to {rule[1]}"))
+            elif value < rule[0]:
+                faults.append(("number_gte", field, f"Must be greater than or equal to {rule[0]}"))
+        return faults
+
+    @staticmethod
+    def _now(age_s: float = 0) -> str:
+        return (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def _create(self, model: str, version: str, given: dict[str, Any], fate: Fate, age_s: float = 0) -> dict[str, Any]:
+        ident = uuid.uuid4().hex[:26]
+        url = f"{self.urls_base}/predictions/{ident}"
+        made = dict[str, Any](id=ident, model=model, version=version, input=given, output=None, error=None, logs="")
+        made.update(status="starting", created_at=self._now(age_s), data_removed=False, source="api", metrics={})
+        made |= {"urls": {"get": url, "cancel": f"{url}/cancel", "web": f"https://replicate.com/p/{ident}"}}
+        self.predictions[ident], self._left[ident] = made, (fate.polls, fate)
+        if not fate.polls:
+            self._end(ident, fate)
+        return made
+
+    def _advance(self, ident: str) -> dict[str, Any]:
+        made = self.predictions[ident]
+        if ident in self._left:
+            left, fate = self._left[ident]
+            self._left[ident] = (left - 1, fate)
+            if left <= 1:
+                self._end(ident, fate)
+            elif left < fate.polls or fate.polls < 3:
+                made.update(status="processing", started_at=self._now())
+                made["logs"] = self._logs(made, 1 - (left - 1) / fate.polls)
+        return made
+
+    @staticmethod
+    def _logs(made: Mapping[str, Any], share: float) -> str:
+        steps = int(made["input"].get("num_inference_steps", 4))
+        lines = [f"Using seed: {made['input'].get('seed', 41823)}", f"  0%|          | 0/{steps} [00:00<?, ?it/s]"]
+        for done in range(1, int(steps * share) + 1):
+            percent = 100 * done // steps
+            lines.append(f"{percent:3}%|{'#' * (percent // 10):10}| {done}/{steps} [00:00<00:00,  9.81it/s]")
+        return "\n".join(lines) + "\n"
+
+    def _end(self, ident: str, fate: Fate) -> None:
+        made = self.predictions[ident]
+        del self._left[ident]
+        made.update(status=fate.status, error=fate.error, completed_at=self._now())
+        if fate.status == "aborted":
+            return
+        made.setdefault("started_at", self._now())
+        made["logs"] = self._logs(made, 1.0 if fate.status == "succeeded" else 0.5)
+        if fate.predict_time is not None:
+            made["metrics"] = {"predict_time": fate.predict_time, "total_time": fate.predict_time + 0.1}
+        if fate.status == "succeeded":
+            made["output"] = self._output(made, fate)
+        if fate.output == "removed":
+            made.update(input={}, output=None, logs="", data_removed=True)
+
+    def _output(self, made: Mapping[str, Any], fate: Fate) -> object:
+        given = made["input"]
+        width, height = RATIOS.get(
+            given.get("aspect_ratio", "1:1"), (given.get("width", 1024), given.get("height", 1024))
+        )
+        if given.get("megapixels") == "0.25":
+            width, height = width // 2, height // 2
+        ending = given.get("output_format", "webp")
+        draw: Callable[[int, int, bytes], bytes] = {"jpg": jpeg, "webp": webp}.get(
+            ending, lambda w, h, c: png(w, h, content=c)
+        )
+        asked = given.get("num_outputs", 1) if fate.images is None else fate.images
+        contents = [json.dumps([made["model"], given, i], sort_keys=True).encode() for i in range(asked)]
+        images = [fate.image or draw(width, height, content) for content in contents]
+        if fate.output == "data":
+            return [f"data:{_encoded(image)[1]};base64,{base64.b64encode(image).decode()}" for image in images]
+        urls = [self.files.put(image, ending) for image in images]
+        kind = fate.output or ("string" if "pro" in made["model"] else "list")
+        return {"string": urls[0] if urls else None, "object": {"image": urls[:1]}, "null": None}.get(kind, urls)
+
+    def _list(self, start: int) -> dict[str, Any]:
+        newest = list(self.predictions.values())[::-1]
+        more = f"{self.v1}/predictions?cursor={start + self.page}" if start + self.page < len(newest) else None
+        return {"previous": None, "next": more, "results": newest[start : start + self.page]}
+
+    def _model(self, owner: str, name: str) -> dict[str, Any]:
+        rules, names = FLUX_INPUTS[f"{owner}/{name}"], {int: "integer", str: "string"}
+        properties: dict[str, Any] = {}
+        schemas: dict[str, Any] = {"Input": {"type": "object", "required": ["prompt"], "properties": properties}}
+        for key, rule in rules.items():
+            if isinstance(rule, list):
+                schemas[key] = {"title": key, "enum": rule, "type": "string"}
+                properties[key] = {"allOf": [{"$ref": f"#/components/schemas/{key}"}], "default": rule[0]}
+            elif isinstance(rule, type):
+                properties[key] = {"type": names[rule], "title": key}
+            else:
+                properties[key] = {"type": "integer", "minimum": rule[0], "maximum": rule[1], "title": key}
+        latest = {"id": self._version(f"{owner}/{name}"), "openapi_schema": {"components": {"schemas": schemas}}}
+        return {"owner": owner, "name": name, "visibility": "public", "latest_version": latest}
+
+
+GPT_MODELS = ("gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "gpt-image-2.5-flare", "gpt-image-2.6-flare")
+GPT_SIZES = ("1024x1024", "1024x1536", "1536x1024", "auto")  # of 1-mini and 1.5; later ones take more
+GPT_TOKENS = {"low": 272, "medium": 1056, "high": 4160}
+GPT_FIELDS = str.split(
+    "prompt model n size quality output_format output_compression background moderation stream partial_images "
+    "complexity frame_count frame_duration_ms svg safety_identifier user"
+)
+GPT_ERRORS = {  # kind: status, type, code ("": null), message
+    name: (int(code), group, detail.strip("-"), text)
+    for name, code, group, detail, text in (
+        line.split(maxsplit=4)
+        for line in """
+moderation_input 400 image_generation_user_error moderation_blocked Your request was rejected by the safety system.
+moderation_output 400 image_generation_user_error moderation_blocked Your request was rejected by the safety system.
+content_policy 400 invalid_request_error content_policy_violation Rejected as a result of our safety system.
+safety_500 500 server_error - Your request was rejected by our safety system.
+insufficient_quota 429 insufficient_quota insufficient_quota You exceeded your current quota, check billing.
+rate_limit 429 requests rate_limit_exceeded Rate limit reached on images per minute: Limit 5.
+billing_hard_limit 400 invalid_request_error billing_hard_limit_reached Billing hard limit has been reached
+verify_org 403 invalid_request_error - Your organization must be verified to use the model.
+server_error 500 server_error - The server had an error. Sorry about that!
+unavailable 503 server_error - Service Unavailable.
+overloaded 503 server_error overloaded The engine is currently overloaded, try again later.
+""".strip().splitlines()
+    )
+}
+
+
+class OpenAIServer(Server):
+    """POST /v1/images/generations as OpenAI has it, or in a `dialect`: together, sglang, localai, vllm.
+
+    `url_as` says how links in its answers look: absolute, relative, data, or foreign (on `files`, another origin).
+    `key=""` asks for none. `pad` makes PNGs that much larger. Base URL for the adapter: `v1`.
+    """
+
+    def __init__(
+        self, key: str = "sk-stand-in-0001", *, dialect: str = "openai", url_as: str = "", pad: int = 0
+    ) -> None:
+        super().__init__()
+        assert dialect in ("openai", "together", "sglang", "localai", "vllm")
+        self.key, self.dialect, self.pad, self.v1 = key, dialect, pad, f"{self.base}/v1"
+        self.url_as = url_as or {"together": "foreign", "sglang": "relative"}.get(dialect, "absolute")
+        self.models = list(GPT_MODELS) if dialect == "openai" else ["stand-in/flux"]
+        self.files = FileHost()
+        self.bodies: list[dict[str, Any]] = []  # of every POST, refused ones too
+        self.billed = 0  # images (or blocked ones) that cost money
+        self.made: list[
+            dict[str, Any]
+        ] = []  # what each image was made from: prompt, negative, width, height, seed, steps
+        self.own_files: dict[str, bytes] = {}
+        self._script: list[tuple[str, Answer | None]] = []
+
+    @property
+    def posts(self) -> int:
+        return len(self.bodies)
+
+    def __enter__(self) -> Self:
+        self.files.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.files.__exit__(kind, *rest)
+        super().__exit__(kind, *rest)
+
+    def script(self, *kinds: object, **headers: str) -> None:
+        """What the next POSTs get: a kind of GPT_ERRORS, "no_image" (a 200 without data), or an answer.
+
+        `headers`, such as retry_after="2" or retry_after_ms="40", go with the errors named in this call.
+        """
+        extra = {name.replace("_", "-"): value for name, value in headers.items()}
+        for kind in kinds:
+            if isinstance(kind, str) and kind in GPT_ERRORS:
+                code, group, name, text = GPT_ERRORS[kind]
+                stage = {"moderation_input": "input", "moderation_output": "output"}.get(kind)
+                more = {"moderation_details": {"moderation_stage": stage, "categories": ["violence"]}} if stage else {}
+                self._script.append((kind, self._error(code, group, name or None, None, text, more, extra)))
+            else:
+                self._script.append(("no_image", None) if kind == "no_image" else ("", as_answer(kind)))
+
+    def respond(self, seen: Seen) -> object:
+        path = seen.path.partition("?")[0]
+        with self.changed:
+            if path in self.own_files:
+                return self.own_files[path]
+            if self.key and seen.headers.get("authorization") != f"Bearer {self.key}":
+                given = seen.headers.get("authorization", "").removeprefix("Bearer ")
+                shown = f"{given[:3]}{'*' * 8}{given[-4:]}" if len(given) > 8 else "*" * len(given)
+                text = f"Incorrect API key provided: {shown}. You can find your API key at https://platform.openai.com/account/api-keys."
+                return self._error(401, "invalid_request_error", "invalid_api_key", None, text)
+            match [seen.method, *path.strip("/").split("/")]:
+                case ["GET", "v1", "models"]:
+                    return self._reply({"object": "list", "data": [self._model(name) for name in self.models]})
+                case ["GET", "v1", "models", *parts]:
+                    name = urllib.parse.unquote("/".join(parts))
+                    return self._reply(self._model(name)) if name in self.models else self._no_model(name)
+                case ["POST", "v1", "images", "generations"]:
+                    return self._generate(seen)
+            return self._error(404, "invalid_request_error", None, None, f"Invalid URL ({seen.method} {path})")
+
+    def _generate(self, seen: Seen) -> Answer:
+        try:
+            body = seen.json
+        except ValueError:
+            body = {}
+        self.bodies.append(body)
+        kind, answer = self._script.pop(0) if self._script else ("", None)
+        self.billed += kind == "moderation_output"
+        if answer:
+            return answer
+        if refusal := getattr(self, f"_refuse_{self.dialect}")(body):
+            assert isinstance(refusal, Answer)
+            return refusal
+        return self._reply(self._result(body, drop=kind == "no_image"))
+
+    def _refuse_openai(self, body: dict[str, Any]) -> Answer | None:
+        """OpenAI's own checks, in the order in which it makes them."""
+
+        def bad(param: str, code: str, text: str) -> Answer:
+            return self._error(400, "invalid_request_error", code, param, text)
+
+        def one_of(param: str, allowed: Sequence[str]) -> Answer | None:
+            if body.get(param, allowed[0]) in allowed:
+                return None
+            listed = ", ".join(f"'{value}'" for value in allowed[:-1]) + f", and '{allowed[-1]}'"
+            return bad(param, "invalid_value", f"Invalid value: '{body[param]}'. Supported values are: {listed}.")
+
+        for param in ("prompt", "model"):
+            if not body.get(param):
+                return bad(param, "missing_required_parameter", f"Missing required parameter: '{param}'.")
+        model, size = str(body["model"]), str(body.get("size", "auto"))
+        if model not in self.models:
+            return self._no_model(model)
+        if unknown := [name for name in body if name not in GPT_FIELDS]:
+            return bad(unknown[0], "unknown_parameter", f"Unknown parameter: '{unknown[0]}'.")
+        if len(body["prompt"]) > 32000:
+            return bad(
+                "prompt",
+                "string_above_max_length",
+                "Invalid 'prompt': string too long. Expected at most 32000 characters.",
+            )
+        if type(n := body.get("n", 1)) is not int:
+            return bad("n", "invalid_type", f"Invalid type for 'n': expected an integer, but got {n!r} instead.")
+        if not 1 <= n <= 10:
+            code, side = ("integer_above_max_value", "<= 10") if n > 10 else ("integer_below_min_value", ">= 1")
+            return bad("n", code, f"Invalid 'n': expected a value {side}, but got {n} instead.")
+        preview = ["gif", "svg"] if "2.6" in model else []
+        compression, kind = body.get("output_compression"), body.get("output_format", "png")
+        if compression is not None and (kind not in ("jpeg", "webp") or not 0 <= compression <= 100):
+            return bad(
+                "output_compression",
+                "invalid_value",
+                f"Compression {compression} is not supported for '{kind}' output.",
+            )
+        if body.get("background") == "transparent" and (kind not in ("png", "webp") or model == "gpt-image-2"):
+            return bad(
+                "background",
+                "invalid_value",
+                f"Transparent background is not supported for {model} with '{kind}' output.",
+            )
+        return (
+            one_of("quality", ["low", "medium", "high", "auto", *(["xhigh", "max"] if "2.5" in model else [])])
+            or one_of("output_format", ["png", "jpeg", "webp", *preview])
+            or one_of("background", ["auto", "opaque", "transparent"])
+            or one_of("moderation", ["auto", "low"])
+            or (one_of("size", GPT_SIZES) if model in GPT_MODELS[:2] else self._refuse_size(size))
+        )
+
+    def _refuse_size(self, size: str) -> Answer | None:
+        """The rule of gpt-image-2 and later."""
+        if size == "auto":
+            return None
+        width, height = self._pixels(size, (1, 1))
+        fits = (
+            max(width, height) <= 3840
+            and min(width, height) * 3 >= max(width, height)
+            and width % 16 == height % 16 == 0
+        )
+        if fits and 655_360 <= width * height <= 8_294_400:
+            return None
+        return self._error(400, "invalid_request_error", "invalid_value", "size", f"Invalid size '{size}'.")
+
+    def _refuse_together(self, body: dict[str, Any]) -> Answer | None:
+        if body.get("model") not in self.models:
+            return self._no_model(str(body.get("model")))
+        if body.get("response_format", "url") not in ("base64", "url"):
+            text = "response_format must be one of 'base64', 'url'"
+            return self._error(400, "invalid_request_error", None, "response_format", text)
+        return None
+
+    def _refuse_vllm(self, body: dict[str, Any]) -> Answer | None:
+        steps, faults = body.get("num_inference_steps", 28), []
+        if body.get("response_format", "b64_json") != "b64_json":
+            faults.append(("response_format", "literal_error", "Input should be 'b64_json'"))
+        if not 1 <= steps <= 200:
+            faults.append(("num_inference_steps", "less_than_equal", "Input should be less than or equal to 200"))
+        detail = [
+            {"type": kind, "loc": ["body", name], "msg": text, "input": body.get(name)} for name, kind, text in faults
+        ]
+        return status(422, {"detail": detail}) if faults else None
+
+    def _refuse_sglang(self, body: dict[str, Any]) -> Answer | None:
+        return None
+
+    def _refuse_localai(self, body: dict[str, Any]) -> Answer | None:
+        return None
+
+    def _result(self, body: dict[str, Any], drop: bool) -> dict[str, Any]:
+        dialect, prompt, negative = self.dialect, str(body.get("prompt", "")), str(body.get("negative_prompt", ""))
+        width, height = self._pixels(str(body.get("size", "")), (512, 512) if dialect == "localai" else (1024, 1024))
+        if dialect == "together":
+            width, height = int(body.get("width", 1024)), int(body.get("height", 1024))
+        if dialect == "localai":
+            prompt, _, negative = prompt.partition("|")
+        seed = body.get("seed", 1024 if dialect == "sglang" else None)
+        steps = body.get({"together": "steps", "localai": "step"}.get(dialect, "num_inference_steps"))
+        kind = str(body.get("output_format", "jpeg" if dialect == "together" else "png"))
+        made = {"prompt": prompt, "negative": negative, "width": width, "height": height, "seed": seed, "steps": steps}
+        count = 0 if drop else int(body.get("n", 1))
+        self.made += [made] * count
+        self.billed += int(body.get("n", 1))
+        default = "url" if dialect in ("together", "sglang", "localai") else "b64_json"
+        as_url = dialect != "openai" and body.get("response_format", default) == "url"
+        data = []
+        for i in range(count):
+            link = self._link(self._draw(kind, width, height, json.dumps([made, i]).encode()), kind, as_url)
+            data.append(link | ({"index": i, "type": next(iter(link))} if dialect == "together" else {}))
+            data[-1] |= {"file_path": f"outputs/{i}.{kind}"} if dialect == "sglang" else {}
+        if dialect == "together":
+            return {"id": "ogB3Hqx-stand-in", "model": body["model"], "object": "list", "data": data}
+        found: dict[str, Any] = {"created": int(time.time()), "data": data}
+        if dialect in ("openai", "vllm"):
+            found |= {"output_format": kind, "size": f"{width}x{height}"}
+        if dialect == "openai":
+            quality = {"auto": "medium"}.get(str(body.get("quality", "auto")), str(body.get("quality", "auto")))
+            text, images = len(prompt.split()) + 5, count * GPT_TOKENS.get(quality, 4160)
+            usage = {"input_tokens": text, "input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
+            usage |= {"output_tokens": images, "total_tokens": text + images}
+            found |= {"background": str(body.get("background", "opaque")), "quality": quality, "usage": usage}
+        if dialect == "localai":
+            found |= {"id": str(uuid.uuid4()), "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}}
+        return found | ({"id": str(uuid.uuid4()), "inference_time_s": 1.7} if dialect == "sglang" else {})
+
+    def _draw(self, kind: str, width: int, height: int, content: bytes) -> bytes:
+        if kind in ("jpeg", "webp", "gif"):
+            return {"jpeg": jpeg, "webp": webp, "gif": gif}[kind](width, height, content)
+        return png(width, height, self.pad, content)
+
+    def _link(self, image: bytes, kind: str, as_url: bool) -> dict[str, str]:
+        if not as_url or self.url_as == "data":
+            coded = base64.b64encode(image).decode()
+            return {"url": f"data:{_encoded(image)[1]};base64,{coded}"} if as_url else {"b64_json": coded}
+        if self.url_as == "foreign":
+            return {"url": self.files.put(image, kind)}
+        path = f"/generated-images/{len(self.own_files)}-{hashlib.sha256(image).hexdigest()[:12]}.{kind}"
+        self.own_files[path] = image
+        return {"url": path if self.url_as == "relative" else self.base + path}
+
+    @staticmethod
+    def _pixels(size: str, default: tuple[int, int]) -> tuple[int, int]:
+        width, _, height = size.partition("x")
+        return (int(width), int(height)) if width.isdecimal() and height.isdecimal() else default
+
+    @staticmethod
+    def _model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 1761177600, "owned_by": "system"}
+
+    def _no_model(self, name: str) -> Answer:
+        text = f"The model '{name}' does not exist or you do not have access to it."
+        return self._error(404, "invalid_request_error", "model_not_found", "model", text)
+
+    def _error(
+        self,
+        code: int,
+        group: str,
+        name: str | None,
+        param: str | None,
+        text: str,
+        more: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        error = {"message": text, "type": group, "param": param, "code": name, **(more or {})}
+        return status(code, {"error": error}, {**self._headers(), **(headers or {})})
+
+    def _reply(self, body: object) -> Answer:
+        return status(200, body, self._headers())
+
+    @staticmethod
+    def _headers() -> dict[str, str]:
+        return {
+            "x-request-id": f"req_{uuid.uuid4().hex}",
+            "openai-processing-ms": "12",
+            "x-ratelimit-limit-requests": "5",
+        }
+
+
+# === 0. The file itself ===============================================================================================
+HEAD_LATE = {"dataclasses", "http", "logging", "pg8000", "shutil", "ssl", "subprocess", "tempfile", "yaml"}
+
+
+def head_source() -> str:
+    return HERE.read_text(encoding="utf-8")
+
+
+def head_alone(home: Path, *args: str, flags: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    """A copy of the tool in an otherwise empty folder, run by a Python without packages; its environment is a HOME."""
+    folder = home / "alone"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(HERE, folder / "imagen.py")
+    command, env = [sys.executable, "-I", "-S", *flags, "imagen.py", *args], {"HOME": str(home), **env}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=60)
+
+
+def head_globals(table: symtable.SymbolTable) -> set[str]:
+    """The names that a scope, or one inside it, takes from the module."""
+    outermost = table.get_type() == "module"
+    own = {name.get_name() for name in table.get_symbols() if name.is_referenced() and (outermost or name.is_global())}
+    return own.union(*map(head_globals, table.get_children()))
+
+
+def head_upward(source: str) -> list[str]:
+    """Uses of names that only a later section defines."""
+    sections = re.split(r"^(?=# === )", source, flags=re.MULTILINE)[1:]
+    tables = [symtable.symtable(section, "section", "exec") for section in sections]
+    made = [{name.get_name() for name in table.get_symbols() if name.is_assigned()} for table in tables]
+    return [
+        f"{name}, used under {sections[here].splitlines()[0]}"
+        for here, there in itertools.combinations(range(len(tables)), 2)
+        for name in sorted((head_globals(tables[here]) & made[there]) - made[here])
+    ]
+
+
+def head_public(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Public classes, functions and methods, but for the error classes: the table above them says what they are."""
+    errors = {cls.__name__ for cls in imagen.ERRORS.values()}
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if child.name not in errors:
+                yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from head_public(child, f"{child.name}.")
+
+
+def test_the_map_is_true() -> None:
+    mapped = re.findall(r"^ +(\d+) (\S+) +(.+)$", (imagen.__doc__ or "").partition("\nMap.")[2], re.MULTILINE)
+    assert mapped == re.findall(r"^# === (\d+)\. (\S+): (.+?) =+$", head_source(), re.MULTILINE)
+    numbers = [int(number) for number, _, _ in mapped]
+    assert len(numbers) > 15 and numbers == sorted(set(numbers))
+
+
+def test_the_tests_stand_under_the_banners_of_what_they_test() -> None:
+    banner = re.compile(r"^# === ([1-9]\d*\. .*?) =+$", re.MULTILINE)
+    tested = banner.findall(Path(__file__).read_text(encoding="utf-8"))
+    assert tested and tested == [title for title in banner.findall(head_source()) if title in tested]
+
+
+def test_no_section_uses_one_below_it() -> None:
+    planted = "# === 1\ndef a(n: low) -> int: return high + n\n# === 2\nhigh = 1\nclass low: pass\n"
+    assert [line[:4] for line in head_upward(planted)] == ["high", "low,"]
+    assert head_upward(head_source()) == []
+
+
+def test_everything_public_has_a_docstring() -> None:
+    public = dict(head_public(ast.parse(head_source())))
+    assert {"main", "Backend", "Backend.generate"} <= public.keys()
+    assert [name for name, node in public.items() if not ast.get_docstring(node)] == []
+
+
+def test_pyyaml_and_pg8000_are_all_it_needs_and_only_where_it_needs_them() -> None:
+    block = re.match(r"(?:#!.*\n)?# /// script\n((?:#(?: .*)?\n)+?)# ///\n", head_source())
+    assert block
+    header = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    assert header["requires-python"] == ">=3.11"
+    assert {re.split(r"[^\w-]", need)[0] for need in header["dependencies"]} == {"pyyaml", "pg8000"}
+
+    def outside(nodes: list[Any]) -> set[str]:
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+    tree = ast.parse(head_source())
+    assert outside(tree.body) == set() and {"yaml"} <= outside([*ast.walk(tree)]) <= {"yaml", "pg8000"}
+
+
+def test_a_lone_copy_on_a_bare_python_makes_an_image(tmp_path: Path) -> None:
+    done = head_alone(tmp_path, "generate", "Größe")
+    path = Path(done.stdout.removesuffix("\n"))
+    assert done.returncode == 0 and path.parent == tmp_path / "Pictures" / "imagen"
+    assert path.read_bytes().startswith(b"\x89PNG") and "-groesse-" in path.name
+    assert [file.name for file in (tmp_path / "alone").iterdir()] == ["imagen.py"]
+    (told,) = [line for line in done.stderr.splitlines() if "placeholder" in line]
+    assert "mock" in told and "imagen config init" in told
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "styles", "generate fox --size 64x64"])
+def test_a_start_imports_only_what_it_needs(tmp_path: Path, command: str) -> None:
+    done = head_alone(tmp_path, *command.split(), flags=("-X", "importtime"))
+    loaded = set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\S+)$", done.stderr, re.MULTILINE))
+    assert done.returncode == 0 and {"json", "typing"} <= loaded
+    assert {name for name in loaded if name.partition(".")[0] in HEAD_LATE or name == "urllib.request"} == set()
+
+
+# === 1. Errors: what can go wrong, and what each door makes of it =====================================================
+ERRORS_CODES = (
+    "bug",
+    "usage",
+    "config",
+    "unreachable",
+    "refused",
+    "quota",
+    "busy",
+    "disk",
+    "partial",
+    "unknown",
+    "failed",
+)
+ERRORS_EXITS = {code: number for number, code in enumerate(ERRORS_CODES, 1)} | {"interrupted": 130}
+
+
+def test_the_table_of_errors_is_true() -> None:
+    table = re.findall(r"^#   (\w+) +([a-z]+) +(\d+) +(\d+) +(yes|no) ", head_source(), re.MULTILINE)
+    told = {name: (code, int(number), int(http), again == "yes") for name, code, number, http, again in table}
+    kinds = [imagen.ImagenError]
+    for cls in kinds:  # which grows meanwhile: a kind without a row counts as the one it is derived from
+        kinds += cls.__subclasses__()
+        facts = (cls.code, cls.exit_code, cls.http_status, cls.retryable)
+        assert facts == told[imagen.ERRORS[cls.code].__name__] and issubclass(cls, imagen.ERRORS[cls.code])
+    assert told.keys() == {cls.__name__ for cls in imagen.ERRORS.values()}
+    assert {code: cls.exit_code for code, cls in imagen.ERRORS.items()} == ERRORS_EXITS
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(st.characters(), max_size=40))
+@example("red \x1b[31m\u202eand\x07\nÄrger \x9b2J")
+def test_no_error_steers_a_terminal(text: str) -> None:
+    error = imagen.Failed(text, text, charged="yes", after=3)
+    assert str(error) == error.hint == imagen.printable(text) and str(error).replace("\n", "").isprintable()
+    assert [char for char in str(error) if char.isalnum()] == [char for char in text if char.isalnum()]
+    assert (error.charged, error.after, imagen.Failed("x").charged) == ("yes", 3, "no")
+
+
+# === 2. Shapes: outside data becomes NamedTuples; keys that never show ================================================
+SHAPES_KEY = "sk-proj-Canary0123456789abcdefghijkl"
+SHAPES_ODD_KEY = 'canary/+=%"\\&0123456789<x>'
+
+
+class ShapesInner(NamedTuple):
+    level: Annotated[int, imagen.Between(1, 9)] = 5
+    key_env: Annotated[str, imagen.KEY] = ""
+
+
+class ShapesOuter(NamedTuple):
+    """Every kind of hint that a config or a request may have."""
+
+    name: str
+    inner: ShapesInner = ShapesInner()
+    switch: Literal["auto", "on", "off"] = "auto"
+    share: float = 0.5
+    words: tuple[str, ...] = ()
+    many: Mapping[str, ShapesInner] = types.MappingProxyType({})
+    limit: int | None = None
+    plain: bool = False
+    whatever: Any = None
+
+
+SHAPES_NAMES = st.sampled_from((*ShapesOuter._fields, *ShapesInner._fields, *imagen.Config._fields))
+SHAPES_JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5) | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(SHAPES_NAMES | st.text(), inner, max_size=5)
+        | st.dictionaries(st.none() | st.integers() | st.tuples(st.text()), inner, max_size=2)
+    ),
+    max_leaves=15,
+)
+
+
+def test_data_that_fits_becomes_the_shape() -> None:
+    inner = {"level": 3, "key_env": "MY_KEY"}
+    data = {"name": "Größe", "inner": inner, "switch": False, "share": 1, "words": ["a", "b"], "many": {"x": inner}}
+    shaped = imagen.from_mapping(ShapesOuter, {**data, "limit": None, "plain": True, "whatever": [1]})
+    own = ShapesInner(3, "MY_KEY")
+    assert shaped == ShapesOuter("Größe", own, "off", 1.0, ("a", "b"), {"x": own}, None, True, [1])
+    assert isinstance(shaped.share, float)
+    assert imagen.from_mapping(ShapesOuter, {"name": "x", "inner": None, "many": None}) == ShapesOuter("x", many={})
+
+
+@pytest.mark.parametrize(
+    ("data", "place", "cure"),
+    [
+        ({"name": 5}, "name", "text"),
+        ({"swich": "on"}, "swich", "switch"),
+        ({"inner": {"levle": 1}}, "inner.levle", "level"),
+        ({"inner": {"qqqq": 1}}, "inner.qqqq", "level, key_env"),
+        ({"inner": {"level": 10}}, "inner.level", "1 … 9"),
+        ({"inner": [1]}, "inner", "mapping"),
+        ({"switch": "maybe"}, "switch", "auto, on, off"),
+        ({"share": "1"}, "share", "number"),
+        ({"words": "abc"}, "words", "list"),
+        ({"words": ["a", 3]}, "words[1]", "text"),
+        ({"many": {"a b": {"level": "3"}}}, "many.a b.level", "whole number"),
+        ({"limit": True}, "limit", "whole number"),
+        ({"plain": 1}, "plain", "true or false"),
+    ],
+)
+def test_a_complaint_names_the_place_and_the_cure(data: dict[str, Any], place: str, cure: str) -> None:
+    for where, prefix in (("", ""), ("block", "block.")):
+        with pytest.raises(imagen.BadRequest) as caught:
+            imagen.from_mapping(ShapesOuter, {"name": "x", **data}, where, imagen.BadRequest)
+        assert str(caught.value).startswith(f"{prefix}{place}: ") and cure in str(caught.value)
+
+
+def test_all_complaints_come_at_once() -> None:
+    with pytest.raises(imagen.BadConfig) as caught:
+        imagen.from_mapping(ShapesOuter, {"inner": {"level": 0}, "words": [1, 2], "switch": "x", "nmae": ""})
+    places = {line.partition(":")[0] for line in str(caught.value).split("\n")}
+    assert places == {"nmae", "name", "inner.level", "words[0]", "words[1]", "switch"}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(SHAPES_JUNK)
+def test_any_junk_gives_the_shape_or_a_complaint(junk: Any) -> None:
+    named = {"name": "x", **junk} if isinstance(junk, dict) else junk
+    for data, cls in itertools.product((junk, named), (ShapesOuter, imagen.Config)):
+        with contextlib.suppress(imagen.BadConfig):
+            assert isinstance(imagen.from_mapping(cls, data), cls)
+
+
+def test_a_number_beyond_all_floats_is_a_complaint() -> None:
+    with pytest.raises(imagen.BadConfig, match=r"^share: "):
+        imagen.from_mapping(ShapesOuter, {"name": "x", "share": 10**400})
+
+
+@pytest.mark.parametrize("cls", [imagen.SupabaseConfig, *(kind.Options for kind in imagen.BACKENDS.values())])
+def test_a_literal_key_is_refused_without_being_shown(cls: Any) -> None:
+    needed = {field: "http://x/y" for field in cls._fields if field not in cls._field_defaults}
+    fields = imagen.marked(cls, imagen.KEY)
+    assert all(field.endswith("_env") for field in fields) and set(fields) >= {f for f in cls._fields if "key" in f}
+    for field, key in itertools.product(
+        fields, (SHAPES_KEY, "r8_" + "a1" * 18, "postgres://u:pass@db.test/x", ["sk-12"])
+    ):
+        with pytest.raises(imagen.BadConfig, match=rf"^{field}: .*environment variable") as caught:
+            imagen.from_mapping(cls, {**needed, field: key})
+        assert str(key)[2:14] not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("command", ["config validate", "config show", "backends", "generate x", "generate x --json"])
+def test_no_command_shows_a_literal_key(box: Box, command: str) -> None:
+    for place in ("api_key_env", "api_key"):
+        box.configure({"mine": {"type": "openai", "model": "gpt-image-1-mini", place: SHAPES_KEY}})
+        done = box.run(*command.split())
+        assert SHAPES_KEY not in done.out + done.err
+        assert done.code == 3 or command in ("config show", "backends")
+
+
+def test_a_secret_never_shows_by_itself() -> None:
+    secret = imagen.Secret(SHAPES_KEY)
+    assert (str(secret), repr([secret]), f"{secret:}", secret.reveal()) == ("***", "[***]", "***", SHAPES_KEY)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        SHAPES_ODD_KEY,
+        urllib.parse.quote(SHAPES_ODD_KEY, safe=""),
+        urllib.parse.quote(SHAPES_ODD_KEY),
+        json.dumps([SHAPES_ODD_KEY]),
+    ],
+    ids=["plain", "query", "path", "JSON"],
+)
+def test_a_key_is_taken_out_however_it_is_spelled_and_nested(spelled: str) -> None:
+    imagen.Secret(SHAPES_ODD_KEY)
+    said = f"Bearer {spelled}!"
+    document = {"a": [said, {said: {"b": (said, 1, None)}}], "c": "harmless ü\ud800"}
+    for text in (imagen.to_json(document), imagen.to_json(document, indent=2)):
+        assert "canary" not in text and text.count("***") == 3 and "harmless ü?" in text and json.loads(text)
+    assert "canary" not in str(imagen.redact(document))
+
+
+def test_redacting_leaves_no_tail_and_tears_no_words_apart() -> None:
+    imagen.Secret("none")  # what people write where a server wants no key
+    for number in range(20):
+        short, long = imagen.Secret(f"canary-{number:04}-abc"), imagen.Secret(f"canary-{number:04}-abc-TAIL")
+        assert imagen.redact(f"{long.reveal()} {short.reveal()} nonetheless") == "*** *** nonetheless"
+
+
+def test_a_key_comes_from_its_variable(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", f" {SHAPES_KEY}\n")
+    assert imagen.secret_from("MY_KEY").reveal() == SHAPES_KEY
+    for value in ("key with spaces", "two\nlines-of-key", "schlüssel-0123", "tab\tkey-0123", "", "  "):
+        monkeypatch.setenv("MY_KEY", value)
+        with pytest.raises(imagen.BadConfig, match="MY_KEY") as caught:
+            imagen.secret_from("MY_KEY")
+        assert isinstance(caught.value, imagen.KeyMissing) == (not value.strip())
+        assert not value.strip() or value[-4:] not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/St_Johns", "Asia/Kathmandu", "XYZ+03:30"])
+def test_a_time_says_its_offset(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        stamp = datetime.fromisoformat(imagen.now_iso())
+        assert stamp.utcoffset() == datetime.now().astimezone().utcoffset()
+        assert abs((datetime.now(UTC) - stamp).total_seconds()) < 5
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_uuid_and_the_nearest_name() -> None:
+    uuid = "6F9619FF-8b86-4011-b42d-00c04fc964ff"
+    assert imagen.is_uuid(uuid)
+    assert [
+        text for text in (uuid[:-1], uuid + "\n", uuid.replace("-", ""), "", f"x{uuid}") if imagen.is_uuid(text)
+    ] == []
+    assert "poster" in imagen.nearest("postr", ["photo", "poster"]) and "photo, ink" in imagen.nearest(
+        "z", ["photo", "ink"]
+    )
+
+
+# === 3. Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ============================================
+IMAGES_MAGIC = [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x10\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a"]
+
+
+IMAGES_STAND_INS = {"png": png, "jpg": jpeg, "webp": webp, "gif": gif}
+IMAGES_SENT: list[tuple[str, str, dict[str, Any]]] = [  # what a backend may send: ending, Pillow's mode and options
+    *((ending, "", {}) for ending in IMAGES_STAND_INS),
+    *(("png", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+    ("png", "RGB", {"save_all": True}),
+    *(("jpg", mode, {}) for mode in ("L", "RGB", "CMYK")),
+    ("jpg", "RGB", {"progressive": True, "quality": 95, "comment": b"\xff\xd9 is no end here"}),
+    ("jpg", "RGB", {"exif": b"Exif\0\0" + jpeg(), "icc_profile": b"\xff\xd9" * 50, "restart_marker_blocks": 1}),
+    *(("webp", mode, {"lossless": lossless}) for mode in ("RGB", "RGBA") for lossless in (False, True)),
+    ("webp", "RGB", {"exif": b"Exif\0\0" + jpeg()}),
+    ("webp", "RGB", {"save_all": True}),
+    *(("gif", mode, {}) for mode in ("1", "L", "P")),
+    ("gif", "RGB", {"save_all": True, "comment": b"; a comment ;", "interlace": 1, "transparency": 0}),
+]
+
+
+def images_make(ending: str, mode: str, size: tuple[int, int], **options: Any) -> bytes:
+    """A picture of noise as Pillow writes it in that mode; without a mode, the stand-ins' own."""
+    if not mode:
+        return IMAGES_STAND_INS[ending](*size)
+    pillow = pytest.importorskip("PIL.Image")
+    noise = random.Random(f"{mode}{size}").randbytes(4 * size[0] * size[1])
+    picture = pillow.frombytes("RGBA", size, noise)
+    if mode == "I;16":
+        picture = pillow.frombytes(mode, size, noise[: 2 * size[0] * size[1]])
+    elif mode != "RGBA":
+        picture = picture.convert("RGB").convert(mode)
+    if options.get("save_all"):
+        options["append_images"] = [picture.transpose(pillow.Transpose.ROTATE_180)] * 2
+    file = io.BytesIO()
+    picture.save(file, "JPEG" if ending == "jpg" else ending.upper(), **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (17, 9), (640, 33), (70, 1030)], ids=str)
+@pytest.mark.parametrize(("ending", "mode", "options"), IMAGES_SENT)
+def test_an_image_says_its_format_and_size(ending: str, mode: str, options: Any, size: tuple[int, int]) -> None:
+    data = images_make(ending, mode, size, **options)
+    for trailing in (b"", b"\0", b"\r\n<!-- garbage \xff\xd8\xff -->" * 3):
+        file = io.BytesIO(data + trailing)
+        file.seek(5)
+        assert imagen.sniff(file) == (ending, *size, True)
+
+
+@pytest.mark.parametrize(("ending", "mode", "options"), IMAGES_SENT)
+def test_an_image_cut_at_any_byte_is_not_complete(ending: str, mode: str, options: Any) -> None:
+    data = images_make(ending, mode, (17, 9), **options)
+    for cut in range(len(data)):
+        sniffed = imagen.sniff(io.BytesIO(data[:cut]))
+        assert sniffed is None or not sniffed.complete, f"cut at {cut} of {len(data)}"
+        assert sniffed is None or (sniffed.format == ending and sniffed[1:3] in ((0, 0), (17, 9)))
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.sampled_from([*IMAGES_MAGIC, *(maker(9, 5) for maker in IMAGES_STAND_INS.values())]), st.data())
+def test_random_bytes_never_raise(start: bytes, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(start)))
+    sniffed = imagen.sniff(io.BytesIO(start[:place] + data.draw(st.binary(max_size=60)) + start[place + 2 :]))
+    assert sniffed is None or sniffed.format in IMAGES_STAND_INS
+
+
+def test_an_image_without_pixels_is_not_complete() -> None:
+    sniffed = imagen.sniff(io.BytesIO(bytes.fromhex("ffd8 ffda0002 ffd9")))  # a JPEG that has an end but no frame
+    assert sniffed is None or not sniffed.complete
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"<html>", b'{"detail": 1}', b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"RIFF" * 9]
+)
+def test_text_is_no_image(text: bytes) -> None:
+    assert imagen.sniff(io.BytesIO(text)) is None
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "ICO", "PPM", "PDF", "JPEG2000"])
+def test_other_formats_are_no_image_of_ours(kind: str) -> None:
+    assert imagen.sniff(io.BytesIO(images_make(kind, "RGB", (16, 16)))) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (300, 7)], ids=str)
+@pytest.mark.parametrize("text", ["a fox", "Größe & café", "日本 🦊 “ß”", "two\nlines", "", "x" * 5000, "lone \ud800"])
+def test_a_png_of_ours_is_a_png(size: tuple[int, int], text: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    palette, rows = random.Random(1).randbytes(768), random.Random(2).randbytes(size[0] * size[1])
+    data = imagen.png_encode(*size, palette, rows, {"Title": text, "Comment": "seed 7"})
+    assert imagen.sniff(io.BytesIO(data)) == ("png", *size, True)
+    with pillow.open(io.BytesIO(data)) as picture:
+        picture.verify()  # every chunk's CRC
+    with pillow.open(io.BytesIO(data)) as picture:
+        assert picture.convert("RGB").tobytes() == b"".join(palette[3 * i : 3 * i + 3] for i in rows)
+        assert picture.text == {"Title": text.replace("\ud800", "?"), "Comment": "seed 7"}
+
+
+# === 4. Contract: Request, Result, Context, Backend: what an adapter is ===============================================
+class ContractTiny(imagen.Backend):
+    """An adapter as small as one can be: paper of one color."""
+
+    paid = False
+
+    class Options(NamedTuple):
+        color: Annotated[str, imagen.REQUEST] = "ff8800"
+        edge: Annotated[int, imagen.REQUEST, imagen.Between(1, 64)] = 8
+        token_env: Annotated[str, imagen.KEY] = ""
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name, options)
+        if not re.fullmatch("[0-9a-f]{6}", options.color):
+            raise imagen.BadConfig(f'color: "{options.color}" is not like ff8800')
+
+    def generate(self, ctx: imagen.Context, request: imagen.Request) -> imagen.Result:
+        ctx.progress("painting")
+        ctx.check()
+        width, height = request.width or self.options.edge, request.height or self.options.edge
+        image = ctx.spool()
+        image.write(imagen.png_encode(width, height, bytes.fromhex(self.options.color), bytes(width * height), {}))
+        return imagen.Result(image, "image/png", model="tiny", seed=request.seed, cost_usd=0.0)
+
+
+@pytest.fixture
+def contract_tiny() -> Iterator[dict[str, dict[str, Any]]]:
+    """The adapter is registered for one test; the `backends` of a config that names it."""
+    imagen.register("tiny")(ContractTiny)
+    try:
+        yield {"paper": {"type": "tiny", "edge": 5}, "mock": {"type": "mock"}}
+    finally:
+        del imagen.BACKENDS["tiny"]
+
+
+def test_an_adapter_of_ones_own_makes_an_image(contract_tiny: Any, here: Box) -> None:
+    backend = imagen.open_backend("paper", contract_tiny, {"color": "00ff00"})
+    assert (backend.name, backend.options) == ("paper", ContractTiny.Options("00ff00", 5))
+    result = backend.generate(imagen.Context(), imagen.Request("a fox", seed=7))
+    assert imagen.sniff(result.image) == ("png", 5, 5, True) and backend.check(imagen.Context())
+    with pytest.raises(imagen.ImagenError):
+        backend.resume(imagen.Context(), {}, imagen.Request("a fox"))  # where the remote keeps nothing
+    output = imagen.OutputConfig(directory=str(here.out), naming="{backend}-{slug}-{seed}")
+    config = imagen.Config(default_backend="paper", backends=contract_tiny, output=output)
+    plan, run = imagen.prepare(imagen.Request("a fox", seed=7, style="ink"), config), imagen.Run()
+    record = imagen.finish(run, imagen.make(plan, config, run))
+    imagen.deliver(run)
+    assert Path(record["path"]) == here.out / "paper-a-fox-7.png"
+    sidecar = here.sidecar(record["path"])
+    assert (sidecar["prompt"], sidecar["model"], sidecar["width"], sidecar["seed"]) == ("a fox", "tiny", 5, 7)
+    assert (here.unfinished(), here.hidden(), len(here.ledger())) == ([], [], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "opts", "error", "start", "cure"),
+    [
+        ("papr", {}, {}, imagen.BadRequest, 'backend "papr"', "paper"),
+        ("paper", {"type": "tny"}, {}, imagen.BadConfig, 'backend "paper": ', "tiny"),
+        ("paper", {"type": ""}, {}, imagen.BadConfig, 'backend "paper": ', "mock"),
+        ("paper", {"egde": 5}, {}, imagen.BadConfig, 'backend "paper": egde: ', "edge"),
+        ("paper", {"edge": "5"}, {}, imagen.BadConfig, 'backend "paper": edge: ', "whole number"),
+        ("paper", {"color": "red"}, {}, imagen.BadConfig, 'backend "paper": color: ', "ff8800"),
+        ("paper", {}, {"token_env": "HOME"}, imagen.BadRequest, 'backend "paper"', "color, edge"),
+        ("paper", {}, {"type": "mock"}, imagen.BadRequest, 'backend "paper"', "color, edge"),
+        ("paper", {}, {"colour": "00ff00"}, imagen.BadRequest, 'backend "paper"', '"color"'),
+        ("paper", {}, {"edge": "5"}, imagen.BadRequest, "", "whole number"),
+        ("paper", {}, {"edge": 65}, imagen.BadRequest, "", "1 … 64"),
+        ("paper", {}, {"color": "red"}, imagen.BadRequest, "", "ff8800"),  # the caller's mistake, not the config's
+    ],
+)
+def test_a_backend_that_cannot_be_opened_says_why(
+    contract_tiny: Any, name: str, block: Any, opts: Any, error: type[imagen.ImagenError], start: str, cure: str
+) -> None:
+    with pytest.raises(imagen.ImagenError) as caught:
+        imagen.open_backend(name, {**contract_tiny, "paper": {"type": "tiny", **block}}, opts)
+    assert str(caught.value).startswith(start) and cure in str(caught.value) and type(caught.value) is error
+
+
+def test_an_unknown_type_gets_the_registered_ones_nearest_first() -> None:
+    with pytest.raises(imagen.BadConfig) as caught:
+        imagen.open_backend("x", {"x": {"type": "replicat"}})
+    told = str(caught.value).partition("unknown")[2]
+    assert set(imagen.BACKENDS) <= set(re.findall(r"\w+", told)) and "tiny" not in told
+    assert told.find("replicate") == min(map(told.find, imagen.BACKENDS))
+
+
+@pytest.mark.parametrize("kind", sorted(imagen.BACKENDS))
+def test_a_request_sets_only_what_the_adapter_marks(kind: str) -> None:
+    options = imagen.BACKENDS[kind].Options
+    allowed = imagen.marked(options, imagen.REQUEST)
+    block = {"type": kind, **{field: "http://x/y" for field in options._fields if field not in options._field_defaults}}
+    for field in {*options._fields, "type", "nonsense"} - set(allowed):
+        with pytest.raises(imagen.BadRequest, match=field):
+            imagen.open_backend("x", {"x": block}, {field: "x"})
+    assert not {"base_url", "model", *imagen.marked(options, imagen.KEY)} & set(allowed)
+
+
+def test_a_request_asks_for_nothing_by_itself() -> None:
+    fields = {"negative_prompt": "", "width": 0, "height": 0, "steps": 0, "seed": None, "style": "", "backend": ""}
+    assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields, "backend_opts": {}}
+    result = imagen.Result(io.BytesIO(), "image/png")
+    assert result[2:] == (None, None, None, None, (), {})
+    for shared in (imagen.Request("x").backend_opts, result.metadata):
+        with pytest.raises(TypeError):
+            shared["x"] = 1
+
+
+@pytest.mark.parametrize("why", ["user", "lost", "released", "deadline"])
+def test_stopped_work_says_why_and_wakes_a_sleeper(why: str) -> None:
+    ctx, began = imagen.Context(timeout=100), time.monotonic()
+    ctx.check()
+    timer = threading.Timer(0.05, ctx.stop, [why])
+    timer.start()
+    for waits in (lambda: ctx.sleep(90), ctx.check):
+        with pytest.raises(imagen.Failed if why == "deadline" else imagen.Interrupted):
+            waits()
+    timer.join()
+    ctx.stop("released")
+    assert ctx.why == why and time.monotonic() - began < 30
+
+
+def test_a_context_has_a_deadline_and_knows_what_was_sent() -> None:
+    ctx = imagen.Context(timeout=0.05)
+    with pytest.raises(imagen.Failed, match=r"0\.05 s"):
+        ctx.sleep(90)
+    assert (ctx.why, ctx.charged, ctx.spool().read()) == ("deadline", "no", b"")
+    ctx.sending()
+    assert ctx.charged == "unknown"
+
+
+# === 5. Config: imagen.yaml: flag > environment > file > default ======================================================
+CONFIG_OWNER, CONFIG_OTHER = "11111111-2222-4333-8444-555555555555", "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"
+CONFIG_SAMPLE = """
+default_backend: flux-schnell-local
+owner_user_id: ""
+env_file: ""
+output: {directory: ~/Pictures/imagen, naming: "{date}-{slug}-{seed}.png", write_metadata_json: true, preview: auto, preview_command: "", cloud_sync: auto}
+supabase: {url_env: SUPABASE_URL, service_key_env: SUPABASE_SERVICE_ROLE_KEY, database_url_env: IMAGEN_DATABASE_URL, bucket: imagen-generated}
+worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
+styles: {}
+backends:
+  flux-schnell-local: {type: comfyui, base_url: "http://localhost:8188", model: flux1-schnell.safetensors, default_steps: 4}
+  flux-schnell-replicate: {type: replicate, model: black-forest-labs/flux-schnell, api_token_env: REPLICATE_API_TOKEN}
+  flux-dev-replicate: {type: replicate, model: black-forest-labs/flux-dev, api_token_env: REPLICATE_API_TOKEN}
+  gpt-image: {type: openai, model: gpt-image-1-mini, api_key_env: OPENAI_API_KEY}
+  mock: {type: mock}
+"""  # noqa: E501
+CONFIG_MISTAKES = """
+outptu: {}
+output: {preview: maybe, naming: "../{slug}"}
+worker: {concurrency: 0}
+supabase: {url_env: "https://x.supabase.co"}
+styles: {mine: {widht: 3}}
+default_backend: nope
+owner_user_id: me
+backends: {a: {type: opena}, b: {type: mock, hieght: 3}, c: {type: mock, fail: x}}
+"""
+CONFIG_PLACES = {
+    "types": ["outptu", "output.preview", "worker.concurrency", "supabase.url_env", "styles.mine.widht"],
+    "sense": ["output.naming", "default_backend", "owner_user_id", 'backend "a"', 'backend "b"', 'backend "c"'],
+}
+
+
+def config_plain(value: Any) -> Any:
+    value = value._asdict() if hasattr(value, "_asdict") else value
+    return {key: config_plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def config_write(box: Box, text: str | bytes) -> Path:
+    path = box.root / "config" / "imagen.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_config_init_writes_the_sample_once(box: Box) -> None:
+    done, path = box.run("config", "init"), box.root / "config" / "imagen.yaml"
+    assert (done.code, done.out) == (0, f"{path}\n") and path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == imagen.sample_text()
+    path.write_text("mine: 1\n")
+    done = box.run("config", "init")
+    assert done.code == 3 and "--force" in done.err and path.read_text() == "mine: 1\n"
+    assert box.run("config", "init", "--force").code == 0 and path.read_text() == imagen.sample_text()
+
+
+def test_the_sample_beside_the_tool_is_what_init_writes() -> None:
+    assert HERE.with_name("imagen.sample.yaml").read_text(encoding="utf-8") == imagen.sample_text()
+
+
+def test_the_sample_says_what_the_defaults_are(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGEN_OUTPUT_DIR")
+    without_a_file = imagen.load_config()
+    config_write(here, imagen.sample_text())
+    sample = imagen.load_config()
+    config_write(here, CONFIG_SAMPLE)
+    assert config_plain(sample) == config_plain(imagen.load_config())
+    assert without_a_file == sample._replace(default_backend="mock") and sample.default_backend != "mock"
+
+
+@pytest.mark.parametrize(
+    ("variable", "place", "default", "in_file", "in_environment"),
+    [
+        ("IMAGEN_BACKEND", "default_backend", "mock", "gpt-image", "flux-dev-replicate"),
+        ("IMAGEN_OUTPUT_DIR", "output.directory", "~/Pictures/imagen", "/in/file", "/in/environment"),
+        ("IMAGEN_PREVIEW", "output.preview", "auto", "on", "off"),
+        ("IMAGEN_CLOUD_SYNC", "output.cloud_sync", "auto", "off", "on"),
+        ("IMAGEN_OWNER_USER_ID", "owner_user_id", "", CONFIG_OWNER, CONFIG_OTHER),
+    ],
+)
+def test_environment_beats_file_beats_default(
+    here: Box, monkeypatch: Any, variable: str, place: str, default: str, in_file: str, in_environment: str
+) -> None:
+    section, _, key = place.rpartition(".")
+
+    def value() -> Any:
+        config = imagen.load_config()
+        return getattr(getattr(config, section) if section else config, key)
+
+    monkeypatch.setenv(variable, "")  # the same as not being set
+    assert value() == default
+    config_write(here, json.dumps({section: {key: in_file}} if section else {key: in_file}))
+    assert value() == in_file
+    monkeypatch.setenv(variable, in_environment)
+    assert value() == in_environment
+    config_write(here, f"{section or 'styles'}:\n")  # a section without anything in it
+    assert value() == in_environment
+    shown = here.run("config", "show", env={variable: in_environment}).out
+    assert variable in shown and in_environment in shown
+
+
+def test_a_flag_beats_the_environment(box: Box) -> None:
+    environ = {"IMAGEN_BACKEND": "gpt-image", "IMAGEN_OUTPUT_DIR": "/in/environment", "IMAGEN_PREVIEW": "on"}
+    said = box.run("generate", "a fox", "--dry-run", env=environ).out
+    assert "gpt-image" in said and "/in/environment/" in said
+    said = box.run("generate", "a fox", "--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ).out
+    assert "mock" in said and "/in/flag/" in said and "gpt-image" not in said and "/in/environment" not in said
+    make = ("generate", "a fox", "-b", "mock", "--size", "64x64", "-o", f"{box.out}/")
+    assert "preview" in box.run(*make, env=environ).err  # `on` says so where nothing can show it
+    assert "preview" not in box.run(*make, "--no-preview", env=environ).err
+
+
+def test_on_and_off_may_be_booleans(here: Box) -> None:
+    meant = {
+        "on": "on",
+        "yes": "on",
+        "true": "on",
+        "off": "off",
+        "no": "off",
+        "False": "off",
+        "auto": "auto",
+        '"off"': "off",
+    }
+    for word, value in meant.items():
+        config_write(here, f"output: {{preview: {word}, cloud_sync: {word}}}\n")
+        output = imagen.load_config().output
+        assert (output.preview, output.cloud_sync) == (value, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\n\tb: 2\n", 2),
+        ("output: [1, 2\nb: 3\n", 2),
+        ("a: b: c\n", 1),
+        ("\nstyles:\n  x: 'open\n", 4),
+        ("a: *nowhere\n", 1),
+        ("a: 1\n---\nb: 2\n", 2),
+        ("x: !!python/object/apply:os.getcwd []\n", 1),
+        ("a: 1\nb: \x07bell\n", 2),
+        ("a: 1\nb: größe\n".encode("latin-1"), 2),
+    ],
+    ids=["tab", "bracket", "colons", "quote", "alias", "documents", "tag", "control", "Latin-1"],
+)
+def test_a_yaml_mistake_has_file_line_and_column(here: Box, text: str | bytes, line: int) -> None:
+    place = re.escape(str(config_write(here, text)))
+    with pytest.raises(imagen.BadConfig, match=rf"^{place}\b.*\bline {line}\b.*\bcolumn \d+"):
+        imagen.load_config()
+
+
+@pytest.mark.parametrize(
+    "text", ["owner_user_id: 2026-02-30", "x: !!int x", "x: !!bool x", f"x: {'9' * 5000}", "[" * 3000]
+)
+def test_a_value_that_yaml_cannot_build_is_a_config_error(here: Box, text: str) -> None:
+    place = re.escape(str(config_write(here, text)))
+    with pytest.raises(imagen.BadConfig, match=place):
+        imagen.load_config()
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.text("abx :{}[],-\n#&*!|>'\"?%@12.=é\t", max_size=30) | st.from_regex(r"(styles|output|x): [ -~]{0,12}\n"))
+def test_any_text_as_a_config_gives_a_config_or_a_complaint(here: Box, text: str) -> None:
+    config_write(here, text)
+    with contextlib.suppress(imagen.BadConfig):
+        assert isinstance(imagen.load_config(), imagen.Config)
+
+
+@pytest.mark.parametrize("kind", CONFIG_PLACES)
+def test_validate_says_every_complaint_at_once(box: Box, kind: str) -> None:
+    path = config_write(box, CONFIG_MISTAKES)
+    done, document = box.run("config", "validate"), box.run("config", "validate", "--json")
+    assert (done.code, document.code, document.json["ok"], str(path) in done.err) == (3, 3, False, True)
+    for said in (done.err, "\n".join(document.json["errors"])):
+        assert [place for place in CONFIG_PLACES[kind] if f"{place}: " not in said] == []
+
+
+@pytest.mark.parametrize("section", ["output", "worker", "styles", "backends"])
+def test_a_section_that_is_no_mapping_hides_no_other_complaint(here: Box, section: str) -> None:
+    config_write(here, json.dumps({section: 3, "outptu": {}}))
+    with pytest.raises(imagen.BadConfig, match=rf"(?s)(?=.*{section}: )(?=.*outptu: )"):
+        imagen.load_config()
+
+
+def test_what_only_others_lack_is_a_warning(box: Box) -> None:
+    config_write(box, imagen.sample_text())
+    done = box.run("config", "validate")
+    assert done.code == 0 and all(
+        word in done.err for word in ("REPLICATE_API_TOKEN", "OPENAI_API_KEY", "owner_user_id")
+    )
+    done = box.run("config", "validate", env={"IMAGEN_BACKEND": "gpt-image"})
+    assert done.code == 3 and "OPENAI_API_KEY" in done.err
+
+
+@pytest.mark.parametrize("owner", ["me", CONFIG_OWNER[:-1], CONFIG_OWNER.replace("-", ""), f"{CONFIG_OWNER}x"])
+def test_the_owner_is_a_uuid(here: Box, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+    monkeypatch.setenv("IMAGEN_OWNER_USER_ID", owner)
+    with pytest.raises(imagen.BadConfig, match=r"owner_user_id.*UUID.*auth\.users"):
+        imagen.load_config()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604, 0o660], ids=oct)
+def test_an_env_file_is_for_its_owner_alone(box: Box, mode: int) -> None:
+    file = box.root / "keys.env"
+    keys = [
+        "# keys",
+        "",
+        'export OPENAI_API_KEY="sk-canary-1"',
+        "IMAGEN_BACKEND = 'gpt-image' ",
+        "REPLICATE_API_TOKEN=a=canary",
+    ]
+    file.write_text("\n".join(keys))
+    file.chmod(mode)
+    config_write(box, "env_file: ~/keys.env\n")
+    done = box.run("config", "validate")
+    assert "canary" not in done.out + done.err
+    if mode & 0o077:
+        assert done.code == 3 and f"chmod 600 {file}" in done.err
+    else:
+        assert done.code == 0 and "_API_" not in done.err
+        assert "gpt-image" in box.run("generate", "x", "--dry-run").out
+        assert "gpt-image" not in box.run("generate", "x", "--dry-run", env={"IMAGEN_BACKEND": "mock"}).out
+
+
+@pytest.mark.parametrize("line", ["sk-canary-1234", "2KEY=canary", "my key=canary", None])
+def test_an_env_file_that_cannot_be_read_says_where_and_shows_nothing(box: Box, line: str | None) -> None:
+    file = box.root / "keys.env"
+    if line:
+        file.write_text(f"A=1\n{line}\n")
+        file.chmod(0o600)
+    config_write(box, "env_file: ~/keys.env\n")
+    done = box.run("generate", "a fox")
+    assert done.code == 3 and (f"{file}, line 2" if line else str(file)) in done.err
+    assert "canary" not in done.out + done.err and not box.out.exists()
+
+
+@pytest.mark.parametrize("command", ["--config {} config show", "config show --config {}", "--config={} config show"])
+def test_a_config_is_named_before_or_after_the_command(box: Box, command: str) -> None:
+    config_write(box, "owner_user_id: nobody\n")
+    named, other = box.root / "named.yaml", box.root / "other.yaml"
+    named.write_text(f"owner_user_id: {CONFIG_OWNER}\n")
+    other.write_text(f"owner_user_id: {CONFIG_OTHER}\n")
+    env = {"IMAGEN_CONFIG": str(other)}
+    done = box.run(*command.format(named).split(), env=env)
+    assert done.code == 0 and CONFIG_OWNER in done.out and str(named) in done.out
+    assert CONFIG_OTHER in box.run("config", "show", env=env).out
+    done = box.run(*command.format("nowhere.yaml").split(), env=env)
+    assert done.code == 3 and str(box.root / "nowhere.yaml") in done.err and "config init" in done.err
+
+
+def test_without_pyyaml_the_error_says_how_to_get_it(box: Box) -> None:
+    path = config_write(box, "default_backend: mock\n")
+    done = head_alone(box.root, "generate", "a fox", XDG_CONFIG_HOME=str(path.parent))
+    assert (done.returncode, done.stdout) == (3, "") and "Traceback" not in done.stderr
+    assert str(path) in done.stderr and "pip install pyyaml" in done.stderr
+    path.unlink()
+    assert head_alone(box.root, "generate", "a fox", "-b", "gpt-image", "--dry-run").returncode == 0  # needs no file
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "IMAGEN_TEST_NOT_SET"},
+        {"type": "comfyui", "model": "x", "base_url": "http://127.0.0.1:{port}"},
+        {"type": "mock", "fail": "nonsense"},
+        {"type": "mock", "hieght": 3},
+        {"type": "moc"},
+    ],
+    ids=["key", "unreachable", "value", "option", "type"],
+)
+def test_a_default_backend_that_fails_offers_the_mock(box: Box, block: dict[str, Any]) -> None:
+    box.configure({"mine": json.loads(json.dumps(block).replace("{port}", str(refused_port())))})
+    done = box.run("generate", "a fox", "--timeout", "2")
+    assert done.code in (3, 4) and "-b mock" in done.err
+    assert "-b mock" not in box.run("generate", "a fox", "-b", "mine", "--timeout", "2").err
+
+
+# === 6. Styles: named ways to dress a prompt ==========================================================================
+STYLES_NAMED = (
+    *("photo", "blog-header", "cinematic", "illustration", "watercolor", "ink"),
+    *("pixel-art", "isometric", "line-art", "3d-render", "icon", "poster"),
+)
+STYLES_WORDS = st.text("ab ,.ü", max_size=6)
+
+
+def test_twelve_styles_are_built_in() -> None:
+    styles = imagen.STYLES.values()
+    assert set(STYLES_NAMED) <= imagen.STYLES.keys() and "" not in {style.suffix for style in styles}
+    assert len({style.suffix for style in styles}) == len(styles)
+    assert all(bool(style.width) == bool(style.height) for style in styles)
+    assert any(style.width for style in styles) and any(style.negative for style in styles)
+
+
+@pytest.mark.parametrize("name", STYLES_NAMED)
+def test_a_style_dresses_a_prompt_once(name: str) -> None:
+    style = imagen.STYLES[name]
+    for prompt in ("a fox", "a fox, ", "Füchse"):
+        once = imagen.apply_style(imagen.Request(prompt, negative_prompt="rain", style=name))
+        assert once.prompt == f"{prompt.rstrip(' ,')}, {style.suffix}"
+        assert once.negative_prompt == (f"rain, {style.negative}" if style.negative else "rain")
+        assert (once.width, once.height) == (style.width, style.height) and imagen.apply_style(once) == once
+        sized = imagen.apply_style(imagen.Request(prompt, width=640, height=480, style=name))
+        assert (sized.width, sized.height, sized.negative_prompt) == (640, 480, style.negative)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(STYLES_WORDS.filter(str.strip), STYLES_WORDS, STYLES_WORDS, STYLES_WORDS)
+def test_no_style_is_applied_twice(prompt: str, asked: str, suffix: str, negative: str) -> None:
+    own = {"own": imagen.Style(suffix, negative, 64, 32)}
+    once = imagen.apply_style(imagen.Request(prompt, negative_prompt=asked, style="own"), own)
+    assert imagen.apply_style(once, own) == once and once.prompt.startswith(prompt.rstrip(" ,"))
+    assert imagen.apply_style(imagen.Request(prompt), own) == imagen.Request(prompt)
+
+
+def test_words_that_only_end_like_a_style_are_not_the_style() -> None:
+    own = {"own": imagen.Style("ink", "text")}
+    styled = imagen.apply_style(imagen.Request("a fox in pink", negative_prompt="texture", style="own"), own)
+    assert (styled.prompt, styled.negative_prompt) == ("a fox in pink, ink", "texture, text")
+
+
+def test_the_config_s_styles_win(box: Box) -> None:
+    styles = {"ink": "in violet ink", "mine": {"suffix": "in oil", "negative": "frame", "width": 96, "height": 64}}
+    box.configure({"mock": {"type": "mock"}}, styles=styles)
+    said = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
+    assert "a fox, in violet ink" in said and imagen.STYLES["ink"].suffix not in said
+    said = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
+    assert "a fox, in oil" in said and "frame" in said and "96" in said
+    listed = box.run("styles").out
+    assert "in violet ink" in listed and "in oil" in listed and imagen.STYLES["poster"].suffix in listed
+    done = box.run("generate", "a fox", "-s", "mnie")
+    assert (done.code, done.out) == (2, "") and "mine" in done.err
+
+
+# === 7. HTTP: the only way out, and what may be sent twice ============================================================
+HTTP_KEY = "sk-canary-5f1e9b7a3c2d4e6f8091a2b3c4d5e6f7"
+HTTP_BYTES = png(8, 8, content=b"http")
+HTTP_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+pIhjTluimwFPOjs
+iCw1QEOJyJQh/8A4amaZp05hgRGhRANCAARrSQ7elRDrfpBY9lr0ILfM3cNJ9KAC
+z05j2FhE+mq7CnxZXl5V6MSHnkPdwtojSp4Zogc8XncAScc4OxkanKAT
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBcjCCARigAwIBAgIBATAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxpbWFnZW4g
+dGVzdHMwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNV
+BAMMDGltYWdlbiB0ZXN0czBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABGtJDt6V
+EOt+kFj2WvQgt8zdw0n0oALPTmPYWET6arsKfFleXlXoxIeeQ93C2iNKnhmiBzxe
+dwBJxzg7GRqcoBOjUzBRMB0GA1UdDgQWBBSAdjKhyh/QMi22KK7QQl7TNAMfsTAP
+BgNVHREECDAGhwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKE
+MAoGCCqGSM49BAMCA0gAMEUCIQCSE2BM8zbWrGNw9i0xjXIYuEHf/zE8yJT8qVrU
+b05dEgIgUgkrZg+qErETD8EDcUqOkfUXkgxEE4exFPl35tONfhk=
+-----END CERTIFICATE-----
+"""  # for 127.0.0.1, signed by itself, of use nowhere else; the key is as public as this file
+
+
+class HttpContext(imagen.Context):
+    """A context that keeps what it is told."""
+
+    def __init__(self, timeout: float = 10) -> None:
+        super().__init__(timeout)
+        self.told: list[str] = []
+        self.sendings = 0
+
+    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
+        self.told.append(note)
+
+    def sending(self) -> None:
+        super().sending()
+        self.sendings += 1
+
+
+class HttpProxy(Server):
+    """A forward proxy: fetches what it is asked for, and joins CONNECT to the port it names."""
+
+    def __init__(self, connect: Answer | None = None) -> None:
+        super().__init__()
+        self.connect = connect  # what CONNECT gets instead
+
+    def respond(self, seen: Seen) -> object:
+        if seen.method == "CONNECT":
+            return self.connect or Answer(lambda wire: self._tunnel(wire, int(seen.path.rpartition(":")[2])))
+        url = urllib.parse.urlsplit(seen.path)
+        connection = http.client.HTTPConnection("127.0.0.1", url.port or 80, timeout=10)
+        try:
+            headers = {name: value for name, value in seen.headers.items() if name != "connection"}
+            connection.request(seen.method, url.path, seen.body or None, headers)
+            with connection.getresponse() as said:
+                return status(said.status, said.read(), {"Content-Type": said.headers["Content-Type"]})
+        finally:
+            connection.close()
+
+    def _tunnel(self, wire: Wire, port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port), 10) as far:
+            wire.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            while ready := select.select([wire.sock, far], [], [], 10)[0]:
+                for source, target in ((wire.sock, far), (far, wire.sock)):
+                    if source in ready:
+                        if not (data := source.recv(65536)):
+                            return
+                        target.sendall(data)
+
+
+class HttpMute(Server):
+    """Hears the first byte and never says a word."""
+
+    def _talk(self, sock: socket.socket) -> None:
+        with sock:
+            sock.recv(1)
+            with self.changed:
+                self.seen.append(Seen("", "", {}, b""))
+                self.changed.notify_all()
+            Wire(sock, self._stop).stay_until(None)
+
+
+class HttpTLS(Remote):
+    """A remote behind TLS, with the certificate of HTTP_PEM."""
+
+    def __init__(self, pem: Path, *answers: object) -> None:
+        super().__init__(*answers, repeat=True)
+        pem.write_text(HTTP_PEM)
+        self.base = self.base.replace("http:", "https:")
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(pem)
+
+    def _talk(self, sock: socket.socket) -> None:
+        try:
+            wrapped = self._context.wrap_socket(sock, server_side=True)
+        except OSError:
+            sock.close()
+        else:
+            super()._talk(wrapped)
+
+
+class HttpFaults(Server):
+    """Plays scripted answers before a stand-in's own; None lets one request pass."""
+
+    planned: list[tuple[str, Answer | None]]
+
+    def fault(self, needle: str, *answers: object) -> None:
+        """The next requests whose "METHOD /path" holds `needle` get these."""
+        more = [(needle, None if answer is None else as_answer(answer)) for answer in answers]
+        self.planned = [*getattr(self, "planned", ()), *more]
+
+    def respond(self, seen: Seen) -> object:
+        with self.changed:
+            for planned in getattr(self, "planned", ()):
+                if planned[0] in f"{seen.method} {seen.path}":
+                    self.planned.remove(planned)
+                    if planned[1]:
+                        return planned[1]
+                    break
+        return super().respond(seen)
+
+    @property
+    def creates(self) -> list[Seen]:
+        """The POSTs that ask for an image."""
+        ends = ("/generations", "/predictions", "/prompt")
+        return [seen for seen in self.seen if seen.method == "POST" and seen.path.endswith(ends)]
+
+
+class HttpComfy(HttpFaults, Comfy):
+    pass
+
+
+class HttpOpenAI(HttpFaults, OpenAIServer):
+    pass
+
+
+class HttpReplicate(HttpFaults, ReplicateServer):
+    """Replicate, whose clock is `ahead_s` of ours; like the real one it says so in `Date`."""
+
+    ahead_s = 0.0
+
+    def _now(self, age_s: float = 0) -> str:  # type: ignore[override]
+        return super()._now(age_s - self.ahead_s)
+
+    def respond(self, seen: Seen) -> object:
+        answer = as_answer(super().respond(seen))
+        date = email.utils.formatdate(time.time() + self.ahead_s, usegmt=True).encode()
+
+        class Dated(Wire):
+            def send(self, data: bytes) -> None:
+                super().send(data.replace(b"\r\n", b"\r\nDate: " + date + b"\r\n", data.startswith(b"HTTP/1.1 ")))
+
+        def play(wire: Wire) -> None:
+            answer.play(Dated(wire.sock, wire.stop))
+
+        return Answer(play, answer.reads)
+
+
+HTTP_BLOCKS: dict[str, dict[str, Any]] = {
+    "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
+    "openai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "HTTP_TEST_KEY"},
+    "replicate": {"type": "replicate", "model": "black-forest-labs/flux-schnell", "api_token_env": "HTTP_TEST_KEY"},
+}
+HTTP_PAID = ("openai", "replicate")
+each_remote = pytest.mark.parametrize("kind", sorted(HTTP_BLOCKS))
+each_paid = pytest.mark.parametrize("kind", HTTP_PAID)
+
+
+def http_block(kind: str, base: str, **more: Any) -> dict[str, Any]:
+    return {**HTTP_BLOCKS[kind], "base_url": base if kind == "comfyui" else f"{base}/v1", **more}
+
+
+def http_adapter(kind: str, base: str, **more: Any) -> imagen.Backend:
+    return imagen.open_backend("x", {"x": http_block(kind, base, **more)})
+
+
+def http_server(kind: str) -> Any:
+    """The stand-in; Replicate's predictions are done at once."""
+    if kind == "comfyui":
+        return HttpComfy()
+    if kind == "openai":
+        return HttpOpenAI(HTTP_KEY)
+    server = HttpReplicate(HTTP_KEY)
+    server.script(always=True, polls=0)
+    return server
+
+
+def http_gate(ctx: imagen.Context, base: str, **more: Any) -> imagen.Http:
+    return imagen.Http(ctx, base, {"Authorization": f"Bearer {HTTP_KEY}"}, **more)
+
+
+def http_wanted(**more: Any) -> imagen.Request:
+    return imagen.Request("a fox", **{"seed": 7, **more})
+
+
+@pytest.fixture
+def wired(here: Box, monkeypatch: pytest.MonkeyPatch) -> Box:
+    """A home for calls inside this process, without proxies, with a key."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTP_TEST_KEY", HTTP_KEY)
+    return here
+
+
+@contextlib.contextmanager
+def http_lasts(at_least: float, at_most: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - began <= at_most
+
+
+@contextlib.contextmanager
+def http_deadline(ctx: imagen.Context) -> Iterator[None]:
+    """What is inside ends because the time is up, and soon after."""
+    with http_lasts(ctx.timeout - 0.1, ctx.timeout + 0.9), pytest.raises((imagen.Failed, imagen.Unknown)):
+        yield
+    assert ctx.why == "deadline"
+
+
+def http_stopped(ctx: imagen.Context, call: Callable[[], object], when: Callable[[], object]) -> float:
+    """Seconds that `call` goes on after another thread has stopped it, which it did once `when` had returned."""
+    stopped: list[float] = []
+
+    def stop() -> None:
+        when()
+        stopped.append(time.monotonic())
+        ctx.stop("user")
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(imagen.Interrupted):
+        call()
+    ended = time.monotonic()
+    thread.join()
+    return ended - stopped[0]
+
+
+def http_answer(code: int, headers: Mapping[str, str], body: bytes = b"") -> imagen.Answer:
+    message = email.message.Message()
+    for name, value in headers.items():
+        message[name] = value
+    return imagen.Answer(code, message, body)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "seconds"),
+    [
+        ({"Retry-After": "3"}, b"", 3),
+        ({"Retry-After": "2.5"}, b"", 2.5),
+        ({"retry-after-ms": "250"}, b"", 0.25),
+        ({"Retry-After": "3", "retry-after-ms": "250"}, b"", 0.25),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", 0),
+        ({"Retry-After": "soon"}, b"", 0),
+        ({"Retry-After": "-5"}, b"", 0),
+        ({"Retry-After": "nan"}, b"", 0),
+        ({}, b'{"detail":"Request was throttled. Your rate limit resets in ~30s."}', 30),
+        ({}, b"Slow down.", 0),
+    ],
+)
+def test_the_wait_that_a_remote_asks_for_is_read(headers: dict[str, str], body: bytes, seconds: float) -> None:
+    assert imagen.retry_after(http_answer(429, headers, body)) == seconds
+
+
+def test_a_wait_until_a_date_is_read() -> None:
+    date = email.utils.formatdate(time.time() + 90, usegmt=True)
+    assert 85 < imagen.retry_after(http_answer(429, {"Retry-After": date})) <= 90
+
+
+def http_waits() -> dict[str, tuple[Callable[[], Answer], float]]:
+    """Kind of wait: how the answer is made at its time, and the seconds that must pass at least."""
+
+    def busy(name: str, value: str) -> Callable[[], Answer]:
+        return lambda: status(429, {"detail": "Slow down."}, {name: value})
+
+    def date() -> Answer:
+        return busy("Retry-After", email.utils.formatdate(time.time() + 2, usegmt=True))()
+
+    words = {"detail": "Request was throttled. Your rate limit resets in ~1s."}
+    return {
+        "seconds": (busy("Retry-After", "1"), 1),
+        "float": (busy("Retry-After", "0.3"), 0.3),
+        "date": (date, 0.9),
+        "milliseconds": (busy("retry-after-ms", "300"), 0.3),
+        "words": (lambda: status(429, words), 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "wait"),
+    [
+        *(("replicate", wait) for wait in http_waits()),
+        *(("openai", wait) for wait in ("float", "milliseconds", "date")),
+        *(("comfyui", wait) for wait in ("float", "milliseconds")),
+    ],
+)
+def test_contract_every_kind_of_wait_is_honoured_and_the_request_repeated(wired: Box, kind: str, wait: str) -> None:
+    make, seconds = http_waits()[wait]
+    with http_server(kind) as server:
+        backend, ctx = http_adapter(kind, server.base), HttpContext()
+        server.fault("", make())
+        with http_lasts(seconds, seconds + 3):
+            backend.generate(ctx, http_wanted()).image.close()
+        first, second = server.seen[:2]
+        assert (first.method, first.path, first.body) == (second.method, second.path, second.body)
+        assert ctx.charged == ("no" if kind == "comfyui" else "yes")
+
+
+@each_remote
+def test_contract_a_wait_longer_than_the_deadline_ends_as_busy_at_once(wired: Box, kind: str) -> None:
+    with Remote(status(429, "Slow down.", {"Retry-After": "60"}), repeat=True) as remote:
+        ctx = HttpContext(5)
+        with http_lasts(0, 1), pytest.raises(imagen.Busy):
+            http_adapter(kind, remote.base).generate(ctx, http_wanted())
+        assert len(remote.seen) == 1 and ctx.charged == "no"
+
+
+def test_a_stop_ends_a_wait(wired: Box) -> None:
+    with Remote(status(429, "Slow down.", {"Retry-After": "20"}), repeat=True) as remote:
+        ctx = HttpContext(60)
+        assert http_stopped(ctx, lambda: http_gate(ctx, remote.base).get("/x"), remote.wait_seen) < 0.5
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=name)
+        for name, fault in {
+            "429": status(429, headers={"retry-after-ms": "10"}),
+            **{str(code): status(code) for code in (500, 503)},
+            "reset": reset(),
+            "hang-up": hangup(),
+            "cut": cut({"a": "b" * 100}, 20),
+            "chunks cut": chunked({"a": "b" * 100}, 10, keep=20),
+        }.items()
+    ],
+)
+def test_a_get_is_repeated_after_429_5xx_and_broken_connections(wired: Box, fault: Answer) -> None:
+    with Remote(fault, {"fine": 1}) as remote:
+        assert http_gate(HttpContext(), remote.base).get_json("/x") == {"fine": 1}
+        assert len(remote.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [(status(502), imagen.Failed), (not_http(), imagen.Unreachable)], ids=["502", "noise"]
+)
+def test_a_get_gives_up_after_a_few_tries(wired: Box, fault: Answer, error: type[imagen.ImagenError]) -> None:
+    with Remote(fault, repeat=True) as remote:
+        with pytest.raises(error):
+            http_gate(HttpContext(20), remote.base).get("/x")
+        assert 2 <= len(remote.seen) <= 4
+
+
+@pytest.mark.parametrize("code", [400, 401, 402, 403, 404, 405, 410, 422])
+def test_a_get_is_not_repeated_after_a_refusal(wired: Box, code: int) -> None:
+    with Remote(status(code), repeat=True) as remote:
+        with pytest.raises(imagen.ImagenError):
+            http_gate(HttpContext(), remote.base).get("/x")
+        assert len(remote.seen) == 1
+
+
+def test_every_request_says_who_asks(wired: Box) -> None:
+    with Remote({}, {}) as remote:
+        gate = http_gate(HttpContext(), remote.base)
+        gate.get("/x")
+        gate.pay("/y", {"größe": 1})
+        assert {seen.headers["user-agent"] for seen in remote.seen} == {f"imagen/{imagen.__version__}"}
+        assert remote.seen[1].headers["content-type"] == "application/json" and remote.seen[1].json == {"größe": 1}
+
+
+def test_100_continue_is_no_answer(wired: Box) -> None:
+    with Remote(continue_first({"a": 1}), continue_first({"b": 2})) as remote:
+        gate = http_gate(HttpContext(), remote.base)
+        assert (gate.get_json("/x"), gate.pay("/y", {}).json()) == ({"a": 1}, {"b": 2})
+
+
+@pytest.mark.parametrize("answer", [html(), ok("done"), ok(b"")])
+def test_a_get_that_answers_no_json_says_so(wired: Box, answer: Answer) -> None:
+    with Remote(answer) as remote, pytest.raises(imagen.Failed, match="JSON"):
+        http_gate(HttpContext(), remote.base).get_json("/x")
+
+
+BREAKS = {
+    "cut": cut(HTTP_BYTES, 30),
+    "reset": cut(HTTP_BYTES, 30, rst=True),
+    "close": close_delimited(HTTP_BYTES, len(HTTP_BYTES) - 1),
+    "chunks": chunked(HTTP_BYTES, 10, keep=30),
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS.values(), ids=BREAKS)
+def test_an_image_that_breaks_off_is_asked_for_again(wired: Box, fault: Answer) -> None:
+    with Remote(fault, close_delimited(HTTP_BYTES)) as remote:
+        with http_gate(HttpContext(), remote.base).download("/x.png") as image:
+            assert image.read() == HTTP_BYTES
+        assert len(remote.seen) == 2
+
+
+def test_a_download_goes_into_the_spool(wired: Box, tmp_path: Path) -> None:
+    class Spooling(HttpContext):
+        def spool(self) -> Any:
+            return (tmp_path / "spool").open("w+b")
+
+    with Remote(HTTP_BYTES) as remote, http_gate(Spooling(), remote.base).download("/x.png") as image:
+        assert image.tell() == 0 and image.read() == (tmp_path / "spool").read_bytes() == HTTP_BYTES
+
+
+def test_a_link_with_spaces_and_umlauts_is_fetched(wired: Box) -> None:
+    with Remote(HTTP_BYTES, redirect(302, "/größe bild.png".encode().decode("latin-1")), HTTP_BYTES) as remote:
+        gate = http_gate(HttpContext(1), remote.base)
+        gate.download("/größe bild.png").close()
+        gate.download("/moved.png").close()
+        escaped = "/gr%C3%B6%C3%9Fe%20bild.png"
+        assert [seen.path for seen in remote.seen] == [escaped, "/moved.png", escaped]
+
+
+def http_flood(code: int = 200) -> Answer:
+    """An answer that has no end."""
+
+    def play(wire: Wire) -> None:
+        wire.send(b"HTTP/1.1 %d X\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n" % code)
+        while not wire.stop.is_set():
+            wire.send(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+
+    return Answer(play)
+
+
+@pytest.mark.parametrize("code", [200, 401])
+def test_an_answer_without_an_end_is_given_up_at_the_cap(wired: Box, code: int) -> None:
+    with Remote(http_flood(code), repeat=True) as remote:
+        ctx = HttpContext(10)
+        with pytest.raises(imagen.ImagenError):
+            http_gate(ctx, remote.base).get("/x")
+        assert ctx.why != "deadline"
+        assert len(remote.seen) == 1  # it would be as large the second time
+
+
+def test_an_answer_that_announces_more_than_the_cap_is_not_waited_for(wired: Box) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"
+    huge = Answer(lambda wire: (wire.send(head), wire.stay_until(None)))
+    with Remote(huge, repeat=True) as remote, http_lasts(0, 1), pytest.raises(imagen.ImagenError, match="MB"):
+        http_gate(HttpContext(3), remote.base).download("/x.png")
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["body", "header"])
+def test_a_slow_drip_is_ended_by_the_deadline(wired: Box, head: bool) -> None:
+    with Remote(drip(HTTP_BYTES, 0.05, head=head), repeat=True) as remote:
+        ctx = HttpContext(0.5)
+        with http_deadline(ctx):
+            http_gate(ctx, remote.base).download("/x.png")
+        assert len(remote.seen) == 1
+
+
+@pytest.mark.parametrize("verb", ["get", "download", "post", "pay"])
+@pytest.mark.parametrize("answer", [silent(), drip("x" * 10_000, 0.05)], ids=["silent", "drip"])
+def test_a_stop_from_another_thread_ends_a_blocked_read(wired: Box, verb: str, answer: Answer) -> None:
+    with Remote(answer) as remote:
+        ctx = HttpContext(30)
+        call = functools.partial(getattr(http_gate(ctx, remote.base), verb), "/x", *([{}] if verb[0] == "p" else []))
+        assert http_stopped(ctx, call, remote.wait_seen) < 0.5
+
+
+def test_a_stop_ends_a_blocked_connect(wired: Box) -> None:
+    with full_backlog() as port:
+        ctx = HttpContext(30)
+        gate = http_gate(ctx, f"http://127.0.0.1:{port}")
+        # Nobody can see a connect that waits, so this one is given time to begin.
+        assert http_stopped(ctx, lambda: gate.pay("/x", {}), lambda: time.sleep(0.3)) < 1
+        assert ctx.charged == "no"
+
+
+@pytest.mark.parametrize("through_a_proxy", [False, True])
+def test_a_stop_ends_a_handshake_that_nobody_answers(
+    wired: Box, monkeypatch: pytest.MonkeyPatch, through_a_proxy: bool
+) -> None:
+    with HttpProxy(silent()) as proxy, HttpMute() as mute:
+        if through_a_proxy:
+            monkeypatch.setenv("https_proxy", proxy.base)
+        ctx, heard = HttpContext(30), proxy if through_a_proxy else mute
+        gate = http_gate(ctx, f"https://127.0.0.1:{mute.port}")
+        assert http_stopped(ctx, lambda: gate.pay("/x", {}), heard.wait_seen) < 1
+        assert ctx.charged == "no"
+
+
+def test_a_handshake_that_nobody_answers_is_ended_by_the_deadline(wired: Box) -> None:
+    with HttpMute() as mute:
+        ctx = HttpContext(0.5)
+        with http_lasts(0.4, 1.5), pytest.raises(imagen.ImagenError):
+            http_gate(ctx, f"https://127.0.0.1:{mute.port}").pay("/x", {})
+        assert ctx.charged == "no"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://api.example.com/v1", "https://API.example.com:443/v2", True),
+        ("http://127.0.0.1/v1", "http://127.0.0.1:80", True),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8081", False),
+        ("http://127.0.0.1", "http://127.0.0.1.evil.example", False),
+        ("http://127.0.0.1", "http://127.0.0.1@evil.example", False),
+        ("https://api.example.com", "http://api.example.com", False),
+        ("https://api.example.com", "https://example.com", False),
+    ],
+)
+def test_origins_are_compared_not_prefixes(one: str, other: str, same: bool) -> None:
+    assert (imagen.origin(one) == imagen.origin(other)) is same
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_get_redirect_is_followed_with_the_key_at_home_and_without_it_elsewhere(wired: Box, code: int) -> None:
+    with FileHost() as files:
+        link = files.put(HTTP_BYTES, "png")
+        with Remote(redirect(code, "/there"), redirect(code, link)) as remote:
+            http_gate(HttpContext(), remote.base).download("/here").close()
+            assert [seen.path for seen in remote.seen] == ["/here", "/there"]
+            assert all(seen.headers["authorization"] == f"Bearer {HTTP_KEY}" for seen in remote.seen)
+        assert len(files.seen) == 1 and files.leaked == []
+
+
+def test_a_circle_of_redirects_ends(wired: Box) -> None:
+    with Remote(redirect(302, "/again"), repeat=True) as remote, pytest.raises(imagen.Failed, match="redirect"):
+        http_gate(HttpContext(), remote.base).get("/x")
+    assert len(remote.seen) <= 20
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_post_redirect_is_never_followed(wired: Box, code: int, foreign: bool) -> None:
+    with Remote({}, repeat=True) as other, Remote(repeat=True) as remote:
+        remote.answers = [redirect(code, f"{other.base if foreign else remote.base}/there")] * 2
+        ctx = HttpContext()
+        with pytest.raises(imagen.Unknown):
+            http_gate(ctx, remote.base).pay("/x", {})
+        assert [seen.path for seen in remote.seen] == ["/x"] and ctx.charged == "unknown"
+        with pytest.raises(imagen.ImagenError):
+            http_gate(ctx, remote.base).post("/y", {})
+        assert [seen.path for seen in remote.seen] == ["/x", "/y"] and other.seen == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "http://127.0.0.1.evil.example:{port}/x",
+        "http://127.0.0.1:{port}.evil.example/x",
+        "http://127.0.0.1:{port}@evil.example/x",
+        "http://evil.example/127.0.0.1:{port}/x",
+        "http://localhost:{port}/x",
+        "https://127.0.0.1:{port}/x",
+    ],
+)
+def test_a_look_alike_of_our_origin_gets_no_key(wired: Box, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    with Remote() as remote, Remote(status(404), repeat=True) as everywhere:  # a proxy that plays every host
+        monkeypatch.setenv("http_proxy", everywhere.base)
+        monkeypatch.setenv("https_proxy", everywhere.base)
+        with pytest.raises(imagen.ImagenError):
+            http_gate(HttpContext(1), remote.base).download(link.format(port=remote.port))
+        assert all("authorization" not in seen.headers for seen in everywhere.seen)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        *("file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x", "data:image/png;base64,AAAA"),
+        *("http://127.0.0.1:99999/x", "http://127.0.0.1:nine/x", "http://[::1/x", "http://", "http://bad host/"),
+    ],
+)
+def test_a_link_that_is_no_http_address_is_an_error_not_a_bug(wired: Box, link: str) -> None:
+    with Remote(redirect(302, link), repeat=True) as remote:
+        for where in ("/x", link):
+            if where == "/x" or "://" in link:
+                with pytest.raises(imagen.ImagenError) as caught:
+                    http_gate(HttpContext(1), remote.base).download(where)
+                assert caught.value.code != "bug"
+
+
+@each_paid
+def test_contract_the_key_goes_to_the_api_and_never_to_where_its_files_lie(wired: Box, kind: str) -> None:
+    with http_server(kind) as server, http_server(kind) as elsewhere:
+        more: dict[str, Any] = {}
+        if kind == "openai":
+            server.dialect, server.url_as, more = "sglang", "foreign", {"model": "m", "response_format": "url"}
+        else:
+            server.urls_base = f"{elsewhere.base}/v1"  # an answer whose `urls` lead to another host
+            server.script(polls=2)
+        http_adapter(kind, server.base, **more).generate(HttpContext(), http_wanted()).image.close()
+        assert all(seen.headers["authorization"] == f"Bearer {HTTP_KEY}" for seen in server.seen)
+        assert len(server.files.seen) == 1 and server.files.leaked == []
+        assert elsewhere.seen == []
+
+
+def test_proxy_variables_are_honoured(wired: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HttpProxy() as proxy, Remote({"a": 1}, {"b": 2}, {"c": 3}) as remote:
+        monkeypatch.setenv("http_proxy", proxy.base)
+        gate = http_gate(HttpContext(), remote.base)
+        assert gate.get_json("/x") == {"a": 1} and gate.pay("/y", {"q": 1}).json() == {"b": 2}
+        assert [seen.path for seen in proxy.seen] == [f"{remote.base}/x", f"{remote.base}/y"]
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert gate.get_json("/z") == {"c": 3} and len(proxy.seen) == 2
+
+
+def test_tls_through_a_tunnel_keeps_the_key_from_the_proxy(
+    wired: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with HttpProxy() as proxy, HttpTLS(tmp_path / "pem", {"a": 1}) as remote:
+        monkeypatch.setenv("https_proxy", proxy.base)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+        ctx = HttpContext()
+        gate = http_gate(ctx, remote.base)
+        assert gate.get_json("/x") == gate.pay("/y", {}).json() == {"a": 1}
+        assert [seen.headers["authorization"] for seen in remote.seen] == [f"Bearer {HTTP_KEY}"] * 2
+        assert {seen.method for seen in proxy.seen} == {"CONNECT"} and HTTP_KEY not in str(proxy.seen)
+        assert ctx.sendings == 1
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_sent(wired: Box, tmp_path: Path) -> None:
+    with HttpTLS(tmp_path / "pem", {}) as remote:
+        ctx = HttpContext(1)
+        with pytest.raises(imagen.Unreachable, match="certificate"):
+            http_gate(ctx, remote.base).pay("/x", {})
+        assert remote.seen == [] and (ctx.charged, ctx.sendings) == ("no", 0)
+
+
+@pytest.mark.parametrize("answer", [status(403), hangup(), status(200), not_http()], ids=["403", "end", "200", "noise"])
+def test_the_bytes_of_connect_are_not_the_first_paid_byte(
+    wired: Box, monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    with HttpProxy(answer) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.base)
+        ctx = HttpContext(1)
+        with pytest.raises(imagen.Unreachable):
+            http_gate(ctx, f"https://127.0.0.1:{refused_port()}").pay("/x", {})
+        assert proxy.seen[0].method == "CONNECT" and (ctx.charged, ctx.sendings) == ("no", 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "headers", "body", "proved"),
+    [
+        *((code, {}, b"", True) for code in (400, 401, 402, 403, 404, 405, 413, 422, 429, 451)),
+        *((code, {}, b"", False) for code in (200, 302, 408, 409, 500, 501, 502, 503, 504, 520)),
+        (503, {"Retry-After": "1"}, b"", True),
+        (503, {}, b'{"error": {"message": "The engine is currently overloaded."}}', True),
+        (503, {}, b'{"error": {"message": "Busy.", "code": "overloaded"}}', True),
+        (503, {}, b"Service Unavailable", False),
+        (503, {}, b"upstream reset before headers; please try again", False),
+        (502, {"Retry-After": "1"}, b"overloaded", False),
+    ],
+)
+def test_which_answers_prove_that_nothing_was_accepted(
+    code: int, headers: dict[str, str], body: bytes, proved: bool
+) -> None:
+    assert imagen.not_accepted(http_answer(code, headers, body)) is proved
+
+
+def test_nothing_is_sent_where_the_journal_refuses(wired: Box) -> None:
+    class Full(HttpContext):
+        def sending(self) -> None:
+            raise imagen.Disk("full")
+
+    with Remote({}) as remote:
+        with pytest.raises(imagen.Disk):
+            http_gate(Full(), remote.base).pay("/x", {})
+        assert remote.seen == remote.torn == []
+
+
+def test_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) -> None:
+    with Remote(status(429, headers={"retry-after-ms": "10"}), {"a": 1}, reset()) as remote:
+        gate = http_gate(HttpContext(), remote.base)
+        assert gate.post("/x", {}).json() == {"a": 1}
+        with pytest.raises((imagen.Unknown, imagen.Broken)):
+            gate.post("/y", {})
+        assert [seen.path for seen in remote.seen] == ["/x", "/x", "/y"]
+
+
+def test_contract_every_adapter_has_its_stand_in() -> None:
+    code = "import imagen; print(*sorted(imagen.BACKENDS))"
+    names = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert names.stdout.split() == sorted({"mock", *HTTP_BLOCKS})
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("comfyui", (1344, 768)), ("mock", (80, 48)), ("openai", (1536, 1024)), ("replicate", (832, 1216))],
+)
+def test_contract_seed_size_and_progress(wired: Box, kind: str, size: tuple[int, int]) -> None:
+    with contextlib.nullcontext() if kind == "mock" else http_server(kind) as server:
+        blocks = {"x": {"type": "mock", "delay_s": 0.01} if server is None else http_block(kind, server.base)}
+        ctx, request = HttpContext(), http_wanted(seed=4711, width=size[0], height=size[1])
+        result = imagen.open_backend("x", blocks).generate(ctx, request)
+        with result.image as image:
+            found = imagen.sniff(image)
+            assert found and found.complete and (found.width, found.height) == size
+        assert ctx.told
+        if "seed" not in result.ignored:
+            assert result.seed == 4711 and (server is None or b"4711" in server.creates[0].body)
+        assert ("seed" in result.ignored) is (kind == "openai")
+
+
+CONTRACT = {  # fault, error of a free adapter, error of a paid one and its `charged`
+    "400": (status(400, "no"), imagen.BadRequest, imagen.BadRequest, "no"),
+    "401": (status(401, "no"), imagen.BadConfig, imagen.BadConfig, "no"),
+    "quota": (status(402, "no"), imagen.Quota, imagen.Quota, "no"),
+    "500": (status(500, "no"), imagen.Failed, imagen.Unknown, "unknown"),
+    "html": (html(), imagen.Failed, imagen.Unknown, "unknown"),
+    "cut": (cut({"a": "b" * 100}, 20), imagen.Unreachable, imagen.Unknown, "unknown"),
+    "reset": (reset(), imagen.Unreachable, imagen.Unknown, "unknown"),
+    "not http": (not_http(), imagen.Unreachable, imagen.Unknown, "unknown"),
+}
+
+
+@each_remote
+@pytest.mark.parametrize("case", CONTRACT)
+def test_contract_each_fault_has_its_error_and_its_price(wired: Box, kind: str, case: str) -> None:
+    fault, free, paid, charged = CONTRACT[case]
+    with Remote(fault, repeat=True) as remote:
+        ctx = HttpContext(1)
+        with pytest.raises(paid if kind in HTTP_PAID else free):
+            http_adapter(kind, remote.base).generate(ctx, http_wanted())
+        assert kind not in HTTP_PAID or (len(remote.seen) == 1 and ctx.charged == charged)
+
+
+SLOW = {"silent": silent(), "drip": drip("x" * 10_000, 0.05), "drip of a header": drip("x", 0.05, head=True)}
+
+
+@each_remote
+@pytest.mark.parametrize("case", SLOW)
+def test_contract_the_deadline_ends_what_is_too_slow(wired: Box, kind: str, case: str) -> None:
+    with Remote(SLOW[case], repeat=True) as remote:
+        ctx = HttpContext(0.5)
+        with http_deadline(ctx):
+            http_adapter(kind, remote.base).generate(ctx, http_wanted())
+        assert len(remote.seen) == 1 and ctx.charged == ("unknown" if kind in HTTP_PAID else "no")
+
+
+@each_remote
+@pytest.mark.parametrize("full", [False, True], ids=["refused", "backlog"])
+def test_contract_who_cannot_be_reached_is_unreachable_and_free(wired: Box, kind: str, full: bool) -> None:
+    ctx = HttpContext(1)
+    place = full_backlog() if full else contextlib.nullcontext(refused_port())
+    with place as port, http_lasts(0, 2), pytest.raises(imagen.Unreachable):
+        http_adapter(kind, f"http://127.0.0.1:{port}").generate(ctx, http_wanted())
+    assert (ctx.charged, ctx.sendings) == ("no", 0)
+
+
+@each_remote
+@pytest.mark.parametrize("case", ["reset", "close"])
+def test_contract_an_image_cut_off_is_fetched_again_not_paid_again(wired: Box, kind: str, case: str) -> None:
+    with http_server(kind) as server:
+        more: dict[str, Any] = {}
+        if kind == "openai":
+            server.dialect, server.url_as, more = "sglang", "foreign", {"model": "m", "response_format": "url"}
+        if kind == "comfyui":
+            server.fault("GET /view", BREAKS[case])
+        else:
+            server.files.faults.append(BREAKS[case])
+        with http_adapter(kind, server.base, **more).generate(HttpContext(), http_wanted()).image as image:
+            found = imagen.sniff(image)
+        assert found and found.complete and len(server.creates) == 1
+        fetched = server.seen if kind == "comfyui" else server.files.seen
+        assert len([seen for seen in fetched if seen.path.startswith(("/view", "/out"))]) == 2
+
+
+@each_remote
+def test_contract_a_stop_ends_a_blocked_read(wired: Box, kind: str) -> None:
+    with Remote(silent()) as remote:
+        ctx = HttpContext(30)
+        backend = http_adapter(kind, remote.base)
+        assert http_stopped(ctx, lambda: backend.generate(ctx, http_wanted()), remote.wait_seen) < 0.5
+        assert ctx.why == "user" and ctx.charged == ("unknown" if kind in HTTP_PAID else "no")
+
+
+def test_contract_the_mock_heeds_stop_and_deadline(wired: Box) -> None:
+    backend = imagen.open_backend("x", {"x": {"type": "mock", "delay_s": 30}})
+    ctx = HttpContext(0.3)
+    with http_deadline(ctx):
+        backend.generate(ctx, http_wanted())
+    ctx, drawing = HttpContext(30), threading.Event()
+    ctx.progress = lambda *_: drawing.set()  # type: ignore[method-assign]
+    assert http_stopped(ctx, lambda: backend.generate(ctx, http_wanted()), drawing.wait) < 0.5
+
+
+def http_run(box: Box, server: Any, kind: str, *args: str, **block: Any) -> Done:
+    """`imagen ARGS` where the stand-in is the only backend."""
+    box.configure({kind: http_block(kind, server.base, **block)})
+    return box.run(*args, env={"HTTP_TEST_KEY": HTTP_KEY})
+
+
+def http_fox(box: Box, server: Any, kind: str, *args: str, **block: Any) -> Done:
+    return http_run(box, server, kind, "generate", "a fox", "--seed", "7", "--json", *args, **block)
+
+
+UNCLEAR = {
+    "silence": silent(),
+    "reset": reset(),
+    "hang-up": hangup(),
+    "302": redirect(302, "/elsewhere"),
+    "408": status(408, {"error": {"message": "Request timeout"}}),
+    "409": status(409, {"error": {"message": "Conflict"}}),
+    "500": status(500, {"error": {"message": "The server had an error."}}),
+    "502 with HTML": html(502, "<html><h1>502 Bad Gateway</h1></html>"),
+    "503 without a word": status(503, "Service Unavailable"),
+    "503 that hopes": status(503, "Something went wrong. Please try again."),
+    "504": status(504, "upstream request timeout"),
+    "truncated": cut({"created": 1, "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}]}, 60),
+    "truncated chunks": chunked({"created": 1, "data": []}, 10, keep=10),
+    "200 with HTML": html(),
+    "200 without JSON": ok("done"),
+    "200 without an image": ok({"created": 1, "data": []}),
+    "200 of another shape": ok(["done"]),
+}
+
+
+@each_paid
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_a_paid_post_with_an_unclear_end_is_sent_once_and_recover_knows_it(box: Box, kind: str, case: str) -> None:
+    with http_server(kind) as server:
+        if kind == "openai":
+            server.script(UNCLEAR[case])
+        else:
+            server.answer_next(UNCLEAR[case], create=True)
+        done = http_fox(box, server, kind, timeout=1)
+        assert done.code == 10 and done.err.count("Traceback") == 0
+        error = done.json["error"]
+        assert (error["code"], error["charged"], error["retryable"]) == ("unknown", "unknown", False)
+        [entry] = box.unfinished()
+        assert f"imagen recover {entry['id']}" in f"{error['message']} {error['hint']}"
+        assert entry["charged"] == "unknown" and box.ledger() == [] and len(server.creates) == 1
+
+        again = http_run(box, server, kind, "recover", "--all", "--json")
+        assert box.unfinished() == [] and len(server.creates) == 1
+        if kind == "openai":
+            assert again.code == 10 and "keeps no results" in again.json["error"]["message"]
+            assert box.ledger()[-1]["charged"] == "unknown" and box.hidden() == []
+        else:
+            assert again.code == 0 and server.created == 1
+            [image] = again.json["images"]
+            assert Path(image["path"]).exists() and (image["charged"], image["seed"]) == ("yes", 7)
+            assert image["metadata"]["id"] == next(iter(server.predictions))
+
+
+def test_tokens_that_were_counted_were_charged(box: Box) -> None:
+    with http_server("openai") as server:
+        server.script(ok({"created": 1, "data": [], "usage": {"input_tokens": 9, "output_tokens": 272}}))
+        done = http_fox(box, server, "openai")
+        assert done.code == 10 and done.json["error"]["charged"] == "yes" and len(server.creates) == 1
+
+
+TURNED_AWAY = {
+    "429": status(429, {"detail": "Slow down."}, {"retry-after-ms": "30"}),
+    "503 with Retry-After": status(503, "Service Unavailable", {"Retry-After": "0.03"}),
+    "503 overloaded": status(503, {"error": {"message": "The engine is currently overloaded.", "code": None}}),
+    "503 overloaded by code": status(503, {"error": {"message": "Busy.", "type": "x", "code": "overloaded"}}),
+}
+
+
+@each_paid
+@pytest.mark.parametrize("case", TURNED_AWAY)
+def test_what_was_turned_away_is_repeated_and_costs_nothing(box: Box, kind: str, case: str) -> None:
+    with http_server(kind) as server:
+        times = 1 if "overloaded" in case else 2  # without a wait that is named each takes a second
+        server.fault("POST", *[TURNED_AWAY[case]] * times)
+        done = http_fox(box, server, kind)
+        assert done.code == 0, done.out
+        assert len(server.creates) == times + 1 and (server.billed if kind == "openai" else server.created) == 1
+        assert done.json["images"][0]["charged"] == "yes" == box.ledger()[-1]["charged"]
+
+
+@each_paid
+def test_the_journal_says_before_each_try_that_the_last_one_was_not_charged(box: Box, kind: str) -> None:
+    go = threading.Event()
+    with http_server(kind) as server:
+        server.fault("POST", TURNED_AWAY["429"], hold(go, status(500)))
+        box.configure({kind: http_block(kind, server.base)})
+        with box.start("generate", "a fox", env={"HTTP_TEST_KEY": HTTP_KEY}) as process:
+            server.wait_seen(2)
+            [path] = (box.state / "open").glob("*.jsonl")
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            go.set()
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == 10 and "imagen recover" in err and "maybe charged" in err.lower()
+        said = [line["charged"] for line in lines if "charged" in line]
+        assert said == ["unknown", "no", "unknown"]
+        assert ["sending" in line for line in lines if "charged" in line] == [True, False, True]
+
+
+@each_paid
+def test_busy_until_the_deadline_is_exit_7_and_free(box: Box, kind: str) -> None:
+    with http_server(kind) as server:
+        server.fault("POST", status(429, {"detail": "Your rate limit resets in ~90s."}))
+        with http_lasts(0, 3):
+            done = http_fox(box, server, kind, "--timeout", "20")
+        error = done.json["error"]
+        assert done.code == 7 and (error["code"], error["charged"], error["retryable"]) == ("busy", "no", True)
+        assert box.unfinished() == [] and box.ledger()[-1]["charged"] == "no" and len(server.creates) == 1
+
+
+def http_refusals() -> Iterator[tuple[str, str, object, int, str]]:
+    """Backend, name, answer, exit code, charged."""
+    kinds = {"insufficient_quota": 6, "billing_hard_limit": 6, "verify_org": 3, "content_policy": 5}
+    for name, code in {**kinds, "moderation_input": 5, "moderation_output": 5}.items():
+        yield "openai", name, name, code, "yes" if name == "moderation_output" else "no"
+    for status_code, code in {400: 2, 401: 3, 402: 6, 403: 3, 404: 3, 413: 2, 422: 2}.items():
+        said = {"error": {"message": "No.", "type": "invalid_request_error", "param": "size", "code": "invalid_value"}}
+        yield "openai", str(status_code), status(status_code, said), code, "no"
+        problem = {"title": "No", "detail": "- input.steps: too many", "status": status_code}
+        yield "replicate", str(status_code), status(status_code, problem), code, "no"
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "code", "charged"),
+    [pytest.param(kind, *rest, id=f"{kind}-{name}") for kind, name, *rest in http_refusals()],
+)
+def test_a_refusal_is_final_and_says_what_it_cost(box: Box, kind: str, answer: object, code: int, charged: str) -> None:
+    with http_server(kind) as server:
+        if isinstance(answer, str):
+            server.script(answer)
+        else:
+            server.fault("POST", answer)
+        done = http_fox(box, server, kind)
+        assert done.code == code and len(server.creates) == 1
+        assert (done.json["error"]["charged"], done.json["error"]["retryable"]) == (charged, False)
+        assert box.unfinished() == [] and box.ledger()[-1]["charged"] == charged
+
+
+@pytest.mark.parametrize(("kind", "how"), [("openai", "refused"), ("replicate", "backlog"), ("openai", "proxy")])
+def test_what_never_left_is_exit_4_and_free(box: Box, kind: str, how: str) -> None:
+    with HttpProxy(status(502)) as proxy, full_backlog() as full:
+        base = {"refused": f"http://127.0.0.1:{refused_port()}", "backlog": f"http://127.0.0.1:{full}"}
+        box.configure({kind: http_block(kind, base.get(how, f"https://127.0.0.1:{refused_port()}"))})
+        env = {"HTTP_TEST_KEY": HTTP_KEY} | ({"https_proxy": proxy.base} if how == "proxy" else {})
+        done = box.run("generate", "a fox", "--json", "--timeout", "1", env=env)
+        assert done.code == 4 and done.json["error"]["charged"] == "no"
+        assert box.unfinished() == [] and box.ledger()[-1]["charged"] == "no"
+
+
+def test_recover_fetches_by_the_id_what_polling_lost(box: Box) -> None:
+    with http_server("replicate") as server:
+        server.script(polls=2)
+        server.get_faults += [status(500, "boom"), reset()] * 20
+        done = http_fox(box, server, "replicate", "--timeout", "1.5")
+        [ident] = server.predictions
+        assert done.code == 10
+        [entry] = box.unfinished()
+        assert entry["remote"]["id"] == ident and entry["id"] in done.json["error"]["hint"]
+        server.get_faults.clear()
+        again = http_run(box, server, "replicate", "recover", entry["id"])
+        assert again.code == 0 and box.sidecar(again.lines[0])["charged"] == "yes"
+        assert server.created == len(server.creates) == 1 and box.unfinished() == []
+
+
+def http_lost(box: Box, server: Any, create: bool) -> None:
+    """A generation whose answer is lost; with `create` its prediction was made."""
+    server.answer_next(reset(), create=create)
+    assert http_fox(box, server, "replicate").code == 10
+
+
+def http_aged(server: Any, seconds: float) -> str:
+    """Make the only prediction that much older; its id."""
+    [(ident, made)] = server.predictions.items()
+    made["created_at"] = server._now(seconds)
+    return str(ident)
+
+
+@pytest.mark.parametrize("ahead_s", [-300, 0, 300])
+@pytest.mark.parametrize("create", [False, True])
+def test_recover_finds_a_lost_create_and_takes_no_older_equal_one(box: Box, create: bool, ahead_s: float) -> None:
+    with http_server("replicate") as server:
+        server.ahead_s = ahead_s
+        assert http_fox(box, server, "replicate").code == 0
+        older = http_aged(server, 60)
+        http_lost(box, server, create)
+        again = http_run(box, server, "replicate", "recover", "--all", "--json")
+        assert len(server.creates) == 2 and box.unfinished() == []
+        if create:
+            [ident] = server.predictions.keys() - {older}
+            assert again.code == 0 and again.json["images"][0]["metadata"]["id"] == ident
+        else:
+            assert again.code == 11 and "not charged" in again.json["error"]["message"].lower()
+            assert again.json["error"]["charged"] == "no" == box.ledger()[-1]["charged"]
+
+
+def test_recover_looks_on_every_page_of_the_list(box: Box) -> None:
+    with HttpReplicate(HTTP_KEY, page=2) as server:
+        server.script(always=True, polls=0)
+        http_lost(box, server, create=True)
+        for number in range(5):
+            server.plant({"prompt": f"a newer one {number}"})
+        assert http_run(box, server, "replicate", "recover", "--all").code == 0
+
+
+def test_recover_takes_the_lost_one_and_not_its_successful_repetition(box: Box) -> None:
+    with http_server("replicate") as server:
+        http_lost(box, server, create=True)
+        [lost] = server.predictions
+        assert http_fox(box, server, "replicate").code == 0
+        again = http_run(box, server, "replicate", "recover", "--all", "--json")
+        assert again.code == 0 and again.json["images"][0]["metadata"]["id"] == lost
+
+
+HTTP_CANARY = "r8_Canary+0123/4567=89abcdefghijklmnopqrstuvwxyz"
+
+
+def http_echo(key: str) -> dict[str, tuple[str, object]]:
+    """How a remote shows us our own key: backend, answer to the POST."""
+    image = base64.b64encode(HTTP_BYTES).decode()
+    quoted = urllib.parse.quote(key, safe="")
+    error = {"error": {"message": f"bad key {key}", "type": key, "param": key, "code": key}}
+    problem = {"title": key, "detail": f"bad token {key}", "status": 401}
+    made = {"id": "p1", "version": key, "input": {}, "metrics": {"predict_time": 1, "note": key}, "created_at": key}
+    made |= {"status": "succeeded", "output": [f"data:image/png;base64,{image}"], "logs": f"Authorization: {key}\n"}
+    kept = {"id": key, "size": key, "quality": f"x{key}", "usage": {"output_tokens": 1, "note": key, key: 1}}
+    return {
+        "error": ("openai", status(401, error)),
+        "header": ("openai", status(400, error, {"x-request-id": key, "Retry-After": key})),
+        "redirect": ("openai", redirect(302, f"/login?key={quoted}&raw={key}")),
+        "server error": ("openai", status(500, f"boom Authorization: Bearer {key}")),
+        "page": ("openai", ok(f"Authorization: Bearer {key}")),
+        "html": ("openai", html(502, f"<html>{key}</html>")),
+        "metadata": ("openai", ok({"data": [{"b64_json": image, "revised_prompt": key}], **kept})),
+        "link": ("openai", ok({"data": [{"url": f"file:///{key}"}]})),
+        "no image": ("openai", ok({"data": [{"b64_json": base64.b64encode(key.encode()).decode()}]})),
+        "cut in the middle": ("openai", status(500, "x" * 275 + key)),
+        "cut in the middle of a 200": ("openai", ok("x" * 175 + key)),
+        "problem": ("replicate", status(401, problem)),
+        "problem cut": ("replicate", status(500, "x" * 275 + key)),
+        "prediction": ("replicate", status(201, made)),
+        "failed": ("replicate", status(201, made | {"status": "failed", "error": f"no {key}", "output": None})),
+        "nameless": ("replicate", status(201, {"status": key, "key": key})),
+    }
+
+
+@pytest.mark.parametrize("case", http_echo(HTTP_CANARY))
+def test_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str) -> None:
+    kind, answer = http_echo(HTTP_CANARY)[case]
+    with Remote(answer, repeat=True) as remote:
+        path = box.configure({kind: http_block(kind, remote.base)})
+        env = {"HTTP_TEST_KEY": HTTP_CANARY}
+        said = [box.run("generate", "a fox", flag, env=env) for flag in ("-v", "--json")]
+        said += [box.run("recover", env=env), box.run("recover", "--all", "-v", "--timeout", "1", env=env)]
+        assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
+    shown = "".join(done.out + done.err for done in said).encode()
+    files = [file for file in box.root.rglob("*") if file.is_file() and file != path]
+    assert files
+    for where, data in [("output", shown), *((file.name, file.read_bytes()) for file in files)]:
+        for part in (HTTP_CANARY[:12], urllib.parse.quote(HTTP_CANARY[:16], safe="")):
+            assert part.encode() not in data, where
+
+
+MANY = {  # answers in turn (None: an image), exit code, images, POSTs
+    "auth": (["bad"], 3, 0, 1),
+    "quota": (["insufficient_quota"], 6, 0, 1),
+    "image, quota": ([None, "insufficient_quota"], 9, 1, 2),
+    "moderation, images": (["moderation_input", None, None, None], 9, 3, 4),
+    "unknown, images": ([500, None, None, None], 10, 3, 4),
+    "image, moderation, unknown, image": ([None, "moderation_input", 500, None], 10, 2, 4),
+    "unknown, quota": ([500, "insufficient_quota"], 10, 0, 2),
+    "moderation": (["moderation_input"] * 4, 5, 0, 4),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_exit_codes_of_n_images_and_what_stops_the_rest(box: Box, case: str) -> None:
+    answers, code, images, posts = MANY[case]
+    with http_server("openai") as server:
+        for answer in answers:
+            if answer is None:
+                server.script(server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False)))
+            else:
+                server.script(status(401, "bad key") if answer == "bad" else answer)
+        done = http_fox(box, server, "openai", "-n", "4", parallel=1)
+        assert (done.code, len(done.json["images"]), len(server.creates)) == (code, images, posts)
+        assert all(Path(image["path"]).exists() for image in done.json["images"])
+        assert done.json["ok"] is False and done.json["error"]["code"]
+
+
+@pytest.mark.parametrize(("more", "most"), [({"parallel": 1}, 1), ({"parallel": 3}, 3), ({}, 4)])
+def test_as_many_at_a_time_as_the_option_says_with_seeds_in_a_row(box: Box, more: dict[str, int], most: int) -> None:
+    go = threading.Event()
+    with http_server("replicate") as server:
+        # The first ones are all held: one more than `most` at a time would arrive within the half second.
+        server.fault("POST", *[hold(go, TURNED_AWAY["429"])] * most)
+        box.configure({"replicate": http_block("replicate", server.base, **more)})
+        with box.start("generate", "a fox", "-n", "6", "--seed", "40", env={"HTTP_TEST_KEY": HTTP_KEY}) as process:
+            server.wait_seen(most)
+            with pytest.raises(AssertionError):
+                server.wait_seen(most + 1, timeout=0.5)
+            go.set()
+            out, _ = process.communicate(timeout=30)
+        seeds = sorted(made["input"]["seed"] for made in server.predictions.values())
+        assert process.returncode == 0 and seeds == [40, 41, 42, 43, 44, 45]
+        assert sorted(box.sidecar(path)["seed"] for path in out.splitlines()) == seeds
+
+
+def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
+    with HttpComfy(hold=True) as server:
+        box.configure({"comfyui": http_block("comfyui", server.base)})
+        with box.start("generate", "a fox", "-n", "2", "--seed", "40") as process:
+            server.wait_running()
+            assert len(server.submitted) == 1 and not server.pending
+            server.release(2)
+            out, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and len(out.splitlines()) == len(server.submitted) == 2
+        assert [body["prompt"]["31"]["inputs"]["seed"] for body in server.submitted] == [40, 41]
+
+
+# === 8. Mock: pictures out of thin air, free and without a network ====================================================
+MOCK_PROMPTS = ["a fox", "a fix", "a fox in the snow", "Größe", "", "日本 🦊", "a lighthouse at dusk, watercolor " * 20]
+
+
+def mock_pixels(data: bytes) -> list[list[tuple[int, int, int]]]:
+    """The rows of a PNG, top first."""
+    pillow = pytest.importorskip("PIL.Image")
+    with pillow.open(io.BytesIO(data)) as picture:
+        raw, width = picture.convert("RGB").tobytes(), picture.width
+    pixels = list(zip(raw[::3], raw[1::3], raw[2::3], strict=True))
+    return [pixels[start : start + width] for start in range(0, len(pixels), width)]
+
+
+@functools.cache
+def mock_strip(prompt: str, edge: int = 256) -> tuple[list[list[bool]], Any, Any]:
+    """Where the ink is on the strip of paper at the foot, row by row; and the colors of paper and ink."""
+    rows = mock_pixels(imagen.mock_picture(prompt, 7, edge, edge))
+    paper, top = rows[-1][0], edge
+    while rows[top - 1][0] == rows[top - 1][-1] == paper and len(set(rows[top - 1])) <= 2:
+        top -= 1
+    assert edge // 2 <= top < edge  # most of the picture stays a picture
+    ink = next((color for row in rows[top:] for color in row if color != paper), None)
+    return [[color == ink for color in row] for row in rows[top:]], paper, ink
+
+
+def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
+    """The letters of the strip: the free columns before each, and its ink as (column, row)."""
+    glyphs, free = [], 0
+    for inked, run in itertools.groupby(zip(*mock_strip(prompt)[0], strict=True), any):
+        shape = list(run)
+        if inked:
+            ink = frozenset((x, y) for x, column in enumerate(shape) for y, bit in enumerate(column) if bit)
+            glyphs.append((free, ink))
+        free = 0 if inked else len(shape)
+    return glyphs
+
+
+def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
+    wanted = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
+    assert len({imagen.mock_picture(*one) for one in wanted * 2}) == len(wanted)
+    made = [box.run("generate", "a fox", "--size", "64x64", "--seed", seed).lines[0] for seed in ("7", "7", "8")]
+    first, same, other = (Path(path).read_bytes() for path in made)
+    assert len(set(made)) == 3 and first == same != other
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1024, 1024)], ids=str)
+def test_a_mock_picture_has_many_colors(size: tuple[int, int]) -> None:
+    for prompt in MOCK_PROMPTS[:3]:
+        rows = mock_pixels(imagen.mock_picture(prompt, 7, *size))
+        assert (len(rows[0]), len(rows)) == size and len({color for row in rows for color in row}) >= 64
+
+
+def test_two_prompts_differ_in_layout() -> None:
+    edges = []
+    for prompt in MOCK_PROMPTS:
+        upper = mock_pixels(imagen.mock_picture(prompt, 7, 256, 256))[:128]  # above the strip; colors do not count
+        edges.append({(x, y) for y, row in enumerate(upper) for x in range(1, 256) if row[x] != row[x - 1]})
+    for one, other in itertools.combinations(edges, 2):
+        assert len(one ^ other) > 300  # of 32,640
+
+
+def test_text_chunks_hold_prompt_and_seed(box: Box) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    for prompt in ("a fox", "Größe & “日本” 🦊"):
+        done = box.run("generate", prompt, "--seed", "123456", "--size", "64x64")
+        with pillow.open(done.lines[0]) as picture:
+            assert prompt in picture.text.values() and "123456" in " ".join(picture.text.values())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.text(st.characters(), max_size=80), st.integers(0, 2**63 - 1), st.integers(16, 130), st.integers(16, 130))
+def test_any_prompt_and_size_gives_a_whole_picture(prompt: str, seed: int, width: int, height: int) -> None:
+    picture = imagen.mock_picture(prompt, seed, width, height)
+    assert imagen.sniff(io.BytesIO(picture)) == ("png", width, height, True)
+
+
+def test_every_letter_has_a_shape_of_its_own() -> None:
+    shown = [chr(code) for code in range(33, 127)] + list("äöüßÄÖÜ…")
+    shapes = [mock_strip(letter)[0] for letter in shown]
+    assert [letter for letter, shape in zip(shown, shapes, strict=True) if shapes.count(shape) > 1] == []
+
+
+@pytest.mark.parametrize("pair", ["äa", "öo", "üu", "ÄA", "ÖO", "ÜU"])
+def test_an_umlaut_is_its_letter_with_two_dots_above(pair: str) -> None:
+    ((_, umlaut),), ((_, plain),) = mock_glyphs(pair[0]), mock_glyphs(pair[1])
+    dots = umlaut - plain
+    assert plain < umlaut and max(y for _, y in dots) < min(y for _, y in plain)
+    columns = sorted({x for x, _ in dots})
+    assert sum(after - before > 1 for before, after in itertools.pairwise(columns)) == 1  # two, with paper in between
+
+
+def test_a_decomposed_umlaut_is_an_umlaut() -> None:
+    assert mock_strip(unicodedata.normalize("NFD", "Größe"))[0] == mock_strip("Größe")[0]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Zwölf Boxkämpfer jagen Viktor", "quer über den großen Sylter Deich", "ÄPFEL, ÖL + ÜBUNG 1024/768"]
+)
+def test_the_prompt_can_be_read_back_from_the_picture(prompt: str) -> None:
+    letters = string.ascii_letters + string.digits + "äöüßÄÖÜ.,-+=/"
+    known = {glyphs[0][1]: letter for letter in letters if len(glyphs := mock_glyphs(letter)) == 1}
+    read = "".join(
+        (" " if place and free > 5 else "") + known[ink] for place, (free, ink) in enumerate(mock_glyphs(prompt))
+    )
+    assert read == prompt
+    small, large = mock_strip(prompt)[0], mock_strip(prompt, 1024)[0]
+    assert [row[2::4] for row in large[2::4]] == small  # letters grow with the picture
+
+
+def test_the_ink_stands_out_from_the_paper() -> None:
+    def light(color: tuple[int, int, int]) -> float:
+        linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    for number in range(12):
+        _, paper, ink = mock_strip(f"fox {number}")
+        assert light(paper) / light(ink) >= 7  # WCAG's AAA
+
+
+def test_a_long_prompt_is_cut_and_says_so() -> None:
+    def end(prompt: str) -> list[list[bool]]:
+        rows = mock_strip(prompt)[0]
+        foot = max(y for y, row in enumerate(rows) if any(row))
+        right = max(x for x, inked in enumerate(rows[foot]) if inked)
+        return [row[right - 4 : right + 1] for row in rows[foot - 6 : foot + 1]]
+
+    assert end("fox " * 100) == end("fox " * 200) == end("…") != end("fox")
+
+
+class MockWatch(imagen.Context):
+    """Keeps what an adapter tells, and stops the work when it has heard enough."""
+
+    def __init__(self, enough: int, timeout: float = 60) -> None:
+        super().__init__(timeout)
+        self.heard: list[tuple[str, float | None, float | None]] = []
+        self.enough = enough
+
+    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
+        self.heard.append((note, done, total))
+        if len(self.heard) == self.enough:
+            self.stop("user")
+
+
+def test_a_delay_shows_progress_and_can_be_stopped() -> None:
+    backend = imagen.open_backend("m", {"m": {"type": "mock", "delay_s": 3000}})
+    ctx, began = MockWatch(3), time.monotonic()
+    with pytest.raises(imagen.Interrupted):
+        backend.generate(ctx, imagen.Request("a fox", seed=7))
+    done = [step[1] or 0.0 for step in ctx.heard]
+    assert time.monotonic() - began < 30 and done == sorted(done) and done[-1] > done[0]
+    assert {step[2] for step in ctx.heard} == {3000} and all(step[0] for step in ctx.heard)
+    with pytest.raises(imagen.Failed):
+        backend.generate(MockWatch(10**9, timeout=0.2), imagen.Request("a fox", seed=7))
+
+
+def test_a_delay_is_waited_for_and_what_was_ignored_is_named() -> None:
+    backend, began = imagen.open_backend("m", {"m": {"type": "mock"}}, {"delay_s": 0.25}), time.monotonic()
+    result = backend.generate(imagen.Context(), imagen.Request("a fox", "rain", 64, 96, 4, 7))
+    assert 0.25 <= time.monotonic() - began < 20 and result.image.read() == imagen.mock_picture("a fox", 7, 64, 96)
+    assert (result.mime_type, result.seed, result.cost_usd) == ("image/png", 7, 0.0)
+    assert set(result.ignored) == {"steps", "negative_prompt"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_delay_and_leaves_nothing(box: Box, number: int) -> None:
+    with box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=3000") as process:
+        while not box.unfinished():  # once it has begun
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "") and "interrupted" in err.lower() and "Traceback" not in err
+    assert (box.hidden(), box.unfinished(), list(box.out.iterdir())) == ([], [], [])
+
+
+@pytest.mark.parametrize(("code", "number"), [*ERRORS_EXITS.items()])
+def test_every_code_can_be_tried_out(box: Box, code: str, number: int) -> None:
+    done = box.run("generate", "a fox", "--json", "--opt", f"fail={code}", "--size", "64x64")
+    error = done.json["error"]
+    assert (done.code, done.json["ok"], done.json["images"]) == (number, False, [])
+    assert (error["code"], error["charged"], error["retryable"]) == (code, "no", imagen.ERRORS[code].retryable)
+    assert (box.hidden(), box.unfinished()) == ([], []) and "Traceback" not in done.err
+
+
+# === 9. ComfyUI: the GPU box at home ==================================================================================
+class AdapterContext(imagen.Context):
+    """A context that keeps what the adapter says."""
+
+    def __init__(self, timeout: float = 20.0) -> None:
+        super().__init__(timeout)
+        self.notes, self.warnings, self.said = list[tuple[Any, ...]](), list[str](), threading.Condition()
+
+    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
+        with self.said:
+            self.notes.append((note, done, total))
+            self.said.notify_all()
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def wait_steps(self, done: float, total: float) -> None:
+        """Block until that progress was told."""
+        with self.said:
+            assert self.said.wait_for(lambda: any(note[1:] == (done, total) for note in self.notes), 10), self.notes
+
+
+class ComfyWith(Comfy):
+    """ComfyUI that gives other answers to "METHOD /word", once each: `instead` of its work or `after` it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.instead, self.after = dict[str, list[Any]](), dict[str, list[Any]]()
+
+    def respond(self, seen: Seen) -> object:
+        route = f"{seen.method} /{re.split('[/?]', seen.path)[1]}"
+        if self.instead.get(route):
+            answer = self.instead[route].pop(0)
+            return answer(seen) if callable(answer) else answer
+        answer = super().respond(seen)
+        return self.after[route].pop(0) if self.after.get(route) else answer
+
+
+def adapter_rows(text: str) -> list[list[str]]:
+    """The cells of a table: one row a line, | between cells."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+
+
+def adapter_values(text: str) -> dict[str, Any]:
+    """`a=1 b=x` as a mapping; what is JSON is taken as that."""
+    found: dict[str, Any] = {}
+    for name, _, value in (word.partition("=") for word in text.split()):
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def adapter_told(error: imagen.ImagenError) -> str:
+    return f"{error} → {error.hint}"
+
+
+def adapter_charged(err: str) -> set[str]:
+    """What the messages say about money: no, unknown, yes."""
+    said = {"not ": "no", "maybe ": "unknown", "": "yes"}
+    return {said[word] for word in re.findall(r"(not |maybe )?charged", err.lower())}
+
+
+@contextlib.contextmanager
+def adapter_started(box: Box, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs inside, and not any longer."""
+    with box.start(*args) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def adapter_ended(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=20)
+    return Done(process.returncode, out, err)
+
+
+def comfy_block(comfy: Comfy, **block: Any) -> dict[str, dict[str, Any]]:
+    return {"gpu": {"type": "comfyui", "base_url": comfy.base, "model": CHECKPOINTS[1], **block}}
+
+
+def comfy_make(comfy: Comfy, wanted: Mapping[str, Any] = imagen.EMPTY, ctx: Any = None, **block: Any) -> imagen.Result:
+    """One generation in this process."""
+    request = imagen.Request(**{"prompt": "fox", "seed": 7, "width": 64, "height": 64, **wanted})
+    return imagen.open_backend("gpu", comfy_block(comfy, **block)).generate(ctx or AdapterContext(), request)
+
+
+def comfy_run(box: Box, comfy: Comfy, *args: str, **block: Any) -> Done:
+    """`imagen generate` in a process of its own."""
+    box.configure(comfy_block(comfy, **block))
+    return box.run("generate", "a red fox", "--seed", "7", "--size", "64x64", *args)
+
+
+def comfy_file(folder: Path, graph: object) -> str:
+    path = folder / "workflow.json"
+    path.write_text(graph if isinstance(graph, str) else json.dumps(graph))
+    return str(path)
+
+
+def comfy_posted(comfy: Comfy) -> list[Graph]:
+    """The graphs as they arrived; in `comfy.submitted` the server has made numbers of what is none."""
+    return [seen.json["prompt"] for seen in comfy.seen if seen.path == "/prompt"]
+
+
+def comfy_at(graph: Graph, path: str) -> Any:
+    """What stands at "Class.input.input" when one follows the links; for a node its class."""
+    kind, *names = path.split(".")
+    (value,) = (node for node in graph.values() if node["class_type"] == kind)
+    for name in names:
+        value = value["inputs"][name]
+        value = graph[value[0]] if isinstance(value, list) else value
+    return value["class_type"] if isinstance(value, dict) else value
+
+
+COMFY_VERSIONS = ("0.33.0", "0.27.0", "0.3.64")
+COMFY_SCHNELL, COMFY_DEV, COMFY_SD15 = "flux1-schnell.safetensors", "flux1-dev.safetensors", "v1-5-pruned.safetensors"
+COMFY_GRAPHS = adapter_rows("""
+in one file  | | | KSampler.seed=7 KSampler.steps=4 KSampler.cfg=1.0 KSampler.sampler_name=euler KSampler.denoise=1.0 \
+  KSampler.scheduler=simple KSampler.model.ckpt_name=flux1-schnell-fp8.safetensors KSampler.positive.guidance=3.5 \
+  KSampler.positive.conditioning.text=fox KSampler.negative.text= KSampler.latent_image=EmptySD3LatentImage \
+  KSampler.latent_image.width=64 KSampler.latent_image.batch_size=1 SaveImage.images.vae=CheckpointLoaderSimple
+own steps    | default_steps=6 | | KSampler.steps=6
+asked steps  | default_steps=6 | steps=9 | KSampler.steps=9
+with cfg     | cfg=2.5 guidance=2.0 | negative_prompt=blur | KSampler.cfg=2.5 KSampler.negative.text=blur \
+  KSampler.positive.guidance=2.0
+schnell split | model=flux1-schnell.safetensors | | RandomNoise.noise_seed=7 BasicScheduler.steps=4 \
+  BasicScheduler.scheduler=simple BasicScheduler.denoise=1.0 SamplerCustomAdvanced.guider=BasicGuider \
+  SamplerCustomAdvanced.guider.conditioning.text=fox SamplerCustomAdvanced.sampler.sampler_name=euler \
+  SamplerCustomAdvanced.guider.model.weight_dtype=default DualCLIPLoader.type=flux \
+  DualCLIPLoader.clip_name1=t5xxl_fp16.safetensors DualCLIPLoader.clip_name2=clip_l.safetensors \
+  SaveImage.images.vae.vae_name=ae.safetensors SamplerCustomAdvanced.latent_image=EmptySD3LatentImage
+dev split    | model=flux1-dev.safetensors sampler=heun scheduler=beta weight_dtype=fp8_e5m2 | | \
+  SamplerCustomAdvanced.guider.conditioning.guidance=3.5 SamplerCustomAdvanced.guider.model.weight_dtype=fp8_e5m2 \
+  BasicScheduler.steps=20 BasicScheduler.scheduler=beta KSamplerSelect.sampler_name=heun
+split, cfg   | model=flux1-dev.safetensors cfg=2.0 | negative_prompt=blur | SamplerCustomAdvanced.guider=CFGGuider \
+  SamplerCustomAdvanced.guider.cfg=2.0 SamplerCustomAdvanced.guider.negative.text=blur \
+  SamplerCustomAdvanced.guider.positive.conditioning.text=fox
+sdxl         | model=sd_xl_base_1.0.safetensors | negative_prompt=blur width=0 height=0 | KSampler.cfg=7.0 \
+  KSampler.sampler_name=dpmpp_2m KSampler.scheduler=karras KSampler.positive.text=fox KSampler.negative.text=blur \
+  KSampler.latent_image=EmptyLatentImage KSampler.latent_image.width=1024 KSampler.steps=25
+sd 1.5       | model=v1-5-pruned.safetensors | width=0 height=0 | KSampler.latent_image.height=512
+great seed   | | seed=9223372036854775807 | KSampler.seed=9223372036854775807
+great, split | model=flux1-schnell.safetensors | seed=9007199254740993 | RandomNoise.noise_seed=9007199254740993
+""")
+
+
+@pytest.mark.parametrize(("name", "options", "wanted", "graph"), COMFY_GRAPHS)
+def test_each_kind_of_model_gets_its_graph(name: str, options: str, wanted: str, graph: str) -> None:
+    with Comfy(checkpoints=[*CHECKPOINTS, COMFY_SD15]) as comfy:
+        result = comfy_make(comfy, adapter_values(wanted), **adapter_values(options))
+        (posted,) = comfy_posted(comfy)
+    assert {path: comfy_at(posted, path) for path in adapter_values(graph)} == adapter_values(graph)
+    assert result.steps == next(node["inputs"]["steps"] for node in posted.values() if "steps" in node["inputs"])
+    assert ("FluxGuidance" in json.dumps(posted)) == (not name.startswith(("sd", "schnell", "great, ")))
+
+
+COMFY_NEGATIVES = adapter_rows("""
+                                            | negative_prompt
+model=flux1-dev.safetensors                 | negative_prompt
+model=sd_xl_base_1.0.safetensors cfg=1.0    | negative_prompt
+cfg=2.0                                     |
+model=flux1-dev.safetensors cfg=2.0         |
+model=sd_xl_base_1.0.safetensors            |
+""")
+
+
+@pytest.mark.parametrize(("options", "ignored"), COMFY_NEGATIVES)
+def test_a_negative_prompt_without_effect_counts_as_ignored(options: str, ignored: str) -> None:
+    with Comfy() as comfy:
+        result = comfy_make(comfy, {"negative_prompt": "blur"}, **adapter_values(options))
+    assert result.ignored == tuple(ignored.split())
+
+
+COMFY_ENUMS: list[tuple[str, list[Any], list[str]]] = [  # /object_info of 0.33.0
+    ("ckpt_name", [["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "…"}], [*CHECKPOINTS[::2]]),
+    ("vae_name", [["ae.safetensors", "pixel_space"]], ["ae.safetensors", "pixel_space"]),
+    ("sampler_name", ["COMBO", {"multiselect": False, "options": ["euler", "heun"]}], ["euler", "heun"]),
+    ("unet_name", [[], {}], []),
+]
+
+
+@pytest.mark.parametrize(("field", "spec", "choices"), COMFY_ENUMS)
+def test_enum_inputs_are_read_in_both_shapes(field: str, spec: list[Any], choices: list[str]) -> None:
+    info = {"Node": {"input": {"required": {field: spec}}, "input_order": {"required": [field]}}}
+    assert imagen.comfy_choices(info, "Node", field) == choices
+    assert imagen.comfy_choices({}, "NoSuchNode", field) == imagen.comfy_choices(info, "Node", "other") == []
+    with Comfy() as comfy:
+        comfy.nodes["CheckpointLoaderSimple"][0]["ckpt_name"] = ["COMBO", {"options": [*CHECKPOINTS]}]
+        assert comfy_make(comfy).model == CHECKPOINTS[1]
+
+
+COMFY_MATCHES = adapter_rows(r"""
+a.sft      | b/a.sft a.sft      | a.sft
+a.sft      | flux/a.sft         | flux/a.sft
+a.sft      | flux\dev\a.sft     | flux\dev\a.sft
+flux/a.sft | sd/a.sft           |
+a.sft      | x/a.sft y/a.sft    |
+a          | a.sft              |
+""")
+
+
+@pytest.mark.parametrize(("wanted", "installed", "found"), COMFY_MATCHES)
+def test_a_model_is_found_in_whatever_folder_if_only_one_has_its_name(wanted: str, installed: str, found: str) -> None:
+    assert imagen.comfy_match(wanted, installed.split()) == found
+
+
+def test_model_text_encoders_and_vae_are_posted_by_the_names_the_server_has() -> None:
+    clips = ["clip_g.safetensors", "FLUX/clip_l.safetensors", "T5xxl_fp8_e4m3fn.safetensors", "umt5_xxl.safetensors"]
+    with Comfy(diffusion_models=["a\\parts.sft"], clips=clips, vaes=["sdxl_vae.safetensors", "flux/ae.sft"]) as comfy:
+        comfy_make(comfy, model="parts.sft")
+        comfy_make(comfy, model="parts.sft", clip=[clips[3], clips[0]], vae="sdxl_vae.safetensors")
+        paths = str.split("UNETLoader.unet_name DualCLIPLoader.clip_name1 DualCLIPLoader.clip_name2 VAELoader.vae_name")
+        found = [[comfy_at(graph, path) for path in paths] for graph in comfy_posted(comfy)]
+    assert found[0] == ["a\\parts.sft", clips[2], clips[1], "flux/ae.sft"]
+    assert found[1] == ["a\\parts.sft", clips[3], clips[0], "sdxl_vae.safetensors"]
+    with Comfy(clips=["clip_l.safetensors"]) as comfy, pytest.raises(imagen.BadConfig) as caught:
+        comfy_make(comfy, model=COMFY_SCHNELL)
+    assert '"t5xxl"' in adapter_told(caught.value) and "clip_l.safetensors" in adapter_told(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, 40])  # above 20 the server's own complaint names none
+def test_a_missing_model_ends_as_3_with_the_nearest_installed_name(box: Box, count: int) -> None:
+    with Comfy(checkpoints=[*CHECKPOINTS, *(f"other-{i}.safetensors" for i in range(count))]) as comfy:
+        done = comfy_run(box, comfy, model="sd_xl_base_1.safetensors")
+    assert (done.code, done.out, comfy.submitted) == (3, "", []) and "sd_xl_base_1.0.safetensors" in done.err, done.err
+
+
+# Workflow files
+
+
+def test_placeholders_of_a_workflow_are_filled_once_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    graph = flux_graph(text="{prompt}", prefix="mine")
+    graph["33"]["inputs"]["text"] = "not {negative}, {other}"
+    graph["31"]["inputs"] |= {"seed": "{seed}", "steps": "{steps}"}
+    graph["27"]["inputs"] |= {"width": "{width}", "height": "{height}"}
+    prompt = 'a "fox"\n{seed} {negative} 🦊 (red:1.2) {a|b} embedding:x'
+    wanted = {"prompt": prompt, "negative_prompt": "blur", "width": 72, "height": 88, "steps": 5, "seed": 2**53 + 1}
+    with Comfy() as comfy:
+        result = comfy_make(comfy, wanted, workflow=comfy_file(tmp_path, graph))
+        (posted,) = comfy_posted(comfy)
+    places = "KSampler.positive.conditioning.text KSampler.negative.text KSampler.seed KSampler.latent_image.width"
+    found = [comfy_at(posted, path) for path in places.split()]
+    assert found == [prompt, "not blur, {other}", 2**53 + 1, 72]
+    assert (result.ignored, result.steps, result.seed, result.model) == ((), 5, 2**53 + 1, None)
+
+
+def test_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_path: Path) -> None:
+    nodes = {"prompt": "6.text", "seed": "31.seed", "width": "27.width", "height": "27.height", "steps": "31.steps"}
+    workflow = comfy_file(tmp_path, flux_graph(text="old {prompt}", seed=1, steps=3))
+    with Comfy() as comfy:
+        wanted = {"width": 0, "height": 0, "negative_prompt": "x"}
+        assert comfy_make(comfy, wanted, workflow=workflow, nodes=nodes).ignored == ("negative_prompt",)
+        result = comfy_make(comfy, {"steps": 9}, workflow=workflow)
+        one, two = comfy_posted(comfy)
+    places = str.split("KSampler.positive.conditioning.text KSampler.seed KSampler.steps KSampler.latent_image.width")
+    assert [comfy_at(one, path) for path in places] == ["fox", 7, 3, 64]
+    assert [comfy_at(two, path) for path in places] == ["old fox", 1, 3, 64]
+    assert set(result.ignored) == {"seed", "width", "height", "steps"} and result.seed is None and result.steps is None
+
+
+COMFY_MISTAKES: list[tuple[object, str, str]] = [
+    ("{", "", "workflow.json"),
+    ("[1]", "", "API format"),
+    ({"nodes": [{"id": 6, "type": "CLIPTextEncode"}], "links": []}, "", "API format;Export (API)"),
+    (flux_graph(), "", "no place for the prompt;6.text, 33.text"),
+    (flux_graph(), "prompt=99.text", '"99.text";6.text, 33.text'),
+    (flux_graph(), "prompt=6.txt", '"6.txt";6.text'),
+    (flux_graph(), "prompt=6.text seed=25.noise_seed", '"25.noise_seed";31.seed'),
+    (flux_graph(), "promt=6.text", 'nodes.promt;"prompt"'),
+]
+
+
+@pytest.mark.parametrize(("graph", "nodes", "words"), COMFY_MISTAKES)
+def test_a_workflow_with_a_mistake_is_a_config_error_that_names_the_cure(
+    tmp_path: Path, graph: object, nodes: str, words: str
+) -> None:
+    block = {"type": "comfyui", "workflow": comfy_file(tmp_path, graph), "nodes": adapter_values(nodes)}
+    with pytest.raises(imagen.BadConfig, match='backend "gpu"') as caught:
+        imagen.open_backend("gpu", {"gpu": block})
+    assert all(word in adapter_told(caught.value) for word in words.split(";")), adapter_told(caught.value)
+
+
+# Outcomes
+
+COMFY_ENDS = adapter_rows("""
+execution_error    | 11 | KSampler;header too large
+oom                | 11 | out of memory;smaller
+interrupted        | 11 | interrupted;somebody
+lost               | 11 | restarted
+empty_outputs      | 11 | no images
+file_gone          | 11 | .png is gone
+node_errors_in_200 | 3  | SaveImage;images;missing
+""")
+
+
+@pytest.mark.parametrize("version", COMFY_VERSIONS)
+@pytest.mark.parametrize(("fate", "code", "words"), COMFY_ENDS)
+def test_each_way_to_fail_has_its_exit_code_and_its_words(
+    box: Box, fate: str, code: str, words: str, version: str
+) -> None:
+    with Comfy(version) as comfy:
+        comfy.fail_next(fate)
+        done = comfy_run(box, comfy)
+    assert (done.code, done.out, len(comfy.submitted)) == (int(code), "", 1), done.err
+    assert all(word in done.err for word in words.split(";")), done.err
+    assert not any(word in done.err for word in ("/srv/", "Traceback", "a red fox"))
+    assert (box.unfinished(), box.hidden(), len(box.ledger())) == ([], [], 1)
+
+
+def comfy_refusal(kind: str, message: str, details: str = "", node_errors: object = None) -> Answer:
+    error = {"type": kind, "message": message, "details": details, "extra_info": {}}
+    return status(400, {"error": error, "node_errors": node_errors or {}})
+
+
+def comfy_fault(kind: str, details: str = "", text: str = "the server's words", **extra: Any) -> dict[str, Any]:
+    """node_errors with one error of node 3."""
+    fault = {"type": kind, "message": text, "details": details, "extra_info": {"input_name": "ckpt_name", **extra}}
+    return {"3": {"errors": [fault], "dependent_outputs": ["9"], "class_type": "CheckpointLoaderSimple"}}
+
+
+def comfy_success(outputs: object) -> Callable[[Seen], object]:
+    """GET /history/<id> of a prompt that ended well."""
+    state = {"status_str": "success", "completed": True, "messages": [["execution_success", {}]]}
+    return lambda seen: {seen.path.rpartition("/")[2]: {"outputs": outputs, "status": state, "meta": {}}}
+
+
+COMFY_FILE = {"filename": "ImaGen_00027_.png", "subfolder": "", "type": "output"}
+COMFY_MISSING = comfy_fault(
+    *("value_not_in_list", "ckpt_name: 'sd_xl_base.safetensors' not in ['broken.safetensors', …]", "Value not in list"),
+    input_config=[["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "The name of …"}],
+    received_value="sd_xl_base.safetensors",
+)
+COMFY_FAILED = ("prompt_outputs_failed_validation", "Prompt outputs failed validation", "")
+COMFY_RECORDED: list[tuple[str, str, Any, int, str]] = [  # as 0.33.0 answered: what, request, answer, exit, words
+    ("malformed_json", "POST /prompt", status(500, COMFY_500), 11, "500"),
+    ("missing_model", "POST /prompt", comfy_refusal(*COMFY_FAILED, COMFY_MISSING), 3, "node 3;sd_xl_base_1.0.safet"),
+    ("partial_outputs_valid", "POST /prompt", {"number": 16, "node_errors": COMFY_MISSING}, 3, "sd_xl_base_1.0.safet"),
+    ("no_outputs", "POST /prompt", comfy_refusal("prompt_no_outputs", "Prompt has no outputs"), 3, "has no outputs"),
+    ("no_prompt", "POST /prompt", comfy_refusal("no_prompt", "No prompt provided"), 3, "No prompt provided"),
+    ("bad_id", "POST /prompt", comfy_refusal("invalid_prompt_id", "prompt_id must be a UUID"), 3, "must be a UUID"),
+    ("cached_deleted_file", "GET /history", comfy_success({"9": {"images": [COMFY_FILE]}}), 11, "00027_.png is gone"),
+    ("nothing_made", "GET /history", comfy_success({}), 11, "no images"),
+    ("only_text", "GET /history", comfy_success({"5": {"text": ["hello"]}}), 11, "no images"),
+    ("origin_guard", "GET /object_info", status(403), 3, "403"),
+    ("a_web_page", "POST /prompt", html(), 11, "ComfyUI?"),
+]
+COMFY_FAULTS: list[tuple[str, int, str, dict[str, Any]]] = [  # kind of node error, exit, words, what it holds
+    ("required_input_missing", 3, "node 3 (CheckpointLoaderSimple);ckpt_name", {}),
+    ("value_smaller_than_min", 2, "node 3;the server's words", {"received_value": -1}),
+    ("value_bigger_than_max", 2, "node 3;the server's words", {"received_value": 2**64}),
+    ("invalid_input_type", 3, "invalid literal", {"details": "seed, x, invalid literal"}),
+    ("return_type_mismatch", 3, "type(MODEL) mismatch", {"details": "received_type(MODEL) mismatch"}),
+    ("bad_linked_input", 3, "node 3;ckpt_name", {}),
+    ("custom_validation_failed", 3, "nope.png", {"details": "image - Invalid image file: nope.png"}),
+    ("value_not_in_list", 3, '"eulr"', {"received_value": "eulr", "input_config": None}),
+    ("exception_during_validation", 3, "node 3", {"details": 'File "/srv/x.py"', "traceback": ["/srv/x.py"]}),
+]
+COMFY_RECORDED += [
+    (kind, "POST /prompt", comfy_refusal(*COMFY_FAILED, comfy_fault(kind, **about)), code, words)
+    for kind, code, words, about in COMFY_FAULTS
+]
+
+
+@pytest.mark.parametrize(("name", "route", "answer", "code", "words"), COMFY_RECORDED)
+def test_each_recorded_answer_ends_as_it_should(name: str, route: str, answer: Any, code: int, words: str) -> None:
+    with ComfyWith() as comfy, pytest.raises(imagen.ImagenError) as caught:
+        comfy.instead[route] = [answer]
+        comfy_make(comfy)
+    told = adapter_told(caught.value)
+    assert caught.value.exit_code == code and all(word in told for word in words.split(";")), told
+    assert "/srv/" not in told
+
+
+@pytest.mark.parametrize("version", COMFY_VERSIONS)
+def test_a_node_that_the_server_lacks_is_named_in_old_and_new_wording(box: Box, version: str) -> None:
+    graph = flux_graph(text="{prompt}") | {"50": {"class_type": "NoSuchNode", "inputs": {}}}
+    with Comfy(version) as comfy:
+        done = comfy_run(box, comfy, workflow=comfy_file(box.root, graph))
+    assert done.code == 3 and "NoSuchNode" in done.err and "custom node" in done.err, done.err
+
+
+def test_a_file_prefix_that_climbs_out_is_the_servers_execution_error(box: Box) -> None:
+    with Comfy() as comfy:
+        done = comfy_run(box, comfy, filename_prefix="../../x")
+    assert done.code == 11 and "SaveImage" in done.err and "outside the output folder" in done.err, done.err
+
+
+# The way of one image
+
+
+@pytest.mark.parametrize("version", COMFY_VERSIONS)
+@pytest.mark.parametrize("websocket", [True, False])
+def test_every_version_makes_an_image_twice_though_the_first_file_is_gone(
+    box: Box, version: str, websocket: bool
+) -> None:
+    with Comfy(version, websocket=websocket) as comfy:
+        for name in ("-7.png", "-7-2.png"):  # the second one is all in the server's cache, but for the prefix
+            done = comfy_run(box, comfy)
+            assert done.code == 0 and done.lines[0].endswith(name), done.err
+            assert Path(done.lines[0]).read_bytes() == comfy.files.popitem()[1] and not comfy.files
+        one, two = comfy.submitted
+        about = box.sidecar(done.lines[0])
+    told = [about[k] for k in ("model", "seed", "steps", "width", "cost_usd_estimate", "charged", "ignored")]
+    assert told == [CHECKPOINTS[1], 7, 4, 64, 0, "no", []] and about["metadata"]["prompt_id"] == two["prompt_id"]
+    assert one["prompt_id"] != two["prompt_id"] and one["client_id"] and two["client_id"]
+
+
+def test_a_prompt_has_ids_and_a_prefix_of_its_own_and_its_socket_the_same_client_id() -> None:
+    with Comfy() as comfy:
+        comfy_make(comfy, base_url=f"{comfy.base}/api/", filename_prefix="Füchse & Co/a+b 100%")  # every route is there
+        (body,), seen = comfy.submitted, comfy.seen
+        ((_, folder, _),) = comfy.files
+    assert body.keys() == {"prompt", "prompt_id", "client_id"} and folder == "Füchse & Co/a+b 100%"
+    assert imagen.is_uuid(body["prompt_id"]) and body["prompt_id"] == body["prompt_id"].lower()
+    assert body["prompt_id"] in comfy_at(body["prompt"], "SaveImage.filename_prefix")
+    paths = [request.path for request in seen]
+    assert paths.index(f"/api/ws?clientId={body['client_id']}") < paths.index("/api/prompt")
+    assert not any({"origin", "sec-fetch-site"} & request.headers.keys() for request in seen)
+    assert all(path.startswith("/api/") for path in paths) and not re.search("preview|channel", paths[-1])
+
+
+@pytest.mark.parametrize("kind", ["temp", "output"])
+def test_an_output_is_preferred_to_a_preview_and_several_give_a_warning(tmp_path: Path, kind: str) -> None:
+    graph = {"1": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}}, **flux_graph(text="{prompt}")}
+    graph["27"]["inputs"]["batch_size"] = 2
+    if kind == "temp":
+        del graph["9"]
+    with Comfy() as comfy:
+        ctx = AdapterContext()
+        result = comfy_make(comfy, ctx=ctx, workflow=comfy_file(tmp_path, graph))
+        assert comfy.seen[-1].query["type"] == kind and result.image.read(4) == b"\x89PNG"
+    assert len(ctx.warnings) == 1 and f"{2 + 2 * (kind == 'output')} images" in ctx.warnings[0]
+
+
+def test_files_are_found_in_every_list_of_an_output_node() -> None:
+    with ComfyWith() as comfy:
+        comfy.instead["GET /history"] = [comfy_success({"12": {"text": ["a"], "gifs": [COMFY_FILE]}})]
+        comfy.files["output", "", "ImaGen_00027_.png"] = gif()
+        assert comfy_make(comfy).image.read() == gif()
+
+
+@pytest.mark.parametrize(("size", "made"), [("100x100", "96x96"), ("65x64", "64x64"), ("72x88", "")])
+def test_a_size_that_the_server_changes_is_reported(box: Box, size: str, made: str) -> None:
+    with Comfy() as comfy:
+        done = comfy_run(box, comfy, "--size", size, "--negative", "blur")
+        assert comfy_run(box, comfy, "--size", "8x8").code == 2 and len(comfy.submitted) == 1
+    assert done.code == 0 and (f"asked {size}, got {made}" in done.err) == bool(made), done.err
+    about = box.sidecar(done.lines[0])
+    assert f"{about['width']}x{about['height']}" == (made or size)
+    assert "cannot take negative_prompt" in done.err and about["ignored"] == ["negative_prompt"]
+
+
+def test_n_images_are_n_prompts_with_seeds_one_after_the_other(box: Box) -> None:
+    with Comfy() as comfy:
+        done = comfy_run(box, comfy, "-n", "3", "--seed", str(2**53 + 1))
+    seeds = [comfy_at(graph, "KSampler.seed") for graph in comfy_posted(comfy)]
+    assert (done.code, seeds) == (0, [2**53 + 1, 2**53 + 2, 2**53 + 3])
+    assert [box.sidecar(path)["seed"] for path in done.lines] == seeds
+
+
+@pytest.mark.parametrize("answer", [reset(), hangup(), cut({"prompt_id": "x" * 50}, 9)], ids=["reset", "bye", "cut"])
+@pytest.mark.parametrize("when", ["after", "instead"])
+def test_a_lost_answer_to_post_prompt_runs_nothing_twice(when: str, answer: Answer) -> None:
+    with ComfyWith() as comfy:
+        getattr(comfy, when)["POST /prompt"] = [answer]
+        assert comfy_make(comfy).image.read(4) == b"\x89PNG"
+    posts = sum(seen.method == "POST" for seen in comfy.seen)
+    assert posts == {"after": 1, "instead": 2}[when] and len(comfy.submitted) == 1
+
+
+# Progress
+
+
+def test_live_steps_arrive_and_those_of_others_do_not() -> None:
+    with Comfy(hold=True) as comfy, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ctx = AdapterContext()
+        theirs = comfy.foreign_job()  # posted without a client_id: its progress goes to everybody
+        comfy.wait_running()
+        made = pool.submit(comfy_make, comfy, {"steps": 9}, ctx=ctx)
+        comfy.wait(lambda: comfy.submitted)
+        comfy.advance(3)
+        comfy.release()
+        comfy.wait(lambda: comfy.status_of(theirs) == "completed" and comfy.running and comfy.running.nodes)
+        ctx.wait_steps(1, 9)
+        comfy.advance(5)
+        ctx.wait_steps(5, 9)
+        comfy.drop_sockets()  # from here on nothing is told, which does no harm
+        comfy.resume()
+        assert made.result(20).seed == 7
+    assert {total for _, done, total in ctx.notes if done} == {9}
+
+
+def test_a_prompt_is_posted_once_the_socket_stands() -> None:
+    early = list[Any]()
+
+    def handshake(wire: Wire) -> None:
+        with comfy.changed:
+            early.append(comfy.changed.wait_for(lambda: comfy_posted(comfy), 0.5))
+        status(404).play(wire)
+
+    with ComfyWith() as comfy:
+        comfy.instead["GET /ws"] = [Answer(handshake)]
+        comfy_make(comfy)
+    assert early == [[]]
+
+
+COMFY_NO_SOCKETS = {"404": status(404), "page": html(), "ssh": not_http(), "bye": hangup(), "silent": silent()}
+
+
+@pytest.mark.parametrize("answer", COMFY_NO_SOCKETS)
+def test_whatever_answers_for_a_websocket_does_no_harm(answer: str) -> None:
+    with ComfyWith() as comfy:
+        comfy.instead["GET /ws"] = [COMFY_NO_SOCKETS[answer]]
+        assert comfy_make(comfy).image.read(4) == b"\x89PNG"
+
+
+# Cancel, recover, check
+
+
+@pytest.mark.parametrize("version", [*COMFY_VERSIONS, "0.3.50"])  # before 0.3.56 /interrupt stops whatever runs
+@pytest.mark.parametrize("place", ["pending", "running"])
+def test_ctrl_c_cancels_our_own_prompt_and_no_other(box: Box, version: str, place: str) -> None:
+    with Comfy(version, hold=True) as comfy:
+        box.configure(comfy_block(comfy))
+        theirs = comfy.foreign_job() if place == "pending" else ""
+        with adapter_started(box, "generate", "a red fox") as process:
+            comfy.wait(lambda: comfy.submitted)
+            mine = comfy.submitted[0]["prompt_id"]
+            if place == "running":
+                comfy.wait_running()
+                theirs = comfy.foreign_job()
+            process.send_signal(signal.SIGINT)
+            done = adapter_ended(process)
+        assert (done.code, done.out) == (130, "") and mine in done.err, done.err
+        ours = {"pending": ([mine], []), "running": ([], [mine])}[place]
+        assert (comfy.canceled, comfy.interrupted) == ours and comfy.status_of(mine) in ("", "cancelled")
+        assert comfy.status_of(theirs) in ("pending", "in_progress") and box.unfinished() == []
+        posted = [seen.json for seen in comfy.seen if seen.path in ("/queue", "/interrupt") and seen.body]
+        assert posted and all("clear" not in body and mine in str(body) for body in posted)
+
+
+def test_ctrl_c_works_whichever_thread_the_kernel_hands_it_to(box: Box) -> None:
+    with Comfy(hold=True) as comfy:
+        box.configure(comfy_block(comfy))
+        with adapter_started(box, "generate", "a red fox") as process:
+            mine = comfy.wait_running()
+            tasks = Path(f"/proc/{process.pid}/task")  # on Linux a signal to a thread's id goes to that thread first
+            os.kill(max(map(int, os.listdir(tasks))) if tasks.exists() else process.pid, signal.SIGINT)
+            assert (adapter_ended(process).code, comfy.interrupted) == (130, [mine])
+
+
+def test_a_prompt_that_somebody_takes_out_of_the_queue_is_told_as_gone(box: Box) -> None:
+    with Comfy(hold=True) as comfy:
+        box.configure(comfy_block(comfy))
+        comfy.foreign_job()
+        with adapter_started(box, "generate", "a red fox") as process:
+            comfy.wait(lambda: comfy.submitted)
+            imagen.Http(imagen.Context(), comfy.base).post("/queue", {"delete": [comfy.submitted[0]["prompt_id"]]})
+            done = adapter_ended(process)
+    assert done.code == 11 and "cancelled there" in done.err and box.unfinished() == [], done.err
+
+
+@pytest.mark.parametrize("end", ["killed", "timeout", "restarted"])
+def test_a_prompt_that_was_left_runs_on_and_recover_fetches_it_or_says_that_it_is_gone(box: Box, end: str) -> None:
+    with Comfy(hold=True) as comfy:
+        box.configure(comfy_block(comfy))
+        timeout = "2" if end == "timeout" else "60"
+        with adapter_started(box, "generate", "a red fox", "--seed", "7", "--timeout", timeout) as process:
+            mine = comfy.wait_running()
+            if end != "timeout":
+                process.kill()
+            done = adapter_ended(process)
+        assert end != "timeout" or (done.code == 11 and "imagen recover" in done.err), done.err
+        assert comfy.status_of(mine) == "in_progress" and (comfy.canceled, comfy.interrupted) == ([], [])
+        (entry,) = box.unfinished()
+        assert entry["remote"]["prompt_id"] == mine and entry["id"] in box.run("recover").out
+        comfy.restart() if end == "restarted" else comfy.resume()
+        done = box.run("recover", "--all")
+    assert done.code == (11 if end == "restarted" else 0) and len(comfy.submitted) == 1, done.err
+    assert (box.unfinished(), box.hidden(), len(box.ledger())) == ([], [], 1)
+    if end == "restarted":
+        assert "restarted" in done.err and done.out == ""
+    else:
+        about = box.sidecar(done.lines[0])
+        assert [about[k] for k in ("prompt", "seed", "steps", "model")] == ["a red fox", 7, 4, CHECKPOINTS[1]]
+
+
+def test_check_tells_the_version_and_finds_the_model_or_the_nearest(tmp_path: Path) -> None:
+    def check(**block: Any) -> str:
+        return imagen.open_backend("gpu", comfy_block(comfy, **block)).check(AdapterContext())
+
+    with Comfy("0.27.0") as comfy:
+        assert "0.27.0" in check() and CHECKPOINTS[1] in check() and "diffusion_models" in check(model=COMFY_DEV)
+        assert "workflow.json" in check(workflow=comfy_file(tmp_path, flux_graph(text="{prompt}")))
+        with pytest.raises(imagen.BadConfig, match=r"flux1-dev\.safetensors"):
+            check(model="flux-dev.safetensors")
+        assert all(seen.method == "GET" for seen in comfy.seen)
+
+
+@pytest.mark.skipif("IMAGEN_LIVE_COMFYUI" not in os.environ, reason="IMAGEN_LIVE_COMFYUI=url asks a real ComfyUI")
+def test_live_comfyui_makes_the_same_image_twice(box: Box) -> None:
+    base = os.environ["IMAGEN_LIVE_COMFYUI"]
+    loader = imagen.Http(imagen.Context(), base).get_json("/object_info/CheckpointLoaderSimple")
+    model = imagen.comfy_choices(loader, "CheckpointLoaderSimple", "ckpt_name")[0]
+    box.configure({"gpu": {"type": "comfyui", "base_url": base, "model": model}})
+    for name in ("-7.png", "-7-2.png"):
+        done = box.run("generate", "a red fox", "--seed", "7", "--size", "64x64", "--steps", "1", timeout=50)
+        assert done.code == 0 and done.lines[0].endswith(name), done.err
+
+
+# === 10. Replicate: predictions at api.replicate.com ==================================================================
+REPLICATE_FLUX, REPLICATE_COPY = "black-forest-labs/flux-schnell", "somebody/sdxl-copy"
+REPLICATE_VERSION = hashlib.sha256(REPLICATE_COPY.encode()).hexdigest()
+REPLICATE_FOX = {"prompt": "a fox", "seed": 7, "output_format": "png"}
+
+
+def replicate_block(server: ReplicateServer, **block: Any) -> dict[str, dict[str, Any]]:
+    return {"cloud": {"type": "replicate", "base_url": server.v1, "model": REPLICATE_FLUX, **block}}
+
+
+def replicate_setup(box: Box, server: ReplicateServer, **block: Any) -> None:
+    box.environ["REPLICATE_API_TOKEN"] = server.token
+    box.configure(replicate_block(server, **block))
+
+
+def replicate_run(box: Box, server: ReplicateServer, *args: str, **block: Any) -> Done:
+    """`imagen generate` in a process of its own."""
+    replicate_setup(box, server, **block)
+    return box.run("generate", "a fox", "--seed", "7", *args)
+
+
+def replicate_open(server: ReplicateServer, monkeypatch: pytest.MonkeyPatch, **block: Any) -> imagen.Backend:
+    monkeypatch.setenv("REPLICATE_API_TOKEN", server.token)
+    return imagen.open_backend("cloud", replicate_block(server, **block))
+
+
+def replicate_words(options: str, **wanted: Any) -> Any:
+    """What replicate_input makes of a request."""
+    block = {"model": REPLICATE_FLUX, **adapter_values(options)}
+    shaped = imagen.from_mapping(imagen.BACKENDS["replicate"].Options, block)
+    return imagen.replicate_input(shaped, imagen.Request("a fox", seed=7, **wanted))
+
+
+def replicate_plant(server: ReplicateServer, code: int = 201, polls: int = 0, **answer: Any) -> str:
+    """The next create gets a prediction that has succeeded, but is told otherwise `polls` times more; its id."""
+    ident = server.plant(dict(REPLICATE_FOX))
+    server.answer_next(status(code, {**server.predictions[ident], **answer}))
+    server.get_faults += [ok({**server.predictions[ident], "status": "processing", "output": None})] * polls
+    return ident
+
+
+@pytest.mark.parametrize("version", ["", REPLICATE_VERSION])
+def test_a_model_with_a_version_and_one_without_have_their_own_path_and_a_strict_body(box: Box, version: str) -> None:
+    model = f"{REPLICATE_COPY}:{version}" if version else REPLICATE_FLUX
+    with ReplicateServer() as server:
+        server.script(polls=0)
+        done = replicate_run(box, server, model=model, output_format="png")
+        create = server.seen[0]
+    assert create.path == ("/v1/predictions" if version else f"/v1/models/{REPLICATE_FLUX}/predictions"), done.err
+    assert create.json == {"input": REPLICATE_FOX, **({"version": version} if version else {})}
+    assert create.headers["authorization"] == "Bearer r8_stand_in" and "prefer" not in create.headers
+    about = box.sidecar(done.lines[0])
+    assert (about["model"], about["seed"], about["charged"], done.code) == (model, 7, "yes", 0)
+
+
+def test_a_community_model_without_its_version_is_a_config_error_that_says_so(box: Box) -> None:
+    with ReplicateServer() as server:
+        none, wrong = (
+            replicate_run(box, server, model=model) for model in (REPLICATE_COPY, f"{REPLICATE_COPY}:{'0' * 64}")
+        )
+    assert none.code == wrong.code == 3 and server.created == 0 and box.unfinished() == []
+    assert "owner/name:version" in none.err and "version" in wrong.err and adapter_charged(wrong.err) == {"no"}
+    with pytest.raises(imagen.BadConfig, match="owner/name"):
+        imagen.open_backend("cloud", {"cloud": {"type": "replicate", "model": "flux-schnell"}})
+
+
+REPLICATE_NSFW = "All generated images contained NSFW content. Try running it again with a different prompt."
+REPLICATE_ENDS: list[tuple[dict[str, Any], int, str, str]] = [  # fate, exit, charged, words
+    ({}, 0, "yes", ""),
+    ({"output": "string"}, 0, "yes", ""),
+    ({"output": "data"}, 0, "yes", ""),
+    ({"output": "object"}, 0, "yes", ""),
+    ({"output": "null"}, 11, "yes", "without an image"),
+    ({"images": 0}, 11, "yes", "safety filter"),
+    ({"output": "removed"}, 11, "yes", "one hour"),
+    ({"status": "failed", "error": "CUDA out of memory (E1001)"}, 11, "yes", "E1001"),
+    ({"status": "failed", "error": "E1000", "predict_time": None}, 11, "unknown", "E1000"),
+    ({"status": "failed", "error": REPLICATE_NSFW}, 5, "yes", "NSFW"),
+    ({"status": "failed", "error": "The input was flagged as sensitive. (E005)"}, 5, "yes", "E005"),
+    ({"status": "canceled", "predict_time": 0.1}, 11, "yes", "canceled"),
+    ({"status": "canceled", "predict_time": 0.0}, 11, "unknown", "canceled"),
+    ({"status": "aborted"}, 11, "no", "aborted"),
+]
+
+
+@pytest.mark.parametrize(("fate", "code", "charged", "words"), REPLICATE_ENDS, ids=lambda value: str(value)[:40])
+def test_each_end_of_a_prediction_has_its_exit_code_and_says_whether_it_cost(
+    box: Box, fate: dict[str, Any], code: int, charged: str, words: str
+) -> None:
+    with ReplicateServer() as server:
+        server.script(polls=0, **fate)
+        done = replicate_run(box, server)
+        assert (done.code, [seen.method for seen in server.seen], server.files.leaked) == (code, ["POST"], []), done.err
+    assert words in done.err and len(done.lines) == (code == 0), done.err
+    assert (box.unfinished(), box.hidden(), [line["charged"] for line in box.ledger()]) == ([], [], [charged])
+    assert adapter_charged(done.err) == ({charged} if code else set()), done.err
+    if code == 0 and fate.get("output") != "data":
+        assert Path(done.lines[0]).read_bytes() in server.files.files.values()
+
+
+def test_a_status_that_nobody_knows_neither_waits_for_ever_nor_loses_the_image(box: Box) -> None:
+    with ReplicateServer() as server:
+        replicate_plant(server, status="resting", output=None)
+        done = replicate_run(box, server)
+        assert done.code == 10 and "resting" in done.err and "imagen recover" in done.err, done.err
+        again = box.run("recover", "--all")
+    assert again.code == 0 and Path(again.lines[0]).exists() and server.created == 0, again.err
+
+
+def test_the_status_counts_and_not_the_http_code_and_the_seed_is_that_of_the_logs(box: Box) -> None:
+    with ReplicateServer() as server:
+        ident = replicate_plant(server, code=202, status="starting", output=None, polls=1)
+        server.predictions[ident]["logs"] = "Using seed: 41823\n"
+        done = replicate_run(box, server)
+    assert done.code == 0 and [seen.method for seen in server.seen] == ["POST", "GET", "GET"], done.err
+    assert box.sidecar(done.lines[0])["seed"] == 41823
+
+
+def test_polls_go_to_our_own_address_whatever_the_answer_says_and_tell_the_steps(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FileHost() as evil, ReplicateServer() as server:
+        server.urls_base = evil.base
+        server.script(polls=4)
+        ctx = AdapterContext()
+        result = replicate_open(server, monkeypatch).generate(ctx, imagen.Request("a fox", seed=7))
+        paths = {seen.path for seen in server.seen if seen.method == "GET"}
+    assert paths == {f"/v1/predictions/{ctx.remote_ids['id']}"} and evil.seen == []
+    steps = [note[1:] for note in ctx.notes if note[2]]
+    assert steps == sorted(steps) and (2.0, 4.0) in steps and "starting" in {note[0] for note in ctx.notes}
+    assert (result.seed, ctx.charged, server.files.leaked) == (7, "yes", [])
+
+
+def test_a_file_on_the_api_itself_is_fetched_with_the_token(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithFiles(ReplicateServer):
+        def respond(self, seen: Seen) -> object:
+            answer = super().respond(seen)
+            return png() if seen.path == "/v1/files/x" and "authorization" in seen.headers else answer
+
+    with WithFiles() as server:
+        replicate_plant(server, output=[f"{server.v1}/files/x"])
+        result = replicate_open(server, monkeypatch).generate(AdapterContext(), imagen.Request("a fox", seed=7))
+        assert result.image.read() == png()
+
+
+REPLICATE_LOGS: list[tuple[str, tuple[float | None, float | None]]] = [
+    ("", (None, None)),
+    ("Using seed: 7\nloading 12/30 files at 50%", (None, None)),
+    ("Using seed: 7\n  0%|          | 0/28 [00:00<?, ?it/s]", (0, 28)),
+    (" 25%|##5       | 1/4 [00:00<00:00]\r 75%|#######5  | 3/4 [00:00<00:00,  9.8it/s]\n", (3, 4)),
+    ("100%|██████████| 4/4 [00:00<00:00]\nsaving", (4, 4)),
+]
+
+
+@pytest.mark.parametrize(("logs", "steps"), REPLICATE_LOGS)
+def test_progress_is_the_last_bar_in_the_logs(logs: str, steps: tuple[float | None, float | None]) -> None:
+    assert imagen.replicate_progress(logs) == steps
+
+
+REPLICATE_COSTS = (
+    "succeeded/null/yes failed/0.5/yes canceled/0.5/yes failed/0/unknown canceled/null/unknown aborted/null/no"
+)
+
+
+@pytest.mark.parametrize("case", REPLICATE_COSTS.split())
+def test_what_an_ended_prediction_cost(case: str) -> None:
+    state, seconds, charged = case.split("/")
+    metrics = {"predict_time": json.loads(seconds)}
+    assert imagen.replicate_charged({"status": state, "metrics": metrics}) == charged
+    assert seconds != "null" or imagen.replicate_charged({"status": state, "metrics": None}) == charged
+
+
+REPLICATE_SIZES = [f"{width}x{height}={aspect}" for aspect, (width, height) in RATIOS.items()]
+REPLICATE_SIZES += [f"{width // 2}x{height // 2}={aspect}=0.25" for aspect, (width, height) in RATIOS.items()]
+REPLICATE_SIZES += str.split(
+    "1920x1080=16:9 1080x1920=9:16 5000x500=21:9 100x1000=9:21=0.25 3000x2000=3:2 1600x1200=4:3"
+)
+REPLICATE_SIZES += str.split(
+    "1200x1600=3:4 1000x1250=4:5 1250x1000=5:4 1024x1000=1:1 800x600=4:3=0.25 256x256=1:1=0.25"
+)
+
+
+@pytest.mark.parametrize("case", REPLICATE_SIZES)
+def test_a_size_becomes_the_nearest_ratio_and_a_quarter_of_the_pixels_where_that_is_nearer(case: str) -> None:
+    size, *expected = case.split("=")
+    width, height = map(int, size.split("x"))
+    more = dict(zip(("aspect_ratio", "megapixels"), expected, strict=False))
+    assert replicate_words("", width=width, height=height) == (REPLICATE_FOX | more, ())
+
+
+REPLICATE_INPUTS = adapter_rows("""
+                                     | steps=3              | num_inference_steps=3                      |
+default_steps=2                      |                      | num_inference_steps=2                      |
+                                     | negative_prompt=blur |                                 | negative_prompt
+output_format=jpeg                   |                      | output_format=jpg                          |
+output_format=webp extra={"go":false} |                     | output_format=webp go=false                |
+model=black-forest-labs/flux-1.1-pro | steps=3              |                                            | steps
+model=black-forest-labs/flux-1.1-pro | width=1440 height=256 | aspect_ratio=custom width=1440 height=256 |
+model=black-forest-labs/flux-2-pro   | width=2048 height=1040 | aspect_ratio=custom width=2048 height=1040 |
+model=a/b output_format=png | width=64 height=48 steps=9 negative_prompt=x \
+  | width=64 height=48 num_inference_steps=9 negative_prompt=x |
+""")
+
+
+@pytest.mark.parametrize(("options", "wanted", "sent", "ignored"), REPLICATE_INPUTS)
+def test_a_request_is_put_into_the_words_of_the_model(options: str, wanted: str, sent: str, ignored: str) -> None:
+    expected = REPLICATE_FOX | adapter_values(sent)
+    assert replicate_words(options, **adapter_values(wanted)) == (expected, tuple(ignored.split()))
+
+
+@pytest.mark.parametrize("case", ["1.1-pro 1000x1000", "1.1-pro 128x512", "1.1-pro 2048x1024", "2-pro 2100x1000"])
+def test_a_custom_size_outside_the_rules_costs_nothing_and_the_nearest_is_named(box: Box, case: str) -> None:
+    model, size = f"black-forest-labs/flux-{case}".split()
+    with ReplicateServer() as server:
+        done = replicate_run(box, server, "--size", size, model=model)
+    assert (done.code, server.seen, box.ledger()) == (2, [], []) and size in done.err, done.err
+    ((width, height),) = re.findall(r"nearest: (\d+)x(\d+)", done.err)
+    assert replicate_words(f"model={model}", width=int(width), height=int(height))[0]["width"] == int(width)
+
+
+REPLICATE_REFUSALS = adapter_rows("""
+402 | Insufficient credit | You have insufficient credit to run this model.    | 6
+404 |                     | The requested resource could not be found.         | 3
+401 | Unauthenticated     | You did not pass a valid authentication token      | 3
+403 | Forbidden           | You do not have permission to perform this action. | 3
+400 | Bad request         | The body is malformed.                             | 2
+""")
+
+
+@pytest.mark.parametrize(("http", "title", "detail", "code"), REPLICATE_REFUSALS)
+def test_each_refusal_of_the_api_has_its_exit_code_and_costs_nothing(
+    box: Box, http: str, title: str, detail: str, code: str
+) -> None:
+    with ReplicateServer() as server:
+        server.refuse_next(int(http), title, detail)
+        done = replicate_run(box, server)
+    assert (done.code, server.created, len(server.seen), box.unfinished()) == (int(code), 0, 1, []), done.err
+    assert detail in done.err and adapter_charged(done.err) == {box.ledger()[0]["charged"]} == {"no"}
+
+
+def test_a_422_shows_field_and_reason_and_a_size_that_became_a_ratio_is_told(box: Box) -> None:
+    with ReplicateServer() as server:
+        server.script(polls=0)
+        steps, size = replicate_run(box, server, "--steps", "5"), replicate_run(box, server, "--size", "1000x700")
+    assert (steps.code, size.code, server.created, adapter_charged(steps.err)) == (2, 0, 1, {"no"}), steps.err
+    assert "num_inference_steps: Must be less than or equal to 4" in steps.err and "{" not in steps.err
+    assert "asked 1000x700, got 1216x832" in size.err
+
+
+REPLICATE_PRICES = adapter_rows("""
+cost_usd=0.5                         | 0.5
+cost_usd=0.0                         | 0.0
+                                     | 0.003
+model=black-forest-labs/flux-dev     | 0.025
+model=black-forest-labs/flux-1.1-pro | 0.04
+model=somebody/sdxl-copy:VERSION     | null
+""")
+
+
+@pytest.mark.parametrize(("block", "usd"), REPLICATE_PRICES)
+def test_the_cost_is_the_configs_or_the_tables_or_unknown(
+    here: Box, monkeypatch: pytest.MonkeyPatch, block: str, usd: str
+) -> None:
+    with ReplicateServer() as server:
+        server.script(polls=0)
+        backend = replicate_open(server, monkeypatch, **adapter_values(block.replace("VERSION", REPLICATE_VERSION)))
+        price = backend.price(backend.options, imagen.Request("a"))
+        assert price.usd == json.loads(usd) and re.fullmatch(r"config|table of 20\d\d-\d\d-\d\d|", price.source)
+        assert backend.generate(AdapterContext(), imagen.Request("a fox", seed=7)).cost_usd == json.loads(usd)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_cancels_the_prediction_unless_it_has_succeeded_which_is_kept_for_recover(box: Box, late: bool) -> None:
+    with ReplicateServer() as server:
+        replicate_setup(box, server)
+        replicate_plant(server, status="starting", polls=200) if late else server.script(polls=10**6)
+        with adapter_started(box, "generate", "a fox", "--seed", "7") as process:
+            server.wait_seen(2)
+            process.send_signal(signal.SIGINT)
+            done = adapter_ended(process)
+        (ident,) = server.predictions
+        assert (done.code, done.out, server.canceled) == (130, "", [ident]) and ident in done.err, done.err
+        assert len(box.unfinished()) == late == ("imagen recover" in done.err)
+        server.get_faults.clear()
+        done = box.run("recover", "--all")
+    assert (done.code, len(done.lines), box.unfinished()) == (0, late, []), done.err
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_recover_fetches_by_id_and_says_when_the_hour_is_over(box: Box, expired: bool) -> None:
+    with ReplicateServer() as server:
+        replicate_setup(box, server)
+        ident = replicate_plant(server, status="starting", polls=200)
+        with adapter_started(box, "generate", "a fox") as process:
+            server.wait_seen(2)
+            process.kill()
+        assert box.unfinished()[0]["remote"]["id"] == ident
+        server.get_faults.clear()
+        server.expire() if expired else None
+        done = box.run("recover", "--all")
+    assert (done.code, box.unfinished(), server.created) == (11 if expired else 0, [], 0), done.err
+    assert ("one hour" in done.err) == expired == (not done.lines)
+    assert [line["charged"] for line in box.ledger()] == ["yes"]
+
+
+def test_a_create_whose_answer_was_lost_is_found_again_in_the_list(box: Box) -> None:
+    with ReplicateServer(page=2) as server:
+        server.plant(dict(REPLICATE_FOX), age_s=3600)  # an equal one, but before our time
+        server.script(polls=0)
+        server.lose_next_answer()
+        lost = replicate_run(box, server)
+        assert lost.code == 10 and adapter_charged(lost.err) == {"unknown"} and "imagen recover" in lost.err, lost.err
+        ours = list(server.predictions)[-1]
+        for other in ({"seed": 8}, {"prompt": "a hare"}, {"num_outputs": 2}):
+            server.plant(REPLICATE_FOX | other)
+        server.plant(dict(REPLICATE_FOX), model="black-forest-labs/flux-dev")
+        done = box.run("recover", "--all")
+    assert done.code == 0 and box.sidecar(done.lines[0])["metadata"]["id"] == ours, done.err
+    assert sum(seen.method == "POST" for seen in server.seen) == 1 and box.unfinished() == []
+
+
+def test_a_create_that_never_arrived_was_not_charged(box: Box) -> None:
+    with ReplicateServer() as server:
+        server.plant(dict(REPLICATE_FOX), age_s=3600)
+        server.answer_next(reset())
+        assert replicate_run(box, server).code == 10
+        done = box.run("recover", "--all")
+    assert done.code == 11 and "never arrived" in done.err and adapter_charged(done.err) == {"no"}, done.err
+    assert [line["charged"] for line in box.ledger()] == ["no"] and box.unfinished() == []
+
+
+def test_a_lost_create_whose_input_was_removed_after_the_hour_is_not_called_free(box: Box) -> None:
+    with ReplicateServer() as server:
+        server.script(polls=0)
+        server.lose_next_answer()
+        assert replicate_run(box, server).code == 10
+        server.expire()  # its prompt and seed are gone too: nothing tells it from others any more
+        done = box.run("recover", "--all")
+    assert done.code in (10, 11) and "no" not in adapter_charged(done.err) and "hour" in done.err, done.err
+    assert "no" not in [line["charged"] for line in box.ledger()]
+
+
+def test_check_is_one_authenticated_get_of_the_model(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ReplicateServer() as server:
+        backend = replicate_open(server, monkeypatch)
+        assert REPLICATE_FLUX in backend.check(AdapterContext())
+        assert [(seen.method, seen.path) for seen in server.seen] == [("GET", f"/v1/models/{REPLICATE_FLUX}")]
+        with pytest.raises(imagen.BadConfig, match="404"):
+            replicate_open(server, monkeypatch, model="nobody/nothing").check(AdapterContext())
+        server.token = "r8_another_one"
+        with pytest.raises(imagen.BadConfig, match="401"):
+            backend.check(AdapterContext())
+
+
+@pytest.mark.skipif("IMAGEN_LIVE_REPLICATE" not in os.environ, reason="IMAGEN_LIVE_REPLICATE=1 pays for an image")
+def test_live_replicate_makes_an_image(box: Box) -> None:
+    box.configure({"cloud": {"type": "replicate", "model": REPLICATE_FLUX}})
+    env = {"REPLICATE_API_TOKEN": os.environ["REPLICATE_API_TOKEN"]}
+    done = box.run("generate", "a red fox", "--seed", "7", "--size", "512x512", env=env, timeout=110)
+    assert done.code == 0 and box.sidecar(done.lines[0])["seed"] == 7 and "asked" not in done.err, done.err
+
+
+# === 11. OpenAI: the Images API and whoever speaks its dialect ========================================================
+def openai_block(server: OpenAIServer, **block: Any) -> dict[str, dict[str, Any]]:
+    key = {"api_key_env": "OPENAI_API_KEY"} if server.key else {}
+    return {"paint": {"type": "openai", "base_url": server.v1, "model": server.models[0], **key, **block}}
+
+
+def openai_setup(box: Box, server: OpenAIServer, **block: Any) -> None:
+    box.environ["OPENAI_API_KEY"] = server.key or "sk-not-for-this-server"
+    box.configure(openai_block(server, **block))
+
+
+def openai_run(box: Box, server: OpenAIServer, *args: str, **block: Any) -> Done:
+    """`imagen generate` in a process of its own, in whose environment a key is."""
+    openai_setup(box, server, **block)
+    return box.run("generate", "a fox", "--seed", "7", *args)
+
+
+def openai_make(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, ctx: Any = None, **block: Any) -> imagen.Result:
+    """One generation in this process."""
+    monkeypatch.setenv("OPENAI_API_KEY", server.key)
+    backend = imagen.open_backend("paint", openai_block(server, **block))
+    return backend.generate(ctx or AdapterContext(), imagen.Request("a fox", seed=7))
+
+
+def openai_words(options: str, **wanted: Any) -> Any:
+    """What openai_body makes of a request."""
+    shaped = imagen.from_mapping(
+        imagen.BACKENDS["openai"].Options, {"model": "stand-in/flux", **adapter_values(options)}
+    )
+    return imagen.openai_body(shaped, imagen.Request("a fox", seed=7, **wanted))
+
+
+OPENAI_BODIES = adapter_rows("""
+model=gpt-image-1-mini       |                       |                           | seed
+model=gpt-image-1.5          | width=1536 height=1024 | size=1536x1024           | seed
+model=gpt-image-2            | width=1920 height=1088 | size=1920x1088           | seed
+model=gpt-image-2.6-flare quality=high background=opaque moderation=low output_format=jpg | steps=9 negative_prompt=x \
+  | quality=high background=opaque moderation=low output_format=jpeg | seed steps negative_prompt
+model=gpt-image-2.5-flare quality=max extra={"output_compression":50,"output_format":"webp"} | | quality=max \
+  output_compression=50 output_format=webp | seed
+model=chatgpt-image-latest   | width=1000 height=700 | size=1000x700             | seed
+                             | negative_prompt=x     | seed=7 response_format=b64_json negative_prompt=x |
+size_as=width_height response_format=base64 | width=64 height=48 | seed=7 width=64 height=48 response_format=base64 |
+extra={"step":"{steps}"}     | steps=9               | seed=7 response_format=b64_json step=9    |
+extra={"steps":"{steps}"}    |                       | seed=7 response_format=b64_json           |
+extra={"n_prompt":"{negative}","random":"{seed}"} | negative_prompt=x | seed=7 random=7 negative_prompt=x n_prompt=x \
+  response_format=b64_json |
+extra={"seed":null,"negative_prompt":null} | negative_prompt=x | response_format=b64_json | seed negative_prompt
+                             | steps=9               | seed=7 response_format=b64_json | steps
+""")
+
+
+@pytest.mark.parametrize(("options", "wanted", "sent", "ignored"), OPENAI_BODIES)
+def test_each_model_gets_the_fields_it_knows(options: str, wanted: str, sent: str, ignored: str) -> None:
+    model = adapter_values(options).get("model", "stand-in/flux")
+    body = {"model": model, "prompt": "a fox", "n": 1, **adapter_values(sent)}
+    assert openai_words(options, **adapter_values(wanted)) == (body, tuple(ignored.split()))
+    assert "gpt" not in model or not body.keys() - set(GPT_FIELDS)
+
+
+@pytest.mark.parametrize("model", GPT_MODELS)
+def test_every_model_of_today_makes_an_image_with_all_that_can_be_asked(box: Box, model: str) -> None:
+    with OpenAIServer() as server:
+        done = openai_run(box, server, "--size", "1024x1024", "--steps", "9", "--negative", "blur", model=model)
+        (seen,) = server.seen
+    assert done.code == 0 and seen.headers["authorization"] == f"Bearer {server.key}", done.err
+    about = box.sidecar(done.lines[0])
+    assert (about["seed"], about["steps"], about["charged"], about["width"]) == (None, None, "yes", 1024)
+    assert about["ignored"] == ["seed", "steps", "negative_prompt"] and "negative_prompt, seed, steps" in done.err
+    assert about["metadata"]["x_request_id"].startswith("req_") and about["metadata"]["usage"]["output_tokens"] == 1056
+    assert about["cost_usd_estimate"] == pytest.approx(1056e-6 * {"-1-": 8, "1.5": 32}.get(model[9:12], 30), rel=0.1)
+
+
+OPENAI_SIZES = adapter_rows("""
+gpt-image-1-mini    | 512x512   | 1024x1024
+gpt-image-1.5       | 1920x1080 | 1536x1024
+gpt-image-1.5       | 1080x1920 | 1024x1536
+gpt-image-2         | 1000x1000 | 992x992,1008x1008
+gpt-image-2         | 100x100   |
+gpt-image-2         | 8000x1000 |
+gpt-image-2         | 1000x8000 |
+gpt-image-2.5-flare | 4096x4096 |
+gpt-image-2.6-flare | 3840x3840 |
+gpt-image-2.6-flare | 1920x1080 | 1920x1072,1920x1088
+gpt-image-2         | 8192x16   |
+""")
+
+
+@pytest.mark.parametrize(("model", "size", "nearest"), OPENAI_SIZES)
+def test_a_size_that_a_model_does_not_make_costs_nothing_and_the_nearest_is_one_it_makes(
+    here: Box, monkeypatch: pytest.MonkeyPatch, model: str, size: str, nearest: str
+) -> None:
+    width, height = map(int, size.split("x"))
+    with OpenAIServer() as server:
+        with pytest.raises(imagen.BadRequest, match=size) as caught:
+            openai_words(f"model={model}", width=width, height=height)
+        near = re.findall(r"\d+x\d+", caught.value.hint)
+        assert near and (not nearest or near[0] in nearest.split(",")), near
+        for offered in near:
+            openai_make(server, monkeypatch, model=model, extra={"size": offered})
+    assert server.billed == len(near)
+
+
+OPENAI_CHECKED = adapter_rows("""
+--size 512x512                            | gpt-image-1-mini    | 1024x1024
+--size 1000x1000                          | gpt-image-2         | nearest
+--opt output_format=svg                   | gpt-image-2.6-flare | svg
+--opt output_format=gif                   | gpt-image-2.6-flare | gif
+--opt extra={"output_format":"svg"}       | gpt-image-2.6-flare | svg
+--opt output_format=jpeg --opt background=transparent | gpt-image-1.5 | transparent
+""")
+
+
+@pytest.mark.parametrize(("flags", "model", "words"), OPENAI_CHECKED)
+def test_what_is_sure_to_be_refused_is_refused_before_paying(box: Box, flags: str, model: str, words: str) -> None:
+    with OpenAIServer() as server:
+        done = openai_run(box, server, *flags.split(), model=model)
+    assert (done.code, server.seen, box.ledger()) == (2, [], []) and words in done.err, done.err
+
+
+OPENAI_ERRORS = adapter_rows("""
+moderation_input   | 5  | no      | safety system
+moderation_output  | 5  | yes     | safety system
+content_policy     | 5  | no      | safety system
+safety_500         | 5  | unknown | safety system
+insufficient_quota | 6  | no      | quota
+billing_hard_limit | 6  | no      | Billing hard limit
+verify_org         | 3  | no      | must be verified
+server_error       | 10 | unknown | had an error
+unavailable        | 10 | unknown | Service Unavailable
+no_image           | 10 | unknown | without an image
+""")
+
+
+@pytest.mark.parametrize(("kind", "code", "charged", "words"), OPENAI_ERRORS)
+def test_each_error_has_its_exit_code_says_whether_it_cost_and_is_not_repeated(
+    box: Box, kind: str, code: str, charged: str, words: str
+) -> None:
+    with OpenAIServer() as server:
+        server.script(kind)
+        done = openai_run(box, server)
+    assert (done.code, server.posts, done.out) == (int(code), 1, "") and words in done.err, done.err
+    assert [record["charged"] for record in box.ledger() or box.unfinished()] == [charged], done.err
+    assert adapter_charged(done.err) == {charged} and ("imagen recover" in done.err) == (code == "10"), done.err
+    assert "req_" in done.err or kind == "no_image"
+
+
+@pytest.mark.parametrize("kind", ["rate_limit", "overloaded"])
+def test_a_rate_limit_and_an_overload_are_repeated_and_cost_nothing(box: Box, kind: str) -> None:
+    with OpenAIServer() as server:
+        server.script(kind, kind, retry_after_ms="40")
+        done = openai_run(box, server)
+    assert (done.code, server.posts, server.billed, box.ledger()[0]["charged"]) == (0, 3, 1, "yes"), done.err
+
+
+def test_a_wrong_key_model_or_field_names_itself_and_the_request(box: Box) -> None:
+    with OpenAIServer() as server:
+        wrong = openai_run(box, server, model="gpt-image-3")
+        field = openai_run(box, server, "--opt", "quality=hd")
+        openai_setup(box, server)
+        key = box.run("generate", "a fox", env={"OPENAI_API_KEY": "sk-mistaken-0003"})
+    assert (wrong.code, field.code, key.code, server.billed) == (3, 2, 3, 0), (wrong.err, field.err, key.err)
+    assert "gpt-image-3" in wrong.err and "(quality)" in field.err and "Incorrect API key" in key.err
+    assert all("[req_" in done.err and adapter_charged(done.err) == {"no"} for done in (wrong, field, key))
+    assert "sk-mistaken-0003" not in key.err
+
+
+# Dialects
+
+OPENAI_DIALECTS = adapter_rows("""
+together | size_as=width_height response_format=base64 extra={"steps":"{steps}"} | blur
+sglang   | extra={"num_inference_steps":"{steps}"}                                                              | blur
+localai  | extra={"step":"{steps}","negative_prompt":null}                                                      |
+vllm     | extra={"num_inference_steps":"{steps}","guidance_scale":3}                                           | blur
+""")
+
+
+@pytest.mark.parametrize(("dialect", "options", "negative"), OPENAI_DIALECTS)
+def test_each_dialect_is_spoken_with_a_few_options(box: Box, dialect: str, options: str, negative: str) -> None:
+    with OpenAIServer("", dialect=dialect) as server:
+        flags = ("--size", "640x480", "--steps", "9", "--negative", "blur")
+        done = openai_run(box, server, *flags, **adapter_values(options), cost_usd=0.01)
+        (made,), (seen,) = server.made, server.seen
+    assert done.code == 0 and "authorization" not in seen.headers, done.err
+    expected = {"prompt": "a fox", "negative": negative, "width": 640, "height": 480, "seed": 7, "steps": 9}
+    assert made == expected
+    about = box.sidecar(done.lines[0])
+    assert (about["seed"], about["steps"], about["width"], about["cost_usd_estimate"]) == (7, 9, 640, 0.01)
+    assert about["ignored"] == ([] if negative else ["negative_prompt"])
+
+
+def test_complaints_of_fastapi_name_the_field(box: Box) -> None:
+    with OpenAIServer("", dialect="vllm") as server:
+        done = openai_run(box, server, "--steps", "201", extra={"num_inference_steps": "{steps}"})
+    assert (done.code, server.billed) == (2, 0) and "num_inference_steps" in done.err and "200" in done.err, done.err
+
+
+@pytest.mark.parametrize("url_as", ["absolute", "relative", "foreign", "data"])
+def test_an_image_behind_a_link_is_fetched_and_the_key_goes_to_no_other_origin(box: Box, url_as: str) -> None:
+    with OpenAIServer(dialect="localai", url_as=url_as) as server:
+        done = openai_run(box, server, response_format="url", output_format="webp")
+        files = [*server.files.files.values(), *server.own_files.values()]
+    assert done.code == 0 and done.lines[0].endswith(".webp") and server.files.leaked == [], done.err
+    assert url_as == "data" or [Path(done.lines[0]).read_bytes()] == files
+
+
+def test_a_link_that_leads_nowhere_was_paid_for_all_the_same(box: Box) -> None:
+    with OpenAIServer(dialect="localai", url_as="foreign") as server:
+        server.files.faults.append(status(404))
+        done = openai_run(box, server, response_format="url")
+    assert (done.code, server.posts, adapter_charged(done.err)) == (10, 1, {"yes"}) and "404" in done.err, done.err
+
+
+def test_a_key_goes_only_where_the_config_names_one(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-for-this-server")
+    with OpenAIServer("", dialect="vllm") as server:
+        openai_make(server, monkeypatch)
+        assert "authorization" not in server.seen[0].headers
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(imagen.BadConfig, match="OPENAI_API_KEY is not set"):
+        imagen.open_backend("paint", {"paint": {"type": "openai", "model": "gpt-image-2"}})
+
+
+# Answers
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2, 2_500_000])
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_base64_may_have_escaped_slashes_and_line_breaks(
+    here: Box, monkeypatch: pytest.MonkeyPatch, pad: int, prefix: str
+) -> None:
+    image = png(pad=pad)
+    text = json.dumps({"data": [{"b64_json": prefix + base64.encodebytes(image).decode()}]}).replace("/", "\\/")
+    edges = base64.b64encode(image).decode()
+    for place in (2**power - 1 for power in range(12, 22)):  # an escape across each edge at which one might cut
+        edges = edges[:place] + "\\n" + edges[place:] if place < len(edges) else edges
+    edges = f'{{"data": [{{"b64_json": "{prefix}{edges}"}}]}}'
+    for answer in (text, text.replace("\\n", "\\r\\n"), text.replace("\\n", "").replace(": ", " :  "), edges):
+        with OpenAIServer() as server:
+            server.script(ok(answer.encode()))
+            assert openai_make(server, monkeypatch).image.read() == image
+
+
+def test_a_large_base64_answer_arrives_whole(box: Box) -> None:
+    image = png(pad=12_000_000)
+    with OpenAIServer() as server:
+        server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}], "usage": {"output_tokens": 9}}))
+        done = openai_run(box, server)
+    assert done.code == 0 and box.sidecar(done.lines[0])["sha256"] == hashlib.sha256(image).hexdigest(), done.err
+
+
+OPENAI_UNREADABLE = '{}; {"data": null}; {"data": []}; {"data": [{"b64_json": ""}]}; {"data": [{"b64_json": "A?B"}]}; {'
+
+
+@pytest.mark.parametrize("answer", OPENAI_UNREADABLE.split("; "))
+def test_an_answer_without_a_readable_image_is_unknown_and_paid_once(
+    here: Box, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    with OpenAIServer() as server, pytest.raises(imagen.Unknown):
+        server.script(ok(answer.encode()))
+        ctx = AdapterContext()
+        openai_make(server, monkeypatch, ctx=ctx)
+    assert server.posts == 1 and ctx.charged in ("unknown", "yes")
+
+
+def test_a_revised_prompt_is_kept_in_the_sidecar(box: Box) -> None:
+    with OpenAIServer() as server:
+        server.script(ok({"data": [{"b64_json": base64.b64encode(jpeg()).decode(), "revised_prompt": "a red fox"}]}))
+        done = openai_run(box, server)
+    about = box.sidecar(done.lines[0])
+    assert about["metadata"]["revised_prompt"] == "a red fox" and about["mime_type"] == "image/jpeg"
+    assert about["cost_usd_estimate"] is None and "$?" in done.err and done.lines[0].endswith(".jpg")
+
+
+OPENAI_USAGES = adapter_rows("""
+gpt-image-1-mini       | 100 | 0   | 1000000 | 8.0002
+gpt-image-1.5          | 0   | 0   | 1056    | 0.033792
+gpt-image-2            | 200 | 100 | 1000    | 0.0313
+gpt-image-2.6-flare    | 0   | 0   | 1000    | 0.03
+gpt-image-2            | 100 | 0   | 0       | null
+stand-in/flux          | 100 | 0   | 1000    | null
+""")
+
+
+@pytest.mark.parametrize(("model", "given", "images", "out", "usd"), OPENAI_USAGES)
+def test_the_cost_comes_from_the_tokens_by_a_dated_table(
+    model: str, given: str, images: str, out: str, usd: str
+) -> None:
+    details = {"text_tokens": int(given) - int(images), "image_tokens": int(images)}
+    usage = {"input_tokens": int(given), "input_tokens_details": details, "output_tokens": int(out)}
+    assert imagen.openai_cost(model, usage) == (None if usd == "null" else pytest.approx(float(usd)))
+    assert imagen.openai_cost(model, {}) is None
+
+
+def test_ctrl_c_cannot_take_a_post_back_and_recover_says_so(box: Box) -> None:
+    with OpenAIServer() as server:
+        server.script(silent())
+        openai_setup(box, server)
+        with adapter_started(box, "generate", "a fox") as process:
+            server.wait(lambda: server.posts)
+            process.send_signal(signal.SIGINT)
+            done = adapter_ended(process)
+        assert done.code == 130 and adapter_charged(done.err) == {"unknown"} and "imagen recover" in done.err, done.err
+        again = box.run("recover", "--all")
+    assert (again.code, box.unfinished(), server.posts) == (10, [], 1) and "maybe charged" in again.err, again.err
+
+
+def test_check_asks_for_the_models_and_names_the_nearest(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpenAIServer() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", server.key)
+        fine, other = (
+            imagen.open_backend("paint", openai_block(server, model=model))
+            for model in ("gpt-image-2", "gpt-image-2.6-flair")
+        )
+        assert "gpt-image-2" in fine.check(AdapterContext())
+        with pytest.raises(imagen.BadConfig, match=r'"gpt-image-2\.6-flare"'):
+            other.check(AdapterContext())
+        server.models.clear()
+        assert "no models" in other.check(AdapterContext())
+        assert {(seen.method, seen.path) for seen in server.seen} == {("GET", "/v1/models")}
+    timeout = imagen.from_mapping(imagen.BACKENDS["openai"].Options, {"model": "x"}).timeout
+    assert timeout >= 600  # one image may take minutes, and the answer comes in one piece
+
+
+@pytest.mark.skipif("IMAGEN_LIVE_OPENAI" not in os.environ, reason="IMAGEN_LIVE_OPENAI=1 pays for an image")
+def test_live_openai_makes_an_image(box: Box) -> None:
+    box.configure({"paint": {"type": "openai", "model": "gpt-image-1-mini", "quality": "low"}})
+    env = {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
+    done = box.run("generate", "a red fox", "--size", "1024x1024", env=env, timeout=110)
+    assert done.code == 0 and (box.sidecar(done.lines[0])["cost_usd_estimate"] or 0) > 0, done.err
+
+
+# === 12. Output: names, and files that are never half there ===========================================================
+OUTPUT_ENDINGS = {"png": {"png"}, "jpg": {"jpg", "jpeg"}, "webp": {"webp"}, "gif": {"gif"}}
+OUTPUT_TEXT = st.text(st.characters(), max_size=80) | st.text("aÄß -_.é日🦊'½", max_size=80)
+OUTPUT_FIELDS = ("{date}", "{time}", "{slug}", "{seed}", "{backend}", "{ext}")
+OUTPUT_PARTS = [*OUTPUT_FIELDS, *"-_/. aü~", "..", "日" * 20, "x" * 90, ".png", ".JPEG"]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(OUTPUT_TEXT)
+def test_a_slug_is_short_plain_and_never_empty(text: str) -> None:
+    name = imagen.slug(text)
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and len(name) <= 40 and imagen.slug(name) == name
+    assert name == imagen.slug(unicodedata.normalize("NFC", text)) == imagen.slug(unicodedata.normalize("NFD", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Größe: 3 Füchse & ein café!", "groesse-3-fuechse-ein-cafe"),
+        ("ÄÖÜ ẞ u\u0308ber", "aeoeue-ss-ueber"),
+        ("Łódź, Đà Nẵng, Ærø, œuvre, İzmir", "lodz-da-nang-aero-oeuvre-izmir"),
+        ("don't stop", "don-t-stop"),
+        ("日本 🦊", "image"),
+        ("", "image"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("a_b.c d\te\0f", "a-b-c-d-e-f"),
+        ("x" * 60, "x" * 40),
+        ("x" * 39 + " y", "x" * 39),
+    ],
+)
+def test_a_slug_transliterates_letters_and_joins_the_rest(text: str, name: str) -> None:
+    assert imagen.slug(text) == name
+
+
+def test_a_template_s_fields_are_filled_in() -> None:
+    at, request = datetime(2026, 11, 20, 7, 8, 9).timestamp(), imagen.Request("Größe", seed=7, backend="../my backend")
+    assert imagen.render_name("{date}/{time}_{slug}_{seed}", request, at) == "2026-11-20/070809_groesse_7"
+    backend = imagen.render_name("{backend}", request, at)
+    assert "/" not in backend and not backend.startswith(".") and "my" in backend
+    assert imagen.numbered(imagen.render_name("x.{ext}", request, at), "webp", 1) == "x.webp"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("", ".", "..", "/x", "../x", "a/../b", "a/..", "a//b", "x/", "./x", "{slug}/", "{slug", "slug}", "{}"),
+        *("{slug!r}", "{slug.__class__}", "{seed:>99}", "{{slug}}", "{slgu}", "a\0b"),
+    ],
+)
+def test_a_template_that_names_no_file_inside_is_refused(template: str) -> None:
+    with pytest.raises(imagen.BadConfig, match="naming.*slug" if template == "{slgu}" else "naming"):
+        imagen.check_template(template)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(OUTPUT_PARTS), min_size=1, max_size=8).map("".join),
+    OUTPUT_TEXT,
+    st.sampled_from(["mock", "..", "a/b", "/", ".hidden", "ü" * 200])
+    | st.text(st.characters(), min_size=1, max_size=9),
+    st.sampled_from(sorted(OUTPUT_ENDINGS)),
+    st.integers(1, 10**6),
+)
+def test_a_name_never_climbs_out_and_always_fits(
+    template: str, prompt: str, backend: str, end: str, number: int
+) -> None:
+    literal = re.sub(r"{\w+}", "x", template).split("/")
+    if {"", ".", ".."} & {*literal}:
+        with pytest.raises(imagen.BadConfig):
+            imagen.check_template(template)
+        return
+    imagen.check_template(template)
+    name = imagen.numbered(
+        imagen.render_name(template, imagen.Request(prompt, seed=7, backend=backend), 0), end, number
+    )
+    parts = name.split("/")
+    assert not {"", ".", ".."} & {*parts} and "\0" not in name and len(parts) == len(literal)
+    stem, _, ending = parts[-1].rpartition(".")
+    assert len(f"{parts[-1]}.json".encode("utf-8", "replace")) <= 255 and stem and ending.lower() in OUTPUT_ENDINGS[end]
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "number", "full"),
+    [
+        ("fox.png", "png", 1, "fox.png"),
+        ("fox.png", "jpg", 1, "fox.jpg"),
+        ("fox.jpeg", "jpg", 1, "fox.jpeg"),
+        ("fox.JPG", "webp", 2, "fox-2.webp"),
+        ("fox", "gif", 3, "fox-3.gif"),
+        ("fox.v2", "png", 1, "fox.v2.png"),
+        ("2026.11/fox", "png", 2, "2026.11/fox-2.png"),
+        ("a.png/fox", "jpg", 1, "a.png/fox.jpg"),
+        ("fox.{ext}", "jpg", 2, "fox-2.jpg"),
+    ],
+)
+def test_a_name_has_the_true_ending_and_a_number(name: str, ending: str, number: int, full: str) -> None:
+    assert imagen.numbered(name, ending, number) == full
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text("ab.ü日-2", min_size=1, max_size=300), st.sampled_from(sorted(OUTPUT_ENDINGS)))
+def test_numbers_make_names_different(name: str, ending: str) -> None:
+    names = [imagen.numbered(name, ending, number) for number in range(1, 30)]
+    assert len(set(names)) == len(names) and max(len(f"{one}.json".encode()) for one in names) <= 255
+
+
+@pytest.mark.parametrize(
+    ("naming", "path"),
+    [
+        ("{slug}-{seed}.jpeg", "a-fox-7"),
+        ("{backend}/{slug}", "mock/a-fox"),
+        ("{slug}" + "ü" * 200, "a-fox"),
+    ],
+)
+def test_an_image_lands_where_the_template_says(box: Box, naming: str, path: str) -> None:
+    box.configure({"mock": {"type": "mock"}}, output={"naming": naming})
+    made = [box.run("generate", "a fox", "--seed", "7", "--size", "64x64") for _ in range(2)]
+    assert [done.code for done in made] == [0, 0], made[0].err
+    first, second = (Path(done.out.removesuffix("\n")) for done in made)
+    assert first.suffix == ".png" and re.fullmatch(f"{re.escape(str(box.out / path))}ü*", str(first.with_suffix("")))
+    assert second == first.with_name(f"{first.stem}-2.png")
+    files = {file for file in box.out.rglob("*") if file.is_file()}
+    assert files == {first, second, Path(f"{first}.json"), Path(f"{second}.json")}
+
+
+@pytest.mark.parametrize("given", ["fox", "fox.jpg", "fox.png"])
+def test_an_output_file_gets_its_true_ending(box: Box, given: str) -> None:
+    done = box.run("generate", "a fox", "--size", "64x64", "-n", "2", "-o", given)
+    assert done.code == 0 and sorted(done.lines) == [str(box.root / "fox-2.png"), str(box.root / "fox.png")]
+
+
+OUTPUT_SIDECAR = str.split(
+    "image_id prompt style styled_prompt negative_prompt backend model seed steps timestamp requested width height "
+    "mime_type bytes sha256 latency_ms cost_usd_estimate charged ignored storage_path metadata imagen_version"
+)
+
+# A child that plays imagen and numbers its steps: what the audit hooks announce, and C calls before and after.
+# `plan`: at (die at that step), when (an expression: die at the first step for which it is true), fault (event,
+# part of its first argument, errno: raised there), count (print all steps at the end).
+OUTPUT_RUNNER = r"""
+import json, os, signal, sys, threading
+here, plan, *argv = sys.argv[1:]
+sys.path.insert(0, here)
+import imagen
+plan = json.loads(plan)
+out, state = os.environ["IMAGEN_OUTPUT_DIR"], os.path.join(os.environ["XDG_STATE_HOME"], "imagen")
+EVENTS = {"os.rename", "os.link", "os.remove", "socket.connect", "fcntl.flock"}
+CALLS = {"write", "fsync", "sendall", "recv", "recv_into", "dup2"}
+AFTER = {os.rename, os.replace, os.link, os.unlink, os.remove}
+steps, lock, busy = [], threading.Lock(), threading.local()
+
+def read(*path):
+    try:
+        with open(os.path.join(state, *path), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+def facts():
+    folder = os.path.join(state, "open")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    record = imagen.merged(b"".join(read("open", name) for name in names if name.endswith(".jsonl")))
+    files = {name: os.path.getsize(os.path.join(out, name)) for name in (os.listdir(out) if os.path.isdir(out) else [])}
+    part = next((size for name, size in files.items() if name.endswith(".part")), 0)
+    return {"record": record, "files": files, "part": part, "ledger": read("ledger.jsonl")}
+
+def step(name):
+    if getattr(busy, "on", False):
+        return
+    busy.on = True
+    with lock:
+        steps.append(name)
+        if len(steps) == plan.get("at") or (plan.get("when") and eval(plan["when"], {"step": name, **facts()})):
+            os.write(2, f"\nKILLED {name}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    busy.on = False
+
+def audit(event, args):
+    if event in EVENTS or (event == "open" and str(args[0]).startswith((out, state))):
+        step(event)
+        if plan.get("fault") and event == plan["fault"][0] and plan["fault"][1] in str(args[0]):
+            raise OSError(plan["fault"][2], os.strerror(plan["fault"][2]))
+
+def profile(frame, event, arg):
+    if event == "c_call" and arg.__name__ in CALLS:
+        step(arg.__name__)
+    elif event == "c_return" and (arg.__name__ in CALLS or arg in AFTER):
+        step(arg.__name__ + " done")
+
+sys.addaudithook(audit)
+threading.setprofile(profile)
+sys.setprofile(profile)
+code = imagen.main(argv)
+sys.setprofile(None)
+if plan.get("count"):
+    print("", "STEPS", *steps, sep="\n", file=sys.stderr)
+sys.exit(code)
+"""
+OUTPUT_UNLINKED = {"fault": ["os.link", "", errno.EPERM]}
+
+
+def output_started(box: Box, plan: Mapping[str, Any], *args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan), *args]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=box.environ, cwd=box.root, text=True, **pipes)
+
+
+def output_ended(process: subprocess.Popen[str], timeout: float = 60) -> Done:
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return Done(process.returncode, out or "", err or "")
+
+
+def output_played(box: Box, plan: Mapping[str, Any], *args: str) -> Done:
+    return output_ended(output_started(box, plan, *args))
+
+
+def output_files(folder: Path) -> dict[str, bytes]:
+    """Everything a person sees in a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+
+
+def output_unable(reason: str) -> None:
+    """Skip what this machine cannot do; where everything must run, fail."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@contextlib.contextmanager
+def output_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of `size` bytes mounted at `folder`."""
+    if os.geteuid() != 0 or sys.platform != "linux":
+        output_unable("a small disk is a tmpfs, and mounting one needs root on Linux")
+    folder.mkdir(parents=True)
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mounting, capture_output=True).returncode:
+        output_unable("no tmpfs can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def output_remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def output_fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@contextlib.contextmanager
+def output_openai(box: Box, pad: int = 0, **options: Any) -> Iterator[OpenAIServer]:
+    """A home whose default backend is an OpenAI of its own."""
+    with OpenAIServer(key="", pad=pad) as server:
+        box.configure({"gpt": {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini", **options}})
+        yield server
+
+
+@contextlib.contextmanager
+def output_replicate(box: Box, image: bytes = b"", polls: int = 1, **options: Any) -> Iterator[ReplicateServer]:
+    """A home whose default backend is a Replicate of its own."""
+    with ReplicateServer() as server:
+        server.script(always=True, polls=polls, image=image or png())
+        block = {"type": "replicate", "base_url": server.v1, "model": "black-forest-labs/flux-schnell", **options}
+        box.configure({"flux": block, "mock": {"type": "mock", "width": 64, "height": 64}})
+        box.environ["REPLICATE_API_TOKEN"] = server.token
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("output", "given", "named"),
+    [
+        ("fox.png", "jpeg", "fox.jpg"),
+        ("fox.JPG", "png", "fox.png"),
+        ("fox.jpeg", "jpeg", "fox.jpeg"),
+        ("fox.v2", "webp", "fox.v2.webp"),
+        ("fox", "png", "fox.png"),
+    ],
+)
+def test_the_extension_tells_the_truth_about_the_bytes(box: Box, output: str, given: str, named: str) -> None:
+    image = {"jpeg": jpeg, "png": png, "webp": webp}[given]()
+    with output_openai(box) as server:  # which says png, whatever it sends
+        server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}], "output_format": "png"}))
+        done = box.run("generate", "a fox", "-o", str(box.out / output))
+    assert done.lines == [str(box.out / named)]
+    assert output_files(box.out).keys() == {named, f"{named}.json"} and (box.out / named).read_bytes() == image
+    assert box.sidecar(done.lines[0])["mime_type"] == f"image/{given}"
+
+
+@pytest.mark.parametrize("plan", [{}, OUTPUT_UNLINKED], ids=["linked", "no hard links"])
+def test_a_taken_name_gets_a_number_and_nothing_is_overwritten(box: Box, plan: Mapping[str, Any]) -> None:
+    box.out.mkdir()
+    (box.out / "fox.png").write_bytes(b"mine")
+    (box.out / "fox-2.png.json").write_bytes(b"my notes")
+    (box.out / "fox-3.png").symlink_to("nowhere")
+    (box.out / "fox-4.png").mkdir()
+    done = output_played(box, plan, "generate", "a fox", "--size", "64x64", "-o", str(box.out / "fox.png"))
+    assert done.lines == [str(box.out / "fox-5.png")]
+    assert (box.out / "fox.png").read_bytes() == b"mine" and (box.out / "fox-2.png.json").read_bytes() == b"my notes"
+    names = ["fox.png", "fox-2.png.json", "fox-3.png", "fox-4.png", "fox-5.png", "fox-5.png.json"]
+    assert sorted(path.name for path in box.out.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("count", "plan"), [(20, {}), (10, OUTPUT_UNLINKED), (10, {"fault": ["os.link", "", errno.ENOTSUP]})], ids=str
+)
+def test_processes_with_one_name_make_a_file_each(box: Box, count: int, plan: Mapping[str, Any]) -> None:
+    args = ("generate", "a fox", "--size", "64x64", "--seed", "7", "-q", "-o", str(box.out / "same.png"))
+    processes = [output_started(box, plan, *args) for _ in range(count)]
+    done = [output_ended(process) for process in processes]
+    assert [one.err for one in done if one.code] == []
+    paths = [one.lines[0] for one in done]
+    numbers = ["", *(f"-{n}" for n in range(2, count + 1))]
+    assert sorted(paths) == sorted(str(box.out / f"same{number}.png") for number in numbers)
+    assert len({box.sidecar(path)["image_id"] for path in paths}) == count
+    for path in paths:
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == box.sidecar(path)["sha256"]
+    assert len(list(box.out.iterdir())) == 2 * count and box.unfinished() == []
+
+
+def test_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
+    box.configure({"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}})
+    asked = ("--style", "loud", "--negative", "cats", "--size", "96x64", "--seed", "9", "--steps", "3")
+    path = box.run("generate", "Größe", *asked).lines[0]
+    about, image = box.sidecar(path), Path(path).read_bytes()
+    assert list(about) == OUTPUT_SIDECAR
+    assert imagen.is_uuid(about.pop("image_id")) and about.pop("latency_ms") >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d:\d\d", about.pop("timestamp"))
+    styled = about.pop("styled_prompt"), about.pop("negative_prompt")
+    assert all(word in styled[0] for word in ("Größe", "in red")) and all(w in styled[1] for w in ("cats", "grey"))
+    assert sorted(about.pop("ignored")) == ["negative_prompt", "steps"]
+    expected = {"prompt": "Größe", "style": "loud", "backend": "toy", "model": "mock", "seed": 9, "steps": None}
+    expected |= {"requested": {"width": 96, "height": 64, "steps": 3}, "width": 96, "height": 64, "metadata": {}}
+    expected |= {"mime_type": "image/png", "bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()}
+    expected |= {"cost_usd_estimate": 0.0, "charged": "no", "storage_path": None, "imagen_version": imagen.__version__}
+    assert about == expected
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_the_umask_is_respected(box: Box, umask: int) -> None:
+    path = Path(box.run("generate", "a fox", "--size", "64x64", umask=umask).lines[0])
+    assert {stat.S_IMODE(os.stat(p).st_mode) for p in (path, f"{path}.json")} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("letter", ["x", "ä", "🦊"])
+def test_no_name_is_longer_than_255_bytes(box: Box, letter: str) -> None:
+    wanted = letter * (250 // len(letter.encode())) + ".jpg"
+    paths = [box.run("generate", "x", "--size", "64x64", "-q", "-o", str(box.out / wanted)).lines[0] for _ in "12"]
+    assert paths[0] != paths[1] and all(box.sidecar(path) for path in paths)
+    assert all(len(path.name.encode()) <= 255 and path.name.startswith(letter * 40) for path in box.out.iterdir())
+
+
+def test_a_sidecar_that_cannot_be_written_is_a_warning(box: Box) -> None:
+    plan = {"fault": ["open", ".json", errno.EIO]}
+    box.environ["IMAGEN_CONFIG"] = str(box.configure({"toy": {"type": "mock"}}).rename(box.root / "c.yaml"))
+    done = output_played(box, plan, "generate", "a fox", "-o", str(box.out / "fox.png"))
+    assert (done.code, done.lines) == (0, [str(box.out / "fox.png")]) and "sidecar" in done.err
+    assert [path.name for path in box.out.iterdir()] == ["fox.png"]
+    assert box.run("generate", "--like", "last", "--dry-run").code == 0  # the journal knows it all the same
+
+
+def test_without_sidecars_everything_works_from_the_journal(box: Box) -> None:
+    box.configure({"toy": {"type": "mock"}}, output={"write_metadata_json": False})
+    first = box.run("generate", "a fox", "--seed", "7", "--size", "64x64").lines[0]
+    assert [path.name for path in box.out.iterdir()] == [Path(first).name]
+    assert box.run("list", "fox", "--json").json["images"][0]["path"] == first
+    for source in ("last", first):
+        again = box.run("generate", "--like", source, "--json")
+        assert again.code == 0, again.err or again.out
+        assert again.json["images"][0]["sha256"] == hashlib.sha256(Path(first).read_bytes()).hexdigest()
+
+
+def test_half_an_image_never_gets_a_name(box: Box) -> None:
+    with output_openai(box) as server:
+        server.script(ok({"data": [{"b64_json": base64.b64encode(png(pad=9000)[:-3]).decode()}]}))
+        done = box.run("generate", "a fox")
+        assert done.code == 10 and done.lines == [] and output_files(box.out) == {}
+        assert box.run("recover", "--all").code in (10, 11) and server.posts == 1
+    assert list(box.out.iterdir()) == [] and box.unfinished() == []
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only", "the journal's is full"])
+def test_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble: str) -> None:
+    with (
+        output_openai(box) as server,
+        output_disk(box.state if trouble.startswith("the") else box.out, 12 << 20) as folder,
+    ):
+        output_remount(folder, "ro") if trouble == "read-only" else output_fill(folder)
+        done = box.run("generate", "a fox", "--json")
+        assert done.code == 8 and done.json["error"]["code"] == "disk" and done.json["error"]["charged"] == "no"
+        assert server.seen == [] and box.hidden() == []
+
+
+def test_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box) -> None:
+    with output_disk(box.out, 10 << 20) as folder, output_openai(box, pad=11 << 20) as server:
+        done = box.run("generate", "a fox")
+        (entry,) = box.unfinished()
+        assert done.code == 8 and done.lines == [] and entry["id"] in done.err and "harged" in done.err
+        (kept,) = box.state.rglob("*.part")
+        assert (
+            kept.stat().st_size > 11 << 20 and stat.S_IMODE(kept.stat().st_mode) == 0o600 and not output_files(folder)
+        )
+        assert box.run("recover", entry["id"]).code == 8  # still no room: nothing changes
+        assert [entry["id"] for entry in box.unfinished()] == [entry["id"]] and output_files(folder) == {}
+        output_remount(folder, f"size={40 << 20}")
+        again = box.run("recover", entry["id"])
+        assert again.code == 0 and server.posts == 1
+        about = box.sidecar(again.lines[0])
+        assert about["sha256"] == hashlib.sha256(Path(again.lines[0]).read_bytes()).hexdigest()
+        assert about["bytes"] > 11 << 20 and about["charged"] == "yes" and about["cost_usd_estimate"] > 0
+        assert box.hidden() == [] and box.unfinished() == [] and list(box.state.rglob("*.part")) == []
+
+
+def test_when_both_disks_are_full_the_message_says_what_it_may_have_cost(box: Box) -> None:
+    with output_disk(box.out, 10 << 20), output_disk(box.state, 2 << 20), output_openai(box, pad=11 << 20) as server:
+        done = box.run("generate", "a fox", "--json")
+        assert done.code in (8, 10) and done.json["error"]["charged"] != "no" and len(box.unfinished()) == 1
+        assert box.run("recover", "--all").code == 10 and server.posts == 1
+
+
+def test_a_disk_full_to_the_last_page_costs_the_sidecar_and_not_the_image(box: Box) -> None:
+    size = 10 << 20
+    with output_disk(box.out, size), output_replicate(box, png(pad=size - 2000)) as server:
+        done = box.run("generate", "a fox", "-o", str(box.out / "fox.png"))
+        assert (done.code, done.lines) == (0, [str(box.out / "fox.png")]) and "sidecar" in done.err
+        assert [path.name for path in box.out.iterdir()] == ["fox.png"] and server.created == 1
+
+
+# === 13. Preview: tmux, kitty, iTerm2 =================================================================================
+class Tty:
+    """imagen with a real terminal as its stderr (with `both` as its stdout too); `drawn` is all that came there."""
+
+    def __init__(
+        self, box: Box, *args: str, env: Mapping[str, str] | None = None, columns: int = 100, both: bool = False
+    ) -> None:
+        self.drawn, self.out = "", box.root / "stdout"
+        self.master, slave = pty.openpty()
+        if columns:
+            termios.tcsetwinsize(slave, (30, columns))
+        with open(self.out, "wb") as out:
+            environ = {"TERM": "xterm-256color", **(env or {})}
+            self.process = box.start(*args, env=environ, stdout=slave if both else out, stderr=slave)
+        os.close(slave)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def until(self, condition: Callable[[str], Any], timeout: float = 30) -> None:
+        """Read until what was drawn is as wanted; at the end of the terminal, whatever it is."""
+        end, raw = time.monotonic() + timeout, self.drawn.encode("utf-8", "surrogateescape")
+        while not condition(self.drawn):
+            assert select.select([self.master], [], [], max(0.0, end - time.monotonic()))[0], f"in vain: {self.drawn!r}"
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux says EIO once the last writer has closed the terminal, macOS sends nothing
+                data = b""
+            if not data:
+                return
+            raw += data
+            self.drawn = raw.decode("utf-8", "surrogateescape")
+
+    def ended(self) -> Done:
+        """Exit code, what stdout got, and all that was drawn."""
+        self.until(lambda drawn: False)
+        return Done(self.process.wait(30), self.out.read_text(), self.drawn)
+
+
+def on_tty(box: Box, *args: str, **options: Any) -> Done:
+    """A finished command at a terminal."""
+    with Tty(box, *args, **options) as tty:
+        return tty.ended()
+
+
+def preview_wait(condition: Callable[[], Any]) -> None:
+    """Until the condition holds."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def preview_script(path: Path, text: str) -> str:
+    """A program; its path as text."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+class PreviewTmux:
+    """A tmux server of its own, and the only programs that are on the PATH there."""
+
+    def __init__(self, box: Box) -> None:
+        self.box, self.folder, self.bin = box, tempfile.mkdtemp(prefix="imagen-", dir="/tmp"), box.root / "bin"
+        self.bin.mkdir()
+        for program in ("tmux", "sh", "cat"):
+            (self.bin / program).symlink_to(str(shutil.which(program)))
+        self.environ = {**box.environ, "TMUX_TMPDIR": self.folder, "PATH": str(self.bin)}
+
+    def __call__(self, *args: str) -> str:
+        command = [str(shutil.which("tmux")), "-L", "imagen-test", "-f", "/dev/null", *args]
+        return subprocess.run(
+            command, env=self.environ, check=True, stdout=subprocess.PIPE, text=True, timeout=30
+        ).stdout
+
+    def begin(self, command: str = "exec cat") -> dict[str, str]:
+        """One window named work, running `command`; the environment of a process that stands in it."""
+        self("new-session", "-d", "-x", "100", "-y", "30", "-n", "work", "sh", "-c", command)
+        inside = self("display-message", "-p", "-t", "work", "#{socket_path},#{pid},0").strip()
+        return {"TMUX": inside, "PATH": str(self.bin)}
+
+    def windows(self) -> list[str]:
+        """Each window's name, and 1 for the one in front."""
+        return self("list-windows", "-F", "#{window_name} #{window_active}").splitlines()
+
+
+@pytest.fixture
+def preview_tmux(box: Box) -> Iterator[PreviewTmux]:
+    if not shutil.which("tmux"):
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("tmux is not installed")
+    tmux = PreviewTmux(box)
+    yield tmux
+    with contextlib.suppress(subprocess.CalledProcessError):  # no server was started, or its last window has closed
+        tmux("kill-server")
+    shutil.rmtree(tmux.folder)
+
+
+SMALL = ("generate", "a fox", "-b", "mock", "--size", "64x64", "--seed", "7")
+MOCK = {"mock": {"type": "mock"}}
+
+
+def test_in_tmux_a_window_named_imagen_shows_the_image_without_taking_the_focus(
+    box: Box, preview_tmux: PreviewTmux
+) -> None:
+    box.configure(MOCK, output={"preview_command": "show {path} small"})
+    preview_script(preview_tmux.bin / "show", 'printf "%s|" "$@" >"$HOME/shown"; tmux wait-for -S shown')
+    path = box.root / 'it\'s $(a) "folder" & more; #{odd}' / "fox.png"
+    command = shlex.join([sys.executable, str(HERE), *SMALL, "-o", str(path)])
+    preview_tmux.begin(f"{command}; tmux wait-for -S done; exec cat")
+    preview_tmux("wait-for", "done")
+    preview_tmux("wait-for", "shown")
+    assert (box.root / "shown").read_text() == f"{path}|small|"
+    assert preview_tmux.windows() == ["work 1", "imagen 0"]
+    preview_tmux("send-keys", "-t", "imagen", "Enter")
+    preview_wait(lambda: preview_tmux.windows() == ["work 1"])
+
+
+def test_in_tmux_the_default_command_is_tmux_img(box: Box, preview_tmux: PreviewTmux) -> None:
+    preview_script(preview_tmux.bin / "tmux-img", 'printf "%s" "$1" >"$HOME/shown"; tmux wait-for -S shown')
+    done = on_tty(box, *SMALL, env={**preview_tmux.begin(), "KITTY_WINDOW_ID": "1"})
+    preview_tmux("wait-for", "shown")
+    assert [(box.root / "shown").read_text()] == done.lines
+    assert "\x1b_G" not in done.err  # tmux would show it as letters
+
+
+def test_without_tmux_img_auto_is_silent_and_on_warns(box: Box, preview_tmux: PreviewTmux) -> None:
+    inside = preview_tmux.begin()
+    silent, warned = on_tty(box, *SMALL, env=inside), on_tty(box, *SMALL, "--preview", "on", env=inside)
+    assert (silent.code, warned.code) == (0, 0)
+    assert "preview" not in silent.err and "tmux-img" not in silent.err
+    assert "imagen: preview: tmux-img is not installed" in warned.err
+    assert preview_tmux.windows() == ["work 1"]
+
+
+@pytest.mark.parametrize("flags", ["", "--no-preview", "--preview off", "--preview auto"])
+def test_without_a_terminal_only_on_shows_anything(box: Box, preview_tmux: PreviewTmux, flags: str) -> None:
+    preview_script(preview_tmux.bin / "tmux-img", "exec cat")
+    inside = {**preview_tmux.begin(), "KITTY_WINDOW_ID": "1"}
+    done = box.run(*SMALL, *flags.split(), env={**inside, "IMAGEN_PREVIEW": "on" if flags else "auto"})
+    assert done.code == 0 and "\x1b" not in done.err
+    assert preview_tmux.windows() == ["work 1"]
+    box.run(*SMALL, env={**inside, "IMAGEN_PREVIEW": "on"})
+    assert preview_tmux.windows() == ["work 1", "imagen 0"]
+
+
+@pytest.mark.parametrize(
+    "shown_as", ["KITTY_WINDOW_ID=1", "TERM=xterm-kitty", "TERM=xterm-ghostty", "TERM_PROGRAM=ghostty"]
+)
+def test_kitty_and_ghostty_get_the_exact_png_in_pieces(box: Box, shown_as: str) -> None:
+    done = on_tty(box, "generate", "a fox", "--size", "256x256", env=dict([shown_as.split("=")]))
+    pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", done.err)
+    keys = [dict(pair.split("=") for pair in head.split(",")) for head, _ in pieces]
+    assert keys[0].items() >= {"a": "T", "f": "100", "q": "2"}.items()  # transmit and show, PNG, no answers
+    assert [key["m"] for key in keys] == ["1"] * (len(pieces) - 1) + ["0"] and len(pieces) > 1
+    assert all(len(text) <= 4096 and len(text) % 4 == 0 for _, text in pieces)
+    assert base64.b64decode("".join(text for _, text in pieces), validate=True) == Path(done.lines[0]).read_bytes()
+
+
+@pytest.mark.parametrize("program", ["iTerm.app", "WezTerm"])
+def test_iterm_and_wezterm_get_the_exact_png(box: Box, program: str) -> None:
+    done = on_tty(box, *SMALL, env={"TERM_PROGRAM": program})
+    (found,) = re.findall(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", done.err)
+    keys, image = dict(pair.split("=") for pair in found[0].split(";")), Path(done.lines[0]).read_bytes()
+    assert keys["inline"] == "1" and keys["size"] == str(len(image))
+    assert base64.b64decode(found[1], validate=True) == image
+
+
+def test_kitty_is_sent_no_jpeg(box: Box) -> None:
+    with OpenAIServer(key="") as server:
+        box.configure({"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}})
+        flags = ("generate", "a fox", "--opt", "output_format=jpeg", "--preview")
+        silent, warned = (on_tty(box, *flags, mode, env={"TERM": "xterm-kitty"}) for mode in ("auto", "on"))
+    assert silent.code == warned.code == 0
+    assert "\x1b_G" not in silent.err + warned.err
+    assert "preview" not in silent.err and "imagen: preview: " in warned.err
+
+
+def test_on_warns_where_nothing_can_show_an_image_and_auto_does_not(box: Box) -> None:
+    silent, warned = on_tty(box, *SMALL), box.run(*SMALL, "--preview", "on")
+    assert silent.code == warned.code == 0
+    assert "preview" not in silent.err
+    assert re.search(r"^imagen: preview: .*preview_command", warned.err, re.MULTILINE)
+
+
+def test_the_path_is_on_stdout_before_the_preview_starts(box: Box) -> None:
+    viewer = preview_script(box.root / "viewer", 'cat "$HOME/stdout" >"$HOME/half"; mv "$HOME/half" "$HOME/seen"')
+    box.configure(MOCK, output={"preview_command": viewer})
+    done = on_tty(box, *SMALL)
+    preview_wait((box.root / "seen").exists)
+    assert (box.root / "seen").read_text() == done.out
+    at_kitty = on_tty(box, *SMALL, env={"TERM": "xterm-kitty"}, both=True).err
+    assert 0 < at_kitty.index("-2.png") < at_kitty.index("\x1b_G")
+
+
+def test_a_viewer_is_not_waited_for(box: Box) -> None:
+    os.mkfifo(box.root / "closing")
+    box.configure(MOCK, output={"preview": "on", "preview_command": "cat $HOME/closing {path}"})
+    try:
+        assert (
+            box.run(*SMALL, timeout=10).code == 0
+        )  # who reads its stdout and stderr to their end does not wait either
+    finally:
+        os.close(os.open(box.root / "closing", os.O_RDWR))
+
+
+@pytest.mark.parametrize("env", [{"TMUX": "/nowhere/tmux,1,0"}, {"TMUX": "rubbish"}, {"TERM": "xterm-kitty"}, {}])
+@pytest.mark.parametrize("command", ["false {path}", "/nowhere/viewer", 'unbalanced "', "{"])
+def test_no_preview_makes_a_generation_fail(box: Box, env: dict[str, str], command: str) -> None:
+    box.configure(MOCK, output={"preview": "on", "preview_command": command})
+    done = box.run(*SMALL, env=env)
+    assert done.code == 0 and Path(*done.lines).exists()
+    assert "Traceback" not in done.err
+
+
+# === 14. Journal: what is unfinished, and the ledger of what is finished ==============================================
+JOURNAL_JSON = st.none() | st.booleans() | st.integers() | st.text(max_size=9)
+JOURNAL_LINE = st.dictionaries(
+    st.sampled_from(["charged", "path", "ä"]) | st.text(max_size=3),
+    JOURNAL_JSON | st.dictionaries(st.sampled_from(["id", "x"]), JOURNAL_JSON, max_size=2),
+    max_size=4,
+)
+
+
+def journal_lines(lines: list[dict[str, Any]]) -> bytes:
+    return "".join(imagen.to_json(line) + "\n" for line in lines).encode()
+
+
+def journal_entry(prompt: str = "a fox", *, sent: bool = True, ident: str = "", **remote: Any) -> str:
+    """Leave an unfinished entry of the default backend, as a killed process would; its id."""
+    run = imagen.Run()
+    run.id = ident or run.id
+    run.begin(imagen.prepare(imagen.Request(prompt, seed=7), imagen.load_config("")))
+    if sent:
+        run.sending()
+    if remote:
+        run.remote(**remote)
+    run.entry.release()
+    Path(os.environ["IMAGEN_OUTPUT_DIR"]).mkdir(exist_ok=True)
+    return run.id
+
+
+@given(st.lists(JOURNAL_LINE, max_size=5))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_a_record_is_the_merge_of_its_lines(lines: list[dict[str, Any]]) -> None:
+    expected: dict[str, Any] = {}
+    for line in map(json.loads, journal_lines(lines).splitlines()):
+        for key, value in line.items():
+            both = isinstance(expected.get(key), dict) and isinstance(value, dict)
+            expected[key] = {**expected[key], **value} if both else value
+    assert imagen.merged(journal_lines(lines)) == expected
+
+
+@given(st.lists(JOURNAL_LINE, min_size=1, max_size=3))
+@settings(deadline=None, derandomize=True, max_examples=15)
+def test_an_entry_torn_at_any_byte_is_readable_and_takes_further_lines(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[dict[str, Any]]
+) -> None:
+    path, text = tmp_path_factory.mktemp("torn") / "x.jsonl", journal_lines(lines)
+    for cut in range(len(text) + 1):
+        path.write_bytes(text[:cut])
+        whole = imagen.merged(text[: text.rfind(b"\n", 0, cut) + 1])
+        at_end = text[cut : cut + 1] == b"\n"  # all of the line but its end: it may count
+        entry = imagen.Entry.take(str(path))
+        assert entry
+        assert at_end or (entry.record | whole == entry.record and entry.record.keys() <= {*whole, "id"})
+        entry.note(further=cut)
+        entry.release()
+        assert imagen.merged(path.read_bytes()) == {**(imagen.merged(text[:cut]) if at_end else whole), "further": cut}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_an_entry_torn_in_its_first_line_is_closed_by_recover(here: Box, cut: int) -> None:
+    torn = here.state / "open" / f"{journal_entry(sent=False)}.jsonl"
+    torn.write_bytes(torn.read_bytes()[:cut])
+    whole = journal_entry(sent=False)
+    listed = here.run("recover")
+    assert listed.code == 0 and torn.stem in listed.out and whole in listed.out
+    assert here.run("recover", "--all").code == 0 and here.unfinished() == []
+
+
+def test_a_line_torn_by_a_full_disk_swallows_no_later_line(here: Box) -> None:
+    with output_disk(here.state, 1 << 20) as folder:
+        entry = imagen.Entry.create({"id": "x"})
+        output_fill(folder)
+        with pytest.raises(OSError, match="No space"):
+            entry.note(image={"file": "x" * 9000})
+        (folder / "filler").unlink()
+        entry.note(path="/fox.png")
+        entry.release()
+        assert [record.get("path") for record in here.unfinished()] == ["/fox.png"]
+
+
+def test_two_processes_never_hold_one_entry_and_a_dead_one_holds_none(here: Box) -> None:
+    entry = imagen.Entry.create({"id": "x"})
+    code = "import sys, imagen; print(imagen.Entry.take(sys.argv[1]) is not None, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, entry.path]
+    assert subprocess.run(command, input=b"", capture_output=True, cwd=HERE.parent).stdout == b"False\n"
+    entry.release()
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=HERE.parent, **pipes) as process:
+        assert process.stdout and process.stdout.readline() == b"True\n" and imagen.Entry.take(entry.path) is None
+        process.kill()
+    entry_again = imagen.Entry.take(entry.path)
+    assert entry_again and entry_again.record["id"] == "x"
+    entry_again.release()
+
+
+@pytest.mark.parametrize("reborn", [False, True])
+def test_who_waited_for_an_entry_that_was_finished_gets_nothing(here: Box, reborn: bool) -> None:
+    entry = imagen.Entry.create({"id": "x"})
+    code = """if True:
+        import sys, imagen
+        def hook(event, args):  # the file is open, its lock not yet ours
+            if event == "fcntl.flock":
+                print("at the lock", flush=True)
+                sys.stdin.readline()
+        sys.addaudithook(hook)
+        print(imagen.Entry.take(sys.argv[1]))
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", code, entry.path]
+    with subprocess.Popen(command, cwd=HERE.parent, text=True, **pipes) as process:
+        assert process.stdout and process.stdout.readline() == "at the lock\n"
+        entry.finish()
+        if reborn:
+            imagen.Entry.create({"id": "x"}).release()
+        assert process.communicate("\n", timeout=20)[0] == "None\n"
+
+
+def test_ledger_lines_stay_whole_beside_seven_other_writers(here: Box) -> None:
+    code = """if True:
+        import sys, imagen
+        for i in range(25):
+            imagen.Entry.create({"id": f"{sys.argv[1]}-{i}", "prompt": sys.argv[1] * 20_000}).finish()
+    """
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen([*command, str(number)], cwd=HERE.parent) for number in range(8)]
+    assert [process.wait(60) for process in processes] == [0] * 8
+    assert {line["id"] for line in here.ledger()} == {f"{n}-{i}" for n in range(8) for i in range(25)}
+    assert all(line["prompt"] == line["id"][0] * 20_000 for line in here.ledger()) and here.unfinished() == []
+
+
+def test_a_torn_ledger_line_hurts_only_itself(here: Box) -> None:
+    imagen.Entry.create({"id": "first"}).finish()
+    path = here.state / "ledger.jsonl"
+    before = path.read_bytes()
+    line = journal_lines([{"id": "torn", "path": "/ä.png"}])
+    for cut in range(1, len(line) - 2):
+        path.write_bytes(before + line[:cut])
+        imagen.Entry.create({"id": "last"}).finish()
+        assert [record["id"] for record in imagen.ledger()] == ["last", "first"]
+
+
+def test_nobody_else_may_read_the_journal(here: Box) -> None:
+    with output_openai(here) as server:
+        server.script(hangup())
+        assert here.run("generate", "a fox", umask=0).code == 10
+    here.run("generate", "a fox", "-b", "mock", "--config", str(here.configure({"mock": {"type": "mock"}})), umask=0)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (here.state, *here.state.rglob("*"))}
+    assert modes.pop("imagen") == 0o700 and modes.pop("open") == 0o700
+    assert len(modes) == 2 and set(modes.values()) == {0o600}
+
+
+def test_recover_lists_what_is_unfinished(here: Box) -> None:
+    with output_replicate(here) as server:
+        begun, sent = journal_entry("a fox", sent=False), journal_entry("a cat")
+        known = journal_entry("a dog\x1b[31m", id="p123")
+        done = here.run("recover")
+        assert done.code == 0 and len(done.lines) == 3 and "\x1b" not in done.out
+        for line, words in zip(done.lines, [(begun, "fox"), (sent, "cat"), (known, "dog")], strict=True):
+            assert all(word in line for word in (*words, "flux"))
+        rows = here.run("recover", "--json").json["unfinished"]
+        expected = [(begun, "no", {}), (sent, "unknown", {}), (known, "unknown", {"id": "p123"})]
+        assert [(row["id"], row["charged"] or "no", row["remote"] or {}) for row in rows] == expected
+        assert server.seen == [] and len(here.unfinished()) == 3
+
+
+def test_recover_takes_the_beginning_of_an_id(here: Box) -> None:
+    with output_replicate(here) as server:
+        idents = ["aaaa1111-0000-4000-8000-000000000001", "aaaa2222-0000-4000-8000-000000000002"]
+        for ident in idents:
+            made = server.plant({"prompt": ident, "seed": 7}, image=png())
+            journal_entry(ident, ident=ident, id=made)
+        assert [here.run("recover", word).code for word in ("aaaa", "b")] == [2, 2] and len(here.unfinished()) == 2
+        done = here.run("recover", "aaaa2")
+        assert done.code == 0 and journal_id(here, done) == idents[1]
+        assert [record["id"] for record in here.unfinished()] == idents[:1]
+        done = here.run("recover", "--all", "--json")
+        assert [about["image_id"] for about in done.json["images"]] == idents[:1] and here.unfinished() == []
+        assert here.run("recover", "--all").code == 0 and server.created == 0
+
+
+def journal_id(box: Box, done: Done) -> str:
+    (path,) = done.lines
+    return str(box.sidecar(path)["image_id"])
+
+
+def test_forget_closes_without_looking(here: Box) -> None:
+    with output_replicate(here) as server:
+        ident = journal_entry(id="p1")
+        (here.out / f".imagen-{ident}.part").write_bytes(png())
+        assert here.run("recover", "--forget", ident[:8]).code == 0
+        assert here.unfinished() == [] and here.hidden() == [] and server.seen == []
+        assert [(line["id"], line["charged"]) for line in here.ledger()] == [(ident, "unknown")]
+
+
+def test_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
+    with output_replicate(here) as server:
+        made = server.plant({"prompt": "a fox", "seed": 7}, image=png())
+        ident = journal_entry(id=made)
+        done = [output_ended(process) for process in [here.start("recover", "--all") for _ in range(6)]]
+        assert [d.code for d in done] == [0] * 6 and len([line for d in done for line in d.lines]) == 1
+        assert len(output_files(here.out)) == 2 and [line["id"] for line in here.ledger()] == [ident]
+
+
+def test_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
+    with output_openai(here):
+        ident = journal_entry()
+        (here.out / f".imagen-{ident}").write_bytes(png())
+        away = here.out.rename(here.root / "unplugged")
+        assert here.run("recover", "--all").code != 0 and len(here.unfinished()) == 1
+        shutil.rmtree(here.out, ignore_errors=True)
+        away.rename(here.out)
+        assert here.run("recover", "--all").code == 0 and len(output_files(here.out)) == 2 and here.hidden() == []
+
+
+def test_list_finds_words_newest_first(box: Box) -> None:
+    box.configure({"toy": {"type": "mock", "width": 64, "height": 64}})
+    paths = [box.run("generate", prompt).lines[0] for prompt in ("a red fox", "a cat", "a blue Fox")]
+    assert [row["path"] for row in box.run("list", "--json").json["images"]] == paths[::-1]
+    assert [row["path"] for row in box.run("list", "FOX", "a", "--json").json["images"]] == [paths[2], paths[0]]
+    assert [row["path"] for row in box.run("list", "-n", "1", "--json").json["images"]] == paths[2:]
+    lines = box.run("list", "fox").lines
+    assert len(lines) == 2 and paths[2] in lines[0] and "$0" in lines[0]
+
+
+def test_cost_counts_the_unknown_apart_and_never_as_nothing(box: Box) -> None:
+    with OpenAIServer(key="", dialect="vllm") as plain, OpenAIServer(key="") as priced:
+        box.configure(
+            {
+                "plain": {"type": "openai", "base_url": plain.v1, "model": "stand-in/flux"},
+                "priced": {"type": "openai", "base_url": priced.v1, "model": "gpt-image-1-mini"},
+                "toy": {"type": "mock", "width": 64, "height": 64},
+            }
+        )
+        for name in ("plain", "priced", "priced", "toy"):
+            assert box.run("generate", "a fox", "-b", name).code == 0
+        priced.script(hangup(), "moderation_input")
+        assert [box.run("generate", "a fox", "-b", "priced").code for _ in "12"] == [10, 5]
+        assert box.run("recover", "--all").code == 10  # closed, maybe charged
+    said = box.run("cost", "--by", "backend", "--json").json
+    rows = {row["backend"]: row for row in said["rows"]}
+    usd = sum(row["sidecar"]["cost_usd_estimate"] or 0 for row in box.ledger() if "path" in row)
+    counts = {name: (row["images"], row["unknown"]) for name, row in rows.items()}
+    assert counts == {"plain": (1, 1), "priced": (2, 1), "toy": (1, 0)}
+    assert rows["priced"]["usd"] == pytest.approx(usd) and usd > 0
+    assert {**said["total"], "images": 4, "unknown": 2, "usd": pytest.approx(usd)} == said["total"]
+    assert "2 of unknown cost" in box.run("cost").lines[-1] and box.run("cost", "--since", "2999-01-01").code == 0
+    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
+
+
+@pytest.mark.parametrize("style", ["photo", "loud"])
+def test_like_repeats_an_image_and_flags_override(box: Box, style: str) -> None:
+    box.configure({"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}})
+    asked = ("--style", style, "--negative", "cats", "--size", "96x64", "--seed", "9")
+    first = box.run("generate", "a fox", *asked, "--json").json["images"][0]
+    same = ("prompt", "style", "styled_prompt", "negative_prompt", "backend", "seed", "requested", "sha256")
+    for source in ("last", first["path"], f"{first['path']}.json"):
+        again = box.run("generate", "--like", source, "--json").json["images"][0]
+        assert {key: again[key] for key in same} == {key: first[key] for key in same}
+    other = box.run("generate", "a cat", "--like", "last", "--seed", "8", "--json").json["images"][0]
+    assert (other["prompt"], other["seed"], other["style"], other["width"]) == ("a cat", 8, style, 96)
+    assert [box.run("generate", "--like", what).code for what in ("nowhere.png", str(HERE))] == [2, 2]
+
+
+def test_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on(here: Box) -> None:
+    with output_replicate(here):
+        quiet = here.run("generate", "a fox", "-b", "mock", "--size", "64x64")
+        held = imagen.Run()
+        held.begin(imagen.prepare(imagen.Request("a fox"), imagen.load_config("")))
+        held.sending()
+        still_quiet = here.run("generate", "a fox", "-b", "mock")
+        held.entry.release()
+        told = here.run("generate", "a fox", "-b", "mock")
+        assert ["unfinished" in done.err for done in (quiet, still_quiet, told)] == [False, False, True]
+        assert "1 unfinished" in told.err and "imagen recover" in told.err
+        assert "unfinished" not in here.run("generate", "a fox", "-b", "mock", "-q").err
+
+
+# === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ==================================
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"prompt": " \n"}, {"prompt": "x" * 32_001}, {"width": 64}, {"height": 64}, {"width": 15, "height": 64}),
+        *({"width": 64, "height": 8193}, {"width": -64, "height": -64}, {"steps": -1}, {"seed": -1}, {"seed": 2**63}),
+        *({"style": "fhoto"}, {"backend": "mok"}, {"backend_opts": {"dely_s": 1}}, {"backend_opts": {"delay_s": "x"}}),
+    ],
+)
+def test_prepare_rejects_what_cannot_be_meant(here: Box, fields: dict[str, Any]) -> None:
+    with pytest.raises(imagen.BadRequest):
+        imagen.prepare(imagen.Request(**{"prompt": "a fox", "backend": "mock", **fields}), imagen.load_config(""))
+    assert not here.out.exists() and not here.state.exists()
+
+
+def test_prepare_names_the_backend_draws_a_seed_and_touches_nothing(here: Box) -> None:
+    plans = [imagen.prepare(imagen.Request("a fox"), imagen.load_config("")) for _ in range(50)]
+    seeds = {plan.request.seed for plan in plans}
+    assert {plan.request.backend for plan in plans} == {"mock"} and len(seeds) == 50
+    assert all(0 <= (seed or 0) < 2**31 for seed in seeds) and not here.out.exists() and not here.state.exists()
+
+
+def test_four_images_have_four_names_and_four_seeds(box: Box) -> None:
+    done = box.run("generate", "a fox", "-n", "4", "--seed", "7", "--size", "64x64", "-o", str(box.out / "fox.png"))
+    assert done.code == 0
+    assert set(done.lines) == {str(box.out / f"fox{number}.png") for number in ("", "-2", "-3", "-4")}
+    assert sorted(box.sidecar(path)["seed"] for path in done.lines) == [7, 8, 9, 10]
+    assert len({Path(path).read_bytes() for path in done.lines}) == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "posts", "images"),
+    [
+        (["insufficient_quota"], 6, 1, 0),
+        ([401], 3, 1, 0),
+        (["moderation_input"], 9, 4, 3),
+        (["moderation_input"] * 4, 5, 4, 0),
+        (["moderation_input", "server_error"], 10, 4, 2),
+    ],
+)
+def test_one_of_four_that_fails(box: Box, script: list[object], code: int, posts: int, images: int) -> None:
+    with output_openai(box, parallel=1) as server:
+        server.script(*script)
+        done = box.run("generate", "a fox", "-n", "4", "--json")
+        assert (done.code, server.posts, len(done.json["images"])) == (code, posts, images)
+        assert all(Path(about["path"]).exists() for about in done.json["images"])
+    assert len(box.unfinished()) == (code == 10)  # what is known to have ended is closed
+
+
+def test_success_as_json_is_the_sidecar_with_path_and_cloud(box: Box) -> None:
+    said = box.run("generate", "a fox", "--size", "64x64", "--json").json
+    (about,) = said.pop("images")
+    path = about.pop("path")
+    assert said == {"ok": True, "warnings": []} and about.pop("cloud", 0) is None and about == box.sidecar(path)
+
+
+@pytest.mark.parametrize("code", list(imagen.ERRORS))
+def test_failure_as_json_has_these_fields(box: Box, code: str) -> None:
+    done = box.run("generate", "a fox", "--opt", f"fail={code}", "--timeout", "1", "--json")
+    error, cls = done.json["error"], imagen.ERRORS[code]
+    assert set(error) == {"code", "message", "hint", "retryable", "charged"} and error["message"]
+    assert (done.json["ok"], done.json["images"]) == (False, [])
+    assert (done.code, error["code"], error["retryable"]) == (cls.exit_code, code, cls.retryable)
+
+
+def test_a_deadline_that_passed_is_made_good_by_recover_and_not_paid_again(box: Box) -> None:
+    with output_replicate(box, polls=1000) as server:
+        done = box.run("generate", "a fox", "--timeout", "1", "--json")
+        (entry,) = box.unfinished()
+        assert done.code == 10 and done.json["error"]["charged"] == "unknown"
+        assert f"imagen recover {entry['id']}" in done.json["error"]["hint"] and server.canceled == []
+        assert box.run("recover", entry["id"], "--timeout", "1").code == 10 and len(box.unfinished()) == 1
+        server.finish()
+        again = box.run("recover", entry["id"])
+        assert (
+            again.code == 0 and journal_id(box, again) == entry["id"] and server.created == 1 and box.unfinished() == []
+        )
+        assert box.sidecar(again.lines[0])["metadata"]["id"] == entry["remote"]["id"]
+
+
+def test_two_equal_requests_whose_answers_were_lost_get_an_image_each(box: Box) -> None:
+    with output_replicate(box) as server:
+        for _ in "12":
+            server.lose_next_answer()
+            assert box.run("generate", "a fox", "--seed", "7").code == 10
+        done = box.run("recover", "--all")
+        assert done.code == 0 and server.created == 2
+        assert {box.sidecar(path)["metadata"]["id"] for path in done.lines} == set(server.predictions)
+
+
+def test_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box) -> None:
+    for flags in ((), ("--json",), ("-n", "3")):
+        read, write = os.pipe()
+        os.close(read)
+        done = box.run("generate", "a fox", "--size", "64x64", "-q", *flags, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert done.code == 0 and done.err.count("\n") <= 1 and "roken" not in done.err and "xception" not in done.err
+    assert len(output_files(box.out)) == 10 and box.unfinished() == []
+
+
+# Ctrl-C: real processes, real signals, in every phase of a paid image
+
+
+def pipeline_until(condition: Callable[[], Any], timeout: float = 20) -> Any:
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+    return value
+
+
+pipeline_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+
+
+@pipeline_signals
+@pytest.mark.parametrize("kind", ["openai", "mock"])
+def test_stopped_before_sending_leaves_nothing(box: Box, kind: str, number: signal.Signals) -> None:
+    with full_backlog() as port:
+        address = {"base_url": f"http://127.0.0.1:{port}/v1", "model": "x"}
+        box.configure({"x": {"type": kind, **(address if kind == "openai" else {"delay_s": 600})}})
+        process = box.start("generate", "a fox", "--json")
+        pipeline_until(box.unfinished)
+        process.send_signal(number)
+        done = output_ended(process, 8)
+    assert done.code == 130 and done.json["error"]["code"] == "interrupted" and done.json["error"]["charged"] == "no"
+    assert box.unfinished() == [] and list(box.out.iterdir()) == [] and box.ledger()[0]["charged"] == "no"
+
+
+@pipeline_signals
+def test_stopped_with_a_paid_post_in_flight_is_maybe_charged_and_kept(box: Box, number: signal.Signals) -> None:
+    with output_openai(box) as server:
+        server.script(silent(), silent(), silent())
+        process = box.start("generate", "a fox", "-n", "3", "--json")
+        server.wait_seen(3)
+        process.send_signal(number)
+        done = output_ended(process, 8)
+        assert done.code == 130 and done.json["error"]["code"] == "interrupted"
+        kept = box.unfinished()
+        assert [entry["charged"] for entry in kept] == ["unknown"] * 3 and server.posts == 3
+        assert done.json["error"]["charged"] == "unknown"
+        assert any(entry["id"] in done.json["error"]["hint"] for entry in kept)
+        assert box.run("recover", "--all").code == 10 and server.posts == 3 and box.unfinished() == []
+
+
+def test_stopped_before_the_id_is_known_is_found_by_recover(box: Box) -> None:
+    with output_replicate(box) as server:
+        server.answer_next(silent(), create=True)
+        process = box.start("generate", "a fox")
+        server.wait(lambda: server.created)
+        process.send_signal(signal.SIGINT)
+        assert output_ended(process, 8).code == 130 and box.unfinished()[0]["charged"] == "unknown"
+        assert box.run("recover", "--all").code == 0 and server.created == 1 and len(output_files(box.out)) == 2
+
+
+@pipeline_signals
+def test_stopped_with_an_id_is_cancelled_there_and_closed(box: Box, number: signal.Signals) -> None:
+    with output_replicate(box, polls=10**6) as server:
+        process = box.start("generate", "a fox")
+        server.wait(lambda: len(server.seen) > 1)  # it polls
+        process.send_signal(number)
+        done = output_ended(process, 8)
+        (made,) = server.predictions
+        assert done.code == 130 and server.canceled == [made] and made in done.err and done.out == ""
+        assert box.unfinished() == [] and [line["remote"]["id"] for line in box.ledger()] == [made]
+
+
+def test_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
+    with output_openai(box, parallel=1) as server:
+        server.script(ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]}), silent())
+        process = box.start("generate", "a fox", "-n", "4")
+        server.wait_seen(2)
+        process.send_signal(signal.SIGINT)
+        done = output_ended(process, 8)
+        assert done.code == 130 and len(done.lines) == 1 and box.sidecar(done.lines[0]) and server.posts == 2
+    assert len(box.ledger()) == len(box.unfinished()) == 1
+
+
+def test_a_stopped_recover_keeps_the_entry(here: Box) -> None:
+    with output_replicate(here, polls=10**6) as server:
+        made = server.plant({"prompt": "a fox", "seed": 7}, polls=10**6)
+        journal_entry(id=made)
+        process = here.start("recover", "--all")
+        server.wait_seen(2)
+        process.send_signal(signal.SIGINT)
+        assert output_ended(process, 8).code == 130 and len(here.unfinished()) == 1 and server.canceled == []
+        server.finish()
+        assert here.run("recover", "--all").code == 0 and len(output_files(here.out)) == 2
+
+
+def test_a_second_ctrl_c_leaves_at_once(box: Box) -> None:
+    def respond(seen: Seen) -> object:
+        if seen.path.endswith("/cancel"):
+            return silent()
+        return status(201 if seen.method == "POST" else 200, {"id": "p1", "status": "processing"})
+
+    with Remote(handler=respond) as server:
+        box.environ["REPLICATE_API_TOKEN"] = "r8_stand_in"
+        box.configure({"x": {"type": "replicate", "base_url": f"{server.base}/v1", "model": "a/b:c"}})
+        process = box.start("generate", "a fox")
+        server.wait_seen(2)
+        process.send_signal(signal.SIGINT)
+        server.wait(lambda: server.seen[-1].path.endswith("/cancel"))
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert output_ended(process).code == 130 and time.monotonic() - began < 2  # the cancel alone may take 3 seconds
+    assert [entry["remote"]["id"] for entry in box.unfinished()] == ["p1"]
+
+
+# The life of one paid image, as the table at the top of imagen.py tells it
+
+LIFE = re.findall(r"^ +(\d+) (\w+) +\S.*? +→ (\w+)", imagen.__doc__ or "", re.MULTILINE)
+LIFE_IMAGE = png(64, 64, pad=300_000)
+LIFE_NEXT = {  # step: what is true as soon as it is done
+    "entry": "record",
+    "sending": "record.get('sending') and step == 'sendall'",
+    "post": "step.startswith('recv')",
+    "remote": "record.get('remote') and step == 'fsync done'",
+    "spool": "part",
+    "hidden": "'.imagen-' + record.get('id', '') in files",
+    "image": "record.get('image', {}).get('sha256')",
+    "sidecar": "'fox.png.json' in files",
+    "link": "'fox.png' in files",
+    "path": "record.get('path')",
+    "clean": "record.get('path') and not any(name.startswith('.imagen-') for name in files)",
+    "ledger": "ledger.endswith(b'\\n') and not record",
+}
+
+
+def life_killed(box: Box, when: str) -> None:
+    done = output_played(box, {"when": when}, "generate", "a fox", "-o", str(box.out / "fox.png"))
+    assert done.code == -signal.SIGKILL, done.err
+
+
+def life_recovered(box: Box, server: ReplicateServer | OpenAIServer) -> tuple[Done, list[str]]:
+    """What `recover --all` said, and what it asked for."""
+    before = len(server.seen)
+    done = box.run("recover", "--all")
+    assert box.unfinished() == [] and box.hidden() == [] and sum(seen.method == "POST" for seen in server.seen) <= 1
+    return done, [seen.path.partition("?")[0] for seen in server.seen[before:]]
+
+
+def life_image(box: Box, done: Done) -> None:
+    assert (done.code, done.lines) == (0, [str(box.out / "fox.png")])
+    assert (box.out / "fox.png").read_bytes() == LIFE_IMAGE and journal_id(box, done) == box.ledger()[-1]["id"]
+
+
+@pytest.mark.parametrize(("number", "step", "outcome"), LIFE, ids=lambda word: word)
+def test_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
+    box: Box, number: str, step: str, outcome: str
+) -> None:
+    with output_replicate(box, LIFE_IMAGE) as server:
+        life_killed(box, LIFE_NEXT[step])
+        if step == "post":
+            server.wait(lambda: server.created)
+        asked_before, files_before = len(server.files.seen), output_files(box.out) if box.out.exists() else {}
+        done, asked = life_recovered(box, server)
+        made = list(server.predictions)
+        fetched = len(server.files.seen) - asked_before
+        if outcome == "closed":
+            assert (done.code, done.out, asked, made) == (0, "", [], []) and box.ledger()[0]["id"]
+            assert output_files(box.out) == {}
+            assert box.run("cost", "--json").json["total"]["unknown"] == 0
+        elif outcome == "asked":  # the list of predictions; found there or not charged
+            assert asked[0] == "/v1/predictions" and len(made) == server.created <= 1
+            if made:
+                life_image(box, done)
+            else:
+                assert done.code == 11 and "not charged" in done.err.lower() and output_files(box.out) == {}
+                assert box.ledger()[0]["charged"] == "no"
+        elif outcome == "fetched":
+            assert asked == [f"/v1/predictions/{made[0]}"] and fetched == 1
+            life_image(box, done)
+        elif outcome == "kept":
+            assert (asked, fetched) == ([], 0)
+            life_image(box, done)
+        elif outcome == "delivered":
+            assert (asked, fetched) == ([], 0) and files_before == output_files(box.out)
+            life_image(box, done)
+        else:
+            assert (outcome, done.code, done.out, asked) == ("done", 0, "", []) and len(box.ledger()) == 1
+            assert files_before == output_files(box.out) and files_before["fox.png"] == LIFE_IMAGE
+
+
+def test_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it(box: Box) -> None:
+    with output_replicate(box):
+        done = output_played(box, {"count": True}, "generate", "a fox")
+    steps = done.err.partition("STEPS\n")[2].splitlines()
+    connects = [number for number, step in enumerate(steps) if step == "socket.connect"]
+    before_the_post = steps[connects[0] : steps.index("sendall")]
+    assert before_the_post.count("fsync done") == 2 and "write" not in before_the_post[before_the_post.index("fsync") :]
+    answer = next(number for number, step in enumerate(steps) if step.startswith("recv"))
+    assert steps[answer : connects[1]].count("fsync done") >= 1  # the id, before the first poll
+
+
+def test_a_name_that_somebody_took_after_a_kill_stays_theirs(box: Box) -> None:
+    with output_replicate(box) as server:
+        life_killed(box, LIFE_NEXT["sidecar"])
+        (box.out / "fox.png").write_bytes(b"theirs")
+        done, _ = life_recovered(box, server)
+        assert (done.code, done.lines) == (0, [str(box.out / "fox-2.png")])
+        assert (box.out / "fox.png").read_bytes() == b"theirs" and box.sidecar(done.lines[0])
+        assert output_files(box.out).keys() == {"fox.png", "fox-2.png", "fox-2.png.json"}  # and no sidecar of ours
+
+
+def test_a_kill_without_hard_links_and_sidecars_still_leaves_a_record(box: Box) -> None:
+    box.configure({"toy": {"type": "mock"}}, output={"write_metadata_json": False})
+    args = ("generate", "a fox", "--size", "64x64", "-o", str(box.out / "fox.png"))
+    assert output_played(box, {"when": "files.get('fox.png')", **OUTPUT_UNLINKED}, *args).code == -signal.SIGKILL
+    assert box.run("recover", "--all").lines == [str(box.out / "fox.png")]
+    assert [row["path"] for row in box.run("list", "fox", "--json").json["images"]] == [str(box.out / "fox.png")]
+
+
+@pytest.mark.parametrize("step", ["sending", "post"])
+def test_a_kill_around_a_post_that_nobody_remembers_is_maybe_charged(box: Box, step: str) -> None:
+    with output_openai(box) as server:
+        life_killed(box, LIFE_NEXT[step])
+        if step == "post":
+            server.wait(lambda: server.posts)
+        done, asked = life_recovered(box, server)
+        assert done.code == 10 and "maybe charged" in done.err.lower() and asked == []
+        assert box.ledger()[0]["id"] and box.ledger()[0]["charged"] == "unknown"
+
+
+def test_a_spool_that_turns_out_to_be_whole_is_not_fetched_again(box: Box) -> None:
+    with output_replicate(box, LIFE_IMAGE) as server:
+        life_killed(box, f"part == {len(LIFE_IMAGE)}")
+        assert len(server.files.seen) == 1
+        done, asked = life_recovered(box, server)
+        assert asked == [] and len(server.files.seen) == 1
+        life_image(box, done)
+
+
+def test_the_life_has_twelve_steps_and_every_one_is_played() -> None:
+    assert [int(number) for number, _, _ in LIFE] == list(range(1, 13))
+    assert [step for _, step, _ in LIFE] == list(LIFE_NEXT)
+
+
+# The kills: a generation that dies at every one of its steps, one after the other
+
+
+class KillsKind(NamedTuple):
+    """A kind of generation to be killed; how many steps it has at least, and how many of them while it is open."""
+
+    backend: str
+    parts: int
+    steps: int
+    open: int
+    fault: Mapping[str, Any]
+
+
+KILLS = {
+    "replicate": KillsKind("flux", 3, 80, 65, {}),
+    "openai": KillsKind("gpt", 2, 60, 45, {}),
+    "mock": KillsKind("mock", 1, 40, 25, {}),
+    "mock without hard links": KillsKind("mock", 1, 40, 25, OUTPUT_UNLINKED),
+}
+KILLS_MINE = b"somebody's own picture"
+KILLS_IMAGE = png(16, 16, pad=150_000)
+
+
+class KillsVictims:
+    """A Replicate and an OpenAI for many homes; each home's prompt is its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.stack = root, contextlib.ExitStack()
+        self.replicate = self.stack.enter_context(ReplicateServer())
+        self.openai = self.stack.enter_context(OpenAIServer(key=""))
+        self.replicate.script(always=True, polls=1, image=KILLS_IMAGE)
+        said = {"data": [{"b64_json": base64.b64encode(KILLS_IMAGE).decode()}], "output_format": "png"}
+        self.openai.script(*[ok(said)] * 500)
+
+    def __enter__(self) -> KillsVictims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def home(self, name: str) -> Box:
+        """A fresh home in which the name that will be wanted is taken."""
+        box = Box(self.root / name)
+        box.out.mkdir(parents=True)
+        (box.out / "fox.png").write_bytes(KILLS_MINE)
+        flux = {"type": "replicate", "base_url": self.replicate.v1, "model": "black-forest-labs/flux-schnell"}
+        gpt = {"type": "openai", "base_url": self.openai.v1, "model": "gpt-image-1-mini"}
+        box.configure({"flux": flux, "gpt": gpt, "mock": {"type": "mock", "width": 32, "height": 32}})
+        box.environ["REPLICATE_API_TOKEN"] = self.replicate.token
+        return box
+
+    def generate(self, box: Box, kind: KillsKind, **plan: Any) -> Done:
+        args = ("generate", box.root.name, "-b", kind.backend, "-o", str(box.out / "fox.png"))
+        return output_played(box, {**plan, **kind.fault}, *args)
+
+    def paid(self, box: Box) -> list[str]:
+        """The paid POSTs that arrived from this home: prediction ids, or nameless."""
+        made = [(ident, one["input"]["prompt"]) for ident, one in list(self.replicate.predictions.items())]
+        made += [("", body["prompt"]) for body in list(self.openai.bodies)]
+        return [ident for ident, prompt in made if prompt == box.root.name]
+
+    def steps(self, kind: KillsKind) -> list[str]:
+        done = self.generate(self.home("dry"), kind, count=True)
+        assert done.code == 0, done.err
+        return done.err.partition("STEPS\n")[2].splitlines()
+
+    def killed(self, box: Box, kind: KillsKind, steps: list[str], at: int) -> bool:
+        """Let a generation die at a step (False: it had fewer steps this time) and check what is left to be seen."""
+        done = self.generate(box, kind, at=at)
+        assert done.code == -signal.SIGKILL or (done.code == 0 and at > len(steps) - 4), done.err
+        answered = next((i for i, step in enumerate(steps) if step.startswith("recv")), len(steps))
+        if kind.backend != "mock" and "sendall done" not in steps[at:answered]:
+            (self.replicate if kind.backend == "flux" else self.openai).wait(lambda: self.paid(box))
+        files = output_files(box.out)
+        assert files.pop("fox.png") == KILLS_MINE
+        for name, data in files.items():
+            if name.endswith(".json") and data:
+                assert list(json.loads(data)) == OUTPUT_SIDECAR
+            elif data or not kind.fault:  # without links a name is held by an empty file for a moment
+                sniffed = imagen.sniff(io.BytesIO(data))
+                assert sniffed and sniffed.complete
+        return done.code != 0
+
+    def check(self, box: Box, kind: KillsKind) -> None:
+        """After `recover` all is finished or named, once."""
+        assert box.hidden() == [] and list((box.state / "open").iterdir()) == []
+        files, paid = output_files(box.out), self.paid(box)
+        assert files.pop("fox.png") == KILLS_MINE
+        images = sorted(name for name in files if not name.endswith(".json"))
+        assert sorted(files) == sorted([*images, *(f"{name}.json" for name in images)])
+        assert len(images) <= 1 and len(paid) <= 1
+        lines = {line["id"]: line for line in box.ledger()}
+        for name in images:
+            about = json.loads(files[f"{name}.json"])
+            line = lines.pop(about["image_id"])
+            assert line["path"] == str(box.out / name) and line["sidecar"] == about
+            assert about["sha256"] == hashlib.sha256(files[name]).hexdigest()
+            assert kind.backend == "mock" or (paid and files[name] == KILLS_IMAGE and about["charged"] == "yes")
+        if paid and not images:  # nobody keeps it: the ledger and the message name it
+            assert kind.backend == "gpt" and [line["charged"] for line in lines.values()] == ["unknown"]
+        assert not any(line.get("path") for line in lines.values())
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, kind in KILLS.items() for part in range(kind.parts)])
+def test_a_kill_at_every_step_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, part: int
+) -> None:
+    kind = KILLS[name]
+    with KillsVictims(tmp_path) as victims, concurrent.futures.ThreadPoolExecutor(5) as pool:
+        steps = victims.steps(kind)
+
+        def one(at: int) -> tuple[str, bool]:
+            box = victims.home(f"{name} {at}")
+            if not victims.killed(box, kind, steps, at):
+                return "", False
+            journal = [path.read_bytes() for path in box.state.rglob("*") if path.is_file()]
+            is_open = any(journal) and not box.ledger()
+            done = output_played(box, kind.fault, "recover", "--all")
+            victims.check(box, kind)
+            assert done.code in (0, 10, 11), done.err
+            if done.code == 10:
+                assert "aybe charged" in done.err and box.ledger()[0]["charged"] == "unknown"
+            return steps[at - 1], is_open
+
+        kills = [kill for kill in pool.map(one, range(part + 1, len(steps) + 1, kind.parts)) if kill[0]]
+    histogram = ", ".join(f"{step} {count}" for step, count in collections.Counter(s for s, _ in kills).most_common())
+    with capsys.disabled():
+        still_open = sum(is_open for _, is_open in kills)
+        print(f"\n{name} {part + 1}/{kind.parts}: {len(kills)} kills, {still_open} of an open entry: {histogram}")
+    assert len(kills) >= kind.steps // kind.parts and still_open >= kind.open // kind.parts
+
+
+def test_the_kills_are_two_hundred_and_most_are_of_an_open_entry() -> None:
+    assert sum(kind.steps // kind.parts * kind.parts for kind in KILLS.values()) >= 200
+    assert sum(kind.open // kind.parts * kind.parts for kind in KILLS.values()) >= 150
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> None:
+    kind = KILLS[name]
+    with KillsVictims(tmp_path) as victims, concurrent.futures.ThreadPoolExecutor(5) as pool:
+        steps = victims.steps(kind)
+
+        def one(number: int) -> int:
+            box, dice = victims.home(f"{name} {number}"), random.Random(f"{name} {number}")
+            victims.killed(box, kind, steps, dice.randrange(5, len(steps)))
+            ends = [
+                output_played(box, {"at": dice.randrange(2, 30), **kind.fault}, "recover", "--all") for _ in range(3)
+            ]
+            assert {done.code for done in ends} <= {-signal.SIGKILL, 0, 10, 11}, ends[-1].err
+            output_played(box, kind.fault, "recover", "--all")
+            victims.check(box, kind)
+            return sum(done.code < 0 for done in ends)
+
+        assert sum(pool.map(one, range(10))) >= 3
+
+
+# === 20. Terminal: one line that rewrites itself; everything else a person reads ======================================
+def terminal_frames(drawn: str) -> list[str]:
+    """Every progress line that was drawn, without its colour."""
+    return [re.sub(r"\x1b\[[0-9;]*m", "", text) for text in re.findall(r"\r\x1b\[K([^\r\n]+)(?=\r\x1b)", drawn)]
+
+
+def terminal_left(drawn: str) -> list[str]:
+    """The lines that a person sees in the end; the last one is where the cursor stands."""
+    lines = drawn.replace("\r\n", "\n").split("\n")
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line).rpartition("\r\x1b[K")[2] for line in lines]
+
+
+def test_one_line_rewrites_itself_and_is_gone_at_the_end(box: Box) -> None:
+    done = on_tty(box, *SMALL, "--steps", "3", "--opt", "delay_s=0.7")
+    (path,) = done.lines
+    frames = terminal_frames(done.err)
+    assert len(frames) >= 3 and len(set(frames)) >= 3
+    assert re.fullmatch(r"drawing  ━*─*  \d+%  \d+\.\d s", frames[-1])
+    assert [line for line in frames if "━─" in line]
+    *lines, closing, cursor = terminal_left(done.err)
+    assert lines == ["imagen: mock cannot take steps: ignored", f"sidecar: {path}.json"]
+    assert re.fullmatch(r"\d+\.\d s, \$0, seed 7", closing) and cursor == ""
+
+
+def test_steps_are_a_bar(box: Box) -> None:
+    with Comfy(hold=True) as comfy:
+        block = {"type": "comfyui", "base_url": comfy.base, "model": "flux1-schnell-fp8.safetensors"}
+        box.configure({"home": {**block, "default_steps": 8}})
+        with Tty(box, "generate", "a fox") as tty:
+            tty.until(lambda drawn: "  1/8  " in drawn)
+            comfy.advance(6)
+            tty.until(lambda drawn: f"{'━' * 27}{'─' * 9}  6/8  " in drawn)
+            comfy.resume()
+            done = tty.ended()
+    assert done.code == 0 and terminal_left(done.err)[-1] == ""
+    assert not [line for line in terminal_left(done.err) if "━" in line]
+
+
+def test_how_long_it_will_take_is_learned_from_the_ledger(box: Box) -> None:
+    picture, let_go = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}, threading.Event()
+    with OpenAIServer(key="") as server:
+        box.configure({"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}})
+        for _ in range(3):
+            assert box.run("generate", "a fox", "--size", "1024x1024").code == 0
+        records = box.ledger()  # let them have taken 30, 70 and 20 seconds
+        for record, seconds in zip(records, (30, 70, 20), strict=True):
+            record["sidecar"]["latency_ms"] = 1000 * seconds
+        (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        for size, learned in (("1024x1024", True), ("1024x1536", False)):
+            let_go.clear()
+            server.script(hold(let_go, picture))
+            with Tty(box, "generate", "a fox", "--size", size) as tty:
+                tty.until(lambda drawn: len(terminal_frames(drawn)) > 2)
+                let_go.set()
+                assert tty.ended().code == 0
+                assert {"of about 30" in frame for frame in terminal_frames(tty.drawn)} == {learned}
+                assert {"─" in frame for frame in terminal_frames(tty.drawn)} == {learned}
+
+
+def test_of_several_images_the_number_made_is_shown(box: Box) -> None:
+    box.configure({"mock": {"type": "mock", "parallel": 1}})
+    done = on_tty(box, *SMALL, "-n", "3", "--opt", "delay_s=0.4")
+    assert {frame[-6:] for frame in terminal_frames(done.err)} >= {"0 of 3", "1 of 3", "2 of 3"}
+    assert len(done.lines) == 3 and all(Path(line).is_file() for line in done.lines)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_no_line_can_rewrite_itself_there_is_one_at_the_start_and_one_at_the_end(
+    box: Box, terminal: bool
+) -> None:
+    args = (*SMALL, "--opt", "delay_s=0.4")
+    done = on_tty(box, *args, env={"TERM": "dumb"}) if terminal else box.run(*args)
+    assert "\x1b" not in done.err and "\r" not in done.err.replace("\r\n", "")
+    start, sidecar, closing = done.err.splitlines()
+    assert "mock" in start and sidecar == f"sidecar: {done.lines[0]}.json"
+    assert re.fullmatch(r"\d+\.\d s, \$0, seed 7", closing)
+
+
+@pytest.mark.parametrize(("flag", "terminal"), [("-q", True), ("-q", False), ("--quiet", False), ("-qv", False)])
+def test_quiet_says_nothing_but_the_path(box: Box, flag: str, terminal: bool) -> None:
+    args = ("generate", "a fox", "--size", "64x64", "--opt", "delay_s=0.3", flag)
+    done = on_tty(box, *args) if terminal else box.run(*args)
+    assert done.err == "" and len(done.lines) == 1
+    failed = box.run(*args, "--opt", "fail=refused")
+    assert failed.out == "" and failed.err.startswith("imagen: ")
+
+
+@pytest.mark.parametrize(("value", "colored"), [("1", False), ("", True)])
+def test_no_color_takes_the_color_and_leaves_the_line(box: Box, value: str, colored: bool) -> None:
+    drawn = on_tty(box, *SMALL, "--opt", "delay_s=0.3", env={"NO_COLOR": value}).err
+    assert ("\x1b[2m" in drawn) == colored
+    assert set(re.findall(r"\x1b\[[0-9;]*[A-Za-z]", drawn)) == {"\x1b[K"} | (
+        {"\x1b[2m", "\x1b[0m"} if colored else set()
+    )
+    assert len(terminal_frames(drawn)) >= 2
+
+
+@pytest.mark.parametrize("columns", [30, 0])
+def test_the_line_is_never_wider_than_the_terminal_and_whole_where_that_tells_no_width(box: Box, columns: int) -> None:
+    frames = terminal_frames(on_tty(box, *SMALL, "--opt", "delay_s=0.4", columns=columns).err)
+    assert frames
+    for frame in frames:
+        assert len(frame) < columns if columns else frame.endswith(" s"), frame
+
+
+def test_on_one_terminal_a_path_has_a_line_to_itself(box: Box) -> None:
+    drawn = on_tty(box, *SMALL, "-n", "2", "--opt", "delay_s=0.3", both=True).err
+    paths = [line for line in terminal_left(drawn) if line.endswith(".png")]
+    assert len(paths) == 2 and all(Path(path).is_file() for path in paths)
+
+
+def test_each_path_comes_as_soon_as_its_image_is_safe(box: Box) -> None:
+    picture, let_go = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}, threading.Event()
+    with OpenAIServer(key="") as server:
+        box.configure({"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}})
+        server.script(picture, hold(let_go, picture))
+        with box.start("generate", "a fox", "-n", "2") as process:
+            assert process.stdout
+            first = process.stdout.readline().strip()
+            assert Path(first).is_file() and process.poll() is None
+            let_go.set()
+            out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and len(out.splitlines()) == 1
+
+
+def test_a_reader_that_has_gone_away_is_no_error(box: Box) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        done = box.run(*SMALL, stdout=closed)
+    assert done.code == 0 and len([*box.out.glob("*.png")]) == 1
+    assert "rror" not in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("now", "elapsed", "usual", "count", "line"),
+    [
+        ((), 1.0, None, "", "waiting  1.0 s"),
+        (("queued", None, None), 61.25, None, "1 of 4", "queued  61.2 s  1 of 4"),
+        (("sampling", 9, 18), 3.0, 40.0, "", f"sampling  {'━' * 18}{'─' * 18}  9/18  3.0 s"),
+        (("drawing", 0.25, 1.0), 3.0, None, "", f"drawing  {'━' * 9}{'─' * 27}  25%  3.0 s"),
+        (("resizing", 12, 4), 3.0, None, "", f"resizing  {'━' * 36}  12/4  3.0 s"),
+        (("waiting", None, None), 10.0, 40.0, "", f"waiting  {'━' * 9}{'─' * 27}  10.0 s of about 40"),
+        (("waiting", None, None), 99.0, 40.0, "", f"waiting  {'━' * 36}  99.0 s of about 40"),
+        (("sampling", 0, 0), 1.0, None, "", "sampling  1.0 s"),
+    ],
+)
+def test_a_progress_line(now: tuple[Any, ...], elapsed: float, usual: float | None, count: str, line: str) -> None:
+    assert imagen.progress_line(imagen.Progress(*now), elapsed, usual, count) == line
+
+
+# === 21. Commands: argparse and main() ================================================================================
+COMMANDS = str.split("generate backends styles config recover list cost install")
+BUILT_IN = ("flux-schnell-local", "flux-schnell-replicate", "flux-dev-replicate", "gpt-image", "mock")
+
+
+def commands_box(box: Box, blocks: Mapping[str, Mapping[str, Any]] | None = None, **more: Any) -> Path:
+    """A config in which every built-in backend is a mock, so that nothing reaches out, with further ones."""
+    return box.configure({**(blocks or {}), **{name: {"type": "mock"} for name in BUILT_IN}}, **more)
+
+
+def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]]:
+    """The pixels that a dry run would ask for."""
+    done = box.run("generate", *args, "--dry-run", "--json", **options)
+    assert done.code == 0, done.err
+    return [(plan["parameters"]["width"], plan["parameters"]["height"]) for plan in done.json["plans"]]
+
+
+@pytest.mark.parametrize("given_as", ["--size 96x64", "--size 96X64", "--size=96×64", "--width 96 --height 64"])
+def test_a_size_is_given_in_any_of_its_forms(box: Box, given_as: str) -> None:
+    assert commands_sizes(box, "a fox", *given_as.split()) == [(96, 64)]
+
+
+def test_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
+    done = box.run("generate", "-", "--size", "64x64", input="  a fox, übermütig\nin the snow\n")
+    assert box.sidecar(done.lines[0])["prompt"] == "a fox, übermütig\nin the snow"
+    assert box.run("generate", "-", input=" \n").code == 2
+
+
+def test_ctrl_c_while_it_reads_the_prompt_is_no_traceback(box: Box) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"a fox")
+    with box.start("generate", "-", stdin=reader) as process, open(reader), open(writer):
+        preview_wait(lambda: not select.select([reader], [], [], 0)[0])  # it has read that, and waits for more
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_options_of_the_backend_are_json_or_text(box: Box) -> None:
+    opts = ("--opt", "quality=low", "--opt", 'extra={"a": [1, true], "b": "ü"}', "--opt", "output_format=webp")
+    done = box.run("generate", "a fox", "-b", "gpt-image", *opts, "--dry-run", "--json")
+    body = done.json["plans"][0]["parameters"]
+    assert (body["quality"], body["output_format"], body["a"], body["b"]) == ("low", "webp", [1, True], "ü")
+    made = box.run(*SMALL[:4], "--opt", "width=48", "--opt", "height=32")
+    assert box.sidecar(made.lines[0])["width"] == 48
+    assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
+
+
+def test_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
+    first = box.run(*SMALL, "--style", "ink", "--negative", "blur", "--opt", "delay_s=0.01").lines[0]
+    for what in ("last", first, f"{first}.json"):
+        (again,) = box.run("generate", "--like", what).lines
+        assert again != first and Path(again).read_bytes() == Path(first).read_bytes()
+    (other,) = box.run("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
+    kept, changed = box.sidecar(first), box.sidecar(other)
+    assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
+    assert changed["negative_prompt"] == kept["negative_prompt"] != ""
+    assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
+
+
+def test_output_names_a_file_or_a_folder(box: Box) -> None:
+    cat = box.root / "cats" / "cat.jpg"
+    first, second = box.run(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
+    assert {first, second} == {str(cat.with_suffix(".png")), str(cat.with_name("cat-2.png"))}
+    (filed,) = box.run(*SMALL, "-o", f"{box.root}/dogs/").lines
+    assert Path(filed).parent == box.root / "dogs" and Path(filed).name.endswith("-a-fox-7.png")
+    (relative,) = box.run(*SMALL, "-o", "cats/relative.png").lines
+    assert relative == str(box.root / "cats" / "relative.png")
+
+
+def test_n_images_have_n_seeds(box: Box) -> None:
+    paths = box.run(*SMALL, "-n", "4").lines
+    assert sorted(box.sidecar(path)["seed"] for path in paths) == [7, 8, 9, 10]
+    assert len({Path(path).read_bytes() for path in paths}) == 4
+
+
+@pytest.mark.parametrize("name", ["mock", "gpt-image", "flux-schnell-replicate", "flux-schnell-local"])
+def test_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_nothing(box: Box, name: str) -> None:
+    (box.root / "yaml.py").write_text("raise ImportError('not here')")
+    env = {"PYTHONPATH": str(box.root), "PYTHONPROFILEIMPORTTIME": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    before = sorted(box.root.rglob("*"))
+    done = box.run("generate", "a fox", "-b", name, "-s", "poster", "--seed", "7", "--dry-run", "--json", env=env)
+    assert done.code == 0, done.err
+    (plan,) = done.json["plans"]
+    assert plan["backend"] == name and plan["prompt"].startswith("a fox, screen-printed poster")
+    assert plan["file"].startswith(f"{box.out}/") and "-a-fox-7" in plan["file"] and plan["parameters"]
+    assert plan["price_usd"] == {"mock": 0.0, "flux-schnell-local": 0.0, "flux-schnell-replicate": 0.003}.get(name)
+    if "replicate" in name:
+        assert re.search(r"\d{4}-\d\d-\d\d", plan["price_source"])
+    loaded = set(re.findall(r"\| +([\w.]+)$", done.err, re.MULTILINE))
+    assert "json" in loaded and not loaded & {"urllib.request", "http.client", "ssl", "yaml"}
+    assert sorted(box.root.rglob("*")) == before
+    in_words = box.run("generate", "a fox", "-b", name, "--seed", "7", "--dry-run").out
+    assert all(word in in_words for word in (name, "a fox", f"{box.out}/", "price"))
+
+
+EXIT_CODES = {
+    "usage": 2, "config": 3, "unreachable": 4, "refused": 5, "quota": 6, "busy": 7, "disk": 8, "partial": 9,
+    "unknown": 10, "failed": 11, "interrupted": 130, "bug": 1,
+}  # fmt: skip
+JSON_DONE = [
+    (*SMALL, "-n", "2"), (*SMALL, "--dry-run"), ("backends",), ("backends", "--check"), ("styles",),
+    ("config", "init", "--force"), ("config", "validate"), ("config", "show"), ("recover",), ("recover", "--all"),
+    ("list",), ("cost",), ("cost", "--by", "backend"), ("install", "bin"), ("--version",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", JSON_DONE, ids=" ".join)
+def test_with_json_a_command_answers_with_one_document(box: Box, args: tuple[str, ...]) -> None:
+    commands_box(box)
+    box.run(*SMALL)
+    done = box.run(*args, "--json")
+    assert done.code == 0, done.err
+    assert done.json["ok"] is True
+    if args[:4] == SMALL[:4] and "-n" in args:
+        assert done.json.keys() == {"ok", "images", "warnings"} and done.json["warnings"] == []
+        for image in done.json["images"]:
+            assert image == {**box.sidecar(image["path"]), "path": image["path"], "cloud": None}
+
+
+JSON_FAILED = [
+    ("usage", ("generate",)), ("quota", ("generate", "a fox", "-b", "mock", "--opt", "fail=quota")),
+    ("usage", ("backends", "--nope")), ("unreachable", ("backends", "--check")), ("usage", ("styles", "extra")),
+    ("config", ("config", "init")), ("config", ("config", "validate")), ("config", ("config", "show")),
+    ("usage", ("recover", "nothing-like-this")), ("usage", ("list", "-n", "many")),
+    ("usage", ("cost", "--since", "yesterday")), ("disk", ("install", "/dev/null/bin")), ("usage", ("--nope",)),
+    ("usage", ("gnerate",)), ("usage", ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "args"), JSON_FAILED, ids=[f"{row[0]}: {' '.join(row[1])}" for row in JSON_FAILED])
+def test_with_json_a_failure_is_a_document_too(box: Box, code: str, args: tuple[str, ...]) -> None:
+    nobody = {"type": "openai", "model": "m", "base_url": f"http://127.0.0.1:{refused_port()}"}
+    wrong: dict[str, Any] = {"outptu": {}} if args in (("config", "validate"), ("config", "show")) else {}
+    commands_box(box, {"x": nobody} if code == "unreachable" else None, **wrong)
+    done = box.run(*args, "--json")
+    assert done.code == EXIT_CODES[code]
+    assert done.json["ok"] is False and len(done.lines) == 1
+    error = done.json["error"]
+    assert error.keys() == {"code", "message", "hint", "retryable", "charged"}
+    assert error["code"] == code and error["message"] and error["charged"] == "no"
+    assert error["retryable"] is (code in ("unreachable", "busy", "disk", "interrupted"))
+
+
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
+    told = box.run(*SMALL, "--opt", f"fail={code}")
+    assert (told.code, told.out) == (EXIT_CODES[code], "")
+    document = box.run(*SMALL, "--opt", f"fail={code}", "--json").json
+    assert document["error"]["code"] == code and document["images"] == []
+
+
+MISTAKES = [  # what was typed; the exit code; a word of the next step
+    (("genrate", "a fox"), 2, "generate"),
+    (("a fox",), 2, 'imagen generate "a fox"'),
+    (("generate",), 2, "imagen generate"),
+    (("generate", " "), 2, "imagen generate"),
+    (("generate", "a fox", "-b", "mok"), 2, '"mock"'),
+    (("generate", "a fox", "-s", "pohto"), 2, '"photo"'),
+    (("generate", "a fox", "--sise", "64x64"), 2, "--size"),
+    (("generate", "a fox", "--opt", "widht=64"), 2, '"width"'),
+    (("generate", "a fox", "--opt", "width=wide"), 2, "whole number"),
+    (("generate", "a fox", "--opt", "width"), 2, "KEY=VALUE"),
+    (("generate", "a fox", "--size", "64"), 2, "1024x"),
+    (("generate", "a fox", "--size", "0x0"), 2, "16"),
+    (("generate", "a fox", "--size", "9000x64"), 2, "8192"),
+    (("generate", "a fox", "--width", "64"), 2, "--size"),
+    (("generate", "a fox", "--steps", "many"), 2, "--help"),
+    (("generate", "a fox", "--seed", "-1"), 2, "0"),
+    (("generate", "a fox", "-n", "0"), 2, "1"),
+    (("generate", "a fox", "--timeout", "nan"), 2, "--timeout"),
+    (("generate", "a fox", "--preview", "maybe"), 2, "--help"),
+    (("generate", "a fox", "-b"), 2, "--help"),
+    (("generate", "--like", "no-such.png"), 2, "imagen list"),
+    (("generate", "--like", "last"), 2, "imagen generate"),
+    (("config",), 2, "imagen config --help"),
+    (("config", "validat"), 2, "validate"),
+    (("backends", "--chek"), 2, "--check"),
+    (("recover", "nothing"), 2, "imagen recover"),
+    (("cost", "--since", "yesterday"), 2, "YYYY-MM-DD"),
+    (("install", "/dev/null/bin"), 8, "imagen install DIR"),
+    (("--config", "no-such.yaml", "styles"), 3, "imagen config init"),
+    (("generate", "a fox", "-b", "gpt-image"), 3, "export OPENAI_API_KEY"),
+    (("generate", "a fox", "-o", "/proc/no/fox.png"), 8, "--output"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "step"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES])
+def test_an_error_is_one_line_and_the_next_step(box: Box, args: tuple[str, ...], code: int, step: str) -> None:
+    done = box.run(*args, "-q")
+    assert (done.code, done.out) == (code, "")
+    message, *steps = done.err.splitlines()
+    assert message.startswith("imagen: ") and len(steps) <= 1
+    assert all(line.startswith("        → ") for line in steps)
+    assert step in done.err
+
+
+def test_an_unknown_key_of_the_config_names_the_nearest(box: Box) -> None:
+    for wrong, near in (({"outptu": {}}, '"output"'), ({"output": {"nameing": "x"}}, '"naming"')):
+        commands_box(box, None, **wrong)
+        done = box.run("styles")
+        assert done.code == 3 and near in done.err and next(iter(wrong)) in done.err
+
+
+def test_where_the_default_backend_fails_mock_is_offered(box: Box) -> None:
+    box.configure({"ai": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
+    assert "-b mock" in box.run("generate", "a fox").err
+    assert "-b mock" not in box.run("generate", "a fox", "-b", "ai").err
+
+
+def test_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
+    told = box.run("generate", "a fox", "--size", "64x64").err.splitlines()
+    assert len([line for line in told if "mock" in line and "imagen config init" in line]) == 1
+    assert "config init" not in box.run(*SMALL).err
+    box.configure(MOCK)
+    assert "config init" not in box.run("generate", "a fox", "--size", "64x64").err
+
+
+COMMAND_WORDS = [*COMMANDS, "a fox", "", "ü\udcff\x1b[31m"]
+COMMAND_WORDS += str.split(
+    "init show validate last 64x64 3 -1 mock ink fail=quota width=32 nan out/ x.png -b -s -n -o - -- -q -v --size "
+    "--width --steps --seed --negative --opt --like --dry-run --json --all --forget --by day --since 2026-01-01 "
+    "--timeout --force --config --help --version"
+)
+
+
+@given(st.lists(st.sampled_from(COMMAND_WORDS), max_size=6), st.sampled_from(["", "generate", "config"]))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_command_line_is_a_bug(here: Box, words: list[str], command: str) -> None:
+    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO("a hen")
+    try:
+        with contextlib.chdir(here.root), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code: object = imagen.main([command, *words] if command else words)
+    except SystemExit as helped:  # as argparse ends after --help
+        code = helped.code
+    finally:
+        sys.stdin = before
+    assert code in {0, *EXIT_CODES.values()} - {EXIT_CODES["bug"]}, err.getvalue()
+    assert "\x1b" not in err.getvalue() + out.getvalue()
+
+
+@pytest.mark.parametrize("typed", ["--help", "-h", "help", "", "--config x --help", "generate --help", "generate -h"])
+def test_help_starts_with_three_examples_that_work(box: Box, typed: str) -> None:
+    done = box.run(*typed.split())
+    assert done.code == 0 and done.err == ""
+    start = re.split(r"^usage: imagen \[|^positional", done.out, flags=re.MULTILINE)[0]
+    examples = re.findall(r"^  imagen (generate .*)", start, re.MULTILINE)
+    assert len(examples) == 3
+    box.run(*SMALL)
+    for line in examples:
+        assert box.run(*shlex.split(line), "--dry-run").code == 0, line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_tells_about_itself(box: Box, command: str) -> None:
+    done = box.run(command, "--help")
+    assert done.code == 0 and f"usage: imagen {command}" in done.out and "--json" in done.out
+    assert re.search(rf"^  {command} +\w", box.run("--help").out, re.MULTILINE)
+
+
+def test_version_is_release_and_hash_of_this_very_file(box: Box) -> None:
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
+    said = box.run("--version").out
+    assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", said)
+
+
+def test_a_flag_may_stand_before_the_command(box: Box) -> None:
+    path = commands_box(box, None, styles={"mine": "in my way"}).rename(box.root / "other.yaml")
+    for args in (["--config", str(path), "styles"], [f"--config={path}", "styles"], ["styles", "--config", str(path)]):
+        assert "in my way" in box.run(*args).out
+    assert box.run("--json", "-q", "styles").json["ok"] is True
+
+
+def test_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
+    rows = {row["name"]: row for row in box.run("backends", "--json", env={"OPENAI_API_KEY": "k"}).json["backends"]}
+    assert [name for name, row in rows.items() if row["default"]] == ["mock"]
+    assert (rows["gpt-image"]["type"], rows["gpt-image"]["model"]) == ("openai", "gpt-image-1-mini")
+    assert (rows["gpt-image"]["variable"], rows["gpt-image"]["set"]) == ("OPENAI_API_KEY", True)
+    assert (rows["flux-dev-replicate"]["variable"], rows["flux-dev-replicate"]["set"]) == ("REPLICATE_API_TOKEN", False)
+    in_words = box.run("backends").out
+    assert re.search(r"^\* mock ", in_words, re.MULTILINE) and re.search(r"OPENAI_API_KEY (is )?not set", in_words)
+
+
+def test_an_empty_variable_is_not_set(box: Box) -> None:
+    rows = box.run("backends", "--json", env={"OPENAI_API_KEY": ""}).json["backends"]
+    assert [row["set"] for row in rows if row["variable"] == "OPENAI_API_KEY"] == [False]
+
+
+def test_backends_are_checked_side_by_side(box: Box) -> None:
+    both = threading.Barrier(2)
+
+    def models(_: object) -> object:
+        both.wait(30)  # nobody is answered before both were asked
+        return {"data": [{"id": "m"}]}
+
+    with Remote(handler=models) as one, Remote(handler=models) as other:
+        block = {"type": "openai", "model": "m"}
+        commands_box(box, {"one": {**block, "base_url": one.base}, "other": {**block, "base_url": other.base}})
+        done = box.run("backends", "--check")
+    assert done.code == 0, done.out
+    assert len(done.lines) == 7 and all("ok" in line for line in done.lines)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [((), 0), (("refused",), 4), (("key",), 3), (("refused", "key"), 3), (("unset", "refused"), 3), (("model",), 3)],
+)
+def test_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(box: Box, bad: tuple[str, ...], code: int) -> None:
+    with Remote(401, repeat=True) as closed, Remote({"data": [{"id": "mm"}]}, repeat=True) as without_model:
+        block = {"type": "openai", "model": "m"}
+        faults: dict[str, dict[str, Any]] = {
+            "refused": {**block, "base_url": f"http://127.0.0.1:{refused_port()}"},
+            "key": {**block, "base_url": closed.base},
+            "unset": {**block, "base_url": closed.base, "api_key_env": "UNSET_KEY"},
+            "model": {**block, "base_url": without_model.base},
+        }
+        commands_box(box, {name: faults[name] for name in bad})
+        done = box.run("backends", "--check", "--json")
+    assert done.code == code
+    assert [row["name"] for row in done.json["backends"] if not row["said"].startswith("ok")] == [*bad]
+
+
+def test_styles_are_listed_with_the_configs_own_on_top(box: Box) -> None:
+    wanted = str.split(
+        "photo blog-header cinematic illustration watercolor ink pixel-art isometric line-art 3d-render icon poster"
+    )
+    commands_box(box, None, styles={"mine": {"suffix": "in my way", "width": 96, "height": 64}, "ink": "in blue ink"})
+    styles = box.run("styles", "--json").json["styles"]
+    assert {*wanted, "mine"} <= styles.keys() and styles["ink"]["suffix"] == "in blue ink"
+    assert commands_sizes(box, "a fox", "-s", "mine", "-b", "mock") == [(96, 64)]
+    for line in box.run("styles").lines:
+        assert line.split()[0] in styles
+
+
+def test_config_init_writes_the_sample_for_the_owner_alone_and_never_over_a_file(box: Box) -> None:
+    done = box.run("config", "init", umask=0)
+    path = Path(done.lines[0])
+    assert path == box.root / "config" / "imagen.yaml" and path.read_text() == imagen.sample_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("mine: yes\n")
+    path.chmod(0o644)
+    refused = box.run("config", "init")
+    assert refused.code == 3 and "--force" in refused.err and path.read_text() == "mine: yes\n"
+    assert box.run("config", "init", "--force", umask=0).code == 0
+    assert path.read_text() == imagen.sample_text() and path.stat().st_mode & 0o777 == 0o600
+    elsewhere = box.run("--config", "new/other.yaml", "config", "init").lines
+    assert elsewhere == [str(box.root / "new" / "other.yaml")] and box.run("config", "validate").code == 0
+
+
+def test_config_validate_lists_every_complaint_at_once(box: Box) -> None:
+    literal = "r8_a_key_that_must_not_be_here"
+    commands_box(
+        box,
+        {
+            "a": {"type": "opnai"},
+            "b": {"type": "replicate", "model": "flux", "api_token_env": literal},
+            "c": {"type": "comfyui", "model": "m", "base_url": "ftp://x", "stepz": 4},
+            "d": {"type": "openai"},
+        },
+        owner_user_id="me",
+        worker={"concurrency": 0},
+        output={"preview": "maybe", "nameing": "x", "naming": "{sulg}.png"},
+    )
+    done = box.run("config", "validate")
+    assert done.code == 3 and done.out == ""
+    complaints = ["opnai", "api_token_env", "stepz", '"d"', "owner_user_id", "worker.concurrency", "output.preview"]
+    missed = [word for word in [*complaints, "output.nameing", "{sulg}"] if word not in done.err]
+    assert not missed, done.err
+    assert literal not in done.err + box.run("config", "validate", "--json").out
+
+
+def test_what_only_others_or_the_cloud_lack_is_a_warning(box: Box) -> None:
+    box.configure({"mine": {"type": "mock"}})
+    done = box.run("config", "validate")
+    assert done.code == 0
+    assert all("warning: " in line for line in done.err.splitlines())
+    assert all(word in done.err for word in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN", "owner_user_id"))
+    box.configure({"mine": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
+    assert box.run("config", "validate").code == 3
+
+
+def test_config_show_names_the_file_and_what_the_environment_overrides_but_no_secret(box: Box) -> None:
+    secrets = box.root / "secrets"
+    secrets.write_text("REPLICATE_API_TOKEN=r8_canary_in_a_file\n")
+    secrets.chmod(0o600)
+    path = commands_box(box, {"ai": {"type": "openai", "model": "m"}}, env_file=str(secrets))
+    env = {"OPENAI_API_KEY": "sk-canary", "SUPABASE_SERVICE_ROLE_KEY": "canary", "IMAGEN_BACKEND": "mock"}
+    shown, document = box.run("config", "show", env=env), box.run("config", "show", "--json", env=env)
+    assert "canary" not in shown.out + shown.err + document.out
+    assert str(path) in shown.out and document.json["path"] == str(path)
+    overridden = {"IMAGEN_BACKEND": "default_backend", "IMAGEN_OUTPUT_DIR": "output.directory"}
+    assert document.json["environment"] == overridden
+    assert document.json["config"]["default_backend"] == "mock"
+    assert document.json["config"]["output"]["directory"] == str(box.out)
+    for variable, place in overridden.items():
+        assert re.search(rf"{re.escape(place)}.*{variable}", shown.out)
+
+
+@pytest.mark.parametrize("place", ["api_key_env", "api_key", "base_url"])
+@pytest.mark.parametrize("command", ["config show", "config validate", "backends", "backends --check", "generate fox"])
+def test_a_key_pasted_into_the_config_is_not_shown(box: Box, command: str, place: str) -> None:
+    pasted = {"api_key_env": "sk-canary", "api_key": "sk-canary", "base_url": "http://me:sk-canary@127.0.0.1:1/v1"}
+    commands_box(box, {"ai": {"type": "openai", "model": "m", place: pasted[place]}})
+    for flags in ([], ["--json"]):
+        done = box.run(*command.split(), *flags)
+        assert "canary" not in done.out + done.err
+    assert done.code == (0 if command in ("config show", "backends") else 3)
+
+
+def test_list_shows_the_last_images_that_hold_all_the_words(box: Box) -> None:
+    for prompt in ("a red fox", "a blue fox", "a Red hen"):
+        box.run("generate", prompt, "--size", "64x64")
+    found = {words: box.run("list", *words.split(), "--json").json["images"] for words in ("", "RED", "fox red")}
+    assert [row["prompt"] for row in found[""]] == ["a Red hen", "a blue fox", "a red fox"]
+    assert [row["prompt"] for row in found["RED"]] == ["a Red hen", "a red fox"]
+    assert [row["prompt"] for row in found["fox red"]] == ["a red fox"]
+    (line,) = box.run("list", "-n", "1").lines
+    assert "a Red hen" in line and str(box.out) in line
+    assert box.run("list", "nothing").out == ""
+
+
+def test_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
+    with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
+        block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
+        box.configure({"ai": block, "local": {**block, "base_url": local.v1, "model": local.models[0]}})
+        known = [box.sidecar(box.run("generate", "a fox").lines[0])["cost_usd_estimate"] for _ in range(2)]
+        assert box.run("generate", "a fox", "-b", "local", "--size", "512x512").code == 0
+        server.script("server_error")
+        assert box.run("generate", "a fox").code == 10
+        assert box.run("recover", "--all").code == 10  # nobody keeps it, so the entry is closed: maybe charged
+    assert known[0] > 0
+    total = {"images": 3, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
+    by_backend = box.run("cost", "--by", "backend", "--json").json
+    assert {key: by_backend["total"][key] for key in total} == total
+    rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
+    assert rows == {"ai": (2, 1), "local": (1, 1)}
+    records = box.ledger()
+    records[0]["at"] = "2001-02-03T04:05:06+00:00"
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    days = box.run("cost", "--json").json["rows"]
+    assert [row["images"] for row in days] == [1, 2] and days[0]["day"] == "2001-02-03"
+    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 2
+    in_words = box.run("cost").out
+    assert "2 of unknown cost" in in_words and "$0 " not in in_words
+
+
+def test_the_launcher_runs_this_copy_from_anywhere_and_nothing_of_the_current_folder(box: Box) -> None:
+    odd = box.root / 'it\'s a "copy" of $HOME; $(rm) \\ ü'
+    (odd / "bin").mkdir(parents=True)
+    shutil.copy(HERE, odd / "imagen.py")
+    installed = subprocess.run(
+        [sys.executable, odd / "imagen.py", "install", odd / "bin"],
+        env=box.environ, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    launcher = odd / "bin" / "imagen"
+    assert installed.stdout == f"{launcher}\n" and "PATH" in installed.stderr
+    trap = box.root / "trap"
+    trap.mkdir()
+    for name in ("imagen", "json", "argparse", "zlib"):
+        (trap / f"{name}.py").write_text("print('trapped')\nraise SystemExit(99)\n")
+
+    def launched(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([launcher, *args], cwd=trap, env=box.environ, capture_output=True, text=True, timeout=60)
+
+    made = launched("generate", "a  'fox'", "--size", "64x64")
+    assert made.returncode == 0, made.stderr
+    assert box.sidecar(made.stdout.strip())["prompt"] == "a  'fox'"
+    assert launched("generate", "").returncode == 2
+    assert [*odd.glob("__pycache__/imagen.*.pyc")]  # what makes it faster than `python3 imagen.py`
+
+
+def test_install_replaces_its_own_launcher_and_nobody_elses_file(box: Box) -> None:
+    assert box.run("install").lines == [str(box.root / ".local" / "bin" / "imagen")]
+    launcher = Path(*box.run("install", "bin").lines)
+    launcher.chmod(0o600)
+    assert box.run("install", "bin").code == 0 and launcher.stat().st_mode & 0o111
+    launcher.write_text("#!/bin/sh\necho another program\n")
+    refused = box.run("install", "bin")
+    assert refused.code == 2 and "another program" in launcher.read_text()
+    assert [path.name for path in launcher.parent.iterdir()] == ["imagen"]
+
+
+# === README ===========================================================================================================
+@pytest.fixture
+def readme() -> str:
+    path = Path(imagen.__file__).parent / "README.md"
+    if not path.exists():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("there is no README.md beside imagen.py")
+    return path.read_text()
+
+
+def readme_blocks(text: str, *languages: str) -> list[str]:
+    """The code blocks in one of these languages."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in languages]
+
+
+def readme_commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every `imagen …` and `python3 imagen.py …` in shell blocks and in the text, also in pipes."""
+    for block in [*readme_blocks(text, "", "sh", "bash", "shell", "console"), *re.findall(r"`(imagen [^`\n]+)`", text)]:
+        for line in block.replace("\\\n", " ").splitlines():
+            if "imagen" not in line or line.lstrip().startswith("#"):
+                continue
+            lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = [*lexer, ";"]
+            while words:
+                end = next(i for i, word in enumerate(words) if set(word) <= set("();<>|&"))
+                command, words = words[:end], words[end + 1 :]
+                while command and re.fullmatch(r"\w+=.*", command[0]):
+                    command.pop(0)
+                for start in (["imagen"], ["python3", "imagen.py"], ["uv", "run", "imagen.py"], ["./imagen.py"]):
+                    if command[: len(start)] == start:
+                        yield command[len(start) :]
+
+
+def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
+    (made,) = box.run(*SMALL).lines
+    commands, known = [*readme_commands(readme)], re.findall(r"^  (\w+) +\S", box.run("--help").out, re.MULTILINE)
+    assert len(commands) >= 10
+    for words in commands:
+        name, *rest = next((words[i:] for i, word in enumerate(words) if word in known), ["help"])
+        if name == "generate":
+            args = [made if rest[i - 1] == "--like" else word for i, word in enumerate(rest)]
+            done = box.run("generate", "--dry-run", *args, input="a fox")
+            assert done.code == 0, f"{words}: {done.err}"
+        elif name != "help":
+            helped = box.run(name, "--help")
+            flags = {word.partition("=")[0] for word in rest if word.startswith("-")}
+            assert flags <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped.out)), words
+            assert name != "config" or rest[0] in ("init", "validate", "show")
+        else:
+            assert words in ([], ["--help"], ["-h"], ["help"], ["--version"], ["--version", "--json"]), words
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_backend_in_the_readme_makes_an_image(box: Box, readme: str, linked: bool) -> None:
+    section = readme[re.search(r"^#+ .*own backend", readme, re.MULTILINE | re.IGNORECASE).start() :]  # type: ignore[union-attr]
+    source, block = readme_blocks(section, "python")[0], readme_blocks(section, "yaml")[0]
+    assert len(source.splitlines()) <= 45
+    shutil.copy(HERE, box.root / "imagen.py")
+    (box.root / "my_imagen.py").write_text(source)
+    by_link = {"image_url": "/made/fox.png"} if linked else png(64, 48)
+    with Remote(handler=lambda seen: by_link if seen.method == "POST" else png(64, 48)) as server:
+        box.configure(MOCK).write_text(re.sub(r"https?://[^\s\"',}]+", server.base, block))
+        kind = re.findall(r"""register\(["']([\w-]+)["']\)""", source)[0]
+        name = re.findall(rf"([\w-]+): *\{{?\s*type: *{kind}\b", block)[0]
+        keys = dict.fromkeys(re.findall(r"\b[A-Z][A-Z0-9_]*_(?:KEY|TOKEN)\b", source + block), "key-of-the-stand-in")
+        done = subprocess.run(
+            [sys.executable, "my_imagen.py", "generate", "a fox", "-b", name, "--seed", "7"],
+            cwd=box.root, env={**box.environ, **keys}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "a fox" in server.seen[0].body.decode() + server.seen[0].path
+    about = box.sidecar(done.stdout.strip())
+    assert (about["width"], about["height"], about["backend"]) == (64, 48, name)
+
+
+def test_the_readme_names_every_key_of_the_config(readme: str) -> None:
+    config = imagen.Config()
+    keys = {*config._fields, *imagen.Style._fields, "IMAGEN_BACKEND", "IMAGEN_OUTPUT_DIR", "IMAGEN_PREVIEW"}
+    keys |= {"IMAGEN_CLOUD_SYNC", "IMAGEN_OWNER_USER_ID", "IMAGEN_CONFIG"}
+    keys |= {key for part in config if hasattr(part, "_fields") for key in part._fields}
+    keys |= {key for adapter in imagen.BACKENDS.values() for key in adapter.Options._fields}
+    assert [key for key in sorted(keys) if not re.search(rf"(?<![\w-]){key}(?![\w-])", readme)] == []
+
+
+def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
+    rows = re.findall(r"^\| *`?(\d+)`? *\| *`?(\w*)`? *\|", readme, re.MULTILINE)
+    assert {int(code): name for code, name in rows} == {0: "", **{code: name for name, code in EXIT_CODES.items()}}
+    assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == EXIT_CODES
+
+
+class Bench(NamedTuple):
+    """One run of a child process."""
+
+    seconds: float
+    peak: float  # MB
+    began: float  # on the clock of time.monotonic(), which is the same in all processes
+
+
+# The child is started by a small process: on Linux a child's peak is never less than that of whoever started it.
+BENCH_STARTER = """
+import json, os, sys, time
+null = os.open(os.devnull, os.O_RDWR)
+began = time.monotonic()
+actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)]
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=actions), 0)
+seconds = time.monotonic() - began
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss, began]))
+"""
+
+
+class BenchBox:
+    """A home, a copy of imagen.py with its bytecode, and the interpreter itself, without shims in front of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.python = root, os.path.realpath(sys.executable)
+        self.copy = Path(shutil.copy(HERE, root))
+        self.environ = {**Box(root).environ, "OPENAI_API_KEY": "sk-stand-in-0001", "REPLICATE_API_TOKEN": "r8_stand_in"}
+        if subprocess.run([self.python, "-c", "import yaml"], capture_output=True).returncode:
+            import yaml
+
+            self.environ["PYTHONPATH"] = str(Path(yaml.__file__).parents[1])
+        compiled = f"import argparse, json; compile(open({str(self.copy)!r}, 'rb').read(), 'imagen.py', 'exec')"
+        self.floor_a, self.floor_b = ("-c", "import argparse, json"), ("-c", compiled)
+        self.script, self.module = (str(self.copy),), ("-m", "imagen")
+        self.run(*self.module, "--help")
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        """A child on its way."""
+        command = [self.python, "-I", "-S", "-c", BENCH_STARTER, self.python, *args]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.root, env=self.environ, stdout=pipe, stderr=pipe, text=True)
+
+    @staticmethod
+    def ended(starter: subprocess.Popen[str]) -> Bench:
+        """What it took, once it is over."""
+        out, err = starter.communicate(timeout=60)
+        code, seconds, peak, began = json.loads(out)
+        assert code == 0, err
+        return Bench(seconds, peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), began)
+
+    def run(self, *args: str) -> Bench:
+        """A child, from its start to its end."""
+        return self.ended(self.start(*args))
+
+    def medians(self, rounds: int, *cases: Callable[[], float]) -> list[float]:
+        """The median of each case, one after the other in each round, so that a busy moment hits all alike."""
+        figures = [[case() for case in cases] for _ in range(rounds)]
+        return [statistics.median(column) for column in zip(*figures, strict=True)]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> BenchBox:
+    return BenchBox(tmp_path)
+
+
+def bench_report(title: str, unit: str, rows: Sequence[tuple[str, float, float, str]]) -> None:
+    """Print what was measured beside what is allowed, and fail where it is more."""
+    print(f"\n\n{title} ({os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {HERE.stat().st_size / 1000:.1f} KB)")
+    for name, value, limit, rule in rows:
+        allowed = f"{'ok  ' if value <= limit else 'OVER'} {value / limit:4.2f} of {limit:7.1f}  {rule}" if rule else ""
+        print(f"  {name:<44} {value:7.1f} {unit}  {allowed}")
+    assert not [name for name, value, limit, _ in rows if value > limit]
+
+
+MOCK_64 = ("generate", "a cat in a fishbowl", "-b", "mock", "--seed", "7", "--size", "64x64")
+MOCK_1024 = (*MOCK_64[:-1], "1024x1024")
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_starting(bench: BenchBox) -> None:
+    cases = [bench.floor_a, bench.floor_b, (*bench.script, "--help"), (*bench.module, "--help")]
+    cases += [(*bench.script, *MOCK_64), (*bench.module, *MOCK_64), (*bench.module, *MOCK_1024)]
+    timed = [lambda case=case: 1000 * bench.run(*case).seconds for case in cases]
+    a, b, *rest = bench.medians(21, *timed)
+    script, module, mock_script, mock_module, mock_large = rest
+    rows = [
+        ("A: import argparse, json", a, a, ""),
+        ("B: A and compile() of imagen.py", b, b, ""),
+        ("imagen.py --help", script, 1.3 * b, "1.3 x B"),
+        ("-m imagen --help", module, 1.8 * a, "1.8 x A"),
+        ("imagen.py, mock 64x64", mock_script, 1.7 * b, "1.7 x B"),
+        ("-m imagen, mock 64x64", mock_module, 3 * a, "3 x A"),
+        ("-m imagen, mock 1024x1024", mock_large, mock_module + 100, "100 ms more than 64x64"),
+    ]
+    bench_report("Start, median of 21 rounds", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_a_request_leaves_soon(bench: BenchBox) -> None:
+    picture = json.dumps({"data": [{"b64_json": base64.b64encode(png()).decode()}]}).encode()
+    imports = (bench.floor_b[0], f"{bench.floor_b[1]}; import urllib.request, yaml")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        home = Box(bench.root)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        home.configure({"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": url}})
+
+        def until_the_request() -> float:
+            starter = bench.start(*bench.script, "generate", "a fox")
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as lines:
+                sock.recv(1, socket.MSG_PEEK)
+                arrived = time.monotonic()
+                head = iter(lines.readline, b"\r\n")
+                size = next(int(line.split()[1]) for line in head if line.lower().startswith(b"content-length"))
+                assert [line for line in head if not line] == []
+                lines.read(size)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(picture), picture))
+            return 1000 * (arrived - bench.ended(starter).began)
+
+        floor, took = bench.medians(21, lambda: 1000 * bench.run(*imports).seconds, until_the_request)
+    floor_row = ("B and import urllib.request, yaml", floor, floor, "")
+    bench_report(
+        "Start to request", "ms", [floor_row, ("imagen.py, first byte at the server", took, 1.3 * floor, "1.3 x")]
+    )
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_memory(bench: BenchBox) -> None:
+    home = Box(bench.root)
+    peaks: dict[str, list[float]] = {"replicate": [], "openai": []}
+    floor, helped = bench.medians(
+        5, lambda: bench.run(*bench.floor_b).peak, lambda: bench.run(*bench.script, "--help").peak
+    )
+    for pad in (1 << 10, 40 << 20):
+        with ReplicateServer() as replicate, OpenAIServer(pad=pad) as openai:
+            replicate.script(always=True, polls=0, image=png(pad=pad))
+            home.configure(
+                {
+                    "replicate": {"type": "replicate", "model": "a/b", "base_url": replicate.v1}
+                    | {"model": "black-forest-labs/flux-schnell", "output_format": "png"},
+                    "openai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": openai.v1}
+                    | {"api_key_env": "OPENAI_API_KEY"},
+                }
+            )
+            for name, found in peaks.items():
+                runs = [lambda name=name: bench.run(*bench.script, "generate", "a fox", "-b", name, "-q").peak]
+                found += bench.medians(3, *runs)
+    rows = [("B: argparse, json, compile()", floor, floor, ""), ("imagen.py --help", helped, floor + 3, "B + 3 MB")]
+    for name, most, rule in (("replicate", 6.0, "6 MB more"), ("openai", 120.0, "3 x its size more")):
+        small, large = peaks[name]
+        rows += [(f"{name}, 1 KB", small, small, ""), (f"{name}, 40 MB", large, small + most, rule)]
+    bench_report("Peak memory", "MB", rows)
