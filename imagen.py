@@ -90,8 +90,7 @@ EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 class ImagenError(Exception):
     """An error for a person: `str(error)` says what happened, `hint` what to do next.
 
-    `charged` belongs to the attempt that failed, not to the class; `after` is how many seconds the other side
-    asked us to wait (0: it did not say).
+    `charged` belongs to the attempt, not to the class; `after`: seconds that the remote asked us to wait, 0 for none.
     """
 
     code: ClassVar[str] = "bug"
@@ -156,8 +155,8 @@ class Interrupted(ImagenError):
     code, exit_code, http_status, retryable = "interrupted", 130, 499, True
 
 
-_KINDS = (BadRequest, BadConfig, Unreachable, Refused, Quota, Busy, Disk, Partial, Unknown, Failed, Interrupted)
-ERRORS: dict[str, type[ImagenError]] = {cls.code: cls for cls in (ImagenError, *_KINDS)}
+_KINDS: list[type[ImagenError]] = [ImagenError, *ImagenError.__subclasses__()]
+ERRORS = {cls.code: cls for cls in _KINDS}
 
 
 def printable(text: str) -> str:
@@ -187,14 +186,13 @@ class Between(NamedTuple):
 def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenError] = BadConfig) -> T:
     """The NamedTuple `cls` out of a mapping from outside (file, environment, job row, HTTP body).
 
-    The type hints of `cls` are the schema: str, int, float, bool, Any, Literal, `X | None`, `tuple[X, ...]`,
-    `Mapping[str, X]`, further NamedTuples, and Annotated with the marks above. Raises `error` with every complaint,
-    one a line; each names its place ("output.preview") and the cure.
+    The type hints are the schema: str, int, float, bool, Any, Literal, `X | None`, `tuple[X, ...]`, `Mapping[str, X]`,
+    NamedTuples, and Annotated with the marks above. Raises `error` with every complaint, one a line, place and cure.
     """
     complaints: list[str] = []
     shaped = _shape(cls, data, where, complaints)
     if complaints:
-        raise error("\n".join(complaints))
+        raise error("\n".join(line.removeprefix(".") for line in complaints))
     return typing.cast(T, shaped)
 
 
@@ -209,7 +207,7 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(_shape(args[0], item, f"{where}[{i}]", complaints) for i, item in enumerate(value))
     if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(value, Mapping | None):
-        return {str(k): _shape(args[1], v, _dotted(where, k), complaints) for k, v in (value or {}).items()}
+        return {str(k): _shape(args[1], v, f"{where}.{k}", complaints) for k, v in (value or {}).items()}
     if kind is Literal:
         value = ("on" if value else "off") if isinstance(value, bool) and "on" in args else value
         if value not in args:
@@ -224,10 +222,9 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
 
 def _shape_fields(cls: Any, data: Mapping[str, Any], where: str, complaints: list[str]) -> Any:
     hints = typing.get_type_hints(cls, include_extras=True)
-    complaints += [f"{_dotted(where, key)}: unknown, {nearest(str(key), hints)}" for key in data if key not in hints]
-    required = [key for key in hints if key not in cls._field_defaults]
-    complaints += [f"{_dotted(where, key)}: missing" for key in required if key not in data]
-    given = {key: _shape(hints[key], data[key], _dotted(where, key), complaints) for key in hints if key in data}
+    complaints += [f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in data if key not in hints]
+    complaints += [f"{where}.{key}: missing" for key in hints if key not in {**cls._field_defaults, **data}]
+    given = {key: _shape(hints[key], data[key], f"{where}.{key}", complaints) for key in hints if key in data}
     return None if complaints else cls(**given)
 
 
@@ -243,12 +240,8 @@ def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: lis
     return shaped
 
 
-def _dotted(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
 def marked(cls: Any, mark: str) -> list[str]:
-    """Names of the fields of `cls` whose hint carries `mark` (KEY or REQUEST)."""
+    """The fields of `cls` whose hint carries `mark` (KEY or REQUEST)."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return [name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())]
 
@@ -259,13 +252,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(word, list(known), n=1)
     return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
-
-
-def by_likeness(word: str, known: Iterable[str]) -> list[str]:
-    """All known names, the nearest to `word` first."""
-    import difflib
-
-    return difflib.get_close_matches(word, list(known), n=99, cutoff=0.0)
 
 
 class Secret:
@@ -336,8 +322,8 @@ def is_uuid(text: str) -> bool:
 def now_iso() -> str:
     """The local time as ISO 8601 with its offset, to the millisecond."""
     seconds = time.time()
-    stamp, zone = (time.strftime(form, time.localtime(seconds)) for form in ("%Y-%m-%dT%H:%M:%S", "%z"))
-    return f"{stamp}.{int(seconds * 1000) % 1000:03d}{zone[:3]}:{zone[3:]}"
+    stamp = time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1000):03d}%z", time.localtime(seconds))
+    return f"{stamp[:-2]}:{stamp[-2:]}"
 
 
 # === 3. Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ============================================
@@ -356,24 +342,18 @@ class Sniffed(NamedTuple):
 
 
 def sniff(file: BinaryIO) -> Sniffed | None:
-    """Format, size and completeness of the image in `file`, from its bytes alone; None: no image.
-
-    Reads headers and skips bodies, so 40 MB cost as little as 40 KB. A break at any byte gives complete=False.
-    """
+    """Format, size and completeness of the image in `file`, whose body is skipped, not read; None: no image."""
     file.seek(0)
-    head = file.read(16)
-    webp = b"RIFF" + head[4:8] + b"WEBP"
-    for magic, ending, steps in (
-        *((PNG_MAGIC, "png", _sniff_png), (b"\xff\xd8\xff", "jpg", _sniff_jpeg)),
-        *((b"GIF8", "gif", _sniff_gif), (webp, "webp", _sniff_webp)),
-    ):
-        if head.startswith(magic):
-            sniffed = Sniffed(ending)
-            with suppress(EOFError, struct.error):
-                for known in steps(file):
-                    sniffed = Sniffed(ending, *known)
-            return sniffed if sniffed.width and sniffed.height else sniffed._replace(complete=False)
-    return None
+    magic = rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
+    found = re.match(magic, file.read(16))
+    if not found:
+        return None
+    sniffed = Sniffed(found.lastgroup or "")
+    steps = {"png": _sniff_png, "jpg": _sniff_jpeg, "gif": _sniff_gif, "webp": _sniff_webp}[sniffed.format]
+    with suppress(EOFError, struct.error):
+        for known in steps(file):
+            sniffed = Sniffed(sniffed.format, *known)
+    return sniffed if sniffed.width and sniffed.height else sniffed._replace(complete=False)
 
 
 def _take(file: BinaryIO, count: int) -> bytes:
@@ -452,16 +432,10 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
     pending = b""
-    for position in range(0, len(text), 1 << 20):
-        piece = pending + bytes(text[position : position + (1 << 20)])
-        tail = piece[len(piece.rstrip(b"\\")) :]  # an escape cut in two waits for the next piece
-        piece = piece[: len(piece) - len(tail)]
-        if b"\\" in piece:
-            piece = re.sub(rb"\\[nrt]", b"", piece).replace(b"\\/", b"/")
-        whole = len(piece) // 4 * 4
-        pending = piece[whole:] + tail
-        if position + (1 << 20) >= len(text):
-            whole, pending = len(piece), b""
+    for end in range(1 << 20, len(text) + (1 << 20), 1 << 20):
+        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[end - (1 << 20) : end]))
+        whole = (len(piece) - 1) // 4 * 4 if end < len(text) else len(piece)  # an escape cut in two waits
+        pending = piece[whole:]
         try:
             spool.write(binascii.a2b_base64(piece[:whole]))
         except binascii.Error as problem:
@@ -471,17 +445,10 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
 
 
 def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]) -> bytes:
-    """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
-
-    https://www.w3.org/TR/png-3/
-    """
+    """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks."""
     lines = b"".join(b"\0" + rows[start : start + width] for start in range(0, width * height, width))
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)), (b"PLTE", palette)]
-    for key, value in text.items():
-        if value.isascii():
-            chunks.append((b"tEXt", f"{key}\0{value}".encode()))
-        else:
-            chunks.append((b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace")))
+    chunks += [(b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace")) for key, value in text.items()]
     chunks += [(b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")]
     return PNG_MAGIC + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
@@ -528,8 +495,8 @@ class Price(NamedTuple):
 class Context:
     """How the world reaches an adapter: progress, stopping, and what has to be written down.
 
-    This one writes nothing down; the pipeline's `Run` does. `why` is empty until somebody stops the work, then
-    user | lost | released | deadline. `charged` is the truth about this attempt, as far as it is known.
+    This one writes nothing down; the pipeline's `Run` does. `why` is empty until the work is stopped, then user, lost,
+    released or deadline. `charged` is the truth about this attempt, as far as it is known.
     """
 
     def __init__(
@@ -548,11 +515,11 @@ class Context:
         self._sockets: set[socket.socket] = set()
 
     def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
-        """Something happened: a word for a person, and how far it is where the backend says."""
+        """A word for a person, and how far it is where the backend says."""
         self._on_progress(note, done, total)
 
     def warn(self, text: str) -> None:
-        """Something a person should know, though the image will be made."""
+        """What a person should know, though the image will be made."""
         self._on_warning(text)
 
     def stop(self, why: str) -> None:
@@ -560,12 +527,13 @@ class Context:
         self.why = self.why or why
         self._stopped.set()
         for sock in list(self._sockets):
-            _shut(sock)
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not ssl's own, which would change state under a reader
 
     def check(self) -> None:
         """Raise if the work was stopped or its deadline has passed; ask before believing a broken connection."""
-        if not self.why and self.left() <= 0:
-            self.why = "deadline"
+        if self.left() <= 0:
+            self.why = self.why or "deadline"
         if self.why == "deadline":
             raise Failed(f"not done within {self.timeout:g} s", "give it longer with --timeout")
         if self.why:
@@ -586,7 +554,7 @@ class Context:
         self._sockets.add(sock)
         try:
             if self.why:
-                _shut(sock)
+                self.stop(self.why)
             yield
         finally:
             self._sockets.discard(sock)
@@ -608,18 +576,12 @@ class Context:
         return io.BytesIO()
 
 
-def _shut(sock: socket.socket) -> None:
-    with suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not ssl's own, which would change state under a reader
-
-
 class Backend:
     """What every adapter is. Its class docstring names the remote's manual; `register` gives it its type.
 
-    It may count on a request whose seed is drawn and whose style is applied, and on options that fit `Options`.
-    It reads its options and the request, nothing else; it never prints, and writes no file but ctx.spool().
-    It reports with ctx.progress, waits with ctx.sleep, goes out through `Http`, and lets what these raise pass.
-    It raises the classes of section 1 and nothing else on purpose; Ended where the remote job is over for good.
+    It gets options that fit `Options` and a request with seed drawn and style applied, and reads nothing else.
+    It never prints, and writes no file but ctx.spool(). It reports with ctx.progress, waits with ctx.sleep, goes out
+    through `Http`, and lets what these raise pass. It raises the classes of section 1; Ended where nothing will come.
     """
 
     paid: ClassVar[bool] = True
@@ -646,8 +608,8 @@ class Backend:
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
 
-        `remote` is what ctx.remote() was told, which may lack the id; `since`, when the attempt was sent; and `taken`,
-        the ids of jobs that belong to other attempts.
+        `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent; and `taken`, the ids
+        of other attempts' jobs.
         """
         raise Ended("this kind of backend keeps no results")
 
@@ -680,33 +642,34 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
         raise BadRequest(f'backend "{name}" is not configured: {nearest(name, blocks)}')
     block = dict(blocks[name])
     kind = str(block.pop("type", ""))
-    with naming_backend(name):
+    with _naming(name, opts):
         if kind not in BACKENDS:
-            raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {", ".join(by_likeness(kind, BACKENDS))}')
+            import difflib
+
+            known = ", ".join(difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0))
+            raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {known}')
         cls = BACKENDS[kind]
-        options = from_mapping(cls.Options, block)
-    allowed = marked(cls.Options, REQUEST) if opts else []
-    for key in opts:
-        if key not in allowed:
-            raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
-    return cls, from_mapping(cls.Options, {**options._asdict(), **opts}, error=BadRequest) if opts else options
+        allowed = marked(cls.Options, REQUEST) if opts else []
+        for key in opts:
+            if key not in allowed:
+                raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
+        return cls, from_mapping(cls.Options, {**block, **opts})
 
 
 def open_backend(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
-    with naming_backend(name, BadRequest if opts else None):
+    with _naming(name, opts):
         return cls(name, options)
 
 
 @contextmanager
-def naming_backend(name: str, kind: type[ImagenError] | None = None) -> Iterator[None]:
-    """What fails inside is about the backend called `name`, and says so; a bad value is a `kind`, if given."""
+def _naming(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except BadConfig as problem:
         lines = str(problem).split("\n")
-        cls = type(problem) if isinstance(problem, KeyMissing) or not kind else kind
+        cls = BadRequest if lines[0].split(":")[0] in opts else type(problem)  # the caller's mistake, not the config's
         raise cls("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
 
 
@@ -775,14 +738,10 @@ styles: {}                        # name: suffix, or name: {suffix, negative, wi
 backends:
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own are laid over them by name.
+_COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
 BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
-    "flux-schnell-local": {
-        "type": "comfyui",
-        "base_url": "http://localhost:8188",
-        "model": "flux1-schnell.safetensors",
-        "default_steps": 4,
-    },
+    "flux-schnell-local": {**_COMFYUI, "model": "flux1-schnell.safetensors", "default_steps": 4},
     "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
     "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
     "gpt-image": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"},
@@ -819,13 +778,10 @@ def sample_text() -> str:
 
 
 def config_path(flag: str = "", new: bool = False) -> str:
-    """The config file in force: --config, else $IMAGEN_CONFIG, else $XDG_CONFIG_HOME/imagen.yaml; "" for none.
-
-    `new`: the path where one is to be written, whether it exists or not.
-    """
+    """The config file in force, "" for none; or the place for a `new` one."""
     named = flag or os.environ.get("IMAGEN_CONFIG", "")
-    users = os.path.join(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "imagen.yaml")
-    path = os.path.abspath(os.path.expanduser(named or users))
+    path = named or os.path.join(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "imagen.yaml")
+    path = os.path.abspath(os.path.expanduser(path))
     if new or os.path.isfile(path):
         return path
     if named:
@@ -862,18 +818,16 @@ def config_data(flag: str = "") -> dict[str, Any]:
     return data
 
 
-def hide_pasted_keys(
-    values: Mapping[str, Any], pasted: str = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
-) -> None:
+def hide_pasted_keys(values: Mapping[str, Any]) -> None:
     """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
+    pasted = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
     for key, value in values.items():
         if isinstance(value, Mapping):
             hide_pasted_keys(value)
-        elif isinstance(value, str) and re.search(r"key|token|secret|password|_env$", str(key)):
-            if not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
-                Secret(value)
-        elif isinstance(value, str) and (found := re.search(pasted, value)):
-            Secret(found[0])
+        elif isinstance(value, str):
+            named = re.search(r"key|token|secret|password|_env$", str(key))
+            if found := re.search(r"(?s)\A(?![A-Z][A-Z0-9_]*\Z).+" if named else pasted, value):
+                Secret(found[0])
 
 
 def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
@@ -905,18 +859,14 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        data = yaml.safe_load(raw.decode("utf-8"))
+        data = yaml.safe_load(raw)
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
     except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
-        mark, place = getattr(problem, "problem_mark", None), getattr(problem, "position", getattr(problem, "start", 0))
-        before = raw[:place].split(b"\n")
+        mark = getattr(problem, "problem_mark", None)
+        before = raw[: getattr(problem, "position", 0)].split(b"\n")
         line, column = (mark.line + 1, mark.column + 1) if mark else (len(before), len(before[-1]) + 1)
-        what = (
-            getattr(problem, "problem", None)
-            or getattr(problem, "reason", None)
-            or f"{type(problem).__name__}: {problem}"
-        )
+        what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
         raise BadConfig(f"{path}, line {line}, column {column}: {what}") from None
     if not isinstance(data, dict | None):
         raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
@@ -924,7 +874,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def load_env_file(path: str) -> None:
-    """KEY=VALUE lines become environment variables where none is set; only its owner may be able to read the file."""
+    """KEY=VALUE lines become environment variables where none is set; nobody but the owner may read the file."""
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -933,58 +883,44 @@ def load_env_file(path: str) -> None:
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        found = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*", line)
+        found = re.fullmatch(r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line)
         if not found:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        os.environ.setdefault(found[1], found[3])
+        if found[1]:
+            os.environ.setdefault(found[1], found[3])
 
 
 # === 6. Styles: named ways to dress a prompt ==========================================================================
 
 STYLES: Mapping[str, Style] = {
     "photo": Style(
-        "natural light photograph, 35mm lens, shallow depth of field, true colors, fine detail",
-        "illustration, painting, cartoon, 3d render, oversaturated",
+        "natural light photograph, 35mm lens, shallow depth of field, true colors", "illustration, cartoon, 3d render"
     ),
     "blog-header": Style(
         "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
-        "text, letters, watermark, clutter",
-        *(1536, 1024),
+        *("text, letters, watermark, clutter", 1536, 1024),
     ),
     "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, subtle grain, muted teal and amber",
-        "flat light, snapshot, text",
+        "cinematic film still, anamorphic framing, dramatic rim light, subtle grain", "flat light, text"
     ),
-    "illustration": Style(
-        "editorial illustration, confident shapes, limited palette, light paper texture", "photograph"
-    ),
-    "watercolor": Style(
-        "loose watercolor on cold-pressed paper, wet edges, visible pigment, white space", "photograph"
-    ),
+    "illustration": Style("editorial illustration, confident shapes, limited palette, paper texture", "photograph"),
+    "watercolor": Style("loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"),
     "ink": Style("black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"),
     "pixel-art": Style("pixel art, 16-bit palette, crisp square pixels, no anti-aliasing", "blur, photograph, smooth"),
-    "isometric": Style(
-        "isometric view, small diorama, clean geometry, soft shadows", "perspective distortion, clutter"
-    ),
+    "isometric": Style("isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"),
     "line-art": Style(
         "clean vector line art, even thin lines, no fill, white background", "shading, color, photograph"
     ),
     "3d-render": Style("3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"),
-    "icon": Style(
-        "app icon, one centered symbol, bold simple shape, flat color", "text, detail, photograph", 1024, 1024
-    ),
-    "poster": Style(
-        "screen-printed poster, strong composition, bold shapes, three spot colors", "photograph, clutter", 1024, 1536
-    ),
+    "icon": Style("app icon, one centered symbol, bold simple shape, flat color", "text, photograph", 1024, 1024),
+    "poster": Style("screen-printed poster, strong composition, three spot colors", "photograph, clutter", 1024, 1536),
 }
 
 
 def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
-    """`request` with its style worked into prompt, negative prompt and, where none is asked for, size.
+    """`request` with its style worked in once: prompt, negative prompt and, where none is asked for, size.
 
-    A suffix that the prompt already ends with is not added again. `own` are the config's styles, which win.
+    `own` are the config's styles, which win.
 
     >>> apply_style(Request("a fox", style="ink")).prompt
     'a fox, black ink drawing, varied brush line, hatching, white paper'
@@ -1018,7 +954,7 @@ def _with(text: str, words: str) -> str:
 
 CONNECT_TIMEOUT = 10.0  # seconds until TCP and TLS stand
 JSON_LIMIT = 64 << 20  # bytes of an ordinary answer
-IMAGE_LIMIT = 256 << 20  # bytes of an image; in base64 a third more
+IMAGE_LIMIT = 384 << 20  # bytes of an image, maybe in base64
 ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
@@ -1041,6 +977,13 @@ class Answer(NamedTuple):
         except ValueError:
             return None
 
+    def mapping(self) -> dict[str, Any]:
+        """The body as a JSON object; Failed where it is none."""
+        said = self.json()
+        if not isinstance(said, dict):
+            raise Failed(f"the server answered {self.status} with {self.words()}, which is not the JSON it should be")
+        return said
+
     def words(self) -> str:
         """The body as one short line for a person."""
         return excerpt(self.body)
@@ -1051,39 +994,40 @@ class Broken(Exception):
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
         inner = getattr(reason, "reason", reason)  # urllib wraps the real error
-        words = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
-        if isinstance(inner, ConnectionRefusedError | TimeoutError):
-            words = "no answer in time" if isinstance(inner, TimeoutError) else "nobody listens there"
-        super().__init__(words)
+        super().__init__(getattr(inner, "strerror", None) or str(inner) or type(inner).__name__)
         self.sent = sent
 
 
 def explain_status(answer: Answer, said: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said, status, after = f"{answer.status}: {said or answer.words()}", answer.status, retry_after(answer)
-    if status in (401, 403):
-        return BadConfig(said, "check the key and what it may do")
+    said, status = f"{answer.status}: {said or answer.words()}", answer.status
+    if status in (401, 403, 404):
+        return BadConfig(said, "check base_url and model" if status == 404 else "check the key and what it may do")
     if status == 402:
         return Quota(said)
-    if status == 404:
-        return BadConfig(said, "check base_url and model")
-    if status == 429 or (status == 503 and not_accepted(answer)):
-        return Busy(said, after=after)
     if 300 <= status < 400:
         return BadConfig(f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url")
-    return BadRequest(said) if 400 <= status < 500 and status not in (408, 409) else Failed(said)
+    if not not_accepted(answer):
+        return Failed(said)
+    return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
+
+
+def not_accepted(answer: Answer) -> bool:
+    """Whether this answer proves that a paid POST was turned away."""
+    if answer.status == 503:
+        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.words()))
+    return 400 <= answer.status < 500 and answer.status not in (408, 409)
 
 
 def retry_after(answer: Answer) -> float:
     """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
-    text = answer.body[:2000].decode("utf-8", "replace")
-    in_words = re.search(r"~(\d+(?:\.\d+)?) ?s\b", text) or re.search(r'"retry_after": *"?(\d+(?:\.\d+)?)', text)
-    said = answer.headers.get("Retry-After", "")
-    with suppress(ValueError):
-        return max(0.0, float(answer.headers.get("retry-after-ms", "")) / 1000)
-    with suppress(ValueError):
-        return max(0.0, float(said))
-    return max(0.0, epoch(said) - time.time() if said else float(in_words[1]) if in_words else 0.0)
+    for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+        with suppress(ValueError):
+            return max(0.0, float(answer.headers.get(name, "")) * unit)
+    if date := answer.headers.get("Retry-After"):
+        return max(0.0, epoch(date) - time.time())
+    in_words = re.search(rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]', answer.body[:2000])
+    return float(in_words[1]) if in_words else 0.0
 
 
 def epoch(text: str) -> float:
@@ -1095,13 +1039,6 @@ def epoch(text: str) -> float:
         with suppress(TypeError, ValueError):
             return read(text).timestamp()
     return 0.0
-
-
-def not_accepted(answer: Answer) -> bool:
-    """Whether this answer proves that a paid POST was turned away."""
-    if answer.status == 503:
-        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.words()))
-    return 400 <= answer.status < 500 and answer.status not in (408, 409)
 
 
 class Http:
@@ -1119,20 +1056,16 @@ class Http:
         explain: Callable[[Answer], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
-        self.ctx, self.base, self.explain, self.read_timeout = ctx, base.rstrip("/"), explain, read_timeout
-        self._keys = keys
+        self.ctx, self.base, self._keys = ctx, base.rstrip("/"), keys
+        self.explain, self.read_timeout = explain, read_timeout
 
     def get(self, path: str) -> Answer:
         """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
-        return self._tried(lambda: self._followed(path, JSON_LIMIT, None))
+        return self._tried(lambda: self._followed(path))
 
-    def get_json(self, path: str) -> Any:
-        """The JSON of a GET; Failed where the answer is none."""
-        answer = self.get(path)
-        said = answer.json()
-        if said is None and answer.body.strip() != b"null":
-            raise Failed(f"{self.base}{path} answered {answer.status} with {answer.words()}, which is no JSON")
-        return said
+    def get_json(self, path: str) -> dict[str, Any]:
+        """The JSON object of a GET; Failed where the answer is none."""
+        return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
         """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start.
@@ -1144,7 +1077,7 @@ class Http:
         def once() -> Answer:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, IMAGE_LIMIT, spool)
+            answer = self._followed(url, spool)
             sniffed = sniff(spool) if answer.status < 300 else None
             if sniffed and not sniffed.complete:
                 raise Broken("the image breaks off", sent=True)
@@ -1156,15 +1089,15 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange("POST", path, body, JSON_LIMIT), post=True)
+        return self._tried(lambda: self._exchange(path, body), post=True)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange("POST", path, body, IMAGE_LIMIT * 4 // 3, sending=self.ctx.sending)
+            answer = self._exchange(path, body, paid=True)
             if not_accepted(answer):
-                self.ctx.settle("yes" if self.explain(answer).charged == "yes" else "no")
+                self.ctx.settle(self.explain(answer).charged)
             return answer
 
         return self._tried(once, post=True)
@@ -1196,9 +1129,9 @@ class Http:
                 self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
             self.ctx.sleep(wait)
 
-    def _followed(self, url: str, limit: int, sink: BinaryIO | None) -> Answer:
+    def _followed(self, url: str, sink: BinaryIO | None = None) -> Answer:
         for _ in range(REDIRECTS + 1):
-            answer = self._exchange("GET", url, None, limit, sink)
+            answer = self._exchange(url, sink=sink)
             location = answer.headers.get("Location")
             if answer.status not in (301, 302, 303, 307, 308) or not location:
                 return answer
@@ -1207,16 +1140,8 @@ class Http:
             )
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
-    def _exchange(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        limit: int,
-        sink: BinaryIO | None = None,
-        sending: Callable[[], None] = lambda: None,
-    ) -> Answer:
-        """One request, one answer; a 2xx body goes into `sink` if there is one. Broken where it is not all there."""
+    def _exchange(self, path: str, body: Any = None, sink: BinaryIO | None = None, paid: bool = False) -> Answer:
+        """One request, a POST if it has a body; a 2xx answer goes into `sink`. Broken where it is not all there."""
         import http.client
         import urllib.parse
         import urllib.request
@@ -1225,7 +1150,7 @@ class Http:
         url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
-        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), method=method)
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
         request.add_header("User-Agent", f"imagen/{__version__}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
@@ -1234,9 +1159,9 @@ class Http:
         sent: list[bool] = []
 
         def first_byte() -> None:
-            if not sent:
-                sending()
-                sent.append(True)
+            if paid:
+                self.ctx.sending()
+            sent.append(True)
 
         def guarded(call: Callable[[], Any]) -> Any:
             try:
@@ -1248,34 +1173,77 @@ class Http:
 
         with ExitStack() as stack:
             # A server that gives a byte now and then keeps the reader from ever looking at the clock.
-            timer = threading.Timer(max(0.0, self.ctx.left()), self.ctx.stop, ("deadline",))
+            timer = threading.Timer(min(1e6, max(0.0, self.ctx.left())), self.ctx.stop, ("deadline",))
             timer.daemon = True
             timer.start()
             stack.callback(timer.cancel)
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
-            fine, kept, size = response.status < 300, bytearray(), 0
-            announced = response.headers.get("Content-Length", "")
-            announced = int(announced) if announced.isdigit() else None
-            try:
-                if fine and (announced or 0) > limit:
-                    raise Failed(f"the answer is larger than {limit >> 20} MB")
-                while block := guarded(lambda: response.read1(1 << 16)):
+            fine, size, kept = response.status < 300, 0, bytearray()
+            length = response.length if fine else None  # None: not announced
+            limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
+            keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
+            with suppress(*() if fine else (Broken,)):  # of an error what has come will do
+                while max(size, length or 0) <= limit and (block := guarded(lambda: response.read1(1 << 16))):
+                    keep(block)
                     size += len(block)
-                    if size > (limit if fine else ERROR_LIMIT):
-                        raise Failed(f"the answer is larger than {limit >> 20} MB")
-                    if fine and sink:
-                        sink.write(block)
-                    else:
-                        kept += block
-                self.ctx.check()
-                if announced not in (None, size):
-                    raise Broken(f"the answer breaks off after {size} of {announced} bytes", True)
-            except (Broken, Failed):
-                if fine or self.ctx.why:
-                    raise
+            self.ctx.check()
+            if fine and max(size, length or 0) > limit:
+                raise Failed(f"the answer is larger than {limit >> 20} MB")
+            if length not in (None, size):
+                raise Broken(f"the answer breaks off after {size} of {length} bytes", True)
             return Answer(response.status, response.headers, kept)
+
+
+def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
+    """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
+
+    Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
+    """
+    import http.client
+    import urllib.request
+
+    class Watched(http.client.HTTPConnection):
+        def connect(self) -> None:
+            self._create_connection = connecting
+            super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
+            self.sock.settimeout(self.timeout)
+            first_byte()
+
+    class WatchedTLS(Watched, http.client.HTTPSConnection):
+        pass
+
+    class Handler(urllib.request.HTTPSHandler):
+        http_request = urllib.request.HTTPSHandler.https_request
+
+        def http_open(self, request: Any) -> Any:
+            return self.do_open(Watched, request)
+
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(WatchedTLS, request)
+
+    def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
+        problem = OSError("the name has no address")
+        for family, kind, protocol, _name, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
+            stack.enter_context(ctx.watching(twin))
+            sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
+            try:
+                sock.connect(place)
+                return sock
+            except OSError as failed:
+                sock.close()
+                problem = failed
+                if ctx.why:
+                    break
+        raise problem
+
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(Handler())
+    return opener
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -1290,7 +1258,7 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def joined(base: str, link: str) -> str:
-    """The address that `link` means on a page at `base`; Failed where it means none."""
+    """The address that `link` means on a page at `base`."""
     from urllib.parse import urljoin
 
     try:
@@ -1301,82 +1269,12 @@ def joined(base: str, link: str) -> str:
 
 def checked_url(base: str, path: str = "") -> str:
     """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
-    try:
+    with suppress(Failed):
         origin(base)
-        fine = base.isprintable() and not re.search(r"[\s@?#]", base)
-    except Failed:
-        fine = False
-    if not fine:
-        raise BadConfig("base_url: not an address such as https://host/path", "keys stand in environment variables")
-    base = base.rstrip("/")
-    return base if "/" in base.partition("://")[2] else base + path
-
-
-def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
-    """urllib's opener with three hooks: sockets that a stop can shut, the first byte that leaves, no redirects.
-
-    Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
-    """
-    import http.client
-    import urllib.request
-
-    class Watched(http.client.HTTPConnection):
-        ready = False
-
-        def connect(self) -> None:
-            read_timeout, self.timeout = self.timeout, CONNECT_TIMEOUT
-            self._create_connection = connecting
-            super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
-            self.sock.settimeout(read_timeout)
-            self.ready = True
-
-        def send(self, data: Any) -> None:
-            if self.sock is None:
-                self.connect()
-            if self.ready:
-                first_byte()
-            super().send(data)
-
-    class WatchedTLS(Watched, http.client.HTTPSConnection):
-        pass
-
-    class Plain(urllib.request.HTTPHandler):
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(Watched, request)
-
-    class TLS(urllib.request.HTTPSHandler):
-        def https_open(self, request: Any) -> Any:
-            return self.do_open(WatchedTLS, request)
-
-    def connecting(address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        sock = connect_watched(ctx, *address)
-        twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
-        stack.enter_context(ctx.watching(twin))
-        return sock
-
-    opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Plain(), TLS()):
-        opener.add_handler(handler)
-    return opener
-
-
-def connect_watched(ctx: Context, host: str, port: int) -> socket.socket:
-    """A TCP connection whose making a stop can end; OSError of the last address where none answers."""
-    problem: OSError = OSError(errno.EHOSTUNREACH, "the name has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
-        try:
-            with ctx.watching(sock):
-                sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as failed:
-            sock.close()
-            problem = failed
-            if ctx.why:
-                break
-    raise problem
+        if base.isprintable() and not re.search(r"[ @?#]", base):
+            base = base.rstrip("/")
+            return base if "/" in base.partition("://")[2] else base + path
+    raise BadConfig("base_url: not an address such as https://host/path", "keys stand in environment variables")
 
 
 # === 8. Mock: pictures out of thin air, free and without a network ====================================================
@@ -1405,16 +1303,12 @@ class Mock(Backend):
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """The size that will be drawn."""
-        return {
-            "width": request.width or options.width,
-            "height": request.height or options.height,
-            "seed": request.seed,
-        }
+        width, height = request.width or options.width, request.height or options.height
+        return {"width": width, "height": height, "seed": request.seed}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """A landscape with the prompt written below it."""
-        options: Mock.Options = self.options
-        began = time.monotonic()
+        options, began = self.options, time.monotonic()
         while (gone := time.monotonic() - began) < options.delay_s:
             ctx.progress("drawing", gone, options.delay_s)
             ctx.sleep(min(0.1, options.delay_s - gone))
@@ -1429,10 +1323,12 @@ class Mock(Backend):
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
     """A PNG: mountains under a sky, placed by a hash of prompt and seed, and the prompt in letters below."""
     import hashlib
+    from colorsys import hsv_to_rgb
 
     # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
+    # Indices 0 … 253 go from light to dark (sun, sky, three layers of mountains, lit and shaded); 254 paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
-    ramp = bytes(i * 128 // (width + height) for i in range(width + height))
+    ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
 
     def run(y: int, start: float, end: float, index: int) -> None:
@@ -1441,42 +1337,31 @@ def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
             rows[y][left:right] = bytes((index,)) * (right - left)
 
     radius, sun_x, sun_y = height * (6 + dice[0] % 8) // 64, width * dice[1] // 255, height * (15 + dice[2] % 25) // 100
-    for y in range(max(0, sun_y - radius), min(height, sun_y + radius)):
+    for y in range(max(0, sun_y - radius), sun_y + radius):
         half = (radius * radius - (y - sun_y) ** 2) ** 0.5
-        run(y, sun_x - half, sun_x + half, 128 + 8 * (y - sun_y + radius) // radius)
-    for layer, base in enumerate((144, 180, 216)):
+        run(y, sun_x - half, sun_x + half, 0)
+    for layer, base in enumerate((104, 156, 208)):
         for peak in range(2 + dice[3 + layer] % 3):
-            a, b, c = list(dice[8 + layer * 15 + peak * 3 :][:3])
+            a, b, c = dice[8 + layer * 15 + peak * 3 :][:3]
             x, top = width * a // 255, height * (34 + layer * 15 + b % 18) // 100
             for y in range(top, height):
                 shade = base + 18 * (y - top) // (height - top)
                 run(y, x - (y - top) * (0.5 + (c & 15) / 12), x, shade)
                 run(y, x, x + (y - top) * (0.5 + (c >> 4) / 12), shade + 18)
-    mock_write(rows, prompt, width, height)
-    text = {"Title": prompt, "Comment": f"seed {seed}", "Software": f"imagen {__version__} mock"}
-    return png_encode(width, height, mock_palette(dice), b"".join(rows), text)
-
-
-def mock_palette(dice: bytes) -> bytes:
-    """256 colors: sky 0-127, sun 128-143, three layers of mountains 144-251 (lit, then shaded), paper 254, ink 255."""
-    from colorsys import hsv_to_rgb
-
+    mock_write(rows, prompt)
     hue = dice[60] / 255
-    colors = [(hue + 0.12 * i / 127, 0.62 - 0.4 * i / 127, 0.72 + 0.25 * i / 127) for i in range(128)]
-    colors += [(hue + 0.45, 0.25 + 0.02 * i, 1.0) for i in range(16)]
-    for layer, value in enumerate((0.72, 0.56, 0.4)):
-        for i in range(36):
-            light = value - i % 18 * 0.004 - i // 18 * 0.1
-            colors.append((hue + 0.5 + dice[61] / 1200 + layer * 0.03, 0.28 + layer * 0.14, light))
-    colors += [(0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.12, 0.04, 0.98), (hue, 0.5, 0.16)]
-    return bytes(round(255 * part) for color in colors for part in hsv_to_rgb(*color))
+    colors = [(hue + i / 900, 0.15 + i / 500, 1 - i / 340) for i in range(254)] + [(0.12, 0.04, 0.98), (hue, 0.5, 0.16)]
+    palette = bytes(round(255 * part) for color in colors for part in hsv_to_rgb(*color))
+    text = {"Title": prompt, "Comment": f"seed {seed}", "Software": f"imagen {__version__} mock"}
+    return png_encode(width, height, palette, b"".join(rows), text)
 
 
-def mock_write(rows: list[bytearray], prompt: str, width: int, height: int) -> None:
+def mock_write(rows: list[bytearray], prompt: str) -> None:
     """Write the prompt on a strip of paper at the foot of the picture, as large as fits."""
     import textwrap
     import unicodedata
 
+    width, height = len(rows[0]), len(rows)
     scale = max(1, width // 256)
     columns, most = (width - 4 * scale) // (6 * scale), min(4, (height // 2 - 4 * scale) // (11 * scale))
     if columns < 5 or most < 1:
@@ -1485,36 +1370,31 @@ def mock_write(rows: list[bytearray], prompt: str, width: int, height: int) -> N
     top = height - (11 * len(lines) + 4) * scale
     for y in range(top, height):
         rows[y][:] = b"\xfe" * width
-    for number, line in enumerate(lines):
-        for y, bits in enumerate(glyph_rows(line)):
-            painted = b"".join((b"\xff" if bit else b"\xfe") * scale for bit in bits)
-            for row in rows[top + (2 + number * 11 + y) * scale :][:scale]:
-                row[2 * scale : 2 * scale + len(painted)] = painted
+    for number, bits in enumerate(bits for line in lines for bits in glyph_rows(line)):
+        painted = b"".join((b"\xff" if bit else b"\xfe") * scale for bit in bits)
+        for row in rows[top + (2 + number) * scale :][:scale]:
+            row[2 * scale : 2 * scale + len(painted)] = painted
 
 
 # Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
-GLYPHS = bytes.fromhex(
-    "0000000000 00005f0000 0007000700 147f147f14 242a7f2a12 2313086462 3649562050 0000070000 001c224100 0041221c00"
-    "2a1c7f1c2a 08083e0808 0080700000 0808080808 0060600000 2010080402 3e5149453e 00427f4000 6251494946 2241494936"
-    "1814127f10 2745454539 3c4a494930 0171090503 3649494936 064949291e 0036360000 0080760000 0814224100 1414141414"
-    "0041221408 0201510906 3e415d551e 7c1211127c 7f49494936 3e41414122 7f4141413e 7f49494941 7f09090901 3e4149497a"
-    "7f0808087f 00417f4100 2040413f01 7f08142241 7f40404040 7f020c027f 7f0408107f 3e4141413e 7f09090906 3e4151215e"
-    "7f09192946 2649494932 01017f0101 3f4040403f 1f2040201f 3f4038403f 6314081463 0708700807 6151494543 007f414100"
-    "0204081020 0041417f00 0402010204 8080808080 0001020400 2054545478 7f48444438 3844444420 384444487f 3854545418"
-    "087e090102 18a4a4a47c 7f08040478 00447d4000 4080847d00 7f10284400 00417f4000 7c04180478 7c08040478 3844444438"
-    "fc24242418 18242418fc 7c08040408 4854545420 043f444020 3c4040207c 1c2040201c 3c4030403c 4428102844 1ca0a0a07c"
-    "4464544c44 0008364100 00007f0000 0041360800 0804081008 7e01495a20 4000400040"
+GLYPHS = binascii.a2b_base64(
+    "AAAAAAAAAF8AAAAHAAcAFH8UfxQkKn8qEiMTCGRiNklWIFAAAAcAAAAcIkEAAEEiHAAqHH8cKggIPggIAIBwAAAICAgICABgYAAAIBAIBAI+UUlF"
+    "PgBCf0AAYlFJSUYiQUlJNhgUEn8QJ0VFRTk8SklJMAFxCQUDNklJSTYGSUkpHgA2NgAAAIB2AAAIFCJBABQUFBQUAEEiFAgCAVEJBj5BXVUefBIR"
+    "Enx/SUlJNj5BQUEif0FBQT5/SUlJQX8JCQkBPkFJSXp/CAgIfwBBf0EAIEBBPwF/CBQiQX9AQEBAfwIMAn9/BAgQfz5BQUE+fwkJCQY+QVEhXn8J"
+    "GSlGJklJSTIBAX8BAT9AQEA/HyBAIB8/QDhAP2MUCBRjBwhwCAdhUUlFQwB/QUEAAgQIECAAQUF/AAQCAQIEgICAgIAAAQIEACBUVFR4f0hERDg4"
+    "REREIDhEREh/OFRUVBgIfgkBAhikpKR8fwgEBHgARH1AAECAhH0AfxAoRAAAQX9AAHwEGAR4fAgEBHg4REREOPwkJCQYGCQkGPx8CAQECEhUVFQg"
+    "BD9EQCA8QEAgfBwgQCAcPEAwQDxEKBAoRBygoKB8RGRUTEQACDZBAAAAfwAAAEE2CAAIBAgQCH4BSVogQABAAEA="
 )
 
 
 def glyph_rows(line: str) -> Iterator[list[bool]]:
-    """The eleven rows of a line of text, top first; a mark over a letter is two dots (¨) or one."""
+    """The eleven rows of a line of text, top first; a mark over a letter is two dots or one."""
     import unicodedata
 
     columns: list[int] = []
     for char in line:
         base, *marks = list(unicodedata.normalize("NFD", char))
-        index = {"ß": 95, "…": 96}.get(base, ord(base) - 32 if " " <= base <= "~" else ord("?") - 32)
+        index = {"ß": 95, "…": 96}.get(base, ord(base if " " <= base <= "~" else "?") - 32)
         glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
         for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
             glyph[column] |= 8 if base.islower() else 2  # capitals fill their cell, so the mark stands above it
@@ -1575,9 +1455,9 @@ class ComfyUI(Backend):
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id, client_id = new_uuid(), new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
+        prefix = {"filename_prefix": f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")}
         for spec in graph.values():
-            if "filename_prefix" in spec["inputs"]:
-                spec["inputs"]["filename_prefix"] = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
+            spec["inputs"] |= prefix if "filename_prefix" in spec["inputs"] else {}
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
             # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
@@ -1614,26 +1494,25 @@ class ComfyUI(Backend):
 
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
-        http = self._http(ctx)
+        http, options = self._http(ctx), self.options
         version = http.get_json("/system_stats")["system"].get("comfyui_version", "of unknown version")
-        return f"ComfyUI {version}, {self.options.workflow or '{1} in {0}'.format(*self._model(http))}"
+        model = options.workflow or " in ".join(comfy_find(http, options.model, *COMFY_MODELS))
+        return f"ComfyUI {version}, {model}"
 
     def _http(self, ctx: Context) -> Http:
         return Http(ctx, self.base, explain=comfy_error, read_timeout=self.options.timeout)
 
-    def _model(self, http: Http) -> tuple[str, str]:
-        return comfy_find(http, self.options.model, "checkpoints", "diffusion_models")
-
     def _graph(self, http: Http, request: Request) -> ComfyGraph:
-        request = request._replace(steps=request.steps or self.options.default_steps)
+        options = self.options
+        request = request._replace(steps=request.steps or options.default_steps)
         if self.workflow:
-            return comfy_filled(self.workflow, self.options.nodes, request, EMPTY)
-        folder, model = self._model(http)
-        found: dict[str, Any] = {"model": model}
-        if folder == "diffusion_models":
-            found["clip"] = [comfy_find(http, name, "text_encoders")[1] for name in self.options.clip]
-            found["vae"] = comfy_find(http, self.options.vae, "vae")[1]
-        return comfy_graph(folder, self.options._replace(**found), request)
+            return comfy_filled(*self.workflow, request)
+        model, folder = comfy_find(http, options.model, *COMFY_MODELS)
+        if folder == "checkpoints":
+            return comfy_graph(options._replace(model=model), request)
+        clip = [comfy_find(http, name, "text_encoders")[0] for name in options.clip]
+        parts = {"model": model, "clip": clip, "vae": comfy_find(http, options.vae, "vae")[0]}
+        return comfy_graph(options._replace(**parts), request, split=True)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
         # The same id posted twice runs twice, so after a lost answer the server is asked before posting again.
@@ -1651,34 +1530,28 @@ class ComfyUI(Backend):
         raise Unreachable(f"{self.base}: takes the prompt and breaks off, {TRIES} times", "look at the server's log")
 
 
-COMFY_LOADERS = {  # folder of the server → node and input that list what is in it; whether the start of a name will do
-    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name", False),
-    "diffusion_models": ("UNETLoader", "unet_name", False),
-    "text_encoders": ("DualCLIPLoader", "clip_name1", True),
-    "vae": ("VAELoader", "vae_name", True),
+# What a model is (in one file, or without its other parts, or one of these) → the node that knows all of them.
+COMFY_LOADERS = {
+    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
+    "diffusion_models": ("UNETLoader", "unet_name"),
+    "text_encoders": ("DualCLIPLoader", "clip_name1"),
+    "vae": ("VAELoader", "vae_name"),
 }
+COMFY_MODELS = ("checkpoints", "diffusion_models")
 
 
 def comfy_find(http: Http, wanted: str, *folders: str) -> tuple[str, str]:
-    """Which of the server's folders has the model `wanted`, and its name there; BadConfig with the nearest names."""
+    """The name of a model on the server, and which of `folders` has it; BadConfig with near names."""
     installed: list[str] = []
     for folder in folders:
-        node, field, begins = COMFY_LOADERS[folder]
-        names = comfy_choices(http.get_json(f"/object_info/{node}"), node, field)
-        if found := comfy_match(wanted, names, begins):
-            return folder, found
+        node, field = COMFY_LOADERS[folder]
+        known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
+        names = comfy_choices(known["input"]["required"].get(field))
+        if name := comfy_match(wanted, names, begins=folder not in COMFY_MODELS):
+            return name, folder
         installed += names
     cure = nearest(wanted, installed).replace("known: ", "installed: ", 1)
     raise BadConfig(f'model "{wanted}" is not on {http.base}: {cure}')
-
-
-def comfy_choices(info: Any, node: str, field: str) -> list[str]:
-    """The values an enum input takes, from /object_info in its old or new shape; [] where there is no such input."""
-    try:
-        spec = info[node]["input"]["required"][field]
-        return list(spec[0] if isinstance(spec[0], list) else spec[1]["options"])
-    except (KeyError, IndexError, TypeError):
-        return []
 
 
 def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> str:
@@ -1700,131 +1573,95 @@ def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
+ComfyGraph = tuple[Graph, str | None, int, tuple[str, ...]]  # to be posted; model, steps, ignored of the Result
 
 
-class ComfyGraph(NamedTuple):
-    """A graph ready to be posted, and what it makes of the request."""
-
-    graph: Graph
-    model: str | None
-    steps: int
-    ignored: tuple[str, ...]
-
-
-# Our own graphs are workflows too. A line is a node: id, class, inputs; "cfg" is "{cfg}", "text=prompt" is "{prompt}",
-# "clip=30:1" is linked to output 1 of node 30. What else a model needs replaces the lines of the same id.
-COMFY_GRAPHS = {
-    "checkpoints": """
-30 CheckpointLoaderSimple ckpt_name=model
-6 CLIPTextEncode text=prompt clip=30:1
-33 CLIPTextEncode text=nothing clip=30:1
-5 EmptyLatentImage width height batch_size
-31 KSampler seed steps cfg sampler_name=sampler scheduler denoise model=30:0 positive=6:0 negative=33:0 latent_image=5:0
-8 VAEDecode samples=31:0 vae=30:2
-9 SaveImage images=8:0 filename_prefix=nothing""",
-    "checkpoints, FLUX": """
-5 EmptySD3LatentImage width height batch_size
-35 CLIPTextEncode text=prompt clip=30:1
-6 FluxGuidance guidance conditioning=35:0""",
-    "checkpoints, cfg": """
-33 CLIPTextEncode text=negative clip=30:1""",
-    "diffusion_models": """
-12 UNETLoader unet_name=model weight_dtype
-11 DualCLIPLoader clip_name1 clip_name2 type
-10 VAELoader vae_name=vae
-6 CLIPTextEncode text=prompt clip=11:0
-5 EmptySD3LatentImage width height batch_size
-16 KSamplerSelect sampler_name=sampler
-17 BasicScheduler scheduler steps denoise model=12:0
-25 RandomNoise noise_seed=seed
-22 BasicGuider model=12:0 conditioning=6:0
-13 SamplerCustomAdvanced noise=25:0 guider=22:0 sampler=16:0 sigmas=17:0 latent_image=5:0
-8 VAEDecode samples=13:0 vae=10:0
-9 SaveImage images=8:0 filename_prefix=nothing""",
-    "diffusion_models, FLUX": """
-26 CLIPTextEncode text=prompt clip=11:0
-6 FluxGuidance guidance conditioning=26:0""",
-    "diffusion_models, cfg": """
-7 CLIPTextEncode text=negative clip=11:0
-22 CFGGuider cfg model=12:0 positive=6:0 negative=7:0""",
-}
-COMFY_FLUX = {"cfg": 1.0, "sampler": "euler", "scheduler": "simple", "steps": 20, "guidance": 0.0, "type": "flux"}
-COMFY_SD = {"cfg": 7.0, "sampler": "dpmpp_2m", "scheduler": "karras", "steps": 25}
-
-
-def comfy_graph(folder: str, options: Any, request: Request) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for the diffusion model of a FLUX in split files."""
-    name = options.model.lower()
-    split, schnell = folder == "diffusion_models", "schnell" in name
+def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
+    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for a FLUX that is `split` into its parts."""
+    name, graph = options.model.lower(), Graph()
     flux = split or "flux" in name
-    usual: dict[str, Any] = {**(COMFY_FLUX if flux else COMFY_SD), "batch_size": 1, "denoise": 1.0, "nothing": ""}
-    usual |= {"steps": 4} if schnell else {}
-    if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
-        usual |= {"width": 512, "height": 512}
-    usual |= {option: value for option, value in options._asdict().items() if value}
-    usual["clip_name1"], usual["clip_name2"] = options.clip
-    table = COMFY_GRAPHS[folder]
-    if flux and not (split and schnell):
-        table += COMFY_GRAPHS[f"{folder}, FLUX"]
-    if usual["cfg"] > 1:  # else a negative prompt has no effect at all
-        table += COMFY_GRAPHS[f"{folder}, cfg"]
-    graph: Graph = {}
-    for node, kind, *inputs in (line.split() for line in table.strip().split("\n")):
-        graph[node] = {"class_type": kind, "inputs": {}}
-        for key, _, source in (text.partition("=") for text in inputs):
-            start, _, slot = source.partition(":")
-            graph[node]["inputs"][key] = [start, int(slot)] if slot else f"{{{source or key}}}"
-    return comfy_filled(graph, EMPTY, request, usual)._replace(model=options.model)
+    cfg, sampler, scheduler, steps = (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
+    cfg, steps = options.cfg or cfg, request.steps or (4 if "schnell" in name else steps)
+    edge = 512 if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name) else 1024
+
+    def node(kind: str, **inputs: Any) -> list[Any]:
+        graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
+        return [str(len(graph)), 0]  # the link to its first output
+
+    if split:
+        model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
+        clip = node("DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux")
+        vae = node("VAELoader", vae_name=options.vae)
+    else:
+        model = node("CheckpointLoaderSimple", ckpt_name=options.model)
+        clip, vae = [model[0], 1], [model[0], 2]
+    positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
+    if flux and not (split and "schnell" in name):
+        positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
+    size = {"width": request.width or edge, "height": request.height or edge, "batch_size": 1}
+    latent = node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size)
+    sampler, scheduler = options.sampler or sampler, options.scheduler or scheduler
+    how = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    guide = {"positive": positive, "cfg": cfg}
+    if cfg > 1 or not split:
+        guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
+    if split:
+        basic = {"model": model, "conditioning": positive}
+        guider = node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
+        parts = {"noise": node("RandomNoise", noise_seed=request.seed), "guider": guider, "latent_image": latent}
+        parts |= {"sampler": node("KSamplerSelect", sampler_name=sampler), "sigmas": node("BasicScheduler", **how)}
+        samples = node("SamplerCustomAdvanced", **parts)
+    else:
+        samples = node("KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how)
+    node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
+    # At cfg 1 a negative prompt has no effect at all.
+    return graph, options.model, steps, ("negative_prompt",) if request.negative_prompt and cfg <= 1 else ()
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
 COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {"negative": "negative_prompt"}
 
 
-def comfy_workflow(path: str, nodes: Mapping[str, str]) -> Graph:
-    """The graph in a workflow file; BadConfig where it is none, or has no place for a prompt or for one of `nodes`."""
+def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
+    """The graph in a file, with placeholders at `nodes` too, and what to fill in where nothing is asked; BadConfig."""
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             graph: Graph = json.load(file)
-        places = [f"{node}.{key}" for node, spec in graph.items() for key, _ in spec["inputs"].items()]
+        places = {f"{node}.{key}": spec["inputs"] for node, spec in graph.items() for key in dict(spec["inputs"])}
     except (OSError, ValueError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
     except (AttributeError, KeyError, TypeError):
         raise BadConfig(f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"') from None
-
-    needed = dict(nodes)
-    if "{prompt}" not in json.dumps(graph):
-        needed.setdefault("prompt", "")
-    for name, place in needed.items():
+    usual = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    for name, place in (*nodes.items(), ("prompt", "")):
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
-        if place not in places:
-            usual = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-            likely = ", ".join(place for place in places if re.search(usual, place)) or "none"
+        if place in places:
+            key = place.partition(".")[2]
+            usual[name], places[place][key] = places[place][key], f"{{{name}}}"
+        elif place or "{prompt}" not in json.dumps(graph):
+            pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
+            likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
             missed = f'it has no "{place}"' if place else "no place for the prompt: put {prompt} there, or name one"
             raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
-    return graph
+    return graph, usual
 
 
-def comfy_filled(workflow: Graph, nodes: Mapping[str, str], request: Request, usual: Mapping[str, Any]) -> ComfyGraph:
-    """The workflow with values of the request, or `usual` ones, at its placeholders, and at `nodes` what was asked."""
+def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
+    """The workflow with what was asked, or is `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
     asked = {name: getattr(request, field) for name, field in COMFY_FIELDS.items()}
     asked = {name: value for name, value in asked.items() if value or name == "seed"}
-    values = {"negative": "", "width": 1024, "height": 1024, "steps": 20, **usual, **asked}
-    marks = {f"{{{name}}}": value for name, value in values.items()}
+    marks = {f"{{{name}}}": value for name, value in {**usual, **asked}.items()}
     for spec in graph.values():
         for key, old in spec["inputs"].items():
             if isinstance(old, str):  # a number alone in its field stays a number
                 filled = re.sub(r"\{\w+\}", lambda hit: str(marks.get(hit[0], hit[0])), old)
                 spec["inputs"][key] = marks.get(old, filled)
-    for name in nodes.keys() & asked:
-        node, _, key = nodes[name].partition(".")
-        graph[node]["inputs"][key] = asked[name]
-    ignored = tuple(COMFY_FIELDS[name] for name in asked if name not in nodes and f"{{{name}}}" not in text)
-    steps = values["steps"] if "{steps}" in text else request.steps if "steps" in nodes else 0
-    return ComfyGraph(graph, None, steps, ignored)
+    ignored = tuple(COMFY_FIELDS[name] for name in asked if f"{{{name}}}" not in text)
+    steps = marks["{steps}"] if "{steps}" in text else 0
+    return graph, None, steps if isinstance(steps, int) else 0, ignored
 
 
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
@@ -1841,7 +1678,7 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         hint = "out of GPU memory: ask for a smaller size" if memory else "the server's log has the traceback"
         raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
     lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
-    items = [item for value in lists if isinstance(value, list) for item in value]
+    items = (item for value in lists if isinstance(value, list) for item in value)
     files = [item for item in items if isinstance(item, dict) and item.get("filename")]
     if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
@@ -1851,11 +1688,22 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
 
 
 def comfy_error(answer: Answer) -> ImagenError:
-    """What an answer of ComfyUI complains of; node_errors, which a 200 may have too, say more than the rest."""
-    said = answer.json()
+    """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
+    said, lines, kinds = answer.json(), [], set()
     said = said if isinstance(said, dict) else {}
-    if said.get("node_errors"):
-        return comfy_node_errors(said["node_errors"])
+    for node, spec in (said.get("node_errors") or {}).items():
+        for error in spec["errors"]:
+            kind, text, extra = str(error.get("type")), error.get("message"), error.get("extra_info") or {}
+            if kind == "value_not_in_list":
+                value, known = str(extra.get("received_value")), comfy_choices(extra.get("input_config"))
+                text = f'"{value}" is not installed' + (f", {nearest(value, known)}" if known else "")
+            elif "exception" not in kind:  # there the details are a traceback with the server's paths
+                text = f"{text} ({error.get('details')})"
+            lines.append(f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}")
+            kinds.add(kind)
+    if lines:
+        numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
+        return (BadRequest if numbers else BadConfig)("; ".join(lines))
     if not isinstance(error := said.get("error"), dict):
         return explain_status(answer)
     text = f"{error.get('message', '')} {error.get('details', '')}"
@@ -1863,25 +1711,9 @@ def comfy_error(answer: Answer) -> ImagenError:
     return BadConfig(f"{answer.status}: {text}", hint)
 
 
-def comfy_node_errors(errors: Mapping[str, Any]) -> ImagenError:
-    """One error that names each node and field at fault; BadRequest where all there is are numbers out of range."""
-    lines, kinds = [], set()
-    for node, spec in errors.items():
-        for error in spec["errors"]:
-            kind, text, extra = str(error.get("type")), error.get("message"), error.get("extra_info") or {}
-            if kind == "value_not_in_list":
-                value, info = (
-                    str(extra.get("received_value")),
-                    {"input": {"required": {"x": extra.get("input_config")}}},
-                )
-                known = comfy_choices({"n": info}, "n", "x")
-                text = f'"{value}" is not installed' + (f", {nearest(value, known)}" if known else "")
-            elif "exception" not in kind:  # there the details are a traceback with the server's paths
-                text = f"{text} ({error.get('details')})"
-            lines.append(f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}")
-            kinds.add(kind)
-    numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
-    return (BadRequest if numbers else BadConfig)("; ".join(lines))
+def comfy_choices(spec: Any) -> list[str]:
+    """The values an enum input takes, in its old or new shape; [] where the server left them out."""
+    return list(spec[0] if isinstance(spec[0], list) else spec[1].get("options", ())) if spec else []
 
 
 @contextmanager
@@ -1916,23 +1748,18 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
 
     scheme, host, port = origin(url)
     connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
-    headers["Sec-WebSocket-Key"] = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key}
     with closing(connection(host, port, timeout=2)) as server:
         server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
         with ear.watching(server.sock), server.getresponse() as answer:
             server.sock.settimeout(None)
-            read, message = answer.fp.read, b""
+            read = answer.fp.read
             while answer.status == 101 and len(head := read(2)) == 2:
                 size = head[1] & 127
                 body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
-                if head[0] & 8:
-                    continue  # a ping may stand between the parts of a message
-                message += body
-                if head[0] & 128:
-                    if message[:1] == b"{":  # previews are binary, and begin with a zero
-                        yield message
-                    message = b""
+                if head[0] == 0x81:  # text in one frame, as all of ComfyUI's are; previews are binary
+                    yield body
 
 
 # === 10. Replicate: predictions at api.replicate.com ==================================================================
@@ -1956,15 +1783,14 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
 REPLICATE_ASPECTS = {  # and what a megapixel of them comes out as; each the other way round too
-    "1:1": (1024, 1024),
-    "5:4": (1088, 896),
-    "4:3": (1152, 896),
-    "3:2": (1216, 832),
-    "16:9": (1344, 768),
-    "21:9": (1536, 640),
+    (1, 1): (1024, 1024),
+    (5, 4): (1088, 896),
+    (4, 3): (1152, 896),
+    (3, 2): (1216, 832),
+    (16, 9): (1344, 768),
+    (21, 9): (1536, 640),
 }
-REPLICATE_ASPECTS |= {":".join(name.split(":")[::-1]): (h, w) for name, (w, h) in REPLICATE_ASPECTS.items()}
-REPLICATE_RUNNING = ("starting", "processing")
+REPLICATE_ASPECTS |= {ratio[::-1]: made[::-1] for ratio, made in REPLICATE_ASPECTS.items()}
 MODERATED = re.compile(r"nsfw|sensitive|safety|moderat|content policy|E005", re.IGNORECASE)
 
 
@@ -2011,16 +1837,16 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        wanted, http = {"input": self.plan(self.options, request)}, self._http(ctx)
+        http, body = self._http(ctx), {"input": self.plan(self.options, request)}
         if self.version:
-            answer = http.pay("/predictions", {"version": self.version, **wanted})
+            answer = http.pay("/predictions", {"version": self.version, **body})
         else:
-            answer = http.pay(f"/models/{self.model}/predictions", wanted)
+            answer = http.pay(f"/models/{self.model}/predictions", body)
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
             raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
         ctx.remote(id=prediction["id"])
-        return self._settled(ctx, http, prediction, request)
+        return self._settled(http, prediction, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
@@ -2036,20 +1862,16 @@ class Replicate(Backend):
             if str(problem).startswith("404"):
                 raise Ended(f"prediction {prediction_id} is not known there any more") from None
             raise
-        return self._settled(ctx, http, prediction, request)
+        return self._settled(http, prediction, request)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
         """Cancel the prediction and see it end; Unknown where there is no id yet, or it had succeeded before."""
         if "id" not in remote:
-            raise Unknown("the prediction has no id yet, so it cannot be cancelled")
+            raise Unknown("the prediction has no id yet")
         http = self._http(ctx)
         state = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
-        while state.get("status") in REPLICATE_RUNNING:
-            ctx.sleep(0.2)
-            state = http.get_json(f"/predictions/{remote['id']}")
-        if state.get("status") == "succeeded":
-            raise Unknown("the prediction had succeeded before it could be cancelled")
-        ctx.settle(replicate_charged(state))
+        if self._ended(http, state).get("status") == "succeeded":
+            raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
@@ -2057,66 +1879,73 @@ class Replicate(Backend):
         return f"{self.model}, {said.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
-        return Http(
-            ctx, self.base, {"Authorization": f"Bearer {self.token.reveal()}"}, replicate_error, self.options.timeout
-        )
+        keys = {"Authorization": f"Bearer {self.token.reveal()}"}
+        return Http(ctx, self.base, keys, replicate_error, self.options.timeout)
 
-    def _settled(self, ctx: Context, http: Http, state: Any, request: Request) -> Result:
+    def _ended(self, http: Http, state: Any) -> Any:
+        """The prediction as it is once it runs no more."""
         pause = 0.5
-        while state.get("status") in REPLICATE_RUNNING:
-            ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
-            ctx.sleep(pause)
+        while state.get("status") in ("starting", "processing"):
+            http.ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
+            http.ctx.sleep(pause)
             pause = min(2.0, pause * 1.1)
             state = http.get_json(f"/predictions/{state['id']}")
-        ctx.settle(replicate_charged(state))
+        http.ctx.settle(replicate_charged(state))
+        return state
+
+    def _settled(self, http: Http, state: Any, request: Request) -> Result:
+        state = self._ended(http, state)
         url = replicate_image(state)
-        ctx.progress("downloading")
-        image = data_uri(url, ctx.spool()) if url.startswith("data:") else http.download(url)
+        http.ctx.progress("downloading")
         wanted, ignored = replicate_input(self.options, request)
         seed = re.search(r"Using seed: (\d+)", state.get("logs") or "")
         return Result(
-            *(image, "", self.options.model, int(seed[1]) if seed else request.seed, wanted.get("num_inference_steps")),
-            *(self.price(self.options, request).usd, ignored),
-            {key: state.get(key) for key in ("id", "version", "metrics", "created_at", "completed_at")},
+            image=data_uri(url, http.ctx.spool()) if url.startswith("data:") else http.download(url),
+            mime_type="",
+            model=self.options.model,
+            seed=int(seed[1]) if seed else request.seed,
+            steps=wanted.get("num_inference_steps"),
+            cost_usd=self.price(self.options, request).usd,
+            ignored=ignored,
+            metadata={key: state.get(key) for key in ("id", "version", "metrics", "created_at", "completed_at")},
         )
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
         """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
-        wanted, url, earliest, found = self.plan(self.options, request), "/predictions", 0.0, ""
-        since, taken, doubtful = str(remote.get("since", "")), remote.get("taken", ()), False
-        while url:
-            answer = http.get(url)
-            page = answer.json() or {}
-            theirs = epoch(answer.headers.get("Date", "")) or time.time()  # their clock may be minutes off ours
-            earliest = earliest or epoch(since) + (theirs - time.time()) - 2
-            for prediction in page.get("results") or []:
-                if since and epoch(prediction.get("created_at") or "") < earliest:
-                    page = {}
-                    break
-                ours = prediction.get("model") == self.model and self.version in ("", prediction.get("version"))
-                if ours and prediction.get("input") == wanted and prediction["id"] not in taken:
-                    found = str(prediction["id"])
-                doubtful = doubtful or bool(ours and prediction.get("data_removed"))
-            url = page.get("next") or ""
-        if doubtful and not found:
+        wanted, taken = self.plan(self.options, request), remote.get("taken", ())
+        ours = [item for item in replicate_list(http, remote.get("since", "")) if item.get("model") == self.model]
+        ours = [item for item in ours if self.version in ("", item.get("version"))]
+        found = [item["id"] for item in ours if item.get("input") == wanted and item["id"] not in taken]
+        if not found and any(item.get("data_removed") for item in ours):
             raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
-        return found
+        return str(found[-1]) if found else ""
+
+
+def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
+    """The predictions there are, newest first, back to a time by our clock; theirs may be minutes off."""
+    url = "/predictions"
+    while url:
+        answer = http.get(url)
+        ahead = (epoch(answer.headers.get("Date", "")) or time.time()) - time.time()
+        page = answer.mapping()
+        if not isinstance(page.get("results"), list):
+            raise Failed(f"the list of predictions cannot be read: {answer.words()}")
+        for prediction in page["results"]:
+            if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
+                return
+            yield prediction
+        url = page.get("next") or ""
 
 
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The request in the model's words, and the fields it has no word for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    ignored = []
-    steps = request.steps or options.default_steps
-    if steps and (known is None or known.steps):
+    takes = {"steps": known is None or known.steps, "negative_prompt": known is None}
+    if takes["steps"] and (steps := request.steps or options.default_steps):
         wanted["num_inference_steps"] = steps
-    elif request.steps:
-        ignored.append("steps")
-    if request.negative_prompt and known is None:
+    if takes["negative_prompt"] and request.negative_prompt:
         wanted["negative_prompt"] = request.negative_prompt
-    elif request.negative_prompt:
-        ignored.append("negative_prompt")
     if request.width:
         wanted |= replicate_size(known, request.width, request.height)
     if ending := options.output_format or ("png" if known else ""):
@@ -2124,7 +1953,7 @@ def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tup
     wanted |= options.extra
     if wanted.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    return wanted, tuple(ignored)
+    return wanted, tuple(field for field in takes if getattr(request, field) and not takes[field])
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
@@ -2132,17 +1961,13 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
     if known is None:
         return {"width": width, "height": height}
     if known.longest:
-        near = [min(known.longest, max(256, round(edge / known.step) * known.step)) for edge in (width, height)]
-        if [width, height] != near:
-            raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {near[0]}x{near[1]}")
+        w, h = (min(known.longest, max(256, round(edge / known.step) * known.step)) for edge in (width, height))
+        if (w, h) != (width, height):
+            raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {w}x{h}")
         return {"aspect_ratio": "custom", "width": width, "height": height}
-
-    def distance(name: str) -> float:
-        ideal = tuple(map(int, name.split(":")))
-        return min(unlike(shape, (width, height)) for shape in (ideal, REPLICATE_ASPECTS[name]))
-
-    aspect = min(REPLICATE_ASPECTS, key=distance)
-    return {"aspect_ratio": aspect, **({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})}
+    ratio, _ = min(REPLICATE_ASPECTS.items(), key=lambda pair: min(unlike(shape, (width, height)) for shape in pair))
+    aspect = {"aspect_ratio": "{}:{}".format(*ratio)}
+    return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
 
 
 def unlike(one: tuple[int, ...], other: tuple[int, ...]) -> float:
@@ -2154,7 +1979,7 @@ def unlike(one: tuple[int, ...], other: tuple[int, ...]) -> float:
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     """Steps done and steps in all, from the last progress bar in the logs.
 
-    >>> replicate_progress("Using seed: 1\\n 75%|#####  | 3/4 [00:00<00:00]")
+    >>> replicate_progress(" 75%|#####  | 3/4 [00:00<00:00]")
     (3.0, 4.0)
     """
     bars = re.findall(r"\d+%\|.*?\| *(\d+)/(\d+)", logs)
@@ -2165,25 +1990,25 @@ def replicate_charged(state: Mapping[str, Any]) -> Charged:
     """Whether a prediction that has ended costs money."""
     if state.get("status") == "aborted":
         return "no"
-    worked = ((state.get("metrics") or {}).get("predict_time") or 0) > 0
-    return "yes" if state.get("status") == "succeeded" or worked else "unknown"
+    worked = state.get("status") == "succeeded" or (state.get("metrics") or {}).get("predict_time")
+    return "yes" if worked else "unknown"
 
 
 def replicate_image(state: Mapping[str, Any]) -> str:
-    """Where the first image of an ended prediction is; Ended or Refused where there is none."""
-    status, said, output = state.get("status"), str(state.get("error") or ""), state.get("output")
+    """Where the image of an ended prediction is; Ended or Refused where there is none."""
+    status, said = state.get("status"), str(state.get("error") or "")
     if status not in ("succeeded", "failed", "canceled", "aborted"):
         raise Unknown(f'prediction {state.get("id")} is "{status}", whatever that means')
     if status != "succeeded" and MODERATED.search(said):
         raise Refused(said, "reword the prompt")
     if status != "succeeded":
-        raise Ended(f"prediction {state.get('id')} ended as {status}{': ' + said if said else ''}")
+        raise Ended(f"prediction {state.get('id')} ended as {status}{said and ': '}{said}")
     if state.get("data_removed"):
         raise Ended("the result is gone: Replicate keeps it for one hour", "ask for the image again; that costs again")
-    found = re.search(r'"((?:https?|data):[^"]+)"', json.dumps(output))  # a string, a list of them, or an object
-    if not found:
+    output = json.dumps(state.get("output"))  # a string, a list of them, or an object
+    if not (found := re.search(r'"(?:https?|data):[^"]+"', output)):
         raise Ended("the prediction succeeded without an image: its safety filter drops images one by one")
-    return str(json.loads(f'"{found[1]}"'))
+    return str(json.loads(found[0]))
 
 
 def replicate_error(answer: Answer) -> ImagenError:
@@ -2193,9 +2018,7 @@ def replicate_error(answer: Answer) -> ImagenError:
     if answer.status == 404 or (answer.status == 422 and "version" in detail):
         hint = "check the model; community models need owner/name:version"
         return BadConfig(f"{answer.status}: {detail or 'not found'}", hint)
-    error = explain_status(answer, "; ".join(detail.split("\n")).strip("; "))
-    error.hint = error.hint if answer.status != 402 else "https://replicate.com/account/billing"
-    return error
+    return explain_status(answer, detail.replace("\n", "; ").strip("; "))
 
 
 # === 11. OpenAI: the Images API and whoever speaks its dialect ========================================================
@@ -2207,7 +2030,6 @@ OPENAI_TOKENS = {
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
 OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5
-OPENAI_PIXELS = (655_360, 8_294_400)  # of gpt-image-2 and later, as measured by others
 
 
 @register("openai")
@@ -2258,26 +2080,27 @@ class OpenAI(Backend):
         ctx.progress("waiting for the image")
         answer = http.pay("/images/generations", body)
         said, image = openai_answer(answer, ctx)
-        usage, data = said.get("usage") or {}, openai_data(said)
-        url = next((item["url"] for item in data if item.get("url")), "")
-        if image or url or usage.get("output_tokens"):
+        usage, (item, *_) = said.get("usage"), openai_data(said) or [{}]
+        usage = usage if isinstance(usage, dict) else {}
+        if image or item.get("url") or usage.get("output_tokens"):
             ctx.settle("yes")
-        if not image and not url:
+        if not image and not item.get("url"):
             raise Unknown(f"sent, and answered {answer.status} without an image: {answer.words()[:200]}")
+        try:
+            image = image or http.download(joined(self.base + "/", str(item["url"])))
+        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
+            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
         cost = openai_cost(self.options.model, usage)
-        kept: dict[str, Any] = {
-            key: said.get(key) for key in ("created", "size", "quality", "background", "usage", "id")
-        }
-        kept["x_request_id"] = answer.headers.get("x-request-id")
-        kept["revised_prompt"] = next((item["revised_prompt"] for item in data if item.get("revised_prompt")), None)
+        kept = {**item, **said, "x_request_id": answer.headers.get("x-request-id")}
+        words = ("created", "size", "quality", "background", "usage", "id", "x_request_id", "revised_prompt")
         return Result(
-            image=image or self._linked(http, url),
+            image=image,
             mime_type=f"image/{said.get('output_format') or 'png'}",
             model=self.options.model,
             steps=None if "steps" in ignored else request.steps or None,
             cost_usd=self.options.cost_usd if cost is None else cost,
             ignored=ignored,
-            metadata={key: value for key, value in kept.items() if value is not None},
+            metadata={word: kept[word] for word in words if kept.get(word)},
         )
 
     def check(self, ctx: Context) -> str:
@@ -2291,13 +2114,6 @@ class OpenAI(Backend):
         keys = {"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {}
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
-    def _linked(self, http: Http, url: str) -> BinaryIO:
-        """The image behind a `url` answer, which may be relative to the server's root."""
-        try:
-            return http.download(joined(self.base + "/", url))
-        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
-            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
-
 
 def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The body for this model, and the request's fields it has no word for. BadRequest for what is sure to be refused.
@@ -2305,24 +2121,22 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     OpenAI's own models reject unknown fields; the servers that speak its dialect want a seed, or use a constant one.
     """
     own = options.model.startswith(("gpt-image", "chatgpt-image"))
+    asked = {"seed": request.seed, "steps": request.steps or None, "negative_prompt": request.negative_prompt or None}
     body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
-    if request.width and own:
+    if request.width:
         openai_check_size(options.model, request.width, request.height)
-    if request.width and options.size_as == "size":
-        body["size"] = f"{request.width}x{request.height}"
-    elif request.width:
-        body |= {"width": request.width, "height": request.height}
-    for field in ("quality", "background", "output_format", "moderation"):
+        size = {"width": request.width, "height": request.height}
+        body |= size if options.size_as == "width_height" else {"size": "{width}x{height}".format(**size)}
+    if not own:
+        body |= {**asked, "steps": None, "response_format": "b64_json"}
+    for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
-    asked = {"seed": request.seed, "steps": request.steps or None, "negative_prompt": request.negative_prompt or None}
-    if not own:
-        body |= {"seed": asked["seed"], "negative_prompt": asked["negative_prompt"], "response_format": "b64_json"}
-    if options.response_format:
-        body["response_format"] = options.response_format
-    words = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = {words[str(value)] for value in options.extra.values() if str(value) in words}
-    body |= {key: asked[words[str(value)]] if str(value) in words else value for key, value in options.extra.items()}
+    placed = set()
+    for key, value in options.extra.items():
+        field = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}.get(str(value), "")
+        placed.add(field)
+        body[key] = asked.get(field, value)
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -2335,33 +2149,25 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
 
 def openai_check_size(model: str, width: int, height: int) -> None:
     """BadRequest, with the nearest sizes, where an OpenAI model is known to refuse this one."""
+    near = [(width, height)]
     if model.startswith("gpt-image-1"):
         near = sorted(OPENAI_SIZES, key=lambda size: unlike(size, (width, height)))
-    elif model.startswith("gpt-image-2"):
-        near = [openai_nearest(width, height)]
-    else:
-        return
+    elif model.startswith("gpt-image-2") and not openai_makes(width, height):
+        sizes = ((w, h) for w in range(16, 3841, 16) for h in range(16, 3841, 16) if openai_makes(w, h))
+        near = [min(sizes, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)]
     if (width, height) not in near:
-        sizes = ", ".join(f"{w}x{h}" for w, h in near)
-        raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {sizes}")
+        names = ", ".join(f"{w}x{h}" for w, h in near)
+        raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {names}")
 
 
-def openai_nearest(width: int, height: int) -> tuple[int, int]:
-    """The size nearest to this one that gpt-image-2 makes: multiples of 16, at most 3:1, within OPENAI_PIXELS.
+def openai_makes(width: int, height: int) -> bool:
+    """Whether gpt-image-2 and later make this size; the pixels were measured by others.
 
-    >>> openai_nearest(1536, 1024), openai_nearest(4000, 1000), openai_nearest(64, 64)
-    ((1536, 1024), (3008, 1008), (816, 816))
+    >>> openai_makes(1536, 1024), openai_makes(1920, 1080), openai_makes(3072, 1008), openai_makes(512, 512)
+    (True, False, False, False)
     """
-    low, high = OPENAI_PIXELS
     short, long = sorted((width, height))
-    long = min(long, 3 * short)
-    scale = max(min(1.0, 3840 / long, (high / (long * short)) ** 0.5), (low / (long * short)) ** 0.5)
-    short, long = (max(16, round(edge * scale / 16) * 16) for edge in (short, long))
-    while long * short < low or long > 3 * short:
-        short += 16
-    while long * short > high or long > 3840:
-        long -= 16
-    return (long, short) if width >= height else (short, long)
+    return not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
 
 
 def openai_data(said: Any) -> list[Mapping[str, Any]]:
@@ -2375,10 +2181,11 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
     """
-    found = re.search(rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"', answer.body)
-    found = found or re.search(rb'"url"\s*:\s*"data:[^",]*;base64,([^"]+)"', answer.body)
-    start, end = found.span(1) if found else (0, 0)
-    said = Answer(answer.status, None, answer.body[:start] + answer.body[end:]).json()
+    found = re.search(
+        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"', answer.body
+    )
+    start, end = found.span(found.lastindex or 1) if found else (0, 0)
+    said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
     if not isinstance(said, dict):
         raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
     if not found:
@@ -2390,11 +2197,12 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
     """USD by the answer's token counts; None where model or counts are unknown (compatible servers say zero)."""
     price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
-    if price is None or not usage.get("output_tokens"):
-        return None
-    images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
-    text = (usage.get("input_tokens") or 0) - images
-    return round(float(text * price[0] + images * price[1] + usage["output_tokens"] * price[2]) / 1e6, 6)
+    with suppress(AttributeError, TypeError):  # compatible servers put all kinds of things there
+        images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
+        text, out = (usage.get("input_tokens") or 0) - images, usage.get("output_tokens")
+        if price and out:
+            return round(float(text * price[0] + images * price[1] + out * price[2]) / 1e6, 6)
+    return None
 
 
 def openai_error(answer: Answer) -> ImagenError:
@@ -2403,41 +2211,26 @@ def openai_error(answer: Answer) -> ImagenError:
     error = said.get("error", said) if isinstance(said, dict) else {}
     error = error if isinstance(error, dict) else {"message": str(error)}
     code, request_id = str(error.get("code") or error.get("type")), answer.headers.get("x-request-id")
-    text = str(error.get("message") or error.get("detail") or answer.words())
+    text = f"{error.get('message') or error.get('detail') or answer.words()}"
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
+    said = f"{answer.status}: {text}"
     if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
         stage = (error.get("moderation_details") or {}).get("moderation_stage")
-        return Refused(f"{answer.status}: {text}", "reword the prompt", charged="yes" if stage == "output" else "no")
+        return Refused(said, "reword the prompt", charged="yes" if stage == "output" else "no")
     if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(f"{answer.status}: {text}", "https://platform.openai.com/settings/organization/billing")
+        return Quota(said, "https://platform.openai.com/settings/organization/billing")
     if code == "model_not_found":
-        return BadConfig(f"{answer.status}: {text}", "imagen backends --check names what is there")
+        return BadConfig(said, "imagen backends --check names what is there")
     return explain_status(answer, text)
 
 
 # === 12. Output: names, and files that are never half there ===========================================================
 
-NAME_FIELDS = ("date", "time", "slug", "seed", "backend", "ext")
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
 ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
-LETTERS = str.maketrans(
-    {
-        "ä": "ae",
-        "ö": "oe",
-        "ü": "ue",
-        "ß": "ss",
-        "æ": "ae",
-        "œ": "oe",
-        "ø": "o",
-        "ł": "l",
-        "đ": "d",
-        "ð": "d",
-        "þ": "th",
-    }
-)
 
 
 def slug(text: str) -> str:
@@ -2448,23 +2241,21 @@ def slug(text: str) -> str:
     """
     import unicodedata
 
-    letters = unicodedata.normalize("NFC", text.lower()).translate(LETTERS)
+    spelled = str.maketrans(dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")))
+    letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
     bare = "".join(char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char))
     return re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")[:40].strip("-") or "image"
 
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    for name in re.findall(r"\{([^{}]*)\}", template):
-        if name not in NAME_FIELDS:
-            raise BadConfig(f"output.naming: {{{name}}} is unknown, {nearest(name, NAME_FIELDS)}")
-    parts = re.sub(r"\{\w+\}", "x", template).split("/")
-    if re.search(r"[{}\0]", "".join(parts)):
-        raise BadConfig(f"output.naming: a brace of {template!r} stands alone")
-    if "{ext}" in os.path.dirname(template):
-        raise BadConfig("output.naming: {ext} is known too late to name a folder")
-    if any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
-        raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder")
+    filled = re.sub(
+        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}", "x", template
+    )  # {ext} is known too late for a folder
+    parts = filled.split("/")
+    if re.search(r"[{}\0]", filled) or any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
+        fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
+        raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
 
 
 def render_name(template: str, request: Request, at: float) -> str:
@@ -2493,24 +2284,30 @@ def numbered(name: str, ending: str, number: int) -> str:
 
 def prepare_folder(folder: str) -> None:
     """Make the folder if need be; Disk where it cannot be written, or is as good as full."""
-    cure = "name another folder with --output DIR/ or output.directory"
-    try:
+    cure = "make room, or name another folder with --output DIR/ or output.directory"
+    with or_disk(folder, cure):
         os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+        if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
+            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 20} MB free")
+
+
+@contextmanager
+def or_disk(path: str, cure: str) -> Iterator[None]:
+    """An OSError inside leaves as a Disk about `path`."""
+    try:
+        yield
     except OSError as problem:
-        raise Disk(f"{folder}: {problem.strerror}", cure) from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Disk(f"{folder}: not writable", cure)
-    if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
-        raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", f"make room, or {cure}")
+        raise Disk(f"{path}: {problem.strerror}", cure) from None
 
 
 class Spool(io.FileIO):
     """A new file that an image arrives in. When its disk fills, what is there moves to `fallback` and goes on."""
 
     def __init__(self, path: str, fallback: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        _unlink(path)
         super().__init__(path, "x+")
         self.path, self.fallback = path, fallback
 
@@ -2527,84 +2324,84 @@ class Spool(io.FileIO):
         return written
 
     def _move(self) -> None:
-        end = self.seek(0, os.SEEK_END)
-        here = os.open(self.fallback, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            self.seek(0)
-            while block := self.read(1 << 20):
-                if os.write(here, block) != len(block):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fallback)
-            os.dup2(here, self.fileno(), inheritable=False)
-        finally:
-            os.close(here)
-        self.seek(end)
-        with suppress(OSError):
-            os.unlink(self.path)
+        with Spool(self.fallback, self.fallback) as there:
+            os.fchmod(there.fileno(), 0o600)
+            _copy(self, there)
+            os.dup2(there.fileno(), self.fileno(), inheritable=False)  # which stands at its end
+        _unlink(self.path)
         self.path = self.fallback
 
 
+def _unlink(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _copy(source: BinaryIO | Spool, spool: Spool) -> None:
+    source.seek(0)
+    while block := source.read(1 << 20):
+        spool.write(block)
+
+
 def publish(
-    hidden: str, name: str, ending: str, sidecar: Callable[[str], str] | None, claiming: Callable[[str], None]
+    hidden: str, name: str, ending: str, sidecar: Callable[[str], str] | None, claiming: Callable[[str], object]
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)` is the text to stand beside it, in a file beside `hidden` until then (None: no sidecar). On a disk
-    without hard links `claiming(path)` is told a name before it is taken. Whatever an earlier, killed call linked is
-    recognised and used. Returns the path; the hidden names are the caller's to unlink once the path is on record.
+    `sidecar(path)` is the text to stand beside it (None: no sidecar). On a disk without hard links `claiming(path)` is
+    told a name before it is taken. What an earlier, killed call linked is used. Returns the path; the hidden names are
+    the caller's to unlink once that is on record.
     """
-    number, note = 0, f"{hidden}.json"
-    while True:
-        number += 1
-        path = numbered(name, ending, number)
-        beside = f"{path}.json"
-        if not _same(hidden, path):
-            if os.path.lexists(path) and _same(note, beside):
-                os.unlink(beside)  # we were killed with the name in hand, and somebody took it since
-            if os.path.lexists(path) or (sidecar and os.path.lexists(beside) and not _same(note, beside)):
+    number, note = 1, f"{hidden}.json"
+    while not _same(hidden, path := numbered(name, ending, number)):
+        number, beside = number + 1, f"{path}.json"
+        ours = _same(note, beside)  # from an earlier, killed call
+        if os.path.lexists(path):
+            if ours:
+                os.unlink(beside)  # somebody took the image's name since
+            continue
+        if sidecar and not ours:
+            if os.path.lexists(beside):
                 continue
-            if sidecar and not _same(note, beside):
-                try:
-                    write_file(note, sidecar(path))
-                except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
-                    sidecar = None
-            if not _take_names(hidden, path, note if sidecar else "", beside, claiming):
-                continue
-        sync_folder(os.path.dirname(path))
-        return path
+            try:
+                write_file(note, sidecar(path))
+            except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+                sidecar = None
+        if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
+            break
+    sync_folder(os.path.dirname(path))
+    return path
 
 
-def _take_names(hidden: str, path: str, note: str, beside: str, claiming: Callable[[str], None]) -> bool:
-    """Link both, the sidecar first; False, and nothing left of ours, where a name is taken."""
+def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
+    """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
+    held: list[str] = []
+    empty: list[tuple[str, str, int]] = []
     try:
-        if note and not _same(note, beside):
-            os.link(note, beside)
-        try:
-            os.link(hidden, path)
-        except OSError:
-            if note:
-                os.unlink(beside)
-            raise
-        return True
-    except FileExistsError:
-        return False
-    except OSError as problem:
-        if problem.errno not in NO_LINKS:
-            raise
-    # No hard links here (FAT, some network disks): hold both names with empty files, then move over one's own.
-    claiming(path)
-    held = []
-    try:
-        for name in (beside, path) if note else (path,):
-            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        for own, name in pairs:
+            try:
+                if not _same(own, name):
+                    os.link(own, name)
+            except OSError as problem:
+                if problem.errno not in NO_LINKS:
+                    raise
+                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
+                claiming(pairs[-1][1])
+                empty.append((own, name, locked(name, os.O_CREAT | os.O_EXCL)))  # the lock says that we are alive
             held.append(name)
-    except FileExistsError:
+    except OSError as problem:
         for name in held:
             os.unlink(name)
-        return False
-    if note:
-        os.replace(note, beside)
-    os.replace(hidden, path)
-    return True
+        if isinstance(problem, FileExistsError):
+            return False
+        raise
+    else:
+        for own, name, _ in empty:
+            os.replace(own, name)
+        return True
+    finally:
+        for *_, fd in empty:
+            os.close(fd)
 
 
 def release_claim(path: str, image_id: str) -> None:
@@ -2612,13 +2409,28 @@ def release_claim(path: str, image_id: str) -> None:
     beside = f"{path}.json"
     for name in (path, beside):
         with suppress(OSError):
-            if os.path.getsize(name) == 0:
+            fd = locked(name)
+            if os.fstat(fd).st_size == 0:
                 os.unlink(name)
+            os.close(fd)
     if not os.path.exists(path) and read_json(beside).get("image_id") == image_id:
         os.unlink(beside)
 
 
-def _same(one: str, other: str) -> bool:
+def locked(path: str, flags: int = 0, wait: bool = False) -> int:
+    """A descriptor of the file at `path` that holds its lock until closed; OSError where somebody else has it."""
+    import fcntl
+
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _same(one: str | int, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -2627,8 +2439,7 @@ def _same(one: str, other: str) -> bool:
 
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)
+    _unlink(path)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -2647,10 +2458,16 @@ def sync_folder(folder: str) -> None:
 
 def read_json(path: str) -> dict[str, Any]:
     """The mapping in a JSON file; {} where there is none."""
-    with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        said = json.load(file)
+    with suppress(ValueError):
+        said = json.loads(_read(path))
         return said if isinstance(said, dict) else {}
     return {}
+
+
+def _read(path: str) -> bytes:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
 
 # === 13. Preview: tmux, kitty, iTerm2 =================================================================================
@@ -2664,65 +2481,50 @@ def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str
     if output.preview == "off" or not paths or (output.preview == "auto" and not sys.stderr.isatty()):
         return
     try:
-        said = _show(paths, output.preview_command, os.environ)
-    except (OSError, ValueError) as problem:
+        said = _show(paths, output.preview_command)
+    except Exception as problem:  # no preview fails a generation
         said = str(problem)
     if said and output.preview == "on":
         warn(f"preview: {said}")
 
 
-def _show(paths: Sequence[str], command: str, environ: Mapping[str, str]) -> str:
+def _show(paths: Sequence[str], command: str) -> str:
     """Show the images somehow; what a person should know if that did not work, else ""."""
     import shlex
     import shutil
     import subprocess
 
-    program, term = environ.get("TERM_PROGRAM", ""), environ.get("TERM", "")
-    if not environ.get("TMUX") and sys.stderr.isatty():
-        if environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
-            return preview_inline(paths, kitty_image)
-        if program in ("iTerm.app", "WezTerm"):
-            return preview_inline(paths, iterm_image)
-    if not environ.get("TMUX") and not command:
-        return "neither tmux nor a terminal that shows images; set output.preview_command"
-    command = command or "tmux-img {path}"
-    if not shutil.which(shlex.split(command)[0]):
-        return f"{shlex.split(command)[0]} is not installed; set output.preview_command"
-    command = command if "{path}" in command else command + " {path}"
-    script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
-    if not environ.get("TMUX"):
-        null = subprocess.DEVNULL
-        subprocess.Popen(
-            ["sh", "-c", f"({script}) &"], stdin=null, stdout=null, stderr=null, start_new_session=True
-        ).wait()
-        return ""
-    window = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
-    try:
-        done = subprocess.run(window, capture_output=True, text=True, timeout=5)
-    except subprocess.TimeoutExpired:
-        return "tmux does not answer"
-    return done.stderr.strip() if done.returncode else ""
-
-
-def preview_inline(paths: Sequence[str], encode: Callable[[bytes], bytes]) -> str:
-    """Write the images themselves to the terminal on stderr."""
-    for path in paths:
-        with open(path, "rb") as file:
-            data = file.read()
-        if encode is kitty_image and not data.startswith(PNG_MAGIC):
-            return "this terminal shows PNG alone"
-        sys.stderr.buffer.write(encode(data) + b"\n")
+    tmux, terminal = os.environ.get("TMUX"), {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
+    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {"xterm-kitty", "xterm-ghostty", "ghostty"}
+    if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
+        for path in paths:
+            sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
         sys.stderr.buffer.flush()
-    return ""
+        return ""
+    if not tmux and not command:
+        return "neither tmux nor a terminal that shows images; set output.preview_command"
+    command = command or "tmux-img"
+    command = command if "{path}" in command else f"{command} {{path}}"
+    if not shutil.which(program := shlex.split(command)[0]):
+        return f"{program} is not installed; set output.preview_command"
+    script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
+    shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
+    if tmux:
+        shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
+    return done.stderr.strip() if done.returncode else ""
 
 
 def kitty_image(png: bytes) -> bytes:
     """https://sw.kovidgoyal.net/kitty/graphics-protocol/: base64 in pieces of 4096, m=1 on all but the last."""
+    if not png.startswith(PNG_MAGIC):
+        raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = [text[start : start + 4096] for start in range(0, len(text), 4096)]
-    heads = [b"a=T,f=100,q=2,", *[b""] * len(pieces)]
-    more = [*[b"1"] * (len(pieces) - 1), b"0"]
-    return b"".join(b"\x1b_G%bm=%b;%b\x1b\\" % part for part in zip(heads, more, pieces, strict=False))
+    pieces = ((start, text[start : start + 4096]) for start in range(0, len(text), 4096))
+    head = b"a=T,f=100,q=2,"
+    return b"".join(
+        b"\x1b_G%bm=%d;%b\x1b\\" % (b"" if start else head, start + 4096 < len(text), piece) for start, piece in pieces
+    )
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -2736,18 +2538,13 @@ def iterm_image(data: bytes) -> bytes:
 # only ever appended, and the record is what they say together, the later over the earlier.
 
 
-def state_folder() -> str:
-    """$XDG_STATE_HOME/imagen, made if need be, 0700."""
+def state_path(*parts: str) -> str:
+    """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
     folder = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "imagen")
-    try:
+    with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
         for path in (folder, os.path.join(folder, "open")):
-            if not os.path.isdir(path):
-                os.makedirs(path, mode=0o700, exist_ok=True)
-    except OSError as problem:
-        raise Disk(
-            f"{folder}: {problem.strerror}", "the journal lives there; name another with XDG_STATE_HOME"
-        ) from None
-    return folder
+            os.makedirs(path, mode=0o700, exist_ok=True)
+    return os.path.join(folder, *parts)
 
 
 class Entry:
@@ -2759,32 +2556,24 @@ class Entry:
     @classmethod
     def create(cls, record: Mapping[str, Any]) -> Entry:
         """A new entry, locked before anybody can see it."""
-        folder = os.path.join(state_folder(), "open")
-        path, hidden = os.path.join(folder, f"{record['id']}.jsonl"), os.path.join(folder, f".{record['id']}")
-        try:
-            entry = cls(path, _locked(hidden, os.O_CREAT | os.O_EXCL), {})
+        path, hidden = state_path("open", f"{record['id']}.jsonl"), state_path("open", f".{record['id']}")
+        with or_disk(path, "the journal lives there; make room for it"):
+            entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), {})
             entry.note(**record)
             os.rename(hidden, path)
-        except OSError as problem:
-            raise Disk(f"{folder}: {problem.strerror}", "the journal lives there; make room for it") from None
         return entry
 
     @classmethod
     def take(cls, path: str) -> Entry | None:
         """The entry at `path`, if it is still there and nobody works on it."""
-        with suppress(OSError):
-            fd = _locked(path, 0)
-            try:
-                if os.fstat(fd).st_ino != os.stat(path).st_ino:
-                    raise FileNotFoundError(path)
-                text = os.pread(fd, os.fstat(fd).st_size, 0)
-                if text and not text.endswith(b"\n"):
-                    os.write(fd, b"\n")  # a torn line must not swallow the next one
-            except OSError:  # finished, by whoever had the lock before us
-                os.close(fd)
-                raise
-            return cls(path, fd, merged(text))
-        return None
+        try:
+            fd = locked(path, 0)
+        except OSError:
+            return None
+        if not _same(fd, path):  # finished, by whoever had the lock before us
+            os.close(fd)
+            return None
+        return cls(path, fd, {"id": os.path.basename(path).removesuffix(".jsonl"), **merged(_read(path))})
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
@@ -2797,10 +2586,11 @@ class Entry:
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         kept = {key: value for key, value in self.record.items() if key not in ("sending", "name", "claim", "styled")}
-        fd = _locked(ledger_path(), os.O_CREAT, wait=True)
+        fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
         try:
-            size = os.fstat(fd).st_size
-            append_line(fd, kept, before="\n" if size and os.pread(fd, 1, size - 1) != b"\n" else "")
+            append_line(fd, kept)
+            if self.record.get("paid"):
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.unlink(self.path)
@@ -2813,37 +2603,19 @@ class Entry:
         self.fd = -1
 
 
-def lost_record(path: str) -> dict[str, Any]:
-    """What an entry says whose first line is torn: it was killed before anything could be sent."""
-    folder, last = os.path.split(path)
-    said = {"id": last.removesuffix(".jsonl"), "at": "", "backend": "", "request": {"prompt": ""}}
-    return {**said, "styled": said["request"], "name": os.path.join(folder, "lost")}
-
-
 def sweep_journal() -> None:
     """Unlink entries that were killed before they had their name."""
-    folder = os.path.join(state_folder(), "open")
-    for name in os.listdir(folder):
-        if name.startswith(".") and (entry := Entry.take(os.path.join(folder, name))):
+    for name in os.listdir(state_path("open")):
+        if name.startswith(".") and (entry := Entry.take(state_path("open", name))):
             os.unlink(entry.path)
             entry.release()
 
 
-def _locked(path: str, flags: int, wait: bool = False) -> int:
-    import fcntl
-
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def append_line(fd: int, line: Mapping[str, Any], before: str = "") -> None:
+def append_line(fd: int, line: Mapping[str, Any]) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
-    data, size = f"{before}{to_json(line)}\n".encode(), os.fstat(fd).st_size
+    size = os.fstat(fd).st_size
+    torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
+    data = b"\n" * bool(torn) + f"{to_json(line)}\n".encode()
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2872,30 +2644,15 @@ def merge_line(record: dict[str, Any], line: Mapping[str, Any]) -> None:
 
 def open_paths() -> list[str]:
     """The journal's unfinished entries, oldest first."""
-    folder = os.path.join(state_folder(), "open")
-    found = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".jsonl")]
+    found = [state_path("open", name) for name in os.listdir(state_path("open")) if name.endswith(".jsonl")]
     return sorted(found, key=lambda path: str(merged(_read(path)).get("at")))
 
 
-def _read(path: str) -> bytes:
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read()
-    return b""
-
-
-def ledger_path() -> str:
-    """Where what is finished is listed: one JSON line an attempt, 0600."""
-    return os.path.join(state_folder(), "ledger.jsonl")
-
-
-def ledger(everything: bool = False) -> Iterator[dict[str, Any]]:
-    """Finished attempts and open entries that already have their image (`everything`: others too), newest first."""
+def ledger() -> Iterator[dict[str, Any]]:
+    """Finished attempts, and open entries that already have their image, newest first."""
     seen = set()
-    unfinished = map(merged, map(_read, reversed(open_paths())))
-    for record in (
-        *(record for record in unfinished if everything or record.get("path")),
-        *map(merged, reversed(_read(ledger_path()).splitlines())),
-    ):
+    delivering = [text for text in map(_read, open_paths()) if merged(text).get("path")]
+    for record in map(merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)):
         if record.get("id") and record["id"] not in seen:
             seen.add(record["id"])
             yield record
@@ -2918,10 +2675,7 @@ class Plan(NamedTuple):
 
 
 def prepare(request: Request, config: Config, output: str = "") -> Plan:
-    """The plan for one request. `output`: "" for the config's folder and template, FILE, or DIR/.
-
-    Raises BadRequest and BadConfig for what cannot be meant; nothing is opened or sent.
-    """
+    """The plan for one request, nothing opened or sent; `output`: FILE, DIR/, or "" for what the config says."""
     check_request(request)
     seed = int.from_bytes(os.urandom(4)) >> 1 if request.seed is None else request.seed
     request = request._replace(backend=request.backend or config.default_backend, seed=seed)
@@ -2938,25 +2692,24 @@ def prepare(request: Request, config: Config, output: str = "") -> Plan:
 
 def check_request(request: Request) -> None:
     """BadRequest where a request cannot be meant by any backend."""
-    if not request.prompt.strip():
-        raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
-    if len(request.prompt) > 32_000:
-        raise BadRequest(f"the prompt has {len(request.prompt)} characters; 32,000 are the most")
-    if bool(request.width) != bool(request.height):
-        raise BadRequest("a size needs width and height", "--size 1024x1024")
-    if request.width and not (16 <= request.width <= 8192 and 16 <= request.height <= 8192):
-        raise BadRequest(f"size {request.width}x{request.height}: an edge has 16 to 8192 pixels")
-    if not 0 <= request.steps <= 500:
-        raise BadRequest(f"steps {request.steps}: 0 to 500")
-    if request.seed is not None and not 0 <= request.seed < 2**63:
-        raise BadRequest(f"seed {request.seed}: 0 to 2^63-1")
+    size = request.width, request.height
+    for wrong, *said in (
+        (not request.prompt.strip(), "the prompt is empty", 'imagen generate "a fox in the snow"'),
+        (len(request.prompt) > 32_000, f"the prompt has {len(request.prompt)} characters; 32,000 are the most"),
+        (any(size) != all(size), "a size needs width and height", "--size 1024x1024"),
+        (any(size) and not 16 <= min(size) <= max(size) <= 8192, "size {}x{}: 16 to 8192 pixels".format(*size)),
+        (not 0 <= request.steps <= 500, f"steps {request.steps}: 0 to 500"),
+        (not 0 <= (request.seed or 0) < 2**63, f"seed {request.seed}: 0 to 2^63-1"),
+    ):
+        if wrong:
+            raise BadRequest(*said)
 
 
 class Run(Context):
     """One attempt: the context of its adapter, and the journal entry that outlives it."""
 
     entry: Entry
-    paid = False
+    paid: bool
     _spool: Spool | None = None
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -2965,42 +2718,26 @@ class Run(Context):
 
     def begin(self, plan: Plan) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
-        self.paid = plan.paid
-        line: dict[str, Any] = {
-            "id": self.id,
-            "at": now_iso(),
-            "host": socket.gethostname(),
-            "backend": plan.request.backend,
-        }
-        line |= {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name}
-        self.entry = Entry.create({**line, "paid": plan.paid, "price": plan.price.usd, "sidecar_wanted": plan.sidecar})
+        line = {"id": self.id, "at": now_iso(), "host": socket.gethostname(), "backend": plan.request.backend}
+        said = {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name, "paid": plan.paid}
+        self.adopt(Entry.create({**line, **said, "price": plan.price.usd, "sidecar_wanted": plan.sidecar}))
 
     def adopt(self, entry: Entry) -> None:
-        """Go on with an entry that somebody else began."""
-        record = entry.record = {**lost_record(entry.path), **entry.record}
+        """Go on with an entry that somebody began."""
+        # Whose first line is torn was killed before anything could be sent, and has no image anywhere.
+        record = entry.record = {"name": entry.path, "backend": "", **entry.record}
         self.entry, self.id, self.paid = entry, record["id"], bool(record.get("paid"))
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
-
-    @property
-    def hidden(self) -> str:
-        """The complete image before it has its name; `.part` behind it while it grows."""
-        return os.path.join(os.path.dirname(self.entry.record["name"]), f".imagen-{self.id}")
-
-    @property
-    def fallback(self) -> str:
-        """Where the spool goes when the target's disk is full."""
-        return os.path.join(state_folder(), "open", f"{self.id}.part")
+        self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")  # complete, without its name
+        self.part = f"{self.hidden}.part"  # while it grows
+        self.fallback = state_path("open", f"{self.id}.part")  # where that goes when the target's disk is full
 
     def sending(self) -> None:
         """On disk before the first byte of a paid POST leaves; Disk, and nothing is sent, where that fails."""
         self.check()
-        try:
+        with or_disk(self.entry.path, "nothing was sent: the journal has to come first"):
             self.entry.note(durable=True, sending=now_iso(), charged="unknown")
-        except OSError as problem:
-            raise Disk(
-                f"{self.entry.path}: {problem.strerror}", "nothing was sent: the journal has to come first"
-            ) from None
         self.charged = "unknown"
 
     def settle(self, charged: Charged) -> None:
@@ -3014,24 +2751,26 @@ class Run(Context):
         super().remote(**ids)
         self.jot(durable=self.paid, remote=ids)
 
-    def jot(self, durable: bool = False, **line: Any) -> None:
-        """A line that is worth having, but not worth losing an image for."""
+    def jot(self, durable: bool = False, **line: Any) -> bool:
+        """A line that is worth having, but not worth losing an image for; whether it is on record."""
         try:
             self.entry.note(durable, **line)
+            return True
         except OSError as problem:
             merge_line(self.entry.record, line)
             self.warn(f"journal: {self.entry.path}: {problem.strerror}")
+            return False
 
     def spool(self) -> Spool:
-        """A new `.imagen-<id>.part` in the target folder, in place of an earlier one."""
+        """A new spool in the target folder, in place of an earlier one."""
         if self._spool:
             self._spool.close()
-        self._spool = Spool(f"{self.hidden}.part", self.fallback)
+        self._spool = Spool(self.part, self.fallback)
         return self._spool
 
     def whole(self) -> str:
         """Where a complete image of this entry lies without its name; "" where there is none."""
-        for path in (self.hidden, f"{self.hidden}.part", self.fallback):
+        for path in (self.hidden, self.part, self.fallback):
             with suppress(OSError), open(path, "rb") as file:
                 sniffed = sniff(file)
                 if sniffed and sniffed.complete:
@@ -3040,25 +2779,26 @@ class Run(Context):
 
     def clean(self) -> None:
         """Unlink the hidden names."""
-        for path in (f"{self.hidden}.part", self.hidden, f"{self.hidden}.json", self.fallback):
-            with suppress(OSError):
-                os.unlink(path)
+        for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
+            _unlink(path)
 
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open, which loses nothing."""
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.id)
-        self.clean()
+        if not self.whole():
+            self.clean()  # before the entry goes, since nobody would find it then
         self.entry.record["charged"] = self.charged
         try:
             self.entry.finish()
+            self.clean()
         except OSError as problem:
             self.warn(f"journal: {self.entry.path}: {problem.strerror}; the entry stays open")
             self.entry.release()
 
     @contextmanager
     def attempting(self, backend: Backend | None = None) -> Iterator[None]:
-        """What fails inside leaves as an ImagenError that knows its `charged`, and the journal knows of it."""
+        """What fails inside leaves as an ImagenError that knows its `charged`; the journal has it, and is let go."""
         try:
             yield
         except Exception as problem:
@@ -3071,31 +2811,31 @@ class Run(Context):
         cancelled = backend and self.why == "user" and self.remote_ids and self._cancelled(backend)
         turned_away = isinstance(error, BadRequest | BadConfig | Quota | Busy) or not self.remote_ids
         ended = cancelled or isinstance(error, Ended | Refused) or (self.charged == "no" and turned_away)
+        ended = ended and not self.whole()
         if self.remote_ids and isinstance(error, Interrupted | Unknown):
             ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
-            said += f" ({', '.join(ids)}{' was cancelled' if cancelled else ''})"
+            said += f" ({', '.join(ids)}{' was cancelled' * bool(cancelled)})"
         if self.paid:
             said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[self.charged]
-        if not ended:
-            hint = f"{hint + '; ' if hint else ''}imagen recover {self.id}"
         kind = type(error)
-        if self.charged != "no" and not ended and not isinstance(error, Interrupted | Disk):
-            kind = Unknown
+        if not ended:
+            hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
+            kind = kind if self.charged == "no" or isinstance(error, Interrupted | Disk) else Unknown
         error = kind(said, hint, charged=self.charged, after=error.after)
         self.jot(charged=self.charged, error={"code": error.code, "message": said})
         self.close() if ended else self.entry.release()
         return error
 
     def _cancelled(self, backend: Backend) -> bool:
+        fresh = Context(timeout=3.0)
+        fresh.charged = self.charged
         try:
-            fresh = Context(timeout=3.0)
-            fresh.charged = self.charged
             backend.cancel(fresh, self.remote_ids)
-            self.settle(fresh.charged)
-            return True
-        except ImagenError as problem:
+        except Exception as problem:
             self.warn(f"{backend.name}: could not be cancelled: {problem}")
             return False
+        self.settle(fresh.charged)
+        return True
 
 
 def as_error(problem: Exception) -> ImagenError:
@@ -3113,10 +2853,7 @@ def sparse(request: Request) -> dict[str, Any]:
 
 
 def make(plan: Plan, config: Config, run: Run) -> Result:
-    """The image out of its backend, not yet on disk under its name. Raises an ImagenError that knows its `charged`.
-
-    What can be checked is checked before the journal entry; what is paid is on record before it is sent.
-    """
+    """The image out of its backend; what can be checked is checked before the journal entry is opened."""
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.name))
     run.begin(plan)
@@ -3131,30 +2868,33 @@ def finish(run: Run, result: Result) -> dict[str, Any]:
         if run.paid:
             run.settle("yes")
         latency = round((time.monotonic() - run.started) * 1000)
-        run.jot(result={**result._asdict(), "image": None, "latency_ms": latency, "metadata": dict(result.metadata)})
-        with result.image if isinstance(result.image, Spool) else _spooled(run, result.image) as spool:
+        run.jot(result={**result._asdict(), "image": None, "latency_ms": latency})
+        with result.image as source, source if isinstance(source, Spool) else run.spool() as spool:
+            if spool is not source:
+                _copy(source, spool)
             sniffed = sniff(spool)
             if not sniffed or not sniffed.complete:
                 spool.seek(0)
                 what = "an image that breaks off" if sniffed else f"no image but {excerpt(spool.read(1 << 16), 60)}"
                 raise (Unknown if run.paid else Ended)(f"the backend sent {what}")
-            if spool.path == spool.fallback:
-                raise Disk(f"{os.path.dirname(run.hidden)}: full; the image waits in {spool.path}", "make room")
-            os.fsync(spool.fileno())
-        os.rename(spool.path, run.hidden)
-        return save(run)
+        if spool.path == run.fallback:
+            raise Disk(f"{run.hidden}: the disk is full; the image waits in {spool.path}", "make room")
+        return save(run, spool.path)
 
 
-def _spooled(run: Run, source: BinaryIO) -> Spool:
-    with source:
-        spool = run.spool()
-        _copy(source, spool)
-    return spool
-
-
-def save(run: Run) -> dict[str, Any]:
-    """From the complete hidden image to its name, its sidecar and the record; the same after a kill at any step."""
+def save(run: Run, kept: str) -> dict[str, Any]:
+    """From the complete image at `kept` to its name, its sidecar and the record; the same after a kill at any step."""
+    if kept == run.fallback:
+        prepare_folder(os.path.dirname(run.hidden))
+        with open(kept, "rb") as source, Spool(run.part, run.part) as spool:  # the fallback is what we copy from
+            _copy(source, spool)
+    if kept != run.hidden:
+        with open(run.part, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(run.part, run.hidden)
     record = run.entry.record
+    if claim := record.get("claim"):
+        release_claim(claim, run.id)
     ending, about = describe(run, run.hidden)
     run.jot(image={"file": run.hidden, "sha256": about["sha256"], "bytes": about["bytes"]})
     asked, got = [(shape["width"], shape["height"]) for shape in (about["requested"], about)]
@@ -3163,10 +2903,10 @@ def save(run: Run) -> dict[str, Any]:
     text = to_json(about, indent=2) + "\n"
     sidecar = (lambda path: text) if record.get("sidecar_wanted", True) else None
     path = publish(run.hidden, record["name"], ending, sidecar, lambda path: run.jot(claim=path))
-    run.jot(path=path, sidecar=about)
+    if run.jot(path=path, sidecar=about):
+        run.clean()
     if sidecar and not os.path.exists(f"{path}.json"):
         run.warn(f"{path}.json: the sidecar could not be written")
-    run.clean()
     return record
 
 
@@ -3174,12 +2914,11 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
     """The true ending of the image at `path`, and its sidecar: what was asked, what was got, what it cost."""
     import hashlib
 
-    record, digest = run.entry.record, hashlib.sha256()
+    record = run.entry.record
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
         file.seek(0)
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     request, styled = Request(**record["request"]), Request(**record["styled"])
     said: Mapping[str, Any] = record.get("result") or {}
     ignored, seed = list(said.get("ignored") or ()), said.get("seed")
@@ -3212,42 +2951,39 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
 
 
 def deliver(run: Run) -> None:
-    """What is left to do once the image is safe. With nothing left the entry moves to the ledger."""
+    """What is left to do once the image is safe; with nothing left the entry moves to the ledger."""
     run.close()
 
 
 def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
     """End an entry that somebody left: the record of its image, or None where nothing was ever sent.
 
-    Bytes that are here come first, then the backend's own memory. Raises what a generation would; Unknown, with the
-    entry closed, where something was sent and nobody keeps it.
+    Bytes that are here come first, then the backend's memory. Unknown, with the entry closed, where nobody keeps it.
     """
     run.adopt(entry)
     record = entry.record
     if record.get("path"):
         run.clean()
         return record
-    claim, size = record.get("claim"), (record.get("image") or {}).get("bytes")
     if kept := run.whole():
         with run.attempting():
             if run.paid:
                 run.settle("yes")
-            if claim:
-                release_claim(claim, run.id)
-            restore(run, kept)
-            return save(run)
-    if claim and os.path.exists(claim) and os.path.getsize(claim) == size:
-        run.jot(path=claim, sidecar=describe(run, claim)[1])
+            return save(run, kept)
+    claim, image = record.get("claim"), record.get("image")
+    if claim and image and os.path.exists(claim) and (about := describe(run, claim)[1])["sha256"] == image["sha256"]:
+        run.jot(path=claim, sidecar=about)
         return record
     if run.charged == "no" and not run.remote_ids:
         run.close()
         return None
     if not os.path.isdir(folder := os.path.dirname(run.hidden)):
         entry.release()
-        raise Disk(f"{folder}: not there, and the image may wait in it", "mount or make it, then recover again")
+        raise Disk(f"{folder}: not there, and may hold the image", "mount or make it, then recover again")
     styled = Request(**record["styled"])
     backend = open_backend(styled.backend, config.backends, styled.backend_opts)
-    taken = [str((other.get("remote") or {}).get("id")) for other in ledger(everything=True)]
+    others = (*map(merged, map(_read, open_paths())), *ledger())
+    taken = [str((other.get("remote") or {}).get("id")) for other in others]
     remote = {"since": record.get("sending", ""), "taken": taken, **run.remote_ids}
     try:
         with run.attempting(backend):
@@ -3255,28 +2991,9 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
     except Ended as problem:
         if run.charged != "unknown":
             raise
-        hint = "its usage page tells whether it was charged; this entry is closed"
+        hint = "the backend's usage page tells whether it was charged; this entry is closed"
         raise Unknown(f"{problem}, sent at {record.get('sending')}", hint, charged="unknown") from None
     return finish(run, result)
-
-
-def restore(run: Run, kept: str) -> None:
-    """A complete image, wherever a killed run left it, as the hidden file beside its future name."""
-    part = f"{run.hidden}.part"
-    if kept == run.fallback:
-        prepare_folder(os.path.dirname(part))
-        with open(kept, "rb") as source, Spool(part, part) as spool:  # no fallback: that is what we copy from
-            _copy(source, spool)
-    if kept != run.hidden:
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.rename(part, run.hidden)
-
-
-def _copy(source: BinaryIO, spool: Spool) -> None:
-    source.seek(0)
-    while block := source.read(1 << 20):
-        spool.write(block)
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ======================================
@@ -3286,7 +3003,8 @@ class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """`argv` is looked through for --json, -q and -v, which hold even where the rest of it is a mistake."""
+        """--json, -q and -v hold even where the rest of `argv` is a mistake."""
+        argv = argv[: argv.index("--")] if "--" in argv else argv
         short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
         self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
         self.verbose = "v" in short or "--verbose" in argv
@@ -3306,7 +3024,7 @@ class Terminal:
             self.say(text, prefix="")
 
     def report(self, problem: BaseException) -> ImagenError:
-        """Tell what happened and what to do next, where no JSON will; with -v where a bug is. Returns the error."""
+        """The error that `problem` is, told where no JSON will tell it; with -v where a bug is."""
         error = as_error(problem) if isinstance(problem, Exception) else Interrupted("interrupted")
         if self.verbose and error.code == "bug":
             import traceback
@@ -3330,12 +3048,12 @@ class Terminal:
                     os.dup2(nowhere.fileno(), 1)
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
-        """All that a command has to say: one JSON document under --json, else `lines`. Returns the exit code."""
+        """All that a command has to say, as JSON or as lines; returns the exit code."""
         said: dict[str, Any] = {"ok": not error}
         if error:
-            fields = {name: getattr(error, name) for name in ("code", "hint", "charged")}
-            fields["retryable"] = error.retryable and error.charged == "no"
-            said |= {"error": {"message": str(error), **fields}, "images": []}
+            fields = {"message": str(error), "retryable": error.retryable and error.charged == "no"}
+            fields |= {name: getattr(error, name) for name in ("code", "hint", "charged")}
+            said |= {"error": fields, "images": []}
         self.write(*((to_json({**said, **document}),) if self.as_json else lines))
         return error.exit_code if error else 0
 
@@ -3371,14 +3089,13 @@ def progress_line(now: Progress, elapsed: float, usual: float | None, count: str
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
     """
-    bar, told, took = "", "", f"{elapsed:.1f} s"
+    share, told, took = -1.0, "", f"{elapsed:.1f} s"
     if now.done is not None and now.total:
         share = min(1.0, now.done / now.total)
         told = f"{now.done:.0f}/{now.total:.0f}" if now.done % 1 == now.total % 1 == 0 else f"{share:.0%}"
     elif usual:
         share, took = min(0.99, elapsed / usual), f"{took} of about {usual:.0f}"
-    if told or usual:
-        bar = f"{'━' * round(36 * share):─<36}"
+    bar = f"{'━' * round(36 * share):─<36}" if share >= 0 else ""
     return "  ".join(filter(None, (now.note or "waiting", bar, told, took, count)))
 
 
@@ -3434,6 +3151,12 @@ def flag(*names: str, **how: Any) -> Flag:
     return names, how
 
 
+EVERYWHERE = (
+    flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
+    flag("--json", action="store_true", help="one JSON document on stdout"),
+    flag("-q", "--quiet", action="store_true", help="results and errors only"),
+    flag("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens"),
+)
 TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
 
 
@@ -3464,18 +3187,15 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     offered = not args.backend and (request.backend or config.default_backend) != "mock"
     with offering_mock(offered):
         first = prepare(request, config, args.output)
-    seeds = range(first.request.seed or 0, (first.request.seed or 0) + args.n)
-    plans = [first, *(prepare(first.request._replace(seed=seed), config, args.output) for seed in seeds[1:])]
+    seeds = range(seed := first.request.seed or 0, seed + args.n)
+    plans = [prepare(first.request._replace(seed=seed), config, args.output) for seed in seeds]
     if args.dry_run:
         return show_plans(plans, terminal)
-    plans.reverse()  # the first to be made stands last
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
-        terminal.note(
-            "imagen: no backend is configured, so `mock` draws a placeholder; "
-            "next: imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
-        )
-    if sent := [row for row in unfinished() if row["state"] == "sent"]:
-        terminal.note(f"imagen: {len(sent)} unfinished from before: imagen recover")
+        following = "imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
+        terminal.note(f"imagen: no backend is configured, so `mock` draws a placeholder; next: {following}")
+    if sent := sum(row["state"] == "sent" for row in unfinished()):
+        terminal.note(f"imagen: {sent} unfinished from before: imagen recover")
     if not terminal.live:
         terminal.note(f"{first.request.backend}, {args.n} to make")
 
@@ -3514,7 +3234,7 @@ def request_from(args: argparse.Namespace) -> Request:
             args.prompt = sys.stdin.read().strip()
         except ValueError:
             raise BadRequest("the prompt on stdin is no text in UTF-8") from None
-    if args.size:
+    if args.size is not None:
         sized = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
         if not sized:
             raise BadRequest(f'--size "{args.size}": not WxH', "16 to 8192 pixels each, such as --size 1024x768")
@@ -3550,11 +3270,11 @@ def like(what: str) -> Request:
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     """What `generate --dry-run` says."""
     shown = []
-    for _, styled, name, price, parameters, *_ in plans:
-        asked = {"backend": styled.backend, "prompt": styled.prompt, "negative": styled.negative_prompt}
-        cost = {"price_usd": price.usd, "price_source": price.source or "unknown"}
-        shown.append({**asked, "parameters": dict(parameters), "file": name, **cost})
-    rows = [(key, value if isinstance(value, str) else to_json(value)) for plan in shown for key, value in plan.items()]
+    for plan in plans:
+        row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
+        row |= {"parameters": dict(plan.parameters), "file": plan.name}
+        shown.append({**row, "price_usd": plan.price.usd, "price_source": plan.price.source or "unknown"})
+    rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
 
@@ -3563,11 +3283,10 @@ def unfinished() -> list[dict[str, Any]]:
     rows = []
     for entry in filter(None, map(Entry.take, open_paths())):
         entry.release()
-        entry.record.setdefault("id", os.path.basename(entry.path).removesuffix(".jsonl"))
-        row = {key: entry.record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
-        sent = row["remote"] or entry.record.get("sending")
-        row["state"] = "to deliver" if row["path"] else "sent" if sent else "begun"
-        rows.append({**row, "prompt": entry.record.get("request", {}).get("prompt", "")})
+        record = entry.record
+        row = {key: record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
+        state = "to deliver" if row["path"] else "sent" if row["remote"] or record.get("sending") else "begun"
+        rows.append({**row, "state": state, "prompt": record.get("request", {}).get("prompt", "")})
     return rows
 
 
@@ -3580,7 +3299,7 @@ def crew(
     usual: float | None = None,
     why: str = "user",
 ) -> tuple[int, list[str]]:
-    """The exit code and the paths that `attempt(item, run)` makes of the items, the last one first.
+    """The exit code and the paths that `attempt(item, run)` makes of the items that are `waiting`.
 
     The attempts run in daemon threads; the main thread draws and takes signals: the first ends what is under way, the
     second leaves at once. Who clears `waiting` lets nothing more begin.
@@ -3593,7 +3312,7 @@ def crew(
     runs: dict[Run, Progress] = {}
     count, stopped_at = len(waiting), 0.0
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(*_: Any) -> None:
         nonlocal stopped_at
         if stopped_at:
             os._exit(Interrupted.exit_code)
@@ -3608,44 +3327,49 @@ def crew(
     def member() -> None:
         with suppress(IndexError):  # nothing waits any more
             while not stopped_at:
-                one(waiting.pop())
+                one(waiting.pop(0))
 
     def one(item: Any) -> None:
-        run: Run = Run(timeout, lambda *now: runs.update({run: Progress(*now)}), warn)
+        run: Run = Run(timeout, lambda *now: runs.update({run: Progress(*now)} if run in runs else {}), warn)
         runs[run], record = Progress(), None
         if stopped_at:
             run.stop(why)
         try:
             if record := attempt(item, run):
                 made.append({**record["sidecar"], "path": record["path"], "cloud": None})
-                announce(made[-1], terminal)
-                deliver(run)
+                try:
+                    announce(made[-1], terminal)
+                finally:
+                    deliver(run)
         except Exception as problem:  # a bug in one attempt must not take the others along
-            warn(str(as_error(problem))) if record else errors.append(terminal.report(problem))
+            errors.append(terminal.report(problem))
         finally:
             del runs[run]
 
     for number in (signal.SIGINT, signal.SIGTERM):  # for good: what follows is short
         signal.signal(number, on_signal)
-    threads = [threading.Thread(target=member, daemon=True) for _ in waiting[:parallel]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    for thread in [in_thread(member) for _ in waiting[:parallel]]:
         while thread.is_alive() and not (stopped_at and time.monotonic() > stopped_at + 5):
             thread.join(0.1)
             for run, now in [*runs.items()][-1:]:
-                part = f"{len(made)} of {count}" if count > 1 else ""
+                part = f"{len(made)} of {count}" * (count > 1)
                 terminal.draw(progress_line(now, time.monotonic() - run.started, usual, part))
     if stopped_at and (runs or waiting):
-        stopped = Interrupted(f"interrupted; {len(runs)} did not end, {len(waiting)} not begun")
-        errors.append(terminal.report(stopped))
+        left = f"interrupted; {len(runs)} did not end, {len(waiting)} not begun"
+        errors.append(terminal.report(Interrupted(left)))
     # An unknown outcome comes first, else the interruption, else that some were made, else the first error.
-    kinds = (Unknown, Interrupted, ImagenError)
-    worst = next((error for kind in kinds for error in errors if isinstance(error, kind)), None)
-    if worst and made and not isinstance(worst, Unknown | Interrupted):
+    worst = max(errors, key=lambda error: (isinstance(error, Unknown), isinstance(error, Interrupted)), default=None)
+    if worst and 0 < len(made) < count and not isinstance(worst, Unknown | Interrupted):
         worst = Partial(f"{len(made)} of {count} made; {worst}", worst.hint, charged=worst.charged)
     code = terminal.result({"images": made, "warnings": warnings}, error=worst)
     return code, [image["path"] for image in made]
+
+
+def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
+    """A thread that does `work`, already started; it holds nobody up who wants to leave."""
+    thread = threading.Thread(target=work, args=args, daemon=True)
+    thread.start()
+    return thread
 
 
 def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
@@ -3654,8 +3378,8 @@ def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
         terminal.write(image["path"])
     if os.path.exists(f"{image['path']}.json"):
         terminal.note(f"sidecar: {image['path']}.json")
-    seed = "" if image.get("seed") is None else f", seed {image['seed']}"
-    terminal.note(f"{(image.get('latency_ms') or 0) / 1000:.1f} s, {money(image.get('cost_usd_estimate'))}{seed}")
+    seed = "" if image["seed"] is None else f", seed {image['seed']}"
+    terminal.note(f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}")
 
 
 @command(flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready"))
@@ -3664,12 +3388,13 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
         said = fault(name, config)
-        fields = marked(BACKENDS[block["type"]].Options, KEY) if not said else ()
+        fields = () if said else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
+        said = said or f"{variable} {'set' if there else 'not set'}" * bool(variable)
         row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
         row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
-        rows.append({**row, "said": said or f"{variable} {'set' if there else 'not set'}" * bool(variable)})
+        rows.append({**row, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
@@ -3678,14 +3403,11 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
             errors.append(error := as_error(problem))
             row |= {"said": f"{error.code}: {error}", "ok": False}
 
-    threads = [threading.Thread(target=check, args=(row,), daemon=True) for row in rows if args.check]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    for thread in [in_thread(check, row) for row in rows if args.check]:
         thread.join()
     lines = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
     lines = [f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)]
-    worst = max(errors, key=lambda error: {3: 1003, 4: 1002}.get(error.exit_code, error.exit_code), default=None)
+    worst = max(errors, key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code), default=None)
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
@@ -3702,10 +3424,9 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    rows = [
-        (name, style.suffix + f" [{style.width}x{style.height}]" * bool(style.width)) for name, style in styles.items()
-    ]
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
+    sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
+    lines = aligned((name, style.suffix + sized[name]) for name, style in styles.items())
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
 
 
 @command(
@@ -3717,6 +3438,9 @@ def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](args, terminal)
 
 
+NO_FILE = "no config file; the built-in defaults"
+
+
 def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     """Write the sample, 0600, where the config is looked for."""
     path = config_path(args.config, new=True)
@@ -3724,7 +3448,8 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_file(path, sample_text(), 0o600)
+        write_file(f"{path}.new", sample_text(), 0o600)
+        os.replace(f"{path}.new", path)  # what was there stays until the new one stands
     except OSError as problem:
         raise Disk(f"{path}: {problem.strerror}") from None
     return terminal.result({"path": path}, path)
@@ -3749,10 +3474,9 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     warnings += ["owner_user_id is empty: no cloud sync"] * (not data.get("owner_user_id"))
     for line in warnings:
         terminal.say(f"warning: {line}")
-    path = path or "no config file; the built-in defaults"
     error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
-    lines = [] if error else [f"{path}: fine"]
-    return terminal.result({"path": path, "errors": complaints, "warnings": warnings}, *lines, error=error)
+    fine = [f"{path or NO_FILE}: fine"] * (not error)
+    return terminal.result({"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error)
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -3762,7 +3486,7 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
     shown["backends"] = {name: fault(name, config) or block for name, block in config.backends.items()}
     origins = (f"# {field} comes from {name}" for name, field in overrides().items())
-    lines = (f"# {path or 'no config file; the built-in defaults'}", *origins, to_json(shown, indent=2))
+    lines = (f"# {path or NO_FILE}", *origins, to_json(shown, indent=2))
     return terminal.result({"path": path or None, "config": shown, "environment": overrides()}, *lines)
 
 
@@ -3801,7 +3525,7 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
         return record
 
     # Only a stop for "user" cancels at the backend, and this may be paid already.
-    return crew(entries[::-1], attempt, terminal, args.timeout, why="released")[0]
+    return crew(entries, attempt, terminal, args.timeout, why="released")[0]
 
 
 @command(
@@ -3813,7 +3537,9 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     from itertools import islice
 
     found = (row for row in made_before() if all(word.lower() in row["prompt"].lower() for word in args.words))
-    rows = list(islice(found, max(1, args.n)))
+    if args.n < 1:
+        raise BadRequest(f"-n {args.n}: at least 1")
+    rows = list(islice(found, args.n))
     lines = aligned(
         (row["timestamp"][:16], row["backend"], money(row["cost_usd_estimate"]), row["path"], row["prompt"][:60])
         for row in rows
@@ -3844,7 +3570,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     rows = [sums[key] for key in sorted(sums)]
     lines = []
     for row in (*rows, total):
-        unknown = f"and {row['unknown']} of unknown cost" if row["unknown"] else ""
+        unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
         lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
@@ -3900,26 +3626,21 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         place += 2 if argv[place] == "--config" else 1
     before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
-        text = version_text() if "--version" in before else help_text()
+        if "--version" in before:  # copies travel without their repository, so the hash says which one this is
+            import hashlib
+
+            text = f"imagen {__version__} ({hashlib.sha256(_read(__file__)).hexdigest()[:12]})"
+        else:
+            commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
+            end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
+            text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
         return terminal.result({"text": text}, text)
     if name not in COMMANDS:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
-    return COMMANDS[name][0](parser_of(name, terminal).parse_args([*before, *after]), terminal)
-
-
-def help_text() -> str:
-    """What `imagen --help` prints: examples first, then the commands."""
-    commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
-    end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
-    return f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
-
-
-def version_text() -> str:
-    """The release, and which copy of the file this is: copies travel without their repository."""
-    import hashlib
-
-    return f"imagen {__version__} ({hashlib.sha256(_read(__file__)).hexdigest()[:12]})"
+    args = parser_of(name, terminal).parse_args([*before, *after])
+    terminal.quiet |= args.quiet  # -qn 2 holds a -q too
+    return COMMANDS[name][0](args, terminal)
 
 
 def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
@@ -3944,13 +3665,7 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # a width of its own would cost shutil
         allow_abbrev=False,
     )
-    for names, how in (
-        *flags,
-        flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
-        flag("--json", action="store_true", help="one JSON document on stdout"),
-        flag("-q", "--quiet", action="store_true", help="results and errors only"),
-        flag("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens"),
-    ):
+    for names, how in (*flags, *EVERYWHERE):
         parser.add_argument(*names, **how)
     return parser
 

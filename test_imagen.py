@@ -3197,7 +3197,12 @@ def test_contract_a_wait_longer_than_the_deadline_ends_as_busy_at_once(wired: Bo
 def test_a_stop_ends_a_wait(wired: Box) -> None:
     with Remote(status(429, "Slow down.", {"Retry-After": "20"}), repeat=True) as remote:
         ctx = HttpContext(60)
-        assert http_stopped(ctx, lambda: http_gate(ctx, remote.base).get("/x"), remote.wait_seen) < 0.5
+
+        def waits() -> None:
+            remote.wait(lambda: remote.seen and not remote._wires)
+            time.sleep(0.1)  # from the end of the answer to the wait
+
+        assert http_stopped(ctx, lambda: http_gate(ctx, remote.base).get("/x"), waits) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -3259,7 +3264,7 @@ def test_a_get_that_answers_no_json_says_so(wired: Box, answer: Answer) -> None:
         http_gate(HttpContext(), remote.base).get_json("/x")
 
 
-BREAKS = {
+HTTP_BREAKS = {
     "cut": cut(HTTP_BYTES, 30),
     "reset": cut(HTTP_BYTES, 30, rst=True),
     "close": close_delimited(HTTP_BYTES, len(HTTP_BYTES) - 1),
@@ -3267,7 +3272,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("fault", BREAKS.values(), ids=BREAKS)
+@pytest.mark.parametrize("fault", HTTP_BREAKS.values(), ids=HTTP_BREAKS)
 def test_an_image_that_breaks_off_is_asked_for_again(wired: Box, fault: Answer) -> None:
     with Remote(fault, close_delimited(HTTP_BYTES)) as remote:
         with http_gate(HttpContext(), remote.base).download("/x.png") as image:
@@ -3535,10 +3540,11 @@ def test_nothing_is_sent_where_the_journal_refuses(wired: Box) -> None:
         def sending(self) -> None:
             raise imagen.Disk("full")
 
-    with Remote({}) as remote:
+    with Remote({}, {}) as remote:
         with pytest.raises(imagen.Disk):
             http_gate(Full(), remote.base).pay("/x", {})
-        assert remote.seen == remote.torn == []
+        http_gate(Full(), remote.base).get("/y")  # what came before it has arrived, too
+    assert [seen.path for seen in (*remote.seen, *remote.torn)] == ["/y"]
 
 
 def test_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) -> None:
@@ -3574,7 +3580,7 @@ def test_contract_seed_size_and_progress(wired: Box, kind: str, size: tuple[int,
         assert ("seed" in result.ignored) is (kind == "openai")
 
 
-CONTRACT = {  # fault, error of a free adapter, error of a paid one and its `charged`
+HTTP_CONTRACT = {  # fault, error of a free adapter, error of a paid one and its `charged`
     "400": (status(400, "no"), imagen.BadRequest, imagen.BadRequest, "no"),
     "401": (status(401, "no"), imagen.BadConfig, imagen.BadConfig, "no"),
     "quota": (status(402, "no"), imagen.Quota, imagen.Quota, "no"),
@@ -3587,9 +3593,9 @@ CONTRACT = {  # fault, error of a free adapter, error of a paid one and its `cha
 
 
 @each_remote
-@pytest.mark.parametrize("case", CONTRACT)
+@pytest.mark.parametrize("case", HTTP_CONTRACT)
 def test_contract_each_fault_has_its_error_and_its_price(wired: Box, kind: str, case: str) -> None:
-    fault, free, paid, charged = CONTRACT[case]
+    fault, free, paid, charged = HTTP_CONTRACT[case]
     with Remote(fault, repeat=True) as remote:
         ctx = HttpContext(1)
         with pytest.raises(paid if kind in HTTP_PAID else free):
@@ -3597,13 +3603,13 @@ def test_contract_each_fault_has_its_error_and_its_price(wired: Box, kind: str, 
         assert kind not in HTTP_PAID or (len(remote.seen) == 1 and ctx.charged == charged)
 
 
-SLOW = {"silent": silent(), "drip": drip("x" * 10_000, 0.05), "drip of a header": drip("x", 0.05, head=True)}
+HTTP_SLOW = {"silent": silent(), "drip": drip("x" * 10_000, 0.05), "drip of a header": drip("x", 0.05, head=True)}
 
 
 @each_remote
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", HTTP_SLOW)
 def test_contract_the_deadline_ends_what_is_too_slow(wired: Box, kind: str, case: str) -> None:
-    with Remote(SLOW[case], repeat=True) as remote:
+    with Remote(HTTP_SLOW[case], repeat=True) as remote:
         ctx = HttpContext(0.5)
         with http_deadline(ctx):
             http_adapter(kind, remote.base).generate(ctx, http_wanted())
@@ -3628,14 +3634,34 @@ def test_contract_an_image_cut_off_is_fetched_again_not_paid_again(wired: Box, k
         if kind == "openai":
             server.dialect, server.url_as, more = "sglang", "foreign", {"model": "m", "response_format": "url"}
         if kind == "comfyui":
-            server.fault("GET /view", BREAKS[case])
+            server.fault("GET /view", HTTP_BREAKS[case])
         else:
-            server.files.faults.append(BREAKS[case])
+            server.files.faults.append(HTTP_BREAKS[case])
         with http_adapter(kind, server.base, **more).generate(HttpContext(), http_wanted()).image as image:
             found = imagen.sniff(image)
         assert found and found.complete and len(server.creates) == 1
         fetched = server.seen if kind == "comfyui" else server.files.seen
         assert len([seen for seen in fetched if seen.path.startswith(("/view", "/out"))]) == 2
+
+
+HTTP_ODD: list[tuple[str, str, object]] = [
+    *(("comfyui", path, ok(body)) for path in ("GET /history", "GET /queue", "POST /prompt") for body in (None, [], 1)),
+    *(("replicate", "GET /v1/predictions/", ok(body)) for body in (None, [], {"status": 1}, {"status": "new"})),
+    *(("openai", "POST", ok({"data": data})) for data in ("x", [1], [{"url": 1}], [{"b64_json": 1}], {"url": "x"})),
+    ("openai", "POST", ok({"data": [], "usage": "x"})),
+]
+
+
+@pytest.mark.parametrize(("kind", "needle", "answer"), HTTP_ODD)
+def test_contract_an_answer_of_an_odd_shape_is_an_error_not_a_bug(
+    wired: Box, kind: str, needle: str, answer: Answer
+) -> None:
+    with HttpComfy(hold=True) if kind == "comfyui" else http_server(kind) as server:
+        server.script(polls=2) if kind == "replicate" else None
+        server.fault(needle, *[answer] * 20)
+        with pytest.raises(imagen.ImagenError) as caught:
+            http_adapter(kind, server.base).generate(HttpContext(1.5), http_wanted())
+        assert caught.value.code != "bug"
 
 
 @each_remote
@@ -3667,7 +3693,7 @@ def http_fox(box: Box, server: Any, kind: str, *args: str, **block: Any) -> Done
     return http_run(box, server, kind, "generate", "a fox", "--seed", "7", "--json", *args, **block)
 
 
-UNCLEAR = {
+HTTP_UNCLEAR = {
     "silence": silent(),
     "reset": reset(),
     "hang-up": hangup(),
@@ -3689,13 +3715,13 @@ UNCLEAR = {
 
 
 @each_paid
-@pytest.mark.parametrize("case", UNCLEAR)
+@pytest.mark.parametrize("case", HTTP_UNCLEAR)
 def test_a_paid_post_with_an_unclear_end_is_sent_once_and_recover_knows_it(box: Box, kind: str, case: str) -> None:
     with http_server(kind) as server:
         if kind == "openai":
-            server.script(UNCLEAR[case])
+            server.script(HTTP_UNCLEAR[case])
         else:
-            server.answer_next(UNCLEAR[case], create=True)
+            server.answer_next(HTTP_UNCLEAR[case], create=True)
         done = http_fox(box, server, kind, timeout=1)
         assert done.code == 10 and done.err.count("Traceback") == 0
         error = done.json["error"]
@@ -3723,7 +3749,22 @@ def test_tokens_that_were_counted_were_charged(box: Box) -> None:
         assert done.code == 10 and done.json["error"]["charged"] == "yes" and len(server.creates) == 1
 
 
-TURNED_AWAY = {
+@pytest.mark.parametrize("usage", ["x", [1], {"output_tokens": "many"}, {"output_tokens": 9, "input_tokens": [2]}])
+def test_an_image_in_hand_is_kept_whatever_else_the_answer_says(box: Box, usage: object) -> None:
+    with http_server("openai") as server:
+        server.script(ok({"data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}], "usage": usage}))
+        done = http_fox(box, server, "openai")
+        assert done.code == 0, done.out
+        assert Path(done.json["images"][0]["path"]).read_bytes() == HTTP_BYTES
+
+
+def test_no_timeout_is_too_long(box: Box) -> None:
+    with http_server("openai") as server:
+        done = http_run(box, server, "openai", "generate", "a fox", "--timeout", "1e10")
+        assert "Traceback" not in done.err and done.code in (0, 2)
+
+
+HTTP_TURNED_AWAY = {
     "429": status(429, {"detail": "Slow down."}, {"retry-after-ms": "30"}),
     "503 with Retry-After": status(503, "Service Unavailable", {"Retry-After": "0.03"}),
     "503 overloaded": status(503, {"error": {"message": "The engine is currently overloaded.", "code": None}}),
@@ -3732,11 +3773,11 @@ TURNED_AWAY = {
 
 
 @each_paid
-@pytest.mark.parametrize("case", TURNED_AWAY)
+@pytest.mark.parametrize("case", HTTP_TURNED_AWAY)
 def test_what_was_turned_away_is_repeated_and_costs_nothing(box: Box, kind: str, case: str) -> None:
     with http_server(kind) as server:
         times = 1 if "overloaded" in case else 2  # without a wait that is named each takes a second
-        server.fault("POST", *[TURNED_AWAY[case]] * times)
+        server.fault("POST", *[HTTP_TURNED_AWAY[case]] * times)
         done = http_fox(box, server, kind)
         assert done.code == 0, done.out
         assert len(server.creates) == times + 1 and (server.billed if kind == "openai" else server.created) == 1
@@ -3747,7 +3788,7 @@ def test_what_was_turned_away_is_repeated_and_costs_nothing(box: Box, kind: str,
 def test_the_journal_says_before_each_try_that_the_last_one_was_not_charged(box: Box, kind: str) -> None:
     go = threading.Event()
     with http_server(kind) as server:
-        server.fault("POST", TURNED_AWAY["429"], hold(go, status(500)))
+        server.fault("POST", HTTP_TURNED_AWAY["429"], hold(go, status(500)))
         box.configure({kind: http_block(kind, server.base)})
         with box.start("generate", "a fox", env={"HTTP_TEST_KEY": HTTP_KEY}) as process:
             server.wait_seen(2)
@@ -3857,6 +3898,17 @@ def test_recover_finds_a_lost_create_and_takes_no_older_equal_one(box: Box, crea
             assert again.json["error"]["charged"] == "no" == box.ledger()[-1]["charged"]
 
 
+@pytest.mark.parametrize("answer", [html(), ok([]), ok({"detail": "Maintenance."})], ids=["html", "list", "object"])
+def test_recover_closes_nothing_while_the_list_cannot_be_read(box: Box, answer: Answer) -> None:
+    with http_server("replicate") as server:
+        http_lost(box, server, create=True)
+        server.fault("GET /v1/predictions", *[answer] * 5)
+        again = http_run(box, server, "replicate", "recover", "--all", "--timeout", "3")
+        assert again.code != 0 and len(box.unfinished()) == 1 and box.ledger() == []
+        server.planned = []
+        assert http_run(box, server, "replicate", "recover", "--all").code == 0
+
+
 def test_recover_looks_on_every_page_of_the_list(box: Box) -> None:
     with HttpReplicate(HTTP_KEY, page=2) as server:
         server.script(always=True, polls=0)
@@ -3914,7 +3966,7 @@ def test_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str) -> N
         path = box.configure({kind: http_block(kind, remote.base)})
         env = {"HTTP_TEST_KEY": HTTP_CANARY}
         said = [box.run("generate", "a fox", flag, env=env) for flag in ("-v", "--json")]
-        said += [box.run("recover", env=env), box.run("recover", "--all", "-v", "--timeout", "1", env=env)]
+        said.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
         assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
     shown = "".join(done.out + done.err for done in said).encode()
     files = [file for file in box.root.rglob("*") if file.is_file() and file != path]
@@ -3924,7 +3976,7 @@ def test_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str) -> N
             assert part.encode() not in data, where
 
 
-MANY = {  # answers in turn (None: an image), exit code, images, POSTs
+HTTP_MANY = {  # answers in turn (None: an image), exit code, images, POSTs
     "auth": (["bad"], 3, 0, 1),
     "quota": (["insufficient_quota"], 6, 0, 1),
     "image, quota": ([None, "insufficient_quota"], 9, 1, 2),
@@ -3936,9 +3988,9 @@ MANY = {  # answers in turn (None: an image), exit code, images, POSTs
 }
 
 
-@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("case", HTTP_MANY)
 def test_exit_codes_of_n_images_and_what_stops_the_rest(box: Box, case: str) -> None:
-    answers, code, images, posts = MANY[case]
+    answers, code, images, posts = HTTP_MANY[case]
     with http_server("openai") as server:
         for answer in answers:
             if answer is None:
@@ -3956,7 +4008,7 @@ def test_as_many_at_a_time_as_the_option_says_with_seeds_in_a_row(box: Box, more
     go = threading.Event()
     with http_server("replicate") as server:
         # The first ones are all held: one more than `most` at a time would arrive within the half second.
-        server.fault("POST", *[hold(go, TURNED_AWAY["429"])] * most)
+        server.fault("POST", *[hold(go, HTTP_TURNED_AWAY["429"])] * most)
         box.configure({"replicate": http_block("replicate", server.base, **more)})
         with box.start("generate", "a fox", "-n", "6", "--seed", "40", env={"HTTP_TEST_KEY": HTTP_KEY}) as process:
             server.wait_seen(most)
@@ -3978,7 +4030,7 @@ def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
             server.release(2)
             out, _ = process.communicate(timeout=30)
         assert process.returncode == 0 and len(out.splitlines()) == len(server.submitted) == 2
-        assert [body["prompt"]["31"]["inputs"]["seed"] for body in server.submitted] == [40, 41]
+        assert [comfy_at(body["prompt"], "KSampler.seed") for body in server.submitted] == [40, 41]
 
 
 # === 8. Mock: pictures out of thin air, free and without a network ====================================================
@@ -4340,19 +4392,18 @@ def test_a_negative_prompt_without_effect_counts_as_ignored(options: str, ignore
     assert result.ignored == tuple(ignored.split())
 
 
-COMFY_ENUMS: list[tuple[str, list[Any], list[str]]] = [  # /object_info of 0.33.0
-    ("ckpt_name", [["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "…"}], [*CHECKPOINTS[::2]]),
-    ("vae_name", [["ae.safetensors", "pixel_space"]], ["ae.safetensors", "pixel_space"]),
-    ("sampler_name", ["COMBO", {"multiselect": False, "options": ["euler", "heun"]}], ["euler", "heun"]),
-    ("unet_name", [[], {}], []),
+COMFY_ENUMS: list[tuple[list[Any] | None, list[str]]] = [  # inputs of /object_info, and `input_config` of 0.33.0
+    ([["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "…"}], [*CHECKPOINTS[::2]]),
+    ([["ae.safetensors", "pixel_space"]], ["ae.safetensors", "pixel_space"]),
+    (["COMBO", {"multiselect": False, "options": ["euler", "heun"]}], ["euler", "heun"]),
+    ([[], {}], []),
+    (None, []),
 ]
 
 
-@pytest.mark.parametrize(("field", "spec", "choices"), COMFY_ENUMS)
-def test_enum_inputs_are_read_in_both_shapes(field: str, spec: list[Any], choices: list[str]) -> None:
-    info = {"Node": {"input": {"required": {field: spec}}, "input_order": {"required": [field]}}}
-    assert imagen.comfy_choices(info, "Node", field) == choices
-    assert imagen.comfy_choices({}, "NoSuchNode", field) == imagen.comfy_choices(info, "Node", "other") == []
+@pytest.mark.parametrize(("spec", "choices"), COMFY_ENUMS)
+def test_enum_inputs_are_read_in_both_shapes(spec: list[Any] | None, choices: list[str]) -> None:
+    assert imagen.comfy_choices(spec) == choices
     with Comfy() as comfy:
         comfy.nodes["CheckpointLoaderSimple"][0]["ckpt_name"] = ["COMBO", {"options": [*CHECKPOINTS]}]
         assert comfy_make(comfy).model == CHECKPOINTS[1]
@@ -4770,7 +4821,7 @@ def test_check_tells_the_version_and_finds_the_model_or_the_nearest(tmp_path: Pa
 def test_live_comfyui_makes_the_same_image_twice(box: Box) -> None:
     base = os.environ["IMAGEN_LIVE_COMFYUI"]
     loader = imagen.Http(imagen.Context(), base).get_json("/object_info/CheckpointLoaderSimple")
-    model = imagen.comfy_choices(loader, "CheckpointLoaderSimple", "ckpt_name")[0]
+    model = imagen.comfy_choices(loader["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"])[0]
     box.configure({"gpu": {"type": "comfyui", "base_url": base, "model": model}})
     for name in ("-7.png", "-7-2.png"):
         done = box.run("generate", "a red fox", "--seed", "7", "--size", "64x64", "--steps", "1", timeout=50)
