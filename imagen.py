@@ -16,8 +16,8 @@ The life of one paid image. Left the step, right where a kill -9 just after it l
      7 image    noted with its sha256               → kept: the same
      8 sidecar  linked, which takes the name        → kept: `recover` links the image beside it
      9 link     of the image to its name            → kept: `recover` finds it is already there
-    10 path     noted, then printed                 → delivered: `sync` makes up for usage and cloud
-    11 clean    hidden names are unlinked           → delivered: the same
+    10 path     noted                               → delivered: `recover` prints it and does what is left to do
+    11 clean    hidden names unlinked, path printed → delivered: the same
     12 ledger   has the line, the entry is unlinked → done
 
 Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prints it with line numbers.
@@ -70,7 +70,7 @@ Charged = Literal["no", "unknown", "yes"]
 EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 
 
-# === 1. Errors: what can go wrong, and what each door makes of it =====================================================
+# === 1. Errors: what can go wrong, and what each door makes of it ===
 #
 #   class        code         exit  HTTP  again  raised when
 #   ImagenError  bug             1   500  no     nobody expected it; everything below is expected
@@ -168,7 +168,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
 
 
-# === 2. Shapes: outside data becomes NamedTuples; keys that never show ================================================
+# === 2. Shapes: outside data becomes NamedTuples; keys that never show ===
 
 T = TypeVar("T")
 Switch = Literal["auto", "on", "off"]  # YAML's true and false are taken for on and off
@@ -250,7 +250,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """What to say after "unknown": the nearest known name, or all of them."""
     import difflib
 
-    near = difflib.get_close_matches(word, list(known), n=1)
+    known = [str(name) for name in known]
+    near = difflib.get_close_matches(word, known, n=1)
     return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
 
 
@@ -261,7 +262,7 @@ class Secret:
 
     def __init__(self, value: str) -> None:
         self._value = value
-        if len(value) >= 8:  # a shorter one is a placeholder such as "none", and would tear words apart
+        if not re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value):  # a placeholder such as "none" or "lm-studio" is no key
             quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
             spellings = {*Secret.spellings, value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
             Secret.spellings = sorted(spellings, key=len, reverse=True)  # so that none leaves the tail of another
@@ -304,7 +305,7 @@ def excerpt(data: bytes | bytearray, most: int = 300) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """One JSON text, keys redacted, umlauts as they are; every file and answer of ours is written through this."""
     text = json.dumps(redact(value), ensure_ascii=False, indent=indent, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, such as of an odd path, as \\udce9
 
 
 def new_uuid() -> str:
@@ -326,7 +327,7 @@ def now_iso() -> str:
     return f"{stamp[:-2]}:{stamp[-2:]}"
 
 
-# === 3. Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ============================================
+# === 3. Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MIME_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "gif": "image/gif"}  # by file ending
@@ -455,7 +456,7 @@ def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Mappi
     )
 
 
-# === 4. Contract: Request, Result, Context, Backend: what an adapter is ===============================================
+# === 4. Contract: Request, Result, Context, Backend: what an adapter is ===
 
 
 class Request(NamedTuple):
@@ -516,7 +517,8 @@ class Context:
 
     def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
         """A word for a person, and how far it is where the backend says."""
-        self._on_progress(note, done, total)
+        known = all(isinstance(number, int | float) for number in (done, total))
+        self._on_progress(printable(str(note)), *((done, total) if known else (None, None)))
 
     def warn(self, text: str) -> None:
         """What a person should know, though the image will be made."""
@@ -537,7 +539,8 @@ class Context:
         if self.why == "deadline":
             raise Failed(f"not done within {self.timeout:g} s", "give it longer with --timeout")
         if self.why:
-            raise Interrupted("interrupted" if self.why == "user" else f"stopped: the job was {self.why}")
+            words = {"user": "interrupted", "released": "interrupted; the job there goes on"}
+            raise Interrupted(words.get(self.why, f"stopped: the job was {self.why}"))
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
@@ -640,7 +643,7 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
     """The adapter class of the backend called `name`, and its checked Options with a request's `opts` over them."""
     if name not in blocks:
         raise BadRequest(f'backend "{name}" is not configured: {nearest(name, blocks)}')
-    block = dict(blocks[name])
+    block = dict(blocks[name] or {})
     kind = str(block.pop("type", ""))
     with _naming(name, opts):
         if kind not in BACKENDS:
@@ -673,7 +676,7 @@ def _naming(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
         raise cls("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
 
 
-# === 5. Config: imagen.yaml: flag > environment > file > default ======================================================
+# === 5. Config: imagen.yaml: flag > environment > file > default ===
 
 
 class OutputConfig(NamedTuple):
@@ -890,7 +893,7 @@ def load_env_file(path: str) -> None:
             os.environ.setdefault(found[1], found[3])
 
 
-# === 6. Styles: named ways to dress a prompt ==========================================================================
+# === 6. Styles: named ways to dress a prompt ===
 
 STYLES: Mapping[str, Style] = {
     "photo": Style(
@@ -942,7 +945,7 @@ def _with(text: str, words: str) -> str:
     return f"{text.rstrip(' ,')}, {words}" if text else words
 
 
-# === 7. HTTP: the only way out, and what may be sent twice ============================================================
+# === 7. HTTP: the only way out, and what may be sent twice ===
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
@@ -974,7 +977,7 @@ class Answer(NamedTuple):
         """The body as JSON; None where it is none."""
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def mapping(self) -> dict[str, Any]:
@@ -1036,7 +1039,7 @@ def epoch(text: str) -> float:
     from email.utils import parsedate_to_datetime
 
     for read in (datetime.fromisoformat, parsedate_to_datetime):
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             return read(text).timestamp()
     return 0.0
 
@@ -1057,7 +1060,14 @@ class Http:
         read_timeout: float = 60.0,
     ) -> None:
         self.ctx, self.base, self._keys = ctx, base.rstrip("/"), keys
-        self.explain, self.read_timeout = explain, read_timeout
+        self._explain, self.read_timeout = explain, read_timeout
+
+    def explain(self, answer: Answer) -> ImagenError:
+        """What an error answer means; a body too odd for the adapter leaves the status to speak."""
+        try:
+            return self._explain(answer)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return explain_status(answer)
 
     def get(self, path: str) -> Answer:
         """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
@@ -1118,7 +1128,7 @@ class Http:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
                 error, again = Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?"), True
-            patient = self.ctx.remote_ids and time.monotonic() - began < PATIENCE
+            patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
             jitter = os.urandom(1)[0] / 255
@@ -1204,7 +1214,15 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
     import http.client
     import urllib.request
 
+    class Final(http.client.HTTPResponse):
+        def _read_status(self) -> Any:  # http.client itself passes over 100 alone
+            while 101 < (said := super()._read_status())[1] < 200:  # type: ignore[misc]
+                http.client.parse_headers(self.fp)
+            return said
+
     class Watched(http.client.HTTPConnection):
+        response_class = Final
+
         def connect(self) -> None:
             self._create_connection = connecting
             super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
@@ -1277,7 +1295,7 @@ def checked_url(base: str, path: str = "") -> str:
     raise BadConfig("base_url: not an address such as https://host/path", "keys stand in environment variables")
 
 
-# === 8. Mock: pictures out of thin air, free and without a network ====================================================
+# === 8. Mock: pictures out of thin air, free and without a network ===
 
 
 @register("mock")
@@ -1402,7 +1420,7 @@ def glyph_rows(line: str) -> Iterator[list[bool]]:
     return ([bool(bits >> y & 1) for bits in columns] for y in range(11))
 
 
-# === 9. ComfyUI: the GPU box at home ==================================================================================
+# === 9. ComfyUI: the GPU box at home ===
 
 
 @register("comfyui")
@@ -1461,7 +1479,11 @@ class ComfyUI(Backend):
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
             # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
-            self._submit(http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id})
+            try:
+                self._submit(http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id})
+            except (Unreachable, Busy):
+                ctx.remote_ids.clear()  # it never arrived, so nothing is there to be fetched
+                raise
             return self.resume(ctx, ctx.remote_ids, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
@@ -1639,7 +1661,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         if place in places:
             key = place.partition(".")[2]
             usual[name], places[place][key] = places[place][key], f"{{{name}}}"
-        elif place or "{prompt}" not in json.dumps(graph):
+        elif place or not any("{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs):
             pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
             likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
             missed = f'it has no "{place}"' if place else "no place for the prompt: put {prompt} there, or name one"
@@ -1762,7 +1784,7 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
                     yield body
 
 
-# === 10. Replicate: predictions at api.replicate.com ==================================================================
+# === 10. Replicate: predictions at api.replicate.com ===
 
 
 class ReplicateModel(NamedTuple):
@@ -1915,7 +1937,11 @@ class Replicate(Backend):
         wanted, taken = self.plan(self.options, request), remote.get("taken", ())
         ours = [item for item in replicate_list(http, remote.get("since", "")) if item.get("model") == self.model]
         ours = [item for item in ours if self.version in ("", item.get("version"))]
-        found = [item["id"] for item in ours if item.get("input") == wanted and item["id"] not in taken]
+        same = ("prompt", "seed")  # the seed was drawn; the rest of the input may have been configured anew since
+        ours = [item for item in ours if item["id"] not in taken]
+        found = [
+            item["id"] for item in ours if all((item.get("input") or {}).get(key) == wanted.get(key) for key in same)
+        ]
         if not found and any(item.get("data_removed") for item in ours):
             raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
         return str(found[-1]) if found else ""
@@ -2021,7 +2047,7 @@ def replicate_error(answer: Answer) -> ImagenError:
     return explain_status(answer, detail.replace("\n", "; ").strip("; "))
 
 
-# === 11. OpenAI: the Images API and whoever speaks its dialect ========================================================
+# === 11. OpenAI: the Images API and whoever speaks its dialect ===
 
 # USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
 OPENAI_TOKENS = {
@@ -2071,7 +2097,10 @@ class OpenAI(Backend):
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the answer alone."""
-        return Price() if options.cost_usd is None else Price(options.cost_usd, "config")
+        if options.cost_usd is not None:
+            return Price(options.cost_usd, "config")
+        counted = options.model.startswith(tuple(OPENAI_TOKENS))
+        return Price(None, f"by the answer's tokens, {PRICED}" if counted else "")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the answer."""
@@ -2190,6 +2219,10 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
         raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
     if not found:
         return said, None
+    if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
+        return said, decode_base64(
+            memoryview(json.loads(b'"%b"' % bytes(answer.body[start:end])).encode()), ctx.spool()
+        )
     with memoryview(answer.body) as view, view[start:end] as text:
         return said, decode_base64(text, ctx.spool())
 
@@ -2211,7 +2244,7 @@ def openai_error(answer: Answer) -> ImagenError:
     error = said.get("error", said) if isinstance(said, dict) else {}
     error = error if isinstance(error, dict) else {"message": str(error)}
     code, request_id = str(error.get("code") or error.get("type")), answer.headers.get("x-request-id")
-    text = f"{error.get('message') or error.get('detail') or answer.words()}"
+    text = excerpt(str(error.get("message") or error.get("detail") or answer.words()).encode(), 1000)
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
     said = f"{answer.status}: {text}"
@@ -2225,7 +2258,7 @@ def openai_error(answer: Answer) -> ImagenError:
     return explain_status(answer, text)
 
 
-# === 12. Output: names, and files that are never half there ===========================================================
+# === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
 ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
@@ -2470,7 +2503,7 @@ def _read(path: str) -> bytes:
     return b""
 
 
-# === 13. Preview: tmux, kitty, iTerm2 =================================================================================
+# === 13. Preview: tmux, kitty, iTerm2 ===
 
 
 def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
@@ -2532,7 +2565,7 @@ def iterm_image(data: bytes) -> bytes:
     return b"\x1b]1337;File=inline=1;size=%d:%b\a" % (len(data), binascii.b2a_base64(data, newline=False))
 
 
-# === 14. Journal: what is unfinished, and the ledger of what is finished ==============================================
+# === 14. Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
 # only ever appended, and the record is what they say together, the later over the earlier.
@@ -2653,12 +2686,13 @@ def ledger() -> Iterator[dict[str, Any]]:
     seen = set()
     delivering = [text for text in map(_read, open_paths()) if merged(text).get("path")]
     for record in map(merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)):
-        if record.get("id") and record["id"] not in seen:
+        fine = isinstance(record.get("id"), str) and isinstance(record.get("sidecar") or {}, dict)
+        if fine and record["id"] not in seen:
             seen.add(record["id"])
             yield record
 
 
-# === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ==================================
+# === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
 
 
 class Plan(NamedTuple):
@@ -2672,9 +2706,10 @@ class Plan(NamedTuple):
     paid: bool
     sidecar: bool
     parallel: int
+    private: bool  # never to leave this machine, also not by a later sync
 
 
-def prepare(request: Request, config: Config, output: str = "") -> Plan:
+def prepare(request: Request, config: Config, output: str = "", private: bool = False) -> Plan:
     """The plan for one request, nothing opened or sent; `output`: FILE, DIR/, or "" for what the config says."""
     check_request(request)
     seed = int.from_bytes(os.urandom(4)) >> 1 if request.seed is None else request.seed
@@ -2685,9 +2720,8 @@ def prepare(request: Request, config: Config, output: str = "") -> Plan:
     if not output or output.endswith("/") or os.path.isdir(name):
         check_template(config.output.naming)
         name = os.path.join(name, render_name(config.output.naming, request, time.time()))
-    parallel = getattr(options, "parallel", 1)
-    price, parameters = cls.price(options, styled), cls.plan(options, styled)
-    return Plan(request, styled, name, price, parameters, cls.paid, config.output.write_metadata_json, parallel)
+    said = cls.price(options, styled), cls.plan(options, styled), cls.paid, config.output.write_metadata_json
+    return Plan(request, styled, name, *said, getattr(options, "parallel", 1), private)
 
 
 def check_request(request: Request) -> None:
@@ -2710,17 +2744,25 @@ class Run(Context):
 
     entry: Entry
     paid: bool
+    resumed = True  # somebody else began it, and knows how long it took
     _spool: Spool | None = None
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.id = new_uuid()
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, model: str | None = None) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
-        line = {"id": self.id, "at": now_iso(), "host": socket.gethostname(), "backend": plan.request.backend}
+        line: dict[str, Any] = {
+            "id": self.id,
+            "at": now_iso(),
+            "host": socket.gethostname(),
+            "backend": plan.request.backend,
+        }
+        line |= {"model": model, "price": plan.price.usd}  # for a sidecar of bytes whose result was lost
         said = {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name, "paid": plan.paid}
-        self.adopt(Entry.create({**line, **said, "price": plan.price.usd, "sidecar_wanted": plan.sidecar}))
+        self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar, "private": plan.private}))
+        self.resumed = False
 
     def adopt(self, entry: Entry) -> None:
         """Go on with an entry that somebody began."""
@@ -2756,16 +2798,19 @@ class Run(Context):
         try:
             self.entry.note(durable, **line)
             return True
-        except OSError as problem:
-            merge_line(self.entry.record, line)
-            self.warn(f"journal: {self.entry.path}: {problem.strerror}")
+        except (OSError, TypeError, ValueError, RecursionError) as problem:  # also metadata that is no JSON
+            merge_line(self.entry.record, {} if "result" in line else line)
+            self.warn(f"journal: {self.entry.path}: {getattr(problem, 'strerror', None) or problem}")
             return False
 
     def spool(self) -> Spool:
         """A new spool in the target folder, in place of an earlier one."""
         if self._spool:
             self._spool.close()
-        self._spool = Spool(self.part, self.fallback)
+        try:
+            self._spool = Spool(self.part, self.fallback)
+        except OSError:  # the folder has gone since it was checked, but its image has been paid
+            self._spool = Spool(self.fallback, self.fallback)
         return self._spool
 
     def whole(self) -> str:
@@ -2801,26 +2846,31 @@ class Run(Context):
         """What fails inside leaves as an ImagenError that knows its `charged`; the journal has it, and is let go."""
         try:
             yield
-        except Exception as problem:
+        except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
             raise self._failed(as_error(problem), backend) from (None if isinstance(problem, ImagenError) else problem)
 
     def _failed(self, error: ImagenError, backend: Backend | None) -> ImagenError:
         said, hint = f"{self.entry.record['backend']}: {error}", error.hint
+        said = f"{self.id[:8]}, {said}" if self.resumed else said
         if self._spool:
             self._spool.close()
         cancelled = backend and self.why == "user" and self.remote_ids and self._cancelled(backend)
         turned_away = isinstance(error, BadRequest | BadConfig | Quota | Busy) or not self.remote_ids
         ended = cancelled or isinstance(error, Ended | Refused) or (self.charged == "no" and turned_away)
         ended = ended and not self.whole()
-        if self.remote_ids and isinstance(error, Interrupted | Unknown):
+        kind = type(error)
+        if not ended and self.charged != "no" and not isinstance(error, Interrupted | Disk):
+            kind = Unknown
+        elif self.remote_ids and isinstance(error, Unreachable | Busy):
+            kind = Failed  # free, but sent, so asking again would make it twice
+        if self.remote_ids and not isinstance(error, Ended | Refused):
             ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
-            said += f" ({', '.join(ids)}{' was cancelled' * bool(cancelled)})"
+            said += f" ({', '.join(ids)})"
+        said += "; cancelled there" * bool(cancelled)
         if self.paid:
             said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[self.charged]
-        kind = type(error)
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
-            kind = kind if self.charged == "no" or isinstance(error, Interrupted | Disk) else Unknown
         error = kind(said, hint, charged=self.charged, after=error.after)
         self.jot(charged=self.charged, error={"code": error.code, "message": said})
         self.close() if ended else self.entry.release()
@@ -2838,7 +2888,7 @@ class Run(Context):
         return True
 
 
-def as_error(problem: Exception) -> ImagenError:
+def as_error(problem: BaseException) -> ImagenError:
     """Any exception as one of section 1; what nobody expected is a bug."""
     if isinstance(problem, ImagenError):
         return problem
@@ -2856,7 +2906,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     """The image out of its backend; what can be checked is checked before the journal entry is opened."""
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.name))
-    run.begin(plan)
+    run.begin(plan, getattr(backend.options, "model", None))
     with run.attempting(backend):
         run.check()
         return backend.generate(run, plan.styled)
@@ -2865,20 +2915,20 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
 def finish(run: Run, result: Result) -> dict[str, Any]:
     """Save a result for good: checked, hidden, named, on record. Returns the record, with `path` and `sidecar`."""
     with run.attempting():
-        if run.paid:
-            run.settle("yes")
-        latency = round((time.monotonic() - run.started) * 1000)
-        run.jot(result={**result._asdict(), "image": None, "latency_ms": latency})
-        with result.image as source, source if isinstance(source, Spool) else run.spool() as spool:
+        run.charged = "yes" if run.paid else run.charged
+        latency = None if run.resumed else round((time.monotonic() - run.started) * 1000)
+        image = io.BytesIO(result.image) if isinstance(result.image, bytes | bytearray) else result.image
+        with image as source, source if isinstance(source, Spool) else run.spool() as spool:
             if spool is not source:
                 _copy(source, spool)
+            run.jot(result={**result._asdict(), "image": None, "latency_ms": latency}, charged=run.charged)
             sniffed = sniff(spool)
             if not sniffed or not sniffed.complete:
                 spool.seek(0)
                 what = "an image that breaks off" if sniffed else f"no image but {excerpt(spool.read(1 << 16), 60)}"
                 raise (Unknown if run.paid else Ended)(f"the backend sent {what}")
         if spool.path == run.fallback:
-            raise Disk(f"{run.hidden}: the disk is full; the image waits in {spool.path}", "make room")
+            raise Disk(f"{run.hidden}: disk full or gone; the image waits in {spool.path}", "make room")
         return save(run, spool.path)
 
 
@@ -2897,7 +2947,7 @@ def save(run: Run, kept: str) -> dict[str, Any]:
         release_claim(claim, run.id)
     ending, about = describe(run, run.hidden)
     run.jot(image={"file": run.hidden, "sha256": about["sha256"], "bytes": about["bytes"]})
-    asked, got = [(shape["width"], shape["height"]) for shape in (about["requested"], about)]
+    asked, got = [(shape.get("width"), shape.get("height")) for shape in (record["styled"], about)]
     if asked[0] and asked != got:
         run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
     text = to_json(about, indent=2) + "\n"
@@ -2920,8 +2970,9 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
     request, styled = Request(**record["request"]), Request(**record["styled"])
-    said: Mapping[str, Any] = record.get("result") or {}
+    said: Mapping[str, Any] = record.get("result") or {"model": record.get("model"), "cost_usd": record.get("price")}
     ignored, seed = list(said.get("ignored") or ()), said.get("seed")
+    unseeded = "seed" in ignored or (run.paid and "result" not in record)  # or nobody knows any more
     wanted = {"width": request.width, "height": request.height, "steps": request.steps}
     return sniffed.format, {
         "image_id": run.id,
@@ -2931,7 +2982,7 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         "negative_prompt": styled.negative_prompt,
         "backend": request.backend,
         "model": said.get("model"),
-        "seed": None if "seed" in ignored else request.seed if seed is None else seed,
+        "seed": None if unseeded else request.seed if seed is None else seed,
         "steps": said.get("steps"),
         "timestamp": record["at"],
         "requested": wanted | ({"backend_opts": dict(request.backend_opts)} if request.backend_opts else {}),
@@ -2941,7 +2992,7 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
         "latency_ms": said.get("latency_ms"),
-        "cost_usd_estimate": said.get("cost_usd"),
+        "cost_usd_estimate": cost if isinstance(cost := said.get("cost_usd"), int | float) else None,
         "charged": run.charged,
         "ignored": ignored,
         "storage_path": None,
@@ -2989,14 +3040,14 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
         with run.attempting(backend):
             result = backend.resume(run, remote, styled)
     except Ended as problem:
-        if run.charged != "unknown":
+        if run.charged != "unknown" and type(backend).resume is not Backend.resume:
             raise
         hint = "the backend's usage page tells whether it was charged; this entry is closed"
-        raise Unknown(f"{problem}, sent at {record.get('sending')}", hint, charged="unknown") from None
+        raise Unknown(f"{problem}, sent at {record.get('sending')}", hint, charged=run.charged) from None
     return finish(run, result)
 
 
-# === 20. Terminal: one line that rewrites itself; everything else a person reads ======================================
+# === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 
 
 class Terminal:
@@ -3043,19 +3094,24 @@ class Terminal:
             try:
                 sys.stdout.writelines(f"{line}\n" for line in lines)
                 sys.stdout.flush()
-            except (BrokenPipeError, ValueError):
+            except (OSError, ValueError) as problem:
                 with suppress(OSError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
+                if not isinstance(problem, BrokenPipeError | ValueError):
+                    self.say(f"stdout: {problem}; it would have said: {' '.join(lines)}")
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
         said: dict[str, Any] = {"ok": not error}
         if error:
-            fields = {"message": str(error), "retryable": error.retryable and error.charged == "no"}
-            fields |= {name: getattr(error, name) for name in ("code", "hint", "charged")}
-            said |= {"error": fields, "images": []}
+            said |= {"error": self.fields(error), "images": []}
         self.write(*((to_json({**said, **document}),) if self.as_json else lines))
         return error.exit_code if error else 0
+
+    def fields(self, error: ImagenError) -> dict[str, Any]:
+        """What JSON says of an error."""
+        said = {name: getattr(error, name) for name in ("code", "hint", "charged")}
+        return {"message": str(error), **said, "retryable": error.retryable and error.charged == "no"}
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
@@ -3129,7 +3185,7 @@ def money(usd: float | None) -> str:
     return "$?" if usd is None else f"${usd:.6f}".rstrip("0").rstrip(".")
 
 
-# === 21. Commands: argparse and main() ================================================================================
+# === 21. Commands: argparse and main() ===
 
 Cmd = Callable[["argparse.Namespace", Terminal], int]
 Flag = tuple[tuple[str, ...], dict[str, Any]]
@@ -3154,7 +3210,7 @@ def flag(*names: str, **how: Any) -> Flag:
 EVERYWHERE = (
     flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
     flag("--json", action="store_true", help="one JSON document on stdout"),
-    flag("-q", "--quiet", action="store_true", help="results and errors only"),
+    flag("-q", "--quiet", action="store_true", help="results, warnings and errors only"),
     flag("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens"),
 )
 TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
@@ -3174,21 +3230,22 @@ TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="second
     flag("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"),
     flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
     flag("--no-preview", dest="preview", action="store_const", const="off"),
-    flag("--cloud", choices=("auto", "on", "off"), help="sync to Supabase"),
-    flag("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private"),
+    flag("--cloud", choices=("auto", "on", "off"), help="sync to Supabase (in a later release)"),
+    flag("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private for ever"),
     TIMEOUT,
     flag("--dry-run", action="store_true", help="say what would be done, and what it would cost"),
 )
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
-    config, request = load_config(args.config), request_from(args)
+    config = load_config(args.config)
+    request = request_from(args, config.styles)
     if not 1 <= args.n <= 1000 or not args.timeout > 0:
         raise BadRequest("-n is 1 to 1000, --timeout more than 0 seconds")
     offered = not args.backend and (request.backend or config.default_backend) != "mock"
     with offering_mock(offered):
-        first = prepare(request, config, args.output)
+        first = prepare(request, config, args.output, args.cloud == "off")
     seeds = range(seed := first.request.seed or 0, seed + args.n)
-    plans = [prepare(first.request._replace(seed=seed), config, args.output) for seed in seeds]
+    plans = [prepare(first.request._replace(seed=seed), config, args.output, first.private) for seed in seeds]
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -3226,9 +3283,9 @@ def offering_mock(offered: bool) -> Iterator[None]:
         raise
 
 
-def request_from(args: argparse.Namespace) -> Request:
+def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Request:
     """The request that the flags of `generate` ask for."""
-    base = like(args.like) if args.like else Request("")
+    base = like(args.like, styles) if args.like else Request("")
     if args.prompt == "-":
         try:
             args.prompt = sys.stdin.read().strip()
@@ -3252,7 +3309,7 @@ def request_from(args: argparse.Namespace) -> Request:
     return base._replace(**given, backend_opts=options)
 
 
-def like(what: str) -> Request:
+def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
     about = read_json(path) or read_json(f"{path}.json")
@@ -3261,7 +3318,7 @@ def like(what: str) -> Request:
         hint = "imagen list names them; imagen generate PROMPT makes one"
         raise BadRequest(f"--like {what}: neither a sidecar nor an image with one beside it", hint)
     known = {**about, **(about.get("requested") or {})}  # what was asked for, not what came of it
-    style = STYLES.get(known.get("style") or "", Style())
+    style = {**STYLES, **styles}.get(known.get("style") or "", Style())
     known["negative_prompt"] = str(known.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
     fields = {key: known[key] for key in Request._fields if known.get(key) is not None}
     return from_mapping(Request, fields, f"--like {what}", BadRequest)
@@ -3314,9 +3371,9 @@ def crew(
 
     def on_signal(*_: Any) -> None:
         nonlocal stopped_at
-        if stopped_at:
+        if stopped_at and time.monotonic() > stopped_at + 0.05:  # `timeout` signals us and our group, which is one stop
             os._exit(Interrupted.exit_code)
-        stopped_at = time.monotonic()
+        stopped_at = stopped_at or time.monotonic()
         for run in [*runs]:
             run.stop(why)
 
@@ -3346,8 +3403,9 @@ def crew(
         finally:
             del runs[run]
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # for good: what follows is short
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for good: what follows is short
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, on_signal)
     for thread in [in_thread(member) for _ in waiting[:parallel]]:
         while thread.is_alive() and not (stopped_at and time.monotonic() > stopped_at + 5):
             thread.join(0.1)
@@ -3361,7 +3419,10 @@ def crew(
     worst = max(errors, key=lambda error: (isinstance(error, Unknown), isinstance(error, Interrupted)), default=None)
     if worst and 0 < len(made) < count and not isinstance(worst, Unknown | Interrupted):
         worst = Partial(f"{len(made)} of {count} made; {worst}", worst.hint, charged=worst.charged)
-    code = terminal.result({"images": made, "warnings": warnings}, error=worst)
+    document: dict[str, Any] = {"images": made, "warnings": warnings}
+    if len(errors) > 1:
+        document["errors"] = [terminal.fields(error) for error in errors]
+    code = terminal.result(document, error=worst)
     return code, [image["path"] for image in made]
 
 
@@ -3424,8 +3485,9 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
+    against = {name: f" / not: {style.negative}" * bool(style.negative) for name, style in styles.items()}
     sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
-    lines = aligned((name, style.suffix + sized[name]) for name, style in styles.items())
+    lines = aligned((name, style.suffix + against[name] + sized[name]) for name, style in styles.items())
     return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
 
 
@@ -3464,9 +3526,9 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     naming = output.get("naming") if isinstance(output, Mapping) else None
     for name in ("", *blocks):
         try:
-            if name:
+            if name and isinstance(blocks[name], Mapping | None):
                 open_backend(name, blocks)
-            elif isinstance(naming, str):
+            elif not name and isinstance(naming, str):
                 check_template(naming)
         except BadConfig as problem:
             bearable = isinstance(problem, KeyMissing) and name != data.get("default_backend", "mock")
@@ -3511,13 +3573,19 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f"{wanted}: {found}", "imagen recover")
     sweep_journal()
     config, entries = load_config(args.config), [entry for entry in map(Entry.take, paths) if entry]
+    if wanted and not entries:
+        raise Busy(f"{wanted}: somebody works on it", "wait for that, then look again")
     if len(entries) < len(paths):
-        terminal.note("somebody works on it")
+        terminal.note(f"somebody works on {len(paths) - len(entries)} more")
 
     def attempt(entry: Entry, run: Run) -> dict[str, Any] | None:
         if args.forget:
             run.adopt(entry)
+            if kept := run.whole():
+                entry.release()
+                raise BadRequest(f"{kept} is a complete image", f"imagen recover {run.id} gives it its name")
             run.close()
+            terminal.note(f"{run.id}: closed, charged: {run.charged}")
             return None
         record = recover(entry, config, run)
         if not record:
@@ -3629,11 +3697,11 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         if "--version" in before:  # copies travel without their repository, so the hash says which one this is
             import hashlib
 
-            text = f"imagen {__version__} ({hashlib.sha256(_read(__file__)).hexdigest()[:12]})"
-        else:
-            commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
-            end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
-            text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
+            digest = hashlib.sha256(_read(__file__)).hexdigest()
+            return terminal.result({"version": __version__, "sha256": digest}, f"imagen {__version__} ({digest[:12]})")
+        commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
+        end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
+        text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
         return terminal.result({"text": text}, text)
     if name not in COMMANDS:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
