@@ -1874,6 +1874,9 @@ class Replicate(Backend):
         """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
         http = self._http(ctx)
         prediction_id = remote.get("id") or self._listed(http, request, remote)
+        if not prediction_id and time.time() - epoch(str(remote.get("since"))) < 30:
+            ctx.sleep(2)  # its POST may still have been on its way
+            prediction_id = self._listed(http, request, remote)
         if not prediction_id:
             ctx.settle("no")
             raise Ended("it never arrived there", "ask for the image again")

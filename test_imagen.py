@@ -481,7 +481,7 @@ class Server:
         self.base = f"http://127.0.0.1:{self.port}"
 
     def respond(self, seen: Seen) -> object:
-        raise NotImplementedError
+        raise AssertionError("a stand-in says what it answers")
 
     def pick(self, head: Seen) -> Answer | None:
         """An answer that is certain before the body was read; None: ask `respond`."""
@@ -4028,18 +4028,6 @@ def test_as_many_at_a_time_as_the_option_says_with_seeds_in_a_row(box: Box, more
         assert sorted(box.sidecar(path)["seed"] for path in out.splitlines()) == seeds
 
 
-def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
-    with HttpComfy(hold=True) as server:
-        box.configure({"comfyui": http_block("comfyui", server.base)})
-        with box.start("generate", "a fox", "-n", "2", "--seed", "40") as process:
-            server.wait_running()
-            assert len(server.submitted) == 1 and not server.pending
-            server.release(2)
-            out, _ = process.communicate(timeout=30)
-        assert process.returncode == 0 and len(out.splitlines()) == len(server.submitted) == 2
-        assert [comfy_at(body["prompt"], "KSampler.seed") for body in server.submitted] == [40, 41]
-
-
 # === 8. Mock: pictures out of thin air, free and without a network ===
 MOCK_PROMPTS = ["a fox", "a fix", "a fox in the snow", "Größe", "", "日本 🦊", "a lighthouse at dusk, watercolor " * 20]
 
@@ -4675,6 +4663,18 @@ def test_a_size_that_the_server_changes_is_reported(box: Box, size: str, made: s
     about = box.sidecar(done.lines[0])
     assert f"{about['width']}x{about['height']}" == (made or size)
     assert "cannot take negative_prompt" in done.err and about["ignored"] == ["negative_prompt"]
+
+
+def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
+    with HttpComfy(hold=True) as server:
+        box.configure({"comfyui": http_block("comfyui", server.base)})
+        with box.start("generate", "a fox", "-n", "2", "--seed", "40") as process:
+            server.wait_running()
+            assert len(server.submitted) == 1 and not server.pending
+            server.release(2)
+            out, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and len(out.splitlines()) == len(server.submitted) == 2
+        assert [comfy_at(body["prompt"], "KSampler.seed") for body in server.submitted] == [40, 41]
 
 
 def test_n_images_are_n_prompts_with_seeds_one_after_the_other(box: Box) -> None:
