@@ -2834,6 +2834,11 @@ class Run(Context):
         """Move the entry to the ledger; where the disk refuses, it stays open, which loses nothing."""
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.id)
+        with suppress(OSError), open(self.part, "rb") as file:
+            binary = sniff(file) is None and file.seek(0) == 0 and b"\0" in file.read(64)
+            if binary and self.charged == "yes":  # an image of a kind that we do not know, but paid
+                os.rename(self.part, kept := f"{self.entry.record['name']}-{self.id[:8]}.bin")
+                self.warn(f"the bytes that were paid are kept in {kept}")
         if not self.whole():
             self.clean()  # before the entry goes, since nobody would find it then
         self.entry.record["charged"] = self.charged

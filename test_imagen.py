@@ -5467,6 +5467,16 @@ def test_base64_may_have_its_plus_signs_as_escapes(box: Box) -> None:
     assert "u002B" in body and Path(path).read_bytes() == image
 
 
+def test_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
+    avif = b"\0\0\0\x1cftypavif" + bytes(range(256)) * 8
+    with Remote(ok({"data": [{"b64_json": base64.b64encode(avif).decode()}]})) as remote:
+        box.configure({"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}})
+        assert box.run("generate", "a fox").code == 10
+    done = box.run("recover", "--all")
+    (kept,) = box.out.iterdir()
+    assert done.code == 10 and str(kept) in done.err and kept.read_bytes() == avif and box.unfinished() == []
+
+
 def test_an_early_hint_is_not_the_answer(box: Box) -> None:
     answer = ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]})
     hinted = Answer(lambda wire: (wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"), answer.play(wire))[1])
