@@ -6752,6 +6752,43 @@ def test_a_stopped_recover_keeps_the_entry(here: Box) -> None:
         assert here.run("recover", "--all").code == 0 and len(output_files(here.out)) == 2
 
 
+def test_an_adapter_that_leaves_after_paying_is_an_unknown_outcome(here: Box) -> None:
+    class Leaver(imagen.Backend):
+        class Options(NamedTuple):
+            model: str = ""
+
+        def generate(self, ctx: imagen.Context, request: imagen.Request) -> imagen.Result:
+            ctx.progress("odd", "1", "4")  # type: ignore[arg-type]
+            ctx.sending()
+            raise SystemExit(0)
+
+    imagen.BACKENDS["leaver"] = Leaver
+    try:
+        config = imagen.Config(default_backend="x", backends={"x": {"type": "leaver"}})
+        told: list[Any] = []
+        run = imagen.Run(on_progress=lambda *now: told.append(now))
+        with pytest.raises(imagen.Unknown) as caught:
+            imagen.make(imagen.prepare(imagen.Request("a fox"), config), config, run)
+    finally:
+        del imagen.BACKENDS["leaver"]
+    assert caught.value.charged == "unknown" and told == [("odd", None, None)] and len(here.unfinished()) == 1
+
+
+def test_a_terminal_that_hangs_up_stops_like_ctrl_c(box: Box) -> None:
+    process = box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=60")
+    while not box.state.exists() or not box.unfinished():
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    assert output_ended(process).code == 130 and box.unfinished() == []
+
+
+def test_a_path_that_cannot_be_printed_is_told_and_the_image_delivered(box: Box) -> None:
+    with open("/dev/full", "w") as full:
+        done = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", stdout=full)
+    (line,) = box.ledger()
+    assert line["path"] in done.err and "Traceback" not in done.err and box.unfinished() == []
+
+
 def test_a_second_ctrl_c_leaves_at_once(box: Box) -> None:
     def respond(seen: Seen) -> object:
         if seen.path.endswith("/cancel"):
