@@ -36,7 +36,9 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     12 Output      names, and files that are never half there
     13 Preview     tmux, kitty, iTerm2
     14 Journal     what is unfinished, and the ledger of what is finished
+    15 Supabase    objects in a private bucket, rows that tell of them, signed links
     16 Pipeline    make, finish, deliver; and recover, which is the same steps again
+    17 Queue       the way to Postgres
     20 Terminal    one line that rewrites itself; everything else a person reads
     21 Commands    argparse and main()
 """
@@ -290,7 +292,7 @@ def redact(value: Any) -> Any:
     if isinstance(value, str):
         for spelling in Secret.spellings:
             value = value.replace(spelling, "***")
-        return value
+        return value.replace("\0", "")  # which Postgres has no place for
     if isinstance(value, Mapping):
         return {redact(key): redact(item) for key, item in value.items()}
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
@@ -1099,13 +1101,24 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange(path, body), post=True)
+        return self._tried(lambda: self._exchange(path, json.dumps(body).encode()), post=True)
+
+    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
+        """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        named["Content-Length"] = str(data.seek(0, os.SEEK_END))
+
+        def once() -> Answer:
+            data.seek(0)
+            return self._exchange(path, data, method=method, headers=named)
+
+        return self._tried(once)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange(path, body, paid=True)
+            answer = self._exchange(path, json.dumps(body).encode(), paid=True)
             if not_accepted(answer):
                 self.ctx.settle(self.explain(answer).charged)
             return answer
@@ -1121,7 +1134,8 @@ class Http:
                 answer = once()
                 if answer.status < 300:
                     return answer
-                error, again = self.explain(answer), answer.status >= 500 and not post
+                error = self.explain(answer)
+                again = (answer.status >= 500 or isinstance(error, Unreachable)) and not post
                 if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
                     raise Unknown(f"sent, and answered {error}")
             except Broken as problem:
@@ -1150,7 +1164,15 @@ class Http:
             )
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
-    def _exchange(self, path: str, body: Any = None, sink: BinaryIO | None = None, paid: bool = False) -> Answer:
+    def _exchange(
+        self,
+        path: str,
+        body: bytes | BinaryIO | None = None,
+        sink: BinaryIO | None = None,
+        paid: bool = False,
+        method: str | None = None,
+        headers: Mapping[str, str] = EMPTY,
+    ) -> Answer:
         """One request, a POST if it has a body; a 2xx answer goes into `sink`. Broken where it is not all there."""
         import http.client
         import urllib.parse
@@ -1160,10 +1182,8 @@ class Http:
         url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
-        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
-        request.add_header("User-Agent", f"imagen/{__version__}")
-        if body is not None:
-            request.add_header("Content-Type", "application/json")
+        usual = {"User-Agent": f"imagen/{__version__}"} | ({} if body is None else {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
         for name, value in self._keys.items() if ours else ():
             request.add_unredirected_header(name, value)
         sent: list[bool] = []
@@ -1229,6 +1249,14 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
             self.sock.settimeout(self.timeout)
             first_byte()
 
+        def request(self, *args: Any, **named: Any) -> None:
+            try:
+                super().request(*args, **named)
+            except (BrokenPipeError, ConnectionResetError):
+                if not self.sock:
+                    raise
+                # who refuses a large body says why before hanging up: the answer may be there already
+
     class WatchedTLS(Watched, http.client.HTTPSConnection):
         pass
 
@@ -1285,14 +1313,14 @@ def joined(base: str, link: str) -> str:
         raise Failed("a link that is no http address") from None
 
 
-def checked_url(base: str, path: str = "") -> str:
+def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
     """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
     with suppress(Failed):
         origin(base)
         if base.isprintable() and not re.search(r"[ @?#]", base):
             base = base.rstrip("/")
             return base if "/" in base.partition("://")[2] else base + path
-    raise BadConfig("base_url: not an address such as https://host/path", "keys stand in environment variables")
+    raise BadConfig(f"{name}: not an address such as https://host/path", "keys stand in environment variables")
 
 
 # === 8. Mock: pictures out of thin air, free and without a network ===
@@ -2621,7 +2649,8 @@ class Entry:
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
-        kept = {key: value for key, value in self.record.items() if key not in ("sending", "name", "claim", "styled")}
+        dropped = ("sending", "name", "claim", "styled", "storage", "putting", "taken")
+        kept = {key: value for key, value in self.record.items() if key not in dropped}
         fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
         try:
             append_line(fd, kept)
@@ -2695,6 +2724,167 @@ def ledger() -> Iterator[dict[str, Any]]:
             yield record
 
 
+# === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
+
+FOR_GOOD = ("InvalidKey", "22P02", "23502", "23503", "23514")  # codes of what no repeat can mend
+
+
+def cloud_lacks(config: Config) -> list[str]:
+    """What is missing before images can go to the cloud, in words; [] where nothing is."""
+    names = (config.supabase.url_env, config.supabase.service_key_env)
+    unset = [f"{name} is not set" for name in names if not os.environ.get(name, "").strip()]
+    return unset + ["owner_user_id is empty"] * (not config.owner_user_id)
+
+
+class Supabase:
+    """A project as its service key sees it: one private bucket, and tables behind PostgREST.
+
+    Every call may be made twice without harm; each raises what `supabase_error` makes of an answer.
+    https://supabase.com/docs/guides/storage, https://docs.postgrest.org
+    """
+
+    def __init__(self, ctx: Context, config: SupabaseConfig) -> None:
+        url = os.environ.get(config.url_env, "").strip()
+        if not url:
+            raise KeyMissing(f"{config.url_env} is not set", f"export {config.url_env}=https://….supabase.co")
+        key = secret_from(config.service_key_env).reveal()
+        # The opaque keys (sb_secret_…) are no JWT, so they are no Bearer token either.
+        self.keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
+        self.ctx, self.base, self.bucket = ctx, checked_url(url, name=config.url_env), config.bucket
+        self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, supabase_error)
+
+    def tables(self, schema: str) -> Http:
+        """PostgREST, looking at one schema."""
+        profile = {"Accept-Profile": schema, "Content-Profile": schema}
+        return Http(self.ctx, f"{self.base}/rest/v1", {**self.keys, **profile}, supabase_error)
+
+    def place(self, path: str) -> str:
+        """`path` of the bucket as it stands in a URL; BadRequest for what some servers fold or cut."""
+        from urllib.parse import quote
+
+        if {"", ".", ".."}.intersection(path.split("/")):
+            raise BadRequest(f"{path}: no path in a bucket")
+        return f"{self.bucket}/{quote(path)}"
+
+    def upload(self, path: str, file: BinaryIO, mime_type: str, image_id: str) -> None:
+        """Put an image at `path`, over what may be there."""
+        about = binascii.b2a_base64(to_json({"image_id": image_id}).encode(), newline=False).decode()
+        named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
+        self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
+
+    def holds(self, path: str, image_id: str) -> bool:
+        """Whether an upload of this image has arrived at `path`, though nobody heard of it."""
+        try:
+            said = self.storage.get_json(f"/object/info/{self.place(path)}")
+        except BadConfig:
+            return False
+        return bool((said.get("metadata") or {}).get("image_id") == image_id)
+
+    def sign(self, path: str, seconds: int) -> str:
+        """An address where anybody can fetch the image at `path` for that long."""
+        from urllib.parse import quote
+
+        body = io.BytesIO(to_json({"expiresIn": seconds}).encode())
+        said = self.storage.send("POST", f"/object/sign/{self.place(path)}", body).mapping()
+        where, _, query = str(said.get("signedURL")).partition("?")
+        if not query:
+            raise Failed("the answer has no signed address")
+        return f"{self.storage.base}{quote(where)}?{query}"
+
+    def images(self, **equal: str) -> list[Mapping[str, Any]]:
+        """id and storage_path of the rows of imagen.images where a column has this value."""
+        from urllib.parse import urlencode
+
+        query = urlencode({"select": "id,storage_path", **{name: f"eq.{value}" for name, value in equal.items()}})
+        return postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
+
+    def add_image(self, row: Mapping[str, Any]) -> str:
+        """Insert a row of imagen.images unless its id is there; the storage_path that now stands in it."""
+        prefer = "return=representation,resolution=ignore-duplicates"  # so nobody's later edits are touched
+        body, query = io.BytesIO(to_json(row).encode()), "on_conflict=id&select=id,storage_path"
+        made = postgrest_rows(self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer))
+        (mine, *_) = made or self.images(id=row["id"]) or [{"storage_path": row["storage_path"]}]
+        return str(mine["storage_path"])
+
+    def add_usage(self, row: Mapping[str, Any]) -> bool:
+        """Insert a row of mai.imagen_usage, or correct it; False where the table knows no id of ours to correct it by.
+
+        The table may be another's: columns that it does not have are left out.
+        """
+        row, query = dict(row), "?on_conflict=id"
+        while True:
+            body, prefer = io.BytesIO(to_json(row).encode()), "return=minimal,resolution=merge-duplicates"
+            try:
+                self.tables("mai").send("POST", f"/imagen_usage{query}", body, Prefer=prefer)
+                return "id" in row
+            except (BadRequest, Failed) as problem:
+                unknown = re.search(r"PGRST204: .*?(?:Column '(\w+)'|'(\w+)' column)", str(problem))
+                foreign = re.search(r" (22P02|428C9|42P10|42804): ", str(problem))
+                column = (unknown[1] or unknown[2]) if unknown else "id" if foreign else ""
+                if column not in row:
+                    raise
+                del row[column]
+                query = query if "id" in row else ""
+
+
+def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
+    """The rows of an answer; Failed where it is no list of them."""
+    said = answer.json()
+    if not isinstance(said, list) or not all(isinstance(row, dict) and row.get("storage_path") for row in said):
+        raise Failed(f"{answer.status}: the answer is no list of rows")
+    return said
+
+
+def supabase_error(answer: Answer) -> ImagenError:
+    """What an error of Storage (whose true status is in the body) or of PostgREST means; BadRequest: refused for good.
+
+    Only code and message are told. The details of PostgREST hold the whole row, and the prompt with it.
+    """
+    said = answer.json()
+    said = said if isinstance(said, dict) else {}
+    status = int(said["statusCode"]) if str(said.get("statusCode")).isdecimal() else answer.status
+    code, after = str(said.get("code") or ""), retry_after(answer)
+    text = f"{status} {code}: {excerpt(str(said.get('message') or 'no word why').encode())}"
+    if status in (413, 415) or code in FOR_GOOD:
+        hint = "owner_user_id has to be your UUID in auth.users" if code == "23503" else ""
+        return BadRequest(text, hint)
+    if status == 429:
+        return Busy(text, after=after)
+    if status == 423 or status >= 500:
+        return Unreachable(text, after=after)
+    if status in (401, 403):
+        return BadConfig(text, "check the service key, and run: imagen migrate")
+    if status in (404, 406):
+        return BadConfig(text, "run `imagen migrate`, and expose the schemas imagen and mai")
+    return Failed(text)
+
+
+def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of imagen.images for a journal record whose object is uploaded."""
+    about = {**record["sidecar"], "storage_path": record["object"]}
+    same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms", "cost_usd_estimate")
+    row = {"id": record["id"], "owner_user_id": record["owner"], **{name: about.get(name) for name in same}}
+    return {**row, "prompt_hash": prompt_hash(about["prompt"]), "storage_path": record["object"], "sidecar": about}
+
+
+def usage_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of mai.imagen_usage for an attempt that cost money or may have; the prompt is a hash in it."""
+    asked = record.get("request") or {}
+    about = record.get("sidecar") or {**asked, "model": record.get("model"), "cost_usd_estimate": record.get("price")}
+    same = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate")
+    row = {"id": record["id"], "created_at": record.get("at"), "owner_user_id": record.get("owner") or None}
+    row |= {"image_id": record["id"] if record.get("path") else None, **{name: about.get(name) for name in same}}
+    row |= {"prompt_hash": prompt_hash(about.get("prompt") or ""), "charged": record.get("charged")}
+    return {**row, "backend": record.get("backend"), "host": record.get("host")}
+
+
+def prompt_hash(prompt: str) -> str:
+    """sha256 of a prompt as it was written, in UTF-8, hex."""
+    import hashlib
+
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 # === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
 
 
@@ -2710,10 +2900,15 @@ class Plan(NamedTuple):
     sidecar: bool
     parallel: int
     private: bool  # never to leave this machine, also not by a later sync
+    storage: str  # where in the bucket, without number and ending; "": no cloud
+    owner: str
 
 
-def prepare(request: Request, config: Config, output: str = "", private: bool = False) -> Plan:
-    """The plan for one request, nothing opened or sent; `output`: FILE, DIR/, or "" for what the config says."""
+def prepare(request: Request, config: Config, output: str = "", cloud: str = "") -> Plan:
+    """The plan for one request, nothing opened or sent; `output`: FILE, DIR/, or "" for what the config says.
+
+    `cloud`: on, off (private for ever), or "" for what the config says.
+    """
     check_request(request)
     seed = int.from_bytes(os.urandom(4)) >> 1 if request.seed is None else request.seed
     request = request._replace(backend=request.backend or config.default_backend, seed=seed)
@@ -2724,7 +2919,11 @@ def prepare(request: Request, config: Config, output: str = "", private: bool = 
         check_template(config.output.naming)
         name = os.path.join(name, render_name(config.output.naming, request, time.time()))
     said = cls.price(options, styled), cls.plan(options, styled), cls.paid, config.output.write_metadata_json
-    return Plan(request, styled, name, *said, getattr(options, "parallel", 1), private)
+    mode = cloud or config.output.cloud_sync
+    synced = mode == "on" or (mode == "auto" and not cloud_lacks(config))
+    storage = render_name("{date}/{slug}-{seed}", request, time.time()) if synced else ""
+    parallel = getattr(options, "parallel", 1)
+    return Plan(request, styled, name, *said, parallel, cloud == "off", storage, config.owner_user_id)
 
 
 def check_request(request: Request) -> None:
@@ -2747,12 +2946,27 @@ class Run(Context):
 
     entry: Entry
     paid: bool
+    begun = False  # whether there is an entry
     resumed = True  # somebody else began it, and knows how long it took
     _spool: Spool | None = None
+    _delivery: Context | None = None
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.id = new_uuid()
+
+    def stop(self, why: str) -> None:
+        """End the work, and the delivery after it."""
+        super().stop(why)
+        if self._delivery and why != "deadline":
+            self._delivery.stop(why)
+
+    def delivery(self, seconds: float) -> Context:
+        """The context of what comes after the work: a deadline of its own, but the same stop."""
+        self._delivery = Context(seconds, self._on_progress, self._on_warning)
+        if self.why not in ("", "deadline"):
+            self._delivery.stop(self.why)
+        return self._delivery
 
     def begin(self, plan: Plan, model: str | None = None) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
@@ -2764,14 +2978,15 @@ class Run(Context):
         }
         line |= {"model": model, "price": plan.price.usd}  # for a sidecar of bytes whose result was lost
         said = {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name, "paid": plan.paid}
-        self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar, "private": plan.private}))
+        line |= {"private": plan.private, "storage": plan.storage, "owner": plan.owner}
+        self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar}))
         self.resumed = False
 
     def adopt(self, entry: Entry) -> None:
         """Go on with an entry that somebody began."""
         # Whose first line is torn was killed before anything could be sent, and has no image anywhere.
         record = entry.record = {"name": entry.path, "backend": "", **entry.record}
-        self.entry, self.id, self.paid = entry, record["id"], bool(record.get("paid"))
+        self.entry, self.id, self.paid, self.begun = entry, record["id"], bool(record.get("paid")), True
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
         self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")  # complete, without its name
@@ -2881,7 +3096,10 @@ class Run(Context):
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         error = kind(said, hint, charged=self.charged, after=error.after)
         self.jot(charged=self.charged, error={"code": error.code, "message": said})
-        self.close() if ended else self.entry.release()
+        if ended and owed(self.entry.record):
+            self.jot(over=True)  # `deliver` reports what it cost, and closes it
+        else:
+            self.close() if ended else self.entry.release()
         return error
 
     def _cancelled(self, backend: Backend) -> bool:
@@ -2958,14 +3176,24 @@ def save(run: Run, kept: str) -> dict[str, Any]:
     asked, got = [(shape.get("width"), shape.get("height")) for shape in (record["styled"], about)]
     if asked[0] and asked != got:
         run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
-    text = to_json(about, indent=2) + "\n"
-    sidecar = (lambda path: text) if record.get("sidecar_wanted", True) else None
+
+    def text(path: str) -> str:
+        return to_json(placed(record, about, path), indent=2) + "\n"
+
+    sidecar = text if record.get("sidecar_wanted", True) else None
     path = publish(run.hidden, record["name"], ending, sidecar, lambda path: run.jot(claim=path))
-    if run.jot(path=path, sidecar=about):
+    if run.jot(path=path, sidecar=placed(record, about, path)):
         run.clean()
     if sidecar and not os.path.exists(f"{path}.json"):
         run.warn(f"{path}.json: the sidecar could not be written")
     return record
+
+
+def placed(record: Mapping[str, Any], about: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The sidecar of an image that is named `path`, with the place in the bucket that has the same number, if any."""
+    (stem, ending), storage = os.path.splitext(path), record.get("storage")
+    number = stem.removeprefix(os.path.splitext(numbered(record["name"], ending[1:], 1))[0])
+    return {**about, "storage_path": f"{storage}{number}{ending}" if storage else None}
 
 
 def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
@@ -3006,12 +3234,98 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         "storage_path": None,
         "metadata": said.get("metadata") or {},
         "imagen_version": __version__,
+        **({"private": True} if record.get("private") else {}),
     }
 
 
-def deliver(run: Run) -> None:
-    """What is left to do once the image is safe; with nothing left the entry moves to the ledger."""
-    run.close()
+DELIVERY = 30.0  # seconds for object, row and usage of one image
+
+
+def owed(record: Mapping[str, Any]) -> list[str]:
+    """What the cloud still lacks of an attempt: object, row, usage; [] where it is to have nothing."""
+    if not record.get("storage"):
+        return []
+    made = record.get("path") and not record.get("refused")
+    lacks = [part for part in ("object", "row") if made and not record.get(part)]
+    charged, told = record.get("charged", "no"), record.get("usage")
+    if record.get("paid") and told not in (charged, "for good") and (told or charged != "no"):
+        lacks.append("usage")
+    return lacks
+
+
+def deliver(run: Run, config: Config) -> None:
+    """What is left to do once an attempt is over: object, row, usage. Each is on record as soon as it is done.
+
+    With nothing left the entry moves to the ledger. Raises what failed, when the entry is closed (refused for good)
+    or released, for `sync` to go on with. Who had no entry, or has let it go, gets nothing done.
+    """
+    if not run.begun or run.entry.fd < 0:
+        return
+    record, failed = run.entry.record, list[ImagenError]()
+    record["charged"] = run.charged
+    if not record.get("owner") and config.owner_user_id:
+        run.jot(owner=config.owner_user_id)
+    ctx, steps = run.delivery(DELIVERY), {"object": put_object, "row": put_row, "usage": put_usage}
+    while lacks := owed(record):
+        try:
+            steps[lacks[0]](run, Supabase(ctx, config.supabase))
+        except Exception as problem:  # nothing of the cloud fails a generation
+            error, what = as_error(problem), "usage" if lacks[0] == "usage" else "cloud sync"
+            prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "\0")
+            open_still = not isinstance(error, BadRequest)
+            hint = "; ".join(filter(None, (error.hint, "later: imagen sync" * open_still)))
+            failed.append(type(error)(f"{what}: {error}".replace(prompt, "…"), hint))
+            if open_still:
+                break
+            run.jot(**({"usage": "for good"} if what == "usage" else {"refused": True}))
+    if (record.get("path") or record.get("over")) and not owed(record):
+        run.close()
+    run.entry.release()
+    if failed:
+        raise failed[0]
+
+
+def put_object(run: Run, cloud: Supabase) -> None:
+    """Upload the image, to the path that was meant, or to one with its id in it where another's row has that."""
+    record = run.entry.record
+    about, path = record["sidecar"], record.get("putting")
+    if not record.get("owner"):
+        raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
+    if not path:
+        path = about["storage_path"]
+        if path == record.get("taken") or any(row["id"] != run.id for row in cloud.images(storage_path=path)):
+            stem, ending = os.path.splitext(path)
+            path = f"{stem}-{run.id[:8]}{ending}"
+    if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
+        raise BadRequest(f"{record['path']} is gone")
+    with open(record["path"], "rb") as file:
+        if file.seek(0, os.SEEK_END) != about["bytes"]:
+            raise BadRequest(f"{record['path']} was changed since it was made")
+        if record.get("putting") != path or not cloud.holds(path, run.id):
+            run.jot(putting=path)
+            cloud.upload(path, file, about["mime_type"], run.id)
+    run.jot(object=path)
+
+
+def put_row(run: Run, cloud: Supabase) -> None:
+    """Insert the image's row; where another's has its path after all, the object goes to another one first."""
+    record = run.entry.record
+    try:
+        path = cloud.add_image(image_row(record))
+    except Failed as problem:
+        mine = f"-{run.id[:8]}." in record["object"]
+        if " 23505: " not in str(problem) or mine:
+            raise
+        run.jot(taken=record["object"], object="", putting="")
+    else:
+        run.jot(row=True, object=path)
+
+
+def put_usage(run: Run, cloud: Supabase) -> None:
+    """Report what an attempt cost; again where that was not known the first time."""
+    record = run.entry.record
+    corrigible = cloud.add_usage(usage_row(record))
+    run.jot(usage=record["charged"] if corrigible else "for good")
 
 
 def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
@@ -3021,6 +3335,8 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
     """
     run.adopt(entry)
     record = entry.record
+    if record.get("over"):
+        return None
     if record.get("path"):
         run.clean()
         return record
@@ -3031,7 +3347,7 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
             return save(run, kept)
     claim, image = record.get("claim"), record.get("image")
     if claim and image and os.path.exists(claim) and (about := describe(run, claim)[1])["sha256"] == image["sha256"]:
-        run.jot(path=claim, sidecar=about)
+        run.jot(path=claim, sidecar=placed(record, about, claim))
         return record
     if run.charged == "no" and not run.remote_ids:
         run.close()
@@ -3053,6 +3369,99 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
         hint = "the backend's usage page tells whether it was charged; this entry is closed"
         raise Unknown(f"{problem}, sent at {record.get('sending')}", hint, charged=run.charged) from None
     return finish(run, result)
+
+
+# === 17. Queue: the way to Postgres ===
+
+PG_VARIABLES = ("host", "port", "user", "password", "database", "sslmode", "sslrootcert", "sslcert", "sslkey")
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+def postgres_options(dsn: str) -> dict[str, str]:
+    """What `postgresql://user:password@host:port/database?sslmode=…` says, and the PG* variables where it is silent."""
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    said = {name: os.environ.get(f"PG{name.upper()}", "") for name in PG_VARIABLES}
+    try:
+        parts = urlsplit(dsn)
+        named = {"host": parts.hostname, "port": parts.port, "user": parts.username, "password": parts.password}
+    except ValueError:
+        parts, named = urlsplit(""), {}
+    if parts.scheme not in ("postgres", "postgresql") or "," in parts.netloc:
+        raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
+    said |= {name: unquote(str(value)) for name, value in {**named, "database": parts.path[1:]}.items() if value}
+    said |= {{"dbname": "database"}.get(name, name): value for name, value in parse_qsl(parts.query)}
+    said["user"] = said["user"] or os.environ.get("USER", "postgres")
+    usual = {"host": "localhost", "port": "5432", "database": said["user"], "sslmode": "prefer"}
+    said |= {name: value for name, value in usual.items() if not said[name]}
+    if said["sslmode"] not in SSL_MODES:
+        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], SSL_MODES)}")
+    return said
+
+
+def postgres_tls(options: Mapping[str, str]) -> Any:
+    """pg8000's ssl_context for an sslmode of libpq: False never, None if the server offers it, else a context."""
+    import ssl
+
+    mode, root = options["sslmode"], options["sslrootcert"]
+    if mode in ("disable", "allow", "prefer") or options["host"].startswith("/"):
+        return None if mode == "prefer" and not options["host"].startswith("/") else False
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = mode == "verify-full"
+    try:
+        if root == "system":
+            context.load_default_certs()
+        elif root or mode != "require":
+            context.load_verify_locations(os.path.expanduser(root or "~/.postgresql/root.crt"))
+        else:
+            context.verify_mode = ssl.CERT_NONE
+        if options["sslcert"]:
+            context.load_cert_chain(options["sslcert"], options["sslkey"] or None)
+    except OSError as problem:
+        raise BadConfig(f"sslmode {mode}: the certificates cannot be read: {problem}") from None
+    return context
+
+
+@contextmanager
+def postgres(variable: str) -> Iterator[Any]:
+    """A connection of pg8000.native, autocommitting, to the database that an environment variable names.
+
+    What fails inside leaves as an ImagenError; https://github.com/tlocke/pg8000
+    """
+    options = postgres_options(
+        "" if os.environ.get("PGHOST") and not os.environ.get(variable) else secret_from(variable).reveal()
+    )
+    Secret(options["password"])
+    try:
+        import pg8000.native as pg  # type: ignore[import-untyped]
+    except ImportError:
+        raise BadConfig("talking to Postgres needs pg8000", "pip install pg8000, or: uv run imagen.py …") from None
+    host, port = options["host"], options["port"]
+    try:
+        if host.startswith("/"):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(f"{host}/.s.PGSQL.{port}")
+        else:
+            sock = socket.create_connection((host, int(port)), CONNECT_TIMEOUT)
+    except (OSError, ValueError) as problem:
+        raise Unreachable(f"Postgres at {host}:{port}: {problem}", "is it running, and the address right?") from None
+    with sock:
+        try:
+            named = {name: options[name] for name in ("user", "host", "database", "password") if options[name]}
+            connection = pg.Connection(
+                **named, sock=sock, ssl_context=postgres_tls(options), application_name=f"imagen {__version__}"
+            )
+            sock.settimeout(None)
+            yield connection
+        except pg.DatabaseError as problem:
+            said = problem.args[0] if isinstance(problem.args[0], Mapping) else {"M": str(problem)}
+            code = said.get("C", "")
+            kind = BadConfig if code[:2] in ("28", "3D", "42") else Failed
+            raise kind(f"Postgres: {said.get('M')} ({code})", str(said.get("H") or "")) from None
+        except (pg.InterfaceError, OSError) as problem:
+            raise Unreachable(f"Postgres at {host}:{port}: {problem}") from None
+        with suppress(pg.InterfaceError, OSError):
+            connection.close()
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
@@ -3167,7 +3576,8 @@ def made_before() -> Iterator[dict[str, Any]]:
     """The images of the ledger, newest first: sidecars with their `path`."""
     for record in ledger():
         if record.get("path") and record.get("sidecar"):
-            yield {**record["sidecar"], "path": record["path"]}
+            about = {**record["sidecar"], "path": record["path"]}
+            yield {**about, "storage_path": record.get("object") or about.get("storage_path")}
 
 
 def usual_seconds(plan: Plan) -> float | None:
@@ -3238,7 +3648,7 @@ TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="second
     flag("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"),
     flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
     flag("--no-preview", dest="preview", action="store_const", const="off"),
-    flag("--cloud", choices=("auto", "on", "off"), help="sync to Supabase (in a later release)"),
+    flag("--cloud", action="store_const", const="on", default="", help="sync to Supabase, or say what is missing"),
     flag("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private for ever"),
     TIMEOUT,
     flag("--dry-run", action="store_true", help="say what would be done, and what it would cost"),
@@ -3251,16 +3661,21 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest("-n is 1 to 1000, --timeout more than 0 seconds")
     offered = not args.backend and (request.backend or config.default_backend) != "mock"
     with offering_mock(offered):
-        first = prepare(request, config, args.output, args.cloud == "off")
+        first = prepare(request, config, args.output, args.cloud)
     seeds = range(seed := first.request.seed or 0, seed + args.n)
-    plans = [prepare(first.request._replace(seed=seed), config, args.output, first.private) for seed in seeds]
+    plans = [prepare(first.request._replace(seed=seed), config, args.output, args.cloud) for seed in seeds]
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
         following = "imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
         terminal.note(f"imagen: no backend is configured, so `mock` draws a placeholder; next: {following}")
-    if sent := sum(row["state"] == "sent" for row in unfinished()):
-        terminal.note(f"imagen: {sent} unfinished from before: imagen recover")
+    states = [row["state"] for row in unfinished()]
+    for state, said in {
+        "sent": "unfinished from before: imagen recover",
+        "to deliver": "to deliver: imagen sync",
+    }.items():
+        if state in states:
+            terminal.note(f"imagen: {states.count(state)} {said}")
     if not terminal.live:
         terminal.note(f"{first.request.backend}, {args.n} to make")
 
@@ -3276,7 +3691,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         return record
 
     usual = usual_seconds(first) if terminal.live else None
-    code, paths = crew(plans, attempt, terminal, args.timeout, first.parallel, usual)
+    code, paths = crew(plans, attempt, config, terminal, args.timeout, first.parallel, usual)
     show_preview(paths, config.output._replace(preview=args.preview or config.output.preview), terminal.say)
     return code
 
@@ -3350,7 +3765,13 @@ def unfinished() -> list[dict[str, Any]]:
         entry.release()
         record = entry.record
         row = {key: record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
-        state = "to deliver" if row["path"] else "sent" if row["remote"] or record.get("sending") else "begun"
+        state = (
+            "to deliver"
+            if row["path"] or record.get("over")
+            else "sent"
+            if row["remote"] or record.get("sending")
+            else "begun"
+        )
         rows.append({**row, "state": state, "prompt": record.get("request", {}).get("prompt", "")})
     return rows
 
@@ -3358,6 +3779,7 @@ def unfinished() -> list[dict[str, Any]]:
 def crew(
     waiting: list[Any],
     attempt: Callable[[Any, Run], dict[str, Any] | None],
+    config: Config,
     terminal: Terminal,
     timeout: float,
     parallel: int = 1,
@@ -3401,15 +3823,23 @@ def crew(
             run.stop(why)
         try:
             if record := attempt(item, run):
-                made.append({**record["sidecar"], "path": record["path"], "cloud": None})
-                try:
-                    announce(made[-1], terminal)
-                finally:
-                    deliver(run)
+                made.append(image := {**record["sidecar"], "path": record["path"], "cloud": None})
+                announce(image, terminal)
         except Exception as problem:  # a bug in one attempt must not take the others along
             errors.append(terminal.report(problem))
+        try:
+            run.progress("uploading")
+            deliver(run, config)
+        except ImagenError as problem:
+            warn(f"{problem} ({problem.hint})" if problem.hint else str(problem))
         finally:
             del runs[run]
+        if record:
+            if record.get("row"):
+                image |= {"storage_path": record["object"], "cloud": {"id": run.id, "storage_path": record["object"]}}
+                terminal.note(f"cloud: imagen.images.id={run.id} storage_path={record['object']}")
+            seed = "" if image["seed"] is None else f", seed {image['seed']}"
+            terminal.note(f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for good: what follows is short
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -3442,13 +3872,11 @@ def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
 
 
 def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
-    """An image is safe: its path as the result, the rest as notes."""
+    """An image is safe: its path is the result, before anything is uploaded."""
     if not terminal.as_json:
         terminal.write(image["path"])
     if os.path.exists(f"{image['path']}.json"):
         terminal.note(f"sidecar: {image['path']}.json")
-    seed = "" if image["seed"] is None else f", seed {image['seed']}"
-    terminal.note(f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}")
 
 
 @command(flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready"))
@@ -3541,7 +3969,11 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
         except BadConfig as problem:
             bearable = isinstance(problem, KeyMissing) and name != data.get("default_backend", "mock")
             (warnings if bearable else complaints).append(str(problem))
-    warnings += ["owner_user_id is empty: no cloud sync"] * (not data.get("owner_user_id"))
+    mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
+    if not complaints and mode not in ("off", False):
+        lacks = cloud_lacks(from_mapping(Config, data))
+        # Who set nothing up, and asked for nothing, need not hear of variables.
+        warnings += [f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")]
     for line in warnings:
         terminal.say(f"warning: {line}")
     error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
@@ -3592,16 +4024,121 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
             if kept := run.whole():
                 entry.release()
                 raise BadRequest(f"{kept} is a complete image", f"imagen recover {run.id} gives it its name")
-            run.close()
+            run.jot(over=True)
             terminal.note(f"{run.id}: closed, charged: {run.charged}")
             return None
         record = recover(entry, config, run)
         if not record:
-            terminal.note(f"{run.id}: nothing had been sent; closed")
+            terminal.note(f"{run.id}: {'over' if entry.record.get('over') else 'nothing had been sent'}; closed")
         return record
 
     # Only a stop for "user" cancels at the backend, and this may be paid already.
-    return crew(entries, attempt, terminal, args.timeout, why="released")[0]
+    return crew(entries, attempt, config, terminal, args.timeout, why="released")[0]
+
+
+@command(
+    flag("paths", nargs="*", metavar="PATH", help="images or sidecars; without one, whatever the journal still owes"),
+    flag("--dry-run", action="store_true", help="list them, and what each lacks"),
+)
+def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
+    """upload what the cloud still lacks"""
+    config = load_config(args.config)
+    records = [{**merged(_read(path)), "entry": path} for path in open_paths()]
+    if args.paths:
+        records = [record_of(path, records) for path in args.paths]
+    records = [record for record in records if owed(record)]
+    if args.dry_run or not records:
+        terminal.note(f"{len(records)} to sync" if records else "nothing to sync")
+        rows = [{"id": row["id"], "path": row.get("path"), "lacks": owed(row)} for row in records]
+        return terminal.result({"to_sync": rows}, *aligned((row["id"], *row["lacks"], row["path"]) for row in rows))
+    total = len(records)
+
+    def attempt(record: dict[str, Any], run: Run) -> dict[str, Any] | None:
+        run.progress("syncing", total - len(records) - 1, total)
+        path = record.pop("entry", "")
+        entry = Entry.take(path) if path else Entry.create(record)
+        if not entry:
+            return None  # another sync was faster
+        run.adopt(entry)
+        deliver(run, config)
+        return entry.record if entry.record.get("path") else None
+
+    return crew(records, attempt, config, terminal, DELIVERY, why="released")[0]
+
+
+def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
+    path = os.path.abspath(os.path.expanduser(path))
+    path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
+    about = read_json(f"{path}.json")
+    known = (*unfinished, *ledger())
+    record = next((one for one in known if one.get("path") == path or one["id"] == about.get("image_id")), {})
+    about = about or record.get("sidecar") or {}
+    shape = {"image_id": str, "prompt": str, "backend": str, "timestamp": str, "mime_type": str, "bytes": int}
+    if not all(isinstance(about.get(key), kind) for key, kind in shape.items()) or not is_uuid(about["image_id"]):
+        raise BadRequest(f"{path}: no image with a sidecar, and none that the journal knows")
+    if record.get("private") or about.get("private"):
+        raise BadRequest(f"{path} was made with --no-cloud: it stays here")
+    if "entry" in record:
+        return {**record}
+    charged = about.get("charged") or "no"
+    base = {"id": about["image_id"], "at": about["timestamp"], "backend": about["backend"], "paid": charged != "no"}
+    asked = Request(about["prompt"], seed=about.get("seed"))
+    stem = render_name("{date}/{slug}-{seed}", asked, epoch(about["timestamp"]))
+    storage = about.get("storage_path") or stem + os.path.splitext(path)[1]
+    record = {**base, "charged": charged, **record, "path": path, "sidecar": {**about, "storage_path": storage}}
+    again = ("object", "row", "refused", "error")
+    return {key: value for key, value in {**record, "storage": stem}.items() if key not in again}
+
+
+@command(
+    flag("image", metavar="IMAGE", help="a path, sidecar, image id or storage path"),
+    flag("--expires", default="1d", metavar="TIME", help="such as 30m, 12h, 7d (1d)"),
+)
+def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
+    """an address where anybody can fetch an image of the private bucket for a while"""
+    config, path = load_config(args.config), os.path.abspath(os.path.expanduser(args.image))
+    found = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", args.expires)
+    if not found:
+        raise BadRequest(f'--expires "{args.expires}": not a time', "such as 30m, 12h, 7d")
+    seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+    cloud, image_id = Supabase(Context(DELIVERY), config.supabase), args.image
+    if os.path.exists(path) or os.path.exists(f"{path}.json"):
+        about = read_json(path) or read_json(f"{path}.json")
+        about = about or next((image for image in made_before() if image["path"] == path), {})
+        image_id = str(about.get("image_id"))
+    if is_uuid(image_id):
+        rows = cloud.images(id=image_id)
+        if not rows:
+            raise BadRequest(f"{args.image} is not in the cloud", "imagen sync PATH uploads it")
+        path = str(rows[0]["storage_path"])
+    else:
+        path = args.image.removeprefix(f"{cloud.bucket}/")
+    url = cloud.sign(path, seconds)
+    return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
+
+
+@command(
+    flag("--file", default="", help="instead of the migrations.sql beside imagen.py"),
+    flag("--expose", action="store_true", help="let PostgREST see the schemas even where the Dashboard says which"),
+)
+def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
+    """set up or upgrade the database"""
+    path = args.file or os.path.join(os.path.dirname(os.path.abspath(__file__)), "migrations.sql")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError) as problem:
+        raise BadConfig(f"{path}: {problem}", "it stands beside imagen.py, or is named by --file") from None
+    with postgres(load_config(args.config).supabase.database_url_env) as database:
+        database.run(f"set imagen.expose = '{'on' if args.expose else 'off'}'")
+        database.run(text)
+        said = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
+    by_hand = [text for text in said if text.startswith("by hand: ")]
+    parts = dict(text.split(": ", 1) for text in said if text.startswith("imagen_"))
+    for text in by_hand:
+        terminal.say(text)
+    return terminal.result({"parts": parts, "by_hand": by_hand}, *aligned(parts.items()))
 
 
 @command(

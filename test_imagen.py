@@ -3621,7 +3621,7 @@ def test_an_adapter_of_ones_own_makes_an_image(contract_tiny: Any, here: Box) ->
     config = imagen.Config(default_backend="paper", backends=contract_tiny, output=output)
     plan, run = imagen.prepare(imagen.Request("a fox", seed=7, style="ink"), config), imagen.Run()
     record = imagen.finish(run, imagen.make(plan, config, run))
-    imagen.deliver(run)
+    imagen.deliver(run, config)
     assert Path(record["path"]) == here.out / "paper-a-fox-7.png"
     sidecar = here.sidecar(record["path"])
     assert (sidecar["prompt"], sidecar["model"], sidecar["width"], sidecar["seed"]) == ("a fox", "tiny", 5, 7)

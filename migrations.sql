@@ -1,0 +1,254 @@
+-- ImaGen's side of a Supabase database. Run it with `imagen migrate`, with psql, or in the SQL editor, as `postgres`
+-- (which is no superuser there); running it again changes nothing. Its notices say, part by part, what it did.
+--
+-- What an older release or the original system left is extended in place: nothing is dropped, renamed or narrowed.
+
+begin;
+
+set local client_min_messages = warning;  -- the report at the end says more than "already exists, skipping"
+
+-- Everything this file cares for, and how it stands: compared at the end with how it stood before.
+create or replace function pg_temp.imagen_state() returns table (part text, what text, how text) language sql as $state$
+  with tables as (
+    select c.*, n.nspname,
+           case c.relname when 'jobs' then 'imagen_jobs_init' when 'imagen_usage' then 'imagen_usage_init'
+                          else 'imagen_schema_init' end as part
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relkind = 'r' and (n.nspname, c.relname) in (('imagen', 'images'), ('imagen', 'jobs'), ('mai', 'imagen_usage'))
+  )
+  select case nspname when 'mai' then 'imagen_usage_init' else 'imagen_schema_grants' end, 'schema ' || nspname,
+         nspacl::text from pg_namespace where nspname in ('imagen', 'mai')
+  union all
+  select part, format('table %s.%s', nspname, relname), (
+           select string_agg(concat_ws(' ', attname, atttypid::regtype, attnotnull), ', ' order by attnum)
+           from pg_attribute where attrelid = t.oid and attnum > 0 and not attisdropped)
+         || coalesce((select string_agg(pg_get_constraintdef(oid), ', ' order by conname) from pg_constraint
+                      where conrelid = t.oid), '') || relrowsecurity
+  from tables t
+  union all
+  select case part when 'imagen_schema_init' then 'imagen_schema_grants' else part end,
+         format('grants on %s.%s', nspname, relname),
+         concat_ws(' ', relacl::text, (select string_agg(concat_ws(' ', attname, attacl::text), ' ' order by attnum)
+                                       from pg_attribute where attrelid = t.oid and attacl is not null))
+  from tables t
+  union all
+  select part, 'index ' || i.indexname, i.indexdef from pg_indexes i join tables t
+      on (i.schemaname, i.tablename) = (t.nspname, t.relname)
+  union all
+  select coalesce(part, 'imagen_storage_policies'), 'policy ' || policyname,
+         concat_ws(' ', cmd, roles::text, qual, with_check)
+  from pg_policies p left join tables t on (p.schemaname, p.tablename) = (t.nspname, t.relname)
+  where t.oid is not null or (schemaname = 'storage' and policyname like 'imagen\_%')
+  union all
+  select part, 'trigger ' || tgname, pg_get_triggerdef(g.oid) from pg_trigger g join tables t on t.oid = g.tgrelid
+  where not tgisinternal
+  union all
+  select case proname when 'owns_object' then 'imagen_storage_policies' else 'imagen_jobs_init' end,
+         'function imagen.' || proname, concat_ws(' ', prosrc, proacl::text, proconfig::text)
+  from pg_proc where pronamespace = to_regnamespace('imagen')
+  union all
+  select 'imagen_storage_bucket', 'bucket ' || id, concat_ws(' ', public, file_size_limit, allowed_mime_types::text)
+  from storage.buckets where id = 'imagen-generated'
+  union all
+  select 'imagen_pgrst_expose', 'exposed schemas', string_agg(setting, '; ' order by setdatabase)
+  from pg_db_role_setting cross join unnest(setconfig) as setting
+  where setrole = to_regrole('authenticator') and setting like 'pgrst.db\_schemas=%'
+  having count(*) > 0
+$state$;
+
+create temporary table imagen_before on commit drop as select * from pg_temp.imagen_state();
+
+-- ---------------------------------------------------------------- imagen_schema_init
+
+create schema if not exists imagen;
+
+create table if not exists imagen.images (
+  id                uuid primary key default gen_random_uuid(),
+  owner_user_id     uuid not null references auth.users (id),
+  prompt            text not null,
+  prompt_hash       text,           -- sha256 of the prompt in UTF-8, hex
+  backend           text not null,
+  model             text,
+  seed              bigint,
+  steps             int,
+  width             int,
+  height            int,
+  latency_ms        int,
+  cost_usd_estimate numeric(10, 6),
+  storage_path      text not null,  -- inside the bucket
+  sidecar           jsonb,
+  tags              text[] default '{}',
+  created_at        timestamptz default now()
+);
+alter table imagen.images
+  add column if not exists prompt_hash       text,
+  add column if not exists model             text,
+  add column if not exists seed              bigint,
+  add column if not exists steps             int,
+  add column if not exists width             int,
+  add column if not exists height            int,
+  add column if not exists latency_ms        int,
+  add column if not exists cost_usd_estimate numeric(10, 6),
+  add column if not exists sidecar           jsonb,
+  add column if not exists tags              text[] default '{}',
+  add column if not exists created_at        timestamptz default now();
+
+create index if not exists imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc);
+create index if not exists imagen_images_backend_idx on imagen.images (backend);
+create index if not exists imagen_images_tags_idx on imagen.images using gin (tags);
+
+-- Without it a signed-in user could insert a row that names another's object, and read that.
+do $unique$
+declare twice int;
+begin
+  select count(*) into twice from (
+    select from imagen.images group by storage_path having count(*) > 1) as repeated;
+  if twice > 0 and to_regclass('imagen.imagen_images_storage_path_key') is null then
+    raise warning 'by hand: % values of imagen.images.storage_path stand in several rows, so it is not unique yet; '
+                  'mend them, then run this again', twice;
+  else
+    create unique index if not exists imagen_images_storage_path_key on imagen.images (storage_path);
+  end if;
+end
+$unique$;
+
+-- (select auth.uid()) is asked once a query, auth.uid() once a row.
+alter table imagen.images enable row level security;
+drop policy if exists imagen_images_owner_select on imagen.images;
+create policy imagen_images_owner_select on imagen.images for select to authenticated
+  using (owner_user_id = (select auth.uid()));
+drop policy if exists imagen_images_owner_insert on imagen.images;
+create policy imagen_images_owner_insert on imagen.images for insert to authenticated
+  with check (owner_user_id = (select auth.uid()));
+drop policy if exists imagen_images_owner_update on imagen.images;
+create policy imagen_images_owner_update on imagen.images for update to authenticated
+  using (owner_user_id = (select auth.uid())) with check (owner_user_id = (select auth.uid()));
+
+-- ---------------------------------------------------------------- imagen_schema_grants
+
+grant usage on schema imagen to anon, authenticated, service_role;
+grant all on all tables in schema imagen to service_role;
+grant all on all sequences in schema imagen to service_role;
+alter default privileges in schema imagen grant all on tables to service_role;
+alter default privileges in schema imagen grant all on sequences to service_role;
+grant select, insert on imagen.images to authenticated;
+revoke update on imagen.images from authenticated;  -- of a row that exists the owner changes the tags alone
+grant update (tags) on imagen.images to authenticated;
+
+-- ---------------------------------------------------------------- imagen_storage_bucket
+
+insert into storage.buckets as known (id, name, public, file_size_limit, allowed_mime_types)
+values ('imagen-generated', 'imagen-generated', false, 52428800, '{image/png,image/jpeg,image/webp}')
+on conflict (id) do update
+  set public = false,
+      file_size_limit = coalesce(known.file_size_limit, excluded.file_size_limit),
+      allowed_mime_types = array(select distinct unnest(known.allowed_mime_types || excluded.allowed_mime_types))
+  where known.public or known.file_size_limit is null or known.allowed_mime_types is null
+     or not known.allowed_mime_types @> excluded.allowed_mime_types;
+
+-- ---------------------------------------------------------------- imagen_storage_policies
+
+-- A subquery in the policy would run as the caller: whoever may not read imagen.images could then read no object of any
+-- bucket. This function runs as its owner and tells callers of their own objects only, so everybody may call it.
+create or replace function imagen.owns_object(path text) returns boolean
+  language sql stable security definer set search_path = '' as $owns$
+  select exists (select from imagen.images i where i.storage_path = path and i.owner_user_id = (select auth.uid()))
+$owns$;
+
+drop policy if exists imagen_objects_owner_select on storage.objects;
+create policy imagen_objects_owner_select on storage.objects for select to authenticated
+  using (bucket_id = 'imagen-generated' and imagen.owns_object(name));
+drop policy if exists imagen_objects_insert on storage.objects;
+create policy imagen_objects_insert on storage.objects for insert to authenticated
+  with check (bucket_id = 'imagen-generated');
+
+-- ---------------------------------------------------------------- imagen_pgrst_expose
+
+-- An in-database list of exposed schemas overrules the Dashboard's for good, so one that exists is extended, and none
+-- is made unless asked for: `imagen migrate --expose`, or `set imagen.expose = 'on'` before this file.
+do $expose$
+declare
+  per_database boolean;
+  known        text;
+  wanted       text;
+begin
+  select s.setdatabase <> 0, regexp_replace(setting, '^[^=]*=', '') into per_database, known
+  from pg_db_role_setting s cross join unnest(s.setconfig) as setting
+  where s.setrole = to_regrole('authenticator') and setting like 'pgrst.db\_schemas=%'
+    and s.setdatabase in (0, (select oid from pg_database where datname = current_database()))
+  order by s.setdatabase desc  -- the value for this database wins
+  limit 1;
+  wanted := coalesce(known, 'public, graphql_public');
+  if not 'imagen' = any (regexp_split_to_array(wanted, '\s*,\s*')) then
+    wanted := wanted || ', imagen';
+  end if;
+  if not 'mai' = any (regexp_split_to_array(wanted, '\s*,\s*')) then
+    wanted := wanted || ', mai';
+  end if;
+  if known is null and coalesce(current_setting('imagen.expose', true), '') <> 'on' then
+    raise warning 'by hand: add the schemas imagen and mai under Data API, Exposed schemas, in the Dashboard; '
+                  'or run `imagen migrate --expose`, after which the Dashboard''s own list counts no more';
+  elsif wanted is distinct from known then
+    execute format('alter role authenticator %s set pgrst.db_schemas = %L',
+                   case when per_database then format('in database %I', current_database()) else '' end, wanted);
+  end if;
+exception when insufficient_privilege or undefined_object then
+  raise warning 'by hand: as a superuser, alter role authenticator set pgrst.db_schemas = %; notify pgrst (%)',
+                quote_literal(wanted), sqlerrm;
+end
+$expose$;
+notify pgrst, 'reload config';
+notify pgrst, 'reload schema';
+
+-- ---------------------------------------------------------------- imagen_usage_init
+
+-- One row for each paid call; the prompt itself never. A table that is already there is left as it is.
+do $usage$
+begin
+  if to_regclass('mai.imagen_usage') is null then
+    create schema if not exists mai;
+    create table mai.imagen_usage (
+      id                uuid primary key default gen_random_uuid(),
+      created_at        timestamptz not null default now(),
+      owner_user_id     uuid,
+      image_id          uuid,
+      backend           text,
+      model             text,
+      prompt_hash       text,
+      width             int,
+      height            int,
+      steps             int,
+      latency_ms        int,
+      cost_usd_estimate numeric(10, 6),
+      charged           text,           -- yes, or unknown
+      host              text
+    );
+    create index imagen_usage_created_idx on mai.imagen_usage (created_at);
+    alter table mai.imagen_usage enable row level security;
+    revoke all on mai.imagen_usage from public, anon, authenticated;
+    grant usage on schema mai to service_role;
+    grant all on mai.imagen_usage to service_role;
+  end if;
+end
+$usage$;
+
+-- ---------------------------------------------------------------- the report
+
+set local client_min_messages = notice;
+
+do $report$
+declare line record;
+begin
+  for line in
+    select coalesce(new.part, old.part) as part,
+           string_agg(case when old.what is null then new.what else 'changed: ' || new.what end, ', ' order by new.what)
+             filter (where old.how is distinct from new.how) as news
+    from pg_temp.imagen_state() new full join imagen_before old using (part, what)
+    group by 1 order by 1
+  loop
+    raise notice '%: %', line.part, coalesce(line.news, 'was there');
+  end loop;
+end
+$report$;
+
+commit;
