@@ -2960,6 +2960,12 @@ class PostgrestStandIn:
 
     def answer(self, seen: Seen, path: str) -> Answer:
         """One table: POST with on_conflict and Prefer, GET with column=eq.value, select, order and limit."""
+        try:
+            return self._answer(seen, path)
+        except (pg8000.native.Error, OSError):
+            return self._error(503, "PGRST000", "Database connection error. Retrying the connection.")
+
+    def _answer(self, seen: Seen, path: str) -> Answer:
         token = re.sub("(?i)^bearer ", "", seen.headers.get("authorization", ""))
         try:
             claims = jwt_claims(token) if token else {"role": "anon"}
