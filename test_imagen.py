@@ -7729,6 +7729,9 @@ def test_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on
         assert "unfinished" not in here.run("generate", "a fox", "-b", "mock", "-q").err
 
 
+# === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
+
+
 # === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
 @pytest.mark.parametrize(
     "fields",
@@ -8261,6 +8264,9 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
             return sum(done.code < 0 for done in ends)
 
         assert sum(pool.map(one, range(10))) >= 3
+
+
+# === 17. Queue: the way to Postgres ===
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
