@@ -38,7 +38,8 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     14 Journal     what is unfinished, and the ledger of what is finished
     15 Supabase    objects in a private bucket, rows that tell of them, signed links
     16 Pipeline    make, finish, deliver; and recover, which is the same steps again
-    17 Queue       the way to Postgres
+    17 Queue       imagen.jobs: one connection, one statement a turn
+    18 Worker      takes jobs, keeps their leases, hands their images in
     20 Terminal    one line that rewrites itself; everything else a person reads
     21 Commands    argparse and main()
 """
@@ -295,6 +296,8 @@ def redact(value: Any) -> Any:
         return value.replace("\0", "")  # which Postgres has no place for
     if isinstance(value, Mapping):
         return {redact(key): redact(item) for key, item in value.items()}
+    if isinstance(value, float) and value - value:  # no number, or no finite one: JSON has no word for it
+        return None
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -308,6 +311,11 @@ def to_json(value: Any, indent: int | None = None) -> str:
     """One JSON text, keys redacted, umlauts as they are; every file and answer of ours is written through this."""
     text = json.dumps(redact(value), ensure_ascii=False, indent=indent, default=str)
     return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, such as of an odd path, as \\udce9
+
+
+def to_jsonb(value: Any) -> str:
+    """The same as Postgres takes it, which knows no lone surrogates."""
+    return json.dumps(redact(value), ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
 
 
 def new_uuid() -> str:
@@ -579,6 +587,13 @@ class Context:
     def spool(self) -> BinaryIO:
         """An empty file for the image to arrive in."""
         return io.BytesIO()
+
+
+def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
+    """A thread that does `work`, already started; it holds nobody up who wants to leave."""
+    thread = threading.Thread(target=work, args=args, daemon=True)
+    thread.start()
+    return thread
 
 
 class Backend:
@@ -2768,7 +2783,7 @@ class Supabase:
 
     def upload(self, path: str, file: BinaryIO, mime_type: str, image_id: str) -> None:
         """Put an image at `path`, over what may be there."""
-        about = binascii.b2a_base64(to_json({"image_id": image_id}).encode(), newline=False).decode()
+        about = binascii.b2a_base64(to_jsonb({"image_id": image_id}).encode(), newline=False).decode()
         named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
         self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
 
@@ -2784,7 +2799,7 @@ class Supabase:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
 
-        body = io.BytesIO(to_json({"expiresIn": seconds}).encode())
+        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
         said = self.storage.send("POST", f"/object/sign/{self.place(path)}", body).mapping()
         where, _, query = str(said.get("signedURL")).partition("?")
         if not query:
@@ -2801,7 +2816,7 @@ class Supabase:
     def add_image(self, row: Mapping[str, Any]) -> str:
         """Insert a row of imagen.images unless its id is there; the storage_path that now stands in it."""
         prefer = "return=representation,resolution=ignore-duplicates"  # so nobody's later edits are touched
-        body, query = io.BytesIO(to_json(row).encode()), "on_conflict=id&select=id,storage_path"
+        body, query = io.BytesIO(to_jsonb(row).encode()), "on_conflict=id&select=id,storage_path"
         made = postgrest_rows(self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer))
         (mine, *_) = made or self.images(id=row["id"]) or [{"storage_path": row["storage_path"]}]
         return str(mine["storage_path"])
@@ -2813,7 +2828,7 @@ class Supabase:
         """
         row, query = dict(row), "?on_conflict=id"
         while True:
-            body, prefer = io.BytesIO(to_json(row).encode()), "return=minimal,resolution=merge-duplicates"
+            body, prefer = io.BytesIO(to_jsonb(row).encode()), "return=minimal,resolution=merge-duplicates"
             try:
                 self.tables("mai").send("POST", f"/imagen_usage{query}", body, Prefer=prefer)
                 return "id" in row
@@ -2863,7 +2878,7 @@ def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
     """The row of imagen.images for a journal record whose object is uploaded."""
     about = {**record["sidecar"], "storage_path": record["object"]}
     same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms", "cost_usd_estimate")
-    row = {"id": record["id"], "owner_user_id": record["owner"], **{name: about.get(name) for name in same}}
+    row = {"id": about["image_id"], "owner_user_id": record["owner"], **{name: about.get(name) for name in same}}
     return {**row, "prompt_hash": prompt_hash(about["prompt"]), "storage_path": record["object"], "sidecar": about}
 
 
@@ -2873,7 +2888,7 @@ def usage_row(record: Mapping[str, Any]) -> dict[str, Any]:
     about = record.get("sidecar") or {**asked, "model": record.get("model"), "cost_usd_estimate": record.get("price")}
     same = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate")
     row = {"id": record["id"], "created_at": record.get("at"), "owner_user_id": record.get("owner") or None}
-    row |= {"image_id": record["id"] if record.get("path") else None, **{name: about.get(name) for name in same}}
+    row |= {"image_id": about.get("image_id"), **{name: about.get(name) for name in same}}
     row |= {"prompt_hash": prompt_hash(about.get("prompt") or ""), "charged": record.get("charged")}
     return {**row, "backend": record.get("backend"), "host": record.get("host")}
 
@@ -2953,7 +2968,8 @@ class Run(Context):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.id = new_uuid()
+        self.id = self.image_id = new_uuid()  # a job's attempts have ids of their own
+        self.job = ""
 
     def stop(self, why: str) -> None:
         """End the work, and the delivery after it."""
@@ -2979,6 +2995,7 @@ class Run(Context):
         line |= {"model": model, "price": plan.price.usd}  # for a sidecar of bytes whose result was lost
         said = {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name, "paid": plan.paid}
         line |= {"private": plan.private, "storage": plan.storage, "owner": plan.owner}
+        line |= {"job": self.job, "image_id": self.image_id} if self.job else {}
         self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar}))
         self.resumed = False
 
@@ -2987,6 +3004,7 @@ class Run(Context):
         # Whose first line is torn was killed before anything could be sent, and has no image anywhere.
         record = entry.record = {"name": entry.path, "backend": "", **entry.record}
         self.entry, self.id, self.paid, self.begun = entry, record["id"], bool(record.get("paid")), True
+        self.image_id, self.job = record.get("image_id") or self.id, record.get("job") or ""
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
         self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")  # complete, without its name
@@ -3048,7 +3066,7 @@ class Run(Context):
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open, which loses nothing."""
         if claim := self.entry.record.get("claim"):
-            release_claim(claim, self.id)
+            release_claim(claim, self.image_id)
         with suppress(OSError), open(self.part, "rb") as file:
             binary = sniff(file) is None and file.seek(0) == 0 and b"\0" in file.read(64)
             if binary and self.charged == "yes":  # an image of a kind that we do not know, but paid
@@ -3170,7 +3188,7 @@ def save(run: Run, kept: str) -> dict[str, Any]:
         os.rename(run.part, run.hidden)
     record = run.entry.record
     if claim := record.get("claim"):
-        release_claim(claim, run.id)
+        release_claim(claim, run.image_id)
     ending, about = describe(run, run.hidden)
     run.jot(image={"file": run.hidden, "sha256": about["sha256"], "bytes": about["bytes"]})
     asked, got = [(shape.get("width"), shape.get("height")) for shape in (record["styled"], about)]
@@ -3211,7 +3229,7 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
     unseeded = "seed" in ignored or (run.paid and "result" not in record)  # or nobody knows any more
     wanted = {"width": request.width, "height": request.height, "steps": request.steps}
     return sniffed.format, {
-        "image_id": run.id,
+        "image_id": run.image_id,
         "prompt": request.prompt,
         "style": request.style,
         "styled_prompt": styled.prompt,
@@ -3254,19 +3272,30 @@ def owed(record: Mapping[str, Any]) -> list[str]:
 
 
 def deliver(run: Run, config: Config) -> None:
-    """What is left to do once an attempt is over: object, row, usage. Each is on record as soon as it is done.
+    """What is left to do once an attempt is over: object, row, usage; then the entry moves to the ledger.
 
-    With nothing left the entry moves to the ledger. Raises what failed, when the entry is closed (refused for good)
-    or released, for `sync` to go on with. Who had no entry, or has let it go, gets nothing done.
+    Raises what failed, when the entry is closed (refused for good) or released, for `sync` to go on with. Who had no
+    entry, or has let it go, gets nothing done.
     """
     if not run.begun or run.entry.fd < 0:
         return
+    record = run.entry.record
+    try:
+        push(run, config, ("object", "row", "usage"))
+    finally:
+        if (record.get("path") or record.get("over")) and not owed(record):
+            run.close()
+        run.entry.release()
+
+
+def push(run: Run, config: Config, parts: Sequence[str]) -> None:
+    """Do what is owed of `parts`, each on record as soon as it is done; raises the first error."""
     record, failed = run.entry.record, list[ImagenError]()
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.jot(owner=config.owner_user_id)
     ctx, steps = run.delivery(DELIVERY), {"object": put_object, "row": put_row, "usage": put_usage}
-    while lacks := owed(record):
+    while lacks := [part for part in owed(record) if part in parts]:
         try:
             steps[lacks[0]](run, Supabase(ctx, config.supabase))
         except Exception as problem:  # nothing of the cloud fails a generation
@@ -3278,9 +3307,6 @@ def deliver(run: Run, config: Config) -> None:
             if open_still:
                 break
             run.jot(**({"usage": "for good"} if what == "usage" else {"refused": True}))
-    if (record.get("path") or record.get("over")) and not owed(record):
-        run.close()
-    run.entry.release()
     if failed:
         raise failed[0]
 
@@ -3293,7 +3319,7 @@ def put_object(run: Run, cloud: Supabase) -> None:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
     if not path:
         path = about["storage_path"]
-        if path == record.get("taken") or any(row["id"] != run.id for row in cloud.images(storage_path=path)):
+        if path == record.get("taken") or any(row["id"] != run.image_id for row in cloud.images(storage_path=path)):
             stem, ending = os.path.splitext(path)
             path = f"{stem}-{run.id[:8]}{ending}"
     if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
@@ -3371,7 +3397,7 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
     return finish(run, result)
 
 
-# === 17. Queue: the way to Postgres ===
+# === 17. Queue: imagen.jobs, one connection, one statement a turn ===
 
 PG_VARIABLES = ("host", "port", "user", "password", "database", "sslmode", "sslrootcert", "sslcert", "sslkey")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -3382,15 +3408,16 @@ def postgres_options(dsn: str) -> dict[str, str]:
     from urllib.parse import parse_qsl, unquote, urlsplit
 
     said = {name: os.environ.get(f"PG{name.upper()}", "") for name in PG_VARIABLES}
-    try:
-        parts = urlsplit(dsn)
-        named = {"host": parts.hostname, "port": parts.port, "user": parts.username, "password": parts.password}
-    except ValueError:
-        parts, named = urlsplit(""), {}
-    if parts.scheme not in ("postgres", "postgresql") or "," in parts.netloc:
-        raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
-    said |= {name: unquote(str(value)) for name, value in {**named, "database": parts.path[1:]}.items() if value}
-    said |= {{"dbname": "database"}.get(name, name): value for name, value in parse_qsl(parts.query)}
+    if dsn:
+        try:
+            parts = urlsplit(dsn)
+            named = {"host": parts.hostname, "port": parts.port, "user": parts.username, "password": parts.password}
+        except ValueError:
+            parts, named = urlsplit(""), {}
+        if parts.scheme not in ("postgres", "postgresql") or "," in parts.netloc:
+            raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
+        said |= {name: unquote(str(value)) for name, value in {**named, "database": parts.path[1:]}.items() if value}
+        said |= {{"dbname": "database"}.get(name, name): value for name, value in parse_qsl(parts.query)}
     said["user"] = said["user"] or os.environ.get("USER", "postgres")
     usual = {"host": "localhost", "port": "5432", "database": said["user"], "sslmode": "prefer"}
     said |= {name: value for name, value in usual.items() if not said[name]}
@@ -3399,19 +3426,24 @@ def postgres_options(dsn: str) -> dict[str, str]:
     return said
 
 
-def postgres_tls(options: Mapping[str, str]) -> Any:
-    """pg8000's ssl_context for an sslmode of libpq: False never, None if the server offers it, else a context."""
+def postgres_tls(options: Mapping[str, str]) -> list[Any]:
+    """The ssl_contexts to try one after the other, as libpq's sslmode means it; False is a connection without TLS."""
     import ssl
 
+    class Watched(ssl.SSLSocket):
+        def makefile(self, *_: Any, **__: Any) -> Any:
+            return PgStream(self)
+
     mode, root = options["sslmode"], options["sslrootcert"]
-    if mode in ("disable", "allow", "prefer") or options["host"].startswith("/"):
-        return None if mode == "prefer" and not options["host"].startswith("/") else False
+    if mode == "disable" or options["host"].startswith("/"):
+        return [False]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = Watched
     context.check_hostname = mode == "verify-full"
     try:
         if root == "system":
             context.load_default_certs()
-        elif root or mode != "require":
+        elif mode.startswith("verify") or (mode == "require" and root):
             context.load_verify_locations(os.path.expanduser(root or "~/.postgresql/root.crt"))
         else:
             context.verify_mode = ssl.CERT_NONE
@@ -3419,49 +3451,600 @@ def postgres_tls(options: Mapping[str, str]) -> Any:
             context.load_cert_chain(options["sslcert"], options["sslkey"] or None)
     except OSError as problem:
         raise BadConfig(f"sslmode {mode}: the certificates cannot be read: {problem}") from None
-    return context
+    return {"allow": [False, context], "prefer": [context, False]}.get(mode, [context])
+
+
+class PgStream:
+    """What pg8000 reads and writes instead of a buffered file, which would not tell what it has read ahead."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock, self._ahead, self._out = sock, b"", bytearray()
+        sock.stream = self
+
+    def read(self, count: int) -> bytes:
+        """Exactly `count` bytes; an OSError where the server hangs up, or is silent for longer than is borne."""
+        while len(self._ahead) < count:
+            if not (data := self.sock.recv(1 << 16)):
+                raise ConnectionError("the server closed the connection")
+            self._ahead += data
+        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Kept until `flush`, so that a message is one packet."""
+        self._out += data
+
+    def flush(self) -> None:
+        """Send what was written."""
+        self.sock.sendall(self._out)
+        self._out.clear()
+
+    def close(self) -> None:
+        """Nothing: the socket is closed by who opened it."""
+
+    def arrived(self) -> bool:
+        """Whether bytes are here that nobody has read: in this stream, or below it in the TLS layer."""
+        return bool(self._ahead or getattr(self.sock, "pending", int)())
+
+
+class PgSocket(socket.socket):
+    """A TCP or Unix socket for pg8000, which asks it for its stream."""
+
+    stream: PgStream | None = None
+
+    def makefile(self, *_: Any, **__: Any) -> Any:
+        """The stream that tells what has arrived."""
+        return PgStream(self)
 
 
 @contextmanager
-def postgres(variable: str) -> Iterator[Any]:
+def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     """A connection of pg8000.native, autocommitting, to the database that an environment variable names.
 
-    What fails inside leaves as an ImagenError; https://github.com/tlocke/pg8000
+    `patience`: seconds of silence that one answer may take; None: as many as it wants. What fails inside leaves as an
+    ImagenError: Unreachable where the connection is gone. https://github.com/tlocke/pg8000
     """
-    options = postgres_options(
-        "" if os.environ.get("PGHOST") and not os.environ.get(variable) else secret_from(variable).reveal()
-    )
+    named = os.environ.get(variable) or not os.environ.get("PGHOST")
+    options = postgres_options(secret_from(variable).reveal() if named else "")
     Secret(options["password"])
     try:
         import pg8000.native as pg  # type: ignore[import-untyped]
     except ImportError:
         raise BadConfig("talking to Postgres needs pg8000", "pip install pg8000, or: uv run imagen.py …") from None
-    host, port = options["host"], options["port"]
+    place = f"Postgres at {options['host']}:{options['port']}"
     try:
-        if host.startswith("/"):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(f"{host}/.s.PGSQL.{port}")
-        else:
-            sock = socket.create_connection((host, int(port)), CONNECT_TIMEOUT)
-    except (OSError, ValueError) as problem:
-        raise Unreachable(f"Postgres at {host}:{port}: {problem}", "is it running, and the address right?") from None
-    with sock:
-        try:
-            named = {name: options[name] for name in ("user", "host", "database", "password") if options[name]}
-            connection = pg.Connection(
-                **named, sock=sock, ssl_context=postgres_tls(options), application_name=f"imagen {__version__}"
-            )
-            sock.settimeout(None)
-            yield connection
-        except pg.DatabaseError as problem:
-            said = problem.args[0] if isinstance(problem.args[0], Mapping) else {"M": str(problem)}
-            code = said.get("C", "")
-            kind = BadConfig if code[:2] in ("28", "3D", "42") else Failed
-            raise kind(f"Postgres: {said.get('M')} ({code})", str(said.get("H") or "")) from None
-        except (pg.InterfaceError, OSError) as problem:
-            raise Unreachable(f"Postgres at {host}:{port}: {problem}") from None
-        with suppress(pg.InterfaceError, OSError):
+        connection = _connected(pg, options)
+        connection._usock.settimeout(patience)
+        # The stock handler dies of a payload that is not ASCII, in the middle of somebody's answer.
+        connection.message_types[b"A"] = lambda data, context: None
+        yield connection
+    except pg.DatabaseError as problem:
+        said = problem.args[0] if isinstance(problem.args[0], Mapping) else {"M": str(problem)}
+        code = str(said.get("C", ""))
+        kind = BadConfig if code[:2] in ("28", "3D", "3F", "42") else Unreachable if code[:2] in LOST else Failed
+        raise kind(f"{place}: {said.get('M')} ({code})", str(said.get("H") or "")) from None
+    except (pg.Error, OSError) as problem:
+        raise Unreachable(f"{place}: {problem}", "is it running, and the address right?") from None
+    finally:
+        with suppress(UnboundLocalError, pg.Error, OSError):
             connection.close()
+
+
+LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one connects anew
+
+
+def _connected(pg: Any, options: Mapping[str, str]) -> Any:
+    who = {name: options[name] for name in ("user", "host", "database", "password") if options[name]}
+    for context in (contexts := postgres_tls(options)):
+        if options["host"].startswith("/"):
+            sock = PgSocket(socket.AF_UNIX)
+            address: Any = f"{options['host']}/.s.PGSQL.{options['port']}"
+        else:
+            found = socket.getaddrinfo(options["host"], int(options["port"]), 0, socket.SOCK_STREAM)
+            sock, address = PgSocket(*found[0][:3]), found[0][4]
+        try:
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(address)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
+                    if hasattr(socket, name):
+                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            return pg.Connection(**who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}")
+        except (pg.Error, OSError) as problem:
+            sock.close()
+            refused = isinstance(problem, pg.DatabaseError)  # it has answered, so TLS was not what it lacked
+            if context is contexts[-1] or isinstance(problem, OSError) or refused == (options["sslmode"] == "prefer"):
+                raise
+    raise AssertionError("postgres_tls gives at least one context")
+
+
+# What a turn of the worker may have to do: one statement of these parts, one round trip, one commit. `me` is the
+# process, `slot` its place on this host, `lease` seconds. `attempt` grows with each claim and never goes down, so
+# (me, id, attempt) is a token that is good for one claim alone.
+TURN = {
+    # claims of mine whose answer never reached me
+    "disowned": """disowned AS (
+  UPDATE imagen.jobs SET status = CASE WHEN cancel_requested THEN 'canceled' ELSE 'pending' END,
+    finished_at = CASE WHEN cancel_requested THEN now() END, max_attempts = max_attempts + 1,
+    claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
+  WHERE status = 'running' AND claimed_by = :me::uuid AND NOT id = ANY(:mine::uuid[]) RETURNING id, status)""",
+    # outcomes; one that I wrote before, though the answer was lost, counts as written
+    "settled": """outcome AS (
+  SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int, status text, image jsonb, error text,
+    error_code text, delay float8, uncounted int, charged boolean)
+), written AS (
+  UPDATE imagen.jobs j
+  SET status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled' ELSE o.status END,
+    image_id = (o.image->>'id')::uuid, error = o.error, error_code = o.error_code, note = NULL,
+    progress = CASE o.status WHEN 'done' THEN 1 END, run_after = now() + make_interval(secs => coalesce(o.delay, 0)),
+    finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
+    max_attempts = j.max_attempts + coalesce(o.uncounted, 0),
+    receipt = CASE WHEN o.charged THEN j.receipt END,
+    claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END, claimed_slot = NULL, lease_until = NULL
+  FROM outcome o WHERE j.id = o.id AND j.attempt = o.attempt AND j.claimed_by = :me::uuid AND j.status = 'running'
+  RETURNING j.id, j.attempt, j.status, o.image
+), image AS (
+  INSERT INTO imagen.images (id, owner_user_id, prompt, prompt_hash, backend, model, seed, steps, width, height,
+    latency_ms, cost_usd_estimate, storage_path, sidecar)
+  SELECT i.id, i.owner_user_id, i.prompt, i.prompt_hash, i.backend, i.model, i.seed, i.steps, i.width, i.height,
+    i.latency_ms, i.cost_usd_estimate, i.storage_path, i.sidecar
+  FROM written, jsonb_populate_record(NULL::imagen.images, written.image) i WHERE written.image IS NOT NULL
+  ON CONFLICT (id) DO NOTHING
+), settled AS (
+  SELECT id, attempt, status FROM written UNION ALL
+  SELECT j.id, j.attempt, j.status FROM imagen.jobs j JOIN outcome o ON j.id = o.id AND j.attempt = o.attempt
+  WHERE j.claimed_by = :me::uuid AND j.status = o.status AND j.status <> 'running')""",
+    # leases renewed; a job that does not come back is not mine any more
+    "kept": """kept AS (
+  UPDATE imagen.jobs j
+  SET lease_until = now() + make_interval(secs => :lease::float8), progress = b.progress, note = b.note
+  FROM jsonb_to_recordset(:beats::jsonb) AS b (id uuid, attempt int, progress real, note text)
+  WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid AND j.status = 'running'
+  RETURNING j.id, j.cancel_requested)""",
+    "asked": """asked AS (
+  SELECT id FROM imagen.jobs WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
+    # jobs of the dead: of who held my slot, for certain; of the original worker, which knew no leases; and those whose
+    # lease ran out while the server, and my connection to it, were there long enough to have seen it renewed. What was
+    # paid for may be fetched by a few attempts more.
+    "rescued": """dead AS (
+  SELECT id FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
+    claimed_slot = :slot
+    OR (claimed_by IS NULL AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
+    OR (lease_until < now() AND :steady::boolean
+        AND pg_postmaster_start_time() < now() - make_interval(secs => :lease::float8)))
+  ORDER BY seq LIMIT 50 FOR UPDATE SKIP LOCKED
+), rescued AS (
+  UPDATE imagen.jobs j SET status = next.status, finished_at = CASE WHEN next.status <> 'pending' THEN now() END,
+    error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
+    error_code = CASE next.status WHEN 'failed' THEN 'failed' WHEN 'canceled' THEN 'interrupted' END,
+    claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
+  FROM dead JOIN imagen.jobs old USING (id), LATERAL (SELECT CASE WHEN old.cancel_requested THEN 'canceled'
+    WHEN old.attempt >= old.max_attempts + CASE WHEN old.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
+    ELSE 'pending' END AS status) next
+  WHERE j.id = dead.id RETURNING j.id, j.status)""",
+    "waiting": """waiting AS (SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
+    "claimed": """claimed AS (
+  UPDATE imagen.jobs j SET status = 'running', attempt = j.attempt + 1, claimed_by = :me::uuid, claimed_slot = :slot,
+    started_at = now(), lease_until = now() + make_interval(secs => :lease::float8), progress = NULL, note = NULL,
+    error = NULL, error_code = NULL
+  WHERE j.id = ANY(ARRAY(SELECT id FROM imagen.jobs WHERE status = 'pending' AND run_after <= now()
+      AND (:backends::text[] IS NULL OR coalesce(nullif(backend, ''), :default::text) = ANY(:backends::text[]))
+    ORDER BY priority DESC, seq LIMIT :free::int FOR UPDATE SKIP LOCKED))
+  RETURNING j.*)""",
+}
+# Parts that make jobs pending, and where: no trigger tells of these.
+WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
+
+
+class Queue:
+    """imagen.jobs through one connection, which belongs to one thread."""
+
+    def __init__(self, connection: Any, **always: Any) -> None:
+        """`always` are the parameters that stay: me, slot, lease, backends, default. LISTENs before anything else."""
+        self.connection, self.always = connection, always
+        self._prepared: dict[str, Any] = {}
+        self.stream: PgStream | None = getattr(connection._usock, "stream", None)
+        connection.run("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        connection.run("LISTEN imagen_jobs")
+        if not connection.run("SELECT FROM pg_listening_channels() AS c WHERE c = 'imagen_jobs'"):
+            why = "the address leads to a transaction pooler (port 6543?), which forgets LISTEN"
+            raise BadConfig(f"notifications do not arrive: {why}", "use the direct connection, or the session pooler")
+
+    def run(self, sql: str, **named: Any) -> list[Any]:
+        """The rows of a statement, which is prepared the first time; one round trip from then on."""
+        if sql not in self._prepared:
+            self._prepared[sql] = self.connection.prepare(sql)
+        return list(self._prepared[sql].run(**self.always, **named) or ())
+
+    def turn(self, **parts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        """Do these parts of TURN at once, in one transaction; the rows of each."""
+        chosen = [name for name in TURN if name in parts]
+        told = [f"SELECT '{name}', to_jsonb({name}) FROM {name}" for name in chosen]  # noqa: S608 (names of our own)
+        for name in (name for part, name in WAKING.items() if part in parts):
+            woken = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)"
+            told.append(f"{woken} FROM {name} WHERE status = 'pending'")
+        sql = f"WITH {', '.join(TURN[name] for name in chosen)} {' UNION ALL '.join(told)}"
+        named = {key: value for part in parts.values() for key, value in part.items()}
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TURN, "woken")}
+        for name, row in self.run(sql, **named):
+            rows[name].append(row)
+        return rows
+
+    def wait(self, timeout: float, bell: socket.socket) -> bool:
+        """Wait for a notification or the bell; whether the server had something to say, which is read here."""
+        import select
+
+        if not self.stream:  # a pg8000 that takes no stream of ours: it can only be asked
+            timeout = min(timeout, 0.25)
+        heard = bool(self.stream and self.stream.arrived())
+        ready, _, _ = select.select([bell, self.connection._usock], [], [], 0 if heard else max(0.0, timeout))
+        if bell in ready:
+            bell.recv(4096)
+        if heard or self.connection._usock in ready:
+            return True
+        return not self.stream
+
+
+# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
+#
+# The main thread owns the connection and does everything in the database, a turn at a time. A job runs in a thread of
+# its own, which is a door to `make`, `finish` and `deliver` like any other, and rings the bell when it wants something.
+
+JOB_TIMEOUT = 600.0  # seconds for one attempt
+MEND = 60.0  # seconds between two looks for images that the cloud would not take
+RECEIPT = """UPDATE imagen.jobs SET receipt = :receipt::jsonb
+  WHERE id = :id::uuid AND attempt = :attempt::int AND claimed_by = :me::uuid AND status = 'running'
+    AND (receipt IS NULL OR (receipt->>'attempt')::int = :attempt::int) RETURNING id"""
+MENDED = """UPDATE imagen.jobs SET status = 'done', image_id = :image::uuid, error = NULL, error_code = NULL
+  WHERE id = :id::uuid AND image_id IS NULL AND status IN ('done', 'failed')
+    AND EXISTS (SELECT FROM imagen.images WHERE id = :image::uuid)"""
+
+
+class Attempt(Run):
+    """One claimed job at work: what its thread and the main thread share."""
+
+    def __init__(self, worker: Worker, row: Mapping[str, Any]) -> None:
+        import uuid
+
+        super().__init__(JOB_TIMEOUT, self._show, lambda text: worker.say(f"{self.job}: {text}", 4))
+        self.worker, self.row, self.number, self.job = worker, row, int(row["attempt"]), row["id"]
+        job = uuid.UUID(self.job)
+        self.id, self.image_id = str(uuid.uuid5(job, str(self.number))), str(uuid.uuid5(job, "image"))
+        fields = {key: row[key] for key in Request._fields if row.get(key) is not None}
+        self.request = Request(**{"seed": job.int & 0x7FFFFFFF, **fields})
+        self.note: str | None = None  # for the row
+        self.share: float | None = None
+        self.safe = False  # the image exists: too late to cancel
+        self.granted = False  # what the main thread was asked to write is written, under the fence
+        self.answered = threading.Event()
+
+    def _show(self, note: str, done: float | None, total: float | None) -> None:
+        self.note, self.share = note[:200], min(1.0, done / total) if done is not None and total else None
+
+    def sending(self) -> None:
+        """The receipt stands in the row, under the fence, before the first byte of a paid POST leaves."""
+        self.check()
+        if not self.ask(self.worker.receipts, self.receipt()):
+            self.stop("lost")
+            self.check()
+        super().sending()
+
+    def remote(self, **ids: Any) -> None:
+        """The remote's ids: on this disk at once, in the row with the main thread's next turn."""
+        super().remote(**ids)
+        if self.paid:
+            self.worker.receipts.append((self, self.receipt()))
+            self.worker.ring()
+
+    def receipt(self) -> dict[str, Any]:
+        """What another worker needs to fetch what this one paid for."""
+        about = {"attempt": self.number, "at": now_iso(), "host": socket.gethostname()}
+        return {**about, "at": self.entry.record["at"], "remote": self.remote_ids}
+
+    def ask(self, wishes: list[tuple[Attempt, dict[str, Any]]], wish: dict[str, Any]) -> bool:
+        """Hand the main thread something to write; whether the row was still ours. Waits until Postgres is there."""
+        self.answered.clear()
+        wishes.append((self, wish))
+        self.worker.ring()
+        while not self.answered.wait(0.5):
+            if wishes is self.worker.receipts:  # an outcome waits for ever, a receipt no longer than its attempt
+                self.check()
+        return self.granted
+
+    def answer(self, granted: bool) -> None:
+        """The main thread's answer to `ask`."""
+        self.granted = granted
+        self.answered.set()
+
+
+class Worker:
+    """Claims jobs, runs them, and writes what became of them. `say(text, priority)` tells of each event."""
+
+    def __init__(
+        self, config: Config, say: Callable[..., None], concurrency: int, name: str, backends: Sequence[str]
+    ) -> None:
+        self.config, self.say, self.concurrency = config, say, concurrency
+        self.me, self.backends = new_uuid(), list(backends) or None
+        self.slot, self._held = take_slot(name)
+        self.running: dict[str, Attempt] = {}
+        self.outcomes: list[tuple[Attempt, dict[str, Any]]] = []
+        self.receipts: list[tuple[Attempt, dict[str, Any]]] = []
+        self.mended: list[tuple[str, str]] = []
+        self.stops, self.stopping_at, self.grace, self.waiting = 0, 0.0, config.worker.grace_s, 0
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._threads: list[threading.Thread] = []
+        self._mending: threading.Thread | None = None
+        self._mend_at = 0.0
+
+    def ring(self) -> None:
+        """Wake the main thread."""
+        with suppress(BlockingIOError):
+            self._rope.send(b"!")
+
+    def on_signal(self, *_: Any) -> None:
+        """The first: no more claims. The second: hand back what is running."""
+        self.stops, self.stopping_at = self.stops + 1, self.stopping_at or time.monotonic()
+        self.ring()
+
+    def serve(self, once: bool = False) -> None:
+        """Work until a signal says stop, or, with `once`, until no job waits. Postgres may come and go."""
+        settings, pause, connected = self.config.worker, 0.05, False
+        fixed = {"me": self.me, "slot": self.slot, "lease": settings.lease_s, "backends": self.backends}
+        while not self.stops or self.running or self.outcomes:
+            try:
+                with postgres(self.config.supabase.database_url_env, patience=settings.lease_s / 2) as connection:
+                    queue = Queue(connection, **fixed, default=self.config.default_backend)
+                    connected, pause = True, 0.05
+                    self.say("connected, listening")
+                    self.turns(queue, once)
+                    break
+            except ImagenError as problem:
+                if isinstance(problem, BadConfig) and not connected:
+                    raise
+                self.say(f"{problem}; next try in {pause:.1f} s", 4)
+            if self.stops and time.monotonic() > self.stopping_at + self.grace:
+                break  # the journal has what is left, and whoever takes this slot goes on with it
+            sd_notify(f"WATCHDOG=1\nSTATUS=no database; {len(self.running)} running")
+            self.release()
+            self._bell.settimeout(pause * (0.5 + os.urandom(1)[0] / 255))
+            with suppress(TimeoutError):
+                self._bell.recv(4096)
+            pause = min(5.0, pause * 2)
+        sd_notify("STOPPING=1")
+        for thread in self._threads:
+            thread.join(DELIVERY if self.stops < 2 else 0.0)
+
+    def turns(self, queue: Queue, once: bool) -> None:
+        """Turn after turn until nothing is left to do; an error leaves what is unwritten for the next connection."""
+        settings, since = self.config.worker, time.monotonic()
+        poll_at = beaten = 0.0
+        heard = True
+        self.take_in(queue.turn(disowned={"mine": [*self.running]}))
+        while not self.stops or self.running or self.outcomes:
+            now, parts = time.monotonic(), dict[str, Mapping[str, Any]]()
+            self.write(queue)
+            settling = self.outcomes[:]
+            busy = [run for run in self.running.values() if all(run is not ended for ended, _ in settling)]
+            news = any((run.note, run.share) != (run.row["note"], run.row["progress"]) for run in busy)
+            if settling:
+                outcomes = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in settling]
+                parts["settled"] = {"outcomes": to_jsonb(outcomes)}
+            if busy and now >= beaten + (min(1.0, settings.heartbeat_s) if news else settings.heartbeat_s):
+                parts["kept"], beaten = {"beats": to_jsonb([self.beat(run) for run in busy])}, now
+            elif busy and heard:
+                parts["asked"] = {"mine": [run.job for run in busy]}
+            if polling := now >= poll_at:
+                parts |= {"rescued": {"steady": now - since > settings.lease_s}, "waiting": {}}
+                poll_at = now + settings.poll_s
+            free = self.concurrency - len(busy)
+            if free and not self.stops and (heard or polling or settling):
+                parts["claimed"] = {"free": free}
+            elif heard and not parts:
+                queue.connection.run("")  # takes in what the server said
+            heard = False
+            if parts:
+                rows = self.tried(queue, parts, settling)
+                self.take_in(rows, settling, busy if "kept" in parts else ())
+                heard = bool(rows["woken"]) or (
+                    "claimed" in parts and len(rows["claimed"]) == free
+                )  # there may be more
+                poll_at = min([poll_at, *(now + outcome.get("delay", settings.poll_s) for _, outcome in settling)])
+            self.release()
+            if once and not self.running and not self.outcomes and not heard:
+                return
+            until = min(poll_at, now + 1.0) if self.running else poll_at
+            if not self.outcomes and not self.receipts and not (heard and len(self.running) < self.concurrency):
+                heard = queue.wait(min(5.0, until - time.monotonic()), self._bell) or heard
+
+    def work(self, run: Attempt) -> None:
+        """One job from its request to its outcome, in a thread of its own."""
+        config = self.config._replace(owner_user_id=run.row["owner_user_id"])
+        try:
+            record = self.image_of(run, config)
+            run.safe = True
+            run.why = run.why.replace("user", "")  # a wish to cancel that came too late
+            outcome = self.uploaded(run, config, record)
+        except Exception as problem:
+            outcome = self.failure(run, as_error(problem))
+        kept = run.ask(self.outcomes, outcome)
+        if not run.begun or run.entry.fd < 0:
+            return
+        if not kept:
+            run.jot(refused=True)  # the job is somebody else's by now, and so is its row
+        elif outcome.get("image"):
+            run.jot(row=True)
+        elif outcome["status"] == "done" and owed(run.entry.record):
+            run.entry.release()  # for `mend`
+        with suppress(ImagenError):
+            deliver(run, config)
+
+    def image_of(self, run: Attempt, config: Config) -> dict[str, Any]:
+        """The record of the job's image: found on this disk, fetched from where it was paid for, or made."""
+        plan = prepare(run.request, config)
+        plan = plan._replace(storage=plan.storage and f"{plan.storage}-{run.id[:8]}")
+        receipt = run.row.get("receipt")
+        if run.number > 1:
+            paths = [path for path in open_paths() if merged(_read(path)).get("job") == run.job]
+            entry = next(filter(None, map(Entry.take, paths)), None)
+            if receipt and not entry:
+                run.begin(plan)
+                run.jot(sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {})
+                entry = run.entry
+            if entry and (record := recover(entry, config, run)):
+                return record
+        return finish(run, make(plan, config, run))
+
+    def uploaded(self, run: Attempt, config: Config, record: dict[str, Any]) -> dict[str, Any]:
+        """The outcome of an attempt that made an image: with its row, if the cloud has taken the file."""
+        outcome: dict[str, Any] = {"status": "done", "charged": run.charged != "no"}
+        try:
+            push(run, config, ("object",))
+        except ImagenError as problem:
+            self.say(f"{run.job}: {problem}", 4)
+            outcome["error"] = clipped(f"{problem}; the image is at {record['path']} on {socket.gethostname()}")
+        return {**outcome, "image": image_row(record) if record.get("object") else None}
+
+    def failure(self, run: Attempt, error: ImagenError) -> dict[str, Any]:
+        """The outcome of an attempt that made none."""
+        said = {"error": clipped(f"{error}\n{error.hint}".strip()), "error_code": error.code}
+        charged = run.charged != "no"
+        if run.why in ("released", "lost"):
+            return {"status": "pending", "uncounted": 1, "charged": charged}
+        if run.why == "user":
+            return {**said, "status": "canceled", "charged": charged}
+        if error.retryable and not charged and run.number < run.row["max_attempts"]:
+            return {**said, "status": "pending", "delay": max(error.after, min(300.0, 2.0**run.number))}
+        return {**said, "status": "failed", "charged": charged}
+
+    def write(self, queue: Queue) -> None:
+        """What cannot wait for a turn, and what may: receipts, and the images of jobs that were mended."""
+        while self.receipts:
+            run, receipt = self.receipts[0]
+            granted = queue.run(RECEIPT, id=run.job, attempt=run.number, receipt=to_jsonb(receipt))
+            self.receipts.pop(0)
+            if not receipt["remote"]:  # else nobody waits for it
+                run.answer(bool(granted))
+        while self.mended:
+            job, image = self.mended[0]
+            queue.run(MENDED, id=job, image=image)
+            self.mended.pop(0)
+
+    def beat(self, run: Attempt) -> dict[str, Any]:
+        """What a heartbeat writes of a job."""
+        run.row = {**run.row, "note": run.note, "progress": run.share}
+        return {"id": run.job, "attempt": run.number, "note": run.note, "progress": run.share}
+
+    def tried(self, queue: Queue, parts: dict[str, Any], settling: Sequence[Any]) -> dict[str, list[Any]]:
+        """The rows of a turn. Where the database refuses one outcome, the others are written without it."""
+        from pg8000.native import DatabaseError
+
+        try:
+            return queue.turn(**parts)
+        except DatabaseError:
+            if not settling:
+                raise
+        rows: dict[str, list[Any]] = {name: [] for name in (*TURN, "woken")}
+        for run, outcome in settling:
+            said = {"id": run.job, "attempt": run.number}
+            try:
+                made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
+            except DatabaseError as problem:
+                what = problem.args[0] if isinstance(problem.args[0], Mapping) else {}
+                outcome |= {"image": None, "error": clipped(f"imagen.images: {what.get('C')} {what.get('M')}")}
+                made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
+            rows = {**rows, "settled": rows["settled"] + made["settled"]}
+        return {**rows, "woken": [{}]}
+
+    def take_in(
+        self, rows: Mapping[str, list[Any]], settling: Sequence[Any] = (), busy: Sequence[Attempt] = ()
+    ) -> None:
+        """What a turn has brought: outcomes written or fenced off, leases lost, wishes to cancel, new jobs."""
+        written = {(row["id"], row["attempt"]): row["status"] for row in rows["settled"]}
+        for run, outcome in settling:
+            status = written.get((run.job, run.number))
+            said = f"{status} {outcome.get('error') or ''}".strip() if status else "its lease was lost: not written"
+            self.say(f"{run.job}: {said}")
+            self.outcomes.remove((run, outcome))
+            self.forget(run)
+            run.answer(status is not None)
+        kept = {row["id"] for row in rows["kept"]}
+        for run in busy:
+            if run.job not in kept:
+                self.say(f"{run.job}: its lease was lost", 4)
+                self.forget(run)
+                run.stop("lost")
+        for row in (*rows["kept"], *rows["asked"]):
+            wished = self.running.get(row["id"]) if row.get("cancel_requested", True) else None
+            if wished and not wished.safe:
+                wished.stop("user")
+        for row in (*rows["disowned"], *rows["rescued"]):
+            self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
+        for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
+            self.say(f"{row['id']}: claimed, attempt {row['attempt']} of {row['max_attempts']}")
+            self.running[row["id"]] = run = Attempt(self, row)
+            self._threads = [*filter(threading.Thread.is_alive, self._threads), in_thread(self.work, run)]
+        if rows["waiting"]:
+            self.waiting = rows["waiting"][0]["number"]
+        sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending")
+        if time.monotonic() > self._mend_at and not (self._mending and self._mending.is_alive()):
+            self._mend_at, self._mending = time.monotonic() + MEND, in_thread(self.mend)
+
+    def forget(self, run: Attempt) -> None:
+        """It is no longer ours to keep, also where the same job runs here anew."""
+        if self.running.get(run.job) is run:
+            del self.running[run.job]
+
+    def release(self) -> None:
+        """Once stopping: end what has had its time, to be handed back. Who paid and cannot come back has more of it."""
+        for run in self.running.values() if self.stops else ():
+            given = run.deadline if run.charged != "no" and not run.remote_ids else self.stopping_at + self.grace
+            if self.stops > 1 or time.monotonic() > given:
+                run.stop("released")
+
+    def mend(self) -> None:
+        """Deliver the images of jobs that the cloud would not take at their time."""
+        for path in open_paths():
+            record = merged(_read(path))
+            if not record.get("job") or not record.get("path") or not owed(record) or record["job"] in self.running:
+                continue
+            if entry := Entry.take(path):
+                run = Run(DELIVERY)
+                run.adopt(entry)
+                with suppress(ImagenError):  # then it stays open
+                    deliver(run, self.config)
+                if entry.record.get("row"):
+                    self.mended.append((run.job, run.image_id))
+                    self.ring()
+
+
+def clipped(text: str) -> str:
+    """At most 4 kB of an error, for the row."""
+    return text.encode("utf-8", "replace")[:4096].decode("utf-8", "ignore")
+
+
+def take_slot(name: str) -> tuple[str, int]:
+    """A place on this host that one living process holds, and the lock that says so; after a taken one the next number.
+
+    Who gets it knows that whoever had it before is dead: the kernel says so.
+    """
+    for number in range(1, 1000):
+        with suppress(BlockingIOError):
+            held = locked(state_path(f"worker-{name}{f'-{number}' if number > 1 else ''}.lock"), os.O_CREAT)
+            place, boot = os.fstat(held), _read("/proc/sys/kernel/random/boot_id").decode().strip()
+            return f"{boot}:{place.st_dev}:{place.st_ino}", held
+    raise Busy(f"a thousand workers are called {name}")
+
+
+def sd_notify(text: str) -> None:
+    """Tell systemd, where it listens. https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+            systemd.send(text.encode())
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
@@ -3634,7 +4217,7 @@ EVERYWHERE = (
 TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
 
 
-@command(
+REQUEST_FLAGS = (
     flag("prompt", nargs="?", help="what to see; - reads it from stdin"),
     flag("-b", "--backend", metavar="NAME", help="one of `imagen backends`"),
     flag("-s", "--style", metavar="NAME", help="one of `imagen styles`"),
@@ -3645,6 +4228,11 @@ TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="second
     flag("-n", type=int, default=1, metavar="N", help="that many images, with seeds N, N+1, …"),
     flag("--opt", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; VALUE may be JSON"),
     flag("--like", metavar="FILE|last", help="take everything from an image made before; other flags override"),
+)
+
+
+@command(
+    *REQUEST_FLAGS,
     flag("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"),
     flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
     flag("--no-preview", dest="preview", action="store_const", const="off"),
@@ -3836,8 +4424,9 @@ def crew(
             del runs[run]
         if record:
             if record.get("row"):
-                image |= {"storage_path": record["object"], "cloud": {"id": run.id, "storage_path": record["object"]}}
-                terminal.note(f"cloud: imagen.images.id={run.id} storage_path={record['object']}")
+                image["storage_path"] = record["object"]
+                image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
+                terminal.note(f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}")
             seed = "" if image["seed"] is None else f", seed {image['seed']}"
             terminal.note(f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}")
 
@@ -3862,13 +4451,6 @@ def crew(
         document["errors"] = [terminal.fields(error) for error in errors]
     code = terminal.result(document, error=worst)
     return code, [image["path"] for image in made]
-
-
-def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
-    """A thread that does `work`, already started; it holds nobody up who wants to leave."""
-    thread = threading.Thread(target=work, args=args, daemon=True)
-    thread.start()
-    return thread
 
 
 def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
@@ -4072,7 +4654,9 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
     about = read_json(f"{path}.json")
     known = (*unfinished, *ledger())
-    record = next((one for one in known if one.get("path") == path or one["id"] == about.get("image_id")), {})
+    record = next(
+        (one for one in known if one.get("path") == path or one.get("image_id", one["id"]) == about.get("image_id")), {}
+    )
     about = about or record.get("sidecar") or {}
     shape = {"image_id": str, "prompt": str, "backend": str, "timestamp": str, "mime_type": str, "bytes": int}
     if not all(isinstance(about.get(key), kind) for key, kind in shape.items()) or not is_uuid(about["image_id"]):
@@ -4207,6 +4791,125 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
+
+
+@command(
+    flag("--concurrency", type=int, metavar="N", help="jobs at a time"),
+    flag("--once", action="store_true", help="leave when no job waits"),
+    flag("--name", default="worker", metavar="SLOT", help="what this worker is called on this host"),
+    flag("--backend", nargs="+", default=[], metavar="NAME", help="take the jobs of these backends alone"),
+)
+def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
+    """take jobs from imagen.jobs and make their images"""
+    import signal
+
+    config = load_config(args.config)
+    for name in args.backend:
+        options_of(name, config.backends)
+    concurrency = config.worker.concurrency if args.concurrency is None else args.concurrency
+    if not 1 <= concurrency <= 64 or not re.fullmatch(r"[\w.-]{1,64}", args.name):
+        raise BadRequest("--concurrency is 1 to 64, --name letters, digits, dots and dashes")
+    under_systemd = "JOURNAL_STREAM" in os.environ
+
+    def say(text: str, priority: int = 6) -> None:
+        text = " ".join(text.split())
+        if priority < 6 or not args.quiet:
+            terminal.say(text, prefix=f"<{priority}>" if under_systemd else f"{now_iso()[:19]} ")
+
+    worker = Worker(config, say, concurrency, args.name, args.backend)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, worker.on_signal)
+    worker.serve(args.once)
+    return 0
+
+
+@command(
+    flag("action", choices=("add", "list", "cancel", "retry")),
+    *REQUEST_FLAGS[1:],
+    flag("prompt", nargs="?", metavar="PROMPT|ID", help="add: what to see; cancel, retry: the job"),
+    flag("--wait", action="store_true", help="add, retry: until the job is over, whose outcome is the exit code"),
+    flag("--status", choices=("pending", "running", "done", "failed", "canceled"), help="list: these alone"),
+)
+def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
+    """add, list, cancel or retry jobs of imagen.jobs"""
+    config = load_config(args.config)
+    with postgres(config.supabase.database_url_env, patience=DELIVERY) as database:
+        if args.action == "list":
+            return list_jobs(args, terminal, database)
+        if args.action == "add":
+            ids = add_jobs(args, config, database)
+        else:
+            if not is_uuid(args.prompt or ""):
+                raise BadRequest(f"{args.action}: the id of a job is missing", "imagen jobs list")
+            sql = {"cancel": CANCEL, "retry": RETRY}[args.action]
+            ids = [str(row[0]) for row in database.run(sql, job=args.prompt)]
+            if not ids:
+                raise BadRequest(
+                    f"{args.prompt}: no such job{' under way' * (args.action == 'cancel')}", "imagen jobs list"
+                )
+        if args.wait and args.action != "cancel":
+            return follow_jobs(ids, terminal, database)
+    return terminal.result({"jobs": ids}, *ids)
+
+
+CANCEL = """WITH asked AS (
+  UPDATE imagen.jobs SET cancel_requested = true, finished_at = CASE status WHEN 'pending' THEN now() END,
+    status = CASE status WHEN 'pending' THEN 'canceled' ELSE status END
+  WHERE id = :job::uuid AND status IN ('pending', 'running') RETURNING id)
+SELECT id, pg_notify('imagen_jobs', '')::text FROM asked"""
+_COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
+RETRY = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS)
+  SELECT owner_user_id, COLUMNS FROM imagen.jobs WHERE id = :job::uuid RETURNING id""".replace("COLUMNS", _COLUMNS)
+ADD = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS) SELECT :owner::uuid, COLUMNS
+  FROM jsonb_populate_record(NULL::imagen.jobs, :request::jsonb) RETURNING id""".replace("COLUMNS", _COLUMNS)
+LIST = """SELECT to_jsonb(j) FROM imagen.jobs j WHERE :status::text IS NULL OR status = :status::text
+  ORDER BY seq DESC LIMIT 50"""
+FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
+
+
+def add_jobs(args: argparse.Namespace, config: Config, database: Any) -> list[str]:
+    """The ids of as many new jobs as -n asks for."""
+    if not config.owner_user_id:
+        raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
+    if not 1 <= args.n <= 1000:
+        raise BadRequest("-n is 1 to 1000")
+    first, ids = request_from(args, config.styles), []
+    check_request(first)
+    for number in range(args.n):
+        request = first if first.seed is None else first._replace(seed=first.seed + number)
+        said = {key: value for key, value in sparse(request).items() if value != ""}
+        ids += [str(row[0]) for row in database.run(ADD, owner=config.owner_user_id, request=to_jsonb(said))]
+    return ids
+
+
+def list_jobs(args: argparse.Namespace, terminal: Terminal, database: Any) -> int:
+    """The newest jobs, newest first."""
+    rows = [row[0] for row in database.run(LIST, status=args.status)]
+    lines = [(row["id"], str(row["created_at"])[:16], row["status"], row["error"] or row["prompt"]) for row in rows]
+    return terminal.result({"jobs": rows}, *aligned((*row[:3], row[3][:70]) for row in lines))
+
+
+def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
+    """Show the jobs' progress until they are over; the outcome of the first that failed is ours."""
+    began, rows = time.monotonic(), list[dict[str, Any]]()
+    while not rows or any(row["status"] in ("pending", "running") for row in rows):
+        if rows:
+            time.sleep(0.5)
+        rows = [row[0] for row in database.run(FOLLOW, ids=list(ids))]
+        if len(rows) < len(ids):
+            raise Failed("a job was deleted before it was over")
+        now = next((row for row in rows if row["status"] == "running"), rows[0])
+        shown = Progress(f"{now['status']} {now['note'] or ''}".strip(), now["progress"], now["progress"] and 1.0)
+        done = sum(row["status"] == "done" for row in rows)
+        terminal.draw(progress_line(shown, time.monotonic() - began, None, f"{done} of {len(ids)}" * (len(ids) > 1)))
+    bad = next((row for row in rows if row["status"] != "done"), None)
+    kind = ERRORS.get((bad or {}).get("error_code") or "failed", Failed)
+    error = None
+    if bad:
+        kind = Interrupted if bad["status"] == "canceled" else kind
+        error = terminal.report(kind(f"{bad['id']}: {bad['error'] or bad['status']}"))
+    lines = [f"{row['id']}  {row['status']}  {row['image_id'] or ''}".rstrip() for row in rows]
+    return terminal.result({"jobs": rows}, *lines, error=error)
 
 
 EXAMPLES = """\

@@ -232,6 +232,127 @@ begin
 end
 $usage$;
 
+-- ---------------------------------------------------------------- imagen_jobs_init
+
+create table if not exists imagen.jobs (
+  id               uuid primary key default gen_random_uuid(),
+  owner_user_id    uuid not null default auth.uid() references auth.users (id),
+  prompt           text not null,
+  backend          text,            -- null: the worker's default
+  style            text,
+  width            int,
+  height           int,
+  steps            int,
+  seed             bigint,          -- null: derived from the id
+  status           text not null default 'pending',
+  image_id         uuid references imagen.images (id) on delete set null,
+  error            text,
+  created_at       timestamptz default now(),
+  started_at       timestamptz,
+  finished_at      timestamptz
+) with (fillfactor = 70);           -- heartbeats are updates in place
+alter table imagen.jobs
+  add column if not exists seq              bigint generated always as identity,
+  add column if not exists negative_prompt  text,
+  add column if not exists backend_opts     jsonb,
+  add column if not exists priority         int not null default 0,
+  add column if not exists attempt          int not null default 0,
+  add column if not exists max_attempts     int not null default 3,
+  add column if not exists run_after        timestamptz not null default now(),
+  add column if not exists claimed_by       uuid,      -- the process, not the host
+  add column if not exists claimed_slot     text,
+  add column if not exists lease_until      timestamptz,
+  add column if not exists cancel_requested boolean not null default false,
+  add column if not exists progress         real,      -- 0 … 1
+  add column if not exists note             text,
+  add column if not exists receipt          jsonb,     -- written before a paid call leaves
+  add column if not exists error_code       text;
+alter table imagen.jobs alter column owner_user_id set default auth.uid();
+
+do $jobs$
+declare
+  old record;
+  wanted record;
+begin
+  -- What the original system made narrower is made anew.
+  for old in select conname from pg_constraint where conrelid = 'imagen.jobs'::regclass and (
+      (contype = 'f' and confrelid = 'imagen.images'::regclass and confdeltype <> 'n')
+      or (contype = 'c' and pg_get_constraintdef(oid) ~ '''running''' and pg_get_constraintdef(oid) !~ '''canceled'''))
+  loop
+    execute format('alter table imagen.jobs drop constraint %I', old.conname);
+  end loop;
+  for wanted in select * from (values
+      ('imagen_jobs_image_fkey', 'foreign key (image_id) references imagen.images (id) on delete set null'),
+      ('imagen_jobs_status_check', 'check (status in (''pending'', ''running'', ''done'', ''failed'', ''canceled''))'),
+      ('imagen_jobs_prompt_check', 'check (char_length(prompt) between 1 and 32000)'),
+      ('imagen_jobs_negative_check', 'check (char_length(negative_prompt) <= 32000)'),
+      ('imagen_jobs_size_check', 'check (width between 16 and 8192 and height between 16 and 8192)'),
+      ('imagen_jobs_steps_check', 'check (steps between 0 and 500)'),
+      ('imagen_jobs_seed_check', 'check (seed >= 0)'),
+      ('imagen_jobs_names_check', 'check (char_length(backend) <= 200 and char_length(style) <= 200)'),
+      ('imagen_jobs_opts_check', 'check (jsonb_typeof(backend_opts) = ''object'' and octet_length(backend_opts::text) <= 16384)')
+    ) as v (name, rule)
+  loop
+    if not exists (select from pg_constraint where conrelid = 'imagen.jobs'::regclass and (conname = wanted.name
+        or (wanted.name = 'imagen_jobs_image_fkey' and contype = 'f' and confrelid = 'imagen.images'::regclass))) then
+      begin
+        execute format('alter table imagen.jobs add constraint %I %s', wanted.name, wanted.rule);
+      exception when check_violation or foreign_key_violation then
+        raise warning 'by hand: rows of imagen.jobs break %, so it is not there yet', wanted.name;
+      end;
+    end if;
+  end loop;
+end
+$jobs$;
+
+create index if not exists imagen_jobs_ready_idx on imagen.jobs (priority desc, seq) where status = 'pending';
+create index if not exists imagen_jobs_running_idx on imagen.jobs (id) where status = 'running';
+create index if not exists imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+
+-- Empty and once a statement: a thousand rows in one insert are one notification.
+create or replace function imagen.jobs_notify() returns trigger language plpgsql set search_path = '' as $notify$
+begin
+  perform pg_notify('imagen_jobs', '');
+  return null;
+end
+$notify$;
+create or replace trigger imagen_jobs_notify after insert on imagen.jobs
+  for each statement execute function imagen.jobs_notify();
+
+alter table imagen.jobs enable row level security;
+drop policy if exists imagen_jobs_owner_select on imagen.jobs;
+create policy imagen_jobs_owner_select on imagen.jobs for select to authenticated
+  using (owner_user_id = (select auth.uid()));
+drop policy if exists imagen_jobs_owner_insert on imagen.jobs;
+create policy imagen_jobs_owner_insert on imagen.jobs for insert to authenticated
+  with check (owner_user_id = (select auth.uid()) and status = 'pending');
+revoke all on imagen.jobs from anon, authenticated;
+grant all on imagen.jobs to service_role;
+grant select on imagen.jobs to authenticated;
+grant insert (prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, owner_user_id, status)
+  on imagen.jobs to authenticated;
+
+-- What has become of the caller's own job: canceled at once while it waits, "running" where its worker is asked to stop.
+create or replace function imagen.cancel_job(job uuid) returns text
+  language plpgsql security definer set search_path = '' as $cancel$
+declare became text;
+begin
+  update imagen.jobs
+     set cancel_requested = true,
+         status = case status when 'pending' then 'canceled' else status end,
+         finished_at = case status when 'pending' then now() end
+   where id = job and status in ('pending', 'running')
+     and (owner_user_id = (select auth.uid()) or coalesce((select auth.role()), '') = 'service_role')
+  returning status into became;
+  if found then
+    perform pg_notify('imagen_jobs', '');
+  end if;
+  return became;
+end
+$cancel$;
+revoke all on function imagen.cancel_job(uuid) from public, anon;
+grant execute on function imagen.cancel_job(uuid) to authenticated, service_role;
+
 -- ---------------------------------------------------------------- the report
 
 set local client_min_messages = notice;
