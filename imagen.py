@@ -2074,7 +2074,6 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
-OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5
 
 
 @register("openai")
@@ -2116,10 +2115,8 @@ class OpenAI(Backend):
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the answer alone."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
-        counted = options.model.startswith(tuple(OPENAI_TOKENS))
-        return Price(None, f"by the answer's tokens, {PRICED}" if counted else "")
+        counted = f"by the answer's tokens, {PRICED}" if options.model.startswith(tuple(OPENAI_TOKENS)) else ""
+        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the answer."""
@@ -2180,42 +2177,28 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
-    placed = set()
-    for key, value in options.extra.items():
-        field = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}.get(str(value), "")
-        placed.add(field)
-        body[key] = asked.get(field, value)
+    marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
+    placed = {key: marks.get(str(value), "") for key, value in options.extra.items()}
+    body |= {key: asked.get(placed[key], value) for key, value in options.extra.items()}
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
     if body.get("output_format") not in (None, "png", "jpeg", "webp"):
         raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
-    if (body.get("background"), body.get("output_format")) == ("transparent", "jpeg"):
-        raise BadRequest("background transparent: jpeg has none", "output_format png or webp")
-    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed})
+    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed.values()})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the nearest sizes, where an OpenAI model is known to refuse this one."""
-    near = [(width, height)]
-    if model.startswith("gpt-image-1"):
-        near = sorted(OPENAI_SIZES, key=lambda size: unlike(size, (width, height)))
-    elif model.startswith("gpt-image-2") and not openai_makes(width, height):
-        sizes = ((w, h) for w in range(16, 3841, 16) for h in range(16, 3841, 16) if openai_makes(w, h))
-        near = [min(sizes, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)]
-    if (width, height) not in near:
-        names = ", ".join(f"{w}x{h}" for w, h in near)
-        raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {names}")
-
-
-def openai_makes(width: int, height: int) -> bool:
-    """Whether gpt-image-2 and later make this size; the pixels were measured by others.
-
-    >>> openai_makes(1536, 1024), openai_makes(1920, 1080), openai_makes(3072, 1008), openai_makes(512, 512)
-    (True, False, False, False)
-    """
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
     short, long = sorted((width, height))
-    return not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+    fine, rule = True, ""
+    if model.startswith("gpt-image-1"):
+        fine, rule = short == 1024 and long in (1024, 1536), "1024x1024, 1536x1024 or 1024x1536"
+    elif model.startswith("gpt-image-2"):
+        fine = not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+    if not fine:
+        raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
 def openai_data(said: Any) -> list[Mapping[str, Any]]:
@@ -2238,12 +2221,10 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
         raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
     if not found:
         return said, None
+    text = memoryview(answer.body)[start:end]
     if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
-        return said, decode_base64(
-            memoryview(json.loads(b'"%b"' % bytes(answer.body[start:end])).encode()), ctx.spool()
-        )
-    with memoryview(answer.body) as view, view[start:end] as text:
-        return said, decode_base64(text, ctx.spool())
+        text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
+    return said, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
@@ -2259,11 +2240,10 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
 
 def openai_error(answer: Answer) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json()
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    error = error if isinstance(error, dict) else {"message": str(error)}
-    code, request_id = str(error.get("code") or error.get("type")), answer.headers.get("x-request-id")
-    text = excerpt(str(error.get("message") or error.get("detail") or answer.words()).encode(), 1000)
+    said = answer.json() or {}
+    error = said.get("error", said)
+    code, request_id = error.get("code") or error.get("type"), answer.headers.get("x-request-id")
+    text = excerpt(str(error.get("message") or answer.words()).encode(), 1000)
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
     said = f"{answer.status}: {text}"
