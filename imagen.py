@@ -1847,16 +1847,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-REPLICATE_ASPECTS = {  # and what a megapixel of them comes out as; each the other way round too
-    (1, 1): (1024, 1024),
-    (5, 4): (1088, 896),
-    (4, 3): (1152, 896),
-    (3, 2): (1216, 832),
-    (16, 9): (1344, 768),
-    (21, 9): (1536, 640),
-}
-REPLICATE_ASPECTS |= {ratio[::-1]: made[::-1] for ratio, made in REPLICATE_ASPECTS.items()}
-MODERATED = re.compile(r"nsfw|sensitive|safety|moderat|content policy|E005", re.IGNORECASE)
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
+REPLICATE_ASPECTS = {(1, 1): 1.0, (5, 4): 1.22, (4, 3): 1.31, (3, 2): 1.48, (16, 9): 1.76, (21, 9): 2.36}
 
 
 @register("replicate")
@@ -1902,11 +1894,9 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        http, body = self._http(ctx), {"input": self.plan(self.options, request)}
-        if self.version:
-            answer = http.pay("/predictions", {"version": self.version, **body})
-        else:
-            answer = http.pay(f"/models/{self.model}/predictions", body)
+        http, version = self._http(ctx), {"version": self.version} if self.version else {}
+        path = "/predictions" if version else f"/models/{self.model}/predictions"
+        answer = http.pay(path, {**version, "input": self.plan(self.options, request)})
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
             raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
@@ -1980,14 +1970,19 @@ class Replicate(Backend):
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
         """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
-        wanted, taken = self.plan(self.options, request), remote.get("taken", ())
-        ours = [item for item in replicate_list(http, remote.get("since", "")) if item.get("model") == self.model]
-        ours = [item for item in ours if self.version in ("", item.get("version"))]
-        same = ("prompt", "seed")  # the seed was drawn; the rest of the input may have been configured anew since
-        ours = [item for item in ours if item["id"] not in taken]
-        found = [
-            item["id"] for item in ours if all((item.get("input") or {}).get(key) == wanted.get(key) for key in same)
+
+        def drawn(words: Any) -> Any:  # the rest of the input may have been configured anew since
+            return [(words or {}).get(key) for key in ("prompt", "seed")]
+
+        ours = [
+            item
+            for item in replicate_list(http, remote.get("since", ""))
+            if item.get("model") == self.model
+            and self.version in ("", item.get("version"))
+            and item["id"] not in remote.get("taken", ())
         ]
+        wanted = drawn(self.plan(self.options, request))
+        found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
         if not found and any(item.get("data_removed") for item in ours):
             raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
         return str(found[-1]) if found else ""
@@ -2012,20 +2007,18 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The request in the model's words, and the fields it has no word for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
+    steps = (request.steps or options.default_steps) if known is None or known.steps else 0
+    negative = "" if known else request.negative_prompt
+    ending = (options.output_format or ("png" if known else "")).replace("jpeg", "jpg")
+    named = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
     wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    takes = {"steps": known is None or known.steps, "negative_prompt": known is None}
-    if takes["steps"] and (steps := request.steps or options.default_steps):
-        wanted["num_inference_steps"] = steps
-    if takes["negative_prompt"] and request.negative_prompt:
-        wanted["negative_prompt"] = request.negative_prompt
-    if request.width:
-        wanted |= replicate_size(known, request.width, request.height)
-    if ending := options.output_format or ("png" if known else ""):
-        wanted["output_format"] = "jpg" if ending == "jpeg" else ending
+    wanted |= {name: value for name, value in named.items() if value}
+    wanted |= replicate_size(known, request.width, request.height) if request.width else {}
     wanted |= options.extra
     if wanted.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    return wanted, tuple(field for field in takes if getattr(request, field) and not takes[field])
+    taken = {"steps": steps, "negative_prompt": negative}
+    return wanted, tuple(field for field in taken if getattr(request, field) and not taken[field])
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
@@ -2037,15 +2030,10 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         if (w, h) != (width, height):
             raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {w}x{h}")
         return {"aspect_ratio": "custom", "width": width, "height": height}
-    ratio, _ = min(REPLICATE_ASPECTS.items(), key=lambda pair: min(unlike(shape, (width, height)) for shape in pair))
-    aspect = {"aspect_ratio": "{}:{}".format(*ratio)}
+    shape = max(width, height) / min(width, height)
+    long, short = min(REPLICATE_ASPECTS, key=lambda ratio: abs(REPLICATE_ASPECTS[ratio] - shape))
+    aspect = {"aspect_ratio": f"{long}:{short}" if width > height else f"{short}:{long}"}
     return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
-
-
-def unlike(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How far apart two shapes are: 1 for the same ratio of width to height."""
-    ratio = one[0] * other[1] / (one[1] * other[0])
-    return max(ratio, 1 / ratio)
 
 
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
@@ -2068,13 +2056,13 @@ def replicate_charged(state: Mapping[str, Any]) -> Charged:
 
 def replicate_image(state: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status, said = state.get("status"), str(state.get("error") or "")
+    status, said, name = state.get("status"), str(state.get("error") or ""), f"prediction {state.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
-        raise Unknown(f'prediction {state.get("id")} is "{status}", whatever that means')
-    if status != "succeeded" and MODERATED.search(said):
-        raise Refused(said, "reword the prompt")
+        raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
-        raise Ended(f"prediction {state.get('id')} ended as {status}{said and ': '}{said}")
+        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", said):
+            raise Refused(said, "reword the prompt")
+        raise Ended(f"{name} ended as {status}{said and ': '}{said}")
     if state.get("data_removed"):
         raise Ended("the result is gone: Replicate keeps it for one hour", "ask for the image again; that costs again")
     output = json.dumps(state.get("output"))  # a string, a list of them, or an object
@@ -2086,11 +2074,11 @@ def replicate_image(state: Mapping[str, Any]) -> str:
 def replicate_error(answer: Answer) -> ImagenError:
     """What an error answer of Replicate means (application/problem+json)."""
     said = answer.json()
-    detail = str(said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
+    detail = str(said.get("detail") or said.get("title") or "")
+    error = explain_status(answer, detail.replace("\n", "; ").strip("; "))
     if answer.status == 404 or (answer.status == 422 and "version" in detail):
-        hint = "check the model; community models need owner/name:version"
-        return BadConfig(f"{answer.status}: {detail or 'not found'}", hint)
-    return explain_status(answer, detail.replace("\n", "; ").strip("; "))
+        return BadConfig(str(error), "check the model; community models need owner/name:version")
+    return error
 
 
 # === 11. OpenAI: the Images API and whoever speaks its dialect ===
@@ -2101,7 +2089,6 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
-OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5
 
 
 @register("openai")
@@ -2143,10 +2130,8 @@ class OpenAI(Backend):
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the answer alone."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
-        counted = options.model.startswith(tuple(OPENAI_TOKENS))
-        return Price(None, f"by the answer's tokens, {PRICED}" if counted else "")
+        counted = f"by the answer's tokens, {PRICED}" if options.model.startswith(tuple(OPENAI_TOKENS)) else ""
+        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the answer."""
@@ -2207,42 +2192,28 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
-    placed = set()
-    for key, value in options.extra.items():
-        field = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}.get(str(value), "")
-        placed.add(field)
-        body[key] = asked.get(field, value)
+    marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
+    placed = {key: marks.get(str(value), "") for key, value in options.extra.items()}
+    body |= {key: asked.get(placed[key], value) for key, value in options.extra.items()}
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
     if body.get("output_format") not in (None, "png", "jpeg", "webp"):
         raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
-    if (body.get("background"), body.get("output_format")) == ("transparent", "jpeg"):
-        raise BadRequest("background transparent: jpeg has none", "output_format png or webp")
-    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed})
+    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed.values()})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the nearest sizes, where an OpenAI model is known to refuse this one."""
-    near = [(width, height)]
-    if model.startswith("gpt-image-1"):
-        near = sorted(OPENAI_SIZES, key=lambda size: unlike(size, (width, height)))
-    elif model.startswith("gpt-image-2") and not openai_makes(width, height):
-        sizes = ((w, h) for w in range(16, 3841, 16) for h in range(16, 3841, 16) if openai_makes(w, h))
-        near = [min(sizes, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)]
-    if (width, height) not in near:
-        names = ", ".join(f"{w}x{h}" for w, h in near)
-        raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {names}")
-
-
-def openai_makes(width: int, height: int) -> bool:
-    """Whether gpt-image-2 and later make this size; the pixels were measured by others.
-
-    >>> openai_makes(1536, 1024), openai_makes(1920, 1080), openai_makes(3072, 1008), openai_makes(512, 512)
-    (True, False, False, False)
-    """
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
     short, long = sorted((width, height))
-    return not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+    fine, rule = True, ""
+    if model.startswith("gpt-image-1"):
+        fine, rule = short == 1024 and long in (1024, 1536), "1024x1024, 1536x1024 or 1024x1536"
+    elif model.startswith("gpt-image-2"):
+        fine = not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+    if not fine:
+        raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
 def openai_data(said: Any) -> list[Mapping[str, Any]]:
@@ -2265,12 +2236,10 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
         raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
     if not found:
         return said, None
+    text = memoryview(answer.body)[start:end]
     if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
-        return said, decode_base64(
-            memoryview(json.loads(b'"%b"' % bytes(answer.body[start:end])).encode()), ctx.spool()
-        )
-    with memoryview(answer.body) as view, view[start:end] as text:
-        return said, decode_base64(text, ctx.spool())
+        text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
+    return said, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
@@ -2286,11 +2255,10 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
 
 def openai_error(answer: Answer) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json()
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    error = error if isinstance(error, dict) else {"message": str(error)}
-    code, request_id = str(error.get("code") or error.get("type")), answer.headers.get("x-request-id")
-    text = excerpt(str(error.get("message") or error.get("detail") or answer.words()).encode(), 1000)
+    said = answer.json() or {}
+    error = said.get("error", said)
+    code, request_id = error.get("code") or error.get("type"), answer.headers.get("x-request-id")
+    text = excerpt(str(error.get("message") or answer.words()).encode(), 1000)
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
     said = f"{answer.status}: {text}"
