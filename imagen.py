@@ -2264,9 +2264,8 @@ def openai_error(answer: Answer) -> ImagenError:
 # === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
-ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
+ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp", ".gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
-NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def slug(text: str) -> str:
@@ -2285,22 +2284,19 @@ def slug(text: str) -> str:
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    filled = re.sub(
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}", "x", template
-    )  # {ext} is known too late for a folder
-    parts = filled.split("/")
-    if re.search(r"[{}\0]", filled) or any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
+    known = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    parts = re.sub(known, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
         fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
         raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that `template` gives; {ext} stays until the bytes are known."""
-    moment = time.localtime(at)
+    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
     backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    values = {"slug": slug(request.prompt), "seed": str(request.seed), "backend": backend, "ext": "{ext}"}
-    values |= {"date": time.strftime("%Y-%m-%d", moment), "time": time.strftime("%H%M%S", moment)}
-    return re.sub(r"\{(\w+)\}", lambda hit: values[hit[1]], template)
+    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
+    return template.format(date=date, time=clock, ext="{ext}", **words)
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2310,12 +2306,11 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, _, given = last.rpartition(".")
-    if not stem or given.lower() not in ENDINGS:
-        stem, given = last, ending
-    given = given if ENDINGS[given.lower()] == ending else ending
-    stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    return os.path.join(folder, f"{stem}{f'-{number}' if number > 1 else ''}.{given}")
+    stem, given = os.path.splitext(last)
+    known = ENDINGS.get(given.lower())
+    stem = (stem if known else last).encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
+    stem += f"-{number}" * (number > 1)
+    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
 
 
 def prepare_folder(folder: str) -> None:
@@ -2349,15 +2344,15 @@ class Spool(io.FileIO):
 
     def write(self, data: Any) -> int:
         """All of `data`; OSError where both disks are full."""
-        view, written = memoryview(data), 0
-        while written < len(view):
+        left = memoryview(data)
+        while left:
             try:
-                written += super().write(view[written:]) or 0
+                left = left[super().write(left) or 0 :]
             except OSError as problem:
                 if problem.errno not in (errno.ENOSPC, errno.EDQUOT) or self.path == self.fallback:
                     raise
                 self._move()
-        return written
+        return len(data)
 
     def _move(self) -> None:
         with Spool(self.fallback, self.fallback) as there:
@@ -2392,17 +2387,15 @@ def publish(
     while not _same(hidden, path := numbered(name, ending, number)):
         number, beside = number + 1, f"{path}.json"
         ours = _same(note, beside)  # from an earlier, killed call
-        if os.path.lexists(path):
+        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
                 os.unlink(beside)  # somebody took the image's name since
             continue
-        if sidecar and not ours:
-            if os.path.lexists(beside):
-                continue
-            try:
+        try:
+            if sidecar and not ours:
                 write_file(note, sidecar(path))
-            except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
-                sidecar = None
+        except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+            sidecar = None
         if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
             break
     sync_folder(os.path.dirname(path))
@@ -2412,18 +2405,17 @@ def publish(
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
     """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
     held: list[str] = []
-    empty: list[tuple[str, str, int]] = []
+    locks: list[int] = []
     try:
         for own, name in pairs:
             try:
                 if not _same(own, name):
                     os.link(own, name)
-            except OSError as problem:
-                if problem.errno not in NO_LINKS:
-                    raise
-                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
+            except FileExistsError:
+                raise
+            except OSError:  # FAT, some network disks: an empty file holds the name, and one's own is moved over it
                 claiming(pairs[-1][1])
-                empty.append((own, name, locked(name, os.O_CREAT | os.O_EXCL)))  # the lock says that we are alive
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
             held.append(name)
     except OSError as problem:
         for name in held:
@@ -2432,11 +2424,11 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             return False
         raise
     else:
-        for own, name, _ in empty:
+        for own, name in pairs if locks else ():
             os.replace(own, name)
         return True
     finally:
-        for *_, fd in empty:
+        for fd in locks:
             os.close(fd)
 
 
@@ -2449,7 +2441,7 @@ def release_claim(path: str, image_id: str) -> None:
             if os.fstat(fd).st_size == 0:
                 os.unlink(name)
             os.close(fd)
-    if not os.path.exists(path) and read_json(beside).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -2486,16 +2478,15 @@ def sync_folder(folder: str) -> None:
     """Make the names in a folder durable, where the disk knows how."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.close(fd)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The mapping in a JSON file; {} where there is none."""
+def parsed(text: bytes) -> dict[str, Any]:
+    """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError):
-        said = json.loads(_read(path))
+        said = json.loads(text)
         return said if isinstance(said, dict) else {}
     return {}
 
@@ -2665,9 +2656,7 @@ def merged(text: bytes) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for line in text.splitlines():
-        with suppress(ValueError):
-            said = json.loads(line)
-            merge_line(record, said if isinstance(said, dict) else {})
+        merge_line(record, parsed(line))
     return record
 
 
@@ -3320,7 +3309,7 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
 def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
-    about = read_json(path) or read_json(f"{path}.json")
+    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
     about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
     if "prompt" not in about:
         hint = "imagen list names them; imagen generate PROMPT makes one"
