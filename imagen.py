@@ -2319,10 +2319,10 @@ def prepare_folder(folder: str) -> None:
     with or_disk(folder, cure):
         os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-        if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
-            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 20} MB free")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Disk(f"{folder}: not writable", cure)
+    if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
+        raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
 
 @contextmanager
@@ -2594,7 +2594,7 @@ class Entry:
     def take(cls, path: str) -> Entry | None:
         """The entry at `path`, if it is still there and nobody works on it."""
         try:
-            fd = locked(path, 0)
+            fd = locked(path)
         except OSError:
             return None
         if not _same(fd, path):  # finished, by whoever had the lock before us
@@ -2604,22 +2604,16 @@ class Entry:
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
-        append_line(self.fd, line)
-        merge_line(self.record, line)
+        append_line(self.fd, line, durable)
         if durable:
-            os.fsync(self.fd)
             sync_folder(os.path.dirname(self.path))
+        merge_line(self.record, line)
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         kept = {key: value for key, value in self.record.items() if key not in ("sending", "name", "claim", "styled")}
-        fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
-        try:
-            append_line(fd, kept)
-            if self.record.get("paid"):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
+            append_line(file.fileno(), kept, bool(self.record.get("paid")))
         os.unlink(self.path)
         self.release()
 
@@ -2638,7 +2632,7 @@ def sweep_journal() -> None:
             entry.release()
 
 
-def append_line(fd: int, line: Mapping[str, Any]) -> None:
+def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
     size = os.fstat(fd).st_size
     torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
@@ -2646,6 +2640,8 @@ def append_line(fd: int, line: Mapping[str, Any]) -> None:
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if durable:
+        os.fsync(fd)
 
 
 def merged(text: bytes) -> dict[str, Any]:
@@ -3099,10 +3095,8 @@ class Terminal:
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said: dict[str, Any] = {"ok": not error}
-        if error:
-            said |= {"error": self.fields(error), "images": []}
-        self.write(*((to_json({**said, **document}),) if self.as_json else lines))
+        said = {"ok": False, "error": self.fields(error), "images": []} if error else {"ok": True}
+        self.write(*([to_json({**said, **document})] if self.as_json else lines))
         return error.exit_code if error else 0
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
@@ -3445,14 +3439,13 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
-        said = fault(name, config)
-        fields = () if said else marked(BACKENDS[block["type"]].Options, KEY)
+        wrong, model = fault(name, config), str(block.get("model") or block.get("workflow") or "")
+        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
-        said = said or f"{variable} {'set' if there else 'not set'}" * bool(variable)
+        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
         row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
-        row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
-        rows.append({**row, "said": said})
+        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
@@ -3482,10 +3475,11 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    against = {name: f" / not: {style.negative}" * bool(style.negative) for name, style in styles.items()}
-    sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
-    lines = aligned((name, style.suffix + against[name] + sized[name]) for name, style in styles.items())
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
+    rows = []
+    for name, style in styles.items():
+        against = f" / not: {style.negative}" * bool(style.negative)
+        rows.append((name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width)))
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
 
 
 @command(
@@ -3505,12 +3499,10 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    try:
+    with or_disk(path, "name another place with --config FILE"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)  # what was there stays until the new one stands
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}") from None
     return terminal.result({"path": path}, path)
 
 
@@ -3649,13 +3641,11 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    try:
+    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+        raise BadRequest(f"{path} exists and is not ours", cure)
+    with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
-            raise BadRequest(f"{path} exists and is not ours", cure)
         write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}", cure) from None
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -3689,7 +3679,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] == "--config" else 1
-    before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
+    before, (name, *after) = argv[:place], argv[place:] or [""]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
         if "--version" in before:  # copies travel without their repository, so the hash says which one this is
             import hashlib
