@@ -2264,7 +2264,6 @@ def openai_error(answer: Answer) -> ImagenError:
 # === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
-ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp", ".gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
 
 
@@ -2307,8 +2306,9 @@ def numbered(name: str, ending: str, number: int) -> str:
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
     stem, given = os.path.splitext(last)
-    known = ENDINGS.get(given.lower())
-    stem = (stem if known else last).encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
+    known = given[1:].lower().replace("jpeg", "jpg")
+    stem = stem if known in MIME_TYPES else last
+    stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
     stem += f"-{number}" * (number > 1)
     return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
 
@@ -2379,9 +2379,8 @@ def publish(
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)` is the text to stand beside it (None: no sidecar). On a disk without hard links `claiming(path)` is
-    told a name before it is taken. What an earlier, killed call linked is used. Returns the path; the hidden names are
-    the caller's to unlink once that is on record.
+    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
+    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number, note = 1, f"{hidden}.json"
     while not _same(hidden, path := numbered(name, ending, number)):
@@ -2562,7 +2561,7 @@ def iterm_image(data: bytes) -> bytes:
 # === 14. Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
-# only ever appended, and the record is what they say together, the later over the earlier.
+# only appended, and the record is what they say together, the later over the earlier.
 
 
 def state_path(*parts: str) -> str:
@@ -3047,12 +3046,10 @@ class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json, -q and -v hold even where the rest of `argv` is a mistake."""
-        argv = argv[: argv.index("--")] if "--" in argv else argv
-        short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
-        self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
-        self.verbose = "v" in short or "--verbose" in argv
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
+        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
+        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+        self.quiet = self.verbose = False
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock, self._drawn = threading.RLock(), False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
@@ -3106,7 +3103,7 @@ class Terminal:
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and (text or self._drawn):
+        if self.live and not self.quiet and (text or self._drawn):
             with self._lock, suppress(OSError):
                 text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
                 dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
@@ -3320,8 +3317,8 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     shown = []
     for plan in plans:
         row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
-        row |= {"parameters": dict(plan.parameters), "file": plan.name}
-        shown.append({**row, "price_usd": plan.price.usd, "price_source": plan.price.source or "unknown"})
+        row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
+        shown.append({**row, "price_source": plan.price.source or "unknown"})
     rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
@@ -3694,7 +3691,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
     args = parser_of(name, terminal).parse_args([*before, *after])
-    terminal.quiet |= args.quiet  # -qn 2 holds a -q too
+    terminal.quiet, terminal.verbose = args.quiet, args.verbose
     return COMMANDS[name][0](args, terminal)
 
 
