@@ -2435,11 +2435,9 @@ def release_claim(path: str, image_id: str) -> None:
     """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
     beside = f"{path}.json"
     for name in (path, beside):
-        with suppress(OSError):
-            fd = locked(name)
-            if os.fstat(fd).st_size == 0:
+        with suppress(OSError), open(locked(name), "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-            os.close(fd)
     if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
@@ -3151,7 +3149,7 @@ def made_before() -> Iterator[dict[str, Any]]:
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size; None where there were none."""
+    """The median time of the last nine images of the same backend, model and size, if there were any."""
     from itertools import islice
 
     model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
@@ -3267,7 +3265,8 @@ def offering_mock(offered: bool) -> Iterator[None]:
     try:
         yield
     except (BadConfig, Unreachable) as error:
-        error.hint = "; ".join(filter(None, (error.hint, "or try -b mock" * offered)))
+        if offered:
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         raise
 
 
@@ -3289,10 +3288,9 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
-        try:
+        options[key] = value
+        with suppress(ValueError):
             options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
     given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
     return base._replace(**given, backend_opts=options)
 
@@ -3496,7 +3494,7 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    with or_disk(path, "name another place with --config FILE"):
+    with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)  # what was there stays until the new one stands
@@ -3613,7 +3611,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     total, sums = nothing.copy(), dict[str, dict[str, Any]]()
     for record in ledger():
         day, image = str(record.get("at"))[:10], record.get("path")
-        if day < args.since or not (image or record.get("charged", "no") != "no"):
+        if day < args.since or (not image and record.get("charged", "no") == "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
         key = day if args.by == "day" else str(record.get("backend"))
@@ -3621,8 +3619,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
             row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows = [sums[key] for key in sorted(sums)]
-    lines = []
+    rows, lines = [sums[key] for key in sorted(sums)], []
     for row in (*rows, total):
         unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
         lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
@@ -3631,7 +3628,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    """put a launcher on the PATH; it starts from cached bytecode, 40 ms sooner than `python3 imagen.py`"""
+    """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
     folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
