@@ -2265,6 +2265,7 @@ def openai_error(answer: Answer) -> ImagenError:
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def slug(text: str) -> str:
@@ -2410,9 +2411,10 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             try:
                 if not _same(own, name):
                     os.link(own, name)
-            except FileExistsError:
-                raise
-            except OSError:  # FAT, some network disks: an empty file holds the name, and one's own is moved over it
+            except OSError as problem:
+                if problem.errno not in NO_LINKS:
+                    raise
+                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
                 claiming(pairs[-1][1])
                 locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
             held.append(name)
