@@ -2275,7 +2275,6 @@ def openai_error(answer: Answer) -> ImagenError:
 # === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
-ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -2296,22 +2295,19 @@ def slug(text: str) -> str:
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    filled = re.sub(
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}", "x", template
-    )  # {ext} is known too late for a folder
-    parts = filled.split("/")
-    if re.search(r"[{}\0]", filled) or any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
+    known = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    parts = re.sub(known, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
         fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
         raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that `template` gives; {ext} stays until the bytes are known."""
-    moment = time.localtime(at)
+    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
     backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    values = {"slug": slug(request.prompt), "seed": str(request.seed), "backend": backend, "ext": "{ext}"}
-    values |= {"date": time.strftime("%Y-%m-%d", moment), "time": time.strftime("%H%M%S", moment)}
-    return re.sub(r"\{(\w+)\}", lambda hit: values[hit[1]], template)
+    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
+    return template.format(date=date, time=clock, ext="{ext}", **words)
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2321,12 +2317,12 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, _, given = last.rpartition(".")
-    if not stem or given.lower() not in ENDINGS:
-        stem, given = last, ending
-    given = given if ENDINGS[given.lower()] == ending else ending
+    stem, given = os.path.splitext(last)
+    known = given[1:].lower().replace("jpeg", "jpg")
+    stem = stem if known in MIME_TYPES else last
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    return os.path.join(folder, f"{stem}{f'-{number}' if number > 1 else ''}.{given}")
+    stem += f"-{number}" * (number > 1)
+    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
 
 
 def prepare_folder(folder: str) -> None:
@@ -2335,10 +2331,10 @@ def prepare_folder(folder: str) -> None:
     with or_disk(folder, cure):
         os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-        if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
-            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 20} MB free")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Disk(f"{folder}: not writable", cure)
+    if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
+        raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
 
 @contextmanager
@@ -2360,15 +2356,15 @@ class Spool(io.FileIO):
 
     def write(self, data: Any) -> int:
         """All of `data`; OSError where both disks are full."""
-        view, written = memoryview(data), 0
-        while written < len(view):
+        left = memoryview(data)
+        while left:
             try:
-                written += super().write(view[written:]) or 0
+                left = left[super().write(left) or 0 :]
             except OSError as problem:
                 if problem.errno not in (errno.ENOSPC, errno.EDQUOT) or self.path == self.fallback:
                     raise
                 self._move()
-        return written
+        return len(data)
 
     def _move(self) -> None:
         with Spool(self.fallback, self.fallback) as there:
@@ -2395,25 +2391,22 @@ def publish(
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)` is the text to stand beside it (None: no sidecar). On a disk without hard links `claiming(path)` is
-    told a name before it is taken. What an earlier, killed call linked is used. Returns the path; the hidden names are
-    the caller's to unlink once that is on record.
+    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
+    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number, note = 1, f"{hidden}.json"
     while not _same(hidden, path := numbered(name, ending, number)):
         number, beside = number + 1, f"{path}.json"
         ours = _same(note, beside)  # from an earlier, killed call
-        if os.path.lexists(path):
+        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
                 os.unlink(beside)  # somebody took the image's name since
             continue
-        if sidecar and not ours:
-            if os.path.lexists(beside):
-                continue
-            try:
+        try:
+            if sidecar and not ours:
                 write_file(note, sidecar(path))
-            except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
-                sidecar = None
+        except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+            sidecar = None
         if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
             break
     sync_folder(os.path.dirname(path))
@@ -2423,7 +2416,7 @@ def publish(
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
     """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
     held: list[str] = []
-    empty: list[tuple[str, str, int]] = []
+    locks: list[int] = []
     try:
         for own, name in pairs:
             try:
@@ -2434,7 +2427,7 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
                     raise
                 # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
                 claiming(pairs[-1][1])
-                empty.append((own, name, locked(name, os.O_CREAT | os.O_EXCL)))  # the lock says that we are alive
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
             held.append(name)
     except OSError as problem:
         for name in held:
@@ -2443,11 +2436,11 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             return False
         raise
     else:
-        for own, name, _ in empty:
+        for own, name in pairs if locks else ():
             os.replace(own, name)
         return True
     finally:
-        for *_, fd in empty:
+        for fd in locks:
             os.close(fd)
 
 
@@ -2455,12 +2448,10 @@ def release_claim(path: str, image_id: str) -> None:
     """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
     beside = f"{path}.json"
     for name in (path, beside):
-        with suppress(OSError):
-            fd = locked(name)
-            if os.fstat(fd).st_size == 0:
+        with suppress(OSError), open(locked(name), "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-            os.close(fd)
-    if not os.path.exists(path) and read_json(beside).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -2497,16 +2488,15 @@ def sync_folder(folder: str) -> None:
     """Make the names in a folder durable, where the disk knows how."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.close(fd)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The mapping in a JSON file; {} where there is none."""
+def parsed(text: bytes) -> dict[str, Any]:
+    """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError):
-        said = json.loads(_read(path))
+        said = json.loads(text)
         return said if isinstance(said, dict) else {}
     return {}
 
@@ -2582,7 +2572,7 @@ def iterm_image(data: bytes) -> bytes:
 # === 14. Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
-# only ever appended, and the record is what they say together, the later over the earlier.
+# only appended, and the record is what they say together, the later over the earlier.
 
 
 def state_path(*parts: str) -> str:
@@ -2614,7 +2604,7 @@ class Entry:
     def take(cls, path: str) -> Entry | None:
         """The entry at `path`, if it is still there and nobody works on it."""
         try:
-            fd = locked(path, 0)
+            fd = locked(path)
         except OSError:
             return None
         if not _same(fd, path):  # finished, by whoever had the lock before us
@@ -2624,23 +2614,17 @@ class Entry:
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
-        append_line(self.fd, line)
-        merge_line(self.record, line)
+        append_line(self.fd, line, durable)
         if durable:
-            os.fsync(self.fd)
             sync_folder(os.path.dirname(self.path))
+        merge_line(self.record, line)
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         dropped = ("sending", "name", "claim", "styled", "storage", "putting", "taken")
         kept = {key: value for key, value in self.record.items() if key not in dropped}
-        fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
-        try:
-            append_line(fd, kept)
-            if self.record.get("paid"):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
+            append_line(file.fileno(), kept, bool(self.record.get("paid")))
         os.unlink(self.path)
         self.release()
 
@@ -2659,7 +2643,7 @@ def sweep_journal() -> None:
             entry.release()
 
 
-def append_line(fd: int, line: Mapping[str, Any]) -> None:
+def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
     size = os.fstat(fd).st_size
     torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
@@ -2667,6 +2651,8 @@ def append_line(fd: int, line: Mapping[str, Any]) -> None:
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if durable:
+        os.fsync(fd)
 
 
 def merged(text: bytes) -> dict[str, Any]:
@@ -2677,9 +2663,7 @@ def merged(text: bytes) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for line in text.splitlines():
-        with suppress(ValueError):
-            said = json.loads(line)
-            merge_line(record, said if isinstance(said, dict) else {})
+        merge_line(record, parsed(line))
     return record
 
 
@@ -4022,12 +4006,10 @@ class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json, -q and -v hold even where the rest of `argv` is a mistake."""
-        argv = argv[: argv.index("--")] if "--" in argv else argv
-        short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
-        self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
-        self.verbose = "v" in short or "--verbose" in argv
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
+        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
+        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+        self.quiet = self.verbose = False
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock, self._drawn = threading.RLock(), False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
@@ -4070,10 +4052,8 @@ class Terminal:
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said: dict[str, Any] = {"ok": not error}
-        if error:
-            said |= {"error": self.fields(error), "images": []}
-        self.write(*((to_json({**said, **document}),) if self.as_json else lines))
+        said = {"ok": False, "error": self.fields(error), "images": []} if error else {"ok": True}
+        self.write(*([to_json({**said, **document})] if self.as_json else lines))
         return error.exit_code if error else 0
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
@@ -4083,7 +4063,7 @@ class Terminal:
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and (text or self._drawn):
+        if self.live and not self.quiet and (text or self._drawn):
             with self._lock, suppress(OSError):
                 text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
                 dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
@@ -4132,7 +4112,7 @@ def made_before() -> Iterator[dict[str, Any]]:
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size; None where there were none."""
+    """The median time of the last nine images of the same backend, model and size, if there were any."""
     from itertools import islice
 
     model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
@@ -4258,7 +4238,8 @@ def offering_mock(offered: bool) -> Iterator[None]:
     try:
         yield
     except (BadConfig, Unreachable) as error:
-        error.hint = "; ".join(filter(None, (error.hint, "or try -b mock" * offered)))
+        if offered:
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         raise
 
 
@@ -4280,10 +4261,9 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
-        try:
+        options[key] = value
+        with suppress(ValueError):
             options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
     given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
     return base._replace(**given, backend_opts=options)
 
@@ -4291,7 +4271,7 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
 def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
-    about = read_json(path) or read_json(f"{path}.json")
+    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
     about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
     if "prompt" not in about:
         hint = "imagen list names them; imagen generate PROMPT makes one"
@@ -4308,8 +4288,8 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     shown = []
     for plan in plans:
         row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
-        row |= {"parameters": dict(plan.parameters), "file": plan.name}
-        shown.append({**row, "price_usd": plan.price.usd, "price_source": plan.price.source or "unknown"})
+        row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
+        shown.append({**row, "price_source": plan.price.source or "unknown"})
     rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
@@ -4434,14 +4414,13 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
-        said = fault(name, config)
-        fields = () if said else marked(BACKENDS[block["type"]].Options, KEY)
+        wrong, model = fault(name, config), str(block.get("model") or block.get("workflow") or "")
+        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
-        said = said or f"{variable} {'set' if there else 'not set'}" * bool(variable)
+        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
         row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
-        row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
-        rows.append({**row, "said": said})
+        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
@@ -4471,10 +4450,11 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    against = {name: f" / not: {style.negative}" * bool(style.negative) for name, style in styles.items()}
-    sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
-    lines = aligned((name, style.suffix + against[name] + sized[name]) for name, style in styles.items())
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
+    rows = []
+    for name, style in styles.items():
+        against = f" / not: {style.negative}" * bool(style.negative)
+        rows.append((name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width)))
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
 
 
 @command(
@@ -4494,12 +4474,10 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    try:
+    with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)  # what was there stays until the new one stands
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}") from None
     return terminal.result({"path": path}, path)
 
 
@@ -4620,7 +4598,7 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
     path = os.path.abspath(os.path.expanduser(path))
     path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
-    about = read_json(f"{path}.json")
+    about = parsed(_read(f"{path}.json"))
     known = (*unfinished, *ledger())
     record = next(
         (one for one in known if one.get("path") == path or one.get("image_id", one["id"]) == about.get("image_id")), {}
@@ -4656,7 +4634,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
     cloud, image_id = Supabase(Context(DELIVERY), config.supabase), args.image
     if os.path.exists(path) or os.path.exists(f"{path}.json"):
-        about = read_json(path) or read_json(f"{path}.json")
+        about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
         about = about or next((image for image in made_before() if image["path"] == path), {})
         image_id = str(about.get("image_id"))
     if is_uuid(image_id):
@@ -4724,7 +4702,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     total, sums = nothing.copy(), dict[str, dict[str, Any]]()
     for record in ledger():
         day, image = str(record.get("at"))[:10], record.get("path")
-        if day < args.since or not (image or record.get("charged", "no") != "no"):
+        if day < args.since or (not image and record.get("charged", "no") == "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
         key = day if args.by == "day" else str(record.get("backend"))
@@ -4732,8 +4710,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
             row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows = [sums[key] for key in sorted(sums)]
-    lines = []
+    rows, lines = [sums[key] for key in sorted(sums)], []
     for row in (*rows, total):
         unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
         lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
@@ -4742,20 +4719,18 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    """put a launcher on the PATH; it starts from cached bytecode, 40 ms sooner than `python3 imagen.py`"""
+    """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
     folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
     path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    try:
+    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+        raise BadRequest(f"{path} exists and is not ours", cure)
+    with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
-            raise BadRequest(f"{path} exists and is not ours", cure)
         write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}", cure) from None
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -4908,7 +4883,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] == "--config" else 1
-    before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
+    before, (name, *after) = argv[:place], argv[place:] or [""]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
         if "--version" in before:  # copies travel without their repository, so the hash says which one this is
             import hashlib
@@ -4923,7 +4898,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
     args = parser_of(name, terminal).parse_args([*before, *after])
-    terminal.quiet |= args.quiet  # -qn 2 holds a -q too
+    terminal.quiet, terminal.verbose = args.quiet, args.verbose
     return COMMANDS[name][0](args, terminal)
 
 
