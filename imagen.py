@@ -58,7 +58,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar
 
 if typing.TYPE_CHECKING:
@@ -502,7 +502,7 @@ class Context:
     ) -> None:
         self._on_progress, self._on_warning = on_progress, on_warning
         self.timeout, self.started = timeout, time.monotonic()
-        self.deadline = self.started + timeout
+        self.deadline = self.started + min(timeout, 1e6)  # no lock waits for 1e10 s
         self.why = ""
         self.charged: Charged = "no"
         self.remote_ids: dict[str, Any] = {}
@@ -538,7 +538,7 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
-        self._stopped.wait(max(0.0, min(seconds, self.left())))
+        self._stopped.wait(min(seconds, self.left()))
         self.check()
 
     def left(self) -> float:
@@ -600,7 +600,7 @@ class Backend:
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
-        raise BadConfig(f"{type(self).__name__} makes no images")
+        raise NotImplementedError
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
@@ -620,13 +620,12 @@ class Backend:
 
 
 BACKENDS: dict[str, type[Backend]] = {}
-B = TypeVar("B", bound=type[Backend])
 
 
-def register(kind: str) -> Callable[[B], B]:
+def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     """Class decorator: `type: kind` in imagen.yaml means this adapter."""
 
-    def add(cls: B) -> B:
+    def add(cls: type[Backend]) -> type[Backend]:
         BACKENDS[kind] = cls
         return cls
 
@@ -646,10 +645,9 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
             known = ", ".join(difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0))
             raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {known}')
         cls = BACKENDS[kind]
-        allowed = marked(cls.Options, REQUEST) if opts else []
-        for key in opts:
-            if key not in allowed:
-                raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
+        allowed = marked(cls.Options, REQUEST)
+        for key in opts.keys() - allowed:
+            raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
@@ -759,15 +757,6 @@ class Config(NamedTuple):
     backends: Mapping[str, Mapping[str, Any]] = BUILTIN_BACKENDS
 
 
-OVERRIDES = {
-    "IMAGEN_BACKEND": "default_backend",
-    "IMAGEN_OUTPUT_DIR": "output.directory",
-    "IMAGEN_PREVIEW": "output.preview",
-    "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
-    "IMAGEN_OWNER_USER_ID": "owner_user_id",
-}
-
-
 def sample_text() -> str:
     """What `imagen config init` writes."""
     lines = (f"  {name}: {json.dumps(block)}\n" for name, block in BUILTIN_BACKENDS.items())
@@ -798,14 +787,14 @@ def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
     path = config_path(flag)
     data = read_yaml(path) if path else {}
-    if isinstance(data.get("env_file"), str) and data["env_file"]:
-        load_env_file(os.path.expanduser(data["env_file"]))
+    if isinstance(file := data.get("env_file"), str) and file:
+        load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(data.setdefault(section, {}), Mapping | None):
-            data[section] = {**(data[section] or {}), key: os.environ[name]}
+        elif isinstance(known := data.get(section), Mapping | None):
+            data[section] = {**(known or {}), key: os.environ[name]}
     if isinstance(data.get("styles"), Mapping):
         styles = data["styles"].items()
         data["styles"] = {name: {"suffix": style} if isinstance(style, str) else style for name, style in styles}
@@ -815,16 +804,12 @@ def config_data(flag: str = "") -> dict[str, Any]:
     return data
 
 
-def hide_pasted_keys(values: Mapping[str, Any]) -> None:
+def hide_pasted_keys(data: Mapping[str, Any]) -> None:
     """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    pasted = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            hide_pasted_keys(value)
-        elif isinstance(value, str):
-            named = re.search(r"key|token|secret|password|_env$", str(key))
-            if found := re.search(r"(?s)\A(?![A-Z][A-Z0-9_]*\Z).+" if named else pasted, value):
-                Secret(found[0])
+    named = r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
+    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
+    for found in re.finditer(f"{named}|{shaped}", str(data)):
+        Secret(found[found.lastindex or 0])
 
 
 def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
@@ -844,7 +829,14 @@ def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
 
 def overrides() -> dict[str, str]:
     """The environment variables that override the file just now, and which field each stands for."""
-    return {name: field for name, field in OVERRIDES.items() if os.environ.get(name)}
+    fields = {
+        "IMAGEN_BACKEND": "default_backend",
+        "IMAGEN_OUTPUT_DIR": "output.directory",
+        "IMAGEN_PREVIEW": "output.preview",
+        "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
+        "IMAGEN_OWNER_USER_ID": "owner_user_id",
+    }
+    return {name: field for name, field in fields.items() if os.environ.get(name)}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -924,13 +916,13 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     """
     if not request.style:
         return request
-    style = own.get(request.style) or STYLES.get(request.style)
-    if style is None:
-        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, [*own, *STYLES])}')
-    prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
-    if not request.width and not request.height:
-        request = request._replace(width=style.width, height=style.height)
-    return request._replace(prompt=prompt, negative_prompt=negative)
+    styles = {**STYLES, **own}
+    if request.style not in styles:
+        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
+    suffix, negative, *size = styles[request.style]
+    width, height = (request.width, request.height) if request.width or request.height else size
+    prompt, negative = _with(request.prompt, suffix), _with(request.negative_prompt, negative)
+    return request._replace(prompt=prompt, negative_prompt=negative, width=width, height=height)
 
 
 def _with(text: str, words: str) -> str:
@@ -956,7 +948,6 @@ ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
-LONGEST_WAIT = 30.0  # seconds between two tries, where the remote names none
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
@@ -1068,22 +1059,18 @@ class Http:
         return self._tried(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
-        """The JSON object of a GET; Failed where the answer is none."""
+        """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start.
-
-        An image that breaks off is asked for again, also where only its own end tells.
-        """
+        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
         spool: BinaryIO
 
         def once() -> Answer:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
-            sniffed = sniff(spool) if answer.status < 300 else None
-            if sniffed and not sniffed.complete:
+            answer, sniffed = self._followed(url, spool), sniff(spool)
+            if sniffed and not sniffed.complete:  # often only its own end tells
                 raise Broken("the image breaks off", sent=True)
             return answer
 
@@ -1093,13 +1080,13 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange(path, body), post=True)
+        return self._tried(lambda: self._exchange(self.base + path, body), post=True)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange(path, body, paid=True)
+            answer = self._exchange(self.base + path, body, paid=True)
             if not_accepted(answer):
                 self.ctx.settle(self.explain(answer).charged)
             return answer
@@ -1125,33 +1112,30 @@ class Http:
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            jitter = os.urandom(1)[0] / 255
-            wait = error.after * (1 + jitter / 10) or min(LONGEST_WAIT, 0.4 * 2.0**tries) * (0.5 + jitter / 2)
+            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (1 + os.urandom(1)[0] / 1000)  # not all in step
             if wait > self.ctx.left():
                 raise error
             if wait > 2:
                 self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
             self.ctx.sleep(wait)
 
-    def _followed(self, url: str, sink: BinaryIO | None = None) -> Answer:
+    def _followed(self, path: str, sink: BinaryIO | None = None) -> Answer:
+        url = path if "://" in path else self.base + path
         for _ in range(REDIRECTS + 1):
             answer = self._exchange(url, sink=sink)
             location = answer.headers.get("Location")
-            if answer.status not in (301, 302, 303, 307, 308) or not location:
+            if answer.status // 100 != 3 or not location:
                 return answer
-            url = joined(
-                url if "://" in url else self.base + url, location.encode("latin-1").decode("utf-8", "replace")
-            )
+            url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
-    def _exchange(self, path: str, body: Any = None, sink: BinaryIO | None = None, paid: bool = False) -> Answer:
+    def _exchange(self, url: str, body: Any = None, sink: BinaryIO | None = None, paid: bool = False) -> Answer:
         """One request, a POST if it has a body; a 2xx answer goes into `sink`. Broken where it is not all there."""
         import http.client
         import urllib.parse
         import urllib.request
-        from contextlib import ExitStack
 
-        url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
+        url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
@@ -1177,7 +1161,7 @@ class Http:
 
         with ExitStack() as stack:
             # A server that gives a byte now and then keeps the reader from ever looking at the clock.
-            timer = threading.Timer(min(1e6, max(0.0, self.ctx.left())), self.ctx.stop, ("deadline",))
+            timer = threading.Timer(self.ctx.left(), self.ctx.stop, ("deadline",))
             timer.daemon = True
             timer.start()
             stack.callback(timer.cancel)
@@ -1200,7 +1184,7 @@ class Http:
             return Answer(response.status, response.headers, kept)
 
 
-def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
+def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
     """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
 
     Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
