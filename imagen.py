@@ -189,10 +189,10 @@ def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenErr
     NamedTuples, and Annotated with the marks above. Raises `error` with every complaint, one a line, place and cure.
     """
     complaints: list[str] = []
-    shaped = _shape(cls, data, where, complaints)
+    shaped: T = _shape(cls, data, where, complaints)
     if complaints:
         raise error("\n".join(line.removeprefix(".") for line in complaints))
-    return typing.cast(T, shaped)
+    return shaped
 
 
 def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
@@ -497,8 +497,8 @@ class Context:
     def __init__(
         self,
         timeout: float = 600.0,
-        on_progress: Callable[[str, float | None, float | None], None] = lambda note, done, total: None,
-        on_warning: Callable[[str], None] = lambda text: None,
+        on_progress: Callable[[str, float | None, float | None], None] = lambda *_: None,
+        on_warning: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._on_progress, self._on_warning = on_progress, on_warning
         self.timeout, self.started = timeout, time.monotonic()
@@ -715,10 +715,10 @@ SAMPLE = """\
 # Keys never stand here: fields that end in _env name environment variables.
 default_backend: flux-schnell-local
 owner_user_id: ""                 # your UUID in auth.users; needed for cloud sync
-env_file: ""                      # optional: a 0600 file with KEY=VALUE lines, for shells that have none (cron, skills)
+env_file: ""                      # optional: a 0600 file with KEY=VALUE lines
 output:
   directory: ~/Pictures/imagen
-  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}; may hold folders
+  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}
   write_metadata_json: true
   preview: auto                   # auto | on | off
   preview_command: ""             # default inside tmux: tmux-img {path}
@@ -853,10 +853,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise BadConfig(f"{path}: {problem.strerror}") from None
     except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
         mark = getattr(problem, "problem_mark", None)
-        before = raw[: getattr(problem, "position", 0)].split(b"\n")
-        line, column = (mark.line + 1, mark.column + 1) if mark else (len(before), len(before[-1]) + 1)
+        place = mark.index if mark else getattr(problem, "position", 0)
+        before = raw.decode("utf-8", "replace")[:place].split("\n")
         what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
-        raise BadConfig(f"{path}, line {line}, column {column}: {what}") from None
+        raise BadConfig(f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}") from None
     if not isinstance(data, dict | None):
         raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
     return data or {}
@@ -882,24 +882,18 @@ def load_env_file(path: str) -> None:
 # === 6. Styles: named ways to dress a prompt ===
 
 STYLES: Mapping[str, Style] = {
-    "photo": Style(
-        "natural light photograph, 35mm lens, shallow depth of field, true colors", "illustration, cartoon, 3d render"
-    ),
+    "photo": Style("natural light photograph, 35mm lens, shallow depth of field", "illustration, cartoon, 3d render"),
     "blog-header": Style(
         "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
         *("text, letters, watermark, clutter", 1536, 1024),
     ),
-    "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, subtle grain", "flat light, text"
-    ),
+    "cinematic": Style("cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"),
     "illustration": Style("editorial illustration, confident shapes, limited palette, paper texture", "photograph"),
     "watercolor": Style("loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"),
     "ink": Style("black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"),
     "pixel-art": Style("pixel art, 16-bit palette, crisp square pixels, no anti-aliasing", "blur, photograph, smooth"),
     "isometric": Style("isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"),
-    "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photograph"
-    ),
+    "line-art": Style("clean vector line art, even thin lines, no fill, white background", "shading, color, photo"),
     "3d-render": Style("3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"),
     "icon": Style("app icon, one centered symbol, bold simple shape, flat color", "text, photograph", 1024, 1024),
     "poster": Style("screen-printed poster, strong composition, three spot colors", "photograph, clutter", 1024, 1536),
@@ -919,10 +913,11 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     styles = {**STYLES, **own}
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
-    suffix, negative, *size = styles[request.style]
-    width, height = (request.width, request.height) if request.width or request.height else size
-    prompt, negative = _with(request.prompt, suffix), _with(request.negative_prompt, negative)
-    return request._replace(prompt=prompt, negative_prompt=negative, width=width, height=height)
+    style = styles[request.style]
+    prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
+    if not request.width:
+        request = request._replace(width=style.width, height=style.height)
+    return request._replace(prompt=prompt, negative_prompt=negative)
 
 
 def _with(text: str, words: str) -> str:
@@ -1220,7 +1215,7 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
             return self.do_open(WatchedTLS, request)
 
     def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
-        problem = OSError("the name has no address")
+        problem = OSError()
         for family, kind, protocol, _name, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
@@ -1314,7 +1309,6 @@ class Mock(Backend):
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
     """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
     import hashlib
-    from colorsys import hsv_to_rgb
 
     # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
     # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
@@ -1330,10 +1324,9 @@ def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
             left, right = max(0, x - half), min(width, x + half)
             rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
     mock_write(rows, prompt)
-    hue = dice[60] / 255
-    colors = [(hue + i / 900, 0.15 + i / 500, 1 - i / 340) for i in range(254)] + [(0.12, 0.04, 0.98), (hue, 0.5, 0.16)]
-    palette = bytes(round(255 * part) for color in colors for part in hsv_to_rgb(*color))
-    text = {"Title": prompt, "Comment": f"seed {seed}", "Software": f"imagen {__version__} mock"}
+    tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
+    text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
