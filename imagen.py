@@ -1117,7 +1117,7 @@ class Http:
             except Broken as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
-                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?"), True
+                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and the address right?"), True
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
