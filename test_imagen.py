@@ -8266,6 +8266,125 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
         assert sum(pool.map(one, range(10))) >= 3
 
 
+# Delivery: object, row and usage of an image that is safe already
+
+
+@pytest.fixture
+def synced(box: Box, cloud: Cloud) -> Box:
+    """A home that delivers to `cloud` as anna."""
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+    return box
+
+
+def deliver_made(box: Box, *flags: str, prompt: str = "a fox", seed: int = 7, **env: str) -> Done:
+    """One image, which comes out well whatever the cloud does."""
+    done = box.run("generate", prompt, "--seed", str(seed), *flags, env=env)
+    assert done.code == 0, done.err
+    path = done.json["images"][0]["path"] if "--json" in flags else done.lines[0]
+    assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == box.sidecar(path)["sha256"]
+    return done
+
+
+def deliver_warnings(done: Done) -> list[str]:
+    return [line for line in done.err.splitlines() if line.startswith("imagen: ")]
+
+
+def deliver_whole(cloud: Cloud, box: Box, path: str, place: str = "", owner: str = "") -> dict[str, Any]:
+    """File, sidecar, object, row and ledger tell the same, and nothing is left to do. Returns the row."""
+    about = box.sidecar(path)
+    place = place or f"{about['timestamp'][:10]}/a-fox-7.png"
+    (row,) = [row for row in cloud.rows() if str(row["id"]) == about["image_id"]]
+    assert (row["storage_path"], str(row["owner_user_id"])) == (place, owner or cloud.anna)
+    assert row["sidecar"] == {**about, "storage_path": place}
+    same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms")
+    assert {name: row[name] for name in same} == {name: about[name] for name in same}
+    assert row["prompt_hash"] == hashlib.sha256(about["prompt"].encode()).hexdigest()
+    assert cloud.objects()[place] == Path(path).read_bytes()
+    assert box.unfinished() == [] and box.hidden() == [] and box.ledger()[-1]["object"] == place
+    return row
+
+
+def deliver_signed(box: Box, what: str) -> bytes:
+    """What the signed address of an image gives to anybody."""
+    url = urllib.parse.urlsplit(box.run("sign", what).lines[0])
+    with contextlib.closing(http.client.HTTPConnection(url.netloc)) as link:
+        link.request("GET", f"{url.path}?{url.query}")
+        with link.getresponse() as got:
+            assert got.status == 200
+            return got.read()
+
+
+def test_an_image_has_a_file_a_sidecar_an_object_and_a_row(cloud: Cloud, synced: Box) -> None:
+    done = deliver_made(synced)
+    (path,) = done.lines
+    row = deliver_whole(cloud, synced, path)
+    assert f"cloud: imagen.images.id={row['id']} storage_path={row['storage_path']}\n" in done.err
+    assert deliver_warnings(done) == [] and cloud.count("PUT") == 1 and len(cloud.rows()) == len(cloud.objects()) == 1
+    image = Path(path).read_bytes()
+    assert [deliver_signed(synced, what) for what in (path, str(row["id"]), row["storage_path"])] == [image] * 3
+    assert cloud.rows("mai.imagen_usage") == [] and synced.run("sync").err == "nothing to sync\n"
+
+
+def test_the_path_is_out_before_the_upload_begins(cloud: Cloud, synced: Box) -> None:
+    may = threading.Event()
+    cloud.fault("PUT /storage/v1/object/", hold(may, through()))
+    with synced.start("generate", "a fox", "--seed", "7", stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        path = process.stdout.readline().rstrip("\n")
+        assert Path(path).exists() and cloud.objects() == {} and cloud.rows() == [] and synced.unfinished()
+        may.set()
+        assert process.wait(20) == 0
+    deliver_whole(cloud, synced, path)
+
+
+def test_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> None:
+    said = deliver_made(synced, "--no-cloud", "--json", IMAGEN_CLOUD_SYNC="on").json["images"][0]
+    assert (said["private"], said["storage_path"], said["cloud"]) == (True, None, None)
+    for what in (said["path"], f"{said['path']}.json"):
+        done = synced.run("sync", what)
+        assert done.code == 2 and "--no-cloud" in done.err
+    assert synced.run("sync").err == "nothing to sync\n"
+    os.unlink(f"{said['path']}.json")  # the journal alone remembers
+    assert synced.run("sync", said["path"]).code == 2
+    assert cloud.seen == [] and synced.unfinished() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "variable", "flag", "requests"),
+    [
+        *(("auto", "", "", True), ("on", "", "", True), ("off", "", "", False)),
+        *(("off", "on", "", True), ("on", "off", "", False), ("off", "auto", "", True)),
+        *(("off", "", "--cloud", True), ("on", "off", "--cloud", True), ("on", "on", "--no-cloud", False)),
+    ],
+)
+def test_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
+    box: Box, mode: str, variable: str, flag: str, requests: bool
+) -> None:
+    box.configure({"mock": {"type": "mock", "width": 64, "height": 64}}, output={"cloud_sync": mode})
+    with Remote(status(401, {}), repeat=True) as server:
+        box.environ |= {"SUPABASE_URL": server.base, "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_of_nobody"}
+        box.environ["IMAGEN_OWNER_USER_ID"] = str(uuid.UUID(int=1))
+        done = deliver_made(box, *filter(None, [flag]), **({"IMAGEN_CLOUD_SYNC": variable} if variable else {}))
+        assert bool(server.seen) == requests == bool(deliver_warnings(done)) == bool(box.unfinished())
+
+
+@pytest.mark.parametrize("lacks", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID"])
+def test_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(cloud: Cloud, synced: Box, lacks: str) -> None:
+    told = {"IMAGEN_OWNER_USER_ID": "owner_user_id"}.get(lacks, lacks)
+    value = synced.environ.pop(lacks)
+    silent_one = deliver_made(synced)
+    assert deliver_warnings(silent_one) == [] and "cloud" not in silent_one.err and synced.unfinished() == []
+    done = deliver_made(synced, "--cloud", "-o", str(synced.out / "fox.png"))
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: cloud sync: ") and told in line and len(synced.unfinished()) == 1
+    again = synced.run("sync")
+    assert again.code == 3 and told in again.err
+    synced.environ[lacks] = value
+    assert synced.run("sync").code == 0
+    deliver_whole(cloud, synced, done.lines[0])
+    assert synced.run("sync", silent_one.lines[0]).code == 0 and len(cloud.rows()) == 2  # made before all was there
+
+
 # === 17. Queue: the way to Postgres ===
 
 
