@@ -8385,6 +8385,316 @@ def test_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(cloud: Cloud
     assert synced.run("sync", silent_one.lines[0]).code == 0 and len(cloud.rows()) == 2  # made before all was there
 
 
+DELIVER_PUT, DELIVER_ROW = "PUT /storage/v1/object/", "POST /rest/v1/images"
+
+
+def deliver_postgrest(http: int, code: str, message: str, **headers: str) -> Answer:
+    """An error of PostgREST, whose details hold the whole row."""
+    body = {"code": code, "message": message, "details": "Failing row contains (a fox, …).", "hint": None}
+    return status(http, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+DELIVER_RETRYABLE = {
+    "Storage 500": (DELIVER_PUT, StorageRefusal(500, "InternalError", "Internal", "Internal Server Error", 500).answer),
+    "503 in 400": (DELIVER_PUT, StorageRefusal(503, "DatabaseReadOnly", "read_only", "Database is read-only").answer),
+    "423 in 400": (DELIVER_PUT, StorageRefusal(423, "ResourceLocked", "locked", "The resource is locked").answer),
+    "Storage 429": (DELIVER_PUT, status(429, {"statusCode": "429", "code": "SlowDown"}, {"Retry-After": "60"})),
+    "403 in 400": (DELIVER_PUT, StorageRefusal(403, "AccessDenied", "Unauthorized", "Invalid Compact JWS").answer),
+    "no JSON": (DELIVER_PUT, html(502)),
+    "PUT lost": (DELIVER_PUT, lost()),
+    "PUT torn": (DELIVER_PUT, Answer(lambda wire: None, reads=False)),
+    "PostgREST 503": (DELIVER_ROW, deliver_postgrest(503, "PGRST000", "Database connection error.", Retry_After="32")),
+    "PostgREST 401": (DELIVER_ROW, deliver_postgrest(401, "PGRST301", "JWT expired")),
+    "empty 401": (DELIVER_ROW, status(401)),
+    "schema not exposed": (DELIVER_ROW, deliver_postgrest(406, "PGRST106", "The schema must be one of …")),
+    "insert lost": (DELIVER_ROW, lost()),
+    "a page in place of rows": (DELIVER_ROW, html(201)),
+}
+DELIVER_FINAL = {
+    "413 in 400": (DELIVER_PUT, StorageRefusal(413, "EntityTooLarge", "Payload too large", "too large").answer),
+    "415 in 400": (DELIVER_PUT, StorageRefusal(415, "InvalidMimeType", "invalid_mime_type", "not supported").answer),
+    "413 early": (DELIVER_PUT, early(413, "<h1>Request Entity Too Large</h1>")),
+    "InvalidKey": (DELIVER_PUT, StorageRefusal(400, "InvalidKey", "InvalidKey", "Invalid key").answer),
+    "22P02": (DELIVER_ROW, deliver_postgrest(400, "22P02", "invalid input syntax for type uuid")),
+    "23502": (DELIVER_ROW, deliver_postgrest(400, "23502", "null value in column violates not-null constraint")),
+    "23503": (DELIVER_ROW, deliver_postgrest(409, "23503", "violates foreign key constraint")),
+    "23514": (DELIVER_ROW, deliver_postgrest(400, "23514", "new row violates check constraint")),
+}
+
+
+@pytest.mark.parametrize("name", [*DELIVER_RETRYABLE, *DELIVER_FINAL])
+def test_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(cloud: Cloud, synced: Box, name: str) -> None:
+    final = name in DELIVER_FINAL
+    cloud.fault(*{**DELIVER_RETRYABLE, **DELIVER_FINAL}[name], times=math.inf)
+    done = deliver_made(synced)
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: cloud sync: ") and "a fox" not in line and ("imagen sync" in line) == (not final)
+    assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
+    cloud.faults.clear()
+    assert synced.run("sync").code == 0 and bool(cloud.rows()) == (not final)
+    assert synced.run("sync", *done.lines).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+    assert len(cloud.rows()) == len(cloud.objects()) == 1
+
+
+@pytest.mark.parametrize("name", ["423 in 400", "PUT lost", "insert lost", "empty 429"])
+def test_a_cloud_that_stumbles_once_is_no_warning(cloud: Cloud, synced: Box, name: str) -> None:
+    cloud.fault(*DELIVER_RETRYABLE.get(name, (DELIVER_ROW, status(429))))
+    done = deliver_made(synced)
+    assert deliver_warnings(done) == [] and len(cloud.rows()) == len(cloud.objects()) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("prompt", ["sync", "e", "imagen: cloud sync: "])
+def test_a_warning_says_what_failed_whatever_the_prompt(cloud: Cloud, synced: Box, prompt: str) -> None:
+    cloud.fault(DELIVER_ROW, deliver_postgrest(401, "PGRST301", "JWT expired"))
+    (line,) = deliver_warnings(deliver_made(synced, prompt=prompt))
+    assert line.startswith("imagen: cloud sync: 401 ")
+
+
+@pytest.mark.parametrize("key", ["eyJhbGciOiJIUzI1NiJ9.e30.x", "sb_secret_of_another_project"])
+def test_a_bad_key_stays_open_until_there_is_a_good_one(cloud: Cloud, synced: Box, key: str) -> None:
+    done = deliver_made(synced, SUPABASE_SERVICE_ROLE_KEY=key)
+    (line,) = deliver_warnings(done)
+    assert "401" in line and key not in done.err and len(synced.unfinished()) == 1
+    assert synced.run("sync", env={"SUPABASE_SERVICE_ROLE_KEY": cloud.secret_key}).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
+def test_an_owner_that_is_nobody_is_refused_for_good_and_cured_by_sync_with_the_path(cloud: Cloud, synced: Box) -> None:
+    done = deliver_made(synced, IMAGEN_OWNER_USER_ID=str(uuid.UUID(int=1)))
+    (line,) = deliver_warnings(done)
+    assert "23503" in line and "owner_user_id" in line and synced.unfinished() == []
+    assert synced.run("sync", *done.lines).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("prompt", ["a\0fox", "a fox \udcff", "-a fox \udcff", "Größe 🦊 “ß”"], ids=ascii)
+def test_a_prompt_of_any_letters_comes_to_one_end(cloud: Cloud, synced: Box, prompt: str) -> None:
+    """On stdin, or with a dash before it as an argument."""
+    stdin = {} if prompt[0] == "-" else {"input": prompt}
+    words = {"encoding": "utf-8", "errors": "surrogateescape"}
+    done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **words)
+    assert done.code in (0, 2) and bool(done.lines) == (done.code == 0) == bool(cloud.rows()), done.err
+    assert synced.unfinished() == [] and deliver_warnings(done) == [done.err.splitlines()[0]] * bool(done.code)
+
+
+def test_a_project_that_cannot_be_reached_is_one_warning(cloud: Cloud, synced: Box) -> None:
+    with output_replicate(synced):
+        done = deliver_made(synced, SUPABASE_URL=f"http://127.0.0.1:{refused_port()}")
+        assert len(deliver_warnings(done)) == 1 and "imagen: cloud sync: " in done.err
+        assert cloud.seen == [] and len(synced.unfinished()) == 1
+        assert synced.run("sync").code == 0 and len(cloud.rows("mai.imagen_usage")) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+def test_a_project_that_says_nothing_holds_nobody_up_for_long(cloud: Cloud, tmp_path: Path) -> None:
+    """Both silences at once, since each takes the half minute that a delivery may take."""
+    boxes = [Box(tmp_path / name) for name in ("put", "row")]
+    for box, match in zip(boxes, (DELIVER_PUT, DELIVER_ROW), strict=True):
+        box.root.mkdir()
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.fault(match, silent(), times=math.inf)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        began = time.monotonic()
+        made = [*pool.map(lambda box, seed: deliver_made(box, seed=seed), boxes, (7, 8))]
+        took = time.monotonic() - began
+        cloud.faults.clear()
+    assert imagen.DELIVERY - 1 < took < imagen.DELIVERY + 10
+    for box, done in zip(boxes, made, strict=True):
+        (line,) = deliver_warnings(done)
+        assert "imagen: cloud sync: not done within 30 s" in line and "--timeout" not in line
+        assert box.run("sync").code == 0 and box.unfinished() == []
+    assert len(cloud.rows()) == len(cloud.objects()) == 2
+
+
+# Whose image it is, and where it lies
+
+
+@pytest.fixture
+def two_hosts(cloud: Cloud, tmp_path: Path) -> tuple[Box, Box]:
+    """anna's home and bert's, where the same prompt gives an image of another size."""
+    homes = Box(tmp_path / "anna"), Box(tmp_path / "bert")
+    for home, owner, size in zip(homes, (cloud.anna, cloud.bert), (64, 80), strict=True):
+        home.root.mkdir()
+        cloud.join(home, owner=owner, backends={"mock": {"type": "mock", "width": size, "height": size}})
+    return homes
+
+
+@pytest.mark.parametrize("trouble", ["none", "before anna's upload", "before anna's row", "before both rows"])
+def test_two_hosts_that_make_the_same_name_have_an_object_and_a_row_each(
+    cloud: Cloud, two_hosts: tuple[Box, Box], trouble: str
+) -> None:
+    """What anna's home could not deliver at once it delivers after bert's."""
+    refused = StorageRefusal(403, "AccessDenied", "Unauthorized", "no").answer
+    if trouble != "none":
+        match = DELIVER_PUT if "upload" in trouble else DELIVER_ROW
+        cloud.fault(match, status(401) if match == DELIVER_ROW else refused, times=2 if "both" in trouble else 1)
+    paths = [deliver_made(home).lines[0] for home in two_hosts]
+    for home in two_hosts:
+        assert home.run("sync").code == 0
+    place = f"{two_hosts[0].sidecar(paths[0])['timestamp'][:10]}/a-fox-7"
+    about = [home.sidecar(path) for home, path in zip(two_hosts, paths, strict=True)]
+    assert {one["storage_path"] for one in about} == {f"{place}.png"}  # the one that was meant
+    rows = {str(row["id"]): row for row in cloud.rows()}
+    others = set(cloud.objects()) - {f"{place}.png"}
+    assert len(rows) == 2 and others <= {f"{place}-{one['image_id'][:8]}.png" for one in about} and len(others) == 1
+    for home, path, one, owner in zip(two_hosts, paths, about, (cloud.anna, cloud.bert), strict=True):
+        there = rows[one["image_id"]]["storage_path"]
+        deliver_whole(cloud, home, path, there, owner)
+        assert deliver_signed(home, path) == Path(path).read_bytes() == deliver_signed(home, there)
+
+
+def test_a_path_that_is_taken_at_the_last_moment_is_left_to_its_owner(cloud: Cloud, synced: Box) -> None:
+    def take(seen: Seen) -> Answer:
+        row = {**seen.json, "id": str(uuid.uuid4()), "owner_user_id": cloud.bert}
+        columns = "id, owner_user_id, prompt, backend, storage_path"
+        values = [row[name] for name in columns.split(", ")]
+        cloud.database.sql(f"insert into imagen.images ({columns}) values ($1, $2, $3, $4, $5)", *values)
+        return as_answer(cloud.real(seen))
+
+    taken: list[Answer] = []
+    cloud.fault(lambda seen: f"{seen.method} {seen.path}".startswith(DELIVER_ROW) and taken.append(take(seen)), 500)
+    cloud.fault(lambda seen: bool(taken), Answer(lambda wire: taken.pop().play(wire)))
+    done = deliver_made(synced, "--json").json
+    (image,) = done["images"]
+    place = f"{image['timestamp'][:10]}/a-fox-7-{image['image_id'][:8]}.png"
+    assert image["cloud"] == {"id": image["image_id"], "storage_path": place} and image["storage_path"] == place
+    assert done["warnings"] == [] and len(cloud.rows()) == 2
+    deliver_whole(cloud, synced, image["path"], place)
+
+
+def test_the_path_in_the_bucket_has_the_number_and_the_ending_of_the_file(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced) as server:
+        for image in (png(8, 8), png(9, 9), jpeg(), webp()):
+            server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}]}))
+        made = [deliver_made(synced, "-o", str(synced.out / "any")).lines[0] for _ in range(4)]
+    assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
+    day = synced.sidecar(made[0])["timestamp"][:10]
+    places = [f"{day}/a-fox-7{end}" for end in (".png", "-2.png", ".jpg", ".webp")]
+    assert [synced.sidecar(path)["storage_path"] for path in made] == places == [*cloud.objects()]
+    assert [line["object"] for line in synced.ledger()] == places and {row["storage_path"] for row in cloud.rows()} == {
+        *places
+    }
+    kinds = [seen.headers["content-type"] for seen in cloud.seen if seen.method == "PUT"]
+    assert kinds == ["image/png", "image/png", "image/jpeg", "image/webp"]
+
+
+@pytest.mark.parametrize("how", ["the answer lost", "sync with the path", "sync with the sidecar", "sync with both"])
+def test_what_the_owner_wrote_survives_a_second_delivery(cloud: Cloud, synced: Box, how: str) -> None:
+    cloud.fault(DELIVER_ROW, lost(), times=3 if how == "the answer lost" else 0.5)
+    if how != "the answer lost":
+        cloud.faults.clear()
+    (path,) = deliver_made(synced).lines
+    cloud.database.sql("update imagen.images set tags = '{mine}'", user=cloud.anna)
+    (before,) = cloud.rows()
+    what = {"the answer lost": [], "sync with the path": [path], "sync with the sidecar": [f"{path}.json"]}
+    puts = cloud.count("PUT")
+    assert synced.run("sync", *what.get(how, [path, f"{path}.json", path])).code == 0
+    assert cloud.rows() == [before] and before["tags"] == ["mine"] and len(cloud.objects()) == 1
+    assert cloud.count("PUT") - puts <= 1
+    deliver_whole(cloud, synced, path)
+
+
+def test_an_image_from_before_the_cloud_is_synced_by_its_path(cloud: Cloud, box: Box) -> None:
+    flags = ("--size", "64x64", "-b", "mock")
+    paths = [deliver_made(box, *flags, "-o", str(box.out / name)).lines[0] for name in ("one.png", "two.png")]
+    cloud.join(box)
+    shutil.move(box.state, box.root / "gone")  # the sidecar alone is enough
+    assert box.run("sync").err == "nothing to sync\n" and cloud.seen == []
+    assert box.run("sync", paths[0]).code == 0 and len(cloud.rows()) == 1
+    moved = box.root / "moved.png"
+    shutil.move(paths[1], moved)
+    shutil.move(f"{paths[1]}.json", f"{moved}.json")
+    done = box.run("sync", f"{moved}.json", "--json").json
+    (image,) = done["images"]
+    day, ident = image["timestamp"][:10], image["image_id"]
+    assert image["cloud"] == {"id": ident, "storage_path": f"{day}/a-fox-7-{ident[:8]}.png"}
+    assert cloud.objects()[image["storage_path"]] == moved.read_bytes() and len(cloud.rows()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [("gone", "is gone"), ("longer", "was changed"), ("same size", "was changed"), ("another image", "was changed")],
+)
+def test_a_file_that_is_not_the_one_that_was_made_is_not_uploaded(
+    cloud: Cloud, synced: Box, change: str, word: str
+) -> None:
+    cloud.fault(DELIVER_PUT, status(401))
+    path = Path(deliver_made(synced).lines[0])
+    image = path.read_bytes()
+    cloud.fault(DELIVER_PUT, status(418))
+    changed = {"longer": image + b"x", "same size": image[:-20] + bytes(8) + image[-12:], "another image": png()}
+    path.write_bytes(changed[change]) if change in changed else path.unlink()
+    done = synced.run("sync")
+    assert done.code == 2 and word in done.err and str(path) in done.err and synced.unfinished() == []
+    assert cloud.count("PUT") == 1 and cloud.rows() == [] and synced.run("sync", f"{path}.json").code == 2
+    path.write_bytes(image)
+    cloud.faults.clear()
+    assert synced.run("sync", str(path)).code == 0
+    deliver_whole(cloud, synced, str(path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"image_id": "no uuid"}, {"image_id": None}, {"prompt": 5}, {"bytes": "many"}, {"storage_path": 5}),
+        *({"storage_path": "../../x.png"}, {"width": "wide"}, {"seed": "x"}, {"timestamp": "soon"}, {"charged": 5}),
+        *({"mime_type": "text/html\r\nx-upsert: no"}, {"prompt": "a\0fox"}, {"seed": 2**70}, {"private": True}),
+    ],
+    ids=str,
+)
+def test_a_sidecar_that_was_tampered_with_is_refused_in_words(
+    cloud: Cloud, synced: Box, damage: dict[str, Any]
+) -> None:
+    (path,) = deliver_made(synced, IMAGEN_CLOUD_SYNC="off").lines
+    shutil.rmtree(synced.state)
+    Path(f"{path}.json").write_text(json.dumps({**synced.sidecar(path), **damage}))
+    done = synced.run("sync", path, "--json")
+    assert done.code in (0, 2) and synced.unfinished() == [] and bool(cloud.rows()) == (done.code == 0), done.out
+    assert done.code == 0 or done.json["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("what", ["nothing.png", ".", "note.txt", "note.json", "list.json"])
+def test_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leaves(cloud: Cloud, synced: Box, what: str) -> None:
+    for name, text in {"note.txt": "hello", "note.json": '{"prompt": "a fox"}', "list.json": "[1]"}.items():
+        (synced.root / name).write_text(text)
+    done = synced.run("sync", str(synced.root / what))
+    assert done.code == 2 and done.err.count("\n") == 1 and cloud.seen == [] and synced.unfinished() == []
+
+
+def test_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
+    cloud.fault(DELIVER_PUT, status(401))
+    cloud.fault(DELIVER_ROW, status(401))
+    made = [deliver_made(synced, "--json", seed=seed).json for seed in (7, 8)]
+    assert all(len(one["warnings"]) == 1 and one["ok"] and not one["images"][0]["cloud"] for one in made)
+    asked = len(cloud.seen)
+    rows = synced.run("sync", "--dry-run", "--json").json["to_sync"]
+    images = [one["images"][0] for one in made]
+    lacks = [["object", "row"], ["row"]]
+    assert rows == [{"id": i["image_id"], "path": i["path"], "lacks": n} for i, n in zip(images, lacks, strict=True)]
+    listed = synced.run("sync", "--dry-run", images[1]["path"]).lines
+    assert [line.split() for line in listed] == [[images[1]["image_id"], "row", images[1]["path"]]]
+    assert len(cloud.seen) == asked and len(synced.unfinished()) == 2
+    assert "2 to deliver: imagen sync\n" in synced.run("generate", "a cat", "--no-cloud").err
+    said = synced.run("sync", "--json").json
+    assert [image["cloud"]["id"] for image in said["images"]] == [image["image_id"] for image in images]
+    assert said["ok"] and said["warnings"] == [] and synced.unfinished() == []
+
+
+def test_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, synced: Box) -> None:
+    cloud.fault(DELIVER_PUT, silent())
+    process = synced.start("generate", "a fox", "--seed", "7")
+    cloud.wait(lambda: cloud.count("PUT"))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    done = output_ended(process)
+    assert done.code == 0 and time.monotonic() - began < 3 and len(synced.unfinished()) == 1
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: cloud sync: interrupted") and synced.run("sync").code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
 # === 17. Queue: the way to Postgres ===
 
 
