@@ -8546,16 +8546,14 @@ def test_two_hosts_that_make_the_same_name_have_an_object_and_a_row_each(
 
 
 def test_a_path_that_is_taken_at_the_last_moment_is_left_to_its_owner(cloud: Cloud, synced: Box) -> None:
-    def take(seen: Seen) -> Answer:
-        row = {**seen.json, "id": str(uuid.uuid4()), "owner_user_id": cloud.bert}
-        columns = "id, owner_user_id, prompt, backend, storage_path"
-        values = [row[name] for name in columns.split(", ")]
-        cloud.database.sql(f"insert into imagen.images ({columns}) values ($1, $2, $3, $4, $5)", *values)
-        return as_answer(cloud.real(seen))
+    def take(seen: Seen) -> None:
+        if f"{seen.method} {seen.path}".startswith(DELIVER_ROW) and not cloud.rows():
+            cloud.database.sql(
+                "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'mine', 'x', $2)",
+                *(cloud.bert, seen.json["storage_path"]),
+            )
 
-    taken: list[Answer] = []
-    cloud.fault(lambda seen: f"{seen.method} {seen.path}".startswith(DELIVER_ROW) and taken.append(take(seen)), 500)
-    cloud.fault(lambda seen: bool(taken), Answer(lambda wire: taken.pop().play(wire)))
+    cloud.fault(take, 500)  # which nobody gets, since it says no to every request
     done = deliver_made(synced, "--json").json
     (image,) = done["images"]
     place = f"{image['timestamp'][:10]}/a-fox-7-{image['image_id'][:8]}.png"
@@ -8693,6 +8691,201 @@ def test_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, synced: Box)
     (line,) = deliver_warnings(done)
     assert line.startswith("imagen: cloud sync: interrupted") and synced.run("sync").code == 0
     deliver_whole(cloud, synced, *done.lines)
+
+
+# Several at once, and a kill in the middle
+
+
+def deliver_later(box: Box, count: int = 1, seed: int = 7) -> list[str]:
+    """Images that the cloud was wanted for when there was none: their entries are open."""
+    flags = ("-n", str(count), "--seed", str(seed), "--cloud", "-q")
+    paths = box.run("generate", "a fox", *flags, env={"SUPABASE_URL": ""}).lines
+    assert len(paths) == count
+    return paths
+
+
+def test_two_syncs_at_once_deliver_two_hundred_images_once(cloud: Cloud, synced: Box) -> None:
+    paths = deliver_later(synced, 200)
+    assert len(synced.unfinished()) == 200 and cloud.seen == []
+    processes = [synced.start("sync", "-q") for _ in "12"]
+    done = [output_ended(process) for process in processes]
+    assert [(one.code, one.err) for one in done] == [(0, "")] * 2 and all(one.lines for one in done)
+    assert sorted(done[0].lines + done[1].lines) == sorted(paths) and synced.unfinished() == []
+    assert cloud.count("PUT") == cloud.count("POST", "/rest/v1/images") == len(cloud.rows()) == 200
+    objects = cloud.objects()
+    places = {line["path"]: line["object"] for line in synced.ledger()}
+    assert len(objects) == 200 and all(objects[places[path]] == Path(path).read_bytes() for path in paths)
+
+
+def test_a_sync_that_is_killed_anywhere_delivers_everything_once(cloud: Cloud, tmp_path: Path) -> None:
+    def home(seed: int) -> tuple[Box, str]:
+        box = Box(tmp_path / str(seed))
+        box.root.mkdir()
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        return box, deliver_later(box, seed=seed)[0]
+
+    steps = output_played(home(0)[0], {"count": True}, "sync").err.partition("STEPS\n")[2].splitlines()
+    moments = sorted(
+        {*range(5, len(steps), len(steps) // 16), *(n for n, s in enumerate(steps) if s == "sendall done")}
+    )
+
+    def one(at: int) -> tuple[Box, str]:
+        box, path = home(at)
+        assert output_played(box, {"at": at + 1}, "sync").code == -signal.SIGKILL or at > len(steps) - 4
+        return box, path
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        homes = [*pool.map(one, moments)]
+        cloud.wait(lambda: not cloud._wires)  # what had left before a kill has arrived
+        assert {done.code for done in pool.map(lambda made: made[0].run("sync"), homes)} == {0}
+    puts = collections.Counter(seen.path for seen in cloud.seen if seen.method == "PUT")
+    assert set(puts.values()) == {1} and len(puts) == len(cloud.rows()) == len(homes) + 1 > 12
+    for (box, path), seed in zip(homes, moments, strict=True):
+        deliver_whole(cloud, box, path, f"{box.sidecar(path)['timestamp'][:10]}/a-fox-{seed}.png")
+
+
+def test_the_same_image_synced_by_its_path_several_times_at_once(cloud: Cloud, synced: Box) -> None:
+    (path,) = deliver_made(synced).lines
+    may = threading.Event()
+    cloud.fault(DELIVER_PUT, hold(may, through()), math.inf)
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(synced.start("sync", path)) for _ in "1234"]
+        cloud.wait(lambda: cloud.count("PUT") > 1)
+        pipeline_until(lambda: sum(process.poll() is not None for process in processes) + cloud.count("PUT") == 5)
+        may.set()
+        done = [output_ended(process) for process in processes]
+    assert all(one.code in (0, 7) for one in done) and 0 in [one.code for one in done], [one.err for one in done]
+    assert len(cloud.rows()) == len(cloud.objects()) == 1
+    deliver_whole(cloud, synced, path)
+
+
+def test_recover_delivers_what_was_killed_once_it_had_its_name(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced) as server:
+        done = output_played(synced, {"when": "record.get('path')"}, "generate", "a fox", "--seed", "7")
+        assert done.code == -signal.SIGKILL and cloud.seen == []
+        done = synced.run("recover", "--all")
+        assert done.code == 0 and server.posts == 1 and len(cloud.rows("mai.imagen_usage")) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+# What was paid: a row for each paid call
+
+DELIVER_USAGE = "POST /rest/v1/imagen_usage"
+
+
+def deliver_usage(cloud: Cloud) -> list[tuple[str, bool]]:
+    """Whether each attempt was charged and has an image; its prompt is nowhere in the row."""
+    rows = cloud.rows("mai.imagen_usage")
+    assert "fox" not in str(rows)
+    assert {row["prompt_hash"] for row in rows} <= {hashlib.sha256(b"a fox").hexdigest()}
+    return [(row["charged"], row["image_id"] is not None) for row in rows]
+
+
+def test_each_paid_image_has_a_usage_row(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced):
+        done = synced.run("generate", "a fox", "-n", "3", "--json")
+    made = {about["image_id"]: about for about in done.json["images"]}
+    rows = cloud.rows("mai.imagen_usage")
+    assert deliver_usage(cloud) == [("yes", True)] * 3 and {str(row["image_id"]) for row in rows} == set(made)
+    for row in rows:
+        about = made[str(row["id"])]
+        same = ("backend", "model", "width", "height", "steps", "latency_ms")
+        assert {name: row[name] for name in same} == {name: about[name] for name in same}
+        assert float(row["cost_usd_estimate"]) == about["cost_usd_estimate"] and row["host"] == socket.gethostname()
+        assert str(row["owner_user_id"]) == cloud.anna and row["created_at"].isoformat()[:10]
+    assert synced.unfinished() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "expected"),
+    [
+        ("moderation_input", 5, []),
+        ("moderation_output", 5, [("yes", False)]),
+        ("insufficient_quota", 6, []),
+        ("no_image", 10, [("yes", False)]),
+    ],
+)
+def test_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
+    cloud: Cloud, synced: Box, script: str, code: int, expected: list[tuple[str, bool]]
+) -> None:
+    with output_openai(synced) as server:
+        server.script(script)
+        assert synced.run("generate", "a fox").code == code
+        synced.run("sync")
+        assert deliver_usage(cloud) in (expected, [("unknown", False)] * len(expected))
+        if synced.unfinished():
+            assert synced.run("recover", "--all").code == 10
+    assert len(deliver_usage(cloud)) == len(expected) and synced.unfinished() == [] and cloud.objects() == {}
+
+
+def test_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recover(cloud: Cloud, synced: Box) -> None:
+    with output_replicate(synced) as server:
+        server.lose_next_answer()
+        assert synced.run("generate", "a fox", "--seed", "7").code == 10 and deliver_usage(cloud) == []
+        for _ in "12":
+            assert synced.run("sync").code == 0 and deliver_usage(cloud) == [("unknown", False)]
+        assert cloud.count("POST", "/rest/v1/imagen_usage") == 1 and len(synced.unfinished()) == 1
+        done = synced.run("recover", "--all")
+        assert done.code == 0 and server.created == 1 and deliver_usage(cloud) == [("yes", True)]
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("synced_before", [False, True])
+@pytest.mark.parametrize("args", [("--all",), ("--forget",)], ids=str)
+def test_an_unknown_attempt_that_is_closed_is_reported_once(
+    cloud: Cloud, synced: Box, args: tuple[str, ...], synced_before: bool
+) -> None:
+    with output_openai(synced) as server:
+        server.script(reset())
+        assert synced.run("generate", "a fox").code == 10
+        if synced_before:
+            assert synced.run("sync").code == 0
+        ident = [entry["id"] for entry in synced.unfinished()] if args == ("--forget",) else []
+        assert synced.run("recover", *args, *ident).code == (0 if ident else 10)
+    assert deliver_usage(cloud) == [("unknown", False)] and synced.unfinished() == []
+    assert synced.ledger()[-1]["usage"] == "unknown" and synced.run("sync").err == "nothing to sync\n"
+
+
+@pytest.mark.parametrize("answer", ["PostgREST 503", "PostgREST 401", "23514"])
+def test_a_usage_row_that_fails_is_a_warning_of_its_own(cloud: Cloud, synced: Box, answer: str) -> None:
+    cloud.fault(DELIVER_USAGE, {**DELIVER_RETRYABLE, **DELIVER_FINAL}[answer][1], math.inf)
+    with output_replicate(synced):
+        done = deliver_made(synced)
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: usage: ") and "a fox" not in line and "cloud: imagen.images.id=" in done.err
+    cloud.faults.clear()
+    assert len(synced.unfinished()) == (answer != "23514") and deliver_usage(cloud) == []
+    assert synced.run("sync").code == 0 and len(deliver_usage(cloud)) == (answer != "23514")
+    deliver_whole(cloud, synced, *done.lines)
+    assert cloud.count("PUT") == 1
+
+
+DELIVER_TABLES = {
+    "the original's": "id bigint generated always as identity primary key, at timestamptz default now(),"
+    " backend text, prompt_hash text, cost_usd numeric(10,6)",
+    "without two of ours": "id uuid primary key, created_at timestamptz, owner_user_id uuid, image_id uuid,"
+    " backend text, model text, prompt_hash text, width int, height int, latency_ms int,"
+    " cost_usd_estimate numeric(10,6), charged text",
+    "with an id of text": "id text primary key, backend text, prompt_hash text",
+    "with an id and no key": "id uuid, backend text, prompt_hash text",
+}
+
+
+@pytest.mark.parametrize("columns", DELIVER_TABLES.values(), ids=list(DELIVER_TABLES))
+def test_a_usage_table_of_another_gets_what_it_can_hold_once(database: Database, box: Box, columns: str) -> None:
+    database.sql(f"create schema mai; create table mai.imagen_usage ({columns})")
+    database.sql("grant usage on schema mai to service_role; grant all on mai.imagen_usage to service_role")
+    database.migrate()
+    with Cloud(database) as cloud, output_replicate(box) as server:
+        cloud.join(box)
+        server.lose_next_answer()
+        assert box.run("generate", "a fox", "--seed", "7").code == 10 and box.run("sync").code == 0
+        done = box.run("recover", "--all")
+        assert deliver_warnings(done) == [] and done.code == 0 and box.run("sync").code == 0
+        (row,) = cloud.rows("mai.imagen_usage")
+        assert row["prompt_hash"] == hashlib.sha256(b"a fox").hexdigest() and row["backend"] == "flux"
+        assert row.get("charged", "yes") == "yes" and "fox" not in str(row)
+        deliver_whole(cloud, box, *done.lines)
 
 
 # === 17. Queue: the way to Postgres ===
