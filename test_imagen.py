@@ -8276,7 +8276,7 @@ def synced(box: Box, cloud: Cloud) -> Box:
     return box
 
 
-def deliver_made(box: Box, *flags: str, prompt: str = "a fox", seed: int = 7, **env: str) -> Done:
+def deliver_made(box: Box, *flags: str, prompt: str = "a fox", seed: int = 7, **env: Any) -> Done:
     """One image, which comes out well whatever the cloud does."""
     done = box.run("generate", prompt, "--seed", str(seed), *flags, env=env)
     assert done.code == 0, done.err
@@ -8428,7 +8428,9 @@ def test_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(cloud: Cloud, 
     cloud.fault(*{**DELIVER_RETRYABLE, **DELIVER_FINAL}[name], times=math.inf)
     done = deliver_made(synced)
     (line,) = deliver_warnings(done)
-    assert line.startswith("imagen: cloud sync: ") and "a fox" not in line and ("imagen sync" in line) == (not final)
+    assert (
+        line.startswith("imagen: cloud sync: ") and "Failing row" not in line and ("imagen sync" in line) == (not final)
+    )
     assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
     cloud.faults.clear()
     assert synced.run("sync").code == 0 and bool(cloud.rows()) == (not final)
@@ -8475,8 +8477,8 @@ def test_a_prompt_of_any_letters_comes_to_one_end(cloud: Cloud, synced: Box, pro
     stdin = {} if prompt[0] == "-" else {"input": prompt}
     words = {"encoding": "utf-8", "errors": "surrogateescape"}
     done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **words)
-    assert done.code in (0, 2) and bool(done.lines) == (done.code == 0) == bool(cloud.rows()), done.err
-    assert synced.unfinished() == [] and deliver_warnings(done) == [done.err.splitlines()[0]] * bool(done.code)
+    assert done.code in (0, 2) and bool(done.lines) == (done.code == 0) and synced.unfinished() == [], done.err
+    assert len(deliver_warnings(done)) == (not cloud.rows()) and (cloud.rows() or "ö" not in prompt)
 
 
 def test_a_project_that_cannot_be_reached_is_one_warning(cloud: Cloud, synced: Box) -> None:
@@ -8707,9 +8709,13 @@ def deliver_later(box: Box, count: int = 1, seed: int = 7) -> list[str]:
 def test_two_syncs_at_once_deliver_two_hundred_images_once(cloud: Cloud, synced: Box) -> None:
     paths = deliver_later(synced, 200)
     assert len(synced.unfinished()) == 200 and cloud.seen == []
-    processes = [synced.start("sync", "-q") for _ in "12"]
-    done = [output_ended(process) for process in processes]
-    assert [(one.code, one.err) for one in done] == [(0, "")] * 2 and all(one.lines for one in done)
+    both = threading.Event()
+    cloud.fault(DELIVER_PUT, hold(both, through()), times=2)
+    with synced.start("sync", "-q") as one, synced.start("sync", "-q") as other:
+        cloud.wait(lambda: cloud.count("PUT") == 2, 30)
+        both.set()
+        done = [output_ended(process) for process in (one, other)]
+    assert [(end.code, end.err) for end in done] == [(0, "")] * 2 and all(end.lines for end in done)
     assert sorted(done[0].lines + done[1].lines) == sorted(paths) and synced.unfinished() == []
     assert cloud.count("PUT") == cloud.count("POST", "/rest/v1/images") == len(cloud.rows()) == 200
     objects = cloud.objects()
@@ -8744,18 +8750,16 @@ def test_a_sync_that_is_killed_anywhere_delivers_everything_once(cloud: Cloud, t
         deliver_whole(cloud, box, path, f"{box.sidecar(path)['timestamp'][:10]}/a-fox-{seed}.png")
 
 
-def test_the_same_image_synced_by_its_path_several_times_at_once(cloud: Cloud, synced: Box) -> None:
-    (path,) = deliver_made(synced).lines
-    may = threading.Event()
-    cloud.fault(DELIVER_PUT, hold(may, through()), math.inf)
-    with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(synced.start("sync", path)) for _ in "1234"]
-        cloud.wait(lambda: cloud.count("PUT") > 1)
-        pipeline_until(lambda: sum(process.poll() is not None for process in processes) + cloud.count("PUT") == 5)
+def test_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, synced: Box) -> None:
+    may, (path,) = threading.Event(), deliver_made(synced).lines
+    cloud.fault(DELIVER_PUT, hold(may, through()))
+    with synced.start("sync", path) as process:
+        cloud.wait(lambda: cloud.count("PUT") == 2)
+        for args in ((), (path,), ("--dry-run",)):
+            assert synced.run("sync", *args).code == 0
         may.set()
-        done = [output_ended(process) for process in processes]
-    assert all(one.code in (0, 7) for one in done) and 0 in [one.code for one in done], [one.err for one in done]
-    assert len(cloud.rows()) == len(cloud.objects()) == 1
+        assert output_ended(process).code == 0
+    assert cloud.count("PUT") == 2 and len(synced.ledger()) == 2
     deliver_whole(cloud, synced, path)
 
 
@@ -8852,7 +8856,7 @@ def test_a_usage_row_that_fails_is_a_warning_of_its_own(cloud: Cloud, synced: Bo
     with output_replicate(synced):
         done = deliver_made(synced)
     (line,) = deliver_warnings(done)
-    assert line.startswith("imagen: usage: ") and "a fox" not in line and "cloud: imagen.images.id=" in done.err
+    assert line.startswith("imagen: usage: ") and "Failing row" not in line and "cloud: imagen.images.id=" in done.err
     cloud.faults.clear()
     assert len(synced.unfinished()) == (answer != "23514") and deliver_usage(cloud) == []
     assert synced.run("sync").code == 0 and len(deliver_usage(cloud)) == (answer != "23514")
