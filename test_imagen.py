@@ -8255,6 +8255,196 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
 
 
 # === 17. Queue: the way to Postgres ===
+# What a database of the original system holds. Its jobs and its usage are known by description only.
+QUEUE_ORIGINAL = """
+create schema imagen;
+create table imagen.images (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, prompt_hash text, backend text not null, model text, seed bigint, steps int, width int,
+  height int, latency_ms int, cost_usd_estimate numeric(10,6), storage_path text not null, sidecar jsonb,
+  tags text[] default '{}', created_at timestamptz default now());
+create index imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc);
+create index imagen_images_backend_idx on imagen.images (backend);
+create index imagen_images_tags_idx on imagen.images using gin (tags);
+alter table imagen.images enable row level security;
+create policy images_owner_select on imagen.images for select using (owner_user_id = auth.uid());
+create policy images_owner_insert on imagen.images for insert with check (owner_user_id = auth.uid());
+create table imagen.jobs (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, backend text, style text, width int, height int, steps int, seed bigint,
+  status text not null default 'pending' check (status in ('pending', 'running', 'done', 'failed')),
+  image_id uuid references imagen.images (id), error text, created_at timestamptz default now(),
+  started_at timestamptz, finished_at timestamptz);
+create index imagen_jobs_pending_idx on imagen.jobs (created_at) where status = 'pending';
+create index imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+alter table imagen.jobs enable row level security;
+create function imagen.notify_job() returns trigger language plpgsql as $$ begin
+  perform pg_notify('imagen_jobs', new.id::text); return new; end $$;
+create trigger imagen_jobs_notify after insert on imagen.jobs for each row execute function imagen.notify_job();
+create schema mai;
+create table mai.imagen_usage (id bigint generated always as identity primary key, at timestamptz default now(),
+  backend text, prompt_hash text, cost_usd numeric(10,6));
+"""
+
+# Everything in our schemas and in Storage that a migration could touch, one line each; values of rows not among it.
+QUEUE_CATALOG = """
+with ours as (select oid from pg_namespace where nspname in ('imagen', 'mai', 'storage'))
+select concat_ws(' ', 'schema', nspname, nspacl) as line from pg_namespace where oid in (table ours)
+union select concat_ws(' ', 'table', c.oid::regclass, c.oid, relrowsecurity, relacl, attname, format_type(atttypid,
+    atttypmod), attnotnull, attacl, pg_get_expr(adbin, adrelid)) from pg_class c join pg_attribute a on attrelid = c.oid
+  left join pg_attrdef on (adrelid, adnum) = (c.oid, attnum) where relnamespace in (table ours) and attnum > 0
+union select concat_ws(' ', 'constraint', conrelid::regclass, conname, pg_get_constraintdef(oid))
+  from pg_constraint where connamespace in (table ours)
+union select concat_ws(' ', 'index', indexdef) from pg_indexes where schemaname in ('imagen', 'mai', 'storage')
+union select concat_ws(' ', 'policy', tablename, policyname, permissive, roles, cmd, qual, with_check) from pg_policies
+union select concat_ws(' ', 'trigger', pg_get_triggerdef(oid)) from pg_trigger where not tgisinternal
+union select concat_ws(' ', 'function', oid::regprocedure, prosecdef, proconfig, proacl, prosrc)
+  from pg_proc where pronamespace in (table ours)
+union select concat_ws(' ', 'setting', setrole::regrole, setdatabase, setconfig) from pg_db_role_setting
+union select concat_ws(' ', 'default', defaclrole::regrole, defaclnamespace::regnamespace, defaclobjtype, defaclacl)
+  from pg_default_acl
+union select concat_ws(' ', 'bucket', b) from storage.buckets b
+order by 1
+"""
+
+QUEUE_PARTS = [
+    f"imagen_{part}"
+    for part in ("schema_init", "schema_grants", "storage_bucket", "storage_policies", "pgrst_expose", "usage_init")
+]
+QUEUE_NOWHERE = "00000000-0000-4000-8000-000000000000"
+
+
+def queue_catalog(database: Database) -> list[str]:
+    return [row["line"] for row in database.sql(QUEUE_CATALOG)]
+
+
+def queue_image(database: Database, owner: str, path: str) -> str:
+    """The id of a new row, made as the service makes it."""
+    text = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'p', 'mock', $2)"
+    return str(database.one(f"{text} returning id", owner, path, role="service_role"))
+
+
+def queue_object(database: Database, path: str, bucket: str = "imagen-generated", owner: str | None = None) -> None:
+    text = "insert into storage.objects (bucket_id, name, owner_id) values ($1, $2, $3)"
+    database.sql(text, bucket, path, owner, role="service_role")
+
+
+def queue_migrate(box: Box, database: Database, *args: str, role: str = "imagen_migrator", **env: str) -> Done:
+    return box.run("migrate", *args, env={"IMAGEN_DATABASE_URL": database.dsn(role), **env})
+
+
+@pytest.fixture(params=[16, 18])
+def queue_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A project before migrations.sql, on each version of PostgreSQL that there is."""
+    with request.getfixturevalue("postgres" if request.param == 18 else "postgres16").database() as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def queue_rls(postgres: Postgres) -> Iterator[Database]:
+    """Two people with an image each, an object without its row, and another bucket that everybody signed in may read.
+
+    Nobody changes it: what is tried in it is undone.
+    """
+    with postgres.database() as database:
+        database.migrate()
+        database.sql("insert into storage.buckets (id, name) values ('other', 'other')")
+        database.sql("create policy other on storage.objects for select to authenticated using (bucket_id = 'other')")
+        for name in ("anna", "bert"):
+            queue_object(database, f"{name}.png")
+            queue_image(database, database.user(name), f"{name}.png")
+        queue_object(database, "orphan.png")
+        queue_object(database, "theirs.png", "other")
+        database.sql("insert into mai.imagen_usage (backend) values ('mock')", role="service_role")
+        yield database
+
+
+def queue_tried(database: Database, who: str, text: str, before: str = "") -> int | str:
+    """How many rows a statement gives or changes for somebody, or the SQLSTATE of its refusal; undone afterwards."""
+    role = who if who in ("anon", "service_role") else "authenticated"
+    claims = json.dumps({"role": role} | ({"sub": database.user(who)} if role == "authenticated" else {}))
+    users = {f"<{name}>": database.user(name) for name in ("anna", "bert")}
+    for name, ident in users.items():
+        text = text.replace(name, f"'{ident}'")
+    with database.session() as session:
+        session.sql(f"begin; {before}; set local storage.allow_delete_query = 'true'")  # only policies may refuse
+        session.sql("select set_config('request.jwt.claims', $1, true), set_config('role', $2, true)", claims, role)
+        try:
+            session._link.run(text)
+        except pg8000.native.DatabaseError as err:
+            return str(err.args[0]["C"])
+        return int(session._link.row_count)
+
+
+QUEUE_INSERT = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values"
+QUEUE_MATRIX = """
+imagen.images      | select 1 from imagen.images                                              | 1 1 42501 2
+anna's images      | select 1 from imagen.images where owner_user_id = <anna>                 | 1 0 42501 1
+a row for anna     | INSERT (<anna>, 'p', 'mock', 'new.png')                                  | 1 42501 42501 1
+a row for bert     | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 1 42501 1
+anna's path        | INSERT (<bert>, 'p', 'mock', 'anna.png')                                 | 42501 23505 42501 23505
+an orphan's path   | INSERT (<bert>, 'p', 'mock', 'orphan.png')                               | 42501 42501 42501 1
+nobody's row       | INSERT (null, 'p', 'mock', 'new.png')                                    | 42501 42501 42501 23502
+tags of anna       | update imagen.images set tags = '{a}' where owner_user_id = <anna>       | 1 0 42501 1
+anna's prompt      | update imagen.images set prompt = 'q' where owner_user_id = <anna>       | 42501 42501 42501 1
+a path to anna's   | update imagen.images set storage_path = 'x' where owner_user_id = <bert> | 42501 42501 42501 1
+giving it away     | update imagen.images set owner_user_id = <bert>, tags = '{}'             | 42501 42501 42501 2
+a row's end        | delete from imagen.images                                                | 42501 42501 42501 2
+usage              | select 1 from mai.imagen_usage                                           | 42501 42501 42501 1
+a new usage        | insert into mai.imagen_usage (owner_user_id) values (<anna>)             | 42501 42501 42501 1
+another usage      | update mai.imagen_usage set cost_usd_estimate = 0                        | 42501 42501 42501 1
+a usage's end      | delete from mai.imagen_usage                                             | 42501 42501 42501 1
+objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 1 1 0 3
+anna's object      | select 1 from storage.objects where name = 'anna.png'                    | 1 0 0 1
+all objects        | select 1 from storage.objects                                            | 2 2 0 4
+a new object       | insert into storage.objects (bucket_id, name) values ('imagen-generated', 'x') | 1 1 42501 1
+one elsewhere      | insert into storage.objects (bucket_id, name) values ('other', 'x')      | 42501 42501 42501 1
+another object     | update storage.objects set name = name || '2'                            | 0 0 0 4
+an object's end    | delete from storage.objects                                              | 0 0 0 4
+buckets            | select 1 from storage.buckets                                            | 0 0 0 2
+a new bucket       | insert into storage.buckets (id, name) values ('x', 'x')                 | 42501 42501 42501 1
+a public bucket    | update storage.buckets set public = true                                 | 0 0 0 2
+a bucket's end     | delete from storage.buckets where id = 'new'                             | 0 0 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    "text, outcomes",
+    [
+        pytest.param(text.replace("INSERT", QUEUE_INSERT), outcomes, id=name)
+        for name, text, outcomes in (re.split(r" +\| ", line) for line in QUEUE_MATRIX.strip().splitlines())
+    ],
+)
+def test_each_person_sees_and_changes_their_own(queue_rls: Database, text: str, outcomes: str) -> None:
+    seen = [queue_tried(queue_rls, who, text) for who in ("anna", "bert", "anon", "service_role")]
+    assert " ".join(map(str, seen)) == outcomes
+
+
+@pytest.mark.parametrize(
+    "revoked",
+    [
+        "usage on schema imagen",
+        "all on imagen.images",
+        "all on all functions in schema imagen",
+        "usage on schema imagen, mai",
+    ],
+)
+@pytest.mark.parametrize("role", ["public", "authenticated", "anon"])
+def test_other_buckets_can_be_read_whatever_right_of_ours_is_taken_away(
+    queue_rls: Database, revoked: str, role: str
+) -> None:
+    theirs = "select 1 from storage.objects where bucket_id = 'other'"
+    assert queue_tried(queue_rls, "bert", theirs, f"revoke {revoked} from {role}") == 1
+
+
+def test_a_project_whose_new_functions_are_for_nobody_keeps_its_reads(database: Database) -> None:
+    with database.connect() as link:
+        sql_rows(link, "alter default privileges revoke execute on functions from public")
+    database.migrate()
+    queue_object(database, "anna.png")
+    queue_image(database, database.user("anna"), "anna.png")
+    read = "select 1 from storage.objects"
+    assert [queue_tried(database, who, read) for who in ("anna", "bert", "anon")] == [1, 0, 0]
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
