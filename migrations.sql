@@ -54,10 +54,11 @@ create or replace function pg_temp.imagen_state() returns table (part text, what
   select 'imagen_storage_bucket', 'bucket ' || id, concat_ws(' ', public, file_size_limit, allowed_mime_types::text)
   from storage.buckets where id = 'imagen-generated'
   union all
-  select 'imagen_pgrst_expose', 'exposed schemas', string_agg(setting, '; ' order by setdatabase)
+  select 'imagen_pgrst_expose', 'exposed schemas',
+         coalesce(string_agg(setting, '; ' order by setdatabase), 'left to the Dashboard')
   from pg_db_role_setting cross join unnest(setconfig) as setting
   where setrole = to_regrole('authenticator') and setting like 'pgrst.db\_schemas=%'
-  having count(*) > 0
+    and setdatabase in (0, (select oid from pg_database where datname = current_database()))
 $state$;
 
 create temporary table imagen_before on commit drop as select * from pg_temp.imagen_state();
@@ -286,11 +287,13 @@ begin
   for line in
     select coalesce(new.part, old.part) as part,
            string_agg(case when old.what is null then new.what else 'changed: ' || new.what end, ', ' order by new.what)
-             filter (where old.how is distinct from new.how) as news
+             filter (where old.how is distinct from new.how) as news,
+           coalesce(min(new.how) filter (where new.how = 'left to the Dashboard'), 'was there') as olds
     from pg_temp.imagen_state() new full join imagen_before old using (part, what)
-    group by 1 order by 1
+    group by 1 order by array_position('{imagen_schema_init,imagen_schema_grants,imagen_storage_bucket,
+      imagen_storage_policies,imagen_pgrst_expose,imagen_usage_init,imagen_jobs_init}', coalesce(new.part, old.part))
   loop
-    raise notice '%: %', line.part, coalesce(line.news, 'was there');
+    raise notice '%: %', line.part, coalesce(line.news, line.olds);
   end loop;
 end
 $report$;
