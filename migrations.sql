@@ -1,7 +1,8 @@
 -- ImaGen's side of a Supabase database. Run it with `imagen migrate`, with psql, or in the SQL editor, as `postgres`
 -- (which is no superuser there); running it again changes nothing. Its notices say, part by part, what it did.
 --
--- What an older release or the original system left is extended in place: nothing is dropped, renamed or narrowed.
+-- What an older release or the original system left is extended in place: nothing is dropped or renamed, and no more
+-- is narrowed than the bucket, which becomes private, and what people may change in their rows: the tags.
 
 begin;
 
