@@ -15,6 +15,7 @@ import email.message
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -48,7 +49,9 @@ import time
 import tomllib
 import types
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8897,6 +8900,601 @@ def test_a_usage_table_of_another_gets_what_it_can_hold_once(database: Database,
 
 
 # === 17. Queue: the way to Postgres ===
+# What a database of the original system holds. Its jobs and its usage are known by description only.
+QUEUE_ORIGINAL = """
+create schema imagen;
+create table imagen.images (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, prompt_hash text, backend text not null, model text, seed bigint, steps int, width int,
+  height int, latency_ms int, cost_usd_estimate numeric(10,6), storage_path text not null, sidecar jsonb,
+  tags text[] default '{}', created_at timestamptz default now());
+create index imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc);
+create index imagen_images_backend_idx on imagen.images (backend);
+create index imagen_images_tags_idx on imagen.images using gin (tags);
+alter table imagen.images enable row level security;
+create policy images_owner_select on imagen.images for select using (owner_user_id = auth.uid());
+create policy images_owner_insert on imagen.images for insert with check (owner_user_id = auth.uid());
+create table imagen.jobs (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, backend text, style text, width int, height int, steps int, seed bigint,
+  status text not null default 'pending' check (status in ('pending', 'running', 'done', 'failed')),
+  image_id uuid references imagen.images (id), error text, created_at timestamptz default now(),
+  started_at timestamptz, finished_at timestamptz);
+create index imagen_jobs_pending_idx on imagen.jobs (created_at) where status = 'pending';
+create index imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+alter table imagen.jobs enable row level security;
+create function imagen.notify_job() returns trigger language plpgsql as $$ begin
+  perform pg_notify('imagen_jobs', new.id::text); return new; end $$;
+create trigger imagen_jobs_notify after insert on imagen.jobs for each row execute function imagen.notify_job();
+create schema mai;
+create table mai.imagen_usage (id bigint generated always as identity primary key, at timestamptz default now(),
+  backend text, prompt_hash text, cost_usd numeric(10,6));
+"""
+
+# Everything in our schemas and in Storage that a migration could touch, one line each; values of rows not among it.
+QUEUE_CATALOG = """
+with ours as (select oid from pg_namespace where nspname in ('imagen', 'mai', 'storage'))
+select concat_ws(' ', 'schema', nspname, nspacl) as line from pg_namespace where oid in (table ours)
+union select concat_ws(' ', 'table', c.oid::regclass, c.oid, relrowsecurity, attname, format_type(atttypid,
+    atttypmod), attnotnull, pg_get_expr(adbin, adrelid)) from pg_class c join pg_attribute a on attrelid = c.oid
+  left join pg_attrdef on (adrelid, adnum) = (c.oid, attnum) where relnamespace in (table ours) and attnum > 0
+union select concat_ws(' ', 'grants', c.oid::regclass, relacl, attname, attacl) from pg_class c
+  left join pg_attribute on attrelid = c.oid and attacl is not null where relnamespace in (table ours)
+union select concat_ws(' ', 'constraint', conrelid::regclass, conname, pg_get_constraintdef(oid))
+  from pg_constraint where connamespace in (table ours)
+union select concat_ws(' ', 'index', indexdef) from pg_indexes where schemaname in ('imagen', 'mai', 'storage')
+union select concat_ws(' ', 'policy', tablename, policyname, permissive, roles, cmd, qual, with_check) from pg_policies
+union select concat_ws(' ', 'trigger', pg_get_triggerdef(oid)) from pg_trigger where not tgisinternal
+union select concat_ws(' ', 'function', oid::regprocedure, prosecdef, proconfig, proacl, prosrc)
+  from pg_proc where pronamespace in (table ours)
+union select concat_ws(' ', 'setting', setrole::regrole, setdatabase, setconfig) from pg_db_role_setting
+union select concat_ws(' ', 'default', defaclrole::regrole, defaclnamespace::regnamespace, defaclobjtype, defaclacl)
+  from pg_default_acl
+union select concat_ws(' ', 'bucket', b) from storage.buckets b
+order by 1
+"""
+
+QUEUE_PARTS = [
+    f"imagen_{part}"
+    for part in ("schema_init", "schema_grants", "storage_bucket", "storage_policies", "pgrst_expose", "usage_init")
+]
+QUEUE_NOWHERE = "00000000-0000-4000-8000-000000000000"
+
+
+def queue_catalog(database: Database) -> list[str]:
+    return [row["line"] for row in database.sql(QUEUE_CATALOG)]
+
+
+def queue_image(database: Database, owner: str, path: str) -> str:
+    """The id of a new row, made as the service makes it."""
+    text = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'p', 'mock', $2)"
+    return str(database.one(f"{text} returning id", owner, path, role="service_role"))
+
+
+def queue_object(database: Database, path: str, bucket: str = "imagen-generated", owner: str | None = None) -> None:
+    text = "insert into storage.objects (bucket_id, name, owner_id) values ($1, $2, $3)"
+    database.sql(text, bucket, path, owner, role="service_role")
+
+
+def queue_migrate(box: Box, database: Database, *args: str, role: str = "imagen_migrator", **env: str) -> Done:
+    return box.run("migrate", *args, env={"IMAGEN_DATABASE_URL": database.dsn(role), **env})
+
+
+@pytest.fixture(params=[16, 18])
+def queue_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A project before migrations.sql, on each version of PostgreSQL that there is."""
+    with request.getfixturevalue("postgres" if request.param == 18 else "postgres16").database() as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def queue_rls(postgres: Postgres) -> Iterator[Database]:
+    """Two people with an image each, an object without its row, and another bucket that everybody signed in may read.
+
+    Nobody changes it: what is tried in it is undone.
+    """
+    with postgres.database() as database:
+        database.migrate()
+        database.sql("insert into storage.buckets (id, name) values ('other', 'other')")
+        database.sql("create policy other on storage.objects for select to authenticated using (bucket_id = 'other')")
+        for name in ("anna", "bert"):
+            queue_object(database, f"{name}.png")
+            queue_image(database, database.user(name), f"{name}.png")
+        queue_object(database, "orphan.png")
+        queue_object(database, "upload.png", owner=database.user("anna"))
+        queue_object(database, "theirs.png", "other")
+        database.sql("insert into mai.imagen_usage (backend) values ('mock')", role="service_role")
+        yield database
+
+
+def queue_tried(database: Database, who: str, text: str, before: str = "") -> int | str:
+    """How many rows a statement gives or changes for somebody, or the SQLSTATE of its refusal; undone afterwards."""
+    role = who if who in ("anon", "service_role") else "authenticated"
+    claims = json.dumps({"role": role} | ({"sub": database.user(who)} if role == "authenticated" else {}))
+    users = {f"<{name}>": database.user(name) for name in ("anna", "bert")}
+    for name, ident in users.items():
+        text = text.replace(name, f"'{ident}'")
+    with database.session() as session:
+        session.sql(f"begin; {before}; set local storage.allow_delete_query = 'true'")  # only policies may refuse
+        session.sql("select set_config('request.jwt.claims', $1, true), set_config('role', $2, true)", claims, role)
+        try:
+            session._link.run(text)
+        except pg8000.native.DatabaseError as err:
+            return str(err.args[0]["C"])
+        return int(session._link.row_count)
+
+
+QUEUE_INSERT = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values"
+QUEUE_MATRIX = """
+a place's freedom  | select imagen.may_name('new.png')                                        | 1 1 42501 42501
+imagen.images      | select 1 from imagen.images                                              | 1 1 42501 2
+anna's images      | select 1 from imagen.images where owner_user_id = <anna>                 | 1 0 42501 1
+a row for anna     | INSERT (<anna>, 'p', 'mock', 'new.png')                                  | 1 42501 42501 1
+a row for bert     | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 1 42501 1
+anna's path        | INSERT (<bert>, 'p', 'mock', 'anna.png')                                 | 42501 42501 42501 23505
+anna's own upload  | INSERT (<anna>, 'p', 'mock', 'upload.png')                               | 1 42501 42501 1
+bert at that place | INSERT (<bert>, 'p', 'mock', 'upload.png')                               | 42501 42501 42501 1
+an orphan's path   | INSERT (<bert>, 'p', 'mock', 'orphan.png')                               | 42501 42501 42501 1
+nobody's row       | INSERT (null, 'p', 'mock', 'new.png')                                    | 42501 42501 42501 23502
+tags of anna       | update imagen.images set tags = '{a}' where owner_user_id = <anna>       | 1 0 42501 1
+anna's prompt      | update imagen.images set prompt = 'q' where owner_user_id = <anna>       | 42501 42501 42501 1
+a path to anna's   | update imagen.images set storage_path = 'x' where owner_user_id = <bert> | 42501 42501 42501 1
+giving it away     | update imagen.images set owner_user_id = <bert>, tags = '{}'             | 42501 42501 42501 2
+a row's end        | delete from imagen.images                                                | 42501 42501 42501 2
+usage              | select 1 from mai.imagen_usage                                           | 42501 42501 42501 1
+a new usage        | insert into mai.imagen_usage (owner_user_id) values (<anna>)             | 42501 42501 42501 1
+another usage      | update mai.imagen_usage set cost_usd_estimate = 0                        | 42501 42501 42501 1
+a usage's end      | delete from mai.imagen_usage                                             | 42501 42501 42501 1
+objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 1 1 0 4
+anna's object      | select 1 from storage.objects where name = 'anna.png'                    | 1 0 0 1
+all objects        | select 1 from storage.objects                                            | 2 2 0 5
+a new object       | insert into storage.objects (bucket_id, name) values ('imagen-generated', 'x') | 1 1 42501 1
+one elsewhere      | insert into storage.objects (bucket_id, name) values ('other', 'x')      | 42501 42501 42501 1
+another object     | update storage.objects set name = name || '2'                            | 0 0 0 5
+an object's end    | delete from storage.objects                                              | 0 0 0 5
+buckets            | select 1 from storage.buckets                                            | 0 0 0 2
+a new bucket       | insert into storage.buckets (id, name) values ('x', 'x')                 | 42501 42501 42501 1
+a public bucket    | update storage.buckets set public = true                                 | 0 0 0 2
+a bucket's end     | delete from storage.buckets where id = 'new'                             | 0 0 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "outcomes"),
+    [
+        pytest.param(text.replace("INSERT", QUEUE_INSERT), outcomes, id=name)
+        for name, text, outcomes in (re.split(r" +\| ", line) for line in QUEUE_MATRIX.strip().splitlines())
+    ],
+)
+def test_each_person_sees_and_changes_their_own(queue_rls: Database, text: str, outcomes: str) -> None:
+    seen = [queue_tried(queue_rls, who, text) for who in ("anna", "bert", "anon", "service_role")]
+    assert " ".join(map(str, seen)) == outcomes
+
+
+@pytest.mark.parametrize(
+    "revoked",
+    ["usage on schema imagen", "all on imagen.images", "all on all functions in schema imagen"],
+)
+@pytest.mark.parametrize("role", ["public", "authenticated", "anon"])
+def test_other_buckets_can_be_read_whatever_right_of_ours_is_taken_away(
+    queue_rls: Database, revoked: str, role: str
+) -> None:
+    theirs, all_of_them = "select 1 from storage.objects where bucket_id = 'other'", "select 1 from storage.objects"
+    read = [queue_tried(queue_rls, "bert", text, f"revoke {revoked} from {role}") for text in (theirs, all_of_them)]
+    assert read == [1, 2]
+
+
+def test_a_project_whose_new_functions_are_for_nobody_keeps_its_reads(database: Database) -> None:
+    with database.connect() as link:
+        sql_rows(link, "alter default privileges revoke execute on functions from public")
+    database.migrate()
+    queue_object(database, "anna.png")
+    queue_image(database, database.user("anna"), "anna.png")
+    read = "select 1 from storage.objects"
+    assert [queue_tried(database, who, read) for who in ("anna", "bert", "anon")] == [1, 0, 0]
+
+
+def queue_ask(cloud: Cloud, path: str, body: object = None, user: str = "", key: str = "") -> tuple[int, Any]:
+    """The true status and the body of an answer: to a POST where there is a body, else to a GET."""
+    headers = {**cloud.headers(key, user), "Content-Profile": "imagen", "Accept-Profile": "imagen"}
+    headers |= {"Content-Type": "image/png" if isinstance(body, bytes) else "application/json"}
+    sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(cloud.base + path, sent, headers)) as answer:
+            code, said = answer.status, answer.read()
+    except urllib.error.HTTPError as answer:
+        with answer:
+            code, said = answer.code, answer.read()
+    found = json.loads(said) if said[:1] in (b"{", b"[") else said
+    return (int(found["statusCode"]), found) if code == 400 and "statusCode" in found else (code, found)
+
+
+def test_over_http_an_object_is_for_its_owner_once_its_row_is_there(cloud: Cloud) -> None:
+    everybody = {"anna": {"user": cloud.anna}, "bert": {"user": cloud.bert}, "anon": {"key": cloud.anon_key}}
+    row = {"owner_user_id": cloud.anna, "prompt": "p", "backend": "mock", "storage_path": "a.png"}
+
+    def signed() -> dict[str, Any]:
+        said = {n: queue_ask(cloud, f"{objects}/sign/{name}", {"expiresIn": 60}, **w) for n, w in everybody.items()}
+        return {name: body.get("code", code) for name, (code, body) in said.items()}
+
+    objects, name = "/storage/v1/object", "imagen-generated/a.png"
+    assert queue_ask(cloud, f"{objects}/{name}", png())[0] == 200
+    assert signed() == dict.fromkeys(everybody, "NoSuchKey")
+    for who, owner, code in (("bert", cloud.bert, 403), ("bert", cloud.anna, 403), ("anon", cloud.anna, 401)):
+        refused, said = queue_ask(cloud, "/rest/v1/images", {**row, "owner_user_id": owner}, **everybody[who])
+        assert (refused, said["code"]) == (code, "42501")
+    assert queue_ask(cloud, "/rest/v1/images", row)[0] == 201
+    assert signed() == {"anna": 200, "bert": "NoSuchKey", "anon": "NoSuchKey"}
+    _, said = queue_ask(cloud, f"{objects}/sign/{name}", {"expiresIn": 60}, user=cloud.anna)
+    assert queue_ask(cloud, f"/storage/v1{said['signedURL']}") == (200, png())
+    assert queue_ask(cloud, f"{objects}/authenticated/{name}", user=cloud.anna) == (200, png())
+    assert queue_ask(cloud, f"{objects}/authenticated/{name}", user=cloud.bert)[0] == 404
+    rows = [queue_ask(cloud, "/rest/v1/images?select=storage_path", **who)[1] for who in everybody.values()]
+    assert rows[:2] == [[{"storage_path": "a.png"}], []] and rows[2]["code"] == "42501"
+
+
+def test_migrating_makes_what_is_promised_and_again_changes_nothing(box: Box, queue_database: Database) -> None:
+    first, made = queue_migrate(box, queue_database), queue_catalog(queue_database)
+    assert [line.split()[0] for line in first.lines] == QUEUE_PARTS and first.code == 0 and "was there" not in first.out
+    anna = queue_database.user("anna")
+    queue_image(queue_database, anna, "a.png")
+    again = queue_migrate(box, queue_database, "--json").json
+    alike = dict.fromkeys(QUEUE_PARTS, "was there") | {"imagen_pgrst_expose": "left to the Dashboard"}
+    assert again["parts"] == alike and queue_catalog(queue_database) == made
+    assert queue_database.one("select count(*) from imagen.images") == 1
+
+    columns = """id uuid not null gen_random_uuid() | owner_user_id uuid not null | prompt text not null
+      | prompt_hash text | backend text not null | model text | seed bigint | steps integer | width integer
+      | height integer | latency_ms integer | cost_usd_estimate numeric(10,6) | storage_path text not null
+      | sidecar jsonb | tags text[] '{}'::text[] | created_at timestamp with time zone now()"""
+    text = """select concat_ws(' ', attname, format_type(atttypid, atttypmod), case when attnotnull then 'not null' end,
+      pg_get_expr(adbin, adrelid)) as line
+      from pg_attribute left join pg_attrdef on (adrelid, adnum) = (attrelid, attnum)
+      where attrelid = 'imagen.images'::regclass and attnum > 0 order by attnum"""
+    assert [row["line"] for row in queue_database.sql(text)] == re.split(r"\s+\| ", columns)
+    indexes = queue_database.sql("select indexdef from pg_indexes where schemaname in ('imagen', 'mai')")
+    assert {row["indexdef"].removeprefix("CREATE ") for row in indexes} == {
+        "UNIQUE INDEX images_pkey ON imagen.images USING btree (id)",
+        "INDEX imagen_images_owner_created_idx ON imagen.images USING btree (owner_user_id, created_at DESC)",
+        "INDEX imagen_images_backend_idx ON imagen.images USING btree (backend)",
+        "INDEX imagen_images_tags_idx ON imagen.images USING gin (tags)",
+        "UNIQUE INDEX imagen_images_storage_path_key ON imagen.images USING btree (storage_path)",
+        "UNIQUE INDEX imagen_usage_pkey ON mai.imagen_usage USING btree (id)",
+        "INDEX imagen_usage_created_idx ON mai.imagen_usage USING btree (created_at)",
+    }
+    keys = "select pg_get_constraintdef(oid) from pg_constraint where conrelid = 'imagen.images'::regclass"
+    assert queue_database.one(f"{keys} and contype = 'f'") == "FOREIGN KEY (owner_user_id) REFERENCES auth.users(id)"
+    (bucket,) = queue_database.sql("select * from storage.buckets")
+    assert (bucket["id"], bucket["name"], bucket["public"]) == ("imagen-generated", "imagen-generated", False)
+    assert bucket["file_size_limit"] == 50 << 20
+    assert bucket["allowed_mime_types"] == ["image/png", "image/jpeg", "image/webp"]
+    as_owner = "select proname, proconfig from pg_proc where prosecdef and pronamespace = 'imagen'::regnamespace"
+    found = queue_database.sql(as_owner)
+    assert found and [row for row in found if row["proconfig"] != ['search_path=""']] == []
+    policies = queue_database.sql("select concat(qual, with_check) as text, roles::text from pg_policies")
+    assert len(policies) == 6 and {row["roles"] for row in policies} == {"{authenticated}"}
+    assert [row for row in policies if row["text"].count("auth.uid()") != row["text"].count("SELECT auth.uid()")] == []
+
+
+@pytest.mark.parametrize("role", ["imagen_migrator", "postgres"])
+def test_what_the_migrating_role_makes_later_is_there_for_the_service(database: Database, role: str) -> None:
+    database.migrate(role=role)
+    with database.connect(role) as link:
+        sql_rows(link, "create table imagen.later (id int generated always as identity, n serial)")
+    assert queue_tried(database, "service_role", "insert into imagen.later default values") == 1
+    assert queue_tried(database, "anna", "select 1 from imagen.later") == "42501"
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "types"),
+    [
+        ("true, null, null", 50 << 20, ["image/jpeg", "image/png", "image/webp"]),
+        ("false, 1000, '{image/gif,image/png}'", 1000, ["image/gif", "image/jpeg", "image/png", "image/webp"]),
+        ("true, 52428800, '{image/png,image/webp,image/jpeg,image/avif}'", 50 << 20, []),
+    ],
+)
+def test_a_bucket_that_is_there_becomes_private_and_takes_our_types_too(
+    database: Database, before: str, limit: int, types: list[str]
+) -> None:
+    columns = "id, name, public, file_size_limit, allowed_mime_types"
+    database.sql(f"insert into storage.buckets ({columns}) values ('imagen-generated', 'imagen-generated', {before})")
+    database.migrate()
+    (bucket,) = database.sql("select * from storage.buckets")
+    assert (bucket["public"], bucket["file_size_limit"]) == (False, limit)
+    assert sorted(bucket["allowed_mime_types"]) == (types or ["image/avif", "image/jpeg", "image/png", "image/webp"])
+
+
+QUEUE_EXPOSE = "alter role authenticator {} set pgrst.db_schemas = '{}'"
+
+
+@pytest.mark.parametrize(
+    ("before", "args", "after", "by_hand"),
+    [
+        pytest.param([], [], [], "Dashboard", id="none"),
+        pytest.param([], ["--expose"], [(0, "public, graphql_public, imagen, mai")], "", id="none, but asked for"),
+        pytest.param([("", "public,api")], [], [(0, "public,api, imagen, mai")], "", id="role"),
+        pytest.param([("", "mai , public")], [], [(0, "mai , public, imagen")], "", id="one of them"),
+        pytest.param([("", "imagen,mai")], ["--expose"], [(0, "imagen,mai")], "", id="both of them"),
+        pytest.param([("", "imagen2, maia")], [], [(0, "imagen2, maia, imagen, mai")], "", id="the like"),
+        pytest.param([("here", "public, api")], [], [(1, "public, api, imagen, mai")], "", id="database"),
+        pytest.param(
+            [("", "public"), ("here", "api")], [], [(0, "public"), (1, "api, imagen, mai")], "", id="database over role"
+        ),
+        pytest.param([("elsewhere", "api")], [], [(2, "api")], "Dashboard", id="another database"),
+        pytest.param(
+            [("", "public"), ("refused", "")], [], [(0, "public")], "'public, imagen, mai'", id="without the right"
+        ),
+    ],
+)
+def test_exposed_schemas_stay_exposed_and_ours_join_them(
+    box: Box, database: Database, before: Any, args: list[str], after: Any, by_hand: str
+) -> None:
+    for where, schemas in before:
+        place = {"": "", "here": f"in database {database.name}", "elsewhere": "in database supabase"}.get(where)
+        refuse = "revoke set on parameter pgrst.db_schemas from imagen_migrator"
+        database.sql(QUEUE_EXPOSE.format(place, schemas) if place is not None else refuse)
+    try:
+        done = queue_migrate(box, database, "--json", *args)
+        text = """select setdatabase, datname, unnest(setconfig) as value
+          from pg_db_role_setting left join pg_database d on d.oid = setdatabase
+          where setrole = 'authenticator'::regrole order by setdatabase <> 0"""
+        found = [row for row in database.sql(text) if row["value"].startswith("pgrst.db_schemas=")]
+    finally:
+        database.sql("alter role authenticator in database supabase reset pgrst.db_schemas")
+    where = {None: 0, database.name: 1, "supabase": 2}
+    assert [(where[row["datname"]], row["value"].partition("=")[2]) for row in found] == after
+    assert done.code == 0 and len(done.json["by_hand"]) == bool(by_hand) and by_hand in "".join(done.json["by_hand"])
+    assert ("by hand: " in done.err) == bool(by_hand) and list(done.json["parts"]) == QUEUE_PARTS
+
+
+def test_a_database_of_the_original_is_extended_in_place(box: Box, queue_database: Database) -> None:
+    anna = queue_database.user("anna")
+    queue_database.migrate(QUEUE_ORIGINAL)
+    values = (
+        "($1, 'p', 'mock', 'twice.png', '{a}'), ($1, 'q', 'mock', 'twice.png', null), ($1, 'r', 'mock', '3.png', '{}')"
+    )
+    queue_database.sql(f"{QUEUE_INSERT.replace(')', ', tags)')} {values}", anna)
+    jobs = (
+        "insert into imagen.jobs (owner_user_id, prompt, image_id) select owner_user_id, prompt, id from imagen.images"
+    )
+    queue_database.sql(jobs)
+    queue_database.sql("insert into mai.imagen_usage (backend, cost_usd) values ('flux', 0.003)")
+    tables = ("imagen.images", "imagen.jobs", "mai.imagen_usage")
+    rows = {table: queue_database.sql(f"select * from {table}") for table in tables}
+    before = set(queue_catalog(queue_database))
+
+    first = queue_migrate(box, queue_database)
+    after = set(queue_catalog(queue_database))
+    assert first.code == 0 and "by hand: 1 values of imagen.images.storage_path" in first.err
+    gone = {line for line in before - after if not line.startswith(("schema ", "grants imagen."))}
+    assert gone == set() and not [line for line in after - before if "mai.imagen_usage" in line]
+    assert not any("imagen_images_storage_path_key" in line for line in after)
+    assert {table: queue_database.sql(f"select * from {table}") for table in tables} == rows
+    assert queue_tried(queue_database, "anna", "update imagen.images set prompt = 'q'") == "42501"
+    assert queue_tried(queue_database, "bert", "select 1 from imagen.images") == 0
+
+    queue_database.sql("update imagen.images set storage_path = '2.png' where prompt = 'q'")
+    second = queue_migrate(box, queue_database)
+    assert "imagen_images_storage_path_key" in second.lines[0] and "storage_path" not in second.err
+    assert {line.split(maxsplit=1)[1] for line in second.lines[1:]} == {"was there", "left to the Dashboard"}
+    queue_object(queue_database, "orphan.png")
+    stolen = f"{QUEUE_INSERT} (<bert>, 'p', 'mock', 'orphan.png')"
+    assert queue_tried(queue_database, "bert", stolen) == "42501"  # though the original's policy lets them
+
+
+def test_columns_that_an_older_release_lacks_are_added(database: Database) -> None:
+    database.migrate("""create schema imagen; create table imagen.images (id uuid primary key default gen_random_uuid(),
+      owner_user_id uuid not null references auth.users (id), prompt text not null, backend text not null,
+      storage_path text not null, mood text)""")
+    database.sql("insert into imagen.images values (default, $1, 'p', 'mock', 'a.png', 'glad')", database.user("anna"))
+    database.migrate()
+    (row,) = database.sql("select * from imagen.images")
+    assert (row["mood"], row["storage_path"], row["tags"], row["seed"]) == ("glad", "a.png", [], None)
+    assert isinstance(row["created_at"], datetime) and len(row) == 17
+
+
+def test_the_newest_of_two_hundred_thousand_come_by_index(database: Database) -> None:
+    database.migrate()
+    people = [database.user("anna"), database.user("bert")]
+    database.sql(
+        """insert into imagen.images (owner_user_id, prompt, backend, storage_path, created_at)
+        select ($1::uuid[])[1 + n % 2], 'p', 'mock', n || '.png', now() - n * interval '1 second'
+        from generate_series(1, 200000) n""",
+        people,
+    )
+    database.sql("analyze imagen.images")
+    newest = "from imagen.images order by created_at desc limit 50"
+    plan = [row["QUERY PLAN"] for row in database.sql(f"explain (costs off) select * {newest}", user=people[0])]
+    text = "\n".join(plan)
+    assert "Index Scan using imagen_images_owner_created_idx" in text and "InitPlan" in text
+    assert "Seq Scan" not in text and "Sort" not in text
+    found = database.sql(f"select storage_path {newest}", user=people[0])
+    assert [row["storage_path"] for row in found] == [f"{n}.png" for n in range(2, 101, 2)]
+
+
+def test_a_second_migration_takes_no_lock_that_stops_a_reader(box: Box, database: Database) -> None:
+    database.migrate()
+    with database.session() as reader:
+        reader.sql("begin; select from imagen.images; select from storage.objects")
+        reader.sql("lock table imagen.images, storage.objects in row exclusive mode")  # what a writer holds
+        assert queue_migrate(box, database).code == 0
+
+
+def test_migrations_at_once_take_turns(box: Box, database: Database) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: queue_migrate(box, database, "--json"), range(4)))
+    assert [d.code for d in done] == [0] * 4
+    assert sorted(d.json["parts"]["imagen_schema_init"] == "was there" for d in done) == [False, True, True, True]
+
+
+def test_a_migration_that_fails_leaves_nothing(box: Box, database: Database) -> None:
+    before, path = queue_catalog(database), box.root / "failing.sql"
+    text = (HERE.parent / "migrations.sql").read_text()
+    path.write_text(text.replace("\ncommit;", "\nselect * from nowhere;\ncommit;"))
+    failed = queue_migrate(box, database, "--file", str(path))
+    assert failed.code == 3 and '"nowhere" does not exist' in failed.err and failed.out == ""
+    assert queue_catalog(database) == before
+
+
+def test_migrate_says_what_it_did(box: Box, database: Database) -> None:
+    done = queue_migrate(box, database)
+    assert done.code == 0 and done.err.count("\n") == 1 and done.err.startswith("imagen: by hand: add the schemas")
+    said = dict(line.split(maxsplit=1) for line in done.lines)
+    assert {"schema imagen", "table imagen.images", "policy imagen_images_owner_select"} <= {
+        *said["imagen_schema_init"].split(", "),
+        *said["imagen_schema_grants"].split(", "),
+    }
+    assert said["imagen_storage_bucket"] == "bucket imagen-generated"
+    assert "table mai.imagen_usage" in said["imagen_usage_init"]
+    database.sql("drop index imagen.imagen_images_tags_idx; drop policy imagen_objects_insert on storage.objects")
+    database.sql("update storage.buckets set public = true")
+    again = queue_migrate(box, database, "--expose", "--json")
+    assert again.err == "" and again.json == {
+        "ok": True,
+        "parts": {
+            "imagen_schema_init": "index imagen_images_tags_idx",
+            "imagen_schema_grants": "was there",
+            "imagen_storage_bucket": "changed: bucket imagen-generated",
+            "imagen_storage_policies": "policy imagen_objects_insert",
+            "imagen_pgrst_expose": "changed: exposed schemas",
+            "imagen_usage_init": "was there",
+        },
+        "by_hand": [],
+    }
+
+
+def test_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
+    box: Box, database: Database
+) -> None:
+    box.configure({"mock": {"type": "mock"}}, supabase={"database_url_env": "MY_DATABASE"})
+    (box.root / "own.sql").write_text("create schema größe; do $$ begin raise notice 'imagen_own: done'; end $$")
+    env = {"MY_DATABASE": database.dsn(), "IMAGEN_DATABASE_URL": ""}
+    assert queue_migrate(box, database, "--file", "own.sql", **env).lines == ["imagen_own  done"]
+    assert database.one("select count(*) from pg_namespace where nspname = 'größe'") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "code", "words"),
+    [
+        pytest.param(["--file", "none.sql"], {}, 3, "none.sql", id="no such file"),
+        pytest.param(["--file", "."], {}, 3, "directory", id="a folder"),
+        pytest.param(["--file", "latin.sql"], {}, 3, "latin.sql", id="not in UTF-8"),
+        pytest.param(["--file", "broken.sql"], {}, 3, 'syntax error at or near "nonsense" (42601)', id="no SQL"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": ""}, 3, "IMAGEN_DATABASE_URL is not set", id="no address"),
+        pytest.param([], {"port": "refused"}, 4, "efused", id="no server"),
+        pytest.param([], {"host": "nowhere.invalid"}, 4, "nowhere.invalid", id="no host"),
+        pytest.param([], {"port": "1234567"}, 3, "postgresql://user:password@host", id="no port"),
+        pytest.param([], {"user": "authenticator"}, 3, "permission denied", id="another's role"),
+        pytest.param([], {"user": "nobody"}, 3, "28P01", id="no such user"),
+        pytest.param([], {"query": "?host=/nowhere"}, 4, "/nowhere", id="no socket"),
+        pytest.param([], {"password": "wr0ng-Passw0rd"}, 3, "28P01", id="wrong password"),
+        pytest.param([], {"database": "nowhere"}, 3, '"nowhere" does not exist', id="no such database"),
+        pytest.param([], {"query": "?sslmode=require"}, 4, "SSL", id="TLS that is not offered"),
+        pytest.param([], {"query": "?sslmode=verify-full"}, 3, "certificates", id="no root certificate"),
+        pytest.param([], {"query": "?sslmode=requires"}, 3, '"require"', id="no such sslmode"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "Passw0rd-garbage"}, 3, "postgresql://", id="garbage"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "mysql://u:Passw0rd-x@h/d"}, 3, "postgresql://", id="another kind"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "postgresql://u:Passw0rd-x@[h/d"}, 3, "postgresql://", id="a bracket"),
+        pytest.param([], {"password": "Passw0rd/2-x"}, 3, "postgresql://", id="a password with a slash"),
+        pytest.param([], {"password": "12345/Passw0rd"}, 3, "postgresql://", id="one that looks like a port"),
+        pytest.param([], {"password": "12345?Passw0rd"}, 3, "postgresql://", id="one like a port and a query"),
+        pytest.param([], {"password": "12345#Passw0rd"}, 3, "postgresql://", id="one like a port and a fragment"),
+    ],
+)
+def test_what_keeps_a_migration_from_starting_is_told_without_the_password(
+    box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, words: str
+) -> None:
+    (box.root / "latin.sql").write_bytes("select 'Größe'".encode("latin-1"))
+    (box.root / "broken.sql").write_text("nonsense")
+    parts = {"user": "imagen_migrator", "password": "postgres", "host": "127.0.0.1", "port": str(queue_rls.server.port)}
+    parts |= {"database": queue_rls.name, "query": "", **env}
+    parts["port"] = str(refused_port()) if parts["port"] == "refused" else parts["port"]
+    dsn = "postgresql://{user}:{password}@{host}:{port}/{database}{query}".format(**parts)
+    url = {"IMAGEN_DATABASE_URL": env.get("IMAGEN_DATABASE_URL", dsn)}
+    done = box.run("migrate", "--json", *args, env=url)
+    error = done.json["error"]
+    assert (done.code, error["code"]) == (code, {3: "config", 4: "unreachable"}[code])
+    assert words in error["message"] + error["hint"]
+    assert [text for text in ("Passw0rd", "12345", "Traceback") if text in done.out + done.err] == []
+
+
+def test_without_pg8000_the_error_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "empty.sql").write_text("")
+    url = "postgresql://imagen:Passw0rd-x@127.0.0.1:1/imagen"
+    done = head_alone(tmp_path, "migrate", "--file", str(tmp_path / "empty.sql"), IMAGEN_DATABASE_URL=url)
+    assert done.returncode == 3 and "pip install pg8000" in done.stderr and "Passw0rd" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dsn", "env", "options"),
+    [
+        ("postgresql://", {}, {}),
+        ("postgres://anna@db.example.org", {}, {"host": "db.example.org", "user": "anna", "database": "anna"}),
+        (
+            "postgresql://postgres.ref:p%C3%A4%3Ass%40w%2Ford@h:6543/a%20b",
+            {},
+            {"host": "h", "port": "6543", "user": "postgres.ref", "password": "pä:ss@w/ord", "database": "a b"},
+        ),
+        ("postgresql://[::1]:5433/d", {}, {"host": "::1", "port": "5433", "database": "d"}),
+        (
+            "postgresql:///d?host=/run/P&port=1&user=u",
+            {},
+            {"host": "/run/P", "port": "1", "user": "u", "database": "d"},
+        ),
+        ("postgresql://%2Frun%2FP/d", {}, {"host": "/run/P", "database": "d"}),
+        ("postgresql:///?dbname=d&password=p%26+w", {}, {"password": "p&+w", "database": "d"}),
+        ("postgresql://h/d?sslmode=verify-ca&sslrootcert=~/ca", {}, {"sslmode": "verify-ca", "sslrootcert": "~/ca"}),
+        ("postgresql://h/d", {"PGHOST": "x", "PGPORT": "1", "PGDATABASE": "x"}, {"port": "1"}),
+        ("postgresql://u@h/d", {"PGUSER": "x", "PGPASSWORD": "p"}, {"user": "u", "password": "p"}),
+        ("postgresql://h/d", {"PGSSLMODE": "require"}, {"sslmode": "require"}),
+        ("postgresql://h/d?sslmode=allow", {"PGSSLMODE": "require"}, {"sslmode": "allow"}),
+        ("", {"PGHOST": "x", "PGUSER": "u", "PGDATABASE": "d"}, {"host": "x", "user": "u", "database": "d"}),
+    ],
+)
+def test_an_address_of_postgres_says_what_libpq_reads_in_it(
+    here: Box, monkeypatch: pytest.MonkeyPatch, dsn: str, env: dict[str, str], options: dict[str, str]
+) -> None:
+    for name in imagen.PG_VARIABLES:
+        monkeypatch.delenv(f"PG{name.upper()}", raising=False)
+    for name, value in {"USER": "me", **env}.items():
+        monkeypatch.setenv(name, value)
+    silent = {"host": "localhost", "port": "5432", "user": "me", "database": "me", "sslmode": "prefer"}
+    silent |= {"host": "h", "database": "d"} if "h/d" in dsn else {}
+    assert imagen.postgres_options(dsn) == {**dict.fromkeys(imagen.PG_VARIABLES, ""), **silent, **options}
+
+
+@pytest.mark.parametrize("way", ["scram", "socket", "encoded socket", "variables", "prefer"])
+def test_a_login_by_every_way(here: Box, monkeypatch: pytest.MonkeyPatch, database: Database, way: str) -> None:
+    database.sql("""create role "größe:@/?" login password 'pä:ss@w/ord 100%'""")
+    who, folder = urllib.parse.quote("größe:@/?", safe=""), str(database.server.folder)
+    at = f"{database.server.port}/{database.name}"
+    url = f"postgresql://{who}:{urllib.parse.quote('pä:ss@w/ord 100%', safe='')}@127.0.0.1:{at}"
+    urls = {
+        "scram": url,
+        "prefer": f"{url}?sslmode=prefer",
+        "socket": f"postgresql://{who}@:{at}?host={folder}&sslmode=require",
+        "encoded socket": f"postgresql://{who}@{urllib.parse.quote(folder, safe='')}:{at}",
+        "variables": "",
+    }
+    env = {"IMAGEN_DATABASE_URL": urls[way]}
+    if way == "variables":
+        env |= {"PGHOST": "127.0.0.1", "PGPORT": str(database.server.port), "PGUSER": "größe:@/?"}
+        env |= {"PGPASSWORD": "pä:ss@w/ord 100%", "PGDATABASE": database.name}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with imagen.postgres("IMAGEN_DATABASE_URL") as link:
+        ((who, name, tls),) = link.run(
+            "select current_user, application_name, ssl from pg_stat_activity natural join pg_stat_ssl"
+            " where pid = pg_backend_pid()"
+        )
+    assert (who, name, tls) == ("größe:@/?", f"imagen {imagen.__version__}", False)
+
+
+def test_a_connection_that_is_not_made_leaves_nothing_open(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", f"postgresql:///d?host={here.root}")
+    with pytest.raises(imagen.Unreachable, match="No such file"), imagen.postgres("IMAGEN_DATABASE_URL"):
+        pass
+    gc.collect()
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
