@@ -60,7 +60,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar
 
 if typing.TYPE_CHECKING:
@@ -157,8 +157,7 @@ class Interrupted(ImagenError):
     code, exit_code, http_status, retryable = "interrupted", 130, 499, True
 
 
-_KINDS: list[type[ImagenError]] = [ImagenError, *ImagenError.__subclasses__()]
-ERRORS = {cls.code: cls for cls in _KINDS}
+ERRORS = {"bug": ImagenError} | {cls.code: cls for cls in ImagenError.__subclasses__()}
 
 
 def printable(text: str) -> str:
@@ -192,17 +191,17 @@ def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenErr
     NamedTuples, and Annotated with the marks above. Raises `error` with every complaint, one a line, place and cure.
     """
     complaints: list[str] = []
-    shaped = _shape(cls, data, where, complaints)
+    shaped: T = _shape(cls, data, where, complaints)
     if complaints:
         raise error("\n".join(line.removeprefix(".") for line in complaints))
-    return typing.cast(T, shaped)
+    return shaped
 
 
 def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return _shape_marked(args, value, where, complaints)
-    if kind in (types.UnionType, typing.Union):
+    if types.NoneType in args:
         return None if value is None else _shape(args[0], value, where, complaints)
     if hasattr(hint, "_fields") and isinstance(value, Mapping | None):
         return _shape_fields(hint, value or {}, where, complaints)
@@ -339,7 +338,7 @@ class Sniffed(NamedTuple):
     """What a file turned out to be."""
 
     format: str  # its ending: png, jpg, webp, gif
-    width: int = 0  # pixels; 0 where the file breaks off before it says
+    width: int = 0  # pixels; 0 where the file breaks off
     height: int = 0
     complete: bool = False  # the format's own end was found
 
@@ -351,76 +350,71 @@ def sniff(file: BinaryIO) -> Sniffed | None:
     found = re.match(magic, file.read(16))
     if not found:
         return None
-    sniffed = Sniffed(found.lastgroup or "")
-    steps = {"png": _sniff_png, "jpg": _sniff_jpeg, "gif": _sniff_gif, "webp": _sniff_webp}[sniffed.format]
-    with suppress(EOFError, struct.error):
-        for known in steps(file):
-            sniffed = Sniffed(sniffed.format, *known)
-    return sniffed if sniffed.width and sniffed.height else sniffed._replace(complete=False)
+    ending = found.lastgroup or ""
+    measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
+    with suppress(struct.error):  # it breaks off
+        width, height = measure(file)
+        return Sniffed(ending, width, height, width > 0 < height)
+    return Sniffed(ending)
 
 
-def _take(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
+def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
+    return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these yields (width, height, complete) as it learns more, and stops, or raises EOFError, where the file ends.
-def _sniff_png(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+# Each of these returns width and height of an image that is there to its end; else 0 and 0, or struct.error.
+def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(16)
-    width, height = struct.unpack(">II", _take(file, 8))
-    yield width, height, False
-    file.seek(8)
+    size = _unpack(file, ">II9x")
     kind = b""
     while kind != b"IEND":
-        length, kind = struct.unpack(">I4s", _take(file, 8))
+        length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
-        _take(file, 4)  # the CRC: this chunk is there to its last byte
-    yield width, height, True
+        _unpack(file, ">I")  # the CRC: this chunk is there to its last byte
+    return size
 
 
-def _sniff_jpeg(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
-        while (marker := _take(file, 1)[0]) == 0xFF:
+        while (marker := _unpack(file, "B")[0]) == 0xFF:
             pass  # fill bytes may stand before a marker
-        (length,) = struct.unpack(">H", _take(file, 2))
-        body = _take(file, max(0, length - 2))
+        place = file.tell()
+        (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", body[1:5])
-            yield width, height, False
+            height, width = _unpack(file, ">xHH")
+        file.seek(place + length)
     last = b""
     while block := file.read(1 << 16):  # from here on FF D9 means nothing but the end
         if b"\xff\xd9" in last + block:
-            yield width, height, True
+            return width, height
         last = block[-1:]
+    return 0, 0
 
 
-def _sniff_webp(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(4)
-    head = _take(file, 26)
-    if head[8:12] == b"VP8X":
-        width, height = 1 + int.from_bytes(head[20:23], "little"), 1 + int.from_bytes(head[23:26], "little")
-    elif head[8:12] == b"VP8L":
-        bits = int.from_bytes(head[17:21], "little")
+    size, kind, head = _unpack(file, "<I4x4s4x10s")
+    if kind == b"VP8X":
+        width, height = 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:], "little")
+    elif kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
-        width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[22:26]))
-    yield width, height, file.seek(0, os.SEEK_END) >= int.from_bytes(head[:4], "little") + 8
+        width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
+    return (width, height) if file.seek(0, os.SEEK_END) >= size + 8 else (0, 0)
 
 
-def _sniff_gif(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(6)
-    width, height, flags, _ = struct.unpack("<HHBH", _take(file, 7))
-    yield width, height, False
-    file.seek(13 + _gif_colors(flags))
-    while (kind := _take(file, 1)) in b",!":
-        file.seek(_gif_colors(_take(file, 9)[8]) + 1 if kind == b"," else 1, os.SEEK_CUR)
-        while size := _take(file, 1)[0]:
-            _take(file, size)
-    yield width, height, kind == b";"
+    width, height, flags = _unpack(file, "<HHBxx")
+    file.seek(_gif_colors(flags), os.SEEK_CUR)
+    while (kind := _unpack(file, "c")[0]) in b",!":
+        file.seek(1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0), os.SEEK_CUR)
+        while size := _unpack(file, "B")[0]:
+            file.seek(size, os.SEEK_CUR)
+    return (width, height) if kind == b";" else (0, 0)
 
 
 def _gif_colors(flags: int) -> int:
@@ -434,10 +428,10 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
-    pending = b""
-    for end in range(1 << 20, len(text) + (1 << 20), 1 << 20):
-        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[end - (1 << 20) : end]))
-        whole = (len(piece) - 1) // 4 * 4 if end < len(text) else len(piece)  # an escape cut in two waits
+    pending, step = b"", 1 << 20
+    for start in range(0, len(text), step):
+        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
+        whole = (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)  # an escape cut in two waits
         pending = piece[whole:]
         try:
             spool.write(binascii.a2b_base64(piece[:whole]))
@@ -505,12 +499,12 @@ class Context:
     def __init__(
         self,
         timeout: float = 600.0,
-        on_progress: Callable[[str, float | None, float | None], None] = lambda note, done, total: None,
-        on_warning: Callable[[str], None] = lambda text: None,
+        on_progress: Callable[[str, float | None, float | None], None] = lambda *_: None,
+        on_warning: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._on_progress, self._on_warning = on_progress, on_warning
         self.timeout, self.started = timeout, time.monotonic()
-        self.deadline = self.started + timeout
+        self.deadline = self.started + min(timeout, 1e6)  # no lock waits for 1e10 s
         self.why = ""
         self.charged: Charged = "no"
         self.remote_ids: dict[str, Any] = {}
@@ -546,7 +540,7 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
-        self._stopped.wait(max(0.0, min(seconds, self.left())))
+        self._stopped.wait(min(seconds, self.left()))
         self.check()
 
     def left(self) -> float:
@@ -608,7 +602,7 @@ class Backend:
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
-        raise BadConfig(f"{type(self).__name__} makes no images")
+        raise NotImplementedError
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
@@ -628,13 +622,12 @@ class Backend:
 
 
 BACKENDS: dict[str, type[Backend]] = {}
-B = TypeVar("B", bound=type[Backend])
 
 
-def register(kind: str) -> Callable[[B], B]:
+def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     """Class decorator: `type: kind` in imagen.yaml means this adapter."""
 
-    def add(cls: B) -> B:
+    def add(cls: type[Backend]) -> type[Backend]:
         BACKENDS[kind] = cls
         return cls
 
@@ -654,10 +647,9 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
             known = ", ".join(difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0))
             raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {known}')
         cls = BACKENDS[kind]
-        allowed = marked(cls.Options, REQUEST) if opts else []
-        for key in opts:
-            if key not in allowed:
-                raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
+        allowed = marked(cls.Options, REQUEST)
+        for key in opts.keys() - allowed:
+            raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
@@ -725,10 +717,10 @@ SAMPLE = """\
 # Keys never stand here: fields that end in _env name environment variables.
 default_backend: flux-schnell-local
 owner_user_id: ""                 # your UUID in auth.users; needed for cloud sync
-env_file: ""                      # optional: a 0600 file with KEY=VALUE lines, for shells that have none (cron, skills)
+env_file: ""                      # optional: a 0600 file with KEY=VALUE lines
 output:
   directory: ~/Pictures/imagen
-  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}; may hold folders
+  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}
   write_metadata_json: true
   preview: auto                   # auto | on | off
   preview_command: ""             # default inside tmux: tmux-img {path}
@@ -767,15 +759,6 @@ class Config(NamedTuple):
     backends: Mapping[str, Mapping[str, Any]] = BUILTIN_BACKENDS
 
 
-OVERRIDES = {
-    "IMAGEN_BACKEND": "default_backend",
-    "IMAGEN_OUTPUT_DIR": "output.directory",
-    "IMAGEN_PREVIEW": "output.preview",
-    "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
-    "IMAGEN_OWNER_USER_ID": "owner_user_id",
-}
-
-
 def sample_text() -> str:
     """What `imagen config init` writes."""
     lines = (f"  {name}: {json.dumps(block)}\n" for name, block in BUILTIN_BACKENDS.items())
@@ -806,14 +789,14 @@ def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
     path = config_path(flag)
     data = read_yaml(path) if path else {}
-    if isinstance(data.get("env_file"), str) and data["env_file"]:
-        load_env_file(os.path.expanduser(data["env_file"]))
+    if isinstance(file := data.get("env_file"), str) and file:
+        load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(data.setdefault(section, {}), Mapping | None):
-            data[section] = {**(data[section] or {}), key: os.environ[name]}
+        elif isinstance(known := data.get(section), Mapping | None):
+            data[section] = {**(known or {}), key: os.environ[name]}
     if isinstance(data.get("styles"), Mapping):
         styles = data["styles"].items()
         data["styles"] = {name: {"suffix": style} if isinstance(style, str) else style for name, style in styles}
@@ -823,16 +806,12 @@ def config_data(flag: str = "") -> dict[str, Any]:
     return data
 
 
-def hide_pasted_keys(values: Mapping[str, Any]) -> None:
+def hide_pasted_keys(data: Mapping[str, Any]) -> None:
     """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    pasted = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            hide_pasted_keys(value)
-        elif isinstance(value, str):
-            named = re.search(r"key|token|secret|password|_env$", str(key))
-            if found := re.search(r"(?s)\A(?![A-Z][A-Z0-9_]*\Z).+" if named else pasted, value):
-                Secret(found[0])
+    named = r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
+    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
+    for found in re.finditer(f"{named}|{shaped}", str(data)):
+        Secret(found[found.lastindex or 0])
 
 
 def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
@@ -852,7 +831,14 @@ def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
 
 def overrides() -> dict[str, str]:
     """The environment variables that override the file just now, and which field each stands for."""
-    return {name: field for name, field in OVERRIDES.items() if os.environ.get(name)}
+    fields = {
+        "IMAGEN_BACKEND": "default_backend",
+        "IMAGEN_OUTPUT_DIR": "output.directory",
+        "IMAGEN_PREVIEW": "output.preview",
+        "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
+        "IMAGEN_OWNER_USER_ID": "owner_user_id",
+    }
+    return {name: field for name, field in fields.items() if os.environ.get(name)}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -869,10 +855,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise BadConfig(f"{path}: {problem.strerror}") from None
     except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
         mark = getattr(problem, "problem_mark", None)
-        before = raw[: getattr(problem, "position", 0)].split(b"\n")
-        line, column = (mark.line + 1, mark.column + 1) if mark else (len(before), len(before[-1]) + 1)
+        place = mark.index if mark else getattr(problem, "position", 0)
+        before = raw.decode("utf-8", "replace")[:place].split("\n")
         what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
-        raise BadConfig(f"{path}, line {line}, column {column}: {what}") from None
+        raise BadConfig(f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}") from None
     if not isinstance(data, dict | None):
         raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
     return data or {}
@@ -898,24 +884,18 @@ def load_env_file(path: str) -> None:
 # === 6. Styles: named ways to dress a prompt ===
 
 STYLES: Mapping[str, Style] = {
-    "photo": Style(
-        "natural light photograph, 35mm lens, shallow depth of field, true colors", "illustration, cartoon, 3d render"
-    ),
+    "photo": Style("natural light photograph, 35mm lens, shallow depth of field", "illustration, cartoon, 3d render"),
     "blog-header": Style(
         "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
         *("text, letters, watermark, clutter", 1536, 1024),
     ),
-    "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, subtle grain", "flat light, text"
-    ),
+    "cinematic": Style("cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"),
     "illustration": Style("editorial illustration, confident shapes, limited palette, paper texture", "photograph"),
     "watercolor": Style("loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"),
     "ink": Style("black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"),
     "pixel-art": Style("pixel art, 16-bit palette, crisp square pixels, no anti-aliasing", "blur, photograph, smooth"),
     "isometric": Style("isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"),
-    "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photograph"
-    ),
+    "line-art": Style("clean vector line art, even thin lines, no fill, white background", "shading, color, photo"),
     "3d-render": Style("3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"),
     "icon": Style("app icon, one centered symbol, bold simple shape, flat color", "text, photograph", 1024, 1024),
     "poster": Style("screen-printed poster, strong composition, three spot colors", "photograph, clutter", 1024, 1536),
@@ -932,11 +912,12 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     """
     if not request.style:
         return request
-    style = own.get(request.style) or STYLES.get(request.style)
-    if style is None:
-        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, [*own, *STYLES])}')
+    styles = {**STYLES, **own}
+    if request.style not in styles:
+        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
+    style = styles[request.style]
     prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
-    if not request.width and not request.height:
+    if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
 
@@ -964,7 +945,6 @@ ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
-LONGEST_WAIT = 30.0  # seconds between two tries, where the remote names none
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
@@ -1076,22 +1056,18 @@ class Http:
         return self._tried(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
-        """The JSON object of a GET; Failed where the answer is none."""
+        """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start.
-
-        An image that breaks off is asked for again, also where only its own end tells.
-        """
+        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
         spool: BinaryIO
 
         def once() -> Answer:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
-            sniffed = sniff(spool) if answer.status < 300 else None
-            if sniffed and not sniffed.complete:
+            answer, sniffed = self._followed(url, spool), sniff(spool)
+            if sniffed and not sniffed.complete:  # often only its own end tells
                 raise Broken("the image breaks off", sent=True)
             return answer
 
@@ -1101,7 +1077,7 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange(path, json.dumps(body).encode()), post=True)
+        return self._tried(lambda: self._exchange(self.base + path, json.dumps(body).encode()), post=True)
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
         """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
@@ -1110,7 +1086,7 @@ class Http:
 
         def once() -> Answer:
             data.seek(0)
-            return self._exchange(path, data, method=method, headers=named)
+            return self._exchange(self.base + path, data, method=method, headers=named)
 
         return self._tried(once)
 
@@ -1118,7 +1094,7 @@ class Http:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange(path, json.dumps(body).encode(), paid=True)
+            answer = self._exchange(self.base + path, json.dumps(body).encode(), paid=True)
             if not_accepted(answer):
                 self.ctx.settle(self.explain(answer).charged)
             return answer
@@ -1141,32 +1117,30 @@ class Http:
             except Broken as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
-                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?"), True
+                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and the address right?"), True
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            jitter = os.urandom(1)[0] / 255
-            wait = error.after * (1 + jitter / 10) or min(LONGEST_WAIT, 0.4 * 2.0**tries) * (0.5 + jitter / 2)
+            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (1 + os.urandom(1)[0] / 1000)  # not all in step
             if wait > self.ctx.left():
                 raise error
             if wait > 2:
                 self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
             self.ctx.sleep(wait)
 
-    def _followed(self, url: str, sink: BinaryIO | None = None) -> Answer:
+    def _followed(self, path: str, sink: BinaryIO | None = None) -> Answer:
+        url = path if "://" in path else self.base + path
         for _ in range(REDIRECTS + 1):
             answer = self._exchange(url, sink=sink)
             location = answer.headers.get("Location")
-            if answer.status not in (301, 302, 303, 307, 308) or not location:
+            if answer.status // 100 != 3 or not location:
                 return answer
-            url = joined(
-                url if "://" in url else self.base + url, location.encode("latin-1").decode("utf-8", "replace")
-            )
+            url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
     def _exchange(
         self,
-        path: str,
+        url: str,
         body: bytes | BinaryIO | None = None,
         sink: BinaryIO | None = None,
         paid: bool = False,
@@ -1177,9 +1151,8 @@ class Http:
         import http.client
         import urllib.parse
         import urllib.request
-        from contextlib import ExitStack
 
-        url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
+        url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
         usual = {"User-Agent": f"imagen/{__version__}"} | ({} if body is None else {"Content-Type": "application/json"})
@@ -1203,7 +1176,7 @@ class Http:
 
         with ExitStack() as stack:
             # A server that gives a byte now and then keeps the reader from ever looking at the clock.
-            timer = threading.Timer(min(1e6, max(0.0, self.ctx.left())), self.ctx.stop, ("deadline",))
+            timer = threading.Timer(self.ctx.left(), self.ctx.stop, ("deadline",))
             timer.daemon = True
             timer.start()
             stack.callback(timer.cancel)
@@ -1226,7 +1199,7 @@ class Http:
             return Answer(response.status, response.headers, kept)
 
 
-def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
+def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
     """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
 
     Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
@@ -1270,7 +1243,7 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
             return self.do_open(WatchedTLS, request)
 
     def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
-        problem = OSError("the name has no address")
+        problem = OSError()
         for family, kind, protocol, _name, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
@@ -1336,15 +1309,10 @@ class Mock(Backend):
         """`delay_s` and `fail` (a code of section 1) are for trying out one's own scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
-        fail: Annotated[str, REQUEST] = ""
+        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
         width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         parallel: Annotated[int, Between(1, 64)] = 4
-
-    def __init__(self, name: str, options: Options) -> None:
-        super().__init__(name, options)
-        if options.fail and options.fail not in ERRORS:
-            raise BadConfig(f'fail: "{options.fail}" is no error code, {nearest(options.fail, ERRORS)}')
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
@@ -1367,38 +1335,26 @@ class Mock(Backend):
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: mountains under a sky, placed by a hash of prompt and seed, and the prompt in letters below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
     import hashlib
-    from colorsys import hsv_to_rgb
 
     # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
-    # Indices 0 … 253 go from light to dark (sun, sky, three layers of mountains, lit and shaded); 254 paper, 255 ink.
+    # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
-
-    def run(y: int, start: float, end: float, index: int) -> None:
-        left, right = max(0, int(start)), min(width, int(end))
-        if left < right:
-            rows[y][left:right] = bytes((index,)) * (right - left)
-
-    radius, sun_x, sun_y = height * (6 + dice[0] % 8) // 64, width * dice[1] // 255, height * (15 + dice[2] % 25) // 100
-    for y in range(max(0, sun_y - radius), sun_y + radius):
-        half = (radius * radius - (y - sun_y) ** 2) ** 0.5
-        run(y, sun_x - half, sun_x + half, 0)
-    for layer, base in enumerate((104, 156, 208)):
-        for peak in range(2 + dice[3 + layer] % 3):
-            a, b, c = dice[8 + layer * 15 + peak * 3 :][:3]
-            x, top = width * a // 255, height * (34 + layer * 15 + b % 18) // 100
-            for y in range(top, height):
-                shade = base + 18 * (y - top) // (height - top)
-                run(y, x - (y - top) * (0.5 + (c & 15) / 12), x, shade)
-                run(y, x, x + (y - top) * (0.5 + (c >> 4) / 12), shade + 18)
+    for disc in range(10):  # the first is the sun, the others are three hills a layer
+        layer, (a, b, c) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
+        shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
+        x, top, radius = width * a // 255, height * (10 + 13 * layer + b % 18) // 100, height * (size + c % size) // 100
+        for y in range(top, min(height, top + 2 * radius)):
+            half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
+            left, right = max(0, x - half), min(width, x + half)
+            rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
     mock_write(rows, prompt)
-    hue = dice[60] / 255
-    colors = [(hue + i / 900, 0.15 + i / 500, 1 - i / 340) for i in range(254)] + [(0.12, 0.04, 0.98), (hue, 0.5, 0.16)]
-    palette = bytes(round(255 * part) for color in colors for part in hsv_to_rgb(*color))
-    text = {"Title": prompt, "Comment": f"seed {seed}", "Software": f"imagen {__version__} mock"}
+    tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
+    text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
@@ -1409,43 +1365,40 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
 
     width, height = len(rows[0]), len(rows)
     scale = max(1, width // 256)
-    columns, most = (width - 4 * scale) // (6 * scale), min(4, (height // 2 - 4 * scale) // (11 * scale))
+    columns, most = (width // scale - 4) // 6, min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
     lines = textwrap.wrap(printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…")
-    top = height - (11 * len(lines) + 4) * scale
-    for y in range(top, height):
-        rows[y][:] = b"\xfe" * width
-    for number, bits in enumerate(bits for line in lines for bits in glyph_rows(line)):
-        painted = b"".join((b"\xff" if bit else b"\xfe") * scale for bit in bits)
-        for row in rows[top + (2 + number) * scale :][:scale]:
-            row[2 * scale : 2 * scale + len(painted)] = painted
+    strip = [b"", b"", *(row for line in lines for row in glyph_rows(line)), b"", b""]
+    for place, row in enumerate(rows[height - len(strip) * scale :]):
+        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(width, b"\xfe")
 
 
 # Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
-GLYPHS = binascii.a2b_base64(
-    "AAAAAAAAAF8AAAAHAAcAFH8UfxQkKn8qEiMTCGRiNklWIFAAAAcAAAAcIkEAAEEiHAAqHH8cKggIPggIAIBwAAAICAgICABgYAAAIBAIBAI+UUlF"
-    "PgBCf0AAYlFJSUYiQUlJNhgUEn8QJ0VFRTk8SklJMAFxCQUDNklJSTYGSUkpHgA2NgAAAIB2AAAIFCJBABQUFBQUAEEiFAgCAVEJBj5BXVUefBIR"
-    "Enx/SUlJNj5BQUEif0FBQT5/SUlJQX8JCQkBPkFJSXp/CAgIfwBBf0EAIEBBPwF/CBQiQX9AQEBAfwIMAn9/BAgQfz5BQUE+fwkJCQY+QVEhXn8J"
-    "GSlGJklJSTIBAX8BAT9AQEA/HyBAIB8/QDhAP2MUCBRjBwhwCAdhUUlFQwB/QUEAAgQIECAAQUF/AAQCAQIEgICAgIAAAQIEACBUVFR4f0hERDg4"
-    "REREIDhEREh/OFRUVBgIfgkBAhikpKR8fwgEBHgARH1AAECAhH0AfxAoRAAAQX9AAHwEGAR4fAgEBHg4REREOPwkJCQYGCQkGPx8CAQECEhUVFQg"
-    "BD9EQCA8QEAgfBwgQCAcPEAwQDxEKBAoRBygoKB8RGRUTEQACDZBAAAAfwAAAEE2CAAIBAgQCH4BSVogQABAAEA="
+GLYPHS = zlib.decompress(
+    binascii.a2b_base64(
+        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd1"
+        "7ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokbFnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3C"
+        "PD+069ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVSCBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/o"
+        "BlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItxEYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1Un"
+        "PF8y0H09sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
+    )
 )
 
 
-def glyph_rows(line: str) -> Iterator[list[bool]]:
-    """The eleven rows of a line of text, top first; a mark over a letter is two dots or one."""
+def glyph_rows(line: str) -> Iterator[bytes]:
+    """The eleven rows of a line of text, top first, in paper and ink; a mark over a letter is two dots or one."""
     import unicodedata
 
-    columns: list[int] = []
+    columns = [0, 0]
     for char in line:
-        base, *marks = list(unicodedata.normalize("NFD", char))
+        base, *marks = [*unicodedata.normalize("NFD", char)]
         index = {"ß": 95, "…": 96}.get(base, ord(base if " " <= base <= "~" else "?") - 32)
         glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
         for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
             glyph[column] |= 8 if base.islower() else 2  # capitals fill their cell, so the mark stands above it
         columns += [*glyph, 0]
-    return ([bool(bits >> y & 1) for bits in columns] for y in range(11))
+    return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
 
 # === 9. ComfyUI: the GPU box at home ===
@@ -1832,16 +1785,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-REPLICATE_ASPECTS = {  # and what a megapixel of them comes out as; each the other way round too
-    (1, 1): (1024, 1024),
-    (5, 4): (1088, 896),
-    (4, 3): (1152, 896),
-    (3, 2): (1216, 832),
-    (16, 9): (1344, 768),
-    (21, 9): (1536, 640),
-}
-REPLICATE_ASPECTS |= {ratio[::-1]: made[::-1] for ratio, made in REPLICATE_ASPECTS.items()}
-MODERATED = re.compile(r"nsfw|sensitive|safety|moderat|content policy|E005", re.IGNORECASE)
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
+REPLICATE_ASPECTS = {(1, 1): 1.0, (5, 4): 1.22, (4, 3): 1.31, (3, 2): 1.48, (16, 9): 1.76, (21, 9): 2.36}
 
 
 @register("replicate")
@@ -1887,11 +1832,9 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        http, body = self._http(ctx), {"input": self.plan(self.options, request)}
-        if self.version:
-            answer = http.pay("/predictions", {"version": self.version, **body})
-        else:
-            answer = http.pay(f"/models/{self.model}/predictions", body)
+        http, version = self._http(ctx), {"version": self.version} if self.version else {}
+        path = "/predictions" if version else f"/models/{self.model}/predictions"
+        answer = http.pay(path, {**version, "input": self.plan(self.options, request)})
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
             raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
@@ -1965,14 +1908,19 @@ class Replicate(Backend):
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
         """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
-        wanted, taken = self.plan(self.options, request), remote.get("taken", ())
-        ours = [item for item in replicate_list(http, remote.get("since", "")) if item.get("model") == self.model]
-        ours = [item for item in ours if self.version in ("", item.get("version"))]
-        same = ("prompt", "seed")  # the seed was drawn; the rest of the input may have been configured anew since
-        ours = [item for item in ours if item["id"] not in taken]
-        found = [
-            item["id"] for item in ours if all((item.get("input") or {}).get(key) == wanted.get(key) for key in same)
+
+        def drawn(words: Any) -> Any:  # the rest of the input may have been configured anew since
+            return [(words or {}).get(key) for key in ("prompt", "seed")]
+
+        ours = [
+            item
+            for item in replicate_list(http, remote.get("since", ""))
+            if item.get("model") == self.model
+            and self.version in ("", item.get("version"))
+            and item["id"] not in remote.get("taken", ())
         ]
+        wanted = drawn(self.plan(self.options, request))
+        found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
         if not found and any(item.get("data_removed") for item in ours):
             raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
         return str(found[-1]) if found else ""
@@ -1997,20 +1945,18 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The request in the model's words, and the fields it has no word for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
+    steps = (request.steps or options.default_steps) if known is None or known.steps else 0
+    negative = "" if known else request.negative_prompt
+    ending = (options.output_format or ("png" if known else "")).replace("jpeg", "jpg")
+    named = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
     wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    takes = {"steps": known is None or known.steps, "negative_prompt": known is None}
-    if takes["steps"] and (steps := request.steps or options.default_steps):
-        wanted["num_inference_steps"] = steps
-    if takes["negative_prompt"] and request.negative_prompt:
-        wanted["negative_prompt"] = request.negative_prompt
-    if request.width:
-        wanted |= replicate_size(known, request.width, request.height)
-    if ending := options.output_format or ("png" if known else ""):
-        wanted["output_format"] = "jpg" if ending == "jpeg" else ending
+    wanted |= {name: value for name, value in named.items() if value}
+    wanted |= replicate_size(known, request.width, request.height) if request.width else {}
     wanted |= options.extra
     if wanted.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    return wanted, tuple(field for field in takes if getattr(request, field) and not takes[field])
+    taken = {"steps": steps, "negative_prompt": negative}
+    return wanted, tuple(field for field in taken if getattr(request, field) and not taken[field])
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
@@ -2022,15 +1968,10 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         if (w, h) != (width, height):
             raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {w}x{h}")
         return {"aspect_ratio": "custom", "width": width, "height": height}
-    ratio, _ = min(REPLICATE_ASPECTS.items(), key=lambda pair: min(unlike(shape, (width, height)) for shape in pair))
-    aspect = {"aspect_ratio": "{}:{}".format(*ratio)}
+    shape = max(width, height) / min(width, height)
+    long, short = min(REPLICATE_ASPECTS, key=lambda ratio: abs(REPLICATE_ASPECTS[ratio] - shape))
+    aspect = {"aspect_ratio": f"{long}:{short}" if width > height else f"{short}:{long}"}
     return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
-
-
-def unlike(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How far apart two shapes are: 1 for the same ratio of width to height."""
-    ratio = one[0] * other[1] / (one[1] * other[0])
-    return max(ratio, 1 / ratio)
 
 
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
@@ -2053,13 +1994,13 @@ def replicate_charged(state: Mapping[str, Any]) -> Charged:
 
 def replicate_image(state: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status, said = state.get("status"), str(state.get("error") or "")
+    status, said, name = state.get("status"), str(state.get("error") or ""), f"prediction {state.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
-        raise Unknown(f'prediction {state.get("id")} is "{status}", whatever that means')
-    if status != "succeeded" and MODERATED.search(said):
-        raise Refused(said, "reword the prompt")
+        raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
-        raise Ended(f"prediction {state.get('id')} ended as {status}{said and ': '}{said}")
+        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", said):
+            raise Refused(said, "reword the prompt")
+        raise Ended(f"{name} ended as {status}{said and ': '}{said}")
     if state.get("data_removed"):
         raise Ended("the result is gone: Replicate keeps it for one hour", "ask for the image again; that costs again")
     output = json.dumps(state.get("output"))  # a string, a list of them, or an object
@@ -2071,11 +2012,11 @@ def replicate_image(state: Mapping[str, Any]) -> str:
 def replicate_error(answer: Answer) -> ImagenError:
     """What an error answer of Replicate means (application/problem+json)."""
     said = answer.json()
-    detail = str(said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
+    detail = str(said.get("detail") or said.get("title") or "")
+    error = explain_status(answer, detail.replace("\n", "; ").strip("; "))
     if answer.status == 404 or (answer.status == 422 and "version" in detail):
-        hint = "check the model; community models need owner/name:version"
-        return BadConfig(f"{answer.status}: {detail or 'not found'}", hint)
-    return explain_status(answer, detail.replace("\n", "; ").strip("; "))
+        return BadConfig(str(error), "check the model; community models need owner/name:version")
+    return error
 
 
 # === 11. OpenAI: the Images API and whoever speaks its dialect ===
@@ -2086,7 +2027,6 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
-OPENAI_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # of gpt-image-1-mini and 1.5
 
 
 @register("openai")
@@ -2128,10 +2068,8 @@ class OpenAI(Backend):
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the answer alone."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
-        counted = options.model.startswith(tuple(OPENAI_TOKENS))
-        return Price(None, f"by the answer's tokens, {PRICED}" if counted else "")
+        counted = f"by the answer's tokens, {PRICED}" if options.model.startswith(tuple(OPENAI_TOKENS)) else ""
+        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the answer."""
@@ -2192,42 +2130,28 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
-    placed = set()
-    for key, value in options.extra.items():
-        field = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}.get(str(value), "")
-        placed.add(field)
-        body[key] = asked.get(field, value)
+    marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
+    placed = {key: marks.get(str(value), "") for key, value in options.extra.items()}
+    body |= {key: asked.get(placed[key], value) for key, value in options.extra.items()}
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
     if body.get("output_format") not in (None, "png", "jpeg", "webp"):
         raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
-    if (body.get("background"), body.get("output_format")) == ("transparent", "jpeg"):
-        raise BadRequest("background transparent: jpeg has none", "output_format png or webp")
-    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed})
+    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed.values()})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the nearest sizes, where an OpenAI model is known to refuse this one."""
-    near = [(width, height)]
-    if model.startswith("gpt-image-1"):
-        near = sorted(OPENAI_SIZES, key=lambda size: unlike(size, (width, height)))
-    elif model.startswith("gpt-image-2") and not openai_makes(width, height):
-        sizes = ((w, h) for w in range(16, 3841, 16) for h in range(16, 3841, 16) if openai_makes(w, h))
-        near = [min(sizes, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)]
-    if (width, height) not in near:
-        names = ", ".join(f"{w}x{h}" for w, h in near)
-        raise BadRequest(f"size {width}x{height}: not made by {model}", f"nearest: {names}")
-
-
-def openai_makes(width: int, height: int) -> bool:
-    """Whether gpt-image-2 and later make this size; the pixels were measured by others.
-
-    >>> openai_makes(1536, 1024), openai_makes(1920, 1080), openai_makes(3072, 1008), openai_makes(512, 512)
-    (True, False, False, False)
-    """
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
     short, long = sorted((width, height))
-    return not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+    fine, rule = True, ""
+    if model.startswith("gpt-image-1"):
+        fine, rule = short == 1024 and long in (1024, 1536), "1024x1024, 1536x1024 or 1024x1536"
+    elif model.startswith("gpt-image-2"):
+        fine = not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+    if not fine:
+        raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
 def openai_data(said: Any) -> list[Mapping[str, Any]]:
@@ -2250,12 +2174,10 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
         raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
     if not found:
         return said, None
+    text = memoryview(answer.body)[start:end]
     if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
-        return said, decode_base64(
-            memoryview(json.loads(b'"%b"' % bytes(answer.body[start:end])).encode()), ctx.spool()
-        )
-    with memoryview(answer.body) as view, view[start:end] as text:
-        return said, decode_base64(text, ctx.spool())
+        text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
+    return said, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
@@ -2271,11 +2193,10 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
 
 def openai_error(answer: Answer) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json()
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    error = error if isinstance(error, dict) else {"message": str(error)}
-    code, request_id = str(error.get("code") or error.get("type")), answer.headers.get("x-request-id")
-    text = excerpt(str(error.get("message") or error.get("detail") or answer.words()).encode(), 1000)
+    said = answer.json() or {}
+    error = said.get("error", said)
+    code, request_id = error.get("code") or error.get("type"), answer.headers.get("x-request-id")
+    text = excerpt(str(error.get("message") or answer.words()).encode(), 1000)
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
     said = f"{answer.status}: {text}"
@@ -2292,7 +2213,6 @@ def openai_error(answer: Answer) -> ImagenError:
 # === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
-ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -2313,22 +2233,19 @@ def slug(text: str) -> str:
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    filled = re.sub(
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}", "x", template
-    )  # {ext} is known too late for a folder
-    parts = filled.split("/")
-    if re.search(r"[{}\0]", filled) or any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
+    known = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    parts = re.sub(known, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
         fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
         raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that `template` gives; {ext} stays until the bytes are known."""
-    moment = time.localtime(at)
+    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
     backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    values = {"slug": slug(request.prompt), "seed": str(request.seed), "backend": backend, "ext": "{ext}"}
-    values |= {"date": time.strftime("%Y-%m-%d", moment), "time": time.strftime("%H%M%S", moment)}
-    return re.sub(r"\{(\w+)\}", lambda hit: values[hit[1]], template)
+    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
+    return template.format(date=date, time=clock, ext="{ext}", **words)
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2338,12 +2255,12 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, _, given = last.rpartition(".")
-    if not stem or given.lower() not in ENDINGS:
-        stem, given = last, ending
-    given = given if ENDINGS[given.lower()] == ending else ending
+    stem, given = os.path.splitext(last)
+    known = given[1:].lower().replace("jpeg", "jpg")
+    stem = stem if known in MIME_TYPES else last
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    return os.path.join(folder, f"{stem}{f'-{number}' if number > 1 else ''}.{given}")
+    stem += f"-{number}" * (number > 1)
+    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
 
 
 def prepare_folder(folder: str) -> None:
@@ -2352,10 +2269,10 @@ def prepare_folder(folder: str) -> None:
     with or_disk(folder, cure):
         os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-        if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
-            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 20} MB free")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Disk(f"{folder}: not writable", cure)
+    if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
+        raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
 
 @contextmanager
@@ -2377,15 +2294,15 @@ class Spool(io.FileIO):
 
     def write(self, data: Any) -> int:
         """All of `data`; OSError where both disks are full."""
-        view, written = memoryview(data), 0
-        while written < len(view):
+        left = memoryview(data)
+        while left:
             try:
-                written += super().write(view[written:]) or 0
+                left = left[super().write(left) or 0 :]
             except OSError as problem:
                 if problem.errno not in (errno.ENOSPC, errno.EDQUOT) or self.path == self.fallback:
                     raise
                 self._move()
-        return written
+        return len(data)
 
     def _move(self) -> None:
         with Spool(self.fallback, self.fallback) as there:
@@ -2412,25 +2329,22 @@ def publish(
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)` is the text to stand beside it (None: no sidecar). On a disk without hard links `claiming(path)` is
-    told a name before it is taken. What an earlier, killed call linked is used. Returns the path; the hidden names are
-    the caller's to unlink once that is on record.
+    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
+    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number, note = 1, f"{hidden}.json"
     while not _same(hidden, path := numbered(name, ending, number)):
         number, beside = number + 1, f"{path}.json"
         ours = _same(note, beside)  # from an earlier, killed call
-        if os.path.lexists(path):
+        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
                 os.unlink(beside)  # somebody took the image's name since
             continue
-        if sidecar and not ours:
-            if os.path.lexists(beside):
-                continue
-            try:
+        try:
+            if sidecar and not ours:
                 write_file(note, sidecar(path))
-            except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
-                sidecar = None
+        except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+            sidecar = None
         if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
             break
     sync_folder(os.path.dirname(path))
@@ -2440,7 +2354,7 @@ def publish(
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
     """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
     held: list[str] = []
-    empty: list[tuple[str, str, int]] = []
+    locks: list[int] = []
     try:
         for own, name in pairs:
             try:
@@ -2451,7 +2365,7 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
                     raise
                 # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
                 claiming(pairs[-1][1])
-                empty.append((own, name, locked(name, os.O_CREAT | os.O_EXCL)))  # the lock says that we are alive
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
             held.append(name)
     except OSError as problem:
         for name in held:
@@ -2460,11 +2374,11 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             return False
         raise
     else:
-        for own, name, _ in empty:
+        for own, name in pairs if locks else ():
             os.replace(own, name)
         return True
     finally:
-        for *_, fd in empty:
+        for fd in locks:
             os.close(fd)
 
 
@@ -2472,12 +2386,10 @@ def release_claim(path: str, image_id: str) -> None:
     """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
     beside = f"{path}.json"
     for name in (path, beside):
-        with suppress(OSError):
-            fd = locked(name)
-            if os.fstat(fd).st_size == 0:
+        with suppress(OSError), open(locked(name), "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-            os.close(fd)
-    if not os.path.exists(path) and read_json(beside).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -2514,16 +2426,15 @@ def sync_folder(folder: str) -> None:
     """Make the names in a folder durable, where the disk knows how."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.close(fd)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The mapping in a JSON file; {} where there is none."""
+def parsed(text: bytes) -> dict[str, Any]:
+    """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError):
-        said = json.loads(_read(path))
+        said = json.loads(text)
         return said if isinstance(said, dict) else {}
     return {}
 
@@ -2545,15 +2456,13 @@ def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str
     if output.preview == "off" or not paths or (output.preview == "auto" and not sys.stderr.isatty()):
         return
     try:
-        said = _show(paths, output.preview_command)
+        _show(paths, output.preview_command)
     except Exception as problem:  # no preview fails a generation
-        said = str(problem)
-    if said and output.preview == "on":
-        warn(f"preview: {said}")
+        if output.preview == "on":
+            warn(f"preview: {problem}")
 
 
-def _show(paths: Sequence[str], command: str) -> str:
-    """Show the images somehow; what a person should know if that did not work, else ""."""
+def _show(paths: Sequence[str], command: str) -> None:
     import shlex
     import shutil
     import subprocess
@@ -2564,19 +2473,20 @@ def _show(paths: Sequence[str], command: str) -> str:
         for path in paths:
             sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
         sys.stderr.buffer.flush()
-        return ""
+        return
     if not tmux and not command:
-        return "neither tmux nor a terminal that shows images; set output.preview_command"
+        raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
-    command = command if "{path}" in command else f"{command} {{path}}"
     if not shutil.which(program := shlex.split(command)[0]):
-        return f"{program} is not installed; set output.preview_command"
+        raise Failed(f"{program} is not installed; set output.preview_command")
+    command = command if "{path}" in command else f"{command} {{path}}"
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
         shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
-    return done.stderr.strip() if done.returncode else ""
+    if done.returncode:
+        raise Failed(done.stderr)
 
 
 def kitty_image(png: bytes) -> bytes:
@@ -2584,11 +2494,8 @@ def kitty_image(png: bytes) -> bytes:
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = ((start, text[start : start + 4096]) for start in range(0, len(text), 4096))
-    head = b"a=T,f=100,q=2,"
-    return b"".join(
-        b"\x1b_G%bm=%d;%b\x1b\\" % (b"" if start else head, start + 4096 < len(text), piece) for start, piece in pieces
-    )
+    pieces = [b";%b\x1b\\" % text[start : start + 4096] for start in range(0, len(text), 4096)]
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join((*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1]))
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -2599,7 +2506,7 @@ def iterm_image(data: bytes) -> bytes:
 # === 14. Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
-# only ever appended, and the record is what they say together, the later over the earlier.
+# only appended, and the record is what they say together, the later over the earlier.
 
 
 def state_path(*parts: str) -> str:
@@ -2631,7 +2538,7 @@ class Entry:
     def take(cls, path: str) -> Entry | None:
         """The entry at `path`, if it is still there and nobody works on it."""
         try:
-            fd = locked(path, 0)
+            fd = locked(path)
         except OSError:
             return None
         if not _same(fd, path):  # finished, by whoever had the lock before us
@@ -2641,23 +2548,17 @@ class Entry:
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
-        append_line(self.fd, line)
-        merge_line(self.record, line)
+        append_line(self.fd, line, durable)
         if durable:
-            os.fsync(self.fd)
             sync_folder(os.path.dirname(self.path))
+        merge_line(self.record, line)
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         dropped = ("sending", "name", "claim", "styled", "storage", "putting", "taken")
         kept = {key: value for key, value in self.record.items() if key not in dropped}
-        fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
-        try:
-            append_line(fd, kept)
-            if self.record.get("paid"):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
+            append_line(file.fileno(), kept, bool(self.record.get("paid")))
         os.unlink(self.path)
         self.release()
 
@@ -2676,7 +2577,7 @@ def sweep_journal() -> None:
             entry.release()
 
 
-def append_line(fd: int, line: Mapping[str, Any]) -> None:
+def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
     size = os.fstat(fd).st_size
     torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
@@ -2684,6 +2585,8 @@ def append_line(fd: int, line: Mapping[str, Any]) -> None:
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if durable:
+        os.fsync(fd)
 
 
 def merged(text: bytes) -> dict[str, Any]:
@@ -2694,9 +2597,7 @@ def merged(text: bytes) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for line in text.splitlines():
-        with suppress(ValueError):
-            said = json.loads(line)
-            merge_line(record, said if isinstance(said, dict) else {})
+        merge_line(record, parsed(line))
     return record
 
 
@@ -3471,12 +3372,10 @@ class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json, -q and -v hold even where the rest of `argv` is a mistake."""
-        argv = argv[: argv.index("--")] if "--" in argv else argv
-        short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
-        self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
-        self.verbose = "v" in short or "--verbose" in argv
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
+        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
+        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+        self.quiet = self.verbose = False
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock, self._drawn = threading.RLock(), False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
@@ -3519,10 +3418,8 @@ class Terminal:
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said: dict[str, Any] = {"ok": not error}
-        if error:
-            said |= {"error": self.fields(error), "images": []}
-        self.write(*((to_json({**said, **document}),) if self.as_json else lines))
+        said = {"ok": False, "error": self.fields(error), "images": []} if error else {"ok": True}
+        self.write(*([to_json({**said, **document})] if self.as_json else lines))
         return error.exit_code if error else 0
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
@@ -3532,7 +3429,7 @@ class Terminal:
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and (text or self._drawn):
+        if self.live and not self.quiet and (text or self._drawn):
             with self._lock, suppress(OSError):
                 text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
                 dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
@@ -3581,7 +3478,7 @@ def made_before() -> Iterator[dict[str, Any]]:
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size; None where there were none."""
+    """The median time of the last nine images of the same backend, model and size, if there were any."""
     from itertools import islice
 
     model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
@@ -3702,7 +3599,8 @@ def offering_mock(offered: bool) -> Iterator[None]:
     try:
         yield
     except (BadConfig, Unreachable) as error:
-        error.hint = "; ".join(filter(None, (error.hint, "or try -b mock" * offered)))
+        if offered:
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         raise
 
 
@@ -3724,10 +3622,9 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
-        try:
+        options[key] = value
+        with suppress(ValueError):
             options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
     given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
     return base._replace(**given, backend_opts=options)
 
@@ -3735,7 +3632,7 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
 def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
-    about = read_json(path) or read_json(f"{path}.json")
+    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
     about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
     if "prompt" not in about:
         hint = "imagen list names them; imagen generate PROMPT makes one"
@@ -3752,8 +3649,8 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     shown = []
     for plan in plans:
         row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
-        row |= {"parameters": dict(plan.parameters), "file": plan.name}
-        shown.append({**row, "price_usd": plan.price.usd, "price_source": plan.price.source or "unknown"})
+        row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
+        shown.append({**row, "price_source": plan.price.source or "unknown"})
     rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
@@ -3884,14 +3781,13 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
-        said = fault(name, config)
-        fields = () if said else marked(BACKENDS[block["type"]].Options, KEY)
+        wrong, model = fault(name, config), str(block.get("model") or block.get("workflow") or "")
+        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
-        said = said or f"{variable} {'set' if there else 'not set'}" * bool(variable)
+        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
         row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
-        row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
-        rows.append({**row, "said": said})
+        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
@@ -3921,10 +3817,11 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    against = {name: f" / not: {style.negative}" * bool(style.negative) for name, style in styles.items()}
-    sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
-    lines = aligned((name, style.suffix + against[name] + sized[name]) for name, style in styles.items())
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
+    rows = []
+    for name, style in styles.items():
+        against = f" / not: {style.negative}" * bool(style.negative)
+        rows.append((name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width)))
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
 
 
 @command(
@@ -3944,12 +3841,10 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    try:
+    with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)  # what was there stays until the new one stands
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}") from None
     return terminal.result({"path": path}, path)
 
 
@@ -4070,7 +3965,7 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
     path = os.path.abspath(os.path.expanduser(path))
     path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
-    about = read_json(f"{path}.json")
+    about = parsed(_read(f"{path}.json"))
     known = (*unfinished, *ledger())
     record = next((one for one in known if one.get("path") == path or one["id"] == about.get("image_id")), {})
     about = about or record.get("sidecar") or {}
@@ -4104,7 +3999,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
     cloud, image_id = Supabase(Context(DELIVERY), config.supabase), args.image
     if os.path.exists(path) or os.path.exists(f"{path}.json"):
-        about = read_json(path) or read_json(f"{path}.json")
+        about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
         about = about or next((image for image in made_before() if image["path"] == path), {})
         image_id = str(about.get("image_id"))
     if is_uuid(image_id):
@@ -4172,7 +4067,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     total, sums = nothing.copy(), dict[str, dict[str, Any]]()
     for record in ledger():
         day, image = str(record.get("at"))[:10], record.get("path")
-        if day < args.since or not (image or record.get("charged", "no") != "no"):
+        if day < args.since or (not image and record.get("charged", "no") == "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
         key = day if args.by == "day" else str(record.get("backend"))
@@ -4180,8 +4075,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
             row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows = [sums[key] for key in sorted(sums)]
-    lines = []
+    rows, lines = [sums[key] for key in sorted(sums)], []
     for row in (*rows, total):
         unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
         lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
@@ -4190,20 +4084,18 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    """put a launcher on the PATH; it starts from cached bytecode, 40 ms sooner than `python3 imagen.py`"""
+    """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
     folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
     path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    try:
+    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+        raise BadRequest(f"{path} exists and is not ours", cure)
+    with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
-            raise BadRequest(f"{path} exists and is not ours", cure)
         write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}", cure) from None
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -4237,7 +4129,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] == "--config" else 1
-    before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
+    before, (name, *after) = argv[:place], argv[place:] or [""]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
         if "--version" in before:  # copies travel without their repository, so the hash says which one this is
             import hashlib
@@ -4252,7 +4144,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
     args = parser_of(name, terminal).parse_args([*before, *after])
-    terminal.quiet |= args.quiet  # -qn 2 holds a -q too
+    terminal.quiet, terminal.verbose = args.quiet, args.verbose
     return COMMANDS[name][0](args, terminal)
 
 
