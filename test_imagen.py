@@ -4873,14 +4873,6 @@ def test_the_early_answer_to_a_body_that_is_too_large_is_read(wired: Box, then: 
     assert len(remote.seen) == 1
 
 
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_what_is_sent_with_a_body_is_never_redirected(wired: Box, code: int) -> None:
-    with Remote() as other, Remote(redirect(code, f"{other.base}/x"), repeat=True) as remote:
-        with pytest.raises(imagen.Failed):
-            http_sent(remote, io.BytesIO(b"x"))
-        assert (len(remote.seen), other.seen) == (1, [])
-
-
 def test_a_stop_ends_an_upload_that_nobody_reads(wired: Box) -> None:
     stuck = threading.Event()
     nobody = Answer(lambda wire: (stuck.set(), wire.stop.wait(20)), reads=False)
@@ -8074,11 +8066,11 @@ def test_trouble_that_does_not_end_ends_within_the_budget_and_stays_open(
 SUPABASE_ODD = {"nothing": b"", "html": html(), "object": {}, "list": [1], "rows": [{}], "text": "fine", "null": None}
 
 
-@pytest.mark.parametrize("odd", SUPABASE_ODD)
-@pytest.mark.parametrize("name", ["upload", "sign", "images", "row", "usage"])
+SUPABASE_LIES = [(name, odd) for name in ("upload", "sign", "images", "row") for odd in SUPABASE_ODD]
+
+
+@pytest.mark.parametrize(("name", "odd"), [*SUPABASE_LIES, ("usage", "html"), ("usage", "text")])  # usage: says nothing
 def test_a_200_that_the_service_would_not_say_is_no_success(supabase: SupabaseAt, name: str, odd: str) -> None:
-    if name == "usage" and odd not in ("html", "text"):
-        pytest.skip("asked for no representation, PostgREST says nothing")
     with Remote(SUPABASE_ODD[odd], repeat=True) as remote, pytest.raises(imagen.Failed):
         SUPABASE_CALLS[name].call(supabase(remote.base))
 
@@ -8238,7 +8230,6 @@ def test_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
         assert done.code == 3 and name in done.err
     done = signing.sign(signing.path, env={"SUPABASE_URL": f"http://127.0.0.1:{refused_port()}"})
     assert done.code == 4 and "Traceback" not in done.err
-    signing.cloud.database.sql("delete from storage.buckets where false")
     signing.cloud.fault(f"POST {SUPABASE_AT.replace('object/', 'object/sign/')}", html(), math.inf)
     done = signing.sign(signing.path)
     assert done.code == 11 and done.out == ""
