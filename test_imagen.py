@@ -4014,6 +4014,55 @@ def test_a_default_backend_that_fails_offers_the_mock(box: Box, block: dict[str,
     assert "-b mock" not in box.run("generate", "a fox", "-b", "mine", "--timeout", "2").err
 
 
+def test_the_sample_leaves_the_owner_empty_and_says_where_its_uuid_stands() -> None:
+    (line,) = (line for line in imagen.sample_text().splitlines() if line.startswith("owner_user_id"))
+    assert re.fullmatch(r'owner_user_id: "" +# .*UUID in auth\.users.*', line)
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "variables", "warned"),
+    [
+        ("auto", "", True, ["owner_user_id"]),
+        ("auto", CONFIG_OWNER, True, []),
+        ("auto", CONFIG_OWNER, False, []),
+        ("on", "", True, ["owner_user_id"]),
+        ("on", CONFIG_OWNER, False, ["MY_URL", "SUPABASE_SERVICE_ROLE_KEY"]),
+        ("on", "", False, ["MY_URL", "SUPABASE_SERVICE_ROLE_KEY", "owner_user_id"]),
+        ("off", "", False, []),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_validate_warns_of_what_cloud_sync_lacks(
+    here: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    by: str, mode: str, owner: str, variables: bool, warned: list[str],
+) -> None:  # fmt: skip
+    more = {"output": {"cloud_sync": mode}, "owner_user_id": owner} if by == "file" else {}
+    here.configure({"mine": {"type": "mock"}}, supabase={"url_env": "MY_URL"}, **more)
+    settings = {} if by == "file" else {"IMAGEN_CLOUD_SYNC": mode, "IMAGEN_OWNER_USER_ID": owner}
+    settings |= {"MY_URL": "https://x.supabase.co", "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_x"} if variables else {}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert imagen.main(["config", "validate"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no cloud sync" in line]
+    assert [next(name for name in warned if name in line) for line in lines] == warned
+    assert all("warning: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "owner", ["me", "anna@example.org", CONFIG_OWNER[:-1], f"{{{CONFIG_OWNER}}}", f"{CONFIG_OWNER} x"]
+)
+@pytest.mark.parametrize("by", ["owner_user_id", "IMAGEN_OWNER_USER_ID"])
+def test_an_owner_that_is_no_uuid_is_an_error(
+    here: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str, owner: str
+) -> None:
+    here.configure({"mine": {"type": "mock"}}, **({"owner_user_id": owner} if by == "owner_user_id" else {}))
+    monkeypatch.setenv(by, owner)
+    for words in (["config", "validate"], ["sign", SUPABASE_PATH]):
+        assert imagen.main(words) == 3
+        err = capsys.readouterr().err
+        assert by in err and owner in err and "auth.users" in err
+
+
 # === 6. Styles: named ways to dress a prompt ===
 STYLES_NAMED = (
     *("photo", "blog-header", "cinematic", "illustration", "watercolor", "ink"),
@@ -4746,6 +4795,92 @@ def test_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) -> No
         with pytest.raises((imagen.Unknown, imagen.Broken)):
             gate.post("/y", {})
         assert [seen.path for seen in remote.seen] == ["/x", "/x", "/y"]
+
+
+HTTP_SOON = {"retry-after-ms": "10"}  # so that no test has to wait
+
+
+def http_sent(remote: Server, data: Any, timeout: float = 10, ctx: imagen.Context | None = None) -> imagen.Answer:
+    """The answer to a request that may be made twice."""
+    gate = http_gate(ctx or HttpContext(timeout), remote.base, explain=imagen.supabase_error)
+    return gate.send("PUT", "/x", data, Content_Type="image/png", x_upsert="true")
+
+
+HTTP_MENDS = {  # what happens in the middle of an upload, or instead of its answer
+    **{str(code): status(code, b"", HTTP_SOON) for code in (423, 429, 500, 502, 503, 504, 544)},
+    "429 unread": early(429, b"", HTTP_SOON),
+    "503 unread": early(503, b"", HTTP_SOON),
+    "reset": reset(),
+    "hang-up": hangup(),
+    "cut": cut({"a": "b" * 100}, 20),
+    "noise": not_http(),
+    "cut in the middle": Answer(lambda wire: wire.read(100_000) and _linger_zero(wire), reads=False),
+}
+
+
+@pytest.mark.parametrize("fault", HTTP_MENDS)
+def test_what_may_be_sent_twice_is_sent_again_from_its_start(wired: Box, tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "x.png"
+    file.write_bytes(png(pad=3 << 20))
+    with Remote(HTTP_MENDS[fault], {"fine": 1}) as remote, file.open("rb") as data:
+        data.seek(100)
+        assert http_sent(remote, data).json() == {"fine": 1}
+    assert len(remote.seen) == 2 and remote.seen[-1].body == file.read_bytes()
+    for seen in remote.seen:
+        assert (seen.method, seen.headers["content-length"]) == ("PUT", str(file.stat().st_size))
+        assert (seen.headers["content-type"], seen.headers["x-upsert"]) == ("image/png", "true")
+        assert "transfer-encoding" not in seen.headers and seen.headers["authorization"] == f"Bearer {HTTP_KEY}"
+
+
+def test_a_connection_that_is_refused_is_tried_again(wired: Box) -> None:
+    class Late(HttpContext):
+        def sleep(self, seconds: float) -> None:  # somebody starts the server between two tries
+            stack.enter_context(remote)
+            remote._listener.listen()
+            super().sleep(0)
+
+    with contextlib.ExitStack() as stack:
+        remote = Remote({"fine": 1})
+        remote._listener.close()
+        remote._listener = socket.socket()
+        remote._listener.bind(("127.0.0.1", remote.port))
+        assert http_sent(remote, io.BytesIO(b"x"), ctx=Late()).json() == {"fine": 1}
+        assert [seen.body for seen in remote.seen] == [b"x"]
+    with pytest.raises(imagen.Unreachable), http_lasts(0.3, 9):
+        http_gate(HttpContext(), f"http://127.0.0.1:{refused_port()}").send("PUT", "/x", io.BytesIO(b"x"))
+
+
+def http_unread(then: str) -> Answer:
+    """413 as soon as the head is there; the body is left in the socket, or read after all, as nginx does."""
+    answer = early(413, {"statusCode": "413", "code": "EntityTooLarge", "message": "too large"})
+
+    def play(wire: Wire) -> None:
+        answer.play(wire)
+        if then == "closes when the buffers are full":
+            wire.stop.wait(0.3)
+        elif then == "reads on":
+            wire.sock.shutdown(socket.SHUT_WR)
+            while wire.sock.recv(1 << 20):
+                pass
+
+    return Answer(play, reads=False)
+
+
+@pytest.mark.parametrize("then", ["closes at once", "closes when the buffers are full", "reads on"])
+def test_the_early_answer_to_a_body_that_is_too_large_is_read(wired: Box, then: str) -> None:
+    if then != "reads on" and sys.platform != "linux":
+        pytest.skip("elsewhere a reset throws away what had arrived")
+    with Remote(http_unread(then), repeat=True) as remote, pytest.raises(imagen.BadRequest, match="413 EntityTooLarge"):
+        http_sent(remote, io.BytesIO(bytes(20 << 20)))
+    assert len(remote.seen) == 1
+
+
+def test_a_stop_ends_an_upload_that_nobody_reads(wired: Box) -> None:
+    stuck = threading.Event()
+    nobody = Answer(lambda wire: (stuck.set(), wire.stop.wait(20)), reads=False)
+    with Remote(nobody) as remote:
+        ctx = HttpContext()
+        assert http_stopped(ctx, lambda: http_sent(remote, io.BytesIO(bytes(40 << 20)), ctx=ctx), stuck.wait) < 1
 
 
 def test_contract_every_adapter_has_its_stand_in() -> None:
@@ -7737,6 +7872,481 @@ def test_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on
 
 
 # === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
+SUPABASE_ID, SUPABASE_PATH = "0dae9713-b84e-42cc-81b6-a3c6a509e7fc", "2026-11-20/a-fox-7.png"
+SUPABASE_KEYS = {
+    "jwt": jwt({"iss": "supabase", "ref": "canaryreference", "role": "service_role", "exp": 4000000000}),
+    "opaque": "sb_secret_Canary0123456789abcdef_Ch3ckSum",
+}
+SUPABASE_AT = "/storage/v1/object/imagen-generated/"
+SUPABASE_STORED = {"Key": f"imagen-generated/{SUPABASE_PATH}", "Id": SUPABASE_ID}
+SUPABASE_ROWS = [{"id": SUPABASE_ID, "storage_path": SUPABASE_PATH}]
+SUPABASE_SIGNED = {"signedURL": f"/object/sign/imagen-generated/{SUPABASE_PATH}?token=t"}
+
+
+def supabase_record(prompt: str = "a fox", **about: Any) -> dict[str, Any]:
+    """What the journal knows of an image that is uploaded."""
+    sidecar = {"prompt": prompt, "backend": "mock", "seed": 7, "storage_path": None, "metadata": {}, **about}
+    made = {"id": SUPABASE_ID, "at": "2026-11-20T08:00:00+01:00", "owner": CONFIG_OWNER, "path": "/x.png"}
+    return {**made, "object": SUPABASE_PATH, "sidecar": sidecar, "charged": "yes"}
+
+
+class SupabaseCall(NamedTuple):
+    """One thing that the client does, and the answer that it hopes for."""
+
+    call: Callable[[imagen.Supabase], object]
+    answer: object
+
+
+SUPABASE_CALLS = {
+    "upload": SupabaseCall(
+        lambda cloud: cloud.upload(SUPABASE_PATH, io.BytesIO(png()), "image/png", SUPABASE_ID), SUPABASE_STORED
+    ),
+    "sign": SupabaseCall(lambda cloud: cloud.sign(SUPABASE_PATH, 60), SUPABASE_SIGNED),
+    "holds": SupabaseCall(
+        lambda cloud: cloud.holds(SUPABASE_PATH, SUPABASE_ID), {"metadata": {"image_id": SUPABASE_ID}}
+    ),
+    "images": SupabaseCall(lambda cloud: cloud.images(id=SUPABASE_ID), SUPABASE_ROWS),
+    "row": SupabaseCall(lambda cloud: cloud.add_image(imagen.image_row(supabase_record())), status(201, SUPABASE_ROWS)),
+    "usage": SupabaseCall(lambda cloud: cloud.add_usage(imagen.usage_row(supabase_record())), status(201)),
+}
+
+
+class SupabaseAt:
+    """Makes clients of a project whose address and key stand in this process's environment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, base: str, key: str = SUPABASE_KEYS["jwt"], timeout: float = 10) -> imagen.Supabase:
+        self.monkeypatch.setenv("SUPABASE_URL", base)
+        self.monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", key)
+        return imagen.Supabase(HttpContext(timeout), imagen.SupabaseConfig())
+
+
+@pytest.fixture
+def supabase(wired: Box, monkeypatch: pytest.MonkeyPatch) -> SupabaseAt:
+    return SupabaseAt(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", SUPABASE_KEYS)
+def test_a_legacy_key_is_sent_twice_and_an_opaque_one_only_as_apikey(supabase: SupabaseAt, kind: str) -> None:
+    key = SUPABASE_KEYS[kind]
+    with Remote(*(case.answer for case in SUPABASE_CALLS.values())) as remote:
+        client = supabase(f" {remote.base}/ \n", f"\t{key}\r\n")
+        for case in SUPABASE_CALLS.values():
+            case.call(client)
+        headers = [seen.headers for seen in remote.seen]
+    assert len(headers) == 6 and {each["apikey"] for each in headers} == {key}
+    assert {each.get("authorization") for each in headers} == {f"Bearer {key}" if kind == "jwt" else None}
+    assert {each["user-agent"] for each in headers} == {f"imagen/{imagen.__version__}"}  # no browser's
+
+
+def test_an_upload_says_its_exact_type_and_length_and_is_streamed_from_the_file(
+    supabase: SupabaseAt, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.webp"
+    file.write_bytes(webp(64, 48) + bytes(1 << 20))
+    with Remote(SUPABASE_STORED) as remote, file.open("rb") as data:
+        supabase(remote.base).upload("2026-11-20/a fox (2)-7.webp", data, "image/webp", SUPABASE_ID)
+        (seen,) = remote.seen
+    assert (seen.method, seen.path) == ("PUT", f"{SUPABASE_AT}2026-11-20/a%20fox%20%282%29-7.webp")
+    assert seen.body == file.read_bytes() and seen.headers["content-length"] == str(file.stat().st_size)
+    assert "transfer-encoding" not in seen.headers
+    assert (seen.headers["content-type"], seen.headers["x-upsert"]) == ("image/webp", "true")
+
+
+def test_a_row_names_its_schema_and_holds_neither_tags_nor_a_time(supabase: SupabaseAt) -> None:
+    with Remote(status(201, SUPABASE_ROWS), SUPABASE_ROWS, status(201)) as remote:
+        client = supabase(remote.base)
+        for name in ("row", "images", "usage"):
+            SUPABASE_CALLS[name].call(client)
+        row, read, usage = remote.seen
+    for seen, schema in ((row, "imagen"), (read, "imagen"), (usage, "mai")):
+        assert (seen.headers["content-profile"], seen.headers["accept-profile"]) == (schema, schema)
+    assert row.headers["content-type"] == usage.headers["content-type"] == "application/json"
+    assert "tags" not in row.json and "created_at" not in row.json and row.query["on_conflict"] == "id"
+    assert row.json["prompt_hash"] == usage.json["prompt_hash"] == hashlib.sha256(b"a fox").hexdigest()
+    assert row.json["sidecar"]["storage_path"] == row.json["storage_path"] == SUPABASE_PATH
+    assert "a fox" not in usage.body.decode()
+
+
+def supabase_refusals() -> Iterator[Any]:
+    """Both tables of errors: name, call, answer, and how it ends: refused for good, config, failed (both: open), again.
+
+    What is repeated asks for it soon, so that the test need not wait. `details` and `hint` hold what nobody may read.
+    """
+    soon = {"retry-after-ms": "10"}
+
+    def storage(said: int, code: object, word: str, end: str, message: str = "the words") -> Any:
+        body = {"statusCode": code, "error": word, "message": message, "code": word}
+        return pytest.param("upload", status(said, body, soon), end, word, id=f"storage {said} {code} {word}")
+
+    def rest(said: int, code: str, end: str) -> Any:
+        about = {"details": "Failing row contains (canary)", "hint": "canary"}
+        body = {"code": code, "message": "the words", **about}
+        return pytest.param("row", status(said, body, soon), end, code, id=f"rest {said} {code}")
+
+    def odd(call: str, answer: Answer, end: str, name: str) -> Any:
+        return pytest.param(call, answer, end, "", id=f"{call} {name}")
+
+    for code, word in ((413, "EntityTooLarge"), (415, "InvalidMimeType"), (400, "InvalidKey")):
+        yield storage(400, str(code), word, "refused")
+    for code, word in ((404, "NoSuchBucket"), (404, "NoSuchKey"), (403, "AccessDenied"), (401, "InvalidJWT")):
+        yield storage(400, str(code), word, "config")
+    for code, word in ((409, "KeyAlreadyExists"), (409, "BucketAlreadyExists"), (400, "InvalidRequest")):
+        yield storage(400, str(code), word, "failed")
+    for code, word in ((503, "DatabaseReadOnly"), (423, "ResourceLocked"), (429, "SlowDown"), (544, "DatabaseTimeout")):
+        yield storage(400, str(code), word, "again")
+    for code, word in ((500, "InternalError"), (429, "SlowDown"), (544, "DatabaseTimeout")):
+        yield storage(code, str(code), word, "again")
+    yield storage(404, 404, "Not Found", "config")  # no such route
+    yield storage(400, 400, "FST_ERR_BAD_URL", "failed")
+    for said, code in ((400, "22P02"), (400, "23502"), (400, "23514"), (409, "23503")):
+        yield rest(said, code, "refused")
+    for said, code in ((404, "PGRST205"), (406, "PGRST106"), (403, "42501"), (401, "42501"), (401, "PGRST301")):
+        yield rest(said, code, "config")
+    for said, code in ((401, "PGRST303"), (401, "22023"), (406, "PGRST116")):
+        yield rest(said, code, "config")
+    for code in ("PGRST204", "22003", "22P05", "PGRST102", "22023", "42P10"):
+        yield rest(400, code, "failed")
+    yield rest(409, "23505", "failed")
+    for said, code in ((500, "57014"), (500, "40001"), (503, "PGRST000"), (503, "PGRST002"), (504, "PGRST003")):
+        yield rest(said, code, "again")
+    for call in ("upload", "row"):
+        yield odd(call, status(404, {}), "config", "404 {}")
+        yield odd(call, status(401, b""), "config", "401 empty")
+        yield odd(call, html(403), "config", "403 html")
+        yield odd(call, html(413), "refused", "413 html")
+        yield odd(call, status(400, ["canary"]), "failed", "400 list")
+        yield odd(call, status(400, "canary"), "failed", "400 text")
+        yield odd(call, status(400, b'{"code": "22P02", "mess', soon), "failed", "400 broken off")
+        yield odd(call, status(400, {"statusCode": None, "code": None, "message": None}), "failed", "400 null")
+        yield odd(call, status(400, {"statusCode": "9" * 5000, "details": "canary"}), "failed", "400 endless code")
+        yield odd(call, status(502, "<html>canary</html>", soon), "again", "502 html")
+        yield odd(call, status(429, b"", soon), "again", "429 empty")
+        yield odd(call, status(503, [1], soon), "again", "503 list")
+        yield odd(call, reset(), "again", "reset")
+        yield odd(call, cut(SUPABASE_ROWS, 9), "again", "200 broken off")
+
+
+@pytest.mark.parametrize(("name", "answer", "end", "word"), [*supabase_refusals()])
+def test_each_error_is_refused_for_good_stays_open_or_is_tried_again(
+    supabase: SupabaseAt, name: str, answer: Answer, end: str, word: str
+) -> None:
+    case = SUPABASE_CALLS[name]
+    with Remote(answer, case.answer) as remote:
+        client = supabase(remote.base)
+        if end == "again":
+            case.call(client)
+            assert [seen.body for seen in remote.seen] == [remote.seen[0].body] * 2
+            return
+        with pytest.raises(imagen.ImagenError) as caught:
+            case.call(client)
+        assert len(remote.seen) == 1
+    classes = {"refused": imagen.BadRequest, "config": imagen.BadConfig, "failed": imagen.Failed}
+    assert type(caught.value) is classes[end]
+    assert word in str(caught.value) and "canary" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "tries"),
+    [
+        (status(503, {"code": "PGRST000"}, {"retry-after-ms": "10"}), imagen.Unreachable, 3),
+        (status(429, b"", {"Retry-After": "60"}), imagen.Busy, 1),
+        (silent(), imagen.Failed, 1),
+    ],
+    ids=["503", "429", "silent"],
+)
+def test_trouble_that_does_not_end_ends_within_the_budget_and_stays_open(
+    supabase: SupabaseAt, answer: Answer, error: type[imagen.ImagenError], tries: int
+) -> None:
+    with Remote(answer, repeat=True) as remote, http_lasts(0, 2), pytest.raises(error):
+        SUPABASE_CALLS["row"].call(supabase(remote.base, timeout=1))
+    assert len(remote.seen) == tries
+
+
+SUPABASE_ODD = {"nothing": b"", "html": html(), "object": {}, "list": [1], "rows": [{}], "text": "fine", "null": None}
+
+
+SUPABASE_LIES = [(name, odd) for name in ("upload", "sign", "images", "row") for odd in SUPABASE_ODD]
+
+
+@pytest.mark.parametrize(("name", "odd"), [*SUPABASE_LIES, ("usage", "html"), ("usage", "text")])  # usage: says nothing
+def test_a_200_that_the_service_would_not_say_is_no_success(supabase: SupabaseAt, name: str, odd: str) -> None:
+    with Remote(SUPABASE_ODD[odd], repeat=True) as remote, pytest.raises(imagen.Failed):
+        SUPABASE_CALLS[name].call(supabase(remote.base))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, [], "x", 7, {"image_id": CONFIG_OTHER}], ids=str)
+def test_an_object_with_odd_metadata_is_not_taken_for_ours(supabase: SupabaseAt, metadata: object) -> None:
+    with Remote({"metadata": metadata}) as remote:
+        assert supabase(remote.base).holds(SUPABASE_PATH, SUPABASE_ID) is False
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("kind", SUPABASE_KEYS)
+def test_a_redirect_takes_no_key_and_no_image_to_another_host(supabase: SupabaseAt, kind: str, code: int) -> None:
+    for case in SUPABASE_CALLS.values():
+        with (
+            Remote(case.answer, repeat=True) as other,
+            Remote(redirect(code, f"{other.base}/x"), repeat=True) as remote,
+        ):
+            with contextlib.suppress(imagen.Failed):
+                case.call(supabase(remote.base, SUPABASE_KEYS[kind]))
+            assert remote.seen and not any(seen.body or seen.method != "GET" for seen in other.seen)
+            sent = {name: value for seen in other.seen for name, value in seen.headers.items()}
+            assert not {"apikey", "authorization"} & sent.keys() and "anary" not in str(sent)
+
+
+@pytest.mark.parametrize("path", ["..", "a/../b.png", "./a.png", "/a.png", "a//b.png", "a/", ""])
+def test_a_path_that_some_server_would_fold_is_refused_before_anything_is_sent(supabase: SupabaseAt, path: str) -> None:
+    with Remote() as remote:
+        for call in (
+            lambda cloud: cloud.sign(path, 60),
+            lambda cloud: cloud.upload(path, io.BytesIO(png()), "image/png", SUPABASE_ID),
+        ):
+            with pytest.raises(imagen.BadRequest):
+                call(supabase(remote.base))
+        assert remote.seen == []
+
+
+def supabase_get(url: str) -> bytes:
+    """What anybody gets at an address, without a key."""
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/storage/v1/object/sign/[!-~]+", url)
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return bytes(answer.read())
+
+
+@pytest.mark.parametrize("path", ["x/a fox.png", "x/it's $1+1=2, (ok)!.png", "x/a;b:c@d&e.png", "x/who?.png"])
+@pytest.mark.parametrize("kind", ["service_key", "secret_key"])
+def test_a_signed_address_works_for_every_name_that_storage_takes(
+    supabase: SupabaseAt, cloud: Cloud, path: str, kind: str
+) -> None:
+    client, image = supabase(cloud.base, getattr(cloud, kind)), png(content=path.encode())
+    client.upload(path, io.BytesIO(image), "image/png", SUPABASE_ID)
+    assert client.holds(path, SUPABASE_ID) and not client.holds(path, CONFIG_OTHER)
+    assert cloud.objects() == {path: image} and supabase_get(client.sign(path, 60)) == image
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata"),
+    [
+        ("a fox", {"größe": "日🦊", "big": 2**70}),
+        ("a \0 fox", {"k\0": ["\0"]}),
+        ("a \udce9 fox", {}),
+        ("a fox", {"k\udce9": ["\ud83d", {"\udc00": "\udfff"}]}),
+        ("a fox", {"nan": math.nan, "all": [math.inf, -math.inf]}),
+        ('a "fox" \\u0000 \\', {"\\udce9": "\\"}),
+    ],
+    ids=["umlauts", "nul", "surrogate", "surrogates in metadata", "nan in metadata", "backslashes"],
+)
+def test_odd_characters_in_prompt_and_metadata_do_not_keep_the_row_away(
+    supabase: SupabaseAt, cloud: Cloud, prompt: str, metadata: dict[str, object]
+) -> None:
+    client, record = supabase(cloud.base, cloud.service_key), supabase_record(prompt, metadata=metadata)
+    record["owner"] = cloud.anna
+    assert client.add_image(imagen.image_row(record)) == SUPABASE_PATH
+    client.add_usage(imagen.usage_row(record))
+    (row,), (usage,) = cloud.rows(), cloud.rows("mai.imagen_usage")
+    assert re.sub(r"[?�\0]", "", row["prompt"]) == re.sub(r"[\0\ud800-\udfff]", "", prompt)
+    assert row["prompt_hash"] == usage["prompt_hash"]
+    if prompt.isprintable() or "\0" in prompt:  # the hash is that of the prompt which stands beside it
+        assert row["prompt_hash"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+
+
+class SupabaseHome(NamedTuple):
+    """A home that uses a project, and one image of its own that is there."""
+
+    box: Box
+    cloud: Cloud
+    path: str
+    about: dict[str, Any]
+
+    def sign(self, *args: str, **options: Any) -> Done:
+        return self.box.run("sign", *args, **options)
+
+
+@pytest.fixture
+def signing(box: Box, cloud: Cloud) -> SupabaseHome:
+    cloud.join(box)
+    (path,) = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "-q").lines
+    return SupabaseHome(box, cloud, path, box.sidecar(path))
+
+
+def test_an_image_is_signed_by_path_sidecar_id_and_storage_path(signing: SupabaseHome) -> None:
+    stored, ident = signing.about["storage_path"], signing.about["image_id"]
+    names = [signing.path, os.path.relpath(signing.path, signing.box.root), f"{signing.path}.json", ident]
+    for name in (*names, ident.upper(), stored, f"imagen-generated/{stored}"):
+        done = signing.sign(name)
+        assert (done.code, done.err, len(done.lines)) == (0, "", 1), done.err
+        assert supabase_get(done.lines[0]) == Path(signing.path).read_bytes()
+    said = signing.sign(ident, "--json").json
+    assert supabase_get(said.pop("url")) and said == {"ok": True, "storage_path": stored, "expires_in": 86400}
+    os.unlink(signing.path)  # what is in the cloud need not be here
+    done = signing.sign(signing.path)
+    assert done.code == 0 and supabase_get(done.lines[0]), done.err
+    os.unlink(f"{signing.path}.json")  # `imagen list` still names the path
+    done = signing.sign(signing.path)
+    assert done.code == 0 and supabase_get(done.lines[0]), done.err
+
+
+def test_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseHome) -> None:
+    days = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
+    for args, seconds in [((), 86400), *((("--expires", time_), seconds) for time_, seconds in days.items())]:
+        token = signing.sign(signing.about["image_id"], *args).lines[0].partition("?token=")[2]
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        assert claims["exp"] - claims["iat"] == seconds
+
+
+@pytest.mark.parametrize("time_", ["0", "0d", "-1d", "", "1.5h", "1 d", "d", "1y", "1e3", "9999999999d", "tomorrow"])
+def test_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_is_sent(
+    supabase: SupabaseAt, capsys: pytest.CaptureFixture[str], time_: str
+) -> None:
+    with Remote() as remote:
+        supabase(remote.base)
+        code = imagen.main(["sign", SUPABASE_PATH, f"--expires={time_}"])
+        out, err = capsys.readouterr()
+        assert (code, out, remote.seen) == (2, "", []) and "--expires" in err and "7d" in err
+
+
+def test_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
+    box, make = signing.box, ("generate", "a fox", "-b", "mock", "--size", "64x64", "-q")
+    private, away = box.run(*make, "--no-cloud").lines[0], box.run(*make, env={"SUPABASE_URL": ""}).lines[0]
+    gone = "2020-01-01/nobody-1.png"
+    cases: list[tuple[str, int, Sequence[str], str]] = [
+        (away, 2, ("not in the cloud", "sync"), ""),
+        (private, 2, ("--no-cloud",), "imagen sync"),
+        (str(uuid.uuid4()), 2, ("not in the cloud",), ""),
+        (f"../{gone}", 2, ("..",), ""),
+        (f"imagen-generated/../{gone}", 2, ("..",), ""),
+        (gone, 2, (gone, "imagen-generated"), "migrate"),
+    ]
+    for name, code, words, never in cases:
+        done = signing.sign(name)
+        assert (done.code, done.out) == (code, ""), (name, done.err)
+        assert all(word in done.err for word in words) and not (never and never in done.err), done.err
+    error = signing.sign(gone, "--json").json["error"]
+    assert (error["code"], error["retryable"]) == ("usage", False) and gone in error["message"]
+    for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY"):
+        done = signing.sign(signing.path, env={name: ""})
+        assert done.code == 3 and name in done.err
+    done = signing.sign(signing.path, env={"SUPABASE_URL": f"http://127.0.0.1:{refused_port()}"})
+    assert done.code == 4 and "Traceback" not in done.err
+    signing.cloud.fault(f"POST {SUPABASE_AT.replace('object/', 'object/sign/')}", html(), math.inf)
+    done = signing.sign(signing.path)
+    assert done.code == 11 and done.out == ""
+
+
+def test_the_supabase_block_names_other_variables_and_another_bucket(box: Box, cloud: Cloud) -> None:
+    cloud.database.sql("insert into storage.buckets (id, name, public) values ('other-one', 'other-one', false)")
+    names = {"url_env": "MY_URL", "service_key_env": "MY_KEY", "bucket": "other-one"}
+    box.configure({"mock": {"type": "mock"}}, owner_user_id=cloud.anna, supabase=names)
+    env = {"MY_URL": cloud.base, "MY_KEY": cloud.secret_key, "SUPABASE_URL": f"http://127.0.0.1:{refused_port()}"}
+    (path,) = box.run("generate", "a fox", "--size", "64x64", "-q", env=env).lines
+    (stored,) = cloud.objects("other-one")
+    assert cloud.objects() == {} and [row["storage_path"] for row in cloud.rows()] == [stored]
+    assert supabase_get(box.run("sign", f"other-one/{stored}", env=env).lines[0]) == Path(path).read_bytes()
+    assert "MY_KEY" in box.run("sign", stored, env={**env, "MY_KEY": ""}).err
+
+
+SUPABASE_PROMPT = "fox " * 12 + 'and the "canary", größer\n\n  als\tsonst'  # its name in the bucket has no canary in it
+
+
+def supabase_echo(seen: Seen) -> dict[str, tuple[int, object]]:
+    """How a server shows us what we sent: with which status, and in which body."""
+    head = " ".join([seen.path, *(f"{name}: {value}" for name, value in seen.headers.items())])
+    body = seen.body[:3000].decode("utf-8", "replace")
+    token = seen.headers["apikey"].split(".")
+    about = {"details": f"{head} {body}", "hint": f"{head} {body}", "code": "23514"}
+    return {
+        "body": (400, {**about, "message": body}),
+        "body cut": (409, {**about, "code": "", "message": "x" * 60 + body[body.find('"prompt"') :][:150]}),
+        "body decoded": (400, {**about, "message": str(seen.json.get("prompt")) if body[:1] == "{" else ""}),
+        "head": (401, {**about, "statusCode": "401", "message": head}),
+        "head cut": (403, {**about, "message": "x" * 270 + seen.headers["apikey"]}),
+        "parts of the key": (401, {**about, "code": "", "message": f"bad token {'; '.join(token[1:])}"}),
+        "code": (400, {**about, "code": seen.headers["apikey"], "message": "no"}),
+        "text": (502, f"{head} {body}"),
+        "odd": (400, {**about, "statusCode": "9" * 5000, "message": body, "error": head}),
+    }
+
+
+SUPABASE_ECHOES = {
+    "object": ["head", "head cut", "parts of the key", "text", "odd"],
+    "row": [*supabase_echo(Seen("", "", {"apikey": ""}, b""))],
+    "usage": ["body", "head"],
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"), [(step, shape) for step in SUPABASE_ECHOES for shape in SUPABASE_ECHOES[step]]
+)
+def test_what_a_server_echoes_shows_neither_key_nor_prompt(box: Box, step: str, shape: str) -> None:
+    def respond(seen: Seen) -> object:
+        at = "object" if "/storage/" in seen.path else "usage" if "usage" in seen.path else "row"
+        if at == step and seen.method != "GET":
+            return status(*supabase_echo(seen)[shape], {"retry-after-ms": "1"})
+        good = {"object": SUPABASE_STORED, "usage": status(201)}
+        return good.get(at, [] if seen.method == "GET" else status(201, SUPABASE_ROWS))
+
+    key = SUPABASE_KEYS["opaque" if shape == "head" else "jwt"]
+    with Remote(handler=respond) as remote, http_server("openai") as openai:
+        box.configure({"paint": http_block("openai", openai.base)}, output={"naming": "{seed}.png"})
+        box.environ |= {"SUPABASE_URL": remote.base, "SUPABASE_SERVICE_ROLE_KEY": key}
+        box.environ |= {"IMAGEN_OWNER_USER_ID": CONFIG_OWNER, "HTTP_TEST_KEY": HTTP_KEY}
+        made = box.run("generate", SUPABASE_PROMPT, "-v")
+        assert made.code == 0 and "imagen: " in made.err and len(made.lines) == 1, made.err
+        told = box.run("sync", *made.lines, "-v", "--json")
+        assert {seen.headers["apikey"] for seen in remote.seen} == {key}
+    said = made.err + made.out + told.err + json.dumps([told.json["warnings"], told.json.get("error")])
+    assert "canary" not in said and "Failing" not in said
+    assert not [part for part in [key, *key.split(".")] if part[:20] in said + told.out]
+
+
+@pytest.mark.parametrize("address", ["closed", "wrong password", "no port", "no scheme", "query"])
+def test_the_database_password_is_never_shown(box: Box, database: Database, address: str) -> None:
+    words = {
+        "closed": f"postgresql://postgres:Canary%2B1@127.0.0.1:{refused_port()}/x",
+        "wrong password": database.dsn("postgres").replace(":postgres@", ":Canary%2B1@"),
+        "no port": "postgresql://postgres:Canary%2B1@127.0.0.1:Canary%2B1/x",
+        "no scheme": "postgres:Canary%2B1@127.0.0.1/x",
+        "query": f"postgresql://127.0.0.1:{refused_port()}/x?user=u&password=Canary%2B1",
+    }
+    for flag in ("-v", "--json"):
+        done = box.run("migrate", flag, env={"IMAGEN_DATABASE_URL": words[address]})
+        assert done.code in (3, 4) and "Canary" not in done.out + done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.skipif("IMAGEN_LIVE_SUPABASE" not in os.environ, reason="IMAGEN_LIVE_SUPABASE=1 asks a real project")
+def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
+    names = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID")
+    box.environ |= {name: os.environ[name].strip() for name in names}
+    base, key, owner = (box.environ[name] for name in names)
+    keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
+
+    def asked(method: str, path: str) -> bytes:
+        profile = {"Accept-Profile": "imagen", "Content-Profile": "imagen", "User-Agent": "imagen-tests"}
+        request = urllib.request.Request(base.rstrip("/") + path, headers={**keys, **profile}, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bytes(answer.read())
+
+    made = box.run("generate", "a red fox", "-b", "mock", "--size", "64x64", "--cloud", "--json").json["images"][0]
+    image, row = Path(made["path"]).read_bytes(), f"/rest/v1/images?id=eq.{made['image_id']}"
+    stored = urllib.parse.quote(made["storage_path"])
+    try:
+        assert made["cloud"] == {"id": made["image_id"], "storage_path": made["storage_path"]}
+        (kept,) = json.loads(asked("GET", row))
+        assert (kept["owner_user_id"], kept["prompt"], kept["width"]) == (owner, "a red fox", 64)
+        assert asked("GET", SUPABASE_AT + stored) == image
+        done = box.run("sync", made["path"])
+        assert done.code == 0 and len(json.loads(asked("GET", row))) == 1, done.err
+        url = box.run("sign", made["path"], "--expires", "2m").lines[0]
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert answer.read() == image and answer.headers["content-type"] == "image/png"
+    finally:
+        asked("DELETE", row)
+        asked("DELETE", SUPABASE_AT + stored)
+    assert json.loads(asked("GET", row)) == [] and box.run("sign", made["path"]).code == 2
 
 
 # === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
@@ -10380,3 +10990,95 @@ def test_bench_memory(bench: BenchBox) -> None:
         small, large = peaks[name]
         rows += [(f"{name}, 1 KB", small, small, ""), (f"{name}, 40 MB", large, small + most, rule)]
     bench_report("Peak memory", "MB", rows)
+
+
+# Answers like the cloud, one connection after the other, in a process of its own; prints its port.
+BENCH_CLOUD = """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    sock, _ = listener.accept()
+    with sock, sock.makefile("rb") as lines:
+        verb, size = lines.readline().split()[0], 0
+        while (line := lines.readline()) not in (b"\\r\\n", b""):
+            size = int(line.split()[1]) if line.lower().startswith(b"content-length") else size
+        while size > 0:
+            size -= len(lines.read(min(size, 1 << 16))) or size
+        answers = {b"GET": b"[]", b"PUT": b'{"Key": "b/x", "Id": "1"}', b"POST": b'[{"id": "1", "storage_path": "x"}]'}
+        sock.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(answers[verb]), answers[verb]))
+"""
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_delivering(bench: BenchBox, here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, server = png(pad=1_500_000), [sys.executable, "-I", "-S", "-c", BENCH_CLOUD]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            address = f"127.0.0.1:{int(process.stdout.readline())}"
+            settings = {"SUPABASE_URL": f"http://{address}", "SUPABASE_SERVICE_ROLE_KEY": SUPABASE_KEYS["jwt"]}
+            for name, value in {**settings, "IMAGEN_OWNER_USER_ID": CONFIG_OWNER}.items():
+                monkeypatch.setenv(name, value)
+            config = imagen.load_config()
+            here.out.mkdir()
+            row = json.dumps(imagen.image_row(supabase_record("a fox in the snow" * 20)))
+            file = here.root / "bare.png"
+            file.write_bytes(picture)
+
+            def timed(work: Callable[[], object]) -> float:
+                began = time.perf_counter()
+                work()
+                return 1000 * (time.perf_counter() - began)
+
+            def bare() -> None:
+                head = {"apikey": SUPABASE_KEYS["jwt"], "Authorization": f"Bearer {SUPABASE_KEYS['jwt']}"}
+                with file.open("rb") as data:
+                    size = {"Content-Length": str(len(picture)), "Content-Type": "image/png"}
+                    for verb, body, more in (("GET", None, {}), ("PUT", data, size), ("POST", row, {})):
+                        link = http.client.HTTPConnection(address, timeout=60)
+                        link.request(verb, "/rest/v1/images?x=y", body, {**head, **more})  # type: ignore[arg-type]
+                        with link.getresponse() as answer:
+                            assert answer.read() and answer.status == 200
+                        link.close()
+
+            def delivery() -> float:
+                run = imagen.Run(60)
+                run.begin(imagen.prepare(imagen.Request("a fox in the snow", backend="mock"), config))
+                imagen.finish(run, imagen.Result(io.BytesIO(picture), "image/png"))
+                took = timed(lambda: imagen.deliver(run, config))
+                assert here.ledger()[-1]["row"] is True
+                return took
+
+            bare(), delivery()
+            floor, took = bench.medians(101, lambda: timed(bare), delivery)
+        finally:
+            process.kill()
+    rows = [("GET, PUT of 1.5 MB, POST with http.client", floor, floor, ""), ("deliver", took, 1.3 * floor, "1.3 x")]
+    bench_report("A delivery, median of 101 rounds", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_memory_of_an_upload(bench: BenchBox) -> None:
+    def answer(seen: Seen) -> object:
+        read = {"GET": [], "PUT": SUPABASE_STORED}
+        return read.get(seen.method, SUPABASE_ROWS)
+
+    peaks = []
+    with Remote(handler=answer) as remote:
+        bench.environ |= {"SUPABASE_URL": remote.base, "SUPABASE_SERVICE_ROLE_KEY": SUPABASE_KEYS["jwt"]}
+        bench.environ["IMAGEN_OWNER_USER_ID"] = CONFIG_OWNER
+        for pad in (1 << 10, 40 << 20):
+            path = bench.root / f"{pad}.png"
+            path.write_bytes(png(pad=pad))
+            about = {**supabase_record()["sidecar"], "image_id": str(uuid.uuid4()), "bytes": path.stat().st_size}
+            about |= {"timestamp": "2026-11-20T08:00:00+01:00", "mime_type": "image/png"}
+            Path(f"{path}.json").write_text(json.dumps(about))
+            peaks += bench.medians(5, lambda path=path: bench.run(*bench.script, "sync", str(path)).peak)  # type: ignore[misc]
+        sizes = [len(seen.body) for seen in remote.seen if seen.method == "PUT"]
+    assert len(sizes) == 10 and max(sizes[:5]) < 2000 and min(sizes[5:]) > 40 << 20
+    small, large = peaks
+    rows = [("sync of 1 KB", small, small, ""), ("sync of 40 MB", large, small + 6, "6 MB more")]
+    bench_report("Peak memory of an upload", "MB", rows)
