@@ -2642,7 +2642,8 @@ def ledger() -> Iterator[dict[str, Any]]:
 
 # === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
-FOR_GOOD = ("InvalidKey", "22P02", "23502", "23503", "23514")  # codes of what no repeat can mend
+# Codes of what no repeat can mend.
+FOR_GOOD = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
 
 
 def cloud_lacks(config: Config) -> list[str]:
@@ -2688,13 +2689,13 @@ class Supabase:
         named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
         self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
 
-    def holds(self, path: str, image_id: str) -> bool:
-        """Whether an upload of this image has arrived at `path`, though nobody heard of it."""
+    def holder(self, path: str) -> str:
+        """The id of the image whose upload has arrived at `path`; "" where none has, or nobody said whose it is."""
         try:
             said = self.storage.get_json(f"/object/info/{self.place(path)}")
         except BadConfig:
-            return False
-        return bool((said.get("metadata") or {}).get("image_id") == image_id)
+            return ""
+        return str((said.get("metadata") or {}).get("image_id") or "")
 
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
@@ -2864,6 +2865,7 @@ class Run(Context):
     paid: bool
     begun = False  # whether there is an entry
     resumed = True  # somebody else began it, and knows how long it took
+    uploaded = False  # by us, just now
     _spool: Spool | None = None
     _delivery: Context | None = None
 
@@ -3203,8 +3205,9 @@ def push(run: Run, config: Config, parts: Sequence[str]) -> None:
             error, what = as_error(problem), "usage" if lacks[0] == "usage" else "cloud sync"
             prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "\0")
             open_still = not isinstance(error, BadRequest)
-            hint = "; ".join(filter(None, (error.hint, "later: imagen sync" * open_still)))
-            failed.append(type(error)(f"{what}: {error}".replace(prompt, "…"), hint))
+            hint = error.hint * (ctx.why != "deadline")  # which no --timeout moves
+            hint = "; ".join(filter(None, (hint, "later: imagen sync" * open_still)))
+            failed.append(type(error)(f"{what}: {str(error).replace(prompt, '…')}", hint))
             if open_still:
                 break
             run.jot(**({"usage": "for good"} if what == "usage" else {"refused": True}))
@@ -3213,37 +3216,43 @@ def push(run: Run, config: Config, parts: Sequence[str]) -> None:
 
 
 def put_object(run: Run, cloud: Supabase) -> None:
-    """Upload the image, to the path that was meant, or to one with its id in it where another's row has that."""
+    """Upload the image, to the path that was meant, or to one with its id in it where that is another's."""
+    import hashlib
+
     record = run.entry.record
-    about, path = record["sidecar"], record.get("putting")
+    about, begun = record["sidecar"], record.get("putting")
     if not record.get("owner"):
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
-    if not path:
-        path = about["storage_path"]
-        if path == record.get("taken") or any(row["id"] != run.image_id for row in cloud.images(storage_path=path)):
-            stem, ending = os.path.splitext(path)
-            path = f"{stem}-{run.id[:8]}{ending}"
     if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
         raise BadRequest(f"{record['path']} is gone")
     with open(record["path"], "rb") as file:
-        if file.seek(0, os.SEEK_END) != about["bytes"]:
+        if about.get("sha256") not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
             raise BadRequest(f"{record['path']} was changed since it was made")
-        if record.get("putting") != path or not cloud.holds(path, run.id):
+        path = begun or about["storage_path"]
+        holder = cloud.holder(path) if begun else ""  # ours may have arrived, or another's since
+        others = {holder, *(str(row["id"]) for row in cloud.images(storage_path=path))} - {run.image_id, ""}
+        if others or path == record.get("taken"):
+            stem, ending = os.path.splitext(about["storage_path"])
+            path, holder = f"{stem}-{run.id[:8]}{ending}", ""
+        if holder != run.image_id:
             run.jot(putting=path)
-            cloud.upload(path, file, about["mime_type"], run.id)
+            cloud.upload(path, file, about["mime_type"], run.image_id)
+    run.uploaded = True
     run.jot(object=path)
 
 
 def put_row(run: Run, cloud: Supabase) -> None:
-    """Insert the image's row; where another's has its path after all, the object goes to another one first."""
+    """Insert the image's row; where its path turns out to be another's, the object goes to another one first."""
     record = run.entry.record
+    path, mine = record["object"], f"-{run.id[:8]}." in record["object"]
     try:
+        if not run.uploaded and cloud.holder(path) not in (run.image_id, ""):  # long ago; somebody has written over it
+            raise Failed(f"409 23505: {path} is another image by now")
         path = cloud.add_image(image_row(record))
     except Failed as problem:
-        mine = f"-{run.id[:8]}." in record["object"]
         if " 23505: " not in str(problem) or mine:
             raise
-        run.jot(taken=record["object"], object="", putting="")
+        run.jot(taken=path, object="", putting="")
     else:
         run.jot(row=True, object=path)
 
@@ -4523,11 +4532,16 @@ def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     records = [{**merged(_read(path)), "entry": path} for path in open_paths()]
     if args.paths:
         records = [record_of(path, records) for path in args.paths]
-    records = [record for record in records if owed(record)]
-    if args.dry_run or not records:
+    # Who was killed behind the last step left nothing to do but to close the entry.
+    over = [row for row in records if "entry" in row and not owed(row) and (row.get("path") or row.get("over"))]
+    records = [*{row["id"]: row for row in records if owed(row)}.values()]
+    if args.dry_run or not records + over:
         terminal.note(f"{len(records)} to sync" if records else "nothing to sync")
         rows = [{"id": row["id"], "path": row.get("path"), "lacks": owed(row)} for row in records]
-        return terminal.result({"to_sync": rows}, *aligned((row["id"], *row["lacks"], row["path"]) for row in rows))
+        return terminal.result(
+            {"to_sync": rows}, *aligned((row["id"], ", ".join(row["lacks"]), row["path"] or "") for row in rows)
+        )
+    records += over
     total = len(records)
 
     def attempt(record: dict[str, Any], run: Run) -> dict[str, Any] | None:
@@ -4554,7 +4568,9 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     )
     about = about or record.get("sidecar") or {}
     shape = {"image_id": str, "prompt": str, "backend": str, "timestamp": str, "mime_type": str, "bytes": int}
-    if not all(isinstance(about.get(key), kind) for key, kind in shape.items()) or not is_uuid(about["image_id"]):
+    fits = all(isinstance(about.get(key), kind) for key, kind in shape.items()) and is_uuid(about["image_id"])
+    fits = fits and isinstance(about.get("storage_path") or "", str) and about["mime_type"] in MIME_TYPES.values()
+    if not fits:
         raise BadRequest(f"{path}: no image with a sidecar, and none that the journal knows")
     if record.get("private") or about.get("private"):
         raise BadRequest(f"{path} was made with --no-cloud: it stays here")
@@ -4566,7 +4582,7 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     stem = render_name("{date}/{slug}-{seed}", asked, epoch(about["timestamp"]))
     storage = about.get("storage_path") or stem + os.path.splitext(path)[1]
     record = {**base, "charged": charged, **record, "path": path, "sidecar": {**about, "storage_path": storage}}
-    again = ("object", "row", "refused", "error")
+    again = ("object", "row", "refused", "error", *(("owner",) if record.get("refused") else ()))
     return {key: value for key, value in {**record, "storage": stem}.items() if key not in again}
 
 

@@ -1,11 +1,15 @@
 -- ImaGen's side of a Supabase database. Run it with `imagen migrate`, with psql, or in the SQL editor, as `postgres`
 -- (which is no superuser there); running it again changes nothing. Its notices say, part by part, what it did.
 --
--- What an older release or the original system left is extended in place: nothing is dropped, renamed or narrowed.
+-- What an older release or the original system left is extended in place: nothing is dropped or renamed, and no more
+-- is narrowed than the bucket, which becomes private, and what people may change in their rows: the tags.
 
 begin;
 
 set local client_min_messages = warning;  -- the report at the end says more than "already exists, skipping"
+set local lock_timeout = '10s';           -- who waits for a lock on a table stops all who come after
+set local statement_timeout = 0;          -- an index takes its time
+do $alone$ begin perform pg_advisory_xact_lock(hashtext('imagen migrate')); end $alone$;
 
 -- Everything this file cares for, and how it stands: compared at the end with how it stood before.
 create or replace function pg_temp.imagen_state() returns table (part text, what text, how text) language sql as $state$
@@ -36,27 +40,38 @@ create or replace function pg_temp.imagen_state() returns table (part text, what
       on (i.schemaname, i.tablename) = (t.nspname, t.relname)
   union all
   select coalesce(part, 'imagen_storage_policies'), 'policy ' || policyname,
-         concat_ws(' ', cmd, roles::text, qual, with_check)
+         concat_ws(' ', permissive, cmd, roles::text, qual, with_check)
   from pg_policies p left join tables t on (p.schemaname, p.tablename) = (t.nspname, t.relname)
   where t.oid is not null or (schemaname = 'storage' and policyname like 'imagen\_%')
   union all
   select part, 'trigger ' || tgname, pg_get_triggerdef(g.oid) from pg_trigger g join tables t on t.oid = g.tgrelid
   where not tgisinternal
   union all
-  select case proname when 'owns_object' then 'imagen_storage_policies' else 'imagen_jobs_init' end,
-         'function imagen.' || proname, concat_ws(' ', prosrc, proacl::text, proconfig::text)
+  select case proname when 'owns_object' then 'imagen_storage_policies' when 'may_name' then 'imagen_schema_init'
+                      else 'imagen_jobs_init' end,
+         'function imagen.' || proname, concat_ws(' ', prosrc, prosecdef, proacl::text, proconfig::text)
   from pg_proc where pronamespace = to_regnamespace('imagen')
   union all
   select 'imagen_storage_bucket', 'bucket ' || id, concat_ws(' ', public, file_size_limit, allowed_mime_types::text)
   from storage.buckets where id = 'imagen-generated'
   union all
-  select 'imagen_pgrst_expose', 'exposed schemas', string_agg(setting, '; ' order by setdatabase)
+  select 'imagen_pgrst_expose', 'exposed schemas',
+         coalesce(string_agg(setting, '; ' order by setdatabase), 'left to the Dashboard')
   from pg_db_role_setting cross join unnest(setconfig) as setting
   where setrole = to_regrole('authenticator') and setting like 'pgrst.db\_schemas=%'
-  having count(*) > 0
+    and setdatabase in (0, (select oid from pg_database where datname = current_database()))
 $state$;
 
 create temporary table imagen_before on commit drop as select * from pg_temp.imagen_state();
+
+-- What is there is left alone: even "create … if not exists" locks the table, and drop and create lock it against reads.
+create or replace function pg_temp.imagen_make(wanted text, statement text) returns void language plpgsql as $make$
+begin
+  if not exists (select from imagen_before where what = wanted) then
+    execute statement;
+  end if;
+end
+$make$;
 
 -- ---------------------------------------------------------------- imagen_schema_init
 
@@ -80,49 +95,74 @@ create table if not exists imagen.images (
   tags              text[] default '{}',
   created_at        timestamptz default now()
 );
-alter table imagen.images
-  add column if not exists prompt_hash       text,
-  add column if not exists model             text,
-  add column if not exists seed              bigint,
-  add column if not exists steps             int,
-  add column if not exists width             int,
-  add column if not exists height            int,
-  add column if not exists latency_ms        int,
-  add column if not exists cost_usd_estimate numeric(10, 6),
-  add column if not exists sidecar           jsonb,
-  add column if not exists tags              text[] default '{}',
-  add column if not exists created_at        timestamptz default now();
 
-create index if not exists imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc);
-create index if not exists imagen_images_backend_idx on imagen.images (backend);
-create index if not exists imagen_images_tags_idx on imagen.images using gin (tags);
-
--- Without it a signed-in user could insert a row that names another's object, and read that.
-do $unique$
-declare twice int;
+do $images$
+declare
+  missing record;
+  twice   int;
 begin
-  select count(*) into twice from (
-    select from imagen.images group by storage_path having count(*) > 1) as repeated;
-  if twice > 0 and to_regclass('imagen.imagen_images_storage_path_key') is null then
-    raise warning 'by hand: % values of imagen.images.storage_path stand in several rows, so it is not unique yet; '
-                  'mend them, then run this again', twice;
-  else
-    create unique index if not exists imagen_images_storage_path_key on imagen.images (storage_path);
+  for missing in
+    select * from (values
+      ('prompt_hash', 'text'), ('model', 'text'), ('seed', 'bigint'), ('steps', 'int'), ('width', 'int'),
+      ('height', 'int'), ('latency_ms', 'int'), ('cost_usd_estimate', 'numeric(10, 6)'), ('sidecar', 'jsonb'),
+      ('tags', 'text[] default ''{}'''), ('created_at', 'timestamptz default now()')) as columns (name, type)
+    where not exists (select from pg_attribute
+                      where attrelid = 'imagen.images'::regclass and attname = name and not attisdropped)
+  loop
+    execute format('alter table imagen.images add column %I %s', missing.name, missing.type);
+  end loop;
+
+  perform pg_temp.imagen_make('index imagen_images_owner_created_idx',
+    'create index imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc)');
+  perform pg_temp.imagen_make('index imagen_images_backend_idx',
+    'create index imagen_images_backend_idx on imagen.images (backend)');
+  perform pg_temp.imagen_make('index imagen_images_tags_idx',
+    'create index imagen_images_tags_idx on imagen.images using gin (tags)');
+
+  -- Without it a signed-in user could insert a row that names another's object, and read that.
+  if to_regclass('imagen.imagen_images_storage_path_key') is null then
+    select count(*) into twice from (
+      select from imagen.images group by storage_path having count(*) > 1) as repeated;
+    if twice > 0 then
+      raise warning 'by hand: % values of imagen.images.storage_path stand in several rows, so it is not unique yet; '
+                    'mend them, then run this again', twice;
+    else
+      create unique index imagen_images_storage_path_key on imagen.images (storage_path);
+    end if;
+  end if;
+
+  if not (select relrowsecurity from pg_class where oid = 'imagen.images'::regclass) then
+    alter table imagen.images enable row level security;
   end if;
 end
-$unique$;
+$images$;
+
+-- Nor may a row name what somebody else uploaded and has no row yet, or no longer.
+create or replace function imagen.may_name(path text) returns boolean
+  language sql stable security definer set search_path = '' as $may$
+  select not exists (select from storage.objects o where o.bucket_id = 'imagen-generated' and o.name = path
+                     and o.owner_id is distinct from (select auth.uid())::text)
+$may$;
+revoke execute on function imagen.may_name(text) from public;
+grant execute on function imagen.may_name(text) to authenticated;
 
 -- (select auth.uid()) is asked once a query, auth.uid() once a row.
-alter table imagen.images enable row level security;
-drop policy if exists imagen_images_owner_select on imagen.images;
-create policy imagen_images_owner_select on imagen.images for select to authenticated
-  using (owner_user_id = (select auth.uid()));
-drop policy if exists imagen_images_owner_insert on imagen.images;
-create policy imagen_images_owner_insert on imagen.images for insert to authenticated
-  with check (owner_user_id = (select auth.uid()));
-drop policy if exists imagen_images_owner_update on imagen.images;
-create policy imagen_images_owner_update on imagen.images for update to authenticated
-  using (owner_user_id = (select auth.uid())) with check (owner_user_id = (select auth.uid()));
+do $policies$
+begin
+  perform pg_temp.imagen_make('policy imagen_images_owner_select', '
+    create policy imagen_images_owner_select on imagen.images for select to authenticated
+      using (owner_user_id = (select auth.uid()))');
+  perform pg_temp.imagen_make('policy imagen_images_owner_insert', '
+    create policy imagen_images_owner_insert on imagen.images for insert to authenticated
+      with check (owner_user_id = (select auth.uid()))');
+  perform pg_temp.imagen_make('policy imagen_images_insert_path', '
+    create policy imagen_images_insert_path on imagen.images as restrictive for insert to authenticated
+      with check (imagen.may_name(storage_path))');
+  perform pg_temp.imagen_make('policy imagen_images_owner_update', '
+    create policy imagen_images_owner_update on imagen.images for update to authenticated
+      using (owner_user_id = (select auth.uid())) with check (owner_user_id = (select auth.uid()))');
+end
+$policies$;
 
 -- ---------------------------------------------------------------- imagen_schema_grants
 
@@ -155,12 +195,18 @@ create or replace function imagen.owns_object(path text) returns boolean
   select exists (select from imagen.images i where i.storage_path = path and i.owner_user_id = (select auth.uid()))
 $owns$;
 
-drop policy if exists imagen_objects_owner_select on storage.objects;
-create policy imagen_objects_owner_select on storage.objects for select to authenticated
-  using (bucket_id = 'imagen-generated' and imagen.owns_object(name));
-drop policy if exists imagen_objects_insert on storage.objects;
-create policy imagen_objects_insert on storage.objects for insert to authenticated
-  with check (bucket_id = 'imagen-generated');
+grant execute on function imagen.owns_object(text) to authenticated;  -- also where new functions are for nobody
+
+do $policies$
+begin
+  perform pg_temp.imagen_make('policy imagen_objects_owner_select', '
+    create policy imagen_objects_owner_select on storage.objects for select to authenticated
+      using (bucket_id = ''imagen-generated'' and imagen.owns_object(name))');
+  perform pg_temp.imagen_make('policy imagen_objects_insert', '
+    create policy imagen_objects_insert on storage.objects for insert to authenticated
+      with check (bucket_id = ''imagen-generated'')');
+end
+$policies$;
 
 -- ---------------------------------------------------------------- imagen_pgrst_expose
 
@@ -363,11 +409,13 @@ begin
   for line in
     select coalesce(new.part, old.part) as part,
            string_agg(case when old.what is null then new.what else 'changed: ' || new.what end, ', ' order by new.what)
-             filter (where old.how is distinct from new.how) as news
+             filter (where old.how is distinct from new.how) as news,
+           coalesce(min(new.how) filter (where new.how = 'left to the Dashboard'), 'was there') as olds
     from pg_temp.imagen_state() new full join imagen_before old using (part, what)
-    group by 1 order by 1
+    group by 1 order by array_position('{imagen_schema_init,imagen_schema_grants,imagen_storage_bucket,
+      imagen_storage_policies,imagen_pgrst_expose,imagen_usage_init,imagen_jobs_init}', coalesce(new.part, old.part))
   loop
-    raise notice '%: %', line.part, coalesce(line.news, 'was there');
+    raise notice '%: %', line.part, coalesce(line.news, line.olds);
   end loop;
 end
 $report$;

