@@ -267,6 +267,7 @@ class Secret:
         if not re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value):  # a placeholder such as "none" or "lm-studio" is no key
             quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
             spellings = {*Secret.spellings, value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
+            spellings |= {*value.split(".")[1:]} if value.startswith("eyJ") else set()  # its payload and signature
             Secret.spellings = sorted(spellings, key=len, reverse=True)  # so that none leaves the tail of another
 
     def reveal(self) -> str:
@@ -2660,7 +2661,9 @@ class Supabase:
     https://supabase.com/docs/guides/storage, https://docs.postgrest.org
     """
 
-    def __init__(self, ctx: Context, config: SupabaseConfig) -> None:
+    def __init__(self, ctx: Context, config: SupabaseConfig, prompt: str = "") -> None:
+        """`prompt` is taken out of what the project says."""
+        self.prompt = prompt
         url = os.environ.get(config.url_env, "").strip()
         if not url:
             raise KeyMissing(f"{config.url_env} is not set", f"export {config.url_env}=https://….supabase.co")
@@ -2668,12 +2671,16 @@ class Supabase:
         # The opaque keys (sb_secret_…) are no JWT, so they are no Bearer token either.
         self.keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
         self.ctx, self.base, self.bucket = ctx, checked_url(url, name=config.url_env), config.bucket
-        self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, supabase_error)
+        self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
+
+    def explain(self, answer: Answer) -> ImagenError:
+        """`supabase_error`, which does not know the prompt."""
+        return supabase_error(answer, self.prompt)
 
     def tables(self, schema: str) -> Http:
         """PostgREST, looking at one schema."""
         profile = {"Accept-Profile": schema, "Content-Profile": schema}
-        return Http(self.ctx, f"{self.base}/rest/v1", {**self.keys, **profile}, supabase_error)
+        return Http(self.ctx, f"{self.base}/rest/v1", {**self.keys, **profile}, self.explain)
 
     def place(self, path: str) -> str:
         """`path` of the bucket as it stands in a URL; BadRequest for what some servers fold or cut."""
@@ -2687,7 +2694,9 @@ class Supabase:
         """Put an image at `path`, over what may be there."""
         about = binascii.b2a_base64(to_jsonb({"image_id": image_id}).encode(), newline=False).decode()
         named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
-        self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
+        answer = self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
+        if not answer.mapping().get("Key"):  # a page of somebody in between
+            raise Failed(f"{answer.status}: the answer names no object")
 
     def holder(self, path: str) -> str:
         """The id of the image whose upload has arrived at `path`; "" where none has, or nobody said whose it is."""
@@ -2695,7 +2704,8 @@ class Supabase:
             said = self.storage.get_json(f"/object/info/{self.place(path)}")
         except BadConfig:
             return ""
-        return str((said.get("metadata") or {}).get("image_id") or "")
+        about = said.get("metadata")
+        return str(about.get("image_id") or "") if isinstance(about, dict) else ""
 
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
@@ -2703,8 +2713,8 @@ class Supabase:
 
         body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
         said = self.storage.send("POST", f"/object/sign/{self.place(path)}", body).mapping()
-        where, _, query = str(said.get("signedURL")).partition("?")
-        if not query:
+        where, _, query = str(said.get("signedURL")).rpartition("?")
+        if not where:
             raise Failed("the answer has no signed address")
         return f"{self.storage.base}{quote(where)}?{query}"
 
@@ -2732,7 +2742,8 @@ class Supabase:
         while True:
             body, prefer = io.BytesIO(to_jsonb(row).encode()), "return=minimal,resolution=merge-duplicates"
             try:
-                self.tables("mai").send("POST", f"/imagen_usage{query}", body, Prefer=prefer)
+                if self.tables("mai").send("POST", f"/imagen_usage{query}", body, Prefer=prefer).body.strip():
+                    raise Failed("the answer to a row of imagen_usage is not PostgREST's")
                 return "id" in row
             except (BadRequest, Failed) as problem:
                 unknown = re.search(r"PGRST204: .*?(?:Column '(\w+)'|'(\w+)' column)", str(problem))
@@ -2752,16 +2763,18 @@ def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
     return said
 
 
-def supabase_error(answer: Answer) -> ImagenError:
+def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
     """What an error of Storage (whose true status is in the body) or of PostgREST means; BadRequest: refused for good.
 
     Only code and message are told. The details of PostgREST hold the whole row, and the prompt with it.
     """
     said = answer.json()
     said = said if isinstance(said, dict) else {}
-    status = int(said["statusCode"]) if str(said.get("statusCode")).isdecimal() else answer.status
+    true = str(said.get("statusCode"))
+    status = int(true) if re.fullmatch(r"[1-5]\d\d", true) else answer.status
     code, after = str(said.get("code") or ""), retry_after(answer)
-    text = f"{status} {code}: {excerpt(str(said.get('message') or 'no word why').encode())}"
+    message = without(prompt, str(said.get("message") or "no word why"))
+    text = f"{status} {code}: {excerpt(message.encode('utf-8', 'replace'))}"
     if status in (413, 415) or code in FOR_GOOD:
         hint = "owner_user_id has to be your UUID in auth.users" if code == "23503" else ""
         return BadRequest(text, hint)
@@ -2774,6 +2787,13 @@ def supabase_error(answer: Answer) -> ImagenError:
     if status in (404, 406):
         return BadConfig(text, "run `imagen migrate`, and expose the schemas imagen and mai")
     return Failed(text)
+
+
+def without(prompt: str, text: str) -> str:
+    """`text` with the prompt replaced by …, also where JSON's escapes or other spaces stand in it."""
+    words = [{word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]} for word in prompt.split()]
+    spelt = ("(?:" + "|".join(map(re.escape, word)) + ")" for word in words)
+    return re.sub(r"(?:\s|\\[nrtfbv]|\\u\w{4})+".join(spelt), "…", text) if words else text
 
 
 def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -2799,7 +2819,7 @@ def prompt_hash(prompt: str) -> str:
     """sha256 of a prompt as it was written, in UTF-8, hex."""
     import hashlib
 
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(str(redact(prompt)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
@@ -3199,15 +3219,15 @@ def push(run: Run, config: Config, parts: Sequence[str]) -> None:
         run.jot(owner=config.owner_user_id)
     ctx, steps = run.delivery(DELIVERY), {"object": put_object, "row": put_row, "usage": put_usage}
     while lacks := [part for part in owed(record) if part in parts]:
+        prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "")
         try:
-            steps[lacks[0]](run, Supabase(ctx, config.supabase))
+            steps[lacks[0]](run, Supabase(ctx, config.supabase, prompt))
         except Exception as problem:  # nothing of the cloud fails a generation
             error, what = as_error(problem), "usage" if lacks[0] == "usage" else "cloud sync"
-            prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "\0")
             open_still = not isinstance(error, BadRequest)
             hint = error.hint * (ctx.why != "deadline")  # which no --timeout moves
             hint = "; ".join(filter(None, (hint, "later: imagen sync" * open_still)))
-            failed.append(type(error)(f"{what}: {str(error).replace(prompt, '…')}", hint))
+            failed.append(type(error)(f"{what}: {error}", hint))
             if open_still:
                 break
             run.jot(**({"usage": "for good"} if what == "usage" else {"refused": True}))
@@ -4597,11 +4617,12 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     if not found:
         raise BadRequest(f'--expires "{args.expires}": not a time', "such as 30m, 12h, 7d")
     seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
-    cloud, image_id = Supabase(Context(DELIVERY), config.supabase), args.image
-    if os.path.exists(path) or os.path.exists(f"{path}.json"):
-        about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
-        about = about or next((image for image in made_before() if image["path"] == path), {})
-        image_id = str(about.get("image_id"))
+    cloud = Supabase(Context(DELIVERY), config.supabase)
+    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
+    about = about or next((image for image in made_before() if image["path"] == path), {})
+    if about.get("private"):
+        raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
+    image_id = str(about.get("image_id") or args.image)
     if is_uuid(image_id):
         rows = cloud.images(id=image_id)
         if not rows:
@@ -4609,7 +4630,12 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
         path = str(rows[0]["storage_path"])
     else:
         path = args.image.removeprefix(f"{cloud.bucket}/")
-    url = cloud.sign(path, seconds)
+    try:
+        url = cloud.sign(path, seconds)
+    except BadConfig as problem:
+        if " NoSuchKey: " not in str(problem):
+            raise
+        raise BadRequest(f"{path} is not in the bucket {cloud.bucket}", "imagen sync PATH uploads it") from None
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
 
 
@@ -4626,8 +4652,9 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     except (OSError, ValueError) as problem:
         raise BadConfig(f"{path}: {problem}", "it stands beside imagen.py, or is named by --file") from None
     with postgres(load_config(args.config).supabase.database_url_env) as database:
-        database.run(f"set imagen.expose = '{'on' if args.expose else 'off'}'")
-        database.run(text)
+        database.run(
+            f"set local imagen.expose = '{'on' if args.expose else 'off'}';{text}"
+        )  # a pooler may part two queries
         said = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
     by_hand = [text for text in said if text.startswith("by hand: ")]
     parts = dict(text.split(": ", 1) for text in said if text.startswith("imagen_"))
