@@ -3300,30 +3300,40 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
 
 # === 17. Queue: imagen.jobs, one connection, one statement a turn ===
 
-PG_VARIABLES = ("host", "port", "user", "password", "database", "sslmode", "sslrootcert", "sslcert", "sslkey")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
 
 
 def postgres_options(dsn: str) -> dict[str, str]:
     """What `postgresql://user:password@host:port/database?sslmode=…` says, and the PG* variables where it is silent."""
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    from urllib.parse import unquote
 
-    said = {name: os.environ.get(f"PG{name.upper()}", "") for name in PG_VARIABLES}
+    parts = ("user", "password", "host", "port", "database")
+    said = {name: os.environ.get(f"PG{name.upper().replace('_', '')}", "") for name in (*parts, *PG_VARIABLES)}
     if dsn:
-        try:
-            parts = urlsplit(dsn)
-            named = {"host": parts.hostname, "port": parts.port, "user": parts.username, "password": parts.password}
-        except ValueError:
-            parts, named = urlsplit(""), {}
-        if parts.scheme not in ("postgres", "postgresql") or "," in parts.netloc:
+        form = r"postgres(?:ql)?://(?:([^:/]*?)(?::([^/]*?))?@)?(\[[^]]*\]|[^@:/?]*)(?::(\d*))?(?:/([^?]*))?(?:\?(.*))?"
+        if not (match := re.fullmatch(form, dsn)):
             raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
-        said |= {name: unquote(str(value)) for name, value in {**named, "database": parts.path[1:]}.items() if value}
-        said |= {{"dbname": "database"}.get(name, name): value for name, value in parse_qsl(parts.query)}
+        *named, query = match.groups("")
+        pairs = [*zip(parts, named, strict=True), *(pair.partition("=")[::2] for pair in query.split("&"))]
+        said |= {{"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value}
     said["user"] = said["user"] or os.environ.get("USER", "postgres")
-    usual = {"host": "localhost", "port": "5432", "database": said["user"], "sslmode": "prefer"}
+    system = (
+        said["sslrootcert"] == "system"
+    )  # certificates for every name under the sun: only the name tells them apart
+    usual = {"host": "localhost", "port": "5432", "database": said["user"], "connect_timeout": f"{CONNECT_TIMEOUT:.0f}"}
+    usual["sslmode"] = "verify-full" if system else "prefer"
     said |= {name: value for name, value in usual.items() if not said[name]}
+    said["host"] = said["host"].strip("[]")
     if said["sslmode"] not in SSL_MODES:
         raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], SSL_MODES)}")
+    if system and said["sslmode"] != "verify-full":
+        raise BadConfig(f"sslmode {said['sslmode']} with sslrootcert=system checks nothing", "use verify-full")
+    numbers = said["port"], said["connect_timeout"]
+    if not all(re.fullmatch(r"0*[1-9]\d{0,4}", number) and int(number) < 1 << 16 for number in numbers):
+        raise BadConfig(f"the database's port and connect_timeout are {' and '.join(numbers)}: not numbers that can be")
+    if "," in said["host"]:
+        raise BadConfig("the database's address names several hosts", "name one")
     return said
 
 
@@ -3335,17 +3345,18 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
         def makefile(self, *_: Any, **__: Any) -> Any:
             return PgStream(self)
 
-    mode, root = options["sslmode"], options["sslrootcert"]
+    mode, named = options["sslmode"], options["sslrootcert"]
     if mode == "disable" or options["host"].startswith("/"):
         return [False]
+    root = os.path.expanduser(named or "~/.postgresql/root.crt")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = Watched
     context.check_hostname = mode == "verify-full"
     try:
-        if root == "system":
+        if named == "system":
             context.load_default_certs()
-        elif mode.startswith("verify") or (mode == "require" and root):
-            context.load_verify_locations(os.path.expanduser(root or "~/.postgresql/root.crt"))
+        elif mode.startswith("verify") or named or os.path.exists(root):
+            context.load_verify_locations(root)
         else:
             context.verify_mode = ssl.CERT_NONE
         if options["sslcert"]:
@@ -3358,9 +3369,16 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
 class PgStream:
     """What pg8000 reads and writes instead of a buffered file, which would not tell what it has read ahead."""
 
+    again: Callable[[], Any]  # makes another connection to the same place
+
     def __init__(self, sock: Any) -> None:
         self.sock, self._ahead, self._out = sock, b"", bytearray()
         sock.stream = self
+
+    @classmethod
+    def of(cls, connection: Any) -> PgStream | None:
+        """The stream of a connection; None where a later pg8000, whose name for its socket is private, has none."""
+        return getattr(getattr(connection, "_usock", None), "stream", None)
 
     def read(self, count: int) -> bytes:
         """Exactly `count` bytes; an OSError where the server hangs up, or is silent for longer than is borne."""
@@ -3376,8 +3394,9 @@ class PgStream:
         self._out += data
 
     def flush(self) -> None:
-        """Send what was written."""
-        self.sock.sendall(self._out)
+        """Send what was written. Why a server would not take it stands in what it said last, which is read next."""
+        with suppress(ConnectionError):
+            self.sock.sendall(self._out)
         self._out.clear()
 
     def close(self) -> None:
@@ -3415,16 +3434,16 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     place = f"Postgres at {options['host']}:{options['port']}"
     try:
         connection = _connected(pg, options)
-        connection._usock.settimeout(patience)
-        # The stock handler dies of a payload that is not ASCII, in the middle of somebody's answer.
-        connection.message_types[b"A"] = lambda data, context: None
+        if stream := PgStream.of(connection):
+            stream.sock.settimeout(patience)
+            stream.again = lambda: _connected(pg, options)
         yield connection
     except pg.DatabaseError as problem:
-        said = problem.args[0] if isinstance(problem.args[0], Mapping) else {"M": str(problem)}
+        said = problem.args[0]
         code = str(said.get("C", ""))
         kind = BadConfig if code[:2] in ("28", "3D", "3F", "42") else Unreachable if code[:2] in LOST else Failed
         raise kind(f"{place}: {said.get('M')} ({code})", str(said.get("H") or "")) from None
-    except (pg.Error, OSError) as problem:
+    except (pg.Error, OSError, UnicodeError) as problem:
         raise Unreachable(f"{place}: {problem}", "is it running, and the address right?") from None
     finally:
         with suppress(UnboundLocalError, pg.Error, OSError):
@@ -3435,18 +3454,18 @@ LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one con
 
 
 def _connected(pg: Any, options: Mapping[str, str]) -> Any:
-    who = {name: options[name] for name in ("user", "host", "database", "password") if options[name]}
+    host, port, patience = options["host"], int(options["port"]), float(options["connect_timeout"])
+    who = {name: options[name] for name in ("user", "host", "database", "password")}
     for context in (contexts := postgres_tls(options)):
-        if options["host"].startswith("/"):
+        if unix := host.startswith("/"):
             sock = PgSocket(socket.AF_UNIX)
-            address: Any = f"{options['host']}/.s.PGSQL.{options['port']}"
         else:
-            found = socket.getaddrinfo(options["host"], int(options["port"]), 0, socket.SOCK_STREAM)
-            sock, address = PgSocket(*found[0][:3]), found[0][4]
+            sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
         try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect(address)
-            if sock.family != socket.AF_UNIX:
+            sock.settimeout(patience)
+            if unix:
+                sock.connect(f"{host}/.s.PGSQL.{port}")
+            else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
@@ -3455,8 +3474,11 @@ def _connected(pg: Any, options: Mapping[str, str]) -> Any:
             return pg.Connection(**who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}")
         except (pg.Error, OSError) as problem:
             sock.close()
-            refused = isinstance(problem, pg.DatabaseError)  # it has answered, so TLS was not what it lacked
-            if context is contexts[-1] or isinstance(problem, OSError) or refused == (options["sslmode"] == "prefer"):
+            silent = isinstance(problem, ConnectionError | TimeoutError)
+            known = (
+                isinstance(problem, pg.DatabaseError) and problem.args[0].get("C") != "28000"
+            )  # not pg_hba.conf's no
+            if context is contexts[-1] or silent or known:
                 raise
     raise AssertionError("postgres_tls gives at least one context")
 
@@ -3510,7 +3532,7 @@ TURN = {
     # lease ran out while the server, and my connection to it, were there long enough to have seen it renewed. What was
     # paid for may be fetched by a few attempts more.
     "rescued": """dead AS (
-  SELECT id FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
+  SELECT * FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
     claimed_slot = :slot
     OR (claimed_by IS NULL AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
     OR (lease_until < now() AND :steady::boolean
@@ -3521,8 +3543,8 @@ TURN = {
     error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
     error_code = CASE next.status WHEN 'failed' THEN 'failed' WHEN 'canceled' THEN 'interrupted' END,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
-  FROM dead JOIN imagen.jobs old USING (id), LATERAL (SELECT CASE WHEN old.cancel_requested THEN 'canceled'
-    WHEN old.attempt >= old.max_attempts + CASE WHEN old.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
+  FROM dead, LATERAL (SELECT CASE WHEN dead.cancel_requested THEN 'canceled'
+    WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
     ELSE 'pending' END AS status) next
   WHERE j.id = dead.id RETURNING j.id, j.status)""",
     "waiting": """waiting AS (SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
@@ -3545,11 +3567,39 @@ class Queue:
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always` are the parameters that stay: me, slot, lease, backends, default. LISTENs before anything else."""
         self.connection, self.always = connection, always
+        self.told = self._claiming = False
         self._prepared: dict[str, Any] = {}
-        self.stream: PgStream | None = getattr(connection._usock, "stream", None)
-        connection.run("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        # What we lean on of pg8000 that it does not promise: its table of handlers here, its socket in PgStream.of.
+        handlers, self.stream = getattr(connection, "message_types", None), PgStream.of(connection)
+        if handlers is None or not self.stream:
+            self.stream = None  # then it can only be asked
+        else:
+            handlers[b"A"], handlers[b"2"] = self._notified, self._bound
         connection.run("LISTEN imagen_jobs")
-        if not connection.run("SELECT FROM pg_listening_channels() AS c WHERE c = 'imagen_jobs'"):
+        self._check()
+        patience = (self.stream and self.stream.sock.gettimeout()) or 0  # nothing of ours is done after we gave up
+        connection.run(
+            f"SET statement_timeout = {900 * patience:.0f}; SET default_transaction_isolation = 'read committed'"
+        )
+
+    def _notified(
+        self, *_: Any
+    ) -> None:  # the stock handler dies of a payload that is not ASCII, in midst of an answer
+        self.told = True
+
+    def _bound(self, *_: Any) -> None:  # a claim begins: it sees what was told of until now
+        if self._claiming:
+            self.told = self._claiming = False
+
+    def _check(self) -> None:
+        """BadConfig where notifications do not come through."""
+        key = getattr(self.connection, "_backend_key_data", None) or b""
+        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4], "big")]]:
+            return
+        other = self.stream.again()  # a pooler is in between, which may keep notifications for itself
+        other.run("NOTIFY imagen_jobs")
+        other.close()
+        if not self.wait(2.0):
             why = "the address leads to a transaction pooler (port 6543?), which forgets LISTEN"
             raise BadConfig(f"notifications do not arrive: {why}", "use the direct connection, or the session pooler")
 
@@ -3569,23 +3619,23 @@ class Queue:
         sql = f"WITH {', '.join(TURN[name] for name in chosen)} {' UNION ALL '.join(told)}"
         named = {key: value for part in parts.values() for key, value in part.items()}
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TURN, "woken")}
+        self._claiming = "claimed" in parts
         for name, row in self.run(sql, **named):
             rows[name].append(row)
         return rows
 
-    def wait(self, timeout: float, bell: socket.socket) -> bool:
-        """Wait for a notification or the bell; whether the server had something to say, which is read here."""
+    def wait(self, timeout: float, *bells: socket.socket) -> bool:
+        """Wait for a notification or a bell; whether the server has something to say, or may have."""
         import select
 
-        if not self.stream:  # a pg8000 that takes no stream of ours: it can only be asked
-            timeout = min(timeout, 0.25)
-        heard = bool(self.stream and self.stream.arrived())
-        ready, _, _ = select.select([bell, self.connection._usock], [], [], 0 if heard else max(0.0, timeout))
-        if bell in ready:
+        stream, told, self.told = self.stream, self.told, False
+        timeout = max(0.0, timeout if stream else min(timeout, 0.25))
+        heard = told or bool(stream and stream.arrived())
+        wires = [*bells, *([stream.sock] if stream else ())]
+        ready, _, _ = select.select(wires, [], [], 0 if heard else timeout)
+        for bell in set(bells).intersection(ready):
             bell.recv(4096)
-        if heard or self.connection._usock in ready:
-            return True
-        return not self.stream
+        return heard or not stream or stream.sock in ready
 
 
 # === 18. Worker: takes jobs, keeps their leases, hands their images in ===
