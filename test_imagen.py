@@ -8379,6 +8379,7 @@ class QueueWire:
                 for piece in [kept[i : i + 1] for i in range(len(kept))] if self.drip else [kept]:
                     client.sendall(piece)
                 kept, self.kept = b"", 0
+        with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
     def _message(self, server: socket.socket) -> bytes:
@@ -8617,7 +8618,7 @@ def test_a_notification_wakes_however_it_arrives(
         with queue_opened(queue_env, dsn) as connection:
             queue = imagen.Queue(connection, **queue_always())
             assert queue.wait(0.0) is False
-            for payload in ("", "ä ✓", "x" * 7000):  # while it waits
+            for payload in ("", "ä ✓", "x" * (200 if drip else 7000)):  # while it waits
                 timer = threading.Timer(0.1, database.sql, ("select pg_notify('imagen_jobs', $1)", payload))
                 timer.start()
                 assert queue_woken(queue) >= 0.05
@@ -8671,7 +8672,10 @@ def test_a_pooler_that_keeps_notifications_for_itself_is_refused(
             http_lasts(0, 4),
             queue_opened(queue_env, f"{dsn}?sslmode=disable") as connection,
         ):
-            assert imagen.Queue(connection, **queue_always()).wait(0.0) is False
+            queue = imagen.Queue(connection, **queue_always())
+            queue.wait(0.0)
+            database.sql("notify imagen_jobs")
+            assert queue_woken(queue) < 1
 
 
 class QueueLater:
