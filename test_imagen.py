@@ -8327,7 +8327,7 @@ class QueueWire:
     """Stands between a client and the server, and does to the bytes what networks and poolers do to them."""
 
     def __init__(self, port: int, pooled: str = "", drip: bool = False) -> None:
-        self.pooled, self.drip, self.sent, self.kept = pooled, drip, 0, 0
+        self.pooled, self.drip, self.sent, self.kept, self.said = pooled, drip, 0, 0, bytearray()
         self.open = threading.Event()
         self.open.set()
         self._target, self._listener = port, socket.create_server(("127.0.0.1", 0))
@@ -8360,6 +8360,7 @@ class QueueWire:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
                 self.sent += 1
+                self.said += data
                 server.sendall(data)
             server.shutdown(socket.SHUT_WR)
 
@@ -9700,3 +9701,290 @@ def test_bench_memory(bench: BenchBox) -> None:
         small, large = peaks[name]
         rows += [(f"{name}, 1 KB", small, small, ""), (f"{name}, 40 MB", large, small + most, rule)]
     bench_report("Peak memory", "MB", rows)
+
+
+# A worker with a backend that takes `seconds`; it notes when a job's thread is at its first line.
+BENCH_WORKER = """
+import os, sys, threading, time
+from typing import NamedTuple
+import imagen
+notes = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def first(frame, event, arg):
+    if frame.f_code.co_name == "work":
+        now = time.monotonic_ns()
+        sys.setprofile(None)
+        os.write(notes, f"{frame.f_locals['run'].job} {now}\\n".encode())
+threading.setprofile(first)
+PICTURE = imagen.png_encode(64, 64, b"abc", bytes(64 * 64), {})
+@imagen.register("quick")
+class Quick(imagen.Backend):
+    paid = False
+    class Options(NamedTuple):
+        seconds: float = 0.0
+    def generate(self, ctx, request):
+        ctx.sleep(self.options.seconds) if self.options.seconds else None
+        image = ctx.spool()
+        image.write(PICTURE)
+        return imagen.Result(image, "image/png", model="quick", seed=request.seed, cost_usd=0.0)
+sys.exit(imagen.main(["worker", *sys.argv[2:]]))
+"""
+# The least that could do the same on a table of its own: wake, claim, two files on the disk, finish.
+BENCH_FLOOR = """
+import json, os, select, socket, sys, time
+import pg8000.native
+user, password, port, name, folder, jobs, picture = sys.argv[1:]
+sock = socket.create_connection(("127.0.0.1", int(port)))
+sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+link = pg8000.native.Connection(user, database=name, password=password, sock=sock, ssl_context=False)
+picture = bytes.fromhex(picture)
+link.run("set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; listen floor")
+claim = link.prepare('''update imagen.floor j set status = 'running', attempt = attempt + 1,
+  claimed_by = gen_random_uuid(), lease_until = now() + interval '45 s'
+  where id = (select id from imagen.floor where status = 'pending'
+  order by priority desc, seq limit 1 for update skip locked) returning to_jsonb(j)''')
+finish = link.prepare("update imagen.floor set status = 'done', finished_at = now() where id = cast(:id as uuid)")
+def made(job):
+    for ending, data in ((".png", picture), (".png.json", json.dumps(job).encode())):
+        fd = os.open(f"{folder}/{job['id']}{ending}", os.O_WRONLY | os.O_CREAT)
+        os.write(fd, data), os.fsync(fd), os.close(fd)
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd), os.close(fd)
+print("ready", flush=True)
+done = 0
+while jobs == "0" or done < int(jobs):
+    if jobs == "0":
+        select.select([sock], [], [])
+    woken = time.monotonic_ns()
+    ((job,),) = claim.run()
+    claimed = time.monotonic_ns()
+    made(job)
+    finish.run(id=job["id"])
+    done += 1
+    print(woken, claimed, time.monotonic_ns(), flush=True)
+"""
+
+
+class BenchQueue:
+    """A database with imagen.jobs and a table of the floor's, and the processes that work on them."""
+
+    def __init__(self, box: Box, database: Database, link: pg8000.native.Connection) -> None:
+        self.box, self.database, self.notes = box, database, box.root / "notes"
+        self.owner = database.user("anna")
+        database.sql("create table imagen.floor (like imagen.jobs including all)")
+        database.sql("grant all on imagen.floor to imagen_migrator")
+        told = "'begin notify floor; return null; end'"
+        database.sql(f"create function imagen.floor() returns trigger language plpgsql as {told}")
+        database.sql("create trigger t after insert on imagen.floor for each statement execute function imagen.floor()")
+        insert = """insert into imagen.TABLE (owner_user_id, prompt)
+          select :owner::uuid, 'a fox' from generate_series(1, :count::int) returning id"""
+        self._inserts = {table: link.prepare(insert.replace("TABLE", table)) for table in ("jobs", "floor")}
+        self.quick()
+        box.environ |= {
+            "IMAGEN_DATABASE_URL": database.dsn(),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+        }
+        (box.root / "floor").mkdir()
+        self.notes.touch()
+
+    def quick(self, seconds: float = 0.0) -> None:
+        quiet = {"cloud_sync": "off"}
+        self.box.configure({"quick": {"type": "quick", "seconds": seconds}}, output=quiet)
+
+    def insert(self, count: int = 1, table: str = "jobs") -> str:
+        """The first id; committed when this returns, and one round trip."""
+        ids = self._inserts[table].run(owner=self.owner, count=count)
+        return str(ids[0][0])
+
+    @contextlib.contextmanager
+    def worker(self, *args: str, dsn: str = "", ready: str = "listening") -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", BENCH_WORKER, str(self.notes), *args]
+        env = self.box.environ | ({"IMAGEN_DATABASE_URL": dsn} if dsn else {})
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=env, stderr=pipe, stdout=subprocess.DEVNULL, text=True) as process:
+            try:
+                self.until(process, ready)
+                yield process
+            finally:
+                process.kill()
+
+    @contextlib.contextmanager
+    def floor(self, jobs: int = 0) -> Iterator[subprocess.Popen[str]]:
+        server = self.database.server
+        picture = imagen.png_encode(64, 64, b"abc", bytes(64 * 64), {}).hex()
+        words = ("imagen_migrator", "postgres", str(server.port), self.database.name, str(self.box.root / "floor"))
+        command = [sys.executable, "-c", BENCH_FLOOR, *words, str(jobs), picture]
+        with subprocess.Popen(command, env=self.box.environ, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout and process.stdout.readline() == "ready\n"
+                yield process
+            finally:
+                process.kill()
+
+    @staticmethod
+    def until(process: subprocess.Popen[str], words: str, times: int = 1) -> int:
+        """The moment at which it has said this so often."""
+        assert process.stderr
+        said = []
+        while times:
+            line = process.stderr.readline()
+            said.append(line)
+            assert line, "".join(said[-20:])
+            times -= words in line
+        return time.monotonic_ns()
+
+    def began(self, job: str = "") -> list[int]:
+        """When threads of jobs (or of this one) were at their first line."""
+        return [int(line.split()[1]) for line in self.notes.read_text().splitlines() if line.startswith(job)]
+
+
+@pytest.fixture
+def bench_queue(box: Box, database: Database) -> Iterator[BenchQueue]:
+    database.migrate()
+    with database.connect() as link:
+        yield BenchQueue(box, database, link)
+
+
+def bench_spread(name: str, figures: Sequence[float], limit: float = 0, rule: str = "") -> list[Any]:
+    """Two rows of a report: p50 with its limit, and p99."""
+    p50, p99 = statistics.median(figures), statistics.quantiles(figures, n=100)[98]
+    return [(f"{name}, p50", p50, limit or p50, rule), (f"{name}, p99", p99, p99, "")]
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_a_job_is_picked_up_at_once(bench_queue: BenchQueue) -> None:
+    columns: list[list[float]] = [[] for _ in range(6)]
+    wake, claim, whole, pickup, done, both = columns
+    with bench_queue.floor() as floor, bench_queue.worker() as worker:
+        for number in range(220):
+            time.sleep(random.uniform(0.005, 0.02))
+            bench_queue.insert(table="floor")
+            committed = time.monotonic_ns()
+            woken, claimed, finished = map(int, floor.stdout.readline().split())  # type: ignore[union-attr]
+            time.sleep(random.uniform(0.005, 0.02))
+            job = bench_queue.insert()
+            later = time.monotonic_ns()
+            ended = bench_queue.until(worker, f"{job}: done")
+            if number >= 20:
+                (began,) = bench_queue.began(job)
+                moments = (woken - committed, claimed - woken, finished - committed, began - later, ended - later)
+                for column, value in zip(columns, moments, strict=False):
+                    column.append(value / 1000)
+                both.append((claimed - committed) / 1000)
+    rows = [*bench_spread("floor: wake-up", wake), *bench_spread("floor: claim", claim)]
+    limit = statistics.median(both) + 350
+    rows += bench_spread("COMMIT to the job's first line", pickup, limit, "wake-up + claim + 350 us")
+    rows += [*bench_spread("floor: COMMIT to done", whole), *bench_spread("COMMIT to done", done)]
+    bench_report("A job's way, 200 rounds", "us", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(600)
+def test_bench_a_backlog_is_drained(bench_queue: BenchQueue) -> None:
+    columns: dict[str, list[float]] = {"floor": [], "1": [], "8": []}
+    count = 150
+    for _ in range(5):
+        for name, column in columns.items():
+            if name == "floor":
+                bench_queue.insert(count, "floor")
+                with bench_queue.floor(count) as floor:
+                    lines = [line.split() for line in floor.stdout]  # type: ignore[union-attr]
+                column.append((int(lines[-1][2]) - int(lines[0][0])) / 1e6 / count)
+            else:
+                bench_queue.notes.write_text("")
+                bench_queue.insert(count)
+                with bench_queue.worker("--once", "--concurrency", name) as worker:
+                    ended = bench_queue.until(worker, ": done", count)
+                column.append((ended - min(bench_queue.began())) / 1e6 / count)
+    floor_ms, one, eight = (statistics.median(column) for column in columns.values())
+    rows = [
+        ("floor: claim, two files, finish", floor_ms, floor_ms, ""),
+        ("one by one", one, floor_ms / 0.6, "floor / 0.6"),
+    ]
+    rows.append(("--concurrency 8", eight, one, "one by one"))
+    bench_report(f"A job of a backlog of {count}, median of 5 rounds", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_an_idle_worker_is_quiet(bench_queue: BenchQueue) -> None:
+    server = bench_queue.database.server
+    with QueueWire(server.port) as wire:
+        dsn = f"{bench_queue.database.dsn().replace(str(server.port), str(wire.port))}?sslmode=disable"
+        with bench_queue.worker(dsn=dsn):
+            time.sleep(2)
+            before, told = wire.sent, len(wire.said)
+            time.sleep(30)
+            trips, said = wire.sent - before, bytes(wire.said[told:])
+            mine = "from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
+            connections = bench_queue.database.one(f"select count(*) {mine}")
+    statements = 0
+    while said:
+        statements += said[:1] in (b"E", b"Q")
+        said = said[1 + int.from_bytes(said[1:5], "big") :]
+    rows = [("round trips", trips / 30, 0.25, "0.25"), ("statements", statements / 30, statements / 30 or 1, "")]
+    bench_report("Idle for 30 s, a second", "", [*rows, ("connections", connections, 1, "one")])
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(900)
+def test_bench_a_worker_stays_small(bench_queue: BenchQueue) -> None:
+    def resident(pid: int) -> float:
+        if sys.platform == "linux":
+            return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
+        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+
+    imports = "import argparse, json, select, signal, socket, ssl, sys, urllib.parse, uuid, imagen, yaml, pg8000.native"
+    command = [sys.executable, "-c", f"{imports}; print(flush=True); sys.stdin.read()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=bench_queue.box.environ, stdin=pipe, stdout=pipe, text=True) as bare:
+        bare.stdout.readline()  # type: ignore[union-attr]
+        floor = resident(bare.pid)
+        bare.communicate()
+    with bench_queue.worker("--concurrency", "4") as worker:
+        sizes = [resident(worker.pid)]
+        for count in (500, 2250, 2250):
+            bench_queue.insert(count)
+            bench_queue.until(worker, ": done", count)
+            sizes.append(resident(worker.pid))
+    idle, early, middle, late = sizes
+    rows = [("the imports alone", floor, floor, ""), ("idle", idle, floor + 8, "imports + 8 MB")]
+    rows += [("after 500 jobs", early, early, ""), ("after 2,750 jobs", middle, middle, "")]
+    rows += [
+        ("after 5,000 jobs", late, floor + 8, "imports + 8 MB"),
+        ("slope of the last 2,250", late - middle + 1e-9, 1, "1"),
+    ]
+    bench_report("Resident memory", "MB", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_sixteen_at_a_time_are_kept_busy(bench_queue: BenchQueue) -> None:
+    bench_queue.quick(0.5)
+    took = []
+    for _ in range(5):
+        bench_queue.notes.write_text("")
+        bench_queue.insert(64)
+        with bench_queue.worker("--once", "--concurrency", "16") as worker:
+            ended = bench_queue.until(worker, ": done", 64)
+        took.append((ended - min(bench_queue.began())) / 1e6)
+    bench_report(
+        "64 jobs of 0.5 s", "ms", bench_spread("from the first claim to the last done", took, 2000 / 0.9, "90 %")
+    )
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQueue) -> None:
+    bench_queue.quick(0.4)
+    took = []
+    for _ in range(10):
+        with bench_queue.worker() as worker:
+            job = bench_queue.insert()
+            queue_until(lambda job=job: bench_queue.began(job))
+            killed = time.monotonic_ns()
+        time.sleep(1.0)
+        with bench_queue.worker() as worker:
+            bench_queue.until(worker, f"{job}: done")
+        took.append((bench_queue.began(job)[1] - killed) / 1e6)
+    bench_report("kill -9, a restart after 1 s", "ms", bench_spread("until the job runs again", took, 1800, "1800"))
