@@ -3318,22 +3318,18 @@ def postgres_options(dsn: str) -> dict[str, str]:
         pairs = [*zip(parts, named, strict=True), *(pair.partition("=")[::2] for pair in query.split("&"))]
         said |= {{"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value}
     said["user"] = said["user"] or os.environ.get("USER", "postgres")
-    system = (
-        said["sslrootcert"] == "system"
-    )  # certificates for every name under the sun: only the name tells them apart
+    modes = (
+        SSL_MODES[-1:] if said["sslrootcert"] == "system" else SSL_MODES
+    )  # whoever has a name has a certificate there
     usual = {"host": "localhost", "port": "5432", "database": said["user"], "connect_timeout": f"{CONNECT_TIMEOUT:.0f}"}
-    usual["sslmode"] = "verify-full" if system else "prefer"
+    usual["sslmode"] = "prefer" if modes is SSL_MODES else "verify-full"
     said |= {name: value for name, value in usual.items() if not said[name]}
     said["host"] = said["host"].strip("[]")
-    if said["sslmode"] not in SSL_MODES:
-        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], SSL_MODES)}")
-    if system and said["sslmode"] != "verify-full":
-        raise BadConfig(f"sslmode {said['sslmode']} with sslrootcert=system checks nothing", "use verify-full")
-    numbers = said["port"], said["connect_timeout"]
-    if not all(re.fullmatch(r"0*[1-9]\d{0,4}", number) and int(number) < 1 << 16 for number in numbers):
-        raise BadConfig(f"the database's port and connect_timeout are {' and '.join(numbers)}: not numbers that can be")
-    if "," in said["host"]:
-        raise BadConfig("the database's address names several hosts", "name one")
+    if said["sslmode"] not in modes:
+        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], modes)}")
+    host, *numbers = (said[name] for name in ("host", "port", "connect_timeout"))
+    if "," in host or not all(number.isdecimal() and 0 < int(number) < 1 << 16 for number in numbers):
+        raise BadConfig(f"no database is at {host}:{numbers[0]} (connect_timeout {numbers[1]})", "one host, one port")
     return said
 
 
@@ -3474,11 +3470,10 @@ def _connected(pg: Any, options: Mapping[str, str]) -> Any:
             return pg.Connection(**who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}")
         except (pg.Error, OSError) as problem:
             sock.close()
-            silent = isinstance(problem, ConnectionError | TimeoutError)
-            known = (
-                isinstance(problem, pg.DatabaseError) and problem.args[0].get("C") != "28000"
-            )  # not pg_hba.conf's no
-            if context is contexts[-1] or silent or known:
+            final = isinstance(problem, ConnectionError | TimeoutError)
+            if isinstance(problem, pg.DatabaseError):
+                final = problem.args[0].get("C") != "28000"  # which is pg_hba.conf's no to this way of coming
+            if final or context is contexts[-1]:
                 raise
     raise AssertionError("postgres_tls gives at least one context")
 

@@ -8444,10 +8444,10 @@ def test_the_address_of_the_database_is_read_as_libpq_reads_it(
 @pytest.mark.parametrize(
     ("dsn", "complaint"),
     [
-        ("mysql://h/d", "//user"), ("host=h dbname=d", "//user"), ("postgresql://a,b/d", "several"),
+        ("mysql://h/d", "//user"), ("host=h dbname=d", "//user"), ("postgresql://a,b/d", "a,b"),
         ("postgresql://a:1,b:2/d", "//user"), ("postgresql://h:65536/", "65536"), ("postgresql://h?port=x", "x"),
         ("postgresql://h?connect_timeout=soon", "soon"), ("postgresql://h?sslmode=requir", "requir"),
-        ("postgresql://h?sslrootcert=system&sslmode=require", "system"),
+        ("postgresql://h?sslrootcert=system&sslmode=require", "verify-full"),
     ],
 )  # fmt: skip
 def test_an_address_that_cannot_be_is_a_config_error(queue_env: pytest.MonkeyPatch, dsn: str, complaint: str) -> None:
