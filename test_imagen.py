@@ -8272,49 +8272,44 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
 
 
 # === 17. Queue: the way to Postgres ===
+Env = pytest.MonkeyPatch
+
+
 class QueuePostgres(Postgres):
     """Debian's PostgreSQL, which speaks TLS: with a certificate of an authority of our own, for localhost alone."""
 
     def __init__(self) -> None:
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+        found = [path for path in Path("/usr/lib/postgresql").glob("*/bin/postgres") if int(path.parts[-3]) >= 15]
         if not found or not shutil.which("openssl"):
-            missing("no PostgreSQL of Debian's, or no openssl")
+            missing("no PostgreSQL of Debian's from 15 on, or no openssl")
         super().__init__(int(found[-1].parts[-3]), found[-1].parent)
 
     def __enter__(self) -> Self:
+        """With an authority, a stranger to it, the server's certificate, and users who may come one way alone."""
         super().__enter__()
         try:
-            self.certify()
-            users = "create role tls_only login password 'postgres'; create role bare_only login password 'postgres'"
-            self._admin(users, *(f"alter system set {name} = {value}" for name, value in self.settings.items()))
+            key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+            (self.folder / "names").write_text("subjectAltName=DNS:localhost")
+            for line in (
+                f"req -x509 {key} -keyout ca.key -out ca.crt -subj /CN=authority",
+                f"req -x509 {key} -keyout other.key -out other.crt -subj /CN=stranger",
+                f"req -new {key} -keyout server.key -out server.csr -subj /CN=server",
+                "x509 -req -in server.csr -out server.crt -extfile names -CA ca.crt -CAkey ca.key -CAcreateserial",
+            ):
+                subprocess.run(["openssl", *line.split()], cwd=self.folder, check=True, capture_output=True)
+            if self._who:
+                os.chown(self.folder / "server.key", *self._who)
             rules = ("local all all trust", "hostssl all tls_only all scram-sha-256", "hostnossl all bare_only all md5")
-            rules += ("host all postgres 127.0.0.1/32 scram-sha-256",)
-            (self.folder / "data" / "pg_hba.conf").write_text("\n".join(rules) + "\n")
-            self._admin("select pg_reload_conf()")
+            rules += ("host all postgres all scram-sha-256\n",)
+            (self.folder / "data" / "pg_hba.conf").write_text("\n".join(rules))
+            files = {"ssl_key_file": f"'{self.folder}/server.key'", "ssl_cert_file": f"'{self.folder}/server.crt'"}
+            users = "create role tls_only login password 'postgres'; create role bare_only login password 'postgres'"
+            self._admin(users, *(f"alter system set {name} = {value}" for name, value in files.items()))
+            self._admin("alter system set ssl = on", "select pg_reload_conf()")
         except BaseException:
             self.__exit__()
             raise
         return self
-
-    def certify(self) -> None:
-        """An authority, a stranger to it, and the server's certificate."""
-        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        (self.folder / "names").write_text("subjectAltName=DNS:localhost")
-        for line in (
-            ("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=authority"),
-            ("req", "-x509", *key, "-keyout", "other.key", "-out", "other.crt", "-subj", "/CN=stranger"),
-            ("req", "-new", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server"),
-            ("x509", "-req", "-in", "server.csr", "-out", "server.crt", "-extfile", "names", *QUEUE_CA),
-        ):
-            subprocess.run(["openssl", *line], cwd=self.folder, check=True, capture_output=True)
-        if self._who:
-            os.chown(self.folder / "server.key", *self._who)
-        self.settings = {"ssl": "on"}
-        self.settings |= {f"ssl_{kind}_file": f"'{self.folder}/server.{end}'" for kind, end in QUEUE_PAIR.items()}
-
-
-QUEUE_CA = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial")
-QUEUE_PAIR = {"cert": "crt", "key": "key"}
 
 
 @pytest.fixture(scope="session")
@@ -8431,9 +8426,7 @@ def queue_env(here: Box, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("", "me env-word localhost 5432 env-db prefer"),
     ],
 )  # fmt: skip
-def test_the_address_of_the_database_is_read_as_libpq_reads_it(
-    queue_env: pytest.MonkeyPatch, dsn: str, said: str
-) -> None:
+def test_the_address_of_the_database_is_read_as_libpq_reads_it(queue_env: Env, dsn: str, said: str) -> None:
     for name, value in {"PGPASSWORD": "env-word", "PGDATABASE": "env-db", "USER": "me"}.items():
         queue_env.setenv(name, value)
     options = imagen.postgres_options(dsn)
@@ -8450,19 +8443,19 @@ def test_the_address_of_the_database_is_read_as_libpq_reads_it(
         ("postgresql://h?sslrootcert=system&sslmode=require", "verify-full"),
     ],
 )  # fmt: skip
-def test_an_address_that_cannot_be_is_a_config_error(queue_env: pytest.MonkeyPatch, dsn: str, complaint: str) -> None:
+def test_an_address_that_cannot_be_is_a_config_error(queue_env: Env, dsn: str, complaint: str) -> None:
     with pytest.raises(imagen.BadConfig, match=complaint):
         imagen.postgres_options(dsn)
 
 
-def test_a_password_of_any_characters_logs_in(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+def test_a_password_of_any_characters_logs_in(queue_env: Env, database: Database) -> None:
     database.sql("create role \"Anna@work\" login password 'pä:ss@w/ord#?+%41'")
     dsn = f"postgresql://Anna%40work:p%C3%A4%3Ass%40w%2Ford#?+%2541@127.0.0.1:{database.server.port}/{database.name}"
     with queue_opened(queue_env, dsn) as connection:
         assert connection.run("select session_user") == [["Anna@work"]]
 
 
-def test_a_unix_socket_is_found_wherever_it_lies(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+def test_a_unix_socket_is_found_wherever_it_lies(queue_env: Env, database: Database) -> None:
     link = Path(tempfile.mkdtemp(), "Capital Letters")
     link.symlink_to(database.server.folder)
     where, end = urllib.parse.quote(str(link), safe=""), f"{database.server.port}/{database.name}"
@@ -8474,23 +8467,22 @@ def test_a_unix_socket_is_found_wherever_it_lies(queue_env: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("way", ["tcp", "unix"])
 @pytest.mark.parametrize("wrong", ["password", "no password", "database", "user"])
-def test_who_is_not_let_in_is_told_why(queue_env: pytest.MonkeyPatch, database: Database, wrong: str, way: str) -> None:
+def test_who_is_not_let_in_is_told_why(queue_env: Env, database: Database, wrong: str, way: str) -> None:
     server = database.server
-    who = {"password": "imagen_migrator:nonsense", "no password": "imagen_migrator", "user": "nobody_known:x"}
+    known = {"password": "imagen_migrator:nonsense", "no password": "imagen_migrator", "user": "nobody_known:x"}
+    who = known.get(wrong, "imagen_migrator:postgres")
     host = "127.0.0.1" if way == "tcp" else urllib.parse.quote(str(server.folder), safe="")
     name = "none_of_that_name" if wrong == "database" else database.name
     if way == "unix" and "password" in wrong:
         return  # nobody asks for one there
     with (
         pytest.raises(imagen.BadConfig, match=rf"{wrong.split()[-1].replace('user', '(role|user)')}"),
-        queue_opened(
-            queue_env, f"postgresql://{who.get(wrong, 'imagen_migrator:postgres')}@{host}:{server.port}/{name}"
-        ),
+        queue_opened(queue_env, f"postgresql://{who}@{host}:{server.port}/{name}"),
     ):
         pass
 
 
-def test_a_host_is_tried_at_each_of_its_addresses(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+def test_a_host_is_tried_at_each_of_its_addresses(queue_env: Env, database: Database) -> None:
     """Our server has no IPv6; where localhost has one, it is the first that is tried."""
     dsn = database.dsn().replace("127.0.0.1", "localhost")
     with queue_opened(queue_env, dsn) as connection:
@@ -8513,7 +8505,7 @@ def test_a_host_is_tried_at_each_of_its_addresses(queue_env: pytest.MonkeyPatch,
     ],
 )  # fmt: skip
 def test_sslmode_means_what_libpq_means(
-    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, box: Box, mode: str, root: str, host: str, outcome: object
+    queue_env: Env, queue_tls: QueuePostgres, box: Box, mode: str, root: str, host: str, outcome: object
 ) -> None:
     if root.startswith("home"):
         (box.root / ".postgresql").mkdir()
@@ -8537,7 +8529,7 @@ def test_sslmode_means_what_libpq_means(
 @pytest.mark.parametrize("mode", imagen.SSL_MODES)
 @pytest.mark.parametrize("user", ["tls_only", "bare_only"])
 def test_allow_and_prefer_try_the_other_way_where_this_one_is_forbidden(
-    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, mode: str, user: str
+    queue_env: Env, queue_tls: QueuePostgres, mode: str, user: str
 ) -> None:
     queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / "ca.crt"))
     dsn = f"postgresql://{user}:postgres@localhost:{queue_tls.port}/supabase?sslmode={mode}"
@@ -8554,7 +8546,7 @@ def test_allow_and_prefer_try_the_other_way_where_this_one_is_forbidden(
     ("mode", "let_in"), [("disable", True), ("allow", True), ("prefer", True), ("require", False), ("verify-ca", False)]
 )
 def test_a_server_without_tls_is_refused_by_who_requires_it(
-    queue_env: pytest.MonkeyPatch, database: Database, tmp_path: Path, mode: str, let_in: bool
+    queue_env: Env, database: Database, tmp_path: Path, mode: str, let_in: bool
 ) -> None:
     (tmp_path / "root.crt").write_text(HTTP_PEM)
     dsn = f"{database.dsn()}?sslmode={mode}&sslrootcert={tmp_path}/root.crt"
@@ -8564,9 +8556,7 @@ def test_a_server_without_tls_is_refused_by_who_requires_it(
 
 
 @pytest.mark.parametrize("mode", ["disable", "require"])
-def test_packets_leave_at_once_and_a_dead_peer_is_noticed(
-    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, mode: str
-) -> None:
+def test_packets_leave_at_once_and_a_dead_peer_is_noticed(queue_env: Env, queue_tls: QueuePostgres, mode: str) -> None:
     dsn = f"postgresql://postgres:postgres@127.0.0.1:{queue_tls.port}/supabase?sslmode={mode}"
     with queue_opened(queue_env, dsn, patience=7) as connection:
         sock = imagen.Queue(connection, **queue_always()).stream.sock  # type: ignore[union-attr]
@@ -8579,7 +8569,7 @@ def test_packets_leave_at_once_and_a_dead_peer_is_noticed(
 
 
 @pytest.mark.parametrize("mode", ["disable", "prefer", "require"])
-def test_a_server_that_never_answers_is_given_up(queue_env: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_server_that_never_answers_is_given_up(queue_env: Env, mode: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         dsn = f"postgresql://u:p@127.0.0.1:{mute.getsockname()[1]}/d?sslmode={mode}&connect_timeout=1"
         with http_lasts(0.9, 3), pytest.raises(imagen.Unreachable, match="timed out"), queue_opened(queue_env, dsn):
@@ -8588,7 +8578,7 @@ def test_a_server_that_never_answers_is_given_up(queue_env: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("statement", ["select 1", "select pg_sleep(30)"])
 def test_a_server_that_falls_silent_in_the_middle_is_given_up(
-    queue_env: pytest.MonkeyPatch, database: Database, statement: str
+    queue_env: Env, database: Database, statement: str
 ) -> None:
     with QueueWire(database.server.port) as wire:
         dsn = database.dsn().replace(str(database.server.port), str(wire.port))
@@ -8609,7 +8599,7 @@ def test_a_server_that_falls_silent_in_the_middle_is_given_up(
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("drip", [False, True], ids=["whole", "byte by byte"])
 def test_a_notification_wakes_however_it_arrives(
-    queue_env: pytest.MonkeyPatch, queue_tls: QueuePostgres, tls: bool, drip: bool
+    queue_env: Env, queue_tls: QueuePostgres, tls: bool, drip: bool
 ) -> None:
     with queue_tls.database() as database, QueueWire(queue_tls.port, drip=drip) as wire:
         database.migrate(role="postgres")
@@ -8650,9 +8640,7 @@ def test_a_notification_wakes_however_it_arrives(
                 connection.run("")
 
 
-def test_an_error_that_is_not_the_databases_closes_the_connection(
-    queue_env: pytest.MonkeyPatch, database: Database
-) -> None:
+def test_an_error_that_is_not_the_databases_closes_the_connection(queue_env: Env, database: Database) -> None:
     here = (
         "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
     )
@@ -8664,7 +8652,7 @@ def test_an_error_that_is_not_the_databases_closes_the_connection(
 
 @pytest.mark.parametrize("pooled", ["transaction", "session"])
 def test_a_pooler_that_keeps_notifications_for_itself_is_refused(
-    queue_env: pytest.MonkeyPatch, database: Database, pooled: str
+    queue_env: Env, database: Database, pooled: str
 ) -> None:
     with QueueWire(database.server.port, pooled) as wire:
         dsn = database.dsn().replace(str(database.server.port), str(wire.port))
@@ -8700,7 +8688,7 @@ def test_a_pg8000_that_we_do_not_know_is_asked_every_quarter_of_a_second(databas
 
 
 @contextlib.contextmanager
-def queue_workers(queue_env: pytest.MonkeyPatch, database: Database, count: int) -> Iterator[list[imagen.Queue]]:
+def queue_workers(queue_env: Env, database: Database, count: int) -> Iterator[list[imagen.Queue]]:
     with contextlib.ExitStack() as stack:
         links = [stack.enter_context(queue_opened(queue_env, database.dsn())) for _ in range(count)]
         yield [imagen.Queue(link, **queue_always(slot=f"slot {number}")) for number, link in enumerate(links)]
@@ -8717,9 +8705,7 @@ def queue_until(ready: Callable[[], object], timeout: float = 10) -> None:
         time.sleep(0.005)
 
 
-def test_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(
-    queue_env: pytest.MonkeyPatch, database: Database
-) -> None:
+def test_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(queue_env: Env, database: Database) -> None:
     database.migrate()
     database.sql(QUEUE_JOBS, database.user("anna"), 200)
     with queue_workers(queue_env, database, 3) as queues, concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -8735,7 +8721,7 @@ def test_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(
         assert all(share == sorted(share) for share in shares)
 
 
-def test_of_rescue_and_finish_exactly_one_wins(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+def test_of_rescue_and_finish_exactly_one_wins(queue_env: Env, database: Database) -> None:
     database.migrate()
     database.sql(QUEUE_JOBS, database.user("anna"), 60)
     outcomes = collections.Counter[str]()
@@ -8758,9 +8744,7 @@ def test_of_rescue_and_finish_exactly_one_wins(queue_env: pytest.MonkeyPatch, da
     assert sum(outcomes.values()) == 60
 
 
-def test_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
-    queue_env: pytest.MonkeyPatch, database: Database
-) -> None:
+def test_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(queue_env: Env, database: Database) -> None:
     """The wish is committed between the moment the rescue looks and the moment it locks the row."""
     database.migrate()
     database.sql(QUEUE_JOBS, database.user("anna"), 1)
@@ -8784,9 +8768,7 @@ def test_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
             assert rescue.result() == [["canceled"]]
 
 
-def test_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
-    queue_env: pytest.MonkeyPatch, database: Database
-) -> None:
+def test_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(queue_env: Env, database: Database) -> None:
     database.migrate()
     owner = database.user("anna")
     with queue_workers(queue_env, database, 1) as (queue,):
@@ -8807,7 +8789,7 @@ def test_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
         assert read() - before < 2000
 
 
-def test_statements_are_prepared_once(queue_env: pytest.MonkeyPatch, database: Database) -> None:
+def test_statements_are_prepared_once(queue_env: Env, database: Database) -> None:
     database.migrate()
     database.sql(QUEUE_JOBS, database.user("anna"), 50)
     with queue_workers(queue_env, database, 1) as (queue,):
