@@ -61,7 +61,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar
 
 if typing.TYPE_CHECKING:
@@ -158,8 +158,7 @@ class Interrupted(ImagenError):
     code, exit_code, http_status, retryable = "interrupted", 130, 499, True
 
 
-_KINDS: list[type[ImagenError]] = [ImagenError, *ImagenError.__subclasses__()]
-ERRORS = {cls.code: cls for cls in _KINDS}
+ERRORS = {"bug": ImagenError} | {cls.code: cls for cls in ImagenError.__subclasses__()}
 
 
 def printable(text: str) -> str:
@@ -193,17 +192,17 @@ def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenErr
     NamedTuples, and Annotated with the marks above. Raises `error` with every complaint, one a line, place and cure.
     """
     complaints: list[str] = []
-    shaped = _shape(cls, data, where, complaints)
+    shaped: T = _shape(cls, data, where, complaints)
     if complaints:
         raise error("\n".join(line.removeprefix(".") for line in complaints))
-    return typing.cast(T, shaped)
+    return shaped
 
 
 def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
     kind, args = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return _shape_marked(args, value, where, complaints)
-    if kind in (types.UnionType, typing.Union):
+    if types.NoneType in args:
         return None if value is None else _shape(args[0], value, where, complaints)
     if hasattr(hint, "_fields") and isinstance(value, Mapping | None):
         return _shape_fields(hint, value or {}, where, complaints)
@@ -347,7 +346,7 @@ class Sniffed(NamedTuple):
     """What a file turned out to be."""
 
     format: str  # its ending: png, jpg, webp, gif
-    width: int = 0  # pixels; 0 where the file breaks off before it says
+    width: int = 0  # pixels; 0 where the file breaks off
     height: int = 0
     complete: bool = False  # the format's own end was found
 
@@ -359,76 +358,71 @@ def sniff(file: BinaryIO) -> Sniffed | None:
     found = re.match(magic, file.read(16))
     if not found:
         return None
-    sniffed = Sniffed(found.lastgroup or "")
-    steps = {"png": _sniff_png, "jpg": _sniff_jpeg, "gif": _sniff_gif, "webp": _sniff_webp}[sniffed.format]
-    with suppress(EOFError, struct.error):
-        for known in steps(file):
-            sniffed = Sniffed(sniffed.format, *known)
-    return sniffed if sniffed.width and sniffed.height else sniffed._replace(complete=False)
+    ending = found.lastgroup or ""
+    measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
+    with suppress(struct.error):  # it breaks off
+        width, height = measure(file)
+        return Sniffed(ending, width, height, width > 0 < height)
+    return Sniffed(ending)
 
 
-def _take(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
+def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
+    return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these yields (width, height, complete) as it learns more, and stops, or raises EOFError, where the file ends.
-def _sniff_png(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+# Each of these returns width and height of an image that is there to its end; else 0 and 0, or struct.error.
+def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(16)
-    width, height = struct.unpack(">II", _take(file, 8))
-    yield width, height, False
-    file.seek(8)
+    size = _unpack(file, ">II9x")
     kind = b""
     while kind != b"IEND":
-        length, kind = struct.unpack(">I4s", _take(file, 8))
+        length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
-        _take(file, 4)  # the CRC: this chunk is there to its last byte
-    yield width, height, True
+        _unpack(file, ">I")  # the CRC: this chunk is there to its last byte
+    return size
 
 
-def _sniff_jpeg(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
-        while (marker := _take(file, 1)[0]) == 0xFF:
+        while (marker := _unpack(file, "B")[0]) == 0xFF:
             pass  # fill bytes may stand before a marker
-        (length,) = struct.unpack(">H", _take(file, 2))
-        body = _take(file, max(0, length - 2))
+        place = file.tell()
+        (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", body[1:5])
-            yield width, height, False
+            height, width = _unpack(file, ">xHH")
+        file.seek(place + length)
     last = b""
     while block := file.read(1 << 16):  # from here on FF D9 means nothing but the end
         if b"\xff\xd9" in last + block:
-            yield width, height, True
+            return width, height
         last = block[-1:]
+    return 0, 0
 
 
-def _sniff_webp(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(4)
-    head = _take(file, 26)
-    if head[8:12] == b"VP8X":
-        width, height = 1 + int.from_bytes(head[20:23], "little"), 1 + int.from_bytes(head[23:26], "little")
-    elif head[8:12] == b"VP8L":
-        bits = int.from_bytes(head[17:21], "little")
+    size, kind, head = _unpack(file, "<I4x4s4x10s")
+    if kind == b"VP8X":
+        width, height = 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:], "little")
+    elif kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
-        width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[22:26]))
-    yield width, height, file.seek(0, os.SEEK_END) >= int.from_bytes(head[:4], "little") + 8
+        width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
+    return (width, height) if file.seek(0, os.SEEK_END) >= size + 8 else (0, 0)
 
 
-def _sniff_gif(file: BinaryIO) -> Iterator[tuple[int, int, bool]]:
+def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(6)
-    width, height, flags, _ = struct.unpack("<HHBH", _take(file, 7))
-    yield width, height, False
-    file.seek(13 + _gif_colors(flags))
-    while (kind := _take(file, 1)) in b",!":
-        file.seek(_gif_colors(_take(file, 9)[8]) + 1 if kind == b"," else 1, os.SEEK_CUR)
-        while size := _take(file, 1)[0]:
-            _take(file, size)
-    yield width, height, kind == b";"
+    width, height, flags = _unpack(file, "<HHBxx")
+    file.seek(_gif_colors(flags), os.SEEK_CUR)
+    while (kind := _unpack(file, "c")[0]) in b",!":
+        file.seek(1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0), os.SEEK_CUR)
+        while size := _unpack(file, "B")[0]:
+            file.seek(size, os.SEEK_CUR)
+    return (width, height) if kind == b";" else (0, 0)
 
 
 def _gif_colors(flags: int) -> int:
@@ -442,10 +436,10 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
-    pending = b""
-    for end in range(1 << 20, len(text) + (1 << 20), 1 << 20):
-        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[end - (1 << 20) : end]))
-        whole = (len(piece) - 1) // 4 * 4 if end < len(text) else len(piece)  # an escape cut in two waits
+    pending, step = b"", 1 << 20
+    for start in range(0, len(text), step):
+        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
+        whole = (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)  # an escape cut in two waits
         pending = piece[whole:]
         try:
             spool.write(binascii.a2b_base64(piece[:whole]))
@@ -513,12 +507,12 @@ class Context:
     def __init__(
         self,
         timeout: float = 600.0,
-        on_progress: Callable[[str, float | None, float | None], None] = lambda note, done, total: None,
-        on_warning: Callable[[str], None] = lambda text: None,
+        on_progress: Callable[[str, float | None, float | None], None] = lambda *_: None,
+        on_warning: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._on_progress, self._on_warning = on_progress, on_warning
         self.timeout, self.started = timeout, time.monotonic()
-        self.deadline = self.started + timeout
+        self.deadline = self.started + min(timeout, 1e6)  # no lock waits for 1e10 s
         self.why = ""
         self.charged: Charged = "no"
         self.remote_ids: dict[str, Any] = {}
@@ -554,7 +548,7 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
-        self._stopped.wait(max(0.0, min(seconds, self.left())))
+        self._stopped.wait(min(seconds, self.left()))
         self.check()
 
     def left(self) -> float:
@@ -623,7 +617,7 @@ class Backend:
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
-        raise BadConfig(f"{type(self).__name__} makes no images")
+        raise NotImplementedError
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
@@ -643,13 +637,12 @@ class Backend:
 
 
 BACKENDS: dict[str, type[Backend]] = {}
-B = TypeVar("B", bound=type[Backend])
 
 
-def register(kind: str) -> Callable[[B], B]:
+def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     """Class decorator: `type: kind` in imagen.yaml means this adapter."""
 
-    def add(cls: B) -> B:
+    def add(cls: type[Backend]) -> type[Backend]:
         BACKENDS[kind] = cls
         return cls
 
@@ -669,10 +662,9 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
             known = ", ".join(difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0))
             raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {known}')
         cls = BACKENDS[kind]
-        allowed = marked(cls.Options, REQUEST) if opts else []
-        for key in opts:
-            if key not in allowed:
-                raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
+        allowed = marked(cls.Options, REQUEST)
+        for key in opts.keys() - allowed:
+            raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
@@ -740,10 +732,10 @@ SAMPLE = """\
 # Keys never stand here: fields that end in _env name environment variables.
 default_backend: flux-schnell-local
 owner_user_id: ""                 # your UUID in auth.users; needed for cloud sync
-env_file: ""                      # optional: a 0600 file with KEY=VALUE lines, for shells that have none (cron, skills)
+env_file: ""                      # optional: a 0600 file with KEY=VALUE lines
 output:
   directory: ~/Pictures/imagen
-  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}; may hold folders
+  naming: "{date}-{slug}-{seed}.png"   # {date} {time} {slug} {seed} {backend} {ext}
   write_metadata_json: true
   preview: auto                   # auto | on | off
   preview_command: ""             # default inside tmux: tmux-img {path}
@@ -782,15 +774,6 @@ class Config(NamedTuple):
     backends: Mapping[str, Mapping[str, Any]] = BUILTIN_BACKENDS
 
 
-OVERRIDES = {
-    "IMAGEN_BACKEND": "default_backend",
-    "IMAGEN_OUTPUT_DIR": "output.directory",
-    "IMAGEN_PREVIEW": "output.preview",
-    "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
-    "IMAGEN_OWNER_USER_ID": "owner_user_id",
-}
-
-
 def sample_text() -> str:
     """What `imagen config init` writes."""
     lines = (f"  {name}: {json.dumps(block)}\n" for name, block in BUILTIN_BACKENDS.items())
@@ -821,14 +804,14 @@ def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
     path = config_path(flag)
     data = read_yaml(path) if path else {}
-    if isinstance(data.get("env_file"), str) and data["env_file"]:
-        load_env_file(os.path.expanduser(data["env_file"]))
+    if isinstance(file := data.get("env_file"), str) and file:
+        load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(data.setdefault(section, {}), Mapping | None):
-            data[section] = {**(data[section] or {}), key: os.environ[name]}
+        elif isinstance(known := data.get(section), Mapping | None):
+            data[section] = {**(known or {}), key: os.environ[name]}
     if isinstance(data.get("styles"), Mapping):
         styles = data["styles"].items()
         data["styles"] = {name: {"suffix": style} if isinstance(style, str) else style for name, style in styles}
@@ -838,16 +821,12 @@ def config_data(flag: str = "") -> dict[str, Any]:
     return data
 
 
-def hide_pasted_keys(values: Mapping[str, Any]) -> None:
+def hide_pasted_keys(data: Mapping[str, Any]) -> None:
     """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    pasted = r"(?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,}|(?<=:)[^/:@]+(?=@)"
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            hide_pasted_keys(value)
-        elif isinstance(value, str):
-            named = re.search(r"key|token|secret|password|_env$", str(key))
-            if found := re.search(r"(?s)\A(?![A-Z][A-Z0-9_]*\Z).+" if named else pasted, value):
-                Secret(found[0])
+    named = r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
+    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
+    for found in re.finditer(f"{named}|{shaped}", str(data)):
+        Secret(found[found.lastindex or 0])
 
 
 def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
@@ -867,7 +846,14 @@ def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
 
 def overrides() -> dict[str, str]:
     """The environment variables that override the file just now, and which field each stands for."""
-    return {name: field for name, field in OVERRIDES.items() if os.environ.get(name)}
+    fields = {
+        "IMAGEN_BACKEND": "default_backend",
+        "IMAGEN_OUTPUT_DIR": "output.directory",
+        "IMAGEN_PREVIEW": "output.preview",
+        "IMAGEN_CLOUD_SYNC": "output.cloud_sync",
+        "IMAGEN_OWNER_USER_ID": "owner_user_id",
+    }
+    return {name: field for name, field in fields.items() if os.environ.get(name)}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -884,10 +870,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise BadConfig(f"{path}: {problem.strerror}") from None
     except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
         mark = getattr(problem, "problem_mark", None)
-        before = raw[: getattr(problem, "position", 0)].split(b"\n")
-        line, column = (mark.line + 1, mark.column + 1) if mark else (len(before), len(before[-1]) + 1)
+        place = mark.index if mark else getattr(problem, "position", 0)
+        before = raw.decode("utf-8", "replace")[:place].split("\n")
         what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
-        raise BadConfig(f"{path}, line {line}, column {column}: {what}") from None
+        raise BadConfig(f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}") from None
     if not isinstance(data, dict | None):
         raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
     return data or {}
@@ -913,24 +899,18 @@ def load_env_file(path: str) -> None:
 # === 6. Styles: named ways to dress a prompt ===
 
 STYLES: Mapping[str, Style] = {
-    "photo": Style(
-        "natural light photograph, 35mm lens, shallow depth of field, true colors", "illustration, cartoon, 3d render"
-    ),
+    "photo": Style("natural light photograph, 35mm lens, shallow depth of field", "illustration, cartoon, 3d render"),
     "blog-header": Style(
         "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
         *("text, letters, watermark, clutter", 1536, 1024),
     ),
-    "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, subtle grain", "flat light, text"
-    ),
+    "cinematic": Style("cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"),
     "illustration": Style("editorial illustration, confident shapes, limited palette, paper texture", "photograph"),
     "watercolor": Style("loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"),
     "ink": Style("black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"),
     "pixel-art": Style("pixel art, 16-bit palette, crisp square pixels, no anti-aliasing", "blur, photograph, smooth"),
     "isometric": Style("isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"),
-    "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photograph"
-    ),
+    "line-art": Style("clean vector line art, even thin lines, no fill, white background", "shading, color, photo"),
     "3d-render": Style("3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"),
     "icon": Style("app icon, one centered symbol, bold simple shape, flat color", "text, photograph", 1024, 1024),
     "poster": Style("screen-printed poster, strong composition, three spot colors", "photograph, clutter", 1024, 1536),
@@ -947,11 +927,12 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     """
     if not request.style:
         return request
-    style = own.get(request.style) or STYLES.get(request.style)
-    if style is None:
-        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, [*own, *STYLES])}')
+    styles = {**STYLES, **own}
+    if request.style not in styles:
+        raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
+    style = styles[request.style]
     prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
-    if not request.width and not request.height:
+    if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
 
@@ -979,7 +960,6 @@ ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
-LONGEST_WAIT = 30.0  # seconds between two tries, where the remote names none
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
@@ -1091,22 +1071,18 @@ class Http:
         return self._tried(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
-        """The JSON object of a GET; Failed where the answer is none."""
+        """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start.
-
-        An image that breaks off is asked for again, also where only its own end tells.
-        """
+        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
         spool: BinaryIO
 
         def once() -> Answer:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
-            sniffed = sniff(spool) if answer.status < 300 else None
-            if sniffed and not sniffed.complete:
+            answer, sniffed = self._followed(url, spool), sniff(spool)
+            if sniffed and not sniffed.complete:  # often only its own end tells
                 raise Broken("the image breaks off", sent=True)
             return answer
 
@@ -1116,7 +1092,7 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange(path, json.dumps(body).encode()), post=True)
+        return self._tried(lambda: self._exchange(self.base + path, json.dumps(body).encode()), post=True)
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
         """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
@@ -1125,7 +1101,7 @@ class Http:
 
         def once() -> Answer:
             data.seek(0)
-            return self._exchange(path, data, method=method, headers=named)
+            return self._exchange(self.base + path, data, method=method, headers=named)
 
         return self._tried(once)
 
@@ -1133,7 +1109,7 @@ class Http:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange(path, json.dumps(body).encode(), paid=True)
+            answer = self._exchange(self.base + path, json.dumps(body).encode(), paid=True)
             if not_accepted(answer):
                 self.ctx.settle(self.explain(answer).charged)
             return answer
@@ -1156,32 +1132,30 @@ class Http:
             except Broken as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
-                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and is base_url right?"), True
+                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and the address right?"), True
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            jitter = os.urandom(1)[0] / 255
-            wait = error.after * (1 + jitter / 10) or min(LONGEST_WAIT, 0.4 * 2.0**tries) * (0.5 + jitter / 2)
+            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (1 + os.urandom(1)[0] / 1000)  # not all in step
             if wait > self.ctx.left():
                 raise error
             if wait > 2:
                 self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
             self.ctx.sleep(wait)
 
-    def _followed(self, url: str, sink: BinaryIO | None = None) -> Answer:
+    def _followed(self, path: str, sink: BinaryIO | None = None) -> Answer:
+        url = path if "://" in path else self.base + path
         for _ in range(REDIRECTS + 1):
             answer = self._exchange(url, sink=sink)
             location = answer.headers.get("Location")
-            if answer.status not in (301, 302, 303, 307, 308) or not location:
+            if answer.status // 100 != 3 or not location:
                 return answer
-            url = joined(
-                url if "://" in url else self.base + url, location.encode("latin-1").decode("utf-8", "replace")
-            )
+            url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
     def _exchange(
         self,
-        path: str,
+        url: str,
         body: bytes | BinaryIO | None = None,
         sink: BinaryIO | None = None,
         paid: bool = False,
@@ -1192,9 +1166,8 @@ class Http:
         import http.client
         import urllib.parse
         import urllib.request
-        from contextlib import ExitStack
 
-        url = urllib.parse.quote(path if "://" in path else self.base + path, safe="%/:=&?~#+!$,;'@()*[]")
+        url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
         usual = {"User-Agent": f"imagen/{__version__}"} | ({} if body is None else {"Content-Type": "application/json"})
@@ -1218,7 +1191,7 @@ class Http:
 
         with ExitStack() as stack:
             # A server that gives a byte now and then keeps the reader from ever looking at the clock.
-            timer = threading.Timer(min(1e6, max(0.0, self.ctx.left())), self.ctx.stop, ("deadline",))
+            timer = threading.Timer(self.ctx.left(), self.ctx.stop, ("deadline",))
             timer.daemon = True
             timer.start()
             stack.callback(timer.cancel)
@@ -1241,7 +1214,7 @@ class Http:
             return Answer(response.status, response.headers, kept)
 
 
-def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
+def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
     """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
 
     Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
@@ -1285,7 +1258,7 @@ def _opener(ctx: Context, stack: Any, first_byte: Callable[[], None]) -> Any:
             return self.do_open(WatchedTLS, request)
 
     def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
-        problem = OSError("the name has no address")
+        problem = OSError()
         for family, kind, protocol, _name, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
@@ -1351,15 +1324,10 @@ class Mock(Backend):
         """`delay_s` and `fail` (a code of section 1) are for trying out one's own scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
-        fail: Annotated[str, REQUEST] = ""
+        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
         width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         parallel: Annotated[int, Between(1, 64)] = 4
-
-    def __init__(self, name: str, options: Options) -> None:
-        super().__init__(name, options)
-        if options.fail and options.fail not in ERRORS:
-            raise BadConfig(f'fail: "{options.fail}" is no error code, {nearest(options.fail, ERRORS)}')
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
@@ -1382,38 +1350,26 @@ class Mock(Backend):
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: mountains under a sky, placed by a hash of prompt and seed, and the prompt in letters below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
     import hashlib
-    from colorsys import hsv_to_rgb
 
     # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
-    # Indices 0 … 253 go from light to dark (sun, sky, three layers of mountains, lit and shaded); 254 paper, 255 ink.
+    # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
-
-    def run(y: int, start: float, end: float, index: int) -> None:
-        left, right = max(0, int(start)), min(width, int(end))
-        if left < right:
-            rows[y][left:right] = bytes((index,)) * (right - left)
-
-    radius, sun_x, sun_y = height * (6 + dice[0] % 8) // 64, width * dice[1] // 255, height * (15 + dice[2] % 25) // 100
-    for y in range(max(0, sun_y - radius), sun_y + radius):
-        half = (radius * radius - (y - sun_y) ** 2) ** 0.5
-        run(y, sun_x - half, sun_x + half, 0)
-    for layer, base in enumerate((104, 156, 208)):
-        for peak in range(2 + dice[3 + layer] % 3):
-            a, b, c = dice[8 + layer * 15 + peak * 3 :][:3]
-            x, top = width * a // 255, height * (34 + layer * 15 + b % 18) // 100
-            for y in range(top, height):
-                shade = base + 18 * (y - top) // (height - top)
-                run(y, x - (y - top) * (0.5 + (c & 15) / 12), x, shade)
-                run(y, x, x + (y - top) * (0.5 + (c >> 4) / 12), shade + 18)
+    for disc in range(10):  # the first is the sun, the others are three hills a layer
+        layer, (a, b, c) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
+        shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
+        x, top, radius = width * a // 255, height * (10 + 13 * layer + b % 18) // 100, height * (size + c % size) // 100
+        for y in range(top, min(height, top + 2 * radius)):
+            half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
+            left, right = max(0, x - half), min(width, x + half)
+            rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
     mock_write(rows, prompt)
-    hue = dice[60] / 255
-    colors = [(hue + i / 900, 0.15 + i / 500, 1 - i / 340) for i in range(254)] + [(0.12, 0.04, 0.98), (hue, 0.5, 0.16)]
-    palette = bytes(round(255 * part) for color in colors for part in hsv_to_rgb(*color))
-    text = {"Title": prompt, "Comment": f"seed {seed}", "Software": f"imagen {__version__} mock"}
+    tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
+    text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
@@ -1424,43 +1380,40 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
 
     width, height = len(rows[0]), len(rows)
     scale = max(1, width // 256)
-    columns, most = (width - 4 * scale) // (6 * scale), min(4, (height // 2 - 4 * scale) // (11 * scale))
+    columns, most = (width // scale - 4) // 6, min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
     lines = textwrap.wrap(printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…")
-    top = height - (11 * len(lines) + 4) * scale
-    for y in range(top, height):
-        rows[y][:] = b"\xfe" * width
-    for number, bits in enumerate(bits for line in lines for bits in glyph_rows(line)):
-        painted = b"".join((b"\xff" if bit else b"\xfe") * scale for bit in bits)
-        for row in rows[top + (2 + number) * scale :][:scale]:
-            row[2 * scale : 2 * scale + len(painted)] = painted
+    strip = [b"", b"", *(row for line in lines for row in glyph_rows(line)), b"", b""]
+    for place, row in enumerate(rows[height - len(strip) * scale :]):
+        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(width, b"\xfe")
 
 
 # Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
-GLYPHS = binascii.a2b_base64(
-    "AAAAAAAAAF8AAAAHAAcAFH8UfxQkKn8qEiMTCGRiNklWIFAAAAcAAAAcIkEAAEEiHAAqHH8cKggIPggIAIBwAAAICAgICABgYAAAIBAIBAI+UUlF"
-    "PgBCf0AAYlFJSUYiQUlJNhgUEn8QJ0VFRTk8SklJMAFxCQUDNklJSTYGSUkpHgA2NgAAAIB2AAAIFCJBABQUFBQUAEEiFAgCAVEJBj5BXVUefBIR"
-    "Enx/SUlJNj5BQUEif0FBQT5/SUlJQX8JCQkBPkFJSXp/CAgIfwBBf0EAIEBBPwF/CBQiQX9AQEBAfwIMAn9/BAgQfz5BQUE+fwkJCQY+QVEhXn8J"
-    "GSlGJklJSTIBAX8BAT9AQEA/HyBAIB8/QDhAP2MUCBRjBwhwCAdhUUlFQwB/QUEAAgQIECAAQUF/AAQCAQIEgICAgIAAAQIEACBUVFR4f0hERDg4"
-    "REREIDhEREh/OFRUVBgIfgkBAhikpKR8fwgEBHgARH1AAECAhH0AfxAoRAAAQX9AAHwEGAR4fAgEBHg4REREOPwkJCQYGCQkGPx8CAQECEhUVFQg"
-    "BD9EQCA8QEAgfBwgQCAcPEAwQDxEKBAoRBygoKB8RGRUTEQACDZBAAAAfwAAAEE2CAAIBAgQCH4BSVogQABAAEA="
+GLYPHS = zlib.decompress(
+    binascii.a2b_base64(
+        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd1"
+        "7ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokbFnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3C"
+        "PD+069ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVSCBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/o"
+        "BlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItxEYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1Un"
+        "PF8y0H09sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
+    )
 )
 
 
-def glyph_rows(line: str) -> Iterator[list[bool]]:
-    """The eleven rows of a line of text, top first; a mark over a letter is two dots or one."""
+def glyph_rows(line: str) -> Iterator[bytes]:
+    """The eleven rows of a line of text, top first, in paper and ink; a mark over a letter is two dots or one."""
     import unicodedata
 
-    columns: list[int] = []
+    columns = [0, 0]
     for char in line:
-        base, *marks = list(unicodedata.normalize("NFD", char))
+        base, *marks = [*unicodedata.normalize("NFD", char)]
         index = {"ß": 95, "…": 96}.get(base, ord(base if " " <= base <= "~" else "?") - 32)
         glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
         for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
             glyph[column] |= 8 if base.islower() else 2  # capitals fill their cell, so the mark stands above it
         columns += [*glyph, 0]
-    return ([bool(bits >> y & 1) for bits in columns] for y in range(11))
+    return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
 
 # === 9. ComfyUI: the GPU box at home ===
@@ -2275,7 +2228,6 @@ def openai_error(answer: Answer) -> ImagenError:
 # === 12. Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
-ENDINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "gif": "gif"}
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -2296,22 +2248,19 @@ def slug(text: str) -> str:
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    filled = re.sub(
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}", "x", template
-    )  # {ext} is known too late for a folder
-    parts = filled.split("/")
-    if re.search(r"[{}\0]", filled) or any(part in ("", ".", "..") or part.startswith(".imagen-") for part in parts):
+    known = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    parts = re.sub(known, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
         fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
         raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that `template` gives; {ext} stays until the bytes are known."""
-    moment = time.localtime(at)
+    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
     backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    values = {"slug": slug(request.prompt), "seed": str(request.seed), "backend": backend, "ext": "{ext}"}
-    values |= {"date": time.strftime("%Y-%m-%d", moment), "time": time.strftime("%H%M%S", moment)}
-    return re.sub(r"\{(\w+)\}", lambda hit: values[hit[1]], template)
+    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
+    return template.format(date=date, time=clock, ext="{ext}", **words)
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2321,12 +2270,12 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, _, given = last.rpartition(".")
-    if not stem or given.lower() not in ENDINGS:
-        stem, given = last, ending
-    given = given if ENDINGS[given.lower()] == ending else ending
+    stem, given = os.path.splitext(last)
+    known = given[1:].lower().replace("jpeg", "jpg")
+    stem = stem if known in MIME_TYPES else last
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    return os.path.join(folder, f"{stem}{f'-{number}' if number > 1 else ''}.{given}")
+    stem += f"-{number}" * (number > 1)
+    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
 
 
 def prepare_folder(folder: str) -> None:
@@ -2335,10 +2284,10 @@ def prepare_folder(folder: str) -> None:
     with or_disk(folder, cure):
         os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-        if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
-            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 20} MB free")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Disk(f"{folder}: not writable", cure)
+    if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
+        raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
 
 @contextmanager
@@ -2360,15 +2309,15 @@ class Spool(io.FileIO):
 
     def write(self, data: Any) -> int:
         """All of `data`; OSError where both disks are full."""
-        view, written = memoryview(data), 0
-        while written < len(view):
+        left = memoryview(data)
+        while left:
             try:
-                written += super().write(view[written:]) or 0
+                left = left[super().write(left) or 0 :]
             except OSError as problem:
                 if problem.errno not in (errno.ENOSPC, errno.EDQUOT) or self.path == self.fallback:
                     raise
                 self._move()
-        return written
+        return len(data)
 
     def _move(self) -> None:
         with Spool(self.fallback, self.fallback) as there:
@@ -2395,25 +2344,22 @@ def publish(
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)` is the text to stand beside it (None: no sidecar). On a disk without hard links `claiming(path)` is
-    told a name before it is taken. What an earlier, killed call linked is used. Returns the path; the hidden names are
-    the caller's to unlink once that is on record.
+    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
+    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number, note = 1, f"{hidden}.json"
     while not _same(hidden, path := numbered(name, ending, number)):
         number, beside = number + 1, f"{path}.json"
         ours = _same(note, beside)  # from an earlier, killed call
-        if os.path.lexists(path):
+        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
                 os.unlink(beside)  # somebody took the image's name since
             continue
-        if sidecar and not ours:
-            if os.path.lexists(beside):
-                continue
-            try:
+        try:
+            if sidecar and not ours:
                 write_file(note, sidecar(path))
-            except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
-                sidecar = None
+        except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+            sidecar = None
         if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
             break
     sync_folder(os.path.dirname(path))
@@ -2423,7 +2369,7 @@ def publish(
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
     """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
     held: list[str] = []
-    empty: list[tuple[str, str, int]] = []
+    locks: list[int] = []
     try:
         for own, name in pairs:
             try:
@@ -2434,7 +2380,7 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
                     raise
                 # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
                 claiming(pairs[-1][1])
-                empty.append((own, name, locked(name, os.O_CREAT | os.O_EXCL)))  # the lock says that we are alive
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
             held.append(name)
     except OSError as problem:
         for name in held:
@@ -2443,11 +2389,11 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             return False
         raise
     else:
-        for own, name, _ in empty:
+        for own, name in pairs if locks else ():
             os.replace(own, name)
         return True
     finally:
-        for *_, fd in empty:
+        for fd in locks:
             os.close(fd)
 
 
@@ -2455,12 +2401,10 @@ def release_claim(path: str, image_id: str) -> None:
     """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
     beside = f"{path}.json"
     for name in (path, beside):
-        with suppress(OSError):
-            fd = locked(name)
-            if os.fstat(fd).st_size == 0:
+        with suppress(OSError), open(locked(name), "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-            os.close(fd)
-    if not os.path.exists(path) and read_json(beside).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -2497,16 +2441,15 @@ def sync_folder(folder: str) -> None:
     """Make the names in a folder durable, where the disk knows how."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.close(fd)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The mapping in a JSON file; {} where there is none."""
+def parsed(text: bytes) -> dict[str, Any]:
+    """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError):
-        said = json.loads(_read(path))
+        said = json.loads(text)
         return said if isinstance(said, dict) else {}
     return {}
 
@@ -2528,15 +2471,13 @@ def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str
     if output.preview == "off" or not paths or (output.preview == "auto" and not sys.stderr.isatty()):
         return
     try:
-        said = _show(paths, output.preview_command)
+        _show(paths, output.preview_command)
     except Exception as problem:  # no preview fails a generation
-        said = str(problem)
-    if said and output.preview == "on":
-        warn(f"preview: {said}")
+        if output.preview == "on":
+            warn(f"preview: {problem}")
 
 
-def _show(paths: Sequence[str], command: str) -> str:
-    """Show the images somehow; what a person should know if that did not work, else ""."""
+def _show(paths: Sequence[str], command: str) -> None:
     import shlex
     import shutil
     import subprocess
@@ -2547,19 +2488,20 @@ def _show(paths: Sequence[str], command: str) -> str:
         for path in paths:
             sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
         sys.stderr.buffer.flush()
-        return ""
+        return
     if not tmux and not command:
-        return "neither tmux nor a terminal that shows images; set output.preview_command"
+        raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
-    command = command if "{path}" in command else f"{command} {{path}}"
     if not shutil.which(program := shlex.split(command)[0]):
-        return f"{program} is not installed; set output.preview_command"
+        raise Failed(f"{program} is not installed; set output.preview_command")
+    command = command if "{path}" in command else f"{command} {{path}}"
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
         shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
-    return done.stderr.strip() if done.returncode else ""
+    if done.returncode:
+        raise Failed(done.stderr)
 
 
 def kitty_image(png: bytes) -> bytes:
@@ -2567,11 +2509,8 @@ def kitty_image(png: bytes) -> bytes:
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = ((start, text[start : start + 4096]) for start in range(0, len(text), 4096))
-    head = b"a=T,f=100,q=2,"
-    return b"".join(
-        b"\x1b_G%bm=%d;%b\x1b\\" % (b"" if start else head, start + 4096 < len(text), piece) for start, piece in pieces
-    )
+    pieces = [b";%b\x1b\\" % text[start : start + 4096] for start in range(0, len(text), 4096)]
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join((*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1]))
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -2582,7 +2521,7 @@ def iterm_image(data: bytes) -> bytes:
 # === 14. Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
-# only ever appended, and the record is what they say together, the later over the earlier.
+# only appended, and the record is what they say together, the later over the earlier.
 
 
 def state_path(*parts: str) -> str:
@@ -2614,7 +2553,7 @@ class Entry:
     def take(cls, path: str) -> Entry | None:
         """The entry at `path`, if it is still there and nobody works on it."""
         try:
-            fd = locked(path, 0)
+            fd = locked(path)
         except OSError:
             return None
         if not _same(fd, path):  # finished, by whoever had the lock before us
@@ -2624,23 +2563,17 @@ class Entry:
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
-        append_line(self.fd, line)
-        merge_line(self.record, line)
+        append_line(self.fd, line, durable)
         if durable:
-            os.fsync(self.fd)
             sync_folder(os.path.dirname(self.path))
+        merge_line(self.record, line)
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         dropped = ("sending", "name", "claim", "styled", "storage", "putting", "taken")
         kept = {key: value for key, value in self.record.items() if key not in dropped}
-        fd = locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True)
-        try:
-            append_line(fd, kept)
-            if self.record.get("paid"):
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
+            append_line(file.fileno(), kept, bool(self.record.get("paid")))
         os.unlink(self.path)
         self.release()
 
@@ -2659,7 +2592,7 @@ def sweep_journal() -> None:
             entry.release()
 
 
-def append_line(fd: int, line: Mapping[str, Any]) -> None:
+def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
     size = os.fstat(fd).st_size
     torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
@@ -2667,6 +2600,8 @@ def append_line(fd: int, line: Mapping[str, Any]) -> None:
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if durable:
+        os.fsync(fd)
 
 
 def merged(text: bytes) -> dict[str, Any]:
@@ -2677,9 +2612,7 @@ def merged(text: bytes) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for line in text.splitlines():
-        with suppress(ValueError):
-            said = json.loads(line)
-            merge_line(record, said if isinstance(said, dict) else {})
+        merge_line(record, parsed(line))
     return record
 
 
@@ -4022,12 +3955,10 @@ class Terminal:
     """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json, -q and -v hold even where the rest of `argv` is a mistake."""
-        argv = argv[: argv.index("--")] if "--" in argv else argv
-        short = "".join(word for word in argv if re.fullmatch("-[qv]+", word))
-        self.as_json, self.quiet = "--json" in argv, "q" in short or "--quiet" in argv
-        self.verbose = "v" in short or "--verbose" in argv
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet
+        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
+        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+        self.quiet = self.verbose = False
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock, self._drawn = threading.RLock(), False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
@@ -4070,10 +4001,8 @@ class Terminal:
 
     def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said: dict[str, Any] = {"ok": not error}
-        if error:
-            said |= {"error": self.fields(error), "images": []}
-        self.write(*((to_json({**said, **document}),) if self.as_json else lines))
+        said = {"ok": False, "error": self.fields(error), "images": []} if error else {"ok": True}
+        self.write(*([to_json({**said, **document})] if self.as_json else lines))
         return error.exit_code if error else 0
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
@@ -4083,7 +4012,7 @@ class Terminal:
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and (text or self._drawn):
+        if self.live and not self.quiet and (text or self._drawn):
             with self._lock, suppress(OSError):
                 text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
                 dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
@@ -4132,7 +4061,7 @@ def made_before() -> Iterator[dict[str, Any]]:
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size; None where there were none."""
+    """The median time of the last nine images of the same backend, model and size, if there were any."""
     from itertools import islice
 
     model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
@@ -4258,7 +4187,8 @@ def offering_mock(offered: bool) -> Iterator[None]:
     try:
         yield
     except (BadConfig, Unreachable) as error:
-        error.hint = "; ".join(filter(None, (error.hint, "or try -b mock" * offered)))
+        if offered:
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         raise
 
 
@@ -4280,10 +4210,9 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
-        try:
+        options[key] = value
+        with suppress(ValueError):
             options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
     given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
     return base._replace(**given, backend_opts=options)
 
@@ -4291,7 +4220,7 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
 def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
-    about = read_json(path) or read_json(f"{path}.json")
+    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
     about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
     if "prompt" not in about:
         hint = "imagen list names them; imagen generate PROMPT makes one"
@@ -4308,8 +4237,8 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     shown = []
     for plan in plans:
         row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
-        row |= {"parameters": dict(plan.parameters), "file": plan.name}
-        shown.append({**row, "price_usd": plan.price.usd, "price_source": plan.price.source or "unknown"})
+        row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
+        shown.append({**row, "price_source": plan.price.source or "unknown"})
     rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
@@ -4434,14 +4363,13 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config, rows, errors = load_config(args.config), [], []
     for name, block in config.backends.items():
-        said = fault(name, config)
-        fields = () if said else marked(BACKENDS[block["type"]].Options, KEY)
+        wrong, model = fault(name, config), str(block.get("model") or block.get("workflow") or "")
+        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
-        said = said or f"{variable} {'set' if there else 'not set'}" * bool(variable)
+        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
         row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
-        row |= {"model": str(block.get("model") or block.get("workflow") or ""), "variable": variable, "set": there}
-        rows.append({**row, "said": said})
+        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
@@ -4471,10 +4399,11 @@ def fault(name: str, config: Config) -> str:
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
-    against = {name: f" / not: {style.negative}" * bool(style.negative) for name, style in styles.items()}
-    sized = {name: f" [{style.width}x{style.height}]" * bool(style.width) for name, style in styles.items()}
-    lines = aligned((name, style.suffix + against[name] + sized[name]) for name, style in styles.items())
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *lines)
+    rows = []
+    for name, style in styles.items():
+        against = f" / not: {style.negative}" * bool(style.negative)
+        rows.append((name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width)))
+    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
 
 
 @command(
@@ -4494,12 +4423,10 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    try:
+    with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)  # what was there stays until the new one stands
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}") from None
     return terminal.result({"path": path}, path)
 
 
@@ -4620,7 +4547,7 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
     path = os.path.abspath(os.path.expanduser(path))
     path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
-    about = read_json(f"{path}.json")
+    about = parsed(_read(f"{path}.json"))
     known = (*unfinished, *ledger())
     record = next(
         (one for one in known if one.get("path") == path or one.get("image_id", one["id"]) == about.get("image_id")), {}
@@ -4656,7 +4583,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
     cloud, image_id = Supabase(Context(DELIVERY), config.supabase), args.image
     if os.path.exists(path) or os.path.exists(f"{path}.json"):
-        about = read_json(path) or read_json(f"{path}.json")
+        about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
         about = about or next((image for image in made_before() if image["path"] == path), {})
         image_id = str(about.get("image_id"))
     if is_uuid(image_id):
@@ -4724,7 +4651,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     total, sums = nothing.copy(), dict[str, dict[str, Any]]()
     for record in ledger():
         day, image = str(record.get("at"))[:10], record.get("path")
-        if day < args.since or not (image or record.get("charged", "no") != "no"):
+        if day < args.since or (not image and record.get("charged", "no") == "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
         key = day if args.by == "day" else str(record.get("backend"))
@@ -4732,8 +4659,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
             row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows = [sums[key] for key in sorted(sums)]
-    lines = []
+    rows, lines = [sums[key] for key in sorted(sums)], []
     for row in (*rows, total):
         unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
         lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
@@ -4742,20 +4668,18 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    """put a launcher on the PATH; it starts from cached bytecode, 40 ms sooner than `python3 imagen.py`"""
+    """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
     folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
     path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    try:
+    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+        raise BadRequest(f"{path} exists and is not ours", cure)
+    with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
-            raise BadRequest(f"{path} exists and is not ours", cure)
         write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
-    except OSError as problem:
-        raise Disk(f"{path}: {problem.strerror}", cure) from None
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -4908,7 +4832,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] == "--config" else 1
-    before, name, after = argv[:place], "".join(argv[place : place + 1]), argv[place + 1 :]
+    before, (name, *after) = argv[:place], argv[place:] or [""]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
         if "--version" in before:  # copies travel without their repository, so the hash says which one this is
             import hashlib
@@ -4923,7 +4847,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
     args = parser_of(name, terminal).parse_args([*before, *after])
-    terminal.quiet |= args.quiet  # -qn 2 holds a -q too
+    terminal.quiet, terminal.verbose = args.quiet, args.verbose
     return COMMANDS[name][0](args, terminal)
 
 

@@ -7318,7 +7318,7 @@ def test_without_a_terminal_only_on_shows_anything(box: Box, preview_tmux: Previ
     "shown_as", ["KITTY_WINDOW_ID=1", "TERM=xterm-kitty", "TERM=xterm-ghostty", "TERM_PROGRAM=ghostty"]
 )
 def test_kitty_and_ghostty_get_the_exact_png_in_pieces(box: Box, shown_as: str) -> None:
-    done = on_tty(box, "generate", "a fox", "--size", "256x256", env=dict([shown_as.split("=")]))
+    done = on_tty(box, "generate", "a fox", "--size", "640x640", env=dict([shown_as.split("=")]))
     pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", done.err)
     keys = [dict(pair.split("=") for pair in head.split(",")) for head, _ in pieces]
     assert keys[0].items() >= {"a": "T", "f": "100", "q": "2"}.items()  # transmit and show, PNG, no answers
