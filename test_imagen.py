@@ -49,6 +49,7 @@ import tomllib
 import types
 import unicodedata
 import urllib.parse
+import urllib.request
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8255,6 +8256,594 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
 
 
 # === 17. Queue: the way to Postgres ===
+
+
+# The jobs table: who may do what, and what an older one becomes
+
+JOBS_OVER = ("done", "failed", "canceled")
+JOBS_ORIGINAL = """
+create schema imagen;
+create table imagen.images (id uuid primary key default gen_random_uuid(),
+  owner_user_id uuid not null references auth.users(id), prompt text not null, prompt_hash text, backend text not null,
+  model text, seed bigint, steps int, width int, height int, latency_ms int, cost_usd_estimate numeric(10,6),
+  storage_path text not null, sidecar jsonb, tags text[] default '{}', created_at timestamptz default now());
+create table imagen.jobs (id uuid primary key default gen_random_uuid(),
+  owner_user_id uuid not null references auth.users(id), prompt text not null, backend text, style text,
+  width int, height int, steps int, seed bigint,
+  status text not null default 'pending' check (status in ('pending', 'running', 'done', 'failed')),
+  image_id uuid references imagen.images(id), error text,
+  created_at timestamptz default now(), started_at timestamptz, finished_at timestamptz);
+create index imagen_jobs_pending_idx on imagen.jobs (created_at) where status = 'pending';
+create index imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+alter table imagen.jobs enable row level security;
+create function imagen.notify_job() returns trigger language plpgsql as
+  $$ begin perform pg_notify('imagen_jobs', new.id::text); return new; end $$;
+create trigger imagen_jobs_notify after insert on imagen.jobs for each row execute function imagen.notify_job();
+"""
+
+
+def jobs_add(database: Database, owner: str, prompt: str = "a fox", user: str = "", **fields: Any) -> str:
+    """The id of a job that the superuser (or a signed-in user) inserts."""
+    row = {"owner_user_id": owner, "prompt": prompt, "width": 64, "height": 64, **fields}
+    text = "insert into imagen.jobs ({0}) select {0} from jsonb_populate_record(null::imagen.jobs, $1::jsonb)"
+    return str(database.one(text.format(", ".join(row)) + " returning id::text", json.dumps(row), user=user))
+
+
+def jobs_row(database: Database, ident: str) -> dict[str, Any]:
+    """The job as it stands."""
+    return dict(database.one("select to_jsonb(j) from imagen.jobs j where id = $1::uuid", ident))
+
+
+def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) -> dict[str, Any]:
+    """The job's row, once it has one of these statuses (else: is over) and these values."""
+
+    def there() -> dict[str, Any] | None:
+        row = jobs_row(database, ident)
+        return row if row["status"] in (statuses or JOBS_OVER) and values.items() <= row.items() else None
+
+    return dict(pipeline_until(there, 40))
+
+
+def test_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(box: Box, database: Database) -> None:
+    database.migrate(JOBS_ORIGINAL)
+    anna = database.user("anna")
+    image = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'x', 'mock', 'x')"
+    image_id = database.one(f"{image} returning id::text", anna)
+    long_ago = {"started_at": "2024-01-01T00:00:00+00:00", "created_at": "2024-01-01T00:00:00+00:00"}
+    ids = {
+        "pending": jobs_add(database, anna, backend="mock"),
+        "running": jobs_add(database, anna, status="running", **long_ago),
+        "done": jobs_add(database, anna, status="done", image_id=image_id, finished_at="2024-01-02T00:00:00+00:00"),
+        "failed": jobs_add(database, anna, status="failed", error="no GPU"),
+    }
+    before = {status: jobs_row(database, ident) for status, ident in ids.items()}
+    with Cloud(database) as cloud:
+        cloud.join(box, worker={"lease_s": 1})
+        first = box.run("migrate", "--json").json["parts"]["imagen_jobs_init"]
+        assert "changed: table imagen.jobs" in first and "changed: trigger imagen_jobs_notify" in first
+        assert all(before[status].items() <= jobs_row(database, ident).items() for status, ident in ids.items())
+        assert {*box.run("migrate", "--json").json["parts"].values()} == {"was there"}
+        trigger = "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'imagen_jobs_notify'"
+        assert "FOR EACH STATEMENT" in database.one(trigger)
+        assert box.run("worker", "--once").code == 0
+        rows = {status: jobs_row(database, ident) for status, ident in ids.items()}
+        assert {status: row["status"] for status, row in rows.items()} == {
+            **{"pending": "done", "running": "done"},
+            **{"done": "done", "failed": "failed"},
+        }
+        assert rows["running"]["attempt"] == 1 and len(cloud.rows()) == 3 and rows["failed"]["error"] == "no GPU"
+    database.sql("delete from imagen.images where id = $1", image_id)
+    assert jobs_row(database, ids["done"])["image_id"] is None
+
+
+JOBS_WRONG: list[dict[str, Any]] = [
+    {"prompt": ""}, {"prompt": "x" * 32_001}, {"negative_prompt": "x" * 32_001}, {"width": 15}, {"height": 8193},
+    {"steps": -1}, {"steps": 501}, {"seed": -1}, {"backend": "x" * 201}, {"style": "x" * 201}, {"backend_opts": []},
+    {"backend_opts": "x"}, {"backend_opts": {"extra": "x" * 16_384}}, {"status": "stuck"},
+]  # fmt: skip
+
+
+def test_a_job_that_cannot_be_meant_is_not_taken(database: Database) -> None:
+    database.migrate()
+    anna = database.user("anna")
+    for wrong in JOBS_WRONG:
+        with pytest.raises(SqlError, match="check constraint") as refused:
+            jobs_add(database, anna, **wrong)
+        assert refused.value.code == "23514", wrong
+    with pytest.raises(SqlError, match="foreign key"):
+        jobs_add(database, str(uuid.uuid4()))
+    most = {"prompt": "ü" * 32_000, "width": 16, "height": 8192, "steps": 500, "backend_opts": {}, "seed": 2**63 - 1}
+    row = jobs_row(database, jobs_add(database, anna, **most))
+    assert (row["status"], row["attempt"], row["max_attempts"], row["priority"]) == ("pending", 0, 3, 0)
+
+
+def test_a_heartbeat_touches_no_index(here: Box, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    database.migrate()
+    me, anna = str(uuid.uuid4()), database.user("anna")
+    beats = [{"id": jobs_add(database, anna), "attempt": 1, "progress": 0.0, "note": ""} for _ in range(3)]
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", database.dsn())
+    with imagen.postgres("IMAGEN_DATABASE_URL") as connection:
+        queue = imagen.Queue(connection, me=me, slot="here", lease=30, backends=None, default="mock")
+        assert len(queue.turn(claimed={"free": 3})["claimed"]) == 3
+        for step in range(50):
+            said = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
+            assert len(queue.turn(kept={"beats": json.dumps(said)})["kept"]) == 3
+        connection.run("select pg_stat_force_next_flush()")
+        counted = (
+            "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
+        )
+        (stats,) = pipeline_until(lambda: [row for row in database.sql(counted) if row["all"] == 153])
+        assert stats["hot"] >= 150
+    where = dict.fromkeys(("pending", "running"), "")
+    for row in database.sql("select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'"):
+        if found := re.search(r"WHERE \(status = '(\w+)'", row["indexdef"]):
+            where[found[1]] = row["indexdef"]
+    assert all(where.values()) and len(where) == 2
+
+
+def test_a_thousand_rows_of_one_insert_are_one_empty_notification(database: Database) -> None:
+    database.migrate()
+    with database.connect() as link:
+        link.run("listen imagen_jobs")
+        many = "insert into imagen.jobs (owner_user_id, prompt) select $1::uuid, 'x' from generate_series(1, 1000)"
+        database.sql(many, database.user("anna"))
+        jobs_add(database, database.user("anna"))
+        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        assert {(channel, payload) for _, channel, payload in link.notifications} == {("imagen_jobs", "")}
+
+
+# Columns of the table that the request is made of; whatever else there is belongs to the worker.
+JOBS_REQUEST = {
+    "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
+    "backend_opts", "status",
+}  # fmt: skip
+
+
+def test_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own_jobs_alone(database: Database) -> None:
+    database.migrate()
+    anna, bert = database.user("anna"), database.user("bert")
+    fields = {"negative_prompt": "dogs", "backend": "mock", "style": "ink", "steps": 4, "seed": 7, "backend_opts": {}}
+    own = jobs_add(database, anna, user=anna, status="pending", **fields)
+    foreign = jobs_add(database, bert, user=bert)
+    defaulted = database.one("insert into imagen.jobs (prompt) values ('x') returning owner_user_id::text", user=anna)
+    assert defaulted == anna
+    named = "select column_name as name from information_schema.columns where table_schema = 'imagen' and table_name = 'jobs'"
+    columns = {row["name"] for row in database.sql(named)}
+    assert columns > JOBS_REQUEST | {"image_id", "receipt", "attempt", "priority", "lease_until", "claimed_by"}
+    for column in sorted(columns):
+        if column not in JOBS_REQUEST:
+            with pytest.raises(SqlError, match="permission denied"):
+                database.sql(f"insert into imagen.jobs (prompt, {column}) values ('x', default)", user=anna)
+        with pytest.raises(SqlError, match="permission denied"):
+            database.sql(f"update imagen.jobs set {column} = default", user=anna)
+    for status in ("running", *JOBS_OVER):
+        with pytest.raises(SqlError, match="row-level security"):
+            jobs_add(database, anna, user=anna, status=status)
+    with pytest.raises(SqlError, match="row-level security"):
+        jobs_add(database, bert, user=anna)
+    for statement in ("delete from imagen.jobs", "truncate imagen.jobs"):
+        with pytest.raises(SqlError, match="permission denied"):
+            database.sql(statement, user=anna)
+    for statement in ("select from imagen.jobs", "insert into imagen.jobs (prompt) values ('x')"):
+        with pytest.raises(SqlError, match="permission denied"):
+            database.sql(statement, role="anon")
+    seen = {row["id"] for row in database.sql("select id::text from imagen.jobs", user=bert)}
+    assert seen == {foreign}
+    assert own in {row["id"] for row in database.sql("select id::text from imagen.jobs", user=anna)}
+    assert database.one("select count(*)::int from imagen.jobs", role="service_role") == 3
+    database.sql("update imagen.jobs set priority = 5 where id = $1", own, role="service_role")
+    assert (jobs_row(database, own)["priority"], jobs_row(database, foreign)["priority"]) == (5, 0)
+
+
+def test_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database: Database) -> None:
+    database.migrate()
+    anna, bert = database.user("anna"), database.user("bert")
+    cancel = "select imagen.cancel_job($1::uuid)"
+    waits, runs, over = (jobs_add(database, anna, status=status) for status in ("pending", "running", "done"))
+    with database.connect() as link:
+        link.run("listen imagen_jobs")
+        before = [jobs_row(database, ident) for ident in (waits, runs, over)]
+        for ident in (waits, runs, over, str(uuid.uuid4())):
+            assert database.one(cancel, ident, user=bert) is None
+            with pytest.raises(SqlError, match="permission denied"):
+                database.sql(cancel, ident, role="anon")
+        assert database.one(cancel, over, user=anna) is None
+        assert [jobs_row(database, ident) for ident in (waits, runs, over)] == before
+        link.run("select 1")
+        assert not link.notifications
+        assert [database.one(cancel, ident, user=anna) for ident in (waits, runs)] == ["canceled", "running"]
+        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+    row = jobs_row(database, waits)
+    assert row["status"] == "canceled" and row["finished_at"]
+    row = jobs_row(database, runs)
+    assert (row["status"], row["cancel_requested"], row["finished_at"]) == ("running", True, None)
+    assert database.one(cancel, jobs_add(database, anna), role="service_role") == "canceled"
+    assert database.one(cancel, jobs_add(database, anna)) == "canceled"  # who logs in to the database itself
+
+
+# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
+class JobsWorker:
+    """`imagen worker`, running, once its log holds `ready`; killed at the end where it still runs."""
+
+    def __init__(self, box: Box, *args: str, ready: str = "listening", **env: str) -> None:
+        self.path, self.ready = box.root / f"worker-{uuid.uuid4()}.log", ready
+        with open(self.path, "wb") as log:
+            self.process = box.start("worker", *args, env=env, stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self.path.read_text()
+
+    def __enter__(self) -> Self:
+        pipeline_until(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(30)
+
+    def stopped(self, again: bool = False) -> int:
+        """The exit code after SIGTERM, or after a second one where that is not enough."""
+        self.process.send_signal(signal.SIGTERM)
+        pipeline_until(lambda: self.process.poll() is not None or (again and self.process.send_signal(signal.SIGTERM)))
+        return int(self.process.wait())
+
+
+def jobs_http(cloud: Cloud, method: str, path: str, user: str, body: object = None) -> Any:
+    """What PostgREST answers to supabase-js in a signed-in user's browser."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {**cloud.headers(user=user), "Content-Type": "application/json", "Prefer": "return=representation"}
+    headers |= {"Accept-Profile": "imagen", "Content-Profile": "imagen"}
+    request = urllib.request.Request(f"{cloud.base}/rest/v1/{path}", data, headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def test_a_job_that_a_signed_in_user_inserts_becomes_their_image(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, owner=cloud.bert, worker={})
+    with JobsWorker(box) as worker:
+        wanted = {"prompt": "a fox", "width": 64, "height": 48, "seed": 7, "style": "ink"}
+        (job,) = jobs_http(cloud, "POST", "jobs", cloud.anna, wanted)
+        assert (job["status"], job["owner_user_id"]) == ("pending", cloud.anna)
+        row = jobs_until(cloud.database, job["id"])
+        assert (row["status"], row["error"], row["error_code"], row["progress"], row["attempt"]) == (
+            "done",
+            *[None] * 2,
+            1,
+            1,
+        )
+        assert row["started_at"] <= row["finished_at"] and row["receipt"] is None and row["lease_until"] is None
+        assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.anna) == [row]
+        assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.bert) == []
+        (image,) = jobs_http(cloud, "GET", f"images?id=eq.{row['image_id']}", cloud.anna)
+        assert worker.stopped() == 0
+    assert image["owner_user_id"] == cloud.anna and (image["prompt"], image["seed"]) == ("a fox", 7)
+    ((path, data),) = cloud.objects().items()
+    (file,) = box.out.glob("*.png")
+    assert path == image["storage_path"] and data == file.read_bytes()
+    about = box.sidecar(file)
+    assert about == image["sidecar"] and about["image_id"] == row["image_id"] and about["style"] == "ink"
+    assert box.unfinished() == [] and box.ledger()[0]["job"] == job["id"]
+    if POSTGREST.exists():
+        assert jobs_http(cloud, "POST", "rpc/cancel_job", cloud.anna, {"job": job["id"]}) is None  # it is over
+
+
+def test_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud) -> None:
+    with Remote() as remote:
+        paid = {"type": "openai", "model": "m", "base_url": remote.base, "api_key_env": "NO_SUCH_KEY"}
+        cloud.join(box, backends={"mock": {"type": "mock"}, "paid": paid}, worker={"concurrency": 4})
+        wrong: list[tuple[dict[str, Any], str, str]] = [
+            ({"backend_opts": {"fail": "refused"}}, "refused", "failing with `refused`"),
+            ({"backend_opts": {"fail": "quota"}}, "quota", "failing"),
+            ({"backend_opts": {"fail": "bug"}}, "bug", "failing"),
+            ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s"),
+            ({"backend": "mok"}, "usage", 'backend "mok" is not configured: did you mean "mock"'),
+            ({"style": "fhoto"}, "usage", 'did you mean "photo"'),
+            ({"height": None}, "usage", "a size needs width and height\n--size"),
+            ({"prompt": " "}, "usage", "the prompt is empty"),
+            ({"backend": "paid"}, "config", "NO_SUCH_KEY"),
+        ]
+        for key in ("base_url", "api_key_env", "api_key", "model", "cost_usd", "timeout", "type"):
+            opts = {"backend": "paid", "backend_opts": {key: "http://127.0.0.1:9"}}
+            wrong.append((opts, "usage", f'backend "paid" takes no request option "{key}"'))
+        ids = [jobs_add(cloud.database, cloud.anna, **{"prompt": "a fox", **fields}) for fields, _, _ in wrong]
+        assert box.run("worker", "--once").code == 0
+        for ident, (fields, code, text) in zip(ids, wrong, strict=True):
+            row = jobs_row(cloud.database, ident)
+            said = (row["status"], row["error_code"], row["attempt"], row["image_id"], row["receipt"])
+            assert said == ("failed", code, 1, None, None), fields
+            assert text in row["error"] and row["finished_at"] and row["lease_until"] is None, fields
+        assert remote.seen == [] and cloud.rows() == [] and box.unfinished() == []
+
+
+def test_what_may_be_repeated_comes_back_later_and_fails_after_max_attempts(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 60})
+    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"fail": "busy"}, max_attempts=2)
+    gap = "select extract(epoch from run_after - now())::float8 from imagen.jobs where id = $1::uuid"
+    with JobsWorker(box):
+        row = jobs_until(cloud.database, ident, "pending", attempt=1)
+        assert 1 < cloud.database.one(gap, ident) <= 2 and row["error_code"] == "busy" and not row["finished_at"]
+        row = jobs_until(cloud.database, ident)
+        assert (row["status"], row["attempt"], row["error_code"]) == ("failed", 2, "busy")
+        between = datetime.fromisoformat(row["started_at"]) - datetime.fromisoformat(row["run_after"])
+        assert timedelta(0) > between > timedelta(seconds=-2)
+
+
+def test_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"concurrency": 4})
+    prompts = [
+        "'; drop table imagen.jobs; --", "\\'; delete from imagen.images; --", "$$; select 1; $$", ":me::uuid = :slot",
+        "%s %(x)s {0} {prompt}", "E'\\x00'", 'a "quoted" fox\nin two lines', "Größe 🦊 \u202e", "NULL", "\ufeff\ufffd",
+    ]  # fmt: skip
+    ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
+    assert box.run("worker", "--once").code == 0
+    rows = {row["id"]: row for row in cloud.rows()}
+    for ident, prompt in ids.items():
+        row = jobs_row(cloud.database, ident)
+        assert (row["status"], row["prompt"], rows[row["image_id"]]["prompt"]) == ("done", prompt, prompt)
+    assert len(cloud.objects()) == len(rows) == len(prompts)
+
+
+def test_once_leaves_when_no_job_is_due(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 60})
+    later = jobs_add(cloud.database, cloud.anna, run_after="2999-01-01T00:00:00+00:00")
+    low, high = (jobs_add(cloud.database, cloud.anna, priority=priority) for priority in (0, 1))
+    done = box.run("worker", "--once", "--json")
+    assert (done.code, done.json) == (0, {"ok": True})
+    claims = [line.split(": claimed")[0].split(" ")[-1] for line in done.err.splitlines() if "claimed" in line]
+    assert claims == [high, low] and jobs_row(cloud.database, later)["status"] == "pending"
+    assert "claimed" not in box.run("worker", "--once", "-q").err
+
+
+def test_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends={"mock": {"type": "mock"}, "other": {"type": "mock"}}, worker={})
+    ids = [jobs_add(cloud.database, cloud.anna, backend=name) for name in ("other", None, "", "mock", "elsewhere")]
+
+    def statuses(*args: str) -> list[str]:
+        assert box.run("worker", "--once", *args).code == 0
+        return [jobs_row(cloud.database, ident)["status"] for ident in ids]
+
+    assert statuses("--backend", "other") == ["done", *["pending"] * 4]
+    assert statuses("--backend", "mock", "other") == [*["done"] * 4, "pending"]
+    assert statuses() == [*["done"] * 4, "failed"]
+    assert {row["backend"] for row in cloud.rows()} == {"other", "mock"}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("--concurrency", "0"), 2, "1 to 64"),
+        (("--concurrency", "many"), 2, "invalid int"),
+        (("--name", "a/b"), 2, "--name"),
+        (("--backend", "mok"), 2, '"mock"'),
+        ((), 3, "IMAGEN_DATABASE_URL"),
+    ],
+)
+def test_a_worker_that_cannot_be_meant_does_not_start(box: Box, args: tuple[str, ...], code: int, text: str) -> None:
+    done = box.run("worker", *args)
+    assert done.code == code and text in done.err and done.out == ""
+
+
+def test_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
+        ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in "12"]
+        rows = [jobs_until(cloud.database, ident, "running") for ident in ids]
+    assert len({row["claimed_slot"] for row in rows}) == len({row["claimed_by"] for row in rows}) == 2
+    assert {path.name for path in box.state.glob("worker-*")} == {"worker-gpu.lock", "worker-gpu-2.lock"}
+
+
+def test_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects(tmp_path: Path, cloud: Cloud) -> None:
+    boxes = [Box(tmp_path / name) for name in ("one", "two")]
+    for box in boxes:
+        box.root.mkdir()
+        cloud.join(box, worker={})
+    with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
+        ids = [jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"]
+        running = [jobs_until(cloud.database, ident, "running") for ident in ids]
+        rows = [jobs_until(cloud.database, ident) for ident in ids]
+    assert [row["status"] for row in rows] == ["done", "done"] and len({row["claimed_by"] for row in running}) == 2
+    objects = cloud.objects()
+    assert {row["storage_path"] for row in cloud.rows()} == objects.keys() and len(objects) == 2
+    assert len({*objects.values()}) == 1
+    names = [{file.name for file in box.out.glob("*.png")} for box in boxes]
+    assert names[0] == names[1] and len(names[0]) == 1  # here, in a folder each, the name is the same
+
+
+JOBS_BEATS = """
+create table public.beats (at timestamptz, progress real, note text);
+create function public.beat() returns trigger language plpgsql security definer as $$ begin
+  insert into public.beats values (clock_timestamp(), new.progress, new.note); return new; end $$;
+create trigger beat after update on imagen.jobs for each row
+  when (new.status = 'running' and new.progress is distinct from old.progress) execute function public.beat();
+"""
+
+
+def test_progress_reaches_the_row_at_most_once_a_second(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    cloud.database.sql(JOBS_BEATS)
+    jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna), "pending")
+    with JobsWorker(box):
+        ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 4})
+        assert jobs_until(cloud.database, ident)["status"] == "done"
+    beats = cloud.database.sql("select extract(epoch from at)::float8 as at, progress, note from beats order by at")
+    beats = [beat for beat in beats if beat["progress"] is not None]
+    assert len(beats) >= 3 and {beat["note"] for beat in beats} == {"drawing"}
+    shares = [beat["progress"] for beat in beats]
+    assert shares == sorted(set(shares)) and 0 <= shares[0] < shares[-1] <= 1
+    assert all(later["at"] - beat["at"] > 0.9 for beat, later in itertools.pairwise(beats))
+
+
+def test_sigterm_lets_the_job_in_hand_finish_and_claims_no_other(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    first, second = (jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 2}) for _ in "12")
+    with JobsWorker(box) as worker:
+        jobs_until(cloud.database, first, "running")
+        assert worker.stopped() == 0
+    row = jobs_row(cloud.database, first)
+    assert row["status"] == "done" and [image["id"] for image in cloud.rows()] == [row["image_id"]]
+    row = jobs_row(cloud.database, second)
+    assert (row["status"], row["attempt"], row["claimed_by"]) == ("pending", 0, None)
+    assert len(cloud.objects()) == 1 and box.unfinished() == box.hidden() == []
+
+
+@pytest.mark.parametrize("how", ["grace_s over", "a second SIGTERM"])
+def test_what_cannot_finish_is_handed_back_uncounted(box: Box, cloud: Cloud, how: str) -> None:
+    cloud.join(box, worker={"grace_s": 0.2 if how == "grace_s over" else 600})
+    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 3}, max_attempts=1)
+    with JobsWorker(box) as worker:
+        jobs_until(cloud.database, ident, "running")
+        assert worker.stopped(again=how == "a second SIGTERM") == 0
+    row = jobs_row(cloud.database, ident)
+    assert (row["status"], row["attempt"], row["max_attempts"], row["error"]) == ("pending", 1, 2, None)
+    assert row["claimed_by"] is row["claimed_slot"] is row["lease_until"] is row["finished_at"] is None
+    assert box.unfinished() == box.hidden() == [] and cloud.objects() == {}
+    assert box.run("worker", "--once").code == 0
+    assert jobs_row(cloud.database, ident)["status"] == "done" and len(cloud.rows()) == 1
+
+
+# systemd
+
+
+class JobsSystemd:
+    """The socket that systemd listens on, and what it was told, oldest first."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="imagen-sd-")  # a socket's path has to be short
+        self.path, self.told = f"{self.folder}/notify", list[str]()
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+        shutil.rmtree(self.folder)
+
+    def heard(self, seconds: float = 0.0) -> list[str]:
+        """What came since the last time, waiting that long for the first of it."""
+        new = list[str]()
+        while select.select([self.sock], [], [], 0 if new else seconds)[0]:
+            new.append(self.sock.recv(4096).decode())
+        self.told += new
+        return new
+
+    def until(self, text: str) -> None:
+        """Until a message says so."""
+        pipeline_until(lambda: any(text in message.split("\n") for message in self.heard(0.1)), 40)
+
+
+def test_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 0.3, "concurrency": 2})
+    ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in range(5)]
+    with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
+        systemd.until("STATUS=2 running, 3 pending")
+        assert "READY=1" in systemd.told[0].split("\n") and "listening" in worker.log()
+        for ident in ids:
+            cloud.database.sql("select imagen.cancel_job($1::uuid)", ident)
+        systemd.until("STATUS=0 running, 0 pending")
+        assert {jobs_until(cloud.database, ident)["status"] for ident in ids} == {"canceled"}
+        systemd.until("WATCHDOG=1")
+        for block in ("process", "dispatcher"):
+            with cloud.database.session() as session:
+                if block == "process":
+                    worker.process.send_signal(signal.SIGSTOP)
+                else:  # its next statement waits for this lock
+                    session.sql("begin; lock table imagen.jobs in access exclusive mode")
+                # A turn that had begun before may end; after that there is silence, three times the usual interval.
+                systemd.heard(0.5)
+                systemd.heard(0.5)
+                assert systemd.heard(1.0) == [], block
+                session.sql("rollback")
+            worker.process.send_signal(signal.SIGCONT)
+            systemd.until("WATCHDOG=1")
+        assert "STOPPING=1" not in systemd.told
+        assert worker.stopped() == 0
+        systemd.until("STOPPING=1")
+        assert systemd.told[-1] == "STOPPING=1"
+
+
+def test_a_watchdog_is_fed_more_often_than_a_long_poll(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 3600})
+    with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path):
+        systemd.until("WATCHDOG=1")
+        systemd.heard(1.0)
+        assert any("WATCHDOG=1" in message for message in systemd.heard(20))
+
+
+def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    lost = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
+    with JobsSystemd() as systemd, JobsWorker(box, ready="next try", NOTIFY_SOCKET=systemd.path, **lost) as worker:
+        systemd.until("STATUS=no database; 0 running")
+        assert worker.process.poll() is None and worker.stopped() == 0
+
+
+def test_lines_for_the_journal_begin_with_their_priority(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    ident = jobs_add(cloud.database, cloud.anna, "two\nlines", backend_opts={"fail": "refused"})
+    with open(box.root / "journal", "w+") as journal:
+        about = os.fstat(journal.fileno())
+        where = {"JOURNAL_STREAM": f"{about.st_dev}:{about.st_ino}"}
+        assert box.run("worker", "--once", env=where, stderr=journal).code == 0
+        journal.seek(0)
+        lines = journal.read().splitlines()
+    assert all(re.match(r"<[46]>\S", line) for line in lines) and any(ident in line for line in lines)
+    elsewhere = box.run("worker", "--once", env={"JOURNAL_STREAM": "1:1"}).err  # inherited by a terminal
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", line) for line in elsewhere.splitlines()) and elsewhere
+
+
+def test_the_unit_is_without_fault_and_starts_what_the_readme_installs(box: Box, readme: str) -> None:
+    if not (program := shutil.which("systemd-analyze")):
+        missing("systemd-analyze is not installed")
+    unit = HERE.parent / "imagen-worker.service"
+    runtime = box.root / "run"
+    runtime.mkdir(mode=0o700)
+    done = subprocess.run(
+        [program, "--user", "verify", unit], env={**box.environ, "XDG_RUNTIME_DIR": str(runtime)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    said = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+    assert (said["Type"], said["Restart"], said["RestartSec"]) == ("notify", "always", "1")
+    assert int(said["TimeoutStopSec"]) > imagen.JOB_TIMEOUT + imagen.DELIVERY > imagen.WorkerConfig().grace_s
+    assert "~/" + said["EnvironmentFile"].removeprefix("%h/") in readme
+    for path in re.findall(r"%h/(\S+?)(?=[ '])", said["ExecStart"]):
+        assert f"~/{path}" in readme or f"~/{os.path.dirname(path)}" in readme, path
+    command = said["ExecStart"].replace("%h/imagen/.venv/bin/python", sys.executable)
+    command = command.replace("%h/imagen/imagen.py", str(HERE))
+    failed = subprocess.run(shlex.split(command), env=box.environ, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 3 and "IMAGEN_DATABASE_URL" in failed.stderr
+    assert set(said["RestartPreventExitStatus"].split()) == {"2", "3"}
+
+
+@pytest.mark.skipif("IMAGEN_WORKER_INTEGRATION" not in os.environ, reason="IMAGEN_WORKER_INTEGRATION=1: a real project")
+def test_live_a_job_becomes_done_in_a_real_project(box: Box) -> None:
+    names = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID", "IMAGEN_DATABASE_URL")
+    box.environ |= {name: os.environ[name] for name in names}
+    mine = f"live-{uuid.uuid4()}"  # a worker for these jobs alone, which nobody else's worker knows
+    box.configure({"mock": {"type": "mock"}, mine: {"type": "mock"}})
+    add = ("jobs", "add", "a fox", "-b", mine, "--size", "64x64", "--wait", "--json")
+    with JobsWorker(box, "--backend", mine) as worker, imagen.postgres("IMAGEN_DATABASE_URL") as database:
+        try:
+            done, failed = box.run(*add), box.run(*add, "--opt", "fail=refused")
+            assert done.code == 0 and failed.code == 5, done.err + failed.err + worker.log()
+            assert worker.stopped() == 0
+            (row,) = done.json["jobs"]
+            found = "select owner_user_id::text, storage_path from imagen.images where id = :id::uuid"
+            ((owner, path),) = database.run(found, id=row["image_id"])
+            assert owner == os.environ["IMAGEN_OWNER_USER_ID"]
+            with urllib.request.urlopen(box.run("sign", row["image_id"]).lines[0], timeout=30) as answer:
+                assert answer.read() == next(box.out.glob("*.png")).read_bytes()
+            key, place = os.environ["SUPABASE_SERVICE_ROLE_KEY"], f"/storage/v1/object/imagen-generated/{path}"
+            headers = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
+            remove = urllib.request.Request(os.environ["SUPABASE_URL"] + place, headers=headers, method="DELETE")
+            urllib.request.urlopen(remove, timeout=30).close()
+        finally:
+            database.run("delete from imagen.jobs where backend = :mine", mine=mine)
+            database.run("delete from imagen.images where backend = :mine", mine=mine)
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
