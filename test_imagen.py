@@ -8327,10 +8327,7 @@ def test_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(bo
         assert "FOR EACH STATEMENT" in database.one(trigger)
         assert box.run("worker", "--once").code == 0
         rows = {status: jobs_row(database, ident) for status, ident in ids.items()}
-        assert {status: row["status"] for status, row in rows.items()} == {
-            **{"pending": "done", "running": "done"},
-            **{"done": "done", "failed": "failed"},
-        }
+        assert [rows[status]["status"] for status in ids] == ["done", "done", "done", "failed"]
         assert rows["running"]["attempt"] == 1 and len(cloud.rows()) == 3 and rows["failed"]["error"] == "no GPU"
     database.sql("delete from imagen.images where id = $1", image_id)
     assert jobs_row(database, ids["done"])["image_id"] is None
@@ -8407,8 +8404,8 @@ def test_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own_jobs_
     foreign = jobs_add(database, bert, user=bert)
     defaulted = database.one("insert into imagen.jobs (prompt) values ('x') returning owner_user_id::text", user=anna)
     assert defaulted == anna
-    named = "select column_name as name from information_schema.columns where table_schema = 'imagen' and table_name = 'jobs'"
-    columns = {row["name"] for row in database.sql(named)}
+    named = "select attname::text from pg_attribute where attrelid = 'imagen.jobs'::regclass and attnum > 0"
+    columns = {row["attname"] for row in database.sql(named)}
     assert columns > JOBS_REQUEST | {"image_id", "receipt", "attempt", "priority", "lease_until", "claimed_by"}
     for column in sorted(columns):
         if column not in JOBS_REQUEST:
@@ -8483,11 +8480,10 @@ class JobsWorker:
             self.process.kill()
         self.process.wait(30)
 
-    def stopped(self, again: bool = False) -> int:
-        """The exit code after SIGTERM, or after a second one where that is not enough."""
+    def stopped(self) -> int:
+        """The exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        pipeline_until(lambda: self.process.poll() is not None or (again and self.process.send_signal(signal.SIGTERM)))
-        return int(self.process.wait())
+        return int(self.process.wait(40))
 
 
 def jobs_http(cloud: Cloud, method: str, path: str, user: str, body: object = None) -> Any:
@@ -8578,7 +8574,7 @@ def test_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
     ]  # fmt: skip
     ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
     assert box.run("worker", "--once").code == 0
-    rows = {row["id"]: row for row in cloud.rows()}
+    rows = {str(row["id"]): row for row in cloud.rows()}
     for ident, prompt in ids.items():
         row = jobs_row(cloud.database, ident)
         assert (row["status"], row["prompt"], rows[row["image_id"]]["prompt"]) == ("done", prompt, prompt)
@@ -8682,7 +8678,7 @@ def test_sigterm_lets_the_job_in_hand_finish_and_claims_no_other(box: Box, cloud
         jobs_until(cloud.database, first, "running")
         assert worker.stopped() == 0
     row = jobs_row(cloud.database, first)
-    assert row["status"] == "done" and [image["id"] for image in cloud.rows()] == [row["image_id"]]
+    assert row["status"] == "done" and [str(image["id"]) for image in cloud.rows()] == [row["image_id"]]
     row = jobs_row(cloud.database, second)
     assert (row["status"], row["attempt"], row["claimed_by"]) == ("pending", 0, None)
     assert len(cloud.objects()) == 1 and box.unfinished() == box.hidden() == []
@@ -8691,14 +8687,20 @@ def test_sigterm_lets_the_job_in_hand_finish_and_claims_no_other(box: Box, cloud
 @pytest.mark.parametrize("how", ["grace_s over", "a second SIGTERM"])
 def test_what_cannot_finish_is_handed_back_uncounted(box: Box, cloud: Cloud, how: str) -> None:
     cloud.join(box, worker={"grace_s": 0.2 if how == "grace_s over" else 600})
-    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 3}, max_attempts=1)
+    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}, max_attempts=1)
     with JobsWorker(box) as worker:
         jobs_until(cloud.database, ident, "running")
-        assert worker.stopped(again=how == "a second SIGTERM") == 0
+        if how == "a second SIGTERM":
+            worker.process.send_signal(signal.SIGTERM)
+            for _ in "12":  # two heartbeats later it has been heard for certain
+                began = jobs_row(cloud.database, ident)
+                pipeline_until(lambda began=began: jobs_row(cloud.database, ident)["progress"] != began["progress"])
+        assert worker.stopped() == 0
     row = jobs_row(cloud.database, ident)
     assert (row["status"], row["attempt"], row["max_attempts"], row["error"]) == ("pending", 1, 2, None)
     assert row["claimed_by"] is row["claimed_slot"] is row["lease_until"] is row["finished_at"] is None
     assert box.unfinished() == box.hidden() == [] and cloud.objects() == {}
+    cloud.database.sql("update imagen.jobs set backend_opts = null")
     assert box.run("worker", "--once").code == 0
     assert jobs_row(cloud.database, ident)["status"] == "done" and len(cloud.rows()) == 1
 
@@ -9481,6 +9483,99 @@ def test_install_replaces_its_own_launcher_and_nobody_elses_file(box: Box) -> No
     refused = box.run("install", "bin")
     assert refused.code == 2 and "another program" in launcher.read_text()
     assert [path.name for path in launcher.parent.iterdir()] == ["imagen"]
+
+
+# imagen jobs
+
+
+def jobs_listed(box: Box, *args: str) -> dict[str, str]:
+    """Ids and statuses, newest first."""
+    return {row["id"]: row["status"] for row in box.run("jobs", "list", *args, "--json").json["jobs"]}
+
+
+def test_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    flags = ("--size", "64x48", "--style", "ink", "--opt", "delay_s=0.1", "--negative", "dogs", "--steps", "4")
+    done = box.run("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
+    assert done.code == 0 and len(done.lines) == 2 and done.err == ""
+    first, second = (jobs_row(cloud.database, ident) for ident in done.lines)
+    wanted = {"prompt": "a fox", "width": 64, "height": 48, "style": "ink", "negative_prompt": "dogs", "steps": 4}
+    wanted |= {"backend_opts": {"delay_s": 0.1}, "owner_user_id": cloud.anna, "status": "pending", "backend": None}
+    assert wanted.items() <= first.items() and wanted.items() <= second.items()
+    assert (first["seed"], second["seed"]) == (7, 8)
+    (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
+    row = jobs_row(cloud.database, added["id"])
+    assert (row["prompt"], row["seed"], added["status"]) == ("from stdin", None, "pending")
+    assert [*jobs_listed(box)] == [added["id"], *reversed(done.lines)]
+    canceled = box.run("jobs", "cancel", added["id"], "--json").json["jobs"]
+    assert canceled == [{"id": added["id"], "status": "canceled"}] and box.run("jobs", "cancel", added["id"]).code == 2
+    assert jobs_listed(box, "--status", "canceled") == {added["id"]: "canceled"}
+    (again,) = box.run("jobs", "retry", first["id"]).lines
+    own = {"id", "seq", "created_at", "run_after"}
+    repeated = jobs_row(cloud.database, again)
+    assert {key for key in repeated if repeated[key] != first[key]} == own
+    assert box.run("worker", "--once").code == 0
+    assert jobs_listed(box, "--status", "done").keys() == {*done.lines, again}
+    told = box.run("jobs", "list").lines
+    assert len(told) == 4 and told[0].split()[0] == again and "done" in told[0] and "a fox" in told[0]
+    like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
+    row = jobs_row(cloud.database, like)
+    assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
+
+
+def test_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"concurrency": 4})
+    wait = ("jobs", "add", "--wait", "a fox", "--size", "64x64")
+    with JobsWorker(box):
+        done = box.run(*wait, "-n", "2")
+        assert done.code == 0 and [line.split()[1] for line in done.lines] == ["done", "done"], done.err
+        assert {line.split()[2] for line in done.lines} == {str(row["id"]) for row in cloud.rows()}
+        for code in ("refused", "bug", "unknown"):
+            done = box.run(*wait, "--opt", f"fail={code}", "--json")
+            assert (done.code, done.json["error"]["code"]) == (EXIT_CODES[code], code)
+            assert f"failing with `{code}`" in done.json["error"]["message"]
+            assert [row["error_code"] for row in done.json["jobs"]] == [code]
+        sized = box.run("jobs", "add", "--wait", "a fox", "-b", "mok")
+        assert sized.code == 2 and 'did you mean "mock"' in sized.err and "  failed" in sized.out
+        with Tty(box, *wait, "--opt", "delay_s=600") as tty:
+            tty.until(lambda drawn: re.search(r"running drawing .*━", drawn))
+            ((ident, _),) = jobs_listed(box, "--status", "running").items()
+            assert box.run("jobs", "cancel", ident).out == f"{ident}  running\n"
+            done = tty.ended()
+        assert done.code == 130 and done.out == f"{ident}  canceled\n"
+        assert jobs_row(cloud.database, ident)["status"] == "canceled" and box.unfinished() == box.hidden() == []
+        with box.start("jobs", "retry", ident, "--wait") as process:
+            (again,) = pipeline_until(lambda: jobs_listed(box, "--status", "running"))
+            cloud.database.sql("delete from imagen.jobs where id = $1", again)
+            assert process.communicate(timeout=30)[1].startswith("imagen: a job was deleted")
+
+
+def test_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    nobody = {"IMAGEN_OWNER_USER_ID": ""}
+    nowhere = {"IMAGEN_DATABASE_URL": ""}
+    closed = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
+    cases: list[tuple[tuple[str, ...], dict[str, str], int, str]] = [
+        (("add", "a fox"), nobody, 3, "owner_user_id"),
+        (("add", "a fox"), nowhere, 3, "IMAGEN_DATABASE_URL"),
+        (("list",), closed, 4, "Postgres at 127.0.0.1"),
+        (("add",), closed, 2, "the prompt is empty"),
+        (("add", " "), closed, 2, "the prompt is empty"),
+        (("add", "a fox", "--size", "8x8"), closed, 2, "16 to 8192"),
+        (("add", "a fox", "-n", "0"), closed, 2, "-n is 1 to 1000"),
+        (("cancel",), closed, 2, "the id of a job"),
+        (("cancel", "x'; drop table imagen.jobs"), closed, 2, "the id of a job"),
+        (("retry", "1234"), closed, 2, "the id of a job"),
+        (("cancel", str(uuid.uuid4())), {}, 2, "no job that waits or runs"),
+        (("retry", str(uuid.uuid4())), {}, 2, "no such job"),
+        (("list", "--status", "stuck"), {}, 2, "invalid choice"),
+        (("remove",), {}, 2, "invalid choice"),
+        ((), {}, 2, "required"),
+    ]
+    for args, env, code, text in cases:
+        done = box.run("jobs", *args, "--json", env=env)
+        assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"]["message"], args
+    assert cloud.rows("imagen.jobs") == []
 
 
 # === README ===
