@@ -8264,9 +8264,8 @@ JOBS_OVER = ("done", "failed", "canceled")
 JOBS_ORIGINAL = """
 create schema imagen;
 create table imagen.images (id uuid primary key default gen_random_uuid(),
-  owner_user_id uuid not null references auth.users(id), prompt text not null, prompt_hash text, backend text not null,
-  model text, seed bigint, steps int, width int, height int, latency_ms int, cost_usd_estimate numeric(10,6),
-  storage_path text not null, sidecar jsonb, tags text[] default '{}', created_at timestamptz default now());
+  owner_user_id uuid not null references auth.users(id), prompt text not null, backend text not null,
+  storage_path text not null, created_at timestamptz default now());
 create table imagen.jobs (id uuid primary key default gen_random_uuid(),
   owner_user_id uuid not null references auth.users(id), prompt text not null, backend text, style text,
   width int, height int, steps int, seed bigint,
@@ -8309,11 +8308,10 @@ def test_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(bo
     anna = database.user("anna")
     image = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'x', 'mock', 'x')"
     image_id = database.one(f"{image} returning id::text", anna)
-    long_ago = {"started_at": "2024-01-01T00:00:00+00:00", "created_at": "2024-01-01T00:00:00+00:00"}
     ids = {
         "pending": jobs_add(database, anna, backend="mock"),
-        "running": jobs_add(database, anna, status="running", **long_ago),
-        "done": jobs_add(database, anna, status="done", image_id=image_id, finished_at="2024-01-02T00:00:00+00:00"),
+        "running": jobs_add(database, anna, status="running", started_at="2024-01-01T00:00:00+00:00"),
+        "done": jobs_add(database, anna, status="done", image_id=image_id),
         "failed": jobs_add(database, anna, status="failed", error="no GPU"),
     }
     before = {status: jobs_row(database, ident) for status, ident in ids.items()}
@@ -8326,9 +8324,9 @@ def test_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(bo
         trigger = "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'imagen_jobs_notify'"
         assert "FOR EACH STATEMENT" in database.one(trigger)
         assert box.run("worker", "--once").code == 0
-        rows = {status: jobs_row(database, ident) for status, ident in ids.items()}
-        assert [rows[status]["status"] for status in ids] == ["done", "done", "done", "failed"]
-        assert rows["running"]["attempt"] == 1 and len(cloud.rows()) == 3 and rows["failed"]["error"] == "no GPU"
+        rows = [jobs_row(database, ident) for ident in ids.values()]
+        assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
+        assert [row["attempt"] for row in rows] == [1, 1, 0, 0] and len(cloud.rows()) == 3
     database.sql("delete from imagen.images where id = $1", image_id)
     assert jobs_row(database, ids["done"])["image_id"] is None
 
@@ -8371,11 +8369,9 @@ def test_a_heartbeat_touches_no_index(here: Box, database: Database, monkeypatch
         )
         (stats,) = pipeline_until(lambda: [row for row in database.sql(counted) if row["all"] == 153])
         assert stats["hot"] >= 150
-    where = dict.fromkeys(("pending", "running"), "")
-    for row in database.sql("select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'"):
-        if found := re.search(r"WHERE \(status = '(\w+)'", row["indexdef"]):
-            where[found[1]] = row["indexdef"]
-    assert all(where.values()) and len(where) == 2
+    found = database.sql("select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'")
+    for status in ("pending", "running"):
+        assert sum(f"WHERE (status = '{status}'" in row["indexdef"] for row in found) == 1
 
 
 def test_a_thousand_rows_of_one_insert_are_one_empty_notification(database: Database) -> None:
@@ -8407,26 +8403,21 @@ def test_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own_jobs_
     named = "select attname::text from pg_attribute where attrelid = 'imagen.jobs'::regclass and attnum > 0"
     columns = {row["attname"] for row in database.sql(named)}
     assert columns > JOBS_REQUEST | {"image_id", "receipt", "attempt", "priority", "lease_until", "claimed_by"}
-    for column in sorted(columns):
-        if column not in JOBS_REQUEST:
-            with pytest.raises(SqlError, match="permission denied"):
-                database.sql(f"insert into imagen.jobs (prompt, {column}) values ('x', default)", user=anna)
-        with pytest.raises(SqlError, match="permission denied"):
-            database.sql(f"update imagen.jobs set {column} = default", user=anna)
-    for status in ("running", *JOBS_OVER):
-        with pytest.raises(SqlError, match="row-level security"):
-            jobs_add(database, anna, user=anna, status=status)
-    with pytest.raises(SqlError, match="row-level security"):
-        jobs_add(database, bert, user=anna)
-    for statement in ("delete from imagen.jobs", "truncate imagen.jobs"):
-        with pytest.raises(SqlError, match="permission denied"):
-            database.sql(statement, user=anna)
-    for statement in ("select from imagen.jobs", "insert into imagen.jobs (prompt) values ('x')"):
-        with pytest.raises(SqlError, match="permission denied"):
-            database.sql(statement, role="anon")
-    seen = {row["id"] for row in database.sql("select id::text from imagen.jobs", user=bert)}
-    assert seen == {foreign}
-    assert own in {row["id"] for row in database.sql("select id::text from imagen.jobs", user=anna)}
+    denied = [f"update imagen.jobs set {name} = default" for name in sorted(columns)]
+    denied += [f"insert into imagen.jobs (prompt, {name}) values ('x', default)" for name in columns - JOBS_REQUEST]
+    denied += ["delete from imagen.jobs", "truncate imagen.jobs"]
+    cases = [(text, {"user": anna}, "permission denied") for text in denied]
+    others = ("select from imagen.jobs", "insert into imagen.jobs (prompt) values ('x')")
+    cases += [(text, {"role": "anon"}, "permission denied") for text in others]
+    values = [*(("status", status) for status in ("running", *JOBS_OVER)), ("owner_user_id", bert)]
+    for name, value in values:
+        text = f"insert into imagen.jobs (prompt, {name}) values ('x', '{value}')"
+        cases.append((text, {"user": anna}, "row-level security"))
+    for text, who, words in cases:
+        with pytest.raises(SqlError, match=words):
+            database.sql(text, **who)
+    assert database.one("select id::text from imagen.jobs", user=bert) == foreign
+    assert database.one("select count(*)::int from imagen.jobs", user=anna) == 2
     assert database.one("select count(*)::int from imagen.jobs", role="service_role") == 3
     database.sql("update imagen.jobs set priority = 5 where id = $1", own, role="service_role")
     assert (jobs_row(database, own)["priority"], jobs_row(database, foreign)["priority"]) == (5, 0)
@@ -8503,13 +8494,9 @@ def test_a_job_that_a_signed_in_user_inserts_becomes_their_image(box: Box, cloud
         (job,) = jobs_http(cloud, "POST", "jobs", cloud.anna, wanted)
         assert (job["status"], job["owner_user_id"]) == ("pending", cloud.anna)
         row = jobs_until(cloud.database, job["id"])
-        assert (row["status"], row["error"], row["error_code"], row["progress"], row["attempt"]) == (
-            "done",
-            *[None] * 2,
-            1,
-            1,
-        )
-        assert row["started_at"] <= row["finished_at"] and row["receipt"] is None and row["lease_until"] is None
+        assert (row["status"], row["progress"], row["attempt"]) == ("done", 1, 1)
+        assert row["error"] is row["error_code"] is row["receipt"] is row["lease_until"] is None
+        assert row["created_at"] <= row["started_at"] <= row["finished_at"]
         assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.anna) == [row]
         assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.bert) == []
         (image,) = jobs_http(cloud, "GET", f"images?id=eq.{row['image_id']}", cloud.anna)
@@ -8530,16 +8517,12 @@ def test_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud) -> Non
         paid = {"type": "openai", "model": "m", "base_url": remote.base, "api_key_env": "NO_SUCH_KEY"}
         cloud.join(box, backends={"mock": {"type": "mock"}, "paid": paid}, worker={"concurrency": 4})
         wrong: list[tuple[dict[str, Any], str, str]] = [
-            ({"backend_opts": {"fail": "refused"}}, "refused", "failing with `refused`"),
-            ({"backend_opts": {"fail": "quota"}}, "quota", "failing"),
-            ({"backend_opts": {"fail": "bug"}}, "bug", "failing"),
-            ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s"),
+            *(({"backend_opts": {"fail": code}}, code, f"with `{code}`") for code in ("refused", "quota", "bug")),
+            ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s"), ({"prompt": " "}, "usage", "prompt is empty"),
             ({"backend": "mok"}, "usage", 'backend "mok" is not configured: did you mean "mock"'),
-            ({"style": "fhoto"}, "usage", 'did you mean "photo"'),
-            ({"height": None}, "usage", "a size needs width and height\n--size"),
-            ({"prompt": " "}, "usage", "the prompt is empty"),
+            ({"style": "fhoto"}, "usage", '"photo"'), ({"height": None}, "usage", "needs width and height\n--size"),
             ({"backend": "paid"}, "config", "NO_SUCH_KEY"),
-        ]
+        ]  # fmt: skip
         for key in ("base_url", "api_key_env", "api_key", "model", "cost_usd", "timeout", "type"):
             opts = {"backend": "paid", "backend_opts": {key: "http://127.0.0.1:9"}}
             wrong.append((opts, "usage", f'backend "paid" takes no request option "{key}"'))
@@ -8560,10 +8543,9 @@ def test_what_may_be_repeated_comes_back_later_and_fails_after_max_attempts(box:
     with JobsWorker(box):
         row = jobs_until(cloud.database, ident, "pending", attempt=1)
         assert 1 < cloud.database.one(gap, ident) <= 2 and row["error_code"] == "busy" and not row["finished_at"]
-        row = jobs_until(cloud.database, ident)
+        due, row = row["run_after"], jobs_until(cloud.database, ident)
         assert (row["status"], row["attempt"], row["error_code"]) == ("failed", 2, "busy")
-        between = datetime.fromisoformat(row["started_at"]) - datetime.fromisoformat(row["run_after"])
-        assert timedelta(0) > between > timedelta(seconds=-2)
+        assert datetime.fromisoformat(row["started_at"]) >= datetime.fromisoformat(due)
 
 
 def test_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
@@ -8582,7 +8564,7 @@ def test_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
 
 
 def test_once_leaves_when_no_job_is_due(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={"poll_s": 60})
+    cloud.join(box, worker={"poll_s": 30})
     later = jobs_add(cloud.database, cloud.anna, run_after="2999-01-01T00:00:00+00:00")
     low, high = (jobs_add(cloud.database, cloud.anna, priority=priority) for priority in (0, 1))
     done = box.run("worker", "--once", "--json")
@@ -8606,19 +8588,13 @@ def test_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
     assert {row["backend"] for row in cloud.rows()} == {"other", "mock"}
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "text"),
-    [
-        (("--concurrency", "0"), 2, "1 to 64"),
-        (("--concurrency", "many"), 2, "invalid int"),
-        (("--name", "a/b"), 2, "--name"),
-        (("--backend", "mok"), 2, '"mock"'),
-        ((), 3, "IMAGEN_DATABASE_URL"),
-    ],
-)
-def test_a_worker_that_cannot_be_meant_does_not_start(box: Box, args: tuple[str, ...], code: int, text: str) -> None:
-    done = box.run("worker", *args)
-    assert done.code == code and text in done.err and done.out == ""
+def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
+    for words, code, text in (
+        ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
+        ("--backend mok", 2, '"mock"'), ("", 3, "IMAGEN_DATABASE_URL"),
+    ):  # fmt: skip
+        done = box.run("worker", *words.split())
+        assert done.code == code and text in done.err and done.out == "", words
 
 
 def test_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
@@ -8637,9 +8613,8 @@ def test_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects(tmp_pa
         cloud.join(box, worker={})
     with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
         ids = [jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"]
-        running = [jobs_until(cloud.database, ident, "running") for ident in ids]
         rows = [jobs_until(cloud.database, ident) for ident in ids]
-    assert [row["status"] for row in rows] == ["done", "done"] and len({row["claimed_by"] for row in running}) == 2
+    assert [row["status"] for row in rows] == ["done", "done"] and len({row["claimed_by"] for row in rows}) == 2
     objects = cloud.objects()
     assert {row["storage_path"] for row in cloud.rows()} == objects.keys() and len(objects) == 2
     assert len({*objects.values()}) == 1
@@ -8659,16 +8634,15 @@ create trigger beat after update on imagen.jobs for each row
 def test_progress_reaches_the_row_at_most_once_a_second(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     cloud.database.sql(JOBS_BEATS)
-    jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna), "pending")
     with JobsWorker(box):
-        ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 4})
-        assert jobs_until(cloud.database, ident)["status"] == "done"
-    beats = cloud.database.sql("select extract(epoch from at)::float8 as at, progress, note from beats order by at")
-    beats = [beat for beat in beats if beat["progress"] is not None]
-    assert len(beats) >= 3 and {beat["note"] for beat in beats} == {"drawing"}
+        row = jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 4}))
+    assert row["status"] == "done" and row["note"] is None
+    beats = cloud.database.sql("select progress, note from public.beats where progress is not null order by at")
     shares = [beat["progress"] for beat in beats]
-    assert shares == sorted(set(shares)) and 0 <= shares[0] < shares[-1] <= 1
-    assert all(later["at"] - beat["at"] > 0.9 for beat, later in itertools.pairwise(beats))
+    assert {beat["note"] for beat in beats} == {"drawing"} and shares == sorted(set(shares))
+    assert 0 <= shares[0] < shares[-1] <= 1
+    took = datetime.fromisoformat(row["finished_at"]) - datetime.fromisoformat(row["started_at"])
+    assert 3 <= len(beats) <= took.total_seconds() + 2  # the mock tells ten times a second
 
 
 def test_sigterm_lets_the_job_in_hand_finish_and_claims_no_other(box: Box, cloud: Cloud) -> None:
@@ -8708,29 +8682,22 @@ def test_what_cannot_finish_is_handed_back_uncounted(box: Box, cloud: Cloud, how
 # systemd
 
 
-class JobsSystemd:
+class JobsSystemd(contextlib.ExitStack):
     """The socket that systemd listens on, and what it was told, oldest first."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="imagen-sd-")  # a socket's path has to be short
-        self.path, self.told = f"{self.folder}/notify", list[str]()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        super().__init__()
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="imagen-sd-"))  # its path has to be short
+        self.path, self.told = f"{folder}/notify", list[str]()
+        self.sock = self.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self.sock.bind(self.path)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-        shutil.rmtree(self.folder)
-
-    def heard(self, seconds: float = 0.0) -> list[str]:
+    def heard(self, seconds: float) -> list[str]:
         """What came since the last time, waiting that long for the first of it."""
-        new = list[str]()
-        while select.select([self.sock], [], [], 0 if new else seconds)[0]:
-            new.append(self.sock.recv(4096).decode())
-        self.told += new
-        return new
+        before = len(self.told)
+        while select.select([self.sock], [], [], seconds if len(self.told) == before else 0)[0]:
+            self.told.append(self.sock.recv(4096).decode())
+        return self.told[before:]
 
     def until(self, text: str) -> None:
         """Until a message says so."""
@@ -9547,23 +9514,17 @@ def test_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
     nobody = {"IMAGEN_OWNER_USER_ID": ""}
     nowhere = {"IMAGEN_DATABASE_URL": ""}
     closed = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
+    some = str(uuid.uuid4())
     cases: list[tuple[tuple[str, ...], dict[str, str], int, str]] = [
-        (("add", "a fox"), nobody, 3, "owner_user_id"),
-        (("add", "a fox"), nowhere, 3, "IMAGEN_DATABASE_URL"),
-        (("list",), closed, 4, "Postgres at 127.0.0.1"),
-        (("add",), closed, 2, "the prompt is empty"),
-        (("add", " "), closed, 2, "the prompt is empty"),
-        (("add", "a fox", "--size", "8x8"), closed, 2, "16 to 8192"),
-        (("add", "a fox", "-n", "0"), closed, 2, "-n is 1 to 1000"),
-        (("cancel",), closed, 2, "the id of a job"),
+        (("add", "a fox"), nobody, 3, "owner_user_id"), (("add", "a fox"), nowhere, 3, "IMAGEN_DATABASE_URL"),
+        (("list",), closed, 4, "Postgres at 127.0.0.1"), (("add",), closed, 2, "the prompt is empty"),
+        (("add", " "), closed, 2, "the prompt is empty"), (("add", "a fox", "--size", "8x8"), closed, 2, "16 to 8192"),
+        (("add", "a fox", "-n", "0"), closed, 2, "-n is 1 to 1000"), (("cancel",), closed, 2, "the id of a job"),
         (("cancel", "x'; drop table imagen.jobs"), closed, 2, "the id of a job"),
-        (("retry", "1234"), closed, 2, "the id of a job"),
-        (("cancel", str(uuid.uuid4())), {}, 2, "no job that waits or runs"),
-        (("retry", str(uuid.uuid4())), {}, 2, "no such job"),
-        (("list", "--status", "stuck"), {}, 2, "invalid choice"),
-        (("remove",), {}, 2, "invalid choice"),
-        ((), {}, 2, "required"),
-    ]
+        (("retry", "1234"), closed, 2, "the id of a job"), (("retry", some), {}, 2, "no such job"),
+        (("cancel", some), {}, 2, "no job that waits or runs"), (("list", "--status", "stuck"), {}, 2, "invalid"),
+        (("remove",), {}, 2, "invalid choice"), ((), {}, 2, "required"),
+    ]  # fmt: skip
     for args, env, code, text in cases:
         done = box.run("jobs", *args, "--json", env=env)
         assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"]["message"], args
@@ -9670,7 +9631,7 @@ def test_the_readmes_statements_make_a_job_done_and_prune_it(box: Box, cloud: Cl
         row = pipeline_until(lambda: next((row for row in cloud.database.sql(select) if row["status"] == "done"), None))
         assert row["image_id"] == cloud.rows()[0]["id"] and row["error"] is None
     cloud.database.sql(prune)
-    assert len(cloud.rows("imagen.jobs")) == 1
+    assert len(cloud.rows("imagen.jobs")) == 1  # too young
     cloud.database.sql("update imagen.jobs set finished_at = now() - interval '31 days'")
     cloud.database.sql(prune)
     assert cloud.rows("imagen.jobs") == [] and len(cloud.rows()) == 1
