@@ -4787,18 +4787,19 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     concurrency = config.worker.concurrency if args.concurrency is None else args.concurrency
     if not 1 <= concurrency <= 64 or not re.fullmatch(r"[\w.-]{1,64}", args.name):
         raise BadRequest("--concurrency is 1 to 64, --name letters, digits, dots and dashes")
-    under_systemd = "JOURNAL_STREAM" in os.environ
+    about = os.fstat(2)
+    to_journal = os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"  # terminals inherit the variable
 
     def say(text: str, priority: int = 6) -> None:
         text = " ".join(text.split())
         if priority < 6 or not args.quiet:
-            terminal.say(text, prefix=f"<{priority}>" if under_systemd else f"{now_iso()[:19]} ")
+            terminal.say(text, prefix=f"<{priority}>" if to_journal else f"{now_iso()[:19]} ")
 
     worker = Worker(config, say, concurrency, args.name, args.backend)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.on_signal)
     worker.serve(args.once)
-    return 0
+    return terminal.result({})
 
 
 @command(
@@ -4810,61 +4811,52 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
     """add, list, cancel or retry jobs of imagen.jobs"""
-    config = load_config(args.config)
+    config, wanted = load_config(args.config), list[dict[str, Any]]()
+    if args.action == "add":
+        wanted = requests_for(args, config)
+    elif args.action != "list" and not is_uuid(args.prompt or ""):
+        raise BadRequest(f'{args.action} "{args.prompt or ""}": not the id of a job', "imagen jobs list")
     with postgres(config.supabase.database_url_env, patience=DELIVERY) as database:
         if args.action == "list":
-            return list_jobs(args, terminal, database)
+            rows = [row for (row,) in database.run(LIST, status=args.status)]
+            lines = [
+                (row["id"], str(row["created_at"])[:16], row["status"], row["error"] or row["prompt"]) for row in rows
+            ]
+            return terminal.result({"jobs": rows}, *aligned((*cells, said[:70]) for *cells, said in lines))
+        if args.action == "cancel":
+            ((became,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=args.prompt)
+            if not became:
+                raise BadRequest(f"{args.prompt}: no job that waits or runs", "imagen jobs list")
+            return terminal.result({"jobs": [{"id": args.prompt, "status": became}]}, f"{args.prompt}  {became}")
         if args.action == "add":
-            ids = add_jobs(args, config, database)
-        else:
-            if not is_uuid(args.prompt or ""):
-                raise BadRequest(f"{args.action}: the id of a job is missing", "imagen jobs list")
-            sql = {"cancel": CANCEL, "retry": RETRY}[args.action]
-            ids = [str(row[0]) for row in database.run(sql, job=args.prompt)]
-            if not ids:
-                raise BadRequest(
-                    f"{args.prompt}: no such job{' under way' * (args.action == 'cancel')}", "imagen jobs list"
-                )
-        if args.wait and args.action != "cancel":
+            made = database.run(ADD, owner=config.owner_user_id, wanted=to_jsonb(wanted))
+        elif not (made := database.run(RETRY, job=args.prompt)):
+            raise BadRequest(f"{args.prompt}: no such job", "imagen jobs list")
+        ids = [str(ident) for (ident,) in made]
+        if args.wait:
             return follow_jobs(ids, terminal, database)
-    return terminal.result({"jobs": ids}, *ids)
+    return terminal.result({"jobs": [{"id": ident, "status": "pending"} for ident in ids]}, *ids)
 
 
-CANCEL = """WITH asked AS (
-  UPDATE imagen.jobs SET cancel_requested = true, finished_at = CASE status WHEN 'pending' THEN now() END,
-    status = CASE status WHEN 'pending' THEN 'canceled' ELSE status END
-  WHERE id = :job::uuid AND status IN ('pending', 'running') RETURNING id)
-SELECT id, pg_notify('imagen_jobs', '')::text FROM asked"""
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
 RETRY = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS)
   SELECT owner_user_id, COLUMNS FROM imagen.jobs WHERE id = :job::uuid RETURNING id""".replace("COLUMNS", _COLUMNS)
 ADD = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS) SELECT :owner::uuid, COLUMNS
-  FROM jsonb_populate_record(NULL::imagen.jobs, :request::jsonb) RETURNING id""".replace("COLUMNS", _COLUMNS)
+  FROM jsonb_populate_recordset(NULL::imagen.jobs, :wanted::jsonb) RETURNING id""".replace("COLUMNS", _COLUMNS)
 LIST = """SELECT to_jsonb(j) FROM imagen.jobs j WHERE :status::text IS NULL OR status = :status::text
   ORDER BY seq DESC LIMIT 50"""
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
 
 
-def add_jobs(args: argparse.Namespace, config: Config, database: Any) -> list[str]:
-    """The ids of as many new jobs as -n asks for."""
+def requests_for(args: argparse.Namespace, config: Config) -> list[dict[str, Any]]:
+    """As many requests as -n asks for, as rows."""
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
     if not 1 <= args.n <= 1000:
         raise BadRequest("-n is 1 to 1000")
-    first, ids = request_from(args, config.styles), []
-    check_request(first)
-    for number in range(args.n):
-        request = first if first.seed is None else first._replace(seed=first.seed + number)
-        said = {key: value for key, value in sparse(request).items() if value != ""}
-        ids += [str(row[0]) for row in database.run(ADD, owner=config.owner_user_id, request=to_jsonb(said))]
-    return ids
-
-
-def list_jobs(args: argparse.Namespace, terminal: Terminal, database: Any) -> int:
-    """The newest jobs, newest first."""
-    rows = [row[0] for row in database.run(LIST, status=args.status)]
-    lines = [(row["id"], str(row["created_at"])[:16], row["status"], row["error"] or row["prompt"]) for row in rows]
-    return terminal.result({"jobs": rows}, *aligned((*row[:3], row[3][:70]) for row in lines))
+    check_request(first := request_from(args, config.styles))
+    seeds = [None if first.seed is None else first.seed + number for number in range(args.n)]
+    return [{key: value for key, value in sparse(first._replace(seed=seed)).items() if value != ""} for seed in seeds]
 
 
 def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
@@ -4873,19 +4865,18 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
     while not rows or any(row["status"] in ("pending", "running") for row in rows):
         if rows:
             time.sleep(0.5)
-        rows = [row[0] for row in database.run(FOLLOW, ids=list(ids))]
+        rows = [row for (row,) in database.run(FOLLOW, ids=list(ids))]
         if len(rows) < len(ids):
             raise Failed("a job was deleted before it was over")
         now = next((row for row in rows if row["status"] == "running"), rows[0])
         shown = Progress(f"{now['status']} {now['note'] or ''}".strip(), now["progress"], now["progress"] and 1.0)
         done = sum(row["status"] == "done" for row in rows)
         terminal.draw(progress_line(shown, time.monotonic() - began, None, f"{done} of {len(ids)}" * (len(ids) > 1)))
-    bad = next((row for row in rows if row["status"] != "done"), None)
-    kind = ERRORS.get((bad or {}).get("error_code") or "failed", Failed)
     error = None
-    if bad:
-        kind = Interrupted if bad["status"] == "canceled" else kind
-        error = terminal.report(kind(f"{bad['id']}: {bad['error'] or bad['status']}"))
+    if bad := next((row for row in rows if row["status"] != "done"), None):
+        kind = ERRORS.get("interrupted" if bad["status"] == "canceled" else bad["error_code"], Failed)
+        said, _, hint = (bad["error"] or bad["status"]).partition("\n")
+        error = terminal.report(kind(f"{bad['id']}: {said}", hint, charged="unknown" if bad["receipt"] else "no"))
     lines = [f"{row['id']}  {row['status']}  {row['image_id'] or ''}".rstrip() for row in rows]
     return terminal.result({"jobs": rows}, *lines, error=error)
 
@@ -4932,7 +4923,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     if name not in COMMANDS:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
-    args = parser_of(name, terminal).parse_args([*before, *after])
+    args = parser_of(name, terminal).parse_intermixed_args([*before, *after])
     terminal.quiet, terminal.verbose = args.quiet, args.verbose
     return COMMANDS[name][0](args, terminal)
 

@@ -379,6 +379,7 @@ grant insert (prompt, negative_prompt, backend, style, width, height, steps, see
   on imagen.jobs to authenticated;
 
 -- What has become of the caller's own job: canceled at once while it waits, "running" where its worker is asked to stop.
+-- Who comes without a token (the SQL editor, `imagen jobs`) has a login to the database, and may cancel any.
 create or replace function imagen.cancel_job(job uuid) returns text
   language plpgsql security definer set search_path = '' as $cancel$
 declare became text;
@@ -388,7 +389,7 @@ begin
          status = case status when 'pending' then 'canceled' else status end,
          finished_at = case status when 'pending' then now() end
    where id = job and status in ('pending', 'running')
-     and (owner_user_id = (select auth.uid()) or coalesce((select auth.role()), '') = 'service_role')
+     and (owner_user_id = (select auth.uid()) or coalesce((select auth.role()), 'service_role') = 'service_role')
   returning status into became;
   if found then
     perform pg_notify('imagen_jobs', '');

@@ -9508,7 +9508,7 @@ def test_a_usage_table_of_another_gets_what_it_can_hold_once(database: Database,
         deliver_whole(cloud, box, *done.lines)
 
 
-# === 17. Queue: the way to Postgres ===
+# === 17. Queue: imagen.jobs, one connection, one statement a turn ===
 Env = pytest.MonkeyPatch
 
 
@@ -10634,6 +10634,555 @@ def test_a_connection_that_is_not_made_leaves_nothing_open(here: Box, monkeypatc
     gc.collect()
 
 
+# The jobs table: who may do what, and what an older one becomes
+
+JOBS_OVER = ("done", "failed", "canceled")
+JOBS_ORIGINAL = """
+create schema imagen;
+create table imagen.images (id uuid primary key default gen_random_uuid(),
+  owner_user_id uuid not null references auth.users(id), prompt text not null, backend text not null,
+  storage_path text not null, created_at timestamptz default now());
+create table imagen.jobs (id uuid primary key default gen_random_uuid(),
+  owner_user_id uuid not null references auth.users(id), prompt text not null, backend text, style text,
+  width int, height int, steps int, seed bigint,
+  status text not null default 'pending' check (status in ('pending', 'running', 'done', 'failed')),
+  image_id uuid references imagen.images(id), error text,
+  created_at timestamptz default now(), started_at timestamptz, finished_at timestamptz);
+create index imagen_jobs_pending_idx on imagen.jobs (created_at) where status = 'pending';
+create index imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
+alter table imagen.jobs enable row level security;
+create function imagen.notify_job() returns trigger language plpgsql as
+  $$ begin perform pg_notify('imagen_jobs', new.id::text); return new; end $$;
+create trigger imagen_jobs_notify after insert on imagen.jobs for each row execute function imagen.notify_job();
+"""
+
+
+def jobs_add(database: Database, owner: str, prompt: str = "a fox", user: str = "", **fields: Any) -> str:
+    """The id of a job that the superuser (or a signed-in user) inserts."""
+    row = {"owner_user_id": owner, "prompt": prompt, "width": 64, "height": 64, **fields}
+    text = "insert into imagen.jobs ({0}) select {0} from jsonb_populate_record(null::imagen.jobs, $1::jsonb)"
+    return str(database.one(text.format(", ".join(row)) + " returning id::text", json.dumps(row), user=user))
+
+
+def jobs_row(database: Database, ident: str) -> dict[str, Any]:
+    """The job as it stands."""
+    return dict(database.one("select to_jsonb(j) from imagen.jobs j where id = $1::uuid", ident))
+
+
+def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) -> dict[str, Any]:
+    """The job's row, once it has one of these statuses (else: is over) and these values."""
+
+    def there() -> dict[str, Any] | None:
+        row = jobs_row(database, ident)
+        return row if row["status"] in (statuses or JOBS_OVER) and values.items() <= row.items() else None
+
+    return dict(pipeline_until(there, 40))
+
+
+def test_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(box: Box, database: Database) -> None:
+    database.migrate(JOBS_ORIGINAL)
+    anna = database.user("anna")
+    image = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'x', 'mock', 'x')"
+    image_id = database.one(f"{image} returning id::text", anna)
+    ids = {
+        "pending": jobs_add(database, anna, backend="mock"),
+        "running": jobs_add(database, anna, status="running", started_at="2024-01-01T00:00:00+00:00"),
+        "done": jobs_add(database, anna, status="done", image_id=image_id),
+        "failed": jobs_add(database, anna, status="failed", error="no GPU"),
+    }
+    before = {status: jobs_row(database, ident) for status, ident in ids.items()}
+    with Cloud(database) as cloud:
+        cloud.join(box, worker={"lease_s": 1})
+        first = box.run("migrate", "--json").json["parts"]["imagen_jobs_init"]
+        assert "changed: table imagen.jobs" in first and "changed: trigger imagen_jobs_notify" in first
+        assert all(before[status].items() <= jobs_row(database, ident).items() for status, ident in ids.items())
+        assert {*box.run("migrate", "--json").json["parts"].values()} == {"was there"}
+        trigger = "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'imagen_jobs_notify'"
+        assert "FOR EACH STATEMENT" in database.one(trigger)
+        assert box.run("worker", "--once").code == 0
+        rows = [jobs_row(database, ident) for ident in ids.values()]
+        assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
+        assert [row["attempt"] for row in rows] == [1, 1, 0, 0] and len(cloud.rows()) == 3
+    database.sql("delete from imagen.images where id = $1", image_id)
+    assert jobs_row(database, ids["done"])["image_id"] is None
+
+
+JOBS_WRONG: list[dict[str, Any]] = [
+    {"prompt": ""}, {"prompt": "x" * 32_001}, {"negative_prompt": "x" * 32_001}, {"width": 15}, {"height": 8193},
+    {"steps": -1}, {"steps": 501}, {"seed": -1}, {"backend": "x" * 201}, {"style": "x" * 201}, {"backend_opts": []},
+    {"backend_opts": "x"}, {"backend_opts": {"extra": "x" * 16_384}}, {"status": "stuck"},
+]  # fmt: skip
+
+
+def test_a_job_that_cannot_be_meant_is_not_taken(database: Database) -> None:
+    database.migrate()
+    anna = database.user("anna")
+    for wrong in JOBS_WRONG:
+        with pytest.raises(SqlError, match="check constraint") as refused:
+            jobs_add(database, anna, **wrong)
+        assert refused.value.code == "23514", wrong
+    with pytest.raises(SqlError, match="foreign key"):
+        jobs_add(database, str(uuid.uuid4()))
+    most = {"prompt": "ü" * 32_000, "width": 16, "height": 8192, "steps": 500, "backend_opts": {}, "seed": 2**63 - 1}
+    row = jobs_row(database, jobs_add(database, anna, **most))
+    assert (row["status"], row["attempt"], row["max_attempts"], row["priority"]) == ("pending", 0, 3, 0)
+
+
+def test_a_heartbeat_touches_no_index(here: Box, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    database.migrate()
+    me, anna = str(uuid.uuid4()), database.user("anna")
+    beats = [{"id": jobs_add(database, anna), "attempt": 1, "progress": 0.0, "note": ""} for _ in range(3)]
+    monkeypatch.setenv("IMAGEN_DATABASE_URL", database.dsn())
+    with imagen.postgres("IMAGEN_DATABASE_URL") as connection:
+        queue = imagen.Queue(connection, me=me, slot="here", lease=30, backends=None, default="mock")
+        assert len(queue.turn(claimed={"free": 3})["claimed"]) == 3
+        for step in range(50):
+            said = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
+            assert len(queue.turn(kept={"beats": json.dumps(said)})["kept"]) == 3
+        connection.run("select pg_stat_force_next_flush()")
+        counted = (
+            "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
+        )
+        (stats,) = pipeline_until(lambda: [row for row in database.sql(counted) if row["all"] == 153])
+        assert stats["hot"] >= 150
+    found = database.sql("select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'")
+    for status in ("pending", "running"):
+        assert sum(f"WHERE (status = '{status}'" in row["indexdef"] for row in found) == 1
+
+
+def test_a_thousand_rows_of_one_insert_are_one_empty_notification(database: Database) -> None:
+    database.migrate()
+    with database.connect() as link:
+        link.run("listen imagen_jobs")
+        many = "insert into imagen.jobs (owner_user_id, prompt) select $1::uuid, 'x' from generate_series(1, 1000)"
+        database.sql(many, database.user("anna"))
+        jobs_add(database, database.user("anna"))
+        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        assert {(channel, payload) for _, channel, payload in link.notifications} == {("imagen_jobs", "")}
+
+
+# Columns of the table that the request is made of; whatever else there is belongs to the worker.
+JOBS_REQUEST = {
+    "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
+    "backend_opts", "status",
+}  # fmt: skip
+
+
+def test_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own_jobs_alone(database: Database) -> None:
+    database.migrate()
+    anna, bert = database.user("anna"), database.user("bert")
+    fields = {"negative_prompt": "dogs", "backend": "mock", "style": "ink", "steps": 4, "seed": 7, "backend_opts": {}}
+    own = jobs_add(database, anna, user=anna, status="pending", **fields)
+    foreign = jobs_add(database, bert, user=bert)
+    defaulted = database.one("insert into imagen.jobs (prompt) values ('x') returning owner_user_id::text", user=anna)
+    assert defaulted == anna
+    named = "select attname::text from pg_attribute where attrelid = 'imagen.jobs'::regclass and attnum > 0"
+    columns = {row["attname"] for row in database.sql(named)}
+    assert columns > JOBS_REQUEST | {"image_id", "receipt", "attempt", "priority", "lease_until", "claimed_by"}
+    denied = [f"update imagen.jobs set {name} = default" for name in sorted(columns)]
+    denied += [f"insert into imagen.jobs (prompt, {name}) values ('x', default)" for name in columns - JOBS_REQUEST]
+    denied += ["delete from imagen.jobs", "truncate imagen.jobs"]
+    cases = [(text, {"user": anna}, "permission denied") for text in denied]
+    others = ("select from imagen.jobs", "insert into imagen.jobs (prompt) values ('x')")
+    cases += [(text, {"role": "anon"}, "permission denied") for text in others]
+    values = [*(("status", status) for status in ("running", *JOBS_OVER)), ("owner_user_id", bert)]
+    for name, value in values:
+        text = f"insert into imagen.jobs (prompt, {name}) values ('x', '{value}')"
+        cases.append((text, {"user": anna}, "row-level security"))
+    for text, who, words in cases:
+        with pytest.raises(SqlError, match=words):
+            database.sql(text, **who)
+    assert database.one("select id::text from imagen.jobs", user=bert) == foreign
+    assert database.one("select count(*)::int from imagen.jobs", user=anna) == 2
+    assert database.one("select count(*)::int from imagen.jobs", role="service_role") == 3
+    database.sql("update imagen.jobs set priority = 5 where id = $1", own, role="service_role")
+    assert (jobs_row(database, own)["priority"], jobs_row(database, foreign)["priority"]) == (5, 0)
+
+
+def test_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database: Database) -> None:
+    database.migrate()
+    anna, bert = database.user("anna"), database.user("bert")
+    cancel = "select imagen.cancel_job($1::uuid)"
+    waits, runs, over = (jobs_add(database, anna, status=status) for status in ("pending", "running", "done"))
+    with database.connect() as link:
+        link.run("listen imagen_jobs")
+        before = [jobs_row(database, ident) for ident in (waits, runs, over)]
+        for ident in (waits, runs, over, str(uuid.uuid4())):
+            assert database.one(cancel, ident, user=bert) is None
+            with pytest.raises(SqlError, match="permission denied"):
+                database.sql(cancel, ident, role="anon")
+        assert database.one(cancel, over, user=anna) is None
+        assert [jobs_row(database, ident) for ident in (waits, runs, over)] == before
+        link.run("select 1")
+        assert not link.notifications
+        assert [database.one(cancel, ident, user=anna) for ident in (waits, runs)] == ["canceled", "running"]
+        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+    row = jobs_row(database, waits)
+    assert row["status"] == "canceled" and row["finished_at"]
+    row = jobs_row(database, runs)
+    assert (row["status"], row["cancel_requested"], row["finished_at"]) == ("running", True, None)
+    assert database.one(cancel, jobs_add(database, anna), role="service_role") == "canceled"
+    assert database.one(cancel, jobs_add(database, anna)) == "canceled"  # who logs in to the database itself
+
+
+# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
+class JobsWorker:
+    """`imagen worker`, running, once its log holds `ready`; killed at the end where it still runs."""
+
+    def __init__(self, box: Box, *args: str, ready: str = "listening", **env: str) -> None:
+        self.path, self.ready = box.root / f"worker-{uuid.uuid4()}.log", ready
+        with open(self.path, "wb") as log:
+            self.process = box.start("worker", *args, env=env, stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self.path.read_text()
+
+    def __enter__(self) -> Self:
+        pipeline_until(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(30)
+
+    def stopped(self) -> int:
+        """The exit code after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return int(self.process.wait(40))
+
+
+def jobs_http(cloud: Cloud, method: str, path: str, user: str, body: object = None) -> Any:
+    """What PostgREST answers to supabase-js in a signed-in user's browser."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {**cloud.headers(user=user), "Content-Type": "application/json", "Prefer": "return=representation"}
+    headers |= {"Accept-Profile": "imagen", "Content-Profile": "imagen"}
+    request = urllib.request.Request(f"{cloud.base}/rest/v1/{path}", data, headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def test_a_job_that_a_signed_in_user_inserts_becomes_their_image(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, owner=cloud.bert, worker={})
+    with JobsWorker(box) as worker:
+        wanted = {"prompt": "a fox", "width": 64, "height": 48, "seed": 7, "style": "ink"}
+        (job,) = jobs_http(cloud, "POST", "jobs", cloud.anna, wanted)
+        assert (job["status"], job["owner_user_id"]) == ("pending", cloud.anna)
+        row = jobs_until(cloud.database, job["id"])
+        assert (row["status"], row["progress"], row["attempt"]) == ("done", 1, 1)
+        assert row["error"] is row["error_code"] is row["receipt"] is row["lease_until"] is None
+        assert row["created_at"] <= row["started_at"] <= row["finished_at"]
+        assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.anna) == [row]
+        assert jobs_http(cloud, "GET", f"jobs?id=eq.{job['id']}", cloud.bert) == []
+        (image,) = jobs_http(cloud, "GET", f"images?id=eq.{row['image_id']}", cloud.anna)
+        assert worker.stopped() == 0
+    assert image["owner_user_id"] == cloud.anna and (image["prompt"], image["seed"]) == ("a fox", 7)
+    ((path, data),) = cloud.objects().items()
+    (file,) = box.out.glob("*.png")
+    assert path == image["storage_path"] and data == file.read_bytes()
+    about = box.sidecar(file)
+    assert about == image["sidecar"] and about["image_id"] == row["image_id"] and about["style"] == "ink"
+    assert box.unfinished() == [] and box.ledger()[0]["job"] == job["id"]
+    if POSTGREST.exists():
+        assert jobs_http(cloud, "POST", "rpc/cancel_job", cloud.anna, {"job": job["id"]}) is None  # it is over
+
+
+def test_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud) -> None:
+    with Remote() as remote:
+        paid = {"type": "openai", "model": "m", "base_url": remote.base, "api_key_env": "NO_SUCH_KEY"}
+        cloud.join(box, backends={"mock": {"type": "mock"}, "paid": paid}, worker={"concurrency": 4})
+        wrong: list[tuple[dict[str, Any], str, str]] = [
+            *(({"backend_opts": {"fail": code}}, code, f"with `{code}`") for code in ("refused", "quota", "bug")),
+            ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s"), ({"prompt": " "}, "usage", "prompt is empty"),
+            ({"backend": "mok"}, "usage", 'backend "mok" is not configured: did you mean "mock"'),
+            ({"style": "fhoto"}, "usage", '"photo"'), ({"height": None}, "usage", "needs width and height\n--size"),
+            ({"backend": "paid"}, "config", "NO_SUCH_KEY"),
+        ]  # fmt: skip
+        for key in ("base_url", "api_key_env", "api_key", "model", "cost_usd", "timeout", "type"):
+            opts = {"backend": "paid", "backend_opts": {key: "http://127.0.0.1:9"}}
+            wrong.append((opts, "usage", f'backend "paid" takes no request option "{key}"'))
+        ids = [jobs_add(cloud.database, cloud.anna, **{"prompt": "a fox", **fields}) for fields, _, _ in wrong]
+        assert box.run("worker", "--once").code == 0
+        for ident, (fields, code, text) in zip(ids, wrong, strict=True):
+            row = jobs_row(cloud.database, ident)
+            said = (row["status"], row["error_code"], row["attempt"], row["image_id"], row["receipt"])
+            assert said == ("failed", code, 1, None, None), fields
+            assert text in row["error"] and row["finished_at"] and row["lease_until"] is None, fields
+        assert remote.seen == [] and cloud.rows() == [] and box.unfinished() == []
+
+
+def test_what_may_be_repeated_comes_back_later_and_fails_after_max_attempts(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 0.5})
+    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"fail": "busy"}, max_attempts=2)
+    gap = "select extract(epoch from run_after - now())::float8 from imagen.jobs where id = $1::uuid"
+    with JobsWorker(box):
+        row = jobs_until(cloud.database, ident, "pending", attempt=1)
+        assert 1 < cloud.database.one(gap, ident) <= 2 and row["error_code"] == "busy" and not row["finished_at"]
+        due, row = row["run_after"], jobs_until(cloud.database, ident)
+        assert (row["status"], row["attempt"], row["error_code"]) == ("failed", 2, "busy")
+        assert datetime.fromisoformat(row["started_at"]) >= datetime.fromisoformat(due)
+
+
+def test_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"concurrency": 4})
+    prompts = [
+        "'; drop table imagen.jobs; --", "\\'; delete from imagen.images; --", "$$; select 1; $$", ":me::uuid = :slot",
+        "%s %(x)s {0} {prompt}", "E'\\x00'", 'a "quoted" fox\nin two lines', "Größe 🦊 \u202e", "NULL", "\ufeff\ufffd",
+    ]  # fmt: skip
+    ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
+    assert box.run("worker", "--once").code == 0
+    rows = {str(row["id"]): row for row in cloud.rows()}
+    for ident, prompt in ids.items():
+        row = jobs_row(cloud.database, ident)
+        assert (row["status"], row["prompt"], rows[row["image_id"]]["prompt"]) == ("done", prompt, prompt)
+    assert len(cloud.objects()) == len(rows) == len(prompts)
+
+
+def test_once_leaves_when_no_job_is_due(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 30})
+    later = jobs_add(cloud.database, cloud.anna, run_after="2999-01-01T00:00:00+00:00")
+    low, high = (jobs_add(cloud.database, cloud.anna, priority=priority) for priority in (0, 1))
+    done = box.run("worker", "--once", "--json")
+    assert (done.code, done.json) == (0, {"ok": True})
+    claims = [line.split(": claimed")[0].split(" ")[-1] for line in done.err.splitlines() if "claimed" in line]
+    assert claims == [high, low] and jobs_row(cloud.database, later)["status"] == "pending"
+    assert "claimed" not in box.run("worker", "--once", "-q").err
+
+
+def test_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends={"mock": {"type": "mock"}, "other": {"type": "mock"}}, worker={})
+    ids = [jobs_add(cloud.database, cloud.anna, backend=name) for name in ("other", None, "", "mock", "elsewhere")]
+
+    def statuses(*args: str) -> list[str]:
+        assert box.run("worker", "--once", *args).code == 0
+        return [jobs_row(cloud.database, ident)["status"] for ident in ids]
+
+    assert statuses("--backend", "other") == ["done", *["pending"] * 4]
+    assert statuses("--backend", "mock", "other") == [*["done"] * 4, "pending"]
+    assert statuses() == [*["done"] * 4, "failed"]
+    assert {row["backend"] for row in cloud.rows()} == {"other", "mock"}
+
+
+def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
+    for words, code, text in (
+        ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
+        ("--backend mok", 2, '"mock"'), ("", 3, "IMAGEN_DATABASE_URL"),
+    ):  # fmt: skip
+        done = box.run("worker", *words.split())
+        assert done.code == code and text in done.err and done.out == "", words
+
+
+def test_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
+        ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in "12"]
+        rows = [jobs_until(cloud.database, ident, "running") for ident in ids]
+    assert len({row["claimed_slot"] for row in rows}) == len({row["claimed_by"] for row in rows}) == 2
+    assert {path.name for path in box.state.glob("worker-*")} == {"worker-gpu.lock", "worker-gpu-2.lock"}
+
+
+def test_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects(tmp_path: Path, cloud: Cloud) -> None:
+    boxes = [Box(tmp_path / name) for name in ("one", "two")]
+    for box in boxes:
+        box.root.mkdir()
+        cloud.join(box, worker={})
+    with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
+        ids = [jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"]
+        rows = [jobs_until(cloud.database, ident) for ident in ids]
+    assert [row["status"] for row in rows] == ["done", "done"] and len({row["claimed_by"] for row in rows}) == 2
+    objects = cloud.objects()
+    assert {row["storage_path"] for row in cloud.rows()} == objects.keys() and len(objects) == 2
+    assert len({*objects.values()}) == 1
+    names = [{file.name for file in box.out.glob("*.png")} for box in boxes]
+    assert names[0] == names[1] and len(names[0]) == 1  # here, in a folder each, the name is the same
+
+
+JOBS_BEATS = """
+create table public.beats (at timestamptz, progress real, note text);
+create function public.beat() returns trigger language plpgsql security definer as $$ begin
+  insert into public.beats values (clock_timestamp(), new.progress, new.note); return new; end $$;
+create trigger beat after update on imagen.jobs for each row
+  when (new.status = 'running' and new.progress is distinct from old.progress) execute function public.beat();
+"""
+
+
+def test_progress_reaches_the_row_at_most_once_a_second(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    cloud.database.sql(JOBS_BEATS)
+    with JobsWorker(box):
+        row = jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 4}))
+    assert row["status"] == "done" and row["note"] is None
+    beats = cloud.database.sql("select progress, note from public.beats where progress is not null order by at")
+    shares = [beat["progress"] for beat in beats]
+    assert {beat["note"] for beat in beats} == {"drawing"} and shares == sorted(set(shares))
+    assert 0 <= shares[0] < shares[-1] <= 1
+    took = datetime.fromisoformat(row["finished_at"]) - datetime.fromisoformat(row["started_at"])
+    assert 3 <= len(beats) <= took.total_seconds() + 2  # the mock tells ten times a second
+
+
+def test_sigterm_lets_the_job_in_hand_finish_and_claims_no_other(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    first, second = (jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 2}) for _ in "12")
+    with JobsWorker(box) as worker:
+        jobs_until(cloud.database, first, "running")
+        assert worker.stopped() == 0
+    row = jobs_row(cloud.database, first)
+    assert row["status"] == "done" and [str(image["id"]) for image in cloud.rows()] == [row["image_id"]]
+    row = jobs_row(cloud.database, second)
+    assert (row["status"], row["attempt"], row["claimed_by"]) == ("pending", 0, None)
+    assert len(cloud.objects()) == 1 and box.unfinished() == box.hidden() == []
+
+
+@pytest.mark.parametrize("how", ["grace_s over", "a second SIGTERM"])
+def test_what_cannot_finish_is_handed_back_uncounted(box: Box, cloud: Cloud, how: str) -> None:
+    cloud.join(box, worker={"grace_s": 0.2 if how == "grace_s over" else 600})
+    ident = jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}, max_attempts=1)
+    with JobsWorker(box) as worker:
+        jobs_until(cloud.database, ident, "running")
+        if how == "a second SIGTERM":
+            worker.process.send_signal(signal.SIGTERM)
+            for _ in "12":  # two heartbeats later it has been heard for certain
+                began = jobs_row(cloud.database, ident)
+                pipeline_until(lambda began=began: jobs_row(cloud.database, ident)["progress"] != began["progress"])
+        assert worker.stopped() == 0
+    row = jobs_row(cloud.database, ident)
+    assert (row["status"], row["attempt"], row["max_attempts"], row["error"]) == ("pending", 1, 2, None)
+    assert row["claimed_by"] is row["claimed_slot"] is row["lease_until"] is row["finished_at"] is None
+    assert box.unfinished() == box.hidden() == [] and cloud.objects() == {}
+    cloud.database.sql("update imagen.jobs set backend_opts = null")
+    assert box.run("worker", "--once").code == 0
+    assert jobs_row(cloud.database, ident)["status"] == "done" and len(cloud.rows()) == 1
+
+
+# systemd
+
+
+class JobsSystemd(contextlib.ExitStack):
+    """The socket that systemd listens on, and what it was told, oldest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="imagen-sd-"))  # its path has to be short
+        self.path, self.told = f"{folder}/notify", list[str]()
+        self.sock = self.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.sock.bind(self.path)
+
+    def heard(self, seconds: float) -> list[str]:
+        """What came since the last time, waiting that long for the first of it."""
+        before = len(self.told)
+        while select.select([self.sock], [], [], seconds if len(self.told) == before else 0)[0]:
+            self.told.append(self.sock.recv(4096).decode())
+        return self.told[before:]
+
+    def until(self, text: str) -> None:
+        """Until a message says so."""
+        pipeline_until(lambda: any(text in message.split("\n") for message in self.heard(0.1)), 40)
+
+
+def test_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"poll_s": 0.3, "concurrency": 2})
+    ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in range(5)]
+    with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
+        systemd.until("STATUS=2 running, 3 pending")
+        assert "READY=1" in systemd.told[0].split("\n") and "listening" in worker.log()
+        for ident in ids:
+            cloud.database.sql("select imagen.cancel_job($1::uuid)", ident)
+        systemd.until("STATUS=0 running, 0 pending")
+        assert {jobs_until(cloud.database, ident)["status"] for ident in ids} == {"canceled"}
+        systemd.until("WATCHDOG=1")
+        for block in ("process", "dispatcher"):
+            with cloud.database.session() as session:
+                if block == "process":
+                    worker.process.send_signal(signal.SIGSTOP)
+                else:  # its next statement waits for this lock
+                    session.sql("begin; lock table imagen.jobs in access exclusive mode")
+                # A turn that had begun before may end; after that there is silence, three times the usual interval.
+                systemd.heard(0.5)
+                systemd.heard(0.5)
+                assert systemd.heard(1.0) == [], block
+                session.sql("rollback")
+            worker.process.send_signal(signal.SIGCONT)
+            systemd.until("WATCHDOG=1")
+        assert "STOPPING=1" not in systemd.told
+        assert worker.stopped() == 0
+        systemd.until("STOPPING=1")
+        assert systemd.told[-1] == "STOPPING=1"
+
+
+def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    lost = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
+    with JobsSystemd() as systemd, JobsWorker(box, ready="next try", NOTIFY_SOCKET=systemd.path, **lost) as worker:
+        systemd.until("STATUS=no database; 0 running")
+        assert worker.process.poll() is None and worker.stopped() == 0
+
+
+def test_lines_for_the_journal_begin_with_their_priority(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    ident = jobs_add(cloud.database, cloud.anna, "two\nlines", backend_opts={"fail": "refused"})
+    with open(box.root / "journal", "w+") as journal:
+        about = os.fstat(journal.fileno())
+        where = {"JOURNAL_STREAM": f"{about.st_dev}:{about.st_ino}"}
+        assert box.run("worker", "--once", env=where, stderr=journal).code == 0
+        journal.seek(0)
+        lines = journal.read().splitlines()
+    assert all(re.match(r"<[46]>\S", line) for line in lines) and any(ident in line for line in lines)
+    elsewhere = box.run("worker", "--once", env={"JOURNAL_STREAM": "1:1"}).err  # inherited by a terminal
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", line) for line in elsewhere.splitlines()) and elsewhere
+
+
+def test_the_unit_is_without_fault_and_starts_what_the_readme_installs(box: Box, readme: str) -> None:
+    if not (program := shutil.which("systemd-analyze")):
+        missing("systemd-analyze is not installed")
+    unit = HERE.parent / "imagen-worker.service"
+    runtime = box.root / "run"
+    runtime.mkdir(mode=0o700)
+    done = subprocess.run(
+        [program, "--user", "verify", unit], env={**box.environ, "XDG_RUNTIME_DIR": str(runtime)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    said = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+    assert (said["Type"], said["Restart"], said["RestartSec"]) == ("notify", "always", "1")
+    assert int(said["TimeoutStopSec"]) > imagen.JOB_TIMEOUT + imagen.DELIVERY > imagen.WorkerConfig().grace_s
+    assert "~/" + said["EnvironmentFile"].removeprefix("%h/") in readme
+    for path in re.findall(r"%h/(\S+?)(?=[ '])", said["ExecStart"]):
+        assert f"~/{path}" in readme or f"~/{os.path.dirname(path)}" in readme, path
+    command = said["ExecStart"].replace("%h/imagen/.venv/bin/python", sys.executable)
+    command = command.replace("%h/imagen/imagen.py", str(HERE))
+    failed = subprocess.run(shlex.split(command), env=box.environ, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 3 and "IMAGEN_DATABASE_URL" in failed.stderr
+    assert set(said["RestartPreventExitStatus"].split()) == {"2", "3"}
+
+
+@pytest.mark.skipif("IMAGEN_WORKER_INTEGRATION" not in os.environ, reason="IMAGEN_WORKER_INTEGRATION=1: a real project")
+def test_live_a_job_becomes_done_in_a_real_project(box: Box) -> None:
+    names = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID", "IMAGEN_DATABASE_URL")
+    box.environ |= {name: os.environ[name] for name in names}
+    mine = f"live-{uuid.uuid4()}"  # a worker for these jobs alone, which nobody else's worker knows
+    box.configure({"mock": {"type": "mock"}, mine: {"type": "mock"}})
+    add = ("jobs", "add", "a fox", "-b", mine, "--size", "64x64", "--wait", "--json")
+    with JobsWorker(box, "--backend", mine) as worker, imagen.postgres("IMAGEN_DATABASE_URL") as database:
+        try:
+            done, failed = box.run(*add), box.run(*add, "--opt", "fail=refused")
+            assert done.code == 0 and failed.code == 5, done.err + failed.err + worker.log()
+            assert worker.stopped() == 0
+            (row,) = done.json["jobs"]
+            found = "select owner_user_id::text, storage_path from imagen.images where id = :id::uuid"
+            ((owner, path),) = database.run(found, id=row["image_id"])
+            assert owner == os.environ["IMAGEN_OWNER_USER_ID"]
+            with urllib.request.urlopen(box.run("sign", row["image_id"]).lines[0], timeout=30) as answer:
+                assert answer.read() == next(box.out.glob("*.png")).read_bytes()
+            key, place = os.environ["SUPABASE_SERVICE_ROLE_KEY"], f"/storage/v1/object/imagen-generated/{path}"
+            headers = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
+            remove = urllib.request.Request(os.environ["SUPABASE_URL"] + place, headers=headers, method="DELETE")
+            urllib.request.urlopen(remove, timeout=30).close()
+        finally:
+            database.run("delete from imagen.jobs where backend = :mine", mine=mine)
+            database.run("delete from imagen.images where backend = :mine", mine=mine)
+
+
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 def terminal_frames(drawn: str) -> list[str]:
     """Every progress line that was drawn, without its colour."""
@@ -11271,6 +11820,93 @@ def test_install_replaces_its_own_launcher_and_nobody_elses_file(box: Box) -> No
     assert [path.name for path in launcher.parent.iterdir()] == ["imagen"]
 
 
+# imagen jobs
+
+
+def jobs_listed(box: Box, *args: str) -> dict[str, str]:
+    """Ids and statuses, newest first."""
+    return {row["id"]: row["status"] for row in box.run("jobs", "list", *args, "--json").json["jobs"]}
+
+
+def test_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    flags = ("--size", "64x48", "--style", "ink", "--opt", "delay_s=0.1", "--negative", "dogs", "--steps", "4")
+    done = box.run("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
+    assert done.code == 0 and len(done.lines) == 2 and done.err == ""
+    first, second = (jobs_row(cloud.database, ident) for ident in done.lines)
+    wanted = {"prompt": "a fox", "width": 64, "height": 48, "style": "ink", "negative_prompt": "dogs", "steps": 4}
+    wanted |= {"backend_opts": {"delay_s": 0.1}, "owner_user_id": cloud.anna, "status": "pending", "backend": None}
+    assert wanted.items() <= first.items() and wanted.items() <= second.items()
+    assert (first["seed"], second["seed"]) == (7, 8)
+    (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
+    row = jobs_row(cloud.database, added["id"])
+    assert (row["prompt"], row["seed"], added["status"]) == ("from stdin", None, "pending")
+    assert [*jobs_listed(box)] == [added["id"], *reversed(done.lines)]
+    canceled = box.run("jobs", "cancel", added["id"], "--json").json["jobs"]
+    assert canceled == [{"id": added["id"], "status": "canceled"}] and box.run("jobs", "cancel", added["id"]).code == 2
+    assert jobs_listed(box, "--status", "canceled") == {added["id"]: "canceled"}
+    (again,) = box.run("jobs", "retry", first["id"]).lines
+    own = {"id", "seq", "created_at", "run_after"}
+    repeated = jobs_row(cloud.database, again)
+    assert {key for key in repeated if repeated[key] != first[key]} == own
+    assert box.run("worker", "--once").code == 0
+    assert jobs_listed(box, "--status", "done").keys() == {*done.lines, again}
+    told = box.run("jobs", "list").lines
+    assert len(told) == 4 and told[0].split()[0] == again and "done" in told[0] and "a fox" in told[0]
+    like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
+    row = jobs_row(cloud.database, like)
+    assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
+
+
+def test_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={"concurrency": 4})
+    wait = ("jobs", "add", "--wait", "a fox", "--size", "64x64")
+    with JobsWorker(box):
+        done = box.run(*wait, "-n", "2")
+        assert done.code == 0 and [line.split()[1] for line in done.lines] == ["done", "done"], done.err
+        assert {line.split()[2] for line in done.lines} == {str(row["id"]) for row in cloud.rows()}
+        for code in ("refused", "bug", "unknown"):
+            done = box.run(*wait, "--opt", f"fail={code}", "--json")
+            assert (done.code, done.json["error"]["code"]) == (EXIT_CODES[code], code)
+            assert f"failing with `{code}`" in done.json["error"]["message"]
+            assert [row["error_code"] for row in done.json["jobs"]] == [code]
+        sized = box.run("jobs", "add", "--wait", "a fox", "-b", "mok")
+        assert sized.code == 2 and 'did you mean "mock"' in sized.err and "  failed" in sized.out
+        with Tty(box, *wait, "--opt", "delay_s=600") as tty:
+            tty.until(lambda drawn: re.search(r"running drawing .*─", drawn))
+            ((ident, _),) = jobs_listed(box, "--status", "running").items()
+            assert box.run("jobs", "cancel", ident).out == f"{ident}  running\n"
+            done = tty.ended()
+        assert done.code == 130 and done.out == f"{ident}  canceled\n"
+        assert jobs_row(cloud.database, ident)["status"] == "canceled" and box.unfinished() == box.hidden() == []
+        with box.start("jobs", "retry", ident, "--wait") as process:
+            (again,) = pipeline_until(lambda: jobs_listed(box, "--status", "running"))
+            cloud.database.sql("delete from imagen.jobs where id = $1", again)
+            assert process.communicate(timeout=30)[1].startswith("imagen: a job was deleted")
+
+
+def test_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    nobody = {"IMAGEN_OWNER_USER_ID": ""}
+    nowhere = {"IMAGEN_DATABASE_URL": ""}
+    closed = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
+    some = str(uuid.uuid4())
+    cases: list[tuple[tuple[str, ...], dict[str, str], int, str]] = [
+        (("add", "a fox"), nobody, 3, "owner_user_id"), (("add", "a fox"), nowhere, 3, "IMAGEN_DATABASE_URL"),
+        (("list",), closed, 4, "Postgres at 127.0.0.1"), (("add",), closed, 2, "the prompt is empty"),
+        (("add", " "), closed, 2, "the prompt is empty"), (("add", "a fox", "--size", "8x8"), closed, 2, "16 to 8192"),
+        (("add", "a fox", "-n", "0"), closed, 2, "-n is 1 to 1000"), (("cancel",), closed, 2, "the id of a job"),
+        (("cancel", "x'; drop table imagen.jobs"), closed, 2, "the id of a job"),
+        (("retry", "1234"), closed, 2, "the id of a job"), (("retry", some), {}, 2, "no such job"),
+        (("cancel", some), {}, 2, "no job that waits or runs"), (("list", "--status", "stuck"), {}, 2, "invalid"),
+        (("remove",), {}, 2, "invalid choice"), ((), {}, 2, "required"),
+    ]  # fmt: skip
+    for args, env, code, text in cases:
+        done = box.run("jobs", *args, "--json", env=env)
+        assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"]["message"], args
+    assert cloud.rows("imagen.jobs") == []
+
+
 # === README ===
 @pytest.fixture
 def readme() -> str:
@@ -11360,6 +11996,21 @@ def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
     rows = re.findall(r"^\| *`?(\d+)`? *\| *`?(\w*)`? *\|", readme, re.MULTILINE)
     assert {int(code): name for code, name in rows} == {0: "", **{code: name for name, code in EXIT_CODES.items()}}
     assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == EXIT_CODES
+
+
+def test_the_readmes_statements_make_a_job_done_and_prune_it(box: Box, cloud: Cloud, readme: str) -> None:
+    cloud.join(box, worker={})
+    smoke, prune = (block for block in readme_blocks(readme, "sql") if "imagen.jobs" in block)
+    insert, select = smoke.split(";")[:2]
+    with JobsWorker(box):
+        cloud.database.sql(insert)
+        row = pipeline_until(lambda: next((row for row in cloud.database.sql(select) if row["status"] == "done"), None))
+        assert row["image_id"] == cloud.rows()[0]["id"] and row["error"] is None
+    cloud.database.sql(prune)
+    assert len(cloud.rows("imagen.jobs")) == 1  # too young
+    cloud.database.sql("update imagen.jobs set finished_at = now() - interval '31 days'")
+    cloud.database.sql(prune)
+    assert cloud.rows("imagen.jobs") == [] and len(cloud.rows()) == 1
 
 
 class Bench(NamedTuple):
