@@ -3956,9 +3956,9 @@ def sd_notify(text: str) -> None:
 
 CONNECTIONS = 256  # at a time; more are turned away
 HEAD_BYTES, BODY_BYTES = 16 << 10, 256 << 10  # of a request
-HEAD_TIME, BODY_TIME, WRITE_TIME = 10.0, 20.0, 120.0  # seconds for all of it
+HEAD_TIME, BODY_TIME, WRITE_TIME, LINGER = 10.0, 20.0, 120.0, 3.0  # seconds for all of it
 ATTACH = 10.0  # seconds after which what nobody waits for, and nobody paid for, is cancelled
-REMEMBERED = 600.0  # seconds in which a repeat of a finished request gets the same images
+REMEMBERED, CALLS = 600.0, 1000  # seconds in which a repeat of a finished request gets its images, and of how many
 PAGE_OF = 24  # images of one answer, and of one screen
 THUMB = 512  # pixels
 DRAIN = 120.0  # seconds for what is under way once a signal says stop
@@ -3993,14 +3993,25 @@ class Turned(Exception):
 class Call:
     """One request for images. It goes on when its client has left, and a repeat of the same request joins it."""
 
-    def __init__(self, plans: Sequence[Plan], said: Mapping[str, Any], ignored: Sequence[str]) -> None:
-        self.said, self.ignored, self.left, self.began = said, ignored, len(plans), time.time()
-        self.runs: list[Run] = []
-        self.records: list[Mapping[str, Any]] = []
-        self.errors: list[ImagenError] = []
+    def __init__(self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]) -> None:
+        self.key, self.waiting, self.ignored = key, plans, ignored
+        self.stream, self.links = said.get("stream") is True, said.get("response_format") == "url"
+        self.active, self.threads = list[Run](), list[threading.Thread]()
+        self.records, self.errors = list[Mapping[str, Any]](), list[ImagenError]()
         self.progress: tuple[Any, ...] = ("waiting", None, None)
         self.changed = threading.Condition()
-        self.clients, self.lonely_since = 0, time.monotonic()
+        self.clients, self.answered = 0, False
+        self.began, self.ended, self.lonely_since = time.time(), 0.0, time.monotonic()
+
+    @property
+    def left(self) -> int:
+        """How many images are still to come."""
+        return len(self.waiting) + len(self.active)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a repeat gets what this one got; one that failed free of charge, and may pass later, is made anew."""
+        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
 
     def tell(self, *progress: Any) -> None:
         """How far it is."""
@@ -4008,92 +4019,111 @@ class Call:
             self.progress = progress
             self.changed.notify_all()
 
-    def work(self, waiting: list[Plan], config: Config) -> None:
+    def work(self, config: Config, say: Callable[[str], None]) -> None:
         """Make what waits, one after the other; several threads share the list. The cloud comes after the answer."""
-        while waiting:
-            with suppress(IndexError):
-                plan, run = waiting.pop(0), Run(600.0, self.tell)
-                self.runs.append(run)
-                record, errors = None, list[ImagenError]()
-                try:
-                    record = finish(run, make(plan, config, run))
-                except Exception as problem:
-                    errors.append(as_error(problem))
-                with self.changed:
-                    self.records += [record] if record else []
-                    self.errors += errors
-                    hopeless = any(
-                        isinstance(one, BadConfig | BadRequest | Disk | Quota | Interrupted) for one in errors
-                    )
-                    self.left -= 1 + (len(waiting) if hopeless else 0)
-                    if hopeless:
-                        waiting.clear()
-                    self.changed.notify_all()
-                with suppress(ImagenError):  # it stays in the journal
-                    deliver(run, config)
+        runs = list[Run]()
+        while True:
+            with self.changed:
+                if not self.waiting:
+                    break
+                plan, run = self.waiting.pop(0), Run(600.0, self.tell, say)
+                self.active.append(run)
+            runs.append(run)
+            record, error = None, None
+            try:
+                record = finish(run, make(plan, config, run))
+            except Exception as problem:
+                error = as_error(problem)
+                say(f"{plan.request.backend}: {error}")
+            with self.changed:
+                self.records += [record] if record else []
+                self.errors += [error] if error else []
+                if isinstance(error, BadConfig | BadRequest | Disk | Quota | Interrupted):
+                    self.waiting.clear()  # the others would fail alike
+                self.ended = time.monotonic()
+                self.active.remove(run)
+                self.changed.notify_all()
+        for run in runs:
+            try:
+                deliver(run, config)
+            except Exception as problem:  # it stays in the journal
+                say(str(as_error(problem)))
 
     def abandon(self) -> None:
         """End what has cost nothing, since nobody waits for it any more."""
-        for run in self.runs:
-            if run.charged == "no":
-                run.stop("user")
+        with self.changed:
+            self.waiting.clear()
+            for run in self.active:
+                if run.charged == "no":
+                    run.stop("user")
+
+
+def repeatable(error: ImagenError) -> bool:
+    """Whether asking again is worth a try, and cannot pay again."""
+    return error.retryable and error.charged == "no"
 
 
 class Index:
-    """What was made, newest last: the ledger, followed as it grows, and open entries that have their image."""
+    """What was made: the ledger, followed as it grows, and open entries that have their image."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[str, str, str, int]] = []  # id, backend, prompt in lower case, place in the ledger
-        self._places: dict[str, int] = {}
+        self._rows: list[tuple[str, str, str, str]] = []  # time, id, backend, words to search
+        self._places: dict[str, int] = {}  # by id, in the ledger
         self._read_to, self._lock = 0, threading.Lock()
         self.ledger = state_path("ledger.jsonl")
 
     def follow(self) -> None:
         """Take in what was written since the last look."""
         with self._lock, suppress(OSError), open(self.ledger, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._read_to:  # another one
+                self._rows, self._places, self._read_to = [], {}, 0
             file.seek(self._read_to)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._add(parsed(line), self._read_to)
+                if row := self._row(parsed(line)):
+                    if row[1] not in self._places:
+                        self._rows.append(row)
+                    self._places[row[1]] = self._read_to
                 self._read_to += len(line)
 
-    def _add(self, record: Mapping[str, Any], place: int) -> None:
+    @staticmethod
+    def _row(record: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
         about = record.get("sidecar")
-        if isinstance(about, dict) and record.get("path") and isinstance(about.get("image_id"), str):
-            if about["image_id"] not in self._places:
-                words = f"{about.get('prompt')} {about.get('style')}".lower()
-                self._rows.append((about["image_id"], str(about.get("backend")), words, place))
-            self._places[about["image_id"]] = place
+        if not isinstance(about, dict) or not record.get("path") or not isinstance(about.get("image_id"), str):
+            return None
+        words = f"{about.get('prompt')} {about.get('style')}".lower()
+        return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
+
+    def _opened(self) -> dict[str, dict[str, Any]]:
+        records = (merged(_read(path)) for path in open_paths())
+        return {row[1]: record for record in records if (row := self._row(record))}
 
     def page(self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF) -> list[dict[str, Any]]:
-        """The newest images whose prompt has all words of the query, as `about` shows them; `before`: an id."""
+        """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
+        opened = self._opened()  # first, since from there they move to the ledger
         self.follow()
-        words, found = query.lower().split(), list[dict[str, Any]]()
-        opened = [] if before else [merged(_read(path)) for path in open_paths()]
-        for record in reversed(opened):
-            if record.get("path") and record.get("sidecar", {}).get("image_id") not in self._places:
-                about = record["sidecar"]
-                if backend in ("", about["backend"]) and all(word in about["prompt"].lower() for word in words):
-                    found.append(self.shown(record))
-        seen = not before
-        for image_id, name, text, place in reversed(self._rows):
+        more = [row for record in opened.values() if (row := self._row(record)) and row[1] not in self._places]
+        words, found, seen = query.lower().split(), list[dict[str, Any]](), not before
+        for _, image_id, name, text in sorted([*self._rows, *more], reverse=True):
             if len(found) >= limit:
                 break
             if seen and backend in ("", name) and all(word in text for word in words):
-                found.append(self.shown(self._at(place)))
+                found.append(self.shown(self._at(image_id) or opened[image_id]))
             seen = seen or image_id == before
-        return found[:limit]
+        return found
 
     def record(self, image_id: str) -> dict[str, Any]:
         """The journal's record of one image; {} where nobody knows it."""
-        self.follow()
-        if image_id in self._places:
-            return self._at(self._places[image_id])
-        opened = (merged(_read(path)) for path in open_paths())
-        return next((one for one in opened if (one.get("sidecar") or {}).get("image_id") == image_id), {})
+        for _ in range(2):  # an open one may move to the ledger while we look
+            self.follow()
+            if found := self._at(image_id) or self._opened().get(image_id):
+                return found
+        return {}
 
-    def _at(self, place: int) -> dict[str, Any]:
+    def _at(self, image_id: str) -> dict[str, Any]:
+        if (place := self._places.get(image_id)) is None:
+            return {}
         with open(self.ledger, "rb") as file:
             file.seek(place)
             return parsed(file.readline())
@@ -4101,8 +4131,9 @@ class Index:
     @staticmethod
     def shown(record: Mapping[str, Any]) -> dict[str, Any]:
         """What the page may know of an image."""
-        about = {**record["sidecar"], "id": record["sidecar"]["image_id"], "cloud": "object" in record}
-        return {**about, "there": os.path.exists(record["path"]), "name": os.path.basename(record["path"])}
+        about, path, there = record["sidecar"], record["path"], record.get("object")
+        said = {"id": about["image_id"], "storage_path": there or about.get("storage_path"), "cloud": bool(there)}
+        return {**about, **said, "there": os.path.exists(path), "name": os.path.basename(path)}
 
 
 class Server:
@@ -4115,9 +4146,9 @@ class Server:
             )
         self.config, self.say, self.token, self.parallel = config, say, token, parallel
         self.secret = token.encode() or os.urandom(32)
-        self.index, self.calls = Index(), dict[str, Call]()
+        self.index, self.calls = Index(), list[Call]()
         self._lock, self._connections = threading.Lock(), dict[socket.socket, float]()
-        self._stopped = threading.Event()
+        self._stopped = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self.listener = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
@@ -4131,13 +4162,13 @@ class Server:
         """Answer until `stop`; then finish what is under way."""
         in_thread(self.index.follow)
         in_thread(self._janitor)
-        while not self._stopped.is_set():
+        while not self._stopped:
             try:
                 sock, _ = self.listener.accept()
             except TimeoutError:
                 continue
             except OSError:  # out of descriptors, or a client that had left before
-                self._stopped.wait(0.05)
+                time.sleep(0.05)
                 continue
             with self._lock:
                 full = len(self._connections) >= CONNECTIONS
@@ -4149,27 +4180,32 @@ class Server:
                 in_thread(self._connection, sock)
         self.listener.close()
         until = time.monotonic() + DRAIN
-        while time.monotonic() < until and any(call.left for call in self.calls.values()):
+        while time.monotonic() < until and (self._connections or self._busy()):
             time.sleep(0.05)
-        while time.monotonic() < until and self._connections:
-            time.sleep(0.05)
+
+    def _busy(self) -> bool:
+        return any(thread.is_alive() for call in [*self.calls] for thread in call.threads)
 
     def stop(self, *_: Any) -> None:
-        """No more connections."""
-        self._stopped.set()
+        """No more connections; the second time, no more anything."""
+        if self._stopped:
+            raise KeyboardInterrupt
+        self._stopped = True
 
     def _janitor(self) -> None:
-        while not self._stopped.wait(0.5) or self._connections:
+        while True:
+            time.sleep(0.5)
             now = time.monotonic()
             with self._lock:
                 late = [sock for sock, until in self._connections.items() if now > until]
-                for key, call in [*self.calls.items()]:
-                    if not call.left and time.time() > call.began + REMEMBERED:
-                        del self.calls[key]
+                over = [call for call in self.calls if not call.left]
+                for number, call in enumerate(reversed(over)):
+                    if number >= CALLS or now > call.ended + REMEMBERED:
+                        self.calls.remove(call)
             for sock in late:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-            for call in [*self.calls.values()]:
+            for call in [*self.calls]:
                 if call.left and not call.clients and now > call.lonely_since + ATTACH:
                     call.abandon()
 
@@ -4177,18 +4213,24 @@ class Server:
         self._connections[sock] = time.monotonic() + seconds
 
     def _connection(self, sock: socket.socket) -> None:
+        answer = Reply(sock)
         try:
             with sock:
-                answer = Reply(sock)
                 try:
                     asked = self._read(sock)
+                    answer.bodiless = asked.method == "HEAD"
                     self._grant(sock, WRITE_TIME)
                     self._answer(asked, answer)
                 except Turned as problem:
-                    kind = "authentication_error" if problem.status == 401 else "invalid_request_error"
-                    said = {"message": str(problem), "type": kind, "param": None, "code": problem.code or None}
+                    kinds = {401: "authentication_error", 503: "server_error"}
+                    said = {"message": str(problem), "type": kinds.get(problem.status, "invalid_request_error")}
                     headers = {"Retry-After": "5", "x-should-retry": "true"} if problem.status == 503 else EMPTY
-                    answer.json(problem.status, {"error": {**said, "charged": "no"}}, headers)
+                    more = {"param": None, "code": problem.code or None, "hint": "", "charged": "no"}
+                    answer.json(problem.status, {"error": said | more}, headers)
+                    self._grant(sock, LINGER)
+                    sock.shutdown(socket.SHUT_WR)
+                    while sock.recv(1 << 16):  # what nobody reads would reset the connection, and the answer with it
+                        pass
                 except OSError:
                     raise
                 except Exception as problem:
@@ -4203,15 +4245,17 @@ class Server:
         """The request; Turned for what is none."""
         from urllib.parse import parse_qsl, unquote
 
+        def more() -> bytes:
+            if block := sock.recv(1 << 16):
+                return block
+            raise ConnectionError("the client has left")
+
         data = b""
-        while b"\r\n\r\n" not in data:
-            if len(data) > HEAD_BYTES:
-                raise Turned(431, "the head of the request is too large")
-            block = sock.recv(1 << 16)
-            if not block:
-                raise ConnectionError
-            data += block
-        head, _, body = data.partition(b"\r\n\r\n")
+        while b"\r\n\r\n" not in data and len(data) <= HEAD_BYTES:
+            data += more()
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end or len(head) > HEAD_BYTES:
+            raise Turned(431, "the head of the request is too large")
         first, *lines = head.decode("latin-1").split("\r\n")
         found = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
         named = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
@@ -4227,10 +4271,7 @@ class Server:
         if headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(body) < int(length):
-            block = sock.recv(1 << 16)
-            if not block:
-                raise ConnectionError
-            body += block
+            body += more()
         path, _, query = found[2].partition("?")
         return Asked(found[1], unquote(path), dict(parse_qsl(query)), headers, body[: int(length)])
 
@@ -4239,7 +4280,6 @@ class Server:
         if answer.begun:
             return
         get = asked.method in ("GET", "HEAD")
-        answer.bodiless = asked.method == "HEAD"
         place = re.fullmatch(r"/(images|thumbs|api/images)/([0-9a-f-]{36})", asked.path)
         if asked.path == "/v1/images/generations":
             if asked.method != "POST":
@@ -4272,26 +4312,26 @@ class Server:
         """Turned where this client may not ask: another site's page (DNS rebinding, CSRF), or nobody with the token."""
         import hmac
 
+        def same(given: str | None, known: str) -> bool:
+            return hmac.compare_digest((given or "").encode(), known.encode())
+
         host, origin_ = asked.headers.get("host", ""), asked.headers.get("origin")
-        if not self.token and re.sub(r":\d+$", "", host) not in LOOPBACK:
+        if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
             raise Turned(403, f"this server is not called {host[:80]}")
         if origin_ and asked.method != "GET" and origin_ not in (f"http://{host}", f"https://{host}"):
             raise Turned(403, "another site's page may not write here")
         if not self.token or asked.path == "/healthz":
             return
-        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
-        bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
-        if asked.path == "/" and hmac.compare_digest(asked.query.get("token", "").encode(), self.secret):
+        if asked.path == "/" and same(asked.query.get("token"), self.token):
             cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
             answer.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
             return
         place = re.fullmatch(r"/images/([0-9a-f-]{36})", asked.path)
-        if place and hmac.compare_digest(asked.query.get("signature", ""), self.sign(place[1])):
+        if place and same(asked.query.get("signature"), self.sign(place[1])):
             return
-        if not (
-            hmac.compare_digest(bearer.encode(), self.secret)
-            or hmac.compare_digest(cookies.get("imagen", "").encode(), self.sign("cookie").encode())
-        ):
+        bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
+        if not same(bearer, self.token) and not same(cookies.get("imagen"), self.sign("cookie")):
             raise Turned(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
 
     def sign(self, what: str) -> str:
@@ -4309,29 +4349,31 @@ class Server:
             raise Turned(400, "the body is no JSON object")
         key = hashlib.sha256(asked.body).hexdigest()
         repeated = asked.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK's own, after a timeout of its own
-        call = self.calls.get(key) if repeated else None
-        if not call:
-            plans, ignored = self._plans(said)
-            call = Call(plans, said, ignored)
-            with self._lock:
-                if sum(one.left > 0 for one in self.calls.values()) >= self.parallel:
+        plans, ignored = self._plans(said)
+        with self._lock:
+            same = [call for call in reversed(self.calls) if repeated and call.key == key and call.joinable]
+            call = min(same, key=lambda one: (one.answered, one.clients), default=None)
+            if not call:
+                if sum(one.left > 0 for one in self.calls) >= self.parallel:
                     raise Turned(503, f"{self.parallel} requests are under way; ask again", "rate_limit_exceeded")
-                self.calls[key] = call
-            for _ in range(min(len(plans), plans[0].parallel)):
-                in_thread(call.work, plans, self.config)
-        with call.changed:
+                call = Call(key, plans, said, ignored)
+                self.calls.append(call)
+                members = min(len(plans), plans[0].parallel)
+                call.threads = [in_thread(call.work, self.config, self.say) for _ in range(members)]
             call.clients += 1
         try:
             self._follow(call, asked, answer)
+            call.answered = True
         finally:
-            with call.changed:
+            with self._lock:
                 call.clients, call.lonely_since = call.clients - 1, time.monotonic()
 
     def _plans(self, said: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
         """What a body asks for, and the fields of it that nobody here knows."""
-        name, size, count = said.get("model") or "auto", said.get("size") or "auto", said.get("n") or 1
+        name, size = said.get("model") or "auto", said.get("size") or "auto"
         sized = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(size))
-        if not sized or not isinstance(count, int) or not 1 <= count <= 10:
+        count = 1 if said.get("n") is None else said["n"]
+        if not sized or type(count) is not int or not 1 <= count <= 10:
             raise Turned(400, "size is WxH or auto, n is 1 to 10", "invalid_value")
         name = self.config.default_backend if name == "auto" else str(name)
         if name not in self.config.backends:
@@ -4340,9 +4382,11 @@ class Server:
         fields = {key: said[key] for key in known if said.get(key) is not None}
         fields |= {"backend": name, "width": int(sized[1] or 0), "height": int(sized[2] or 0)}
         cls, _ = options_of(name, self.config.backends)
-        options = dict(fields.get("backend_opts") or {}) if isinstance(fields.get("backend_opts", {}), dict) else {}
-        passed = [key for key in ("quality", "output_format", "background") if key in marked(cls.Options, REQUEST)]
-        options |= {key: said[key] for key in passed if said.get(key) not in (None, "auto")}
+        words = ("quality", "output_format", "background", "moderation")
+        passed = [key for key in words if key in marked(cls.Options, REQUEST)]
+        options = fields.get("backend_opts", {})
+        if isinstance(options, dict):
+            options = options | {key: said[key] for key in passed if said.get(key) not in (None, "auto")}
         first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
         first = prepare(first, self.config).request
         read = (*known, *passed, "model", "size", "n", "response_format", "stream")
@@ -4354,8 +4398,8 @@ class Server:
         """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""
         import select
 
-        stream, sent, progress = call.said.get("stream") is True, 0, None
-        if stream:
+        sent, progress = 0, None
+        if call.stream:
             answer.stream()
         while True:
             with call.changed:
@@ -4365,7 +4409,7 @@ class Server:
             self._grant(answer.sock, WRITE_TIME)
             if left and select.select([answer.sock], [], [], 0)[0] and not answer.sock.recv(1, socket.MSG_PEEK):
                 raise ConnectionError("the client has left")
-            if stream:
+            if call.stream:
                 if now is not progress and left:
                     progress = now
                     answer.event("imagen.progress", dict(zip(("note", "done", "total"), now, strict=True)))
@@ -4377,16 +4421,17 @@ class Server:
                 sent = len(records)
             if not left:
                 break
-        if stream:
-            for error in call.errors[:1]:
+        errors = sorted(call.errors, key=lambda error: (error.charged == "no", repeatable(error)))
+        if call.stream:
+            for error in errors[:1]:
                 answer.event("error", {"error": self._words(error)[1]})
         elif not call.records:
-            self.fail(answer, max(call.errors, key=lambda error: isinstance(error, Unknown)))
+            self.fail(answer, errors[0])
         else:
             data = [self._item(call, record, asked) for record in call.records]
-            errors = [self._words(error)[1] for error in call.errors]
             about = {"created": int(call.began), "data": data, "usage": usage_of(call.records)}
-            answer.json(200, about | ({"imagen": {"errors": errors}} if errors else {}))
+            lacking = {"imagen": {"errors": [self._words(error)[1] for error in errors]}} if errors else {}
+            answer.json(200, about | lacking)
 
     def _item(self, call: Call, record: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
         """One image as OpenAI's API shows it, and what only we know of it."""
@@ -4399,7 +4444,7 @@ class Server:
             "ignored": ignored,
         }
         item: dict[str, Any] = {"imagen": ours}
-        if call.said.get("response_format") == "url":
+        if call.links:
             signed = f"/images/{ours['id']}?signature={self.sign(ours['id'])}"
             item["url"] = f"http://{asked.headers.get('host')}{signed}"
         else:
@@ -4416,9 +4461,8 @@ class Server:
     def fail(self, answer: Reply, error: ImagenError) -> None:
         """Answer with an error, and say whether a repeat is safe, since OpenAI's clients repeat by themselves."""
         status, said = self._words(error)
-        safe = error.retryable and error.charged == "no"
-        headers = {"x-should-retry": str(safe).lower()}
-        answer.json(status, {"error": said}, headers | ({"Retry-After": f"{error.after or 5:.0f}"} if safe else {}))
+        again = {"x-should-retry": "true", "Retry-After": f"{max(1.0, error.after or 5):.0f}"}
+        answer.json(status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"})
 
     def _list(self, asked: Asked, answer: Reply) -> None:
         limit = asked.query.get("limit", "")
@@ -4497,9 +4541,11 @@ STATUSES |= {403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 429: 
 
 def usage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
-    known = [(record["sidecar"].get("metadata") or {}).get("usage") or {} for record in records]
+    said = [(record["sidecar"].get("metadata") or {}).get("usage") for record in records]
+    known = [usage for usage in said if isinstance(usage, dict)]  # compatible servers put all kinds of things there
     total = {
-        key: sum(int(one.get(key) or 0) for one in known) for key in ("input_tokens", "output_tokens", "total_tokens")
+        key: sum(count for one in known if isinstance(count := one.get(key), int))
+        for key in ("input_tokens", "output_tokens", "total_tokens")
     }
     return {**total, "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]}}
 
@@ -4517,6 +4563,8 @@ def thumbnail(path: str, image_id: str) -> str:
         from PIL import Image  # type: ignore[import-not-found,unused-ignore]
 
         with _thumbnails, Image.open(path) as picture:
+            if os.path.exists(small):  # by now
+                return small
             picture.thumbnail((THUMB, THUMB))
             os.makedirs(folder, exist_ok=True)
             picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB").save(
@@ -5553,11 +5601,13 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    link = f"{server.address}?token={token}" if token else server.address
     terminal.write(to_json({"address": server.address}) if args.json else server.address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:  # on the terminal of whoever started it, and nowhere else
-        sys.stderr.write(f"open {link}\n")
+    if token:  # on the terminal of whoever started it, and in no log
+        from urllib.parse import quote
+
+        shown = quote(token, safe="") if sys.stderr.isatty() else f"${args.token_env}"
+        sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
 
