@@ -4479,10 +4479,9 @@ class Server:
         if kind == "api/images":
             answer.json(200, self.index.shown(record))
             return
-        path, mime = record["path"], record["sidecar"]["mime_type"]
+        path, mime, tag = record["path"], record["sidecar"]["mime_type"], f'"{record["sidecar"]["sha256"]}"'
         if kind == "thumbs" and (small := thumbnail(path, image_id)):
-            path, mime = small, "image/webp"
-        tag = f'"{record["sidecar"]["sha256"][:32]}-{kind[0]}"'
+            path, mime, tag = small, "image/webp", f'"{image_id}"'
         headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable", "Content-Type": mime}
         if asked.headers.get("if-none-match") == tag:
             answer.send(304, b"", headers)
