@@ -4286,9 +4286,7 @@ class Server:
                 raise Turned(405, "POST it")
             self._generate(asked, answer)
         elif not get:
-            raise Turned(
-                405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404, "nothing to POST here"
-            )
+            raise Turned(405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404, "only GET here")
         elif asked.path == "/":
             nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
             answer.page(PAGE.replace("NONCE", nonce), nonce)
@@ -4388,11 +4386,10 @@ class Server:
         if isinstance(options, dict):
             options = options | {key: said[key] for key in passed if said.get(key) not in (None, "auto")}
         first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
-        first = prepare(first, self.config).request
         read = (*known, *passed, "model", "size", "n", "response_format", "stream")
-        seeds = range(first.seed or 0, (first.seed or 0) + count)
+        seed = int.from_bytes(os.urandom(4)) >> 1 if first.seed is None else first.seed
         ignored = [key for key in said if key not in read and said[key] is not None]
-        return [prepare(first._replace(seed=seed), self.config) for seed in seeds], ignored
+        return [prepare(first._replace(seed=seed + number), self.config) for number in range(count)], ignored
 
     def _follow(self, call: Call, asked: Asked, answer: Reply) -> None:
         """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""

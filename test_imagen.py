@@ -8451,11 +8451,12 @@ def test_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box: Box) 
 def test_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
     serving: Serving, said: dict[str, Any], status: int, code: str
 ) -> None:
+    before = serving.box.ledger()
     heard = serving.make(said)
     error = heard.json["error"]
     assert (heard.status, error["code"], error["type"]) == (status, code, "invalid_request_error")
     assert error["charged"] == "no" and error["message"] and set(error) >= {"param", "hint"}
-    assert heard.headers.get("x-should-retry") != "true" and not (serving.box.state / "ledger.jsonl").exists()
+    assert heard.headers.get("x-should-retry") != "true" and serving.box.ledger() == before
 
 
 @pytest.fixture(scope="module")
@@ -8493,8 +8494,7 @@ def test_errors_are_those_that_openais_client_has_classes_for(box: Box) -> None:
             assert ("retry-after" in problem.response.headers) == again
         with pytest.raises(openai.NotFoundError):
             client.images.generate(prompt="a fox", model="dall-e-9")
-        partial = server.make({"n": 2, "seed": 2**63 - 1})
-        assert partial.status == 400
+        assert server.make({"n": 2, "seed": 2**63 - 1}).status == 400
     assert len(box.ledger()) == len(SERVE_FATES) and box.unfinished() == []
 
 
@@ -8515,7 +8515,11 @@ def test_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one_that_m
         with server.client() as client, pytest.raises(pytest.importorskip("openai").InternalServerError):
             openai.script("server_error")
             client.images.generate(prompt="another fox", model="openai")
-    assert openai.posts == 2
+        assert openai.posts == 2
+        openai.script("moderation_input")
+        partial = server.make({"model": "openai", "size": "auto", "n": 2})
+        assert partial.status == 200 and len(partial.json["data"]) == 1
+        assert [error["code"] for error in partial.json["imagen"]["errors"]] == ["moderation_blocked"]
 
 
 @pytest.mark.parametrize("when", ["in flight", "just finished"])
