@@ -4081,7 +4081,10 @@ class Index:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                if row := self._row(parsed(line)):
+                start = line.find(
+                    b'"sidecar": {'
+                )  # quotes in a prompt are escaped; what stands before is of no use here
+                if start >= 0 and (row := self._row(parsed(b"{" + line[start:]))):
                     if row[1] not in self._places:
                         self._rows.append(row)
                     self._places[row[1]] = self._read_to
@@ -4090,14 +4093,14 @@ class Index:
     @staticmethod
     def _row(record: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
         about = record.get("sidecar")
-        if not isinstance(about, dict) or not record.get("path") or not isinstance(about.get("image_id"), str):
+        if not isinstance(about, dict) or not isinstance(about.get("image_id"), str):
             return None
         words = f"{about.get('prompt')} {about.get('style')}".lower()
         return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
 
     def _opened(self) -> dict[str, dict[str, Any]]:
         records = (merged(_read(path)) for path in open_paths())
-        return {row[1]: record for record in records if (row := self._row(record))}
+        return {row[1]: record for record in records if record.get("path") and (row := self._row(record))}
 
     def page(self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF) -> list[dict[str, Any]]:
         """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
