@@ -40,6 +40,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     16 Pipeline    make, finish, deliver; and recover, which is the same steps again
     17 Queue       imagen.jobs, one connection, one statement a turn
     18 Worker      takes jobs, keeps their leases, hands their images in
+    19 Server      the OpenAI-compatible API, and a page to look at what was made
     20 Terminal    one line that rewrites itself; everything else a person reads
     21 Commands    argparse and main()
 """
@@ -4020,6 +4021,784 @@ def sd_notify(text: str) -> None:
             systemd.send(text.encode())
 
 
+# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+#
+# A connection is one request, answered in a thread of its own; images are made in other threads, so that they outlive
+# whoever asked for them. Nothing that a client sends ever becomes a path: images are named by their ids.
+
+CONNECTIONS = 256  # at a time; more are turned away
+HEAD_BYTES, BODY_BYTES = 16 << 10, 256 << 10  # of a request
+HEAD_TIME, BODY_TIME, WRITE_TIME, LINGER = 10.0, 20.0, 120.0, 3.0  # seconds for all of it
+ATTACH = 10.0  # seconds after which what nobody waits for, and nobody paid for, is cancelled
+REMEMBERED, CALLS = 600.0, 1000  # seconds in which a repeat of a finished request gets its images, and of how many
+PAGE_OF = 24  # images of one answer, and of one screen
+THUMB = 512  # pixels
+DRAIN = 120.0  # seconds for what is under way once a signal says stop
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+# Where OpenAI has a status, a type and a code of its own for what our class means.
+OPENAI_WORDS = {
+    "usage": (400, "invalid_request_error", "invalid_value"),
+    "refused": (400, "image_generation_user_error", "moderation_blocked"),
+    "quota": (429, "insufficient_quota", "insufficient_quota"),
+    "busy": (429, "rate_limit_error", "rate_limit_exceeded"),
+}
+
+
+class Asked(NamedTuple):
+    """One HTTP request; header names are in lower case."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Turned(Exception):
+    """A request that is turned away, with a status and OpenAI's word for it."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Call:
+    """One request for images. It goes on when its client has left, and a repeat of the same request joins it."""
+
+    def __init__(self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]) -> None:
+        self.key, self.waiting, self.ignored = key, plans, ignored
+        self.stream, self.links = said.get("stream") is True, said.get("response_format") == "url"
+        self.active, self.threads = list[Run](), list[threading.Thread]()
+        self.records, self.errors = list[Mapping[str, Any]](), list[ImagenError]()
+        self.progress: tuple[Any, ...] = ("waiting", None, None)
+        self.changed = threading.Condition()
+        self.clients, self.answered = 0, False
+        self.began, self.ended, self.lonely_since = time.time(), 0.0, time.monotonic()
+
+    @property
+    def left(self) -> int:
+        """How many images are still to come."""
+        return len(self.waiting) + len(self.active)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a repeat gets what this one got; one that failed free of charge, and may pass later, is made anew."""
+        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
+
+    def tell(self, *progress: Any) -> None:
+        """How far it is."""
+        with self.changed:
+            self.progress = progress
+            self.changed.notify_all()
+
+    def work(self, config: Config, say: Callable[[str], None]) -> None:
+        """Make what waits, one after the other; several threads share the list. The cloud comes after the answer."""
+        runs = list[Run]()
+        while True:
+            with self.changed:
+                if not self.waiting:
+                    break
+                plan, run = self.waiting.pop(0), Run(600.0, self.tell, say)
+                self.active.append(run)
+            runs.append(run)
+            record, error = None, None
+            try:
+                record = finish(run, make(plan, config, run))
+            except Exception as problem:
+                error = as_error(problem)
+                say(f"{plan.request.backend}: {error}")
+            with self.changed:
+                self.records += [record] if record else []
+                self.errors += [error] if error else []
+                if isinstance(error, BadConfig | BadRequest | Disk | Quota | Interrupted):
+                    self.waiting.clear()  # the others would fail alike
+                self.ended = time.monotonic()
+                self.active.remove(run)
+                self.changed.notify_all()
+        for run in runs:
+            try:
+                deliver(run, config)
+            except Exception as problem:  # it stays in the journal
+                say(str(as_error(problem)))
+
+    def abandon(self) -> None:
+        """End what has cost nothing, since nobody waits for it any more."""
+        with self.changed:
+            self.waiting.clear()
+            for run in self.active:
+                if run.charged == "no":
+                    run.stop("user")
+
+
+def repeatable(error: ImagenError) -> bool:
+    """Whether asking again is worth a try, and cannot pay again."""
+    return error.retryable and error.charged == "no"
+
+
+class Index:
+    """What was made: the ledger, followed as it grows, and open entries that have their image."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, str, str, str]] = []  # time, id, backend, words to search
+        self._places: dict[str, int] = {}  # by id, in the ledger
+        self._read_to, self._lock = 0, threading.Lock()
+        self.ledger = state_path("ledger.jsonl")
+
+    def follow(self) -> None:
+        """Take in what was written since the last look."""
+        with self._lock, suppress(OSError), open(self.ledger, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._read_to:  # another one
+                self._rows, self._places, self._read_to = [], {}, 0
+            file.seek(self._read_to)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                start = line.find(
+                    b'"sidecar": {'
+                )  # quotes in a prompt are escaped; what stands before is of no use here
+                if start >= 0 and (row := self._row(parsed(b"{" + line[start:]))):
+                    if row[1] not in self._places:
+                        self._rows.append(row)
+                    self._places[row[1]] = self._read_to
+                self._read_to += len(line)
+
+    @staticmethod
+    def _row(record: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+        about = record.get("sidecar")
+        if not isinstance(about, dict) or not isinstance(about.get("image_id"), str):
+            return None
+        words = f"{about.get('prompt')} {about.get('style')}".lower()
+        return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
+
+    def _opened(self) -> dict[str, dict[str, Any]]:
+        records = (merged(_read(path)) for path in open_paths())
+        return {row[1]: record for record in records if record.get("path") and (row := self._row(record))}
+
+    def page(self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF) -> list[dict[str, Any]]:
+        """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
+        opened = self._opened()  # first, since from there they move to the ledger
+        self.follow()
+        more = [row for record in opened.values() if (row := self._row(record)) and row[1] not in self._places]
+        words, found, seen = query.lower().split(), list[dict[str, Any]](), not before
+        for _, image_id, name, text in sorted([*self._rows, *more], reverse=True):
+            if len(found) >= limit:
+                break
+            if seen and backend in ("", name) and all(word in text for word in words):
+                found.append(self.shown(self._at(image_id) or opened[image_id]))
+            seen = seen or image_id == before
+        return found
+
+    def record(self, image_id: str) -> dict[str, Any]:
+        """The journal's record of one image; {} where nobody knows it."""
+        for _ in range(2):  # an open one may move to the ledger while we look
+            self.follow()
+            if found := self._at(image_id) or self._opened().get(image_id):
+                return found
+        return {}
+
+    def _at(self, image_id: str) -> dict[str, Any]:
+        if (place := self._places.get(image_id)) is None:
+            return {}
+        with open(self.ledger, "rb") as file:
+            file.seek(place)
+            return parsed(file.readline())
+
+    @staticmethod
+    def shown(record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the page may know of an image."""
+        about, path, there = record["sidecar"], record["path"], record.get("object")
+        said = {"id": about["image_id"], "storage_path": there or about.get("storage_path"), "cloud": bool(there)}
+        return {**about, **said, "there": os.path.exists(path), "name": os.path.basename(path)}
+
+
+class Server:
+    """`imagen serve`. `say` tells of each request that a person should hear of."""
+
+    def __init__(self, config: Config, say: Callable[[str], None], host: str, port: int, token: str, parallel: int):
+        if host not in LOOPBACK and not token:
+            raise BadConfig(
+                f"--host {host}: others could use your backends", "set IMAGEN_SERVE_TOKEN, or --token-env NAME"
+            )
+        self.config, self.say, self.token, self.parallel = config, say, token, parallel
+        self.secret = token.encode() or os.urandom(32)
+        self.index, self.calls = Index(), list[Call]()
+        self._lock, self._connections = threading.Lock(), dict[socket.socket, float]()
+        self._stopped = False
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self.listener = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
+        except OSError as problem:
+            raise BadConfig(f"{host}:{port}: {problem.strerror or problem}", "another --port?") from None
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
+        self.listener.settimeout(0.5)
+
+    def serve(self) -> None:
+        """Answer until `stop`; then finish what is under way."""
+        in_thread(self.index.follow)
+        in_thread(self._janitor)
+        while not self._stopped:
+            try:
+                sock, _ = self.listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # out of descriptors, or a client that had left before
+                time.sleep(0.05)
+                continue
+            with self._lock:
+                full = len(self._connections) >= CONNECTIONS
+                if not full:
+                    self._connections[sock] = time.monotonic() + HEAD_TIME
+            if full:
+                sock.close()
+            else:
+                in_thread(self._connection, sock)
+        self.listener.close()
+        until = time.monotonic() + DRAIN
+        while time.monotonic() < until and (self._connections or self._busy()):
+            time.sleep(0.05)
+
+    def _busy(self) -> bool:
+        return any(thread.is_alive() for call in [*self.calls] for thread in call.threads)
+
+    def stop(self, *_: Any) -> None:
+        """No more connections; the second time, no more anything."""
+        if self._stopped:
+            raise KeyboardInterrupt
+        self._stopped = True
+
+    def _janitor(self) -> None:
+        while True:
+            time.sleep(0.5)
+            now = time.monotonic()
+            with self._lock:
+                late = [sock for sock, until in self._connections.items() if now > until]
+                over = [call for call in self.calls if not call.left]
+                for number, call in enumerate(reversed(over)):
+                    if number >= CALLS or now > call.ended + REMEMBERED:
+                        self.calls.remove(call)
+            for sock in late:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            for call in [*self.calls]:
+                if call.left and not call.clients and now > call.lonely_since + ATTACH:
+                    call.abandon()
+
+    def _grant(self, sock: socket.socket, seconds: float) -> None:
+        self._connections[sock] = time.monotonic() + seconds
+
+    def _connection(self, sock: socket.socket) -> None:
+        answer = Reply(sock)
+        try:
+            with sock:
+                try:
+                    asked = self._read(sock)
+                    answer.bodiless = asked.method == "HEAD"
+                    self._grant(sock, WRITE_TIME)
+                    self._answer(asked, answer)
+                except Turned as problem:
+                    kinds = {401: "authentication_error", 503: "server_error"}
+                    said = {"message": str(problem), "type": kinds.get(problem.status, "invalid_request_error")}
+                    headers = {"Retry-After": "5", "x-should-retry": "true"} if problem.status == 503 else EMPTY
+                    more = {"param": None, "code": problem.code or None, "hint": "", "charged": "no"}
+                    answer.json(problem.status, {"error": said | more}, headers)
+                    self._grant(sock, LINGER)
+                    sock.shutdown(socket.SHUT_WR)
+                    while sock.recv(1 << 16):  # what nobody reads would reset the connection, and the answer with it
+                        pass
+                except OSError:
+                    raise
+                except Exception as problem:
+                    self.fail(answer, as_error(problem))
+        except OSError:
+            pass  # the client has left, which is its own business
+        finally:
+            with self._lock:
+                del self._connections[sock]
+
+    def _read(self, sock: socket.socket) -> Asked:
+        """The request; Turned for what is none."""
+        from urllib.parse import parse_qsl, unquote
+
+        def more() -> bytes:
+            if block := sock.recv(1 << 16):
+                return block
+            raise ConnectionError("the client has left")
+
+        data = b""
+        while b"\r\n\r\n" not in data and len(data) <= HEAD_BYTES:
+            data += more()
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end or len(head) > HEAD_BYTES:
+            raise Turned(431, "the head of the request is too large")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        found = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
+        named = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
+        if not found or not all(named):
+            raise Turned(400, "this is no HTTP request")
+        headers = {one[1].lower(): one[2] for one in named if one}
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
+            raise Turned(411, "a Content-Length is needed")
+        if int(length) > BODY_BYTES:
+            raise Turned(413, f"the body has more than {BODY_BYTES >> 10} kB")
+        self._grant(sock, BODY_TIME)
+        if headers.get("expect", "").lower() == "100-continue":
+            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(body) < int(length):
+            body += more()
+        path, _, query = found[2].partition("?")
+        return Asked(found[1], unquote(path), dict(parse_qsl(query)), headers, body[: int(length)])
+
+    def _answer(self, asked: Asked, answer: Reply) -> None:
+        self._admit(asked, answer)
+        if answer.begun:
+            return
+        get = asked.method in ("GET", "HEAD")
+        place = re.fullmatch(r"/(images|thumbs|api/images)/([0-9a-f-]{36})", asked.path)
+        if asked.path == "/v1/images/generations":
+            if asked.method != "POST":
+                raise Turned(405, "POST it")
+            self._generate(asked, answer)
+        elif not get:
+            raise Turned(405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404, "only GET here")
+        elif asked.path == "/":
+            nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
+            answer.page(PAGE.replace("NONCE", nonce), nonce)
+        elif asked.path == "/healthz":
+            answer.json(200, {"ok": True, "version": __version__})
+        elif asked.path == "/v1/models":
+            names = ["auto", *self.config.backends]
+            data = [{"id": name, "object": "model", "created": 0, "owned_by": "imagen"} for name in names]
+            answer.json(200, {"object": "list", "data": data})
+        elif asked.path == "/api/options":
+            styles, names = [*STYLES, *self.config.styles], [*self.config.backends]
+            answer.json(200, {"backends": names, "default": self.config.default_backend, "styles": styles})
+        elif asked.path == "/api/images":
+            self._list(asked, answer)
+        elif place:
+            self._image(asked, answer, place[1], place[2])
+        else:
+            raise Turned(404, "there is nothing here")
+
+    def _admit(self, asked: Asked, answer: Reply) -> None:
+        """Turned where this client may not ask: another site's page (DNS rebinding, CSRF), or nobody with the token."""
+        import hmac
+
+        def same(given: str | None, known: str) -> bool:
+            return hmac.compare_digest((given or "").encode(), known.encode())
+
+        host, origin_ = asked.headers.get("host", ""), asked.headers.get("origin")
+        if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
+            raise Turned(403, f"this server is not called {host[:80]}")
+        if origin_ and asked.method != "GET" and origin_ not in (f"http://{host}", f"https://{host}"):
+            raise Turned(403, "another site's page may not write here")
+        if not self.token or asked.path == "/healthz":
+            return
+        if asked.path == "/" and same(asked.query.get("token"), self.token):
+            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
+            answer.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
+            return
+        place = re.fullmatch(r"/images/([0-9a-f-]{36})", asked.path)
+        if place and same(asked.query.get("signature"), self.sign(place[1])):
+            return
+        bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
+        if not same(bearer, self.token) and not same(cookies.get("imagen"), self.sign("cookie")):
+            raise Turned(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+
+    def sign(self, what: str) -> str:
+        """A word that only this server can have said about `what`."""
+        import hmac
+
+        return hmac.digest(self.secret, what.encode(), "sha256").hex()
+
+    def _generate(self, asked: Asked, answer: Reply) -> None:
+        """POST /v1/images/generations. https://platform.openai.com/docs/api-reference/images/create"""
+        import hashlib
+
+        said = parsed(asked.body)
+        if not said:
+            raise Turned(400, "the body is no JSON object")
+        key = hashlib.sha256(asked.body).hexdigest()
+        repeated = asked.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK's own, after a timeout of its own
+        plans, ignored = self._plans(said)
+        with self._lock:
+            same = [call for call in reversed(self.calls) if repeated and call.key == key and call.joinable]
+            call = min(same, key=lambda one: (one.answered, one.clients), default=None)
+            if not call:
+                if sum(one.left > 0 for one in self.calls) >= self.parallel:
+                    raise Turned(503, f"{self.parallel} requests are under way; ask again", "rate_limit_exceeded")
+                call = Call(key, plans, said, ignored)
+                self.calls.append(call)
+                members = min(len(plans), plans[0].parallel)
+                call.threads = [in_thread(call.work, self.config, self.say) for _ in range(members)]
+            call.clients += 1
+        try:
+            self._follow(call, asked, answer)
+            call.answered = True
+        finally:
+            with self._lock:
+                call.clients, call.lonely_since = call.clients - 1, time.monotonic()
+
+    def _plans(self, said: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
+        """What a body asks for, and the fields of it that nobody here knows."""
+        name, size = said.get("model") or "auto", said.get("size") or "auto"
+        sized = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(size))
+        count = 1 if said.get("n") is None else said["n"]
+        if not sized or type(count) is not int or not 1 <= count <= 10:
+            raise Turned(400, "size is WxH or auto, n is 1 to 10", "invalid_value")
+        name = self.config.default_backend if name == "auto" else str(name)
+        if name not in self.config.backends:
+            raise Turned(404, f'model "{name}" is unknown: {nearest(name, self.config.backends)}', "model_not_found")
+        known = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts")
+        fields = {key: said[key] for key in known if said.get(key) is not None}
+        fields |= {"backend": name, "width": int(sized[1] or 0), "height": int(sized[2] or 0)}
+        cls, _ = options_of(name, self.config.backends)
+        words = ("quality", "output_format", "background", "moderation")
+        passed = [key for key in words if key in marked(cls.Options, REQUEST)]
+        options = fields.get("backend_opts", {})
+        if isinstance(options, dict):
+            options = options | {key: said[key] for key in passed if said.get(key) not in (None, "auto")}
+        first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
+        read = (*known, *passed, "model", "size", "n", "response_format", "stream")
+        seed = int.from_bytes(os.urandom(4)) >> 1 if first.seed is None else first.seed
+        ignored = [key for key in said if key not in read and said[key] is not None]
+        return [prepare(first._replace(seed=seed + number), self.config) for number in range(count)], ignored
+
+    def _follow(self, call: Call, asked: Asked, answer: Reply) -> None:
+        """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""
+        import select
+
+        sent, progress = 0, None
+        if call.stream:
+            answer.stream()
+        while True:
+            with call.changed:
+                if call.left:
+                    call.changed.wait(0.5)
+                records, left, now = call.records[:], call.left, call.progress
+            self._grant(answer.sock, WRITE_TIME)
+            if left and select.select([answer.sock], [], [], 0)[0] and not answer.sock.recv(1, socket.MSG_PEEK):
+                raise ConnectionError("the client has left")
+            if call.stream:
+                if now is not progress and left:
+                    progress = now
+                    answer.event("imagen.progress", dict(zip(("note", "done", "total"), now, strict=True)))
+                for record in records[sent:]:
+                    about = record["sidecar"]
+                    size = {"size": f"{about['width']}x{about['height']}", "output_format": about["mime_type"][6:]}
+                    whole = {**self._item(call, record, asked), **size, "created_at": int(time.time())}
+                    answer.event("image_generation.completed", {**whole, "usage": usage_of([record])})
+                sent = len(records)
+            if not left:
+                break
+        errors = sorted(call.errors, key=lambda error: (error.charged == "no", repeatable(error)))
+        if call.stream:
+            for error in errors[:1]:
+                answer.event("error", {"error": self._words(error)[1]})
+        elif not call.records:
+            self.fail(answer, errors[0])
+        else:
+            data = [self._item(call, record, asked) for record in call.records]
+            about = {"created": int(call.began), "data": data, "usage": usage_of(call.records)}
+            lacking = {"imagen": {"errors": [self._words(error)[1] for error in errors]}} if errors else {}
+            answer.json(200, about | lacking)
+
+    def _item(self, call: Call, record: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+        """One image as OpenAI's API shows it, and what only we know of it."""
+        about = record["sidecar"]
+        ignored = [*about["ignored"], *call.ignored]
+        ours = {
+            "id": about["image_id"],
+            "seed": about["seed"],
+            "cost_usd": about["cost_usd_estimate"],
+            "ignored": ignored,
+        }
+        item: dict[str, Any] = {"imagen": ours}
+        if call.links:
+            signed = f"/images/{ours['id']}?signature={self.sign(ours['id'])}"
+            item["url"] = f"http://{asked.headers.get('host')}{signed}"
+        else:
+            item["b64_json"] = binascii.b2a_base64(_read(record["path"]), newline=False).decode()
+        revised = (about.get("metadata") or {}).get("revised_prompt")
+        return item | ({"revised_prompt": revised} if revised else {})
+
+    def _words(self, error: ImagenError) -> tuple[int, dict[str, Any]]:
+        """The status of an error, and OpenAI's shape of it."""
+        status, kind, code = OPENAI_WORDS.get(error.code, (error.http_status, "server_error", error.code))
+        said = {"message": str(error), "type": kind, "param": None, "code": code}
+        return status, {**said, "hint": error.hint, "charged": error.charged, "imagen_code": error.code}
+
+    def fail(self, answer: Reply, error: ImagenError) -> None:
+        """Answer with an error, and say whether a repeat is safe, since OpenAI's clients repeat by themselves."""
+        status, said = self._words(error)
+        again = {"x-should-retry": "true", "Retry-After": f"{max(1.0, error.after or 5):.0f}"}
+        answer.json(status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"})
+
+    def _list(self, asked: Asked, answer: Reply) -> None:
+        limit = asked.query.get("limit", "")
+        count = min(200, int(limit)) if re.fullmatch(r"[1-9]\d{0,5}", limit) else PAGE_OF
+        words = {key: asked.query.get(key, "") for key in ("query", "backend", "before")}
+        found = self.index.page(**words, limit=count)
+        answer.json(200, {"images": found, "next": found[-1]["id"] if len(found) == count else None})
+
+    def _image(self, asked: Asked, answer: Reply, kind: str, image_id: str) -> None:
+        """An image, its thumbnail, or what is known of it."""
+        record = self.index.record(image_id)
+        if not record:
+            raise Turned(404, "no image has this id")
+        if kind == "api/images":
+            answer.json(200, self.index.shown(record))
+            return
+        path, mime, tag = record["path"], record["sidecar"]["mime_type"], f'"{record["sidecar"]["sha256"]}"'
+        if kind == "thumbs" and (small := thumbnail(path, image_id)):
+            path, mime, tag = small, "image/webp", f'"{image_id}"'
+        headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable", "Content-Type": mime}
+        if asked.headers.get("if-none-match") == tag:
+            answer.send(304, b"", headers)
+            return
+        try:
+            file = open(path, "rb")
+        except OSError:
+            raise Turned(404, "the file is gone") from None
+        with file:
+            answer.send(200, b"", {**headers, "Content-Length": str(os.fstat(file.fileno()).st_size)})
+            if asked.method == "GET":
+                answer.sock.sendfile(file)
+
+
+class Reply:
+    """The answer to one request, on its socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.begun, self.bodiless = sock, False, False
+
+    def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        """A whole answer, or the head of one whose Content-Length is among the headers."""
+        self.begun = True
+        usual = {"Content-Length": str(len(body)), "Connection": "close", "X-Content-Type-Options": "nosniff"}
+        lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
+        lines += [f"{name}: {value}" for name, value in {**usual, **headers}.items()]
+        self.sock.sendall("\r\n".join((*lines, "", "")).encode("latin-1", "replace") + (b"" if self.bodiless else body))
+
+    def json(self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] = EMPTY) -> None:
+        """A JSON document."""
+        if not self.begun:
+            usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+            self.send(status, to_json(said).encode(), {**usual, **headers})
+
+    def page(self, html: str, nonce: str) -> None:
+        """Our page, which may do what it needs to, and nothing else."""
+        own = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
+        policy = own + "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+        self.send(200, html.encode(), {**headers, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
+
+    def stream(self) -> None:
+        """The head of server-sent events, whose end is the connection's."""
+        self.begun = True
+        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\n"
+        self.sock.sendall(f"{head}X-Content-Type-Options: nosniff\r\n\r\n".encode())
+
+    def event(self, kind: str, said: Mapping[str, Any]) -> None:
+        """One server-sent event."""
+        self.sock.sendall(f"event: {kind}\ndata: {to_json({'type': kind, **said})}\n\n".encode())
+
+
+STATUSES = {200: "OK", 303: "See Other", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized"}
+STATUSES |= {403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 429: "Too Many Requests"}
+
+
+def usage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
+    said = [(record["sidecar"].get("metadata") or {}).get("usage") for record in records]
+    known = [usage for usage in said if isinstance(usage, dict)]  # compatible servers put all kinds of things there
+    total = {
+        key: sum(count for one in known if isinstance(count := one.get(key), int))
+        for key in ("input_tokens", "output_tokens", "total_tokens")
+    }
+    return {**total, "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]}}
+
+
+_thumbnails = threading.Lock()  # one at a time: a picture is large once it is unpacked
+
+
+def thumbnail(path: str, image_id: str) -> str:
+    """The path of a small WebP of an image, made once where Pillow happens to be installed; "" where it is not."""
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imagen", "thumbs")
+    small = os.path.join(folder, f"{image_id}.webp")
+    if os.path.exists(small):
+        return small
+    try:
+        from PIL import Image  # type: ignore[import-not-found,unused-ignore]
+
+        with _thumbnails, Image.open(path) as picture:
+            if os.path.exists(small):  # by now
+                return small
+            picture.thumbnail((THUMB, THUMB))
+            os.makedirs(folder, exist_ok=True)
+            picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB").save(
+                f"{small}.part", "WEBP", quality=80
+            )
+            os.replace(f"{small}.part", small)
+        return small
+    except Exception:  # no Pillow, no room, or a picture that it does not like: the original will do
+        return ""
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>ImaGen</title><link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
+  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#d9d4cb, #3a3733);
+  --accent: light-dark(#8a3b12, #f0a472) }
+* { box-sizing: border-box } [hidden] { display: none !important }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; background: var(--paper); border-bottom: 1px solid var(--line);
+  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .6rem 1rem }
+h1 { font-size: 1.1rem; margin: 0 } #query { flex: 1; min-width: 8rem }
+input, select, button, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: .4rem; padding: .35rem .6rem } button { cursor: pointer } button.main { background: var(--accent);
+  color: var(--paper); border-color: var(--accent) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+form { display: grid; gap: .6rem; padding: 1rem; border-bottom: 1px solid var(--line); max-width: 60rem }
+form div { display: flex; flex-wrap: wrap; gap: .6rem }
+label { display: grid; font-size: .85rem; color: var(--soft); gap: .15rem }
+textarea { width: 100%; min-height: 4rem; resize: vertical } #size, #seed { width: 8rem } #n { width: 4.5rem }
+progress { width: 100%; accent-color: var(--accent) } #said:not(:empty) { padding: .2rem 0 }
+.error { color: light-dark(#a11212, #ff9c91) }
+main { display: flex; flex-wrap: wrap; gap: .6rem; padding: 1rem } main::after { content: ""; flex: 1e9 }
+main button { padding: 0; border: 0; overflow: hidden; height: 15rem; background: var(--line) }
+main img { display: block; width: 100%; height: 100%; object-fit: cover }
+dialog { width: min(72rem, 96vw); max-height: 94vh; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem; padding: 1rem } dialog::backdrop { background: #000a }
+#big { display: block; max-width: 100%; max-height: 60vh; margin: 0 auto .8rem } #text { white-space: pre-wrap }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem }
+dt { color: var(--soft) }
+dd { margin: 0; overflow-wrap: anywhere } .row { display: flex; flex-wrap: wrap; gap: .5rem } #more { height: 1px }
+a.button { border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .6rem; color: inherit;
+  text-decoration: none }
+@media (max-width: 40rem) { main { gap: .3rem; padding: .3rem } main button { height: 9rem } }
+</style>
+<header><h1>ImaGen</h1>
+<input id="query" type="search" placeholder="Search prompts ( / )" aria-label="Search prompts">
+<select id="filter" aria-label="Backend"><option value="">all backends</option></select></header>
+<form id="form" aria-label="New image">
+<label>Prompt<textarea id="prompt" required maxlength="32000"></textarea></label>
+<div><label>Backend<select id="backend"></select></label>
+<label>Style<select id="style"><option value="">none</option></select></label>
+<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto"></label>
+<label>Images<input id="n" type="number" min="1" max="10" value="1"></label>
+<label>Seed<input id="seed" inputmode="numeric" pattern="\d*" placeholder="any"></label></div>
+<div class="row"><button class="main" id="go">Make it</button></div>
+<progress id="bar" max="1" aria-label="Progress" hidden></progress><div id="said" role="status"></div></form>
+<main id="grid" aria-label="Images"></main><p id="none" hidden>Nothing here yet.</p><div id="more"></div>
+<dialog id="detail" aria-label="Image"><img id="big" alt=""><p id="text"></p><dl id="facts"></dl>
+<div class="row"><button id="copy">Copy prompt</button><button id="command">Copy command</button>
+<a id="save" class="button">Download</a><button id="again" class="main">Again with a new seed</button>
+<button id="use">Use these settings</button><button id="close">Close</button></div></dialog>
+<script nonce="NONCE">
+const $ = id => document.getElementById(id), grid = $("grid"), images = []
+let next = "", loading = false, open = -1, generation = 0
+const tell = (text, bad) => { $("said").textContent = text; $("said").className = bad ? "error" : "" }
+const get = async path => { const answer = await fetch(path), said = await answer.json()
+  if (!answer.ok) throw Error(said.error.message); return said }
+const option = (list, value) => list.append(new Option(value, value))
+function tile(image, first) {
+  const button = document.createElement("button"), img = document.createElement("img")
+  img.src = "/thumbs/" + image.id; img.alt = image.prompt; img.loading = "lazy"
+  img.width = image.width; img.height = image.height
+  const ratio = Math.min(4, Math.max(.25, image.width / image.height || 1))
+  button.style.flexGrow = ratio; button.style.aspectRatio = ratio
+  button.append(img); button.onclick = () => show(images.indexOf(image))
+  if (first) { images.unshift(image); grid.prepend(button) } else { images.push(image); grid.append(button) } }
+async function load(fresh) {
+  if (loading && !fresh) return
+  const mine = fresh ? ++generation : generation
+  if (fresh) { next = ""; images.length = 0; grid.replaceChildren() } else if (next === null) return
+  loading = true
+  try {
+    const wanted = { query: $("query").value, backend: $("filter").value, before: next }
+    const said = await get("/api/images?" + new URLSearchParams(wanted))
+    if (mine !== generation) return
+    said.images.forEach(image => tile(image)); next = said.next; $("none").hidden = images.length > 0
+  } catch (problem) { tell(problem.message, true); next = null } finally { if (mine === generation) loading = false }
+  if (next && $("more").getBoundingClientRect().top < innerHeight + 600) load() }
+const quoted = text => "'" + String(text).replaceAll("'", "'\\''") + "'"
+function show(index) {
+  const image = images[index]; if (!image) return
+  open = index; $("big").src = "/images/" + image.id; $("big").alt = image.prompt; $("text").textContent = image.prompt
+  const asked = image.requested || {}, cost = image.cost_usd_estimate
+  const facts = { Backend: [image.backend, image.model].filter(Boolean).join(", "),
+    Size: image.width + " × " + image.height, Seed: image.seed,
+    Style: image.style, Not: image.negative_prompt, Steps: image.steps, Cost: cost == null ? "unknown" : "$" + cost,
+    Took: image.latency_ms == null ? null : (image.latency_ms / 1000).toFixed(1) + " s",
+    Made: new Date(image.timestamp).toLocaleString(),
+    Cloud: image.cloud ? image.storage_path : "not there", File: image.path }
+  $("facts").replaceChildren()
+  for (const [name, value] of Object.entries(facts)) if (value != null && value !== "") {
+    const dt = document.createElement("dt"), dd = document.createElement("dd")
+    dt.textContent = name; dd.textContent = value; $("facts").append(dt, dd) }
+  $("save").href = "/images/" + image.id; $("save").download = image.name
+  $("copy").onclick = () => copy(image.prompt)
+  $("command").onclick = () => copy(["imagen generate", quoted(image.prompt), "-b", quoted(image.backend),
+    image.style && "-s " + quoted(image.style), asked.width && `--size ${asked.width}x${asked.height}`,
+    asked.steps && "--steps " + asked.steps, image.seed != null && "--seed " + image.seed,
+    image.negative_prompt && !image.style && "--negative " + quoted(image.negative_prompt)].filter(Boolean).join(" "))
+  const fill = seed => {
+    $("prompt").value = image.prompt; $("backend").value = image.backend; $("style").value = image.style || ""
+    $("size").value = asked.width ? asked.width + "x" + asked.height : ""; $("seed").value = seed
+    $("detail").close(); scrollTo(0, 0) }
+  $("use").onclick = () => { fill(image.seed ?? ""); $("prompt").focus() }
+  $("again").onclick = () => { fill(""); $("form").requestSubmit() }
+  if (!$("detail").open) $("detail").showModal() }
+const copy = async text => { try { await navigator.clipboard.writeText(text); tell("Copied.") } catch { tell(text) } }
+$("close").onclick = () => $("detail").close()
+$("form").onsubmit = async event => {
+  event.preventDefault(); $("go").disabled = true; tell("Starting …")
+  $("bar").hidden = false; $("bar").removeAttribute("value")
+  const body = { prompt: $("prompt").value, model: $("backend").value, n: +$("n").value, style: $("style").value,
+    size: $("size").value || "auto", response_format: "url", stream: true }
+  if ($("seed").value) body.seed = +$("seed").value
+  try {
+    const headers = { "Content-Type": "application/json" }
+    const answer = await fetch("/v1/images/generations", { method: "POST", headers, body: JSON.stringify(body) })
+    if (!answer.ok) throw (await answer.json()).error
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
+    for (let text = ""; ;) {
+      const { value, done } = await reader.read(); if (done) break
+      const events = (text += value).split("\n\n"); text = events.pop()
+      for (const event of events) {
+        const said = JSON.parse(event.replace(/^event:.*\ndata: /, ""))
+        if (said.error) throw said.error
+        if (said.type === "imagen.progress") {
+          tell(said.note + " …")
+          if (said.total) $("bar").value = said.done / said.total; else $("bar").removeAttribute("value")
+        } else tile(await get("/api/images/" + said.imagen.id), true) } }
+    $("none").hidden = true; tell("Done.")
+  } catch (problem) { tell([problem.message, problem.hint].filter(Boolean).join(" → "), true) }
+  $("go").disabled = false; $("bar").hidden = true }
+let pause
+$("query").oninput = () => { clearTimeout(pause); pause = setTimeout(() => load(true), 200) }
+$("filter").onchange = () => load(true)
+addEventListener("keydown", event => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], typing = /INPUT|TEXTAREA|SELECT/.test(event.target.tagName)
+  if ($("detail").open && step) show(open + step)
+  else if (event.key === "/" && !typing && !$("detail").open) { event.preventDefault(); $("query").focus() }
+  else if (event.key === "Escape" && event.target === $("query")) { $("query").value = ""; load(true) } })
+new IntersectionObserver(seen => seen[0].isIntersecting && next && load(), { rootMargin: "600px" }).observe($("more"))
+get("/api/options").then(said => {
+  said.backends.forEach(name => { option($("backend"), name); option($("filter"), name) })
+  said.styles.forEach(name => option($("style"), name))
+  $("backend").value = said.default; load(true) }).catch(problem => tell(problem.message, true))
+</script>
+</html>
+"""
+
+
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 
 
@@ -4879,6 +5658,76 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
         error = terminal.report(kind(f"{bad['id']}: {said}", hint, charged="unknown" if bad["receipt"] else "no"))
     lines = [f"{row['id']}  {row['status']}  {row['image_id'] or ''}".rstrip() for row in rows]
     return terminal.result({"jobs": rows}, *lines, error=error)
+
+
+@command(
+    flag("--host", default="127.0.0.1", help="another one needs a token (127.0.0.1)"),
+    flag("--port", type=int, default=8765, help="0: any free one (8765)"),
+    flag("--token-env", default="IMAGEN_SERVE_TOKEN", metavar="NAME", help="the variable that holds the token"),
+    flag("--parallel", type=int, default=2, metavar="N", help="requests at a time (2)"),
+)
+def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
+    """the OpenAI-compatible API and the gallery, over HTTP"""
+    import signal
+
+    if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
+        raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
+    config = load_config(args.config)
+    token = secret_from(args.token_env).reveal() if os.environ.get(args.token_env) else ""
+    server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.stop)
+    terminal.write(to_json({"address": server.address}) if args.json else server.address)
+    terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
+    if token:  # on the terminal of whoever started it, and in no log
+        from urllib.parse import quote
+
+        shown = quote(token, safe="") if sys.stderr.isatty() else f"${args.token_env}"
+        sys.stderr.write(f"open {server.address}?token={shown}\n")
+    server.serve()
+    return 0
+
+
+SKILL = """\
+---
+name: imagine
+description: Make an image from a prompt with ImaGen. Use when the user asks for a picture, an illustration, a photo
+  or a header image, or types /imagine.
+---
+# /imagine PROMPT
+
+Run, and give it time (an image may take minutes):
+
+    COMMAND generate "PROMPT" --json -q
+
+- Add only what the user asked for: `--size 1536x1024`, `--style NAME` (`COMMAND styles`), `-n 4`, `--seed 7`,
+  `--negative "TEXT"`, `-b BACKEND` (`COMMAND backends`). Another backend may cost money: that is the user's choice.
+- "The same, but …": `--like last`, and the flags that change.
+- stdout is one JSON document: show each `images[].path` to the user; never read image bytes into the conversation.
+- Without `--json` stdout has one absolute path per image, and nothing else.
+
+| exit code | what to do |
+|---|---|
+| 0 | show the images |
+| 2 | mend the request by `error.message` and `error.hint`, once |
+| 3 | tell the user which key or setting is missing |
+| 4, 7 | wait a minute, try once more |
+| 5 | **never repeat**: it was refused; offer other words |
+| 6 | **never repeat**: the account is empty |
+| 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
+| 9 | show those made, say what went wrong |
+| 10 | **never repeat**: it may have been charged; `COMMAND recover ID`, the id stands in `error.hint` |
+| 1, 11, 130 | report it; again only if the user says so, and only where `error.charged` is `no` |
+"""
+
+
+@command()
+def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
+    """print a SKILL.md, for an /imagine command in a chat"""
+    import shlex
+
+    text = SKILL.replace("COMMAND", shlex.join(("python3", os.path.abspath(__file__)))).rstrip()
+    return terminal.result({"text": text}, text)
 
 
 EXAMPLES = """\

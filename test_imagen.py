@@ -11183,6 +11183,708 @@ def test_live_a_job_becomes_done_in_a_real_project(box: Box) -> None:
             database.run("delete from imagen.images where backend = :mine", mine=mine)
 
 
+# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+SERVE_BLOCKS: dict[str, dict[str, Any]] = {
+    "mock": {"type": "mock", "width": 64, "height": 64},
+    "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
+    "replicate": {"type": "replicate", "model": "black-forest-labs/flux-schnell", "api_token_env": "SERVE_TEST_KEY"},
+    "openai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "SERVE_TEST_KEY"},
+}
+SERVE_KEY, SERVE_TOKEN = "sk-stand-in-0001", "token of the tests & more: +%?".replace(" ", "_")
+
+
+class Heard(NamedTuple):
+    """An answer of the server; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Serving:
+    """A real `imagen serve`. At the end it drains, and must leave with 0, without a traceback and without a secret."""
+
+    def __init__(self, box: Box, *args: str, **env: str) -> None:
+        self.box, self.log = box, box.root / f"serve-{uuid.uuid4()}.err"
+        with self.log.open("w") as err:
+            keys = {"SERVE_TEST_KEY": SERVE_KEY, **env}
+            self.process = box.start("serve", "--port", "0", *args, env=keys, stderr=err)
+        assert self.process.stdout
+        self.base = self.process.stdout.readline().strip()
+        assert self.base, self.log.read_text()
+        self.port = int(self.base.rsplit(":", 1)[1].strip("/"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.process.terminate()
+        code = self.process.wait(60)
+        assert self.process.stdout
+        self.process.stdout.close()
+        if kind is None:
+            said = self.log.read_text()
+            assert code == 0 and "Traceback" not in said, said
+            assert SERVE_KEY not in said and SERVE_TOKEN not in said
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Heard:
+        """One request, and what came back; a body that is no bytes goes as JSON."""
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(link):
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            link.request(method, path, data, {key.replace("_", "-"): value for key, value in headers.items()})
+            with link.getresponse() as said:
+                return Heard(said.status, {key.lower(): value for key, value in said.getheaders()}, said.read())
+
+    def get(self, path: str, **headers: str) -> Heard:
+        return self.ask("GET", path, **headers)
+
+    def make(self, said: Mapping[str, Any], **headers: str) -> Heard:
+        return self.ask("POST", "/v1/images/generations", {"prompt": "a fox", "size": "64x64", **said}, **headers)
+
+    def images(self, query: str = "") -> list[dict[str, Any]]:
+        return list(self.get(f"/api/images{query}").json["images"])
+
+    def raw(self, data: bytes = b"") -> socket.socket:
+        """A connection on which these bytes were sent."""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+        return sock
+
+    def post(self, said: Mapping[str, Any], *lines: str) -> socket.socket:
+        """A request for images, whose answer nobody has read yet."""
+        body = json.dumps({"prompt": "a fox", "size": "64x64", **said}).encode()
+        head = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *lines]
+        return self.raw("\r\n".join([*head, "", ""]).encode() + body)
+
+    def usage(self) -> tuple[int, int, float]:
+        """Descriptors, threads, and MB of memory."""
+        proc = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return len([*(proc / "fd").iterdir()]), int(status["Threads"]), int(status["VmRSS"].split()[0]) / 1024
+
+    @contextlib.contextmanager
+    def client(self, **options: Any) -> Iterator[Any]:
+        """The official client, as it comes."""
+        openai = pytest.importorskip("openai")
+        options = {"base_url": f"{self.base}v1", "api_key": "none", **options}
+        with openai.OpenAI(**options) as client:
+            yield client
+
+
+def serve_wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
+    """The condition's value, once it has one."""
+    until = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def serve_read(sock: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    with sock, contextlib.suppress(ConnectionError):
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    return b""
+
+
+def serve_plant(box: Box, count: int, **more: Any) -> list[dict[str, Any]]:
+    """A ledger of that many images of the mock, a second apart, oldest first."""
+    box.configure(SERVE_BLOCKS)
+    (path,) = box.run("generate", "fox 0", "-b", "mock", "--seed", "7").lines
+    (first,) = box.ledger()
+    records = []
+    for number in range(count):
+        stamp = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)).isoformat()
+        about = {"image_id": str(uuid.UUID(int=number)), "prompt": f"fox {number}", "timestamp": stamp, **more}
+        records.append({**first, "id": about["image_id"], "sidecar": {**first["sidecar"], **about}, "path": path})
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return records
+
+
+@pytest.fixture
+def remotes(box: Box) -> Iterator[tuple[Comfy, ReplicateServer, OpenAIServer]]:
+    """The three remotes, and a config that knows them beside the mock."""
+    with Comfy() as comfy, ReplicateServer(SERVE_KEY) as replicate, OpenAIServer(SERVE_KEY) as openai:
+        bases = {"comfyui": comfy.base, "replicate": replicate.v1, "openai": openai.v1}
+        blocks = {name: {**block} for name, block in SERVE_BLOCKS.items()}
+        for name, base in bases.items():
+            blocks[name]["base_url"] = base
+        replicate.script(always=True, polls=0)
+        box.configure(blocks)
+        yield comfy, replicate, openai
+
+
+def test_openais_client_gets_images_from_any_backend(box: Box, remotes: Any) -> None:
+    with Serving(box) as server, server.client() as client:
+        for name in SERVE_BLOCKS:
+            plain = client.images.generate(prompt="a fox", model=name, size="1024x1024")
+            linked = client.images.generate(prompt="a fox", model=name, size="1024x1024", response_format="url")
+            url = urllib.parse.urlsplit(linked.data[0].url)
+            whole = [base64.b64decode(plain.data[0].b64_json), server.get(f"{url.path}?{url.query}").body]
+            assert [bool(imagen.sniff(io.BytesIO(data)).complete) for data in whole] == [True, True]  # type: ignore[union-attr]
+            assert plain.data[0].url is None and linked.data[0].b64_json is None and plain.created > 1.7e9
+            counted = plain.usage.output_tokens
+            assert counted == (GPT_TOKENS["medium"] if name == "openai" else 0), name
+            assert plain.data[0].imagen["cost_usd"] == 0 or name in ("replicate", "openai")
+    assert remotes[2].posts == 2 and remotes[1].created == 2 and len(box.ledger()) == 8
+
+
+def test_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box: Box) -> None:
+    box.configure({**SERVE_BLOCKS, "other": {"type": "mock"}}, styles={"inked": "in ink"})
+    extra = {"seed": 7, "steps": 3, "style": "inked", "negative_prompt": "dogs", "backend_opts": {"delay_s": 0.01}}
+    with Serving(box) as server, server.client() as client:
+        more = {"background": "auto", "user": "u", "quality": "low", "extra_body": {**extra, "sparkle": [1]}}
+        said = client.images.generate(prompt="Größe", model="auto", n=3, size="96x64", **more)
+        made = {image.imagen["seed"]: image for image in said.data}
+        assert sorted(made) == [7, 8, 9]
+        assert {"sparkle", "user", "quality", "background", "steps"} <= set(made[7].imagen["ignored"])
+        for seed, image in made.items():
+            about = server.get(f"/api/images/{image.imagen['id']}").json
+            assert (about["seed"], about["width"], about["height"], about["backend"]) == (seed, 96, 64, "mock")
+            assert about["styled_prompt"] == "Größe, in ink" and about["requested"]["steps"] == 3
+        assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
+        assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
+    assert len(box.ledger()) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        ({"model": "mokc"}, 404, "model_not_found"),
+        ({"prompt": " "}, 400, "invalid_value"),
+        ({"prompt": None}, 400, "invalid_value"),
+        ({"prompt": ["a"]}, 400, "invalid_value"),
+        ({"n": 0}, 400, "invalid_value"),
+        ({"n": 11}, 400, "invalid_value"),
+        ({"n": True}, 400, "invalid_value"),
+        ({"size": "1x1"}, 400, "invalid_value"),
+        ({"size": "9x9x9"}, 400, "invalid_value"),
+        ({"seed": -1}, 400, "invalid_value"),
+        ({"seed": 1.5}, 400, "invalid_value"),
+        ({"style": "nothing"}, 400, "invalid_value"),
+        ({"backend_opts": {"parallel": 9}}, 400, "invalid_value"),
+        ({"backend_opts": {"delay_s": 1e999}}, 400, "invalid_value"),
+        ({"backend_opts": "delay_s"}, 400, "invalid_value"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
+    serving: Serving, said: dict[str, Any], status: int, code: str
+) -> None:
+    before = serving.box.ledger()
+    heard = serving.make(said)
+    error = heard.json["error"]
+    assert (heard.status, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert error["charged"] == "no" and error["message"] and set(error) >= {"param", "hint"}
+    assert heard.headers.get("x-should-retry") != "true" and serving.box.ledger() == before
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for the tests that leave nothing behind in it."""
+    box = Box(tmp_path_factory.mktemp("serving"))
+    box.configure(SERVE_BLOCKS)
+    with Serving(box, "--parallel", "64") as server:
+        yield server
+
+
+SERVE_FATES = {  # mock's `fail`: the client's class, status, type, code, whether a repeat is safe
+    "refused": ("BadRequestError", 400, "image_generation_user_error", "moderation_blocked", False),
+    "usage": ("BadRequestError", 400, "invalid_request_error", "invalid_value", False),
+    "quota": ("RateLimitError", 429, "insufficient_quota", "insufficient_quota", False),
+    "busy": ("RateLimitError", 429, "rate_limit_error", "rate_limit_exceeded", True),
+    "unreachable": ("InternalServerError", 503, "server_error", "unreachable", True),
+    "config": ("InternalServerError", 500, "server_error", "config", False),
+    "failed": ("InternalServerError", 502, "server_error", "failed", False),
+    "bug": ("InternalServerError", 500, "server_error", "bug", False),
+}
+
+
+def test_errors_are_those_that_openais_client_has_classes_for(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    openai = pytest.importorskip("openai")
+    with Serving(box) as server, server.client(max_retries=0) as client:
+        for fail, (name, status, kind, code, again) in SERVE_FATES.items():
+            with pytest.raises(getattr(openai, name)) as caught:
+                client.images.generate(prompt="a fox", extra_body={"backend_opts": {"fail": fail}})
+            problem = caught.value
+            assert (problem.status_code, problem.type, problem.code) == (status, kind, code), fail
+            assert problem.body["charged"] == "no" and "hint" in problem.body and fail in problem.body["message"]
+            assert problem.response.headers["x-should-retry"] == str(again).lower()
+            assert ("retry-after" in problem.response.headers) == again
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(prompt="a fox", model="dall-e-9")
+        assert server.make({"n": 2, "seed": 2**63 - 1}).status == 400
+    assert len(box.ledger()) == len(SERVE_FATES) and box.unfinished() == []
+
+
+def test_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one_that_may_have_cost_is_not(
+    box: Box, remotes: Any
+) -> None:
+    openai = remotes[2]
+    openai.script("server_error")
+    with Serving(box) as server:
+        for _ in range(3):
+            heard = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
+            assert (heard.status, heard.json["error"]["charged"]) == (502, "unknown")
+            assert heard.headers["x-should-retry"] == "false" and "recover" in heard.json["error"]["hint"]
+        assert openai.posts == 1
+        for number in (1, 2, 3):
+            assert server.make({"backend_opts": {"fail": "busy"}}, x_stainless_retry_count="1").status == 429
+            assert len(box.ledger()) == number
+        with server.client() as client, pytest.raises(pytest.importorskip("openai").InternalServerError):
+            openai.script("server_error")
+            client.images.generate(prompt="another fox", model="openai")
+        assert openai.posts == 2
+        openai.script("moderation_input")
+        partial = server.make({"model": "openai", "size": "auto", "n": 2})
+        assert partial.status == 200 and len(partial.json["data"]) == 1
+        assert [error["code"] for error in partial.json["imagen"]["errors"]] == ["moderation_blocked"]
+
+
+@pytest.mark.parametrize("when", ["in flight", "just finished"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_is_less_patient_than_the_remote_pays_once(
+    box: Box, remotes: Any, when: str, stream: bool
+) -> None:
+    httpx = pytest.importorskip("openai").DefaultHttpxClient
+    remote, let_go, counts = remotes[2], threading.Event(), list[str]()
+    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+
+    def sending(request: Any) -> None:
+        counts.append(request.headers["x-stainless-retry-count"])
+        if counts[-1] == "1":
+            let_go.set()
+            serve_wait(lambda: when == "in flight" or box.ledger())
+
+    with contextlib.ExitStack() as stack:
+        server, transport = stack.enter_context(Serving(box)), httpx(event_hooks={"request": [sending]})
+        client = stack.enter_context(server.client(http_client=transport))
+        asked = {"prompt": "a fox", "model": "openai", "timeout": 0.4}
+        if stream:  # the client's patience ends between the events, so it is the caller who repeats
+            with pytest.raises(Exception, match=r"(?i)timed? ?out"):
+                [*client.images.generate(**asked, stream=True)]
+            sending(types.SimpleNamespace(headers={"x-stainless-retry-count": "1"}))
+            again = {"x-stainless-retry-count": "1"}
+            events = [*client.images.generate(**asked, stream=True, extra_headers=again)]
+            assert events[-1].type == "image_generation.completed"
+        else:
+            assert client.images.generate(**asked).data[0].b64_json
+        assert "1" in counts and remote.posts == 1
+        client.images.generate(**asked | {"timeout": 30})  # the same body, but not a repeat
+    assert remote.posts == 2
+
+
+def test_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
+    let_go = threading.Event()
+    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
+    remotes[2].script(*(hold(let_go, answer) for answer in answers))
+    asked = {"model": "openai", "size": "auto"}
+    with Serving(box) as server:
+        first = [server.post(asked) for _ in range(2)]
+        remotes[2].wait(lambda: remotes[2].posts == 2)
+        assert server.make(asked).status == 503
+        for sock in first:
+            sock.close()
+        again = [server.post(asked, "x-stainless-retry-count: 1") for _ in range(2)]
+        let_go.set()
+        found = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
+        assert len({json.loads(body)["data"][0]["b64_json"] for body in found}) == 2
+    assert remotes[2].posts == 2
+
+
+def test_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    openai = pytest.importorskip("openai")
+    with Serving(box) as server, server.client() as client:
+        slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
+        events = [*client.images.generate(prompt="a fox", n=2, stream=True, extra_body=slow)]
+        kinds = [event.type for event in events]
+        assert kinds[-2:] == 2 * ["image_generation.completed"] and len(kinds) >= 4
+        assert {*kinds[:-2]} == {"imagen.progress"}
+        shares = [event.done / event.total for event in events[:-2] if event.note == "drawing"]
+        assert len({*shares}) > 1 and all(0 <= share <= 1 for share in shares)
+        assert {event.imagen["seed"] for event in events[-2:]} == {7, 8}
+        assert events[-1].usage.total_tokens == 0 and (events[-1].size, events[-1].output_format) == ("64x64", "png")
+        assert imagen.sniff(io.BytesIO(base64.b64decode(events[-1].b64_json)))
+        with pytest.raises(openai.APIError, match="refused") as caught:
+            [*client.images.generate(prompt="a fox", stream=True, extra_body={"backend_opts": {"fail": "refused"}})]
+        assert caught.value.body["code"] == "moderation_blocked"
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(prompt="", stream=True)
+
+
+def test_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
+    serve_plant(box, 60)
+    with Serving(box) as server:
+        pages, before = [], ""
+        while before is not None:
+            said = server.get(f"/api/images?before={before}").json
+            pages, before = [*pages, [image["prompt"] for image in said["images"]]], said["next"]
+        assert [len(page) for page in pages] == [24, 24, 12]
+        assert [*itertools.chain(*pages)] == [f"fox {number}" for number in reversed(range(60))]
+        assert [image["prompt"] for image in server.images("?limit=2")] == ["fox 59", "fox 58"]
+        assert [image["prompt"] for image in server.images("?query=FOX+1&limit=200")] == [
+            f"fox {number}" for number in (*range(59, 0, -1),) if "1" in str(number)
+        ]
+        for nothing in ("?backend=openai", "?query=dog", "?before=../../etc/passwd"):
+            assert server.images(nothing) == []
+        assert len(server.images("?backend=mock")) == len(server.images("?limit=-1")) == 24
+        with (box.state / "ledger.jsonl").open("a") as ledger:
+            ledger.write('{"torn": ')  # by somebody who is about to go on
+            ledger.flush()
+            assert server.images("?limit=1")[0]["prompt"] == "fox 59"
+            ledger.write('1}\nno JSON\n{"path": "/x", "sidecar": 5}\n')
+        box.run("generate", "a newcomer", "-b", "mock", "--style", "photo")
+        assert server.images("?limit=1&query=photo")[0]["prompt"] == "a newcomer"
+        (box.state / "ledger.jsonl").write_text("")
+        assert server.images() == []
+
+
+def test_what_is_still_to_be_delivered_is_among_the_images_where_its_time_puts_it(box: Box) -> None:
+    records = serve_plant(box, 90)
+    late = records[20:60]  # more than a page
+    kept = [record for record in records if record not in late]
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    for record in late:
+        (box.state / "open" / f"{record['id']}.jsonl").write_text(f"{json.dumps(record)}\n")
+    (box.state / "open" / "0.jsonl").write_text('{"path": "/nothing"}\n{"sidecar": {"image')
+    with Serving(box) as server:
+        found, before = list[str](), ""
+        while before is not None:
+            said = server.get(f"/api/images?before={before}").json
+            found, before = found + [image["prompt"] for image in said["images"]], said["next"]
+        assert found == [f"fox {number}" for number in reversed(range(90))]
+        assert server.get(f"/api/images/{late[0]['id']}").json["prompt"] == "fox 20"
+        assert server.get(f"/images/{late[0]['id']}").status == 200
+
+
+def test_an_image_is_fetched_once_and_kept(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    with Serving(box) as server:
+        path = f"/images/{record['id']}"
+        whole = server.get(path)
+        assert whole.body == Path(record["path"]).read_bytes() and whole.headers["content-type"] == "image/png"
+        assert "immutable" in whole.headers["cache-control"] and whole.headers["x-content-type-options"] == "nosniff"
+        again = server.get(path, If_None_Match=whole.headers["etag"])
+        assert (again.status, again.body) == (304, b"")
+        head = server.ask("HEAD", path)
+        assert (head.body, head.headers["content-length"]) == (b"", str(len(whole.body)))
+        about = server.get(f"/api/images/{record['id']}").json
+        assert (about["id"], about["there"], about["cloud"]) == (record["id"], True, False)
+        os.unlink(record["path"])
+        assert server.get(path).status == 404 and not server.images()[0]["there"]
+        for odd in (path.upper(), path[:-1], f"{path}/", f"{path}.png", f"/images/{uuid.uuid4()}", "/images/"):
+            assert server.get(odd).status == 404
+
+
+def test_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_does(box: Box) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    broken, record = serve_plant(box, 2)
+    large = box.out / "large.png"
+    pillow.linear_gradient("L").resize((2000, 1000)).save(large)
+    record["path"], broken["path"] = str(large), str(box.out / "broken.png")
+    Path(broken["path"]).write_bytes(png()[:60])
+    (box.state / "ledger.jsonl").write_text(f"{json.dumps(broken)}\n{json.dumps(record)}\n")
+    (box.root / "bare" / "PIL").mkdir(parents=True)
+    (box.root / "bare" / "PIL" / "__init__.py").write_text("raise ImportError")
+    cache = box.root / ".cache" / "imagen" / "thumbs"
+    with Serving(box, PYTHONPATH=str(box.root / "bare")) as server:
+        bare = server.get(f"/thumbs/{record['id']}")
+        assert bare.body == large.read_bytes() and not cache.exists()
+    with Serving(box) as server:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
+        assert {heard.headers["content-type"] for heard in found} == {"image/webp"}
+        with pillow.open(io.BytesIO(found[0].body)) as small:
+            assert small.size == (512, 256) and {heard.body for heard in found} == {found[0].body}
+        made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
+        large.unlink()
+        assert server.get(f"/thumbs/{record['id']}").body == found[0].body
+        assert server.get(f"/thumbs/{broken['id']}").body == png()[:60]
+        assert [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()] == made
+        assert found[0].headers["etag"] != bare.headers["etag"]
+
+
+def test_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(box: Box, remotes: Any) -> None:
+    let_go = threading.Event()
+    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remotes[0].pause()
+    with Serving(box, "--parallel", "4") as server:
+        paid, free = server.post({"model": "openai", "size": "auto"}), server.post({"model": "comfyui", "n": 3})
+        left = server.post({"backend_opts": {"delay_s": 3600}, "stream": True})
+        held = server.post({"backend_opts": {"delay_s": 13}})
+        remotes[2].wait(lambda: remotes[2].posts)
+        remotes[0].wait_running()
+        for sock in (paid, free, left):
+            sock.close()
+        serve_wait(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
+        assert remotes[0].interrupted and len(remotes[0].submitted) == 1 and remotes[2].posts == 1
+        let_go.set()
+        assert serve_read(held).startswith(b"HTTP/1.1 200")
+        made = serve_wait(lambda: len(images := server.images()) == 2 and images)
+        assert {image["backend"] for image in made} == {"openai", "mock"}
+    assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {"interrupted"}
+
+
+def test_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    with Serving(box, "--parallel", "1") as server:
+        slow = server.post({"backend_opts": {"delay_s": 1}})
+        serve_wait(lambda: box.unfinished())
+        heard = server.make({})
+        assert (heard.status, heard.headers["retry-after"], heard.headers["x-should-retry"]) == (503, "5", "true")
+        assert heard.json["error"]["code"] == "rate_limit_exceeded"
+        assert server.get("/healthz").json["ok"] is True
+        assert serve_read(slow).startswith(b"HTTP/1.1 200")
+        assert server.make({}).status == 200
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_not(box: Box, times: int) -> None:
+    box.configure(SERVE_BLOCKS)
+    server = Serving(box)
+    with server if times == 1 else contextlib.ExitStack():
+        slow = server.post({"backend_opts": {"delay_s": 1.5 if times == 1 else 3600}})
+        serve_wait(lambda: box.unfinished())
+        server.process.send_signal(signal.SIGINT)
+
+        def closed() -> bool:
+            with contextlib.suppress(ConnectionError), server.raw():
+                return False
+            return True
+
+        serve_wait(closed)
+        if times == 2:
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(5) == 130
+            assert server.process.stdout and not server.process.stdout.close()
+        assert serve_read(slow).startswith(b"HTTP/1.1 200" if times == 1 else b"")
+        if times == 1:
+            assert server.process.wait(10) == 0
+
+
+def test_the_answer_does_not_wait_for_the_cloud_and_the_end_does(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64, "parallel": 1}})
+    let_go = threading.Event()
+    cloud.fault("PUT /storage/v1/object/", hold(let_go, through()))
+    cloud.fault("POST /rest/v1/images", status(403, {"code": "42501", "message": "denied"}))
+    with Serving(box) as server:
+        heard = server.make({"n": 2, "seed": 7})
+        assert len(heard.json["data"]) == 2 and cloud.objects() == {}
+        cloud.wait(lambda: cloud.count("PUT", "/storage/v1/object/"))
+        assert [image["cloud"] for image in server.images()] == [False, False]
+        assert len(box.unfinished()) == 2
+        threading.Timer(0.5, let_go.set).start()
+    assert len(cloud.objects()) == 2 and len(cloud.rows()) == 1
+    assert "imagen: cloud sync: " in server.log.read_text()
+
+
+def test_only_who_has_the_token_gets_in(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    refused = box.run("serve", "--host", "0.0.0.0", "--port", "0")
+    assert refused.code == 3 and "IMAGEN_SERVE_TOKEN" in refused.err
+    openai = pytest.importorskip("openai")
+    with Serving(box, "--host", "0.0.0.0", IMAGEN_SERVE_TOKEN=SERVE_TOKEN) as server:
+        assert server.get("/healthz", Host="anywhere.example").status == 200
+        for path in ("/", "/api/images", "/api/options", "/v1/models", f"/images/{record['id']}", "/?token=x", "/x"):
+            assert server.get(path, Host="anywhere.example").json["error"]["code"] == "invalid_api_key", path
+        for odd in ("", "Bearer ", "Bearer é", f"Bearer {SERVE_TOKEN}x", f"Basic {SERVE_TOKEN}", "Bearer None"):
+            assert server.get("/v1/models", Authorization=odd.encode().decode("latin-1")).status == 401, odd
+        with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.images.generate(prompt="a fox")
+        with server.client(api_key=SERVE_TOKEN, base_url=f"http://127.0.0.1:{server.port}/v1") as client:
+            (image,) = client.images.generate(prompt="a fox", response_format="url").data
+        signed = urllib.parse.urlsplit(image.url)
+        assert server.get(f"{signed.path}?{signed.query}").status == 200
+        for odd in (
+            f"{signed.path}?signature=",
+            f"/images/{record['id']}?{signed.query}",
+            f"{signed.path}?signature=é",
+        ):
+            assert server.get(urllib.parse.quote(odd, safe="/?=")).status == 401
+        assert server.get(f"{signed.path.replace('images', 'thumbs')}?{signed.query}").status == 401
+        link = server.get(f"/?token={urllib.parse.quote(SERVE_TOKEN, safe='')}")
+        cookie = link.headers["set-cookie"]
+        assert (link.status, link.headers["location"]) == (303, "/")
+        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and SERVE_TOKEN not in cookie
+        assert server.get("/", Cookie=f"a=b; {cookie.partition(';')[0]}; c=d").status == 200
+        assert server.get("/", Cookie="imagen=é".encode().decode("latin-1")).status == 401
+        assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
+
+
+def test_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -> None:
+    with Tty(box, "serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": SERVE_TOKEN}) as tty:
+        tty.until(lambda drawn: re.search(r"open http\S+\s", drawn) is not None)
+        url = urllib.parse.urlsplit(re.findall(r"open (\S+)", tty.drawn)[0])
+        with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=10)) as link:
+            link.request("GET", f"/?{url.query}")
+            assert link.getresponse().status == 303
+        tty.process.send_signal(signal.SIGINT)
+        assert tty.ended().code == 0
+
+
+def test_another_sites_page_neither_reads_nor_writes(serving: Serving) -> None:
+    for host in ("evil.example", f"evil.example:{serving.port}", "127.0.0.1.evil.example", "", "127.0.0.1:1:2", "::1:"):
+        assert serving.get("/v1/models", Host=host).status == 403, host
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8765"):
+        assert serving.get("/v1/models", Host=host).status == 200, host
+    for origin in ("http://evil.example", "null", "http://localhost", f"http://127.0.0.1:{serving.port}0"):
+        assert serving.make({}, Origin=origin).status == 403, origin
+    assert serving.ask("OPTIONS", "/v1/images/generations", Origin="http://evil.example").status in (403, 405)
+    heard = serving.make({"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}")
+    assert heard.json["error"]["code"] == "moderation_blocked"
+    page, other = serving.get("/"), serving.get("/")
+    policy = page.headers["content-security-policy"]
+    (nonce,) = {*re.findall(r"'nonce-([^']+)'", policy)}
+    assert "default-src 'none'" in policy and f'nonce="{nonce}"'.encode() in page.body and nonce not in str(other)
+    assert [heard.headers["x-content-type-options"] for heard in (page, heard)] == ["nosniff", "nosniff"]
+    assert not any(name.startswith("access-control") for name in (*page.headers, *heard.headers))
+
+
+def test_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
+    for method, path, code in (
+        ("GET", "/v1/images/generations", 405),
+        ("PUT", "/healthz", 405),
+        ("DELETE", f"/images/{uuid.uuid4()}", 404),
+        ("OPTIONS", "/", 405),
+        ("GET", "/v1/images/edits", 404),
+        ("POST", "/v1/images/edits", 404),
+    ):
+        assert serving.ask(method, path).status == code, (method, path)
+    assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
+
+
+SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_a_request_that_is_too_large_or_none_is_told_so(serving: Serving) -> None:
+    large = b'{"prompt": "' + b"x" * (4 << 20)
+    for data, code in (
+        (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
+        (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
+        (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
+        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+        (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
+        (SERVE_HEAD + b"\r\n", 400),
+        (SERVE_HEAD + b"X : y\r\n\r\n", 400),
+        (SERVE_HEAD + b"Content-Length: 4\r\n\r\n[{}]", 400),
+        (SERVE_HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
+        (b"GET http://localhost/ HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/2\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+    ):
+        assert serve_read(serving.raw(data))[:12] == b"HTTP/1.1 %d" % code, data[:200]
+
+
+def test_who_sends_a_byte_a_second_is_cut_off(serving: Serving) -> None:
+    began = time.monotonic()
+    slow = [serving.raw(b"GET / HT"), serving.raw(SERVE_HEAD + b"Content-Length: 90\r\n\r\n{"), serving.raw()]
+    ended = dict[socket.socket, float]()
+    while len(ended) < len(slow):
+        assert time.monotonic() - began < 30
+        for sock in slow:
+            with contextlib.suppress(OSError):
+                sock.send(b"x" if sock is not slow[2] else b"")
+        for sock in select.select([sock for sock in slow if sock not in ended], [], [], 1)[0]:
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(100) == b""
+            ended[sock] = time.monotonic() - began
+    assert [8 < ended[sock] < 14 for sock in (slow[0], slow[2])] == [True, True] and 18 < ended[slow[1]] < 25
+    for sock in slow:
+        sock.close()
+
+
+def serve_malformed(dice: random.Random) -> bytes:
+    """A request with something wrong in it, now and then nothing."""
+    dots = dice.choice(["..", "%2e%2e", "%2E.", "..%2f..", "....//", "%00", "%ff", "\\..\\", "%252e", "é"])
+    path = dice.choice(["/images/", "/thumbs/", "/api/images/", "/api/images?before=", "/?token=", "/v1/", "/", "x"])
+    path += dice.choice([f"{dots}/" * dice.randrange(4) + "etc/passwd", str(uuid.UUID(int=0))[: dice.randrange(37)]])
+    junk = [None, [], {}, -1, 1e999, 10**30, "\ud800", "\0", "../x", "%2e%2e/x", "x" * 999, True, {"a": [{}]}]
+    fields = ["prompt", "n", "size", "model", "seed", "steps", "style", "backend_opts", "quality", "stream"]
+    said = {dice.choice(fields): dice.choice(junk) for _ in range(dice.randrange(1, 5))}
+    body = json.dumps({"prompt": " ", **said}).encode()[: dice.choice([None, None, dice.randrange(60)])]
+    length = dice.choice([len(body)] * 4 + [len(body) + 5, 0, 10**9])
+    post = SERVE_HEAD + f"Content-Length: {length}\r\n\r\n".encode() + body
+    lines = (
+        f"{dice.choice(['GET', 'HEAD', 'PUT', 'get', ''])} {path} HTTP/1.1\r\nHost: localhost:{dice.randrange(9)}\r\n"
+    )
+    lines += dice.choice(
+        ["", "Content-Length: x\r\n", "If-None-Match: *\r\n", ": \r\n", "A: \r b\r\n", "Cookie: =;\r\n"]
+    )
+    whole = dice.choice([post, lines.encode() + b"\r\n"])
+    if dice.random() < 0.3:
+        place = dice.randrange(len(whole))
+        whole = whole[:place] + dice.randbytes(dice.randrange(9)) + whole[place + dice.randrange(3) :]
+    return whole[: dice.choice([None, None, None, dice.randrange(len(whole))])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
+def test_five_thousand_malformed_requests_leave_nothing_behind(box: Box) -> None:
+    serve_plant(box, 3)
+
+    def files() -> set[Path]:
+        return {path for path in box.root.rglob("*") if box.out not in path.parents and "open" not in path.parts}
+
+    before_all = files()
+    with Serving(box, "--parallel", "64") as server:
+
+        def one(seed: int) -> bytes:
+            dice = random.Random(seed)
+            sock = server.raw(serve_malformed(dice))
+            if dice.random() < 0.1:  # gone without a word, half of them with a reset
+                _linger_zero(Wire(sock, threading.Event())) if seed % 2 else None
+                sock.close()
+                return b""
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+            return serve_read(sock)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = collections.Counter(said[:12] for said in pool.map(one, range(1000)))
+            serve_wait(lambda: server.usage()[1] <= 2)
+            before = server.usage()
+            found += collections.Counter(said[:12] for said in pool.map(one, range(1000, 5000)))
+        serve_wait(lambda: server.usage()[1] <= before[1])
+        after = server.usage()
+        assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
+        codes = {code[9:].decode() for code in found if code}
+        assert codes >= {"400", "404", "405", "413"} and not [code for code in codes if code >= "500"], found
+        assert b"root:" not in b"".join(found) and server.get("/healthz").status == 200
+    assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
+    assert len([*box.root.glob(".cache/**/*.webp")]) <= 3  # thumbnails of ids that were hit by chance
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
+def test_two_hundred_connections_at_once_are_all_answered(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    with Serving(box) as server:
+        server.make({})
+        serve_wait(lambda: server.usage()[1] <= 2)  # itself, and its janitor
+        before = server.usage()
+        opened = [server.raw() for _ in range(200)]
+        slow = server.post({"backend_opts": {"delay_s": 1}})
+        for number, sock in enumerate(opened):
+            sock.sendall(
+                b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"/healthz", b"/", b"/api/images")[number % 3]
+            )
+        assert {serve_read(sock)[:15] for sock in opened} == {b"HTTP/1.1 200 OK"}
+        assert serve_read(slow).startswith(b"HTTP/1.1 200")
+        crowd = [server.raw(b"GET") for _ in range(300)]  # more than it takes: the rest are turned away at once
+        assert serve_wait(lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40)
+        for sock in crowd:
+            sock.close()
+        serve_wait(lambda: server.usage()[:2] == before[:2])
+        assert server.get("/healthz").status == 200
+
+
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 def terminal_frames(drawn: str) -> list[str]:
     """Every progress line that was drawn, without its colour."""
@@ -12386,6 +13088,36 @@ def bench_spread(name: str, figures: Sequence[float], limit: float = 0, rule: st
 
 @pytest.mark.bench
 @pytest.mark.timeout(300)
+def test_bench_an_image_over_http(bench: BenchBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Box(bench.root)
+    home.configure(MOCK)
+    for name, value in home.environ.items():
+        monkeypatch.setenv(name, value)
+    config, request = imagen.load_config(""), imagen.Request("a fox", width=64, height=64)
+
+    def in_process() -> float:
+        began = time.perf_counter()
+        plan, run = imagen.prepare(request, config), imagen.Run()
+        imagen.finish(run, imagen.make(plan, config, run))
+        took = time.perf_counter() - began
+        imagen.deliver(run, config)
+        return 1000 * took
+
+    with Serving(home) as server:
+
+        def over_http() -> float:
+            began = time.perf_counter()
+            with server.post({"n": 1}) as sock:
+                assert b"b64_json" in b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            return 1000 * (time.perf_counter() - began)
+
+        inside, outside = bench.medians(300, in_process, over_http)
+    rows = [("make and finish, in process", inside, inside, ""), ("over HTTP", outside, inside + 3, "3 ms more")]
+    bench_report("An image of the mock, 64x64", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
 def test_bench_memory_of_an_upload(bench: BenchBox) -> None:
     def answer(seen: Seen) -> object:
         read = {"GET": [], "PUT": SUPABASE_STORED}
@@ -12545,3 +13277,108 @@ def test_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQueue) ->
             bench_queue.until(worker, f"{job}: done")
         took.append((bench_queue.began(job)[1] - killed) / 1e6)
     bench_report("kill -9, a restart after 1 s", "ms", bench_spread("until the job runs again", took, 1800, "1800"))
+
+
+def test_bench_the_server_beside_pythons_own(bench: BenchBox) -> None:
+    home, folder = Box(bench.root), bench.root / "plain"
+    (record,) = serve_plant(home, 1)
+    image = png(600, 600, pad=1 << 20)
+    Path(record["path"]).write_bytes(image)
+    folder.mkdir()
+    (folder / "image.png").write_bytes(image)
+    with Serving(home) as server, socket.create_server(("127.0.0.1", 0)) as free:
+        (folder / "healthz").write_bytes(server.get("/healthz").body)
+        port = free.getsockname()[1]
+        free.close()
+        plain = subprocess.Popen(
+            [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(folder)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+        def took(port: int, path: str, count: int) -> float:
+            began = time.perf_counter()
+            for _ in range(count):
+                with socket.create_connection(("127.0.0.1", port)) as sock:
+                    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+                    size = len(sock.recv(1 << 20))
+                    while data := sock.recv(1 << 20):
+                        size += len(data)
+                    assert size > (1 << 20 if "ima" in path else 20)
+            return 1000 * (time.perf_counter() - began) / count
+
+        def up() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return True
+            return False
+
+        with plain:
+            serve_wait(up)
+            paths = [("/healthz", "/healthz", 100), (f"/images/{record['id']}", "/image.png", 40)]
+            cases = [lambda a=a, n=n: took(server.port, a, n) for a, _, n in paths]
+            cases += [lambda b=b, n=n: took(port, b, n) for _, b, n in paths]
+            health, picture, plain_health, plain_picture = bench.medians(15, *cases)
+            plain.terminate()
+    rows = [("http.server, as small a file", plain_health, plain_health, "")]
+    rows += [("/healthz", health, plain_health / 0.8, "as fast, by 0.8")]
+    rows += [("http.server, 1 MB", plain_picture, plain_picture, "")]
+    rows += [("/images/<id>, 1 MB", picture, plain_picture / 0.8, "as fast, by 0.8")]
+    bench_report("A request to the server", "ms", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+def test_bench_ten_thousand_images(bench: BenchBox) -> None:
+    home = Box(bench.root)
+    serve_plant(home, 10_000)
+    ledger = home.state / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    figures = dict[int, list[tuple[float, float, float, float]]]()
+    for count in (1, 10_000) * 7:
+        ledger.write_bytes(whole if count > 1 else whole[: whole.index(b"\n") + 1])
+        floor, began = 1000 * bench.run(*bench.floor_b).seconds, time.perf_counter()
+        with Serving(home) as server:
+            ready = time.perf_counter()
+            assert len(server.images()) == min(count, 24)
+            paged = time.perf_counter()
+            peak = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[0]
+            figure = 1000 * (ready - began) - floor, 1000 * (paged - ready), int(peak) / 1024, floor
+            figures.setdefault(count, []).append(figure)
+    (_, _, imports, _), (ready, paged, peak, floor) = (
+        [statistics.median(column) for column in zip(*figures[count], strict=True)] for count in (1, 10_000)
+    )
+    rows = [("B: argparse, json, compile()", floor, floor, ""), ("ready, after B", ready, 60.0, "60 ms")]
+    bench_report("10,000 images", "ms", [*rows, ("first page, after that", paged, 150.0, "150 ms")])
+    rows = [("with one image", imports, imports, ""), ("with 10,000", peak, imports + 12, "12 MB more")]
+    bench_report("10,000 images, peak memory", "MB", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_bench_the_first_screen(bench: BenchBox) -> None:
+    image = pytest.importorskip("PIL.Image")
+    chops, home = importlib.import_module("PIL.ImageChops"), Box(bench.root)
+    records = serve_plant(home, 30)
+
+    def channel() -> Any:
+        """Noise with the spectrum of a photograph: every octave is half as strong as the one below."""
+        layer = image.new("L", (1024, 1024), 128)
+        for octave in range(2, 11):
+            noise = image.effect_noise((1 << octave, 1 << octave), 140 / 2 ** (octave - 2))
+            layer = chops.add(layer, noise.resize((1024, 1024), image.Resampling.BICUBIC), 1, -128)
+        return layer
+
+    for number, record in enumerate(records):
+        record["path"] = str(home.out / f"photo-{number}.png")
+        image.merge("RGB", (luma := channel(), chops.add(luma, channel(), 2), luma)).save(record["path"])
+    (home.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    with Serving(home) as server:
+        said = server.get("/api/images")
+        began = time.perf_counter()
+        thumbs = [len(server.get(f"/thumbs/{about['id']}").body) for about in said.json["images"]]
+        took = 1000 * (time.perf_counter() - began) / len(thumbs)
+        page = len(server.get("/").body) + len(said.body)
+    assert len(thumbs) == 24
+    rows = [("page and list", page / 1000, 1500.0, ""), ("with 24 thumbnails", (page + sum(thumbs)) / 1000, 1500.0, "")]
+    bench_report("First screen", "kB", [*rows[:1], (*rows[1][:3], "1.5 MB")])
+    bench_report("A thumbnail, made", "ms", [("1024x1024", took, took, "")])
