@@ -4530,7 +4530,7 @@ def thumbnail(path: str, image_id: str) -> str:
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
@@ -4588,7 +4588,7 @@ dd { margin: 0 }
 <label>Style<select id="style"><option value="">none</option></select></label>
 <label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto" title="1024x768"></label>
 <label>Images<input id="n" type="number" min="1" max="10" value="1" required></label>
-<label>Seed<input id="seed" type="number" min="0" placeholder="a new one"></label>
+<label>Seed<input id="seed" type="number" min="0" placeholder="random"></label>
 <label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
 <label>Avoid<input id="negative"></label>
 <label>Options<input id="opts" placeholder='{"quality": "low"}'></label></div></details>
@@ -4748,7 +4748,6 @@ async function generate() {
 
 $("form").onsubmit = async event => {
   event.preventDefault()
-  if ($("go").disabled) return
   $("go").disabled = true
   $("bar").hidden = false
   tell("starting …")
@@ -4760,7 +4759,7 @@ const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("de
   copy: () => copy(open.prompt), command: () => copy(command(open)), use: () => fill(open.seed ?? ""),
   again: () => {
     fill("")
-    $("form").requestSubmit()
+    $("go").click()
   } }
 for (const id in clicks) $(id).onclick = clicks[id]
 $("query").oninput = $("filter").onchange = () => load(true)

@@ -8257,6 +8257,400 @@ def test_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name: str) -> 
 # === 17. Queue: the way to Postgres ===
 
 
+# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+AXE = HERE.parent / ".ci-cache/npm/node_modules/axe-core/axe.min.js"
+in_chromium = pytest.mark.xdist_group("chromium")
+
+
+class Chromium:
+    """A headless browser, spoken to in its own protocol over two pipes; it ends when they are closed."""
+
+    def __init__(self) -> None:
+        program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if not program:
+            missing("chromium is not installed")
+        self.profile = tempfile.mkdtemp(prefix="imagen-chromium-")
+        flags = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={self.profile}", "--lang=en-US"]
+        flags += ["--no-first-run", "--no-proxy-server", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        flags += ["--no-sandbox"] if os.geteuid() == 0 else []
+        (theirs, ours), (back, answers) = os.pipe(), os.pipe()
+        shell = f'exec "$@" 3</dev/fd/{theirs} 4>/dev/fd/{answers}'
+        self.process = subprocess.Popen(
+            ["sh", "-c", shell, "sh", str(program), *flags, "about:blank"], pass_fds=(theirs, answers),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self.numbers, self.answers = itertools.count(1), dict[int, Any]()
+        self.events: list[dict[str, Any]] = []
+        self.changed = threading.Condition()
+        self._pipe, self._back = open(ours, "wb", buffering=0), open(back, "rb", buffering=0)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        rest = b""
+        while block := self._back.read(1 << 20):
+            *whole, rest = (rest + block).split(b"\0")
+            with self.changed:
+                for said in map(json.loads, whole):
+                    if "id" in said:
+                        self.answers[said["id"]] = said
+                    else:
+                        self.events.append(said)
+                self.changed.notify_all()
+
+    def __call__(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
+        """One command of https://chromedevtools.github.io/devtools-protocol/, and its result."""
+        number = next(self.numbers)
+        said = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self._pipe.write(json.dumps(said).encode() + b"\0")
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.answers, 30), f"{method}: no answer"
+            answer = self.answers.pop(number)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return dict(answer["result"])
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError, OSError):
+            self("Browser.close")
+        self._pipe.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        self._reader.join(10)
+        self._back.close()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium]:
+    with contextlib.closing(Chromium()) as browser:
+        yield browser
+
+
+class Tab:
+    """A page of `imagen serve`, in a browser profile of its own."""
+
+    def __init__(self, browser: Chromium, address: str, width: int = 1280, height: int = 900, scheme: str = "light"):
+        self.browser, self.address, self.since = browser, address, len(browser.events)
+        self.whose = browser("Target.createBrowserContext")
+        target = browser("Target.createTarget", url="about:blank", **self.whose)["targetId"]
+        self.session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(f"{domain}.enable")
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self("Emulation.setFocusEmulationEnabled", enabled=True)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self("Page.navigate", url=address)
+        self.until("document.readyState === 'complete' && document.querySelector('#backend').value")
+
+    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.browser(method, self.session, **params)
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression (a promise's too), evaluated in the page."""
+        asked = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        said = self("Runtime.evaluate", expression=expression, **asked)
+        assert "exceptionDetails" not in said, said["exceptionDetails"]
+        return said["result"].get("value")
+
+    def until(self, condition: str, timeout: float = 20) -> Any:
+        """Wait until an expression holds; its value."""
+        deadline = time.monotonic() + timeout
+        while not (value := self.js(condition)):
+            assert time.monotonic() < deadline, f"waited in vain for {condition}; {self.text('#said')}"
+            time.sleep(0.02)
+        return value
+
+    def text(self, selector: str) -> str:
+        return str(self.js(f"document.querySelector({selector!r}).textContent"))
+
+    def tiles(self) -> list[str]:
+        return list(self.js("[...document.querySelectorAll('#grid img')].map(img => img.alt)"))
+
+    def click(self, selector: str) -> None:
+        """With the mouse, in the middle of what must be on top there."""
+        x, y = self.until(
+            f"(() => {{ const it = document.querySelector({selector!r}); it.scrollIntoView({{ block: 'nearest' }});"
+            " const at = it.getBoundingClientRect(), x = at.x + at.width / 2, y = at.y + at.height / 2;"
+            " return it.contains(document.elementFromPoint(x, y)) && [x, y] })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector: str, text: str) -> None:
+        """Text in place of what a field has."""
+        self.js(f"document.querySelector({selector!r}).focus(); document.activeElement.select()")
+        self("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        code = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191, "Tab": 9, "Enter": 13}[key]
+        text = {"/": "/", "Enter": "\r"}.get(key, "")
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def choose(self, selector: str, value: str) -> None:
+        choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
+        self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
+
+    def heard(self, *kinds: str) -> list[dict[str, Any]]:
+        """What the browser reported of this page."""
+        with self.browser.changed:
+            events = self.browser.events[self.since :]
+        return [one["params"] for one in events if one.get("sessionId") == self.session and one["method"] in kinds]
+
+    def shot(self, name: str) -> None:
+        """A screenshot, where IMAGEN_SHOTS names a folder for them."""
+        if folder := os.environ.get("IMAGEN_SHOTS"):
+            self.until("[...document.images].every(img => img.complete || img.getBoundingClientRect().y > innerHeight)")
+            data = self("Page.captureScreenshot", format="png")["data"]
+            Path(folder, f"{name}.png").write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self.browser("Target.disposeBrowserContext", **self.whose)
+
+    def check(self) -> None:
+        """Nothing went to the console, and nothing was asked of anybody else."""
+        logged = [one["entry"] for one in self.heard("Log.entryAdded")] + self.heard(
+            "Runtime.exceptionThrown", "Runtime.consoleAPICalled"
+        )
+        asked = [one["request"]["url"] for one in self.heard("Network.requestWillBeSent")]
+        assert logged == []
+        assert asked and [url for url in asked if not url.startswith((self.address, "data:"))] == []
+
+
+class Gallery:
+    """A home with `imagen serve` running in it, and the tabs that look at it."""
+
+    def __init__(self, box: Box, browser: Chromium) -> None:
+        self.box, self.browser, self.tabs, self.quiet = box, browser, list[Tab](), True
+        slow, broken = {"type": "mock", "delay_s": 1.5}, {"type": "mock", "fail": "refused"}
+        box.configure({**MOCK, "slow": slow, "broken": broken, "keyless": {"type": "replicate", "model": "a/b"}})
+
+    def make(self, prompt: str, *flags: str, size: str = "64x64") -> list[str]:
+        """Images from the command line, all of one size; their paths."""
+        done = self.box.run("generate", "--size", size, *flags, "--", prompt)
+        assert done.code == 0, done.err
+        return done.lines
+
+    @functools.cached_property
+    def server(self) -> subprocess.Popen[str]:
+        return self.box.start("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": self.token})
+
+    token = ""
+
+    @functools.cached_property
+    def address(self) -> str:
+        return str(self.server.stdout.readline()).strip()  # type: ignore[union-attr]
+
+    def open(self, tiles: int = 0, **how: Any) -> Tab:
+        """A new tab, once that many tiles are there."""
+        tab = Tab(self.browser, self.address, **how)
+        self.tabs.append(tab)
+        tab.until(f"document.querySelectorAll('#grid img').length >= {tiles}")
+        return tab
+
+    def close(self) -> None:
+        for tab in self.tabs:
+            tab.close()
+        self.server.terminate()
+        out, err = self.server.communicate(timeout=30)
+        assert (self.server.returncode, out) == (0, ""), err
+
+
+@pytest.fixture
+def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
+    """Every test ends with a look at what the browser reported."""
+    with contextlib.closing(Gallery(box, chromium)) as gallery:
+        yield gallery
+        for tab in gallery.tabs:
+            tab.check()
+
+
+def test_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
+    assert len(imagen.PAGE.encode()) <= 12 << 10
+    assert max(map(len, imagen.PAGE.splitlines())) <= 120
+    assert not re.findall(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE)
+
+
+@in_chromium
+def test_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_the_scroll(gallery: Gallery) -> None:
+    gallery.make("a fox", "-n", "27")
+    gallery.make("a wide hill", size="192x64")
+    gallery.make("a tall tower", "-n", "2", size="64x128")
+    tab = gallery.open(24, height=400)
+    asked = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
+    assert (len(tab.tiles()), tab.js(asked)) == (24, 1)
+    assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("document.querySelectorAll('#grid img').length === 30")
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.loading === 'lazy' && img.complete)")
+    sizes = tab.js(
+        "[...document.querySelectorAll('#grid img')].map(img => [img.clientWidth, img.clientHeight,"
+        " img.naturalWidth / img.naturalHeight])"
+    )
+    assert {round(ratio, 1) for _, _, ratio in sizes} == {0.5, 1.0, 3.0}
+    assert [one for one in sizes if abs(one[0] / one[1] / one[2] - 1) > 0.03] == []
+    assert tab.js(asked) == 2
+
+
+@in_chromium
+def test_the_search_and_the_filter_leave_what_fits(gallery: Gallery) -> None:
+    gallery.make("a red fox", "-n", "2")
+    gallery.make("a blue whale", "-b", "slow")
+    tab = gallery.open(3)
+    tab.type("#query", "FOX red")
+    tab.until("document.querySelectorAll('#grid img').length === 2")
+    assert tab.tiles() == ["a red fox"] * 2
+    tab.type("#query", "giraffe")
+    assert tab.until("document.querySelector('#none').textContent") == "Nothing found." and tab.tiles() == []
+    tab.press("Escape")
+    tab.until("document.querySelectorAll('#grid img').length === 3")
+    tab.choose("#filter", "slow")
+    tab.until("document.querySelectorAll('#grid img').length === 1")
+    assert tab.tiles() == ["a blue whale"] and tab.text("#none") == ""
+
+
+@in_chromium
+def test_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
+    for prompt in ("one", "two", "three"):
+        gallery.make(prompt)
+    tab = gallery.open(3)
+    tab.press("/")
+    assert tab.js("document.activeElement.id") == "query" and tab.js("document.activeElement.value") == ""
+    tab.js("document.querySelector('#prompt').focus()")
+    tab.press("/")
+    assert tab.js("document.querySelector('#prompt').value") == "/"
+    tab.js("document.querySelector('#grid button').focus()")
+    tab.press("Enter")
+    tab.until("document.querySelector('#detail').open")
+    shown = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "/"):
+        tab.press(key)
+        shown.append(tab.text("#text"))
+    assert shown == ["two", "one", "one", "two", "two"] and tab.js("document.querySelector('#detail').open")
+    tab.press("Escape")
+    tab.until("!document.querySelector('#detail').open")
+    assert tab.js("document.activeElement.firstChild.alt") == "three"  # where it was opened
+
+
+@in_chromium
+def test_the_form_makes_images_shows_how_far_they_are_and_puts_them_first(gallery: Gallery) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    assert tab.js("document.querySelector('#backend').value") == "mock"  # the default one
+    tab.type("#prompt", "two new foxes")
+    for field, value in {"#size": "96x64", "#n": "2", "#seed": "41"}.items():
+        tab.type(field, value)
+    tab.choose("#backend", "slow")
+    tab.choose("#style", "ink")
+    tab.click("#go")
+    far = tab.until("document.querySelector('#bar').value > 0.1 && document.querySelector('#bar').value")
+    assert (
+        0.1 < far < 1
+        and tab.text("#said") == "drawing … 0 of 2 done"
+        and tab.js("document.querySelector('#go').disabled")
+    )
+    tab.until("document.querySelector('#said').textContent === 'Done.'")
+    assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
+    assert tab.js("document.querySelector('#bar').hidden && !document.querySelector('#go').disabled")
+    made = [entry["sidecar"] for entry in gallery.box.ledger()[1:]]
+    assert {(one["seed"], one["style"], one["backend"], one["width"], one["height"]) for one in made} == {
+        (41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)
+    }  # fmt: skip
+    tab.js("document.querySelector('#query').dispatchEvent(new Event('input'))")  # nothing twice
+    tab.until("document.querySelectorAll('#grid img').length === 3")
+
+
+@in_chromium
+def test_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> None:
+    said = 'it\'s -n "5" $HOME,\n  größe'
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a 'cat'", "--opt", "delay_s=0.01", "--seed", "7")
+    (path,) = gallery.make(said, *flags, "-b", "mock", size="80x64")
+    about = gallery.box.sidecar(path)
+    tab = gallery.open(1)
+    gallery.browser(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"], **tab.whose
+    )
+    tab.click("#grid button")
+    rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
+    facts = dict(tab.js(rows))
+    made = facts.pop("Made")
+    assert str(datetime.fromisoformat(about["timestamp"]).year) in made
+    assert facts == {
+        "Backend": "mock", "Model": "mock", "Size": "80 × 64", "Seed": "7", "Style": "ink", "Cost": "$0",
+        "Avoided": about["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(about["ignored"]),
+        "Took": f"{about['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
+    }  # fmt: skip
+    assert (tab.text("#text"), tab.js("document.querySelector('#big').alt")) == (said, said)
+    tab.click("#copy")
+    tab.until("document.querySelector('#told').textContent === 'Copied.'")
+    assert tab.js("navigator.clipboard.readText()") == said
+    tab.click("#command")
+    command = tab.until("navigator.clipboard.readText().then(text => text.startsWith('imagen ') && text)")
+    program = shlex.join((sys.executable, str(HERE)))
+    shell = f'imagen() {{ {program} "$@"; }}; {command}'
+    again = subprocess.run(["sh", "-c", shell], env=gallery.box.environ, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    second = gallery.box.sidecar(again.stdout.strip())
+    volatile = {"image_id", "timestamp", "latency_ms"}
+    assert {key: value for key, value in second.items() if key not in volatile} == {
+        key: value for key, value in about.items() if key not in volatile
+    }
+    folder = gallery.box.root / "downloads"
+    gallery.browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose)
+    tab.click("#save")
+    preview_wait(lambda: (folder / Path(path).name).exists())
+    assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
+
+
+@in_chromium
+def test_settings_can_be_used_again_and_an_image_made_again_with_a_new_seed(gallery: Gallery) -> None:
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a cat", "--opt", "delay_s=0.01", "--seed", "0")
+    gallery.make("a fox", *flags)
+    tab = gallery.open(1)
+    tab.type("#n", "3")
+    tab.click("#grid button")
+    tab.click("#use")
+    names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
+    fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
+    assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
+    assert tab.js("!document.querySelector('#detail').open && document.activeElement.id") == "prompt"
+    tab.click("#grid button")
+    tab.click("#again")
+    tab.until("document.querySelectorAll('#grid img').length === 2")
+    first, second = (entry["sidecar"] for entry in gallery.box.ledger())
+    same = ("prompt", "style", "styled_prompt", "negative_prompt", "backend", "requested", "ignored")
+    assert {key: second[key] for key in same} == {key: first[key] for key in same}
+    assert first["seed"] == 0 != second["seed"]
+
+
+@in_chromium
+def test_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
+    tab = gallery.open()
+    assert tab.until("document.querySelector('#none').textContent") == "No images yet."
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "broken")
+    tab.click("#go")
+    tab.until("document.querySelector('#said').className === 'error'")
+    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    assert "REPLICATE_API_TOKEN" in tab.until("document.querySelector('#said').innerText.split('\\n')[1]")
+    gallery.expected = ["Failed to load resource"]
+    tab.choose("#backend", "mock")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("document.querySelectorAll('#grid img').length === 1")
+    assert tab.js("document.querySelector('#said').className") == ""
+
+
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 def terminal_frames(drawn: str) -> list[str]:
     """Every progress line that was drawn, without its colour."""
