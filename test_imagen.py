@@ -48,7 +48,9 @@ import time
 import tomllib
 import types
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8335,7 +8337,9 @@ def chromium() -> Iterator[Chromium]:
 class Tab:
     """A page of `imagen serve`, in a browser profile of its own."""
 
-    def __init__(self, browser: Chromium, address: str, width: int = 1280, height: int = 900, scheme: str = "light"):
+    def __init__(
+        self, browser: Chromium, address: str, at: str, width: int = 1280, height: int = 900, scheme: str = "light"
+    ) -> None:
         self.browser, self.address, self.since = browser, address, len(browser.events)
         self.whose = browser("Target.createBrowserContext")
         target = browser("Target.createTarget", url="about:blank", **self.whose)["targetId"]
@@ -8345,7 +8349,7 @@ class Tab:
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self("Emulation.setFocusEmulationEnabled", enabled=True)
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self("Page.navigate", url=address)
+        self("Page.navigate", url=at)
         self.until("document.readyState === 'complete' && document.querySelector('#backend').value")
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
@@ -8424,11 +8428,20 @@ class Tab:
         assert asked and [url for url in asked if not url.startswith((self.address, "data:"))] == []
 
 
+PICTURES = {
+    "a red fox in the snow": "640x640",
+    "a lighthouse at dusk, long exposure, heavy sea": "960x540",
+    "a portrait of an old sailor": "512x768",
+    "a wide panorama of the Alps": "1200x400",
+    "Größe: drei Füchse": "800x600",
+}
+
+
 class Gallery:
     """A home with `imagen serve` running in it, and the tabs that look at it."""
 
     def __init__(self, box: Box, browser: Chromium) -> None:
-        self.box, self.browser, self.tabs, self.quiet = box, browser, list[Tab](), True
+        self.box, self.browser, self.tabs, self.token = box, browser, list[Tab](), ""
         slow, broken = {"type": "mock", "delay_s": 1.5}, {"type": "mock", "fail": "refused"}
         box.configure({**MOCK, "slow": slow, "broken": broken, "keyless": {"type": "replicate", "model": "a/b"}})
 
@@ -8442,15 +8455,13 @@ class Gallery:
     def server(self) -> subprocess.Popen[str]:
         return self.box.start("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": self.token})
 
-    token = ""
-
     @functools.cached_property
     def address(self) -> str:
         return str(self.server.stdout.readline()).strip()  # type: ignore[union-attr]
 
-    def open(self, tiles: int = 0, **how: Any) -> Tab:
+    def open(self, tiles: int = 0, at: str = "", **how: Any) -> Tab:
         """A new tab, once that many tiles are there."""
-        tab = Tab(self.browser, self.address, **how)
+        tab = Tab(self.browser, self.address, at or self.address, **how)
         self.tabs.append(tab)
         tab.until(f"document.querySelectorAll('#grid img').length >= {tiles}")
         return tab
@@ -8643,12 +8654,127 @@ def test_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) 
     tab.choose("#backend", "keyless")
     tab.click("#go")
     assert "REPLICATE_API_TOKEN" in tab.until("document.querySelector('#said').innerText.split('\\n')[1]")
-    gallery.expected = ["Failed to load resource"]
     tab.choose("#backend", "mock")
     tab.type("#size", "64x64")
     tab.click("#go")
     tab.until("document.querySelectorAll('#grid img').length === 1")
     assert tab.js("document.querySelector('#said').className") == ""
+
+
+@in_chromium
+def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
+    tab = gallery.open()
+    tab.until("document.querySelector('#none').textContent")
+    gallery.server.terminate()
+    gallery.server.wait(30)
+    tab.type("#prompt", "a fox")
+    tab.click("#go")
+    tab.until("document.querySelector('#said').className === 'error'")
+    assert tab.text("#said").strip() == "The server does not answer."
+    (logged,) = tab.heard("Log.entryAdded")  # by the browser, not by us
+    assert "ERR_CONNECTION_REFUSED" in logged["entry"]["text"]
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_not_run(gallery: Gallery) -> None:
+    evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
+    gallery.make(evil)
+    tab = gallery.open(1)
+    tab.click("#grid button")
+    assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
+    tab.click("#again")
+    tab.until("document.querySelectorAll('#grid img').length === 2")
+    assert tab.js("window.ran") is None and tab.js("document.querySelectorAll('script, b').length") == 1
+    tab.check()
+    tab.js(
+        "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }),"
+        " Object.assign(document.createElement('img'), { src: 'http://127.0.0.1:9/' }))"
+    )
+    tab.js("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    assert tab.js("window.ran") is None
+    refused = {word for one in tab.heard("Log.entryAdded") for word in re.findall(r"\w+-src", one["entry"]["text"])}
+    assert refused >= {"script-src", "img-src", "connect-src"}
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_phone_scrolls_down_only(gallery: Gallery) -> None:
+    gallery.make("a-word-that-never-ends-" * 12)
+    gallery.make("a wide hill", size="640x64")
+    tab = gallery.open(2, width=390, height=844)
+    fits = "document.documentElement.scrollWidth <= 390 && document.querySelector('#detail').scrollWidth <= 390"
+    assert tab.js(fits) and tab.js("!document.querySelector('#settings').open")
+    tab.click("summary")
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("document.querySelector('#said').className === 'error'")
+    assert tab.js(fits)
+    for tile in ("#grid button:nth-child(2)", "#grid button"):
+        tab.click(tile)
+        tab.until("document.querySelector('#big').complete")
+        assert tab.js(fits)
+        heights = "[...document.querySelectorAll('#detail button')].map(one => one.getBoundingClientRect().height)"
+        assert min(tab.js(heights)) >= 24
+        tab.click("#close")
+
+
+@in_chromium
+def test_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gallery) -> None:
+    gallery.make("a fox")
+    gallery.token = "a-token-of-the-tests"
+    plain = gallery.address
+    link = next(line.split()[1] for line in gallery.server.stderr if line.startswith("open "))  # type: ignore[union-attr]
+    assert link == f"{plain}?token={gallery.token}"
+    tab = gallery.open(1, at=link)
+    assert (tab.js("location.href"), tab.js("document.cookie")) == (plain, "")
+    tab.type("#prompt", "another fox")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("document.querySelectorAll('#grid img').length === 2")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.naturalWidth)")
+    (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
+    assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (True, "Strict", False)
+    for path in ("", "api/images", "?token=wrong"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as turned:
+            urllib.request.urlopen(plain + path, timeout=10)
+        turned.value.close()
+
+
+@in_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, width: int) -> None:
+    if not AXE.exists():
+        missing("axe-core is not installed")
+    for prompt, size in PICTURES.items():
+        gallery.make(prompt, "-n", "3", size=size)
+    tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
+    tab.js(AXE.read_text() + "; 0")
+
+    def complaints(where: str) -> list[str]:
+        tab.shot(f"{scheme}-{width}-{where}")
+        found = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+        assert found["passes"], "axe looked at nothing"
+        return [f"{where}: {one['id']}: {node['html']}" for one in found["violations"] for node in one["nodes"]]
+
+    found = complaints("gallery")
+    tab.js("document.querySelector('#settings').open = true")
+    tab.choose("#backend", "slow")
+    tab.type("#prompt", "a slow fox")
+    tab.click("#go")
+    tab.until("document.querySelector('#bar').value > 0.3")
+    found += complaints("form")
+    tab.until("!document.querySelector('#go').disabled")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("document.querySelector('#said').className === 'error'")
+    found += complaints("error")
+    tab.click("#grid button:nth-child(2)")
+    tab.until("document.querySelector('#big').complete")
+    found += complaints("detail")
+    assert found == []
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
