@@ -4535,14 +4535,14 @@ PAGE = r"""<!doctype html>
 <style nonce="NONCE">
 :root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
   --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#cfc9be, #45413c);
-  --accent: light-dark(#8a3b12, #f0a472); --tall: 15rem; accent-color: var(--accent) }
+  --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
 * { box-sizing: border-box; overflow-wrap: anywhere }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
   padding: .6rem 1rem; background: var(--paper); border-bottom: 1px solid var(--line) }
 h1 { font-size: 1.1rem; margin: 0 }
 #query { flex: 1 }
-#filter { max-width: 34vw }
+#filter { max-width: 36vw }
 #bar, #said { flex: 1 0 100%; margin: 0; white-space: pre-line }
 .error { color: light-dark(#a11212, #ff9c91) }
 input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card); padding: .35rem .6rem;
@@ -4560,7 +4560,8 @@ textarea { resize: vertical }
 main { padding: 0 1rem 1rem }
 #grid { display: flex; flex-wrap: wrap; gap: .6rem }
 #grid::after { content: ""; flex: 1e9 }
-#grid button { flex: var(--ratio) 1 calc(var(--ratio) * var(--tall)); padding: 0; border: 0; background: var(--line) }
+#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide); padding: 0; border: 0;
+  max-width: calc(1.6 * var(--wide)) }
 #grid img { display: block; width: 100%; aspect-ratio: var(--ratio); object-fit: cover; border-radius: .4rem }
 dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem }
@@ -4578,7 +4579,7 @@ dd { margin: 0 }
 }
 </style>
 <header><h1>ImaGen</h1>
-<input id="query" type="search" placeholder="Search ( / )" aria-label="Search prompts">
+<input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
 <select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
 <progress id="bar" max="1" aria-label="Progress" hidden></progress><p id="said" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
@@ -4591,7 +4592,7 @@ dd { margin: 0 }
 <label>Seed<input id="seed" type="number" min="0" placeholder="random"></label>
 <label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
 <label>Avoid<input id="negative"></label>
-<label>Options<input id="opts" placeholder='{"quality": "low"}'></label></div></details>
+<label>Options (JSON)<input id="opts"></label></div></details>
 <div><button class="main" id="go">Make it</button></div></form>
 <main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
 <dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt=""><div><p id="text"></p>
@@ -5677,28 +5678,34 @@ description: Make an image from a prompt with ImaGen. Use when the user asks for
 ---
 # /imagine PROMPT
 
-Run, and give it time (an image may take minutes):
+Run this with the user's words in place of PROMPT, and give it time: an image may take minutes. Behind `<<'END'` no
+letter of the prompt means anything to the shell.
 
-    COMMAND generate "PROMPT" --json -q
+    COMMAND generate - --json -q <<'END'
+    PROMPT
+    END
 
-- Add only what the user asked for: `--size 1536x1024`, `--style NAME` (`COMMAND styles`), `-n 4`, `--seed 7`,
-  `--negative "TEXT"`, `-b BACKEND` (`COMMAND backends`). Another backend may cost money: that is the user's choice.
-- "The same, but …": `--like last`, and the flags that change.
-- stdout is one JSON document: show each `images[].path` to the user; never read image bytes into the conversation.
+- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists them), `-n 4`,
+  `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them). Another backend may cost money:
+  that is the user's choice, also after an error.
+- "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
+- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error` with `message`, `hint`
+  and `charged`. Show each `images[].path` to the user; never read image bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
 |---|---|
 | 0 | show the images |
+| 1, 11 | report it; again only if the user says so, and only where `error.charged` is `no` |
 | 2 | mend the request by `error.message` and `error.hint`, once |
-| 3 | tell the user which key or setting is missing |
-| 4, 7 | wait a minute, try once more |
+| 3 | tell the user which key or setting is missing or wrong |
+| 4, 7 | nothing was charged: wait a minute, try once more |
 | 5 | **never repeat**: it was refused; offer other words |
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
-| 9 | show those made, say what went wrong |
-| 10 | **never repeat**: it may have been charged; `COMMAND recover ID`, the id stands in `error.hint` |
-| 1, 11, 130 | report it; again only if the user says so, and only where `error.charged` is `no` |
+| 9 | show those made, say what went wrong, ask before making the rest |
+| 10 | **never repeat**: it may have been charged; `error.hint` has the `recover` command, report what it says |
+| 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 
 
@@ -5707,7 +5714,8 @@ def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
     """print a SKILL.md, for an /imagine command in a chat"""
     import shlex
 
-    text = SKILL.replace("COMMAND", shlex.join(("python3", os.path.abspath(__file__)))).rstrip()
+    command_line = shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
+    text = SKILL.replace("COMMAND", command_line).rstrip()
     return terminal.result({"text": text}, text)
 
 

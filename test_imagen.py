@@ -43,6 +43,7 @@ import symtable
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tomllib
@@ -8484,7 +8485,7 @@ def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
 
 
 def test_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
-    assert len(imagen.PAGE.encode()) <= 12 << 10
+    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 12 << 10
     assert max(map(len, imagen.PAGE.splitlines())) <= 120
     assert not re.findall(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE)
 
@@ -8743,13 +8744,12 @@ def test_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gallery) -
 
 
 @in_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, width: int) -> None:
     if not AXE.exists():
         missing("axe-core is not installed")
     for prompt, size in PICTURES.items():
-        gallery.make(prompt, "-n", "3", size=size)
+        gallery.make(prompt, "-n", "2", size=size)
     tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
     tab.js(AXE.read_text() + "; 0")
 
@@ -8775,6 +8775,71 @@ def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, widt
     tab.until("document.querySelector('#big').complete")
     found += complaints("detail")
     assert found == []
+
+
+def test_the_skill_names_every_exit_code_and_its_commands_run_as_written(box: Box, tmp_path: Path) -> None:
+    import yaml
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(HERE, folder)
+    own = shlex.join((sys.executable, str(folder / "imagen.py")))
+
+    def shell(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", command, *more], env=box.environ, capture_output=True, text=True, timeout=60)
+
+    skill = shell(f"{own} skill").stdout
+    _, head, text = skill.split("---\n", 2)
+    assert set(about := yaml.safe_load(head)) == {"name", "description"} and about["name"] == "imagine"
+    assert "/imagine" in about["description"]
+    rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
+    advice = {int(code): said for codes, said in rows for code in codes.split(", ")}
+    assert advice.keys() == {0, *EXIT_CODES.values()}
+    assert {code for code, said in advice.items() if "never repeat" in said} == {5, 6, 10}
+
+    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
+    block = textwrap.dedent(block)
+    prompt = 'it\'s "$HOME" `id` -n größe'
+    made = shell(block.replace("PROMPT", prompt))
+    answer = json.loads(made.stdout)
+    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
+    assert answer["images"][0]["prompt"] == prompt and Path(answer["images"][0]["path"]).exists()
+    flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
+    assert len(flags) == 6
+    for more in flags:
+        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
+    commands = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
+    assert [word.removeprefix(own).split()[0] for word in commands] == ["styles", "backends", "generate", "recover"]
+    for command in commands:
+        assert (done := shell(command)).returncode == 0, done.stderr
+
+    for name in ("refused", "unknown"):
+        failed = json.loads(shell(block.replace("-q", f"-q -b mock --opt fail={name}")).stdout)
+        assert failed["ok"] is False and {"message", "hint", "charged"} <= failed["error"].keys()
+
+
+def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) -> None:
+    section = readme[readme.index("## The server and its gallery") : readme.index("## Your own backend")]
+    (curl,) = (block for block in readme_blocks(section, "sh") if block.startswith("curl "))
+    with box.start("serve", "--port", "0") as server:
+        try:
+            address = server.stdout.readline().strip().rstrip("/")  # type: ignore[union-attr]
+            words = shlex.split(curl.replace("\\\n", ""))
+            url, body = words[2].replace("http://127.0.0.1:8765", address), words[words.index("-d") + 1].encode()
+            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                link = json.load(answer)["data"][0]["url"]
+            with urllib.request.urlopen(link, timeout=30) as image:
+                assert image.read(8) == b"\x89PNG\r\n\x1a\n"
+            if importlib.util.find_spec("openai") is None:
+                missing("openai is not installed")
+            (program,) = readme_blocks(section, "python")
+            program = program.replace("http://127.0.0.1:8765", address)
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+            assert [line.split()[:2] for line in done.stdout.splitlines()] == [["7", "0.0"], ["8", "0.0"]], done.stderr
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
