@@ -5704,7 +5704,7 @@ letter of the prompt means anything to the shell.
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
-| 10 | **never repeat**: it may have been charged; `error.hint` has the `recover` command, report what it says |
+| 10 | **never repeat**: it may have been charged; `COMMAND recover ID` tells (`error.hint` has the id) |
 | 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 
