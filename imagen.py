@@ -4649,151 +4649,259 @@ def thumbnail(path: str, image_id: str) -> str:
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
-  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#d9d4cb, #3a3733);
-  --accent: light-dark(#8a3b12, #f0a472) }
-* { box-sizing: border-box } [hidden] { display: none !important }
+  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#cfc9be, #45413c);
+  --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
+* { box-sizing: border-box; overflow-wrap: anywhere }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; background: var(--paper); border-bottom: 1px solid var(--line);
-  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .6rem 1rem }
-h1 { font-size: 1.1rem; margin: 0 } #query { flex: 1; min-width: 8rem }
-input, select, button, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: .4rem; padding: .35rem .6rem } button { cursor: pointer } button.main { background: var(--accent);
-  color: var(--paper); border-color: var(--accent) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-form { display: grid; gap: .6rem; padding: 1rem; border-bottom: 1px solid var(--line); max-width: 60rem }
-form div { display: flex; flex-wrap: wrap; gap: .6rem }
-label { display: grid; font-size: .85rem; color: var(--soft); gap: .15rem }
-textarea { width: 100%; min-height: 4rem; resize: vertical } #size, #seed { width: 8rem } #n { width: 4.5rem }
-progress { width: 100%; accent-color: var(--accent) } #said:not(:empty) { padding: .2rem 0 }
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
+  padding: .6rem 1rem; background: var(--paper); border-bottom: 1px solid var(--line) }
+h1 { font-size: 1.1rem; margin: 0 }
+#query { flex: 1 }
+#filter { max-width: 36vw }
+#bar, #said { flex: 1 0 100%; margin: 0; white-space: pre-line }
 .error { color: light-dark(#a11212, #ff9c91) }
-main { display: flex; flex-wrap: wrap; gap: .6rem; padding: 1rem } main::after { content: ""; flex: 1e9 }
-main button { padding: 0; border: 0; overflow: hidden; height: 15rem; background: var(--line) }
-main img { display: block; width: 100%; height: 100%; object-fit: cover }
-dialog { width: min(72rem, 96vw); max-height: 94vh; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem; padding: 1rem } dialog::backdrop { background: #000a }
-#big { display: block; max-width: 100%; max-height: 60vh; margin: 0 auto .8rem } #text { white-space: pre-wrap }
+input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card); padding: .35rem .6rem;
+  border: 1px solid var(--line); border-radius: .4rem; min-width: 0; text-decoration: none }
+button, summary { cursor: pointer }
+button:disabled { opacity: .6 }
+.main { background: var(--accent); color: var(--paper) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+form { display: grid; gap: .6rem; padding: 1rem }
+label { display: grid; gap: .15rem; font-size: .85rem; color: var(--soft) }
+label > * { font-size: 1rem; color: var(--ink) }
+textarea { resize: vertical }
+#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem; margin-top: .4rem }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+main { padding: 0 1rem 1rem }
+#grid { display: flex; flex-wrap: wrap; gap: .6rem }
+#grid::after { content: ""; flex: 1e9 }
+#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide); padding: 0; border: 0;
+  max-width: calc(1.6 * var(--wide)) }
+#grid img { display: block; width: 100%; aspect-ratio: var(--ratio); object-fit: cover; border-radius: .4rem }
+dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem }
+dialog[open] { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
+dialog > div { flex: 2 1 18rem }
+dialog::backdrop { background: #000b }
+#big { flex: 3 1 20rem; min-width: 0; height: auto; max-height: 88vh; object-fit: contain }
+#text { margin: 0 0 1rem; white-space: pre-wrap }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem }
 dt { color: var(--soft) }
-dd { margin: 0; overflow-wrap: anywhere } .row { display: flex; flex-wrap: wrap; gap: .5rem } #more { height: 1px }
-a.button { border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .6rem; color: inherit;
-  text-decoration: none }
-@media (max-width: 40rem) { main { gap: .3rem; padding: .3rem } main button { height: 9rem } }
+dd { margin: 0 }
+@media (max-width: 50rem) {
+  :root { --tall: 8rem }
+  #big { max-height: 55vh }
+}
 </style>
 <header><h1>ImaGen</h1>
-<input id="query" type="search" placeholder="Search prompts ( / )" aria-label="Search prompts">
-<select id="filter" aria-label="Backend"><option value="">all backends</option></select></header>
+<input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
+<select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
+<progress id="bar" max="1" aria-label="Progress" hidden></progress><p id="said" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
-<label>Prompt<textarea id="prompt" required maxlength="32000"></textarea></label>
-<div><label>Backend<select id="backend"></select></label>
+<label>Prompt<textarea id="prompt" required></textarea></label>
+<details id="settings"><summary>Settings</summary><div id="fields">
+<label>Backend<select id="backend"></select></label>
 <label>Style<select id="style"><option value="">none</option></select></label>
-<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto"></label>
-<label>Images<input id="n" type="number" min="1" max="10" value="1"></label>
-<label>Seed<input id="seed" inputmode="numeric" pattern="\d*" placeholder="any"></label></div>
-<div class="row"><button class="main" id="go">Make it</button></div>
-<progress id="bar" max="1" aria-label="Progress" hidden></progress><div id="said" role="status"></div></form>
-<main id="grid" aria-label="Images"></main><p id="none" hidden>Nothing here yet.</p><div id="more"></div>
-<dialog id="detail" aria-label="Image"><img id="big" alt=""><p id="text"></p><dl id="facts"></dl>
-<div class="row"><button id="copy">Copy prompt</button><button id="command">Copy command</button>
-<a id="save" class="button">Download</a><button id="again" class="main">Again with a new seed</button>
-<button id="use">Use these settings</button><button id="close">Close</button></div></dialog>
+<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto" title="1024x768"></label>
+<label>Images<input id="n" type="number" min="1" max="10" value="1" required></label>
+<label>Seed<input id="seed" type="number" min="0" placeholder="random"></label>
+<label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
+<label>Avoid<input id="negative"></label>
+<label>Options (JSON)<input id="opts"></label></div></details>
+<div><button class="main" id="go">Make it</button></div></form>
+<main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
+<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt=""><div><p id="text"></p>
+<div class="row"><button id="newer" aria-label="Newer">←</button><button id="older" aria-label="Older">→
+</button><button id="close">Close</button><button id="again" class="main">Again with a new seed</button>
+<button id="use">Use these settings</button><button id="copy">Copy prompt</button>
+<button id="command">Copy command line</button><a id="save">Download</a></div>
+<p id="told" role="status"></p><dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
-const $ = id => document.getElementById(id), grid = $("grid"), images = []
-let next = "", loading = false, open = -1, generation = 0
-const tell = (text, bad) => { $("said").textContent = text; $("said").className = bad ? "error" : "" }
-const get = async path => { const answer = await fetch(path), said = await answer.json()
-  if (!answer.ok) throw Error(said.error.message); return said }
-const option = (list, value) => list.append(new Option(value, value))
+const $ = id => document.getElementById(id), write = (id, text) => { $(id).textContent = text }
+const make = (name, more) => Object.assign(document.createElement(name), more)
+let images = [], next = "", loading = false, round = 0, open
+
+function tell(text, look = "") {
+  if ($("said").textContent !== text) write("said", text)
+  $("said").className = look
+  $("said").hidden = false
+}
+const complain = problem => tell(problem.message + "\n" + (problem.hint || ""), "error")
+
+async function get(path, how) {
+  const answer = await fetch(path, how).catch(() => { throw Error("The server does not answer.") })
+  if (!answer.ok) throw (await answer.json()).error
+  return how ? answer : answer.json()
+}
+
 function tile(image, first) {
-  const button = document.createElement("button"), img = document.createElement("img")
-  img.src = "/thumbs/" + image.id; img.alt = image.prompt; img.loading = "lazy"
-  img.width = image.width; img.height = image.height
-  const ratio = Math.min(4, Math.max(.25, image.width / image.height || 1))
-  button.style.flexGrow = ratio; button.style.aspectRatio = ratio
-  button.append(img); button.onclick = () => show(images.indexOf(image))
-  if (first) { images.unshift(image); grid.prepend(button) } else { images.push(image); grid.append(button) } }
+  if (images.some(one => one.id === image.id)) return
+  const button = make("button", { onclick: () => show(image) })
+  const img = make("img", { loading: "lazy", alt: image.prompt })
+  button.style.setProperty("--ratio", Math.max(.3, image.width / image.height))
+  if (image.there) img.src = "/thumbs/" + image.id
+  button.append(img)
+  $("grid")[first ? "prepend" : "append"](button)
+  images[first ? "unshift" : "push"](image)
+}
+
 async function load(fresh) {
-  if (loading && !fresh) return
-  const mine = fresh ? ++generation : generation
-  if (fresh) { next = ""; images.length = 0; grid.replaceChildren() } else if (next === null) return
+  if (!fresh && (loading || !next)) return
+  const mine = fresh ? ++round : round
+  const wanted = { query: $("query").value, backend: $("filter").value, before: fresh ? "" : next }
   loading = true
   try {
-    const wanted = { query: $("query").value, backend: $("filter").value, before: next }
     const said = await get("/api/images?" + new URLSearchParams(wanted))
-    if (mine !== generation) return
-    said.images.forEach(image => tile(image)); next = said.next; $("none").hidden = images.length > 0
-  } catch (problem) { tell(problem.message, true); next = null } finally { if (mine === generation) loading = false }
-  if (next && $("more").getBoundingClientRect().top < innerHeight + 600) load() }
-const quoted = text => "'" + String(text).replaceAll("'", "'\\''") + "'"
-function show(index) {
-  const image = images[index]; if (!image) return
-  open = index; $("big").src = "/images/" + image.id; $("big").alt = image.prompt; $("text").textContent = image.prompt
-  const asked = image.requested || {}, cost = image.cost_usd_estimate
-  const facts = { Backend: [image.backend, image.model].filter(Boolean).join(", "),
-    Size: image.width + " × " + image.height, Seed: image.seed,
-    Style: image.style, Not: image.negative_prompt, Steps: image.steps, Cost: cost == null ? "unknown" : "$" + cost,
-    Took: image.latency_ms == null ? null : (image.latency_ms / 1000).toFixed(1) + " s",
-    Made: new Date(image.timestamp).toLocaleString(),
-    Cloud: image.cloud ? image.storage_path : "not there", File: image.path }
+    if (mine !== round) return
+    if (fresh) {
+      images = []
+      $("grid").replaceChildren()
+    }
+    said.images.forEach(image => tile(image))
+    next = said.next
+    write("none", images.length ? "" : wanted.query || wanted.backend ? "Nothing found." : "No images yet.")
+  } catch (problem) {
+    next = null
+    complain(problem)
+  }
+  loading = false
+  if ($("more").getBoundingClientRect().top < innerHeight + 600) load()
+}
+
+const filled = facts => Object.entries(facts).filter(([, value]) => (value ?? "") !== "")
+const optioned = ({ requested }) => requested.backend_opts ? JSON.stringify(requested.backend_opts) : ""
+const sized = ({ requested }) => requested.width ? requested.width + "x" + requested.height : ""
+
+function show(image) {
+  open = image
+  const cost = image.cost_usd_estimate, took = image.latency_ms
+  const facts = { Backend: image.backend, Model: image.model, Size: image.width + " × " + image.height,
+    Seed: image.seed, Style: image.style, Avoided: image.negative_prompt, Steps: image.steps,
+    Options: optioned(image), Ignored: image.ignored.join(", "), Cost: cost == null ? "unknown" : "$" + cost,
+    Took: took == null ? "" : (took / 1000).toFixed(1) + " s", Made: new Date(image.timestamp).toLocaleString(),
+    Cloud: image.cloud ? image.storage_path : "not uploaded", File: image.name }
   $("facts").replaceChildren()
-  for (const [name, value] of Object.entries(facts)) if (value != null && value !== "") {
-    const dt = document.createElement("dt"), dd = document.createElement("dd")
-    dt.textContent = name; dd.textContent = value; $("facts").append(dt, dd) }
-  $("save").href = "/images/" + image.id; $("save").download = image.name
-  $("copy").onclick = () => copy(image.prompt)
-  $("command").onclick = () => copy(["imagen generate", quoted(image.prompt), "-b", quoted(image.backend),
-    image.style && "-s " + quoted(image.style), asked.width && `--size ${asked.width}x${asked.height}`,
-    asked.steps && "--steps " + asked.steps, image.seed != null && "--seed " + image.seed,
-    image.negative_prompt && !image.style && "--negative " + quoted(image.negative_prompt)].filter(Boolean).join(" "))
-  const fill = seed => {
-    $("prompt").value = image.prompt; $("backend").value = image.backend; $("style").value = image.style || ""
-    $("size").value = asked.width ? asked.width + "x" + asked.height : ""; $("seed").value = seed
-    $("detail").close(); scrollTo(0, 0) }
-  $("use").onclick = () => { fill(image.seed ?? ""); $("prompt").focus() }
-  $("again").onclick = () => { fill(""); $("form").requestSubmit() }
-  if (!$("detail").open) $("detail").showModal() }
-const copy = async text => { try { await navigator.clipboard.writeText(text); tell("Copied.") } catch { tell(text) } }
-$("close").onclick = () => $("detail").close()
-$("form").onsubmit = async event => {
-  event.preventDefault(); $("go").disabled = true; tell("Starting …")
-  $("bar").hidden = false; $("bar").removeAttribute("value")
-  const body = { prompt: $("prompt").value, model: $("backend").value, n: +$("n").value, style: $("style").value,
-    size: $("size").value || "auto", response_format: "url", stream: true }
-  if ($("seed").value) body.seed = +$("seed").value
+  for (const [name, value] of filled(facts)) {
+    $("facts").append(make("dt", { textContent: name }), make("dd", { textContent: value }))
+  }
+  write("text", image.prompt)
+  write("told", "")
+  Object.assign($("big"), { alt: image.prompt, width: image.width, height: image.height, hidden: !image.there })
+  $("save").hidden = !image.there
+  if (image.there) $("big").src = $("save").href = "/images/" + image.id
+  $("save").download = image.name
+  if (!$("detail").open) $("detail").showModal()
+}
+
+function step(by) {
+  const place = images.indexOf(open) + by
+  if (images[place]) show(images[place])
+  if (place > images.length - 3) load()
+}
+
+function command(image) {
+  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text : "'" + String(text).replaceAll("'", "'\\''") + "'"
+  const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image), "--seed": image.seed,
+    "--steps": image.requested.steps || "", "--negative": image.negative_prompt }
+  const words = filled(flags).flat()
+  for (const [name, value] of Object.entries(image.requested.backend_opts || {}))
+    words.push("--opt", name + "=" + JSON.stringify(value))
+  return ["imagen generate", ...[...words, "--", image.prompt].map(quoted)].join(" ")
+}
+
+async function copy(text) {
   try {
-    const headers = { "Content-Type": "application/json" }
-    const answer = await fetch("/v1/images/generations", { method: "POST", headers, body: JSON.stringify(body) })
-    if (!answer.ok) throw (await answer.json()).error
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
-    for (let text = ""; ;) {
-      const { value, done } = await reader.read(); if (done) break
-      const events = (text += value).split("\n\n"); text = events.pop()
-      for (const event of events) {
-        const said = JSON.parse(event.replace(/^event:.*\ndata: /, ""))
-        if (said.error) throw said.error
-        if (said.type === "imagen.progress") {
-          tell(said.note + " …")
-          if (said.total) $("bar").value = said.done / said.total; else $("bar").removeAttribute("value")
-        } else tile(await get("/api/images/" + said.imagen.id), true) } }
-    $("none").hidden = true; tell("Done.")
-  } catch (problem) { tell([problem.message, problem.hint].filter(Boolean).join(" → "), true) }
-  $("go").disabled = false; $("bar").hidden = true }
-let pause
-$("query").oninput = () => { clearTimeout(pause); pause = setTimeout(() => load(true), 200) }
-$("filter").onchange = () => load(true)
-addEventListener("keydown", event => {
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], typing = /INPUT|TEXTAREA|SELECT/.test(event.target.tagName)
-  if ($("detail").open && step) show(open + step)
-  else if (event.key === "/" && !typing && !$("detail").open) { event.preventDefault(); $("query").focus() }
-  else if (event.key === "Escape" && event.target === $("query")) { $("query").value = ""; load(true) } })
-new IntersectionObserver(seen => seen[0].isIntersecting && next && load(), { rootMargin: "600px" }).observe($("more"))
+    await navigator.clipboard.writeText(text)
+    write("told", "Copied.")
+  } catch {  // plain http from elsewhere: no clipboard
+    write("told", text)
+    getSelection().selectAllChildren($("told"))
+  }
+}
+
+function fill(seed) {
+  const values = { prompt: open.prompt, backend: open.backend, style: open.style, size: sized(open), n: 1, seed,
+    steps: open.requested.steps || "", negative: open.negative_prompt, opts: optioned(open) }
+  for (const id in values) $(id).value = values[id]
+  $("settings").open = true
+  $("detail").close()
+  $("prompt").focus()
+  scrollTo(0, 0)
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader()
+  let text = "", part
+  while (!(part = await reader.read()).done) {
+    const whole = (text + part.value).split("\n\n")
+    text = whole.pop()
+    for (const event of whole) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
+  }
+}
+
+async function generate() {
+  const body = { prompt: $("prompt").value, model: $("backend").value, style: $("style").value,
+    size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
+    steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
+    backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }  // NaN becomes null
+  const how = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }
+  const answer = await get("/v1/images/generations", how)
+  let made = 0
+  for await (const said of events(answer.body)) {
+    if (said.error) throw said.error
+    if (said.imagen) {
+      tile(await get("/api/images/" + said.imagen.id), true)
+      write("none", "")
+      made++
+    } else {
+      tell(`${said.note} … ${made} of ${body.n} done`)
+      if (said.total) $("bar").value = said.done / said.total
+      else $("bar").removeAttribute("value")
+    }
+  }
+  if (made < body.n) throw Error("The answer broke off: reload to see what was made.")
+}
+
+$("form").onsubmit = async event => {
+  event.preventDefault()
+  $("go").disabled = true
+  $("bar").hidden = false
+  tell("starting …")
+  await generate().then(() => tell("Done."), complain)
+  $("go").disabled = false
+  $("bar").hidden = true
+}
+const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
+  copy: () => copy(open.prompt), command: () => copy(command(open)), use: () => fill(open.seed ?? ""),
+  again: () => {
+    fill("")
+    $("go").click()
+  } }
+for (const id in clicks) $(id).onclick = clicks[id]
+$("query").oninput = $("filter").onchange = () => load(true)
+onkeydown = event => {
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], at = event.target
+  if ($("detail").open && by) step(by)
+  else if (event.key === "/" && !$("detail").open && !/INPUT|TEXTAREA|SELECT/.test(at.tagName)) {
+    event.preventDefault()
+    $("query").focus()
+  } else if (event.key === "Escape" && at === $("query")) {
+    at.value = ""
+    load(true)
+  }
+}
+new IntersectionObserver(() => load(), { rootMargin: "600px" }).observe($("more"))
 get("/api/options").then(said => {
-  said.backends.forEach(name => { option($("backend"), name); option($("filter"), name) })
-  said.styles.forEach(name => option($("style"), name))
-  $("backend").value = said.default; load(true) }).catch(problem => tell(problem.message, true))
+  for (const name of said.backends) for (const id of ["backend", "filter"]) $(id).add(new Option(name))
+  for (const name of said.styles) $("style").add(new Option(name))
+  $("backend").value = said.default
+  $("settings").open = innerWidth > 800
+  return load(true)
+}).catch(complain)
 </script>
 </html>
 """
@@ -5696,28 +5804,34 @@ description: Make an image from a prompt with ImaGen. Use when the user asks for
 ---
 # /imagine PROMPT
 
-Run, and give it time (an image may take minutes):
+Run this with the user's words in place of PROMPT, and give it time: an image may take minutes. Behind `<<'END'` no
+letter of the prompt means anything to the shell.
 
-    COMMAND generate "PROMPT" --json -q
+    COMMAND generate - --json -q <<'END'
+    PROMPT
+    END
 
-- Add only what the user asked for: `--size 1536x1024`, `--style NAME` (`COMMAND styles`), `-n 4`, `--seed 7`,
-  `--negative "TEXT"`, `-b BACKEND` (`COMMAND backends`). Another backend may cost money: that is the user's choice.
-- "The same, but …": `--like last`, and the flags that change.
-- stdout is one JSON document: show each `images[].path` to the user; never read image bytes into the conversation.
+- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists them), `-n 4`,
+  `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them). Another backend may cost money:
+  that is the user's choice, also after an error.
+- "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
+- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error` with `message`, `hint`
+  and `charged`. Show each `images[].path` to the user; never read image bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
 |---|---|
 | 0 | show the images |
+| 1, 11 | report it; again only if the user says so, and only where `error.charged` is `no` |
 | 2 | mend the request by `error.message` and `error.hint`, once |
-| 3 | tell the user which key or setting is missing |
-| 4, 7 | wait a minute, try once more |
+| 3 | tell the user which key or setting is missing or wrong |
+| 4, 7 | nothing was charged: wait a minute, try once more |
 | 5 | **never repeat**: it was refused; offer other words |
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
-| 9 | show those made, say what went wrong |
-| 10 | **never repeat**: it may have been charged; `COMMAND recover ID`, the id stands in `error.hint` |
-| 1, 11, 130 | report it; again only if the user says so, and only where `error.charged` is `no` |
+| 9 | show those made, say what went wrong, ask before making the rest |
+| 10 | **never repeat**: it may have been charged; `COMMAND recover ID` tells (`error.hint` has the id) |
+| 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 
 
@@ -5726,7 +5840,8 @@ def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
     """print a SKILL.md, for an /imagine command in a chat"""
     import shlex
 
-    text = SKILL.replace("COMMAND", shlex.join(("python3", os.path.abspath(__file__)))).rstrip()
+    command_line = shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
+    text = SKILL.replace("COMMAND", command_line).rstrip()
     return terminal.result({"text": text}, text)
 
 

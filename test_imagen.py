@@ -44,6 +44,7 @@ import symtable
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tomllib
@@ -11883,6 +11884,566 @@ def test_two_hundred_connections_at_once_are_all_answered(box: Box) -> None:
             sock.close()
         serve_wait(lambda: server.usage()[:2] == before[:2])
         assert server.get("/healthz").status == 200
+
+
+# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+AXE = HERE.parent / ".ci-cache/npm/node_modules/axe-core/axe.min.js"
+in_chromium = pytest.mark.xdist_group("chromium")
+
+
+class Chromium:
+    """A headless browser, spoken to in its own protocol over two pipes; it ends when they are closed."""
+
+    def __init__(self) -> None:
+        program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if not program:
+            missing("chromium is not installed")
+        self.profile = tempfile.mkdtemp(prefix="imagen-chromium-")
+        flags = str.split(
+            "headless remote-debugging-pipe no-first-run no-proxy-server disable-gpu disable-dev-shm-usage"
+        )
+        flags += str.split("lang=en-US disable-background-networking disable-component-update disable-sync")
+        flags += [f"user-data-dir={self.profile}", *(["no-sandbox"] if os.geteuid() == 0 else [])]
+        (theirs, ours), (back, answers) = os.pipe(), os.pipe()
+        shell = f'exec "$@" 3</dev/fd/{theirs} 4>/dev/fd/{answers}'
+        self.process = subprocess.Popen(
+            ["sh", "-c", shell, "sh", str(program), *(f"--{flag}" for flag in flags)], pass_fds=(theirs, answers),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self.numbers, self.answers = itertools.count(1), dict[int, Any]()
+        self.events: list[dict[str, Any]] = []
+        self.changed = threading.Condition()
+        self._pipe, self._back = open(ours, "wb", buffering=0), open(back, "rb", buffering=0)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        rest = b""
+        while block := self._back.read(1 << 20):
+            *whole, rest = (rest + block).split(b"\0")
+            with self.changed:
+                for said in map(json.loads, whole):
+                    if "id" in said:
+                        self.answers[said["id"]] = said
+                    else:
+                        self.events.append(said)
+                self.changed.notify_all()
+
+    def __call__(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
+        """One command of https://chromedevtools.github.io/devtools-protocol/, and its result."""
+        number = next(self.numbers)
+        said = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self._pipe.write(json.dumps(said).encode() + b"\0")
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.answers, 30), f"{method}: no answer"
+            answer = self.answers.pop(number)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return dict(answer["result"])
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError, OSError):
+            self("Browser.close")
+        self._pipe.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        self._reader.join(10)
+        self._back.close()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium]:
+    with contextlib.closing(Chromium()) as browser:
+        yield browser
+
+
+class Tab:
+    """A page of `imagen serve`, in a browser profile of its own."""
+
+    def __init__(
+        self, browser: Chromium, address: str, at: str, width: int = 1280, height: int = 900, scheme: str = "light"
+    ) -> None:
+        self.browser, self.address, self.since = browser, address, len(browser.events)
+        self.whose = browser("Target.createBrowserContext")
+        target = browser("Target.createTarget", url="about:blank", **self.whose)["targetId"]
+        self.session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(f"{domain}.enable")
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self("Emulation.setFocusEmulationEnabled", enabled=True)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self("Page.navigate", url=at)
+        self.until("document.readyState === 'complete' && $('backend').value")
+
+    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.browser(method, self.session, **params)
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression (a promise's too), evaluated in the page."""
+        asked = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        said = self("Runtime.evaluate", expression=expression, **asked)
+        assert "exceptionDetails" not in said, said["exceptionDetails"]
+        return said["result"].get("value")
+
+    def until(self, condition: str, timeout: float = 20) -> Any:
+        """Wait until an expression holds; its value."""
+        deadline = time.monotonic() + timeout
+        while not (value := self.js(condition)):
+            assert time.monotonic() < deadline, f"waited in vain for {condition}; {self.text('#said')}"
+            time.sleep(0.02)
+        return value
+
+    def text(self, selector: str) -> str:
+        return str(self.js(f"document.querySelector({selector!r}).textContent"))
+
+    def tiles(self) -> list[str]:
+        return list(self.js("[...document.querySelectorAll('#grid img')].map(img => img.alt)"))
+
+    def click(self, selector: str) -> None:
+        """With the mouse, in the middle of what must be on top there."""
+        find = f"const it = document.querySelector({selector!r}), at = it.getBoundingClientRect();"
+        middle = "const x = at.x + at.width / 2, y = at.y + at.height / 2;"
+        top = "return it.contains(document.elementFromPoint(x, y)) && [x, y]"
+        self.js(f"document.querySelector({selector!r}).scrollIntoView({{ block: 'nearest' }})")
+        x, y = self.until(f"(() => {{ {find} {middle} {top} }})()")
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector: str, text: str) -> None:
+        """Text in place of what a field has."""
+        self.js(f"document.querySelector({selector!r}).focus(); document.activeElement.select()")
+        self("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        code = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191, "Tab": 9, "Enter": 13}[key]
+        text = {"/": "/", "Enter": "\r"}.get(key, "")
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def choose(self, selector: str, value: str) -> None:
+        choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
+        self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
+
+    def heard(self, *kinds: str) -> list[dict[str, Any]]:
+        """What the browser reported of this page."""
+        with self.browser.changed:
+            events = self.browser.events[self.since :]
+        return [one["params"] for one in events if one.get("sessionId") == self.session and one["method"] in kinds]
+
+    def shot(self, name: str) -> None:
+        """A screenshot, where IMAGEN_SHOTS names a folder for them."""
+        if folder := os.environ.get("IMAGEN_SHOTS"):
+            self.until("[...document.images].every(img => img.complete || img.getBoundingClientRect().y > innerHeight)")
+            data = self("Page.captureScreenshot", format="png")["data"]
+            Path(folder, f"{name}.png").write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self.browser("Target.disposeBrowserContext", **self.whose)
+
+    def check(self) -> None:
+        """Nothing went to the console, and nothing was asked of anybody else."""
+        assert self.heard("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
+        asked = [one["request"]["url"] for one in self.heard("Network.requestWillBeSent")]
+        assert asked and [url for url in asked if not url.startswith((self.address, "data:"))] == []
+
+
+class Gallery:
+    """A home with `imagen serve` running in it, and the tabs that look at it."""
+
+    def __init__(self, box: Box, browser: Chromium) -> None:
+        self.box, self.browser, self.tabs, self.token = box, browser, list[Tab](), ""
+        slow, broken = {"type": "mock", "delay_s": 1.5}, {"type": "mock", "fail": "refused"}
+        box.configure({**MOCK, "slow": slow, "broken": broken, "keyless": {"type": "replicate", "model": "a/b"}})
+
+    def make(self, prompt: str, *flags: str, size: str = "64x64") -> list[str]:
+        """Images from the command line, all of one size; their paths."""
+        done = self.box.run("generate", "--size", size, *flags, "--", prompt)
+        assert done.code == 0, done.err
+        return done.lines
+
+    @functools.cached_property
+    def server(self) -> subprocess.Popen[str]:
+        return self.box.start("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": self.token})
+
+    @functools.cached_property
+    def address(self) -> str:
+        return str(self.server.stdout.readline()).strip()  # type: ignore[union-attr]
+
+    def open(self, tiles: int = 0, at: str = "", **how: Any) -> Tab:
+        """A new tab, once that many tiles are there."""
+        tab = Tab(self.browser, self.address, at or self.address, **how)
+        self.tabs.append(tab)
+        tab.until(f"images.length >= {tiles}")
+        return tab
+
+    def close(self) -> None:
+        for tab in self.tabs:
+            tab.close()
+        self.server.terminate()
+        out, err = self.server.communicate(timeout=30)
+        assert (self.server.returncode, out) == (0, ""), err
+
+
+@pytest.fixture
+def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
+    """Every test ends with a look at what the browser reported."""
+    with contextlib.closing(Gallery(box, chromium)) as gallery:
+        yield gallery
+        for tab in gallery.tabs:
+            tab.check()
+
+
+def test_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
+    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 12 << 10
+    assert max(map(len, imagen.PAGE.splitlines())) <= 120
+    assert not re.findall(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE)
+
+
+@in_chromium
+def test_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_the_scroll(gallery: Gallery) -> None:
+    gallery.make("a fox", "-n", "27")
+    gallery.make("a wide hill", size="192x64")
+    gallery.make("a tall tower", "-n", "2", size="64x128")
+    tab = gallery.open(24, height=400)
+    asked = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
+    assert (len(tab.tiles()), tab.js(asked)) == (24, 1)
+    assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("images.length === 30")
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.loading === 'lazy' && img.complete)")
+    ratios = "[img.clientWidth / img.clientHeight, img.naturalWidth / img.naturalHeight]"
+    sizes = tab.js(f"[...document.querySelectorAll('#grid img')].map(img => {ratios})")
+    assert {round(true, 1) for _, true in sizes} == {0.5, 1.0, 3.0}
+    assert [one for one in sizes if abs(one[0] / one[1] - 1) > 0.03] == []
+    assert tab.js(asked) == 2
+
+
+@in_chromium
+def test_the_search_and_the_filter_leave_what_fits(gallery: Gallery) -> None:
+    gallery.make("a red fox", "-n", "2")
+    gallery.make("a blue whale", "-b", "slow")
+    tab = gallery.open(3)
+    tab.type("#query", "FOX red")
+    tab.until("images.length === 2")
+    assert tab.tiles() == ["a red fox"] * 2
+    tab.type("#query", "giraffe")
+    assert tab.until("$('none').textContent") == "Nothing found." and tab.tiles() == []
+    tab.press("Escape")
+    tab.until("images.length === 3")
+    tab.choose("#filter", "slow")
+    tab.until("images.length === 1")
+    assert tab.tiles() == ["a blue whale"] and tab.text("#none") == ""
+
+
+@in_chromium
+def test_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
+    for prompt in ("one", "two", "three"):
+        gallery.make(prompt)
+    tab = gallery.open(3)
+    tab.press("/")
+    assert tab.js("document.activeElement.id") == "query" and tab.js("document.activeElement.value") == ""
+    tab.js("$('prompt').focus()")
+    tab.press("/")
+    assert tab.js("$('prompt').value") == "/"
+    tab.js("document.querySelector('#grid button').focus()")
+    tab.press("Enter")
+    tab.until("$('detail').open")
+    shown = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "/"):
+        tab.press(key)
+        shown.append(tab.text("#text"))
+    assert shown == ["two", "one", "one", "two", "two"] and tab.js("$('detail').open")
+    tab.press("Escape")
+    tab.until("!$('detail').open")
+    assert tab.js("document.activeElement.firstChild.alt") == "three"  # where it was opened
+
+
+@in_chromium
+def test_the_form_makes_images_shows_how_far_they_are_and_puts_them_first(gallery: Gallery) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    assert tab.js("$('backend').value") == "mock"  # the default one
+    tab.type("#prompt", "two new foxes")
+    for field, value in {"#size": "96x64", "#n": "2", "#seed": "41"}.items():
+        tab.type(field, value)
+    tab.choose("#backend", "slow")
+    tab.choose("#style", "ink")
+    tab.click("#go")
+    far = tab.until("$('bar').value > 0.1 && $('bar').value")
+    assert 0.1 < far < 1 and tab.text("#said") == "drawing … 0 of 2 done" and tab.js("$('go').disabled")
+    tab.until("$('said').textContent === 'Done.'")
+    assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
+    assert tab.js("$('bar').hidden && !$('go').disabled")
+    keys = ("seed", "style", "backend", "width", "height")
+    made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
+    assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
+    tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
+    tab.until("images.length === 3")
+
+
+@in_chromium
+def test_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> None:
+    said = 'it\'s -n "5" $HOME,\n  größe'
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a 'cat'", "--opt", "delay_s=0.01", "--seed", "7")
+    (path,) = gallery.make(said, *flags, "-b", "mock", size="80x64")
+    about = gallery.box.sidecar(path)
+    tab = gallery.open(1)
+    both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
+    tab.click("#grid button")
+    rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
+    facts = dict(tab.js(rows))
+    assert about["timestamp"][:4] in facts.pop("Made")
+    assert facts == {
+        "Backend": "mock", "Model": "mock", "Size": "80 × 64", "Seed": "7", "Style": "ink", "Cost": "$0",
+        "Avoided": about["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(about["ignored"]),
+        "Took": f"{about['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
+    }  # fmt: skip
+    assert (tab.text("#text"), tab.js("$('big').alt")) == (said, said)
+    tab.click("#copy")
+    tab.until("$('told').textContent === 'Copied.'")
+    assert tab.js("navigator.clipboard.readText()") == said
+    tab.click("#command")
+    command = tab.until("navigator.clipboard.readText().then(text => text.startsWith('imagen ') && text)")
+    shell = f'imagen() {{ {shlex.join((sys.executable, str(HERE)))} "$@"; }}; {command}'
+    again = subprocess.run(["sh", "-c", shell], env=gallery.box.environ, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    own = {key: about[key] for key in ("image_id", "timestamp", "latency_ms")}
+    assert {**gallery.box.sidecar(again.stdout.strip()), **own} == about
+    folder = gallery.box.root / "downloads"
+    gallery.browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose)
+    tab.click("#save")
+    preview_wait(lambda: (folder / Path(path).name).exists())
+    assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
+
+
+@in_chromium
+def test_settings_can_be_used_again_and_an_image_made_again_with_a_new_seed(gallery: Gallery) -> None:
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a cat", "--opt", "delay_s=0.01", "--seed", "0")
+    gallery.make("a fox", *flags)
+    tab = gallery.open(1)
+    tab.type("#n", "3")
+    tab.click("#grid button")
+    tab.click("#use")
+    names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
+    fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
+    assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
+    assert tab.js("!$('detail').open && document.activeElement.id") == "prompt"
+    tab.click("#grid button")
+    tab.click("#again")
+    tab.until("images.length === 2")
+    first, second = (entry["sidecar"] for entry in gallery.box.ledger())
+    same = ("prompt", "style", "styled_prompt", "negative_prompt", "backend", "requested", "ignored")
+    assert {key: second[key] for key in same} == {key: first[key] for key in same}
+    assert first["seed"] == 0 != second["seed"]
+
+
+@in_chromium
+def test_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
+    tab = gallery.open()
+    assert tab.until("$('none').textContent") == "No images yet."
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "broken")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    assert "REPLICATE_API_TOKEN" in tab.until("$('said').innerText.split('\\n')[1]")
+    tab.choose("#backend", "mock")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("images.length === 1")
+    assert tab.js("$('said').className") == ""
+
+
+@in_chromium
+def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
+    tab = gallery.open()
+    tab.until("$('none').textContent")
+    gallery.server.terminate()
+    gallery.server.wait(30)
+    tab.type("#prompt", "a fox")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.text("#said").strip() == "The server does not answer."
+    (logged,) = tab.heard("Log.entryAdded")  # by the browser, not by us
+    assert "ERR_CONNECTION_REFUSED" in logged["entry"]["text"]
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_not_run(gallery: Gallery) -> None:
+    evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
+    gallery.make(evil)
+    tab = gallery.open(1)
+    tab.click("#grid button")
+    assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
+    tab.click("#again")
+    tab.until("images.length === 2")
+    assert tab.js("window.ran") is None and tab.js("document.querySelectorAll('script, b').length") == 1
+    tab.check()
+    tab.js("document.body.append(make('script', { textContent: 'window.ran = 1' }))")
+    tab.js("document.body.append(make('img', { src: 'http://127.0.0.1:9/' }))")
+    tab.js("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    assert tab.js("window.ran") is None
+    refused = {word for one in tab.heard("Log.entryAdded") for word in re.findall(r"\w+-src", one["entry"]["text"])}
+    assert refused >= {"script-src", "img-src", "connect-src"}
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_phone_scrolls_down_only(gallery: Gallery) -> None:
+    gallery.make("a-word-that-never-ends-" * 12)
+    gallery.make("a wide hill", size="640x64")
+    tab = gallery.open(2, width=390, height=844)
+    fits = "document.documentElement.scrollWidth <= 390 && $('detail').scrollWidth <= 390"
+    assert tab.js(fits) and tab.js("!$('settings').open")
+    tab.click("summary")
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.js(fits)
+    for tile in ("#grid button:nth-child(2)", "#grid button"):
+        tab.click(tile)
+        tab.until("$('big').complete")
+        assert tab.js(fits)
+        heights = "[...document.querySelectorAll('#detail button')].map(one => one.getBoundingClientRect().height)"
+        assert min(tab.js(heights)) >= 24
+        tab.click("#close")
+
+
+@in_chromium
+def test_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gallery) -> None:
+    gallery.make("a fox")
+    gallery.token = "a-token-of-the-tests"
+    plain = gallery.address
+    link = next(line.split()[1] for line in gallery.server.stderr if line.startswith("open "))  # type: ignore[union-attr]
+    assert link == f"{plain}?token={gallery.token}"
+    tab = gallery.open(1, at=link)
+    assert (tab.js("location.href"), tab.js("document.cookie")) == (plain, "")
+    tab.type("#prompt", "another fox")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("images.length === 2")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.naturalWidth)")
+    (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
+    assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (True, "Strict", False)
+    for path in ("", "api/images", "?token=wrong"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as turned:
+            urllib.request.urlopen(plain + path, timeout=10)
+        turned.value.close()
+
+
+@in_chromium
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, width: int) -> None:
+    if not AXE.exists():
+        missing("axe-core is not installed")
+    for prompt, size in {"a lighthouse at dusk": "960x540", "an old sailor": "512x768", "Füchse": "640x640"}.items():
+        gallery.make(prompt, "-n", "3", size=size)
+    tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
+    tab.js(AXE.read_text() + "; 0")
+
+    def complaints(where: str) -> list[str]:
+        tab.shot(f"{scheme}-{width}-{where}")
+        found = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+        assert found["passes"], "axe looked at nothing"
+        return [f"{where}: {one['id']}: {node['html']}" for one in found["violations"] for node in one["nodes"]]
+
+    found = complaints("gallery")
+    tab.js("$('settings').open = true")
+    tab.choose("#backend", "slow")
+    tab.type("#prompt", "a slow fox")
+    tab.click("#go")
+    tab.until("$('bar').value > 0.3")
+    found += complaints("form")
+    tab.until("!$('go').disabled")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    found += complaints("error")
+    tab.click("#grid button:nth-child(2)")
+    tab.until("$('big').complete")
+    found += complaints("detail")
+    assert found == []
+
+
+def test_the_skill_names_every_exit_code_and_its_commands_run_as_written(box: Box, tmp_path: Path) -> None:
+    import yaml
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(HERE, folder)
+    own = shlex.join((sys.executable, str(folder / "imagen.py")))
+
+    def shell(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", command], env=box.environ, capture_output=True, text=True, timeout=60)
+
+    skill = shell(f"{own} skill").stdout
+    _, head, text = skill.split("---\n", 2)
+    about = yaml.safe_load(head)
+    assert about.keys() == {"name", "description"} and about["name"] == "imagine" and "/imagine" in about["description"]
+    rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
+    advice = {int(code): said for codes, said in rows for code in codes.split(", ")}
+    assert advice.keys() == {0, *EXIT_CODES.values()}
+    assert {code for code, said in advice.items() if "never repeat" in said} == {5, 6, 10}
+
+    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
+    block, prompt = textwrap.dedent(block), 'it\'s "$HOME" `id` -n größe'
+    made = shell(block.replace("PROMPT", prompt))
+    answer = json.loads(made.stdout)
+    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
+    assert answer["images"][0]["prompt"] == prompt and Path(answer["images"][0]["path"]).exists()
+    flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
+    assert len(flags) == 6
+    for more in flags:
+        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
+    *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
+    assert [word.removeprefix(own).split()[0] for word in commands] == ["styles", "backends", "generate", "recover"]
+    for command in commands:
+        assert (done := shell(command)).returncode == 0, done.stderr
+
+    with Remote(reset()) as remote:
+        box.configure({"ai": {"type": "openai", "model": "any", "base_url": remote.base}})
+        lost = shell(block)
+        error = json.loads(lost.stdout)["error"]
+        assert (lost.returncode, error["charged"]) == (10, "unknown") and error["message"]
+        (found,) = re.findall(r"recover (\S+)", error["hint"])
+        assert recover.endswith(" ID") and shell(recover.replace("ID", found)).returncode == 10
+        assert [seen.method for seen in remote.seen] == ["POST"]
+
+
+def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) -> None:
+    section = readme[readme.index("## The server and its gallery") : readme.index("## Your own backend")]
+    (curl,) = (block for block in readme_blocks(section, "sh") if block.startswith("curl "))
+    with box.start("serve", "--port", "0") as server:
+        try:
+            address = server.stdout.readline().strip().rstrip("/")  # type: ignore[union-attr]
+            words = shlex.split(curl.replace("\\\n", ""))
+            url, body = words[2].replace("http://127.0.0.1:8765", address), words[words.index("-d") + 1].encode()
+            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                link = json.load(answer)["data"][0]["url"]
+            with urllib.request.urlopen(link, timeout=30) as image:
+                assert image.read(8) == b"\x89PNG\r\n\x1a\n"
+            if importlib.util.find_spec("openai") is None:
+                missing("openai is not installed")
+            (program,) = readme_blocks(section, "python")
+            program = program.replace("http://127.0.0.1:8765", address)
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+            assert [line.split()[:2] for line in done.stdout.splitlines()] == [["7", "0.0"], ["8", "0.0"]], done.stderr
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
