@@ -9855,6 +9855,7 @@ def test_a_notification_wakes_however_it_arrives(
                 assert queue.turn(claimed={"free": 1}, waiting={})["waiting"] == [{"number": 0}]
                 assert queue.wait(0.0) is False  # the claim has seen what was told of
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                queue.run("select 41 + 1")
                 wire.open.clear()  # in one packet with a result
                 answer = pool.submit(queue.run, "select 41 + 1")
                 queue_until(lambda: wire.kept)
