@@ -3708,6 +3708,7 @@ class Wish:
 
     def __init__(self, sql: str, named: Mapping[str, Any]) -> None:
         self.sql, self.named, self.rows, self.done = sql, named, list[Any](), threading.Event()
+        self.sent = 0.0
 
 
 class Attempt(Run):
@@ -3745,7 +3746,7 @@ class Attempt(Run):
         wish = self.receipt()
         while not wish.done.wait(0.5):
             self.check()
-        if not wish.rows:
+        if not wish.rows or time.monotonic() > wish.sent + self.worker.config.worker.lease_s:  # or frozen since
             self.stop("lost")
         super().sending()
 
@@ -3823,7 +3824,8 @@ class Worker:
                 self.say(f"{problem}; next try in {pause:.1f} s", 4)
             self.release()
             ended = [*(run.job for run, _ in self.outcomes), *(run.job for run in self.running.values() if run.why)]
-            if self.stops and time.monotonic() > self.stopping_at + self.grace and not self.running.keys() - ended:
+            over = self.stops > 1 or (self.stops and time.monotonic() > self.stopping_at + self.grace)
+            if over and not self.running.keys() - ended:
                 break  # the journal has what is left, and whoever takes this slot goes on with it
             sd_notify(f"WATCHDOG=1\nSTATUS=no database; {len(self.running)} running")
             self._bell.settimeout(pause * (0.5 + os.urandom(1)[0] / 255))
@@ -3915,6 +3917,7 @@ class Worker:
                 receipt = None
             run.id = own_id
         if receipt:
+            prepare_folder(os.path.dirname(plan.name))
             run.begin(plan)
             run.resumed = True
             run.jot(sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {})
@@ -3925,14 +3928,13 @@ class Worker:
     def recovered(self, run: Attempt, entry: Entry, config: Config) -> dict[str, Any] | None:
         """The record of an earlier attempt's image, or None where it may be made anew."""
         try:
-            return recover(entry, config, run)
+            if record := recover(entry, config, run):
+                return record
         except Ended:
             if entry.record.get("paid"):
-                raise
-            return None  # free, and lost with its server
-        finally:
-            if not run.entry.record.get("path"):
-                entry.release()
+                raise  # what is free was lost with its server
+        entry.release()
+        return None
 
     def uploaded(self, run: Attempt, config: Config, record: dict[str, Any]) -> dict[str, Any]:
         """The outcome of an attempt that made an image: with its row, if the cloud has taken the file."""
@@ -3966,6 +3968,7 @@ class Worker:
         """What other threads have wished for, each in a statement of its own."""
         while self.wishes:
             wish = self.wishes[0]
+            wish.sent = time.monotonic()
             wish.rows = queue.run(wish.sql, **wish.named)
             self.wishes.pop(0).done.set()
 
