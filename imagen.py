@@ -3670,10 +3670,19 @@ JOB_TIMEOUT = 600.0  # seconds for one attempt
 MEND = 60.0  # seconds between two looks for images that the cloud would not take
 RECEIPT = """UPDATE imagen.jobs SET receipt = :receipt::jsonb
   WHERE id = :id::uuid AND attempt = :attempt::int AND claimed_by = :me::uuid AND status = 'running'
-    AND (receipt IS NULL OR (receipt->>'attempt')::int = :attempt::int) RETURNING id"""
+    AND (receipt IS NULL OR (receipt->>'attempt')::int = ANY(:own::int[])) RETURNING id"""
 MENDED = """UPDATE imagen.jobs SET status = 'done', image_id = :image::uuid, error = NULL, error_code = NULL
   WHERE id = :id::uuid AND image_id IS NULL AND status IN ('done', 'failed')
     AND EXISTS (SELECT FROM imagen.images WHERE id = :image::uuid)"""
+OVER = """SELECT id::text FROM imagen.jobs WHERE id = ANY(:jobs::uuid[]) AND status NOT IN ('pending', 'running')"""
+
+
+class Wish:
+    """A statement that another thread wants done by the main thread; once it is `done`, its rows."""
+
+    def __init__(self, sql: str, named: Mapping[str, Any]) -> None:
+        self.sql, self.named, self.rows, self.done = sql, named, list[Any](), threading.Event()
+        self.sent = 0.0
 
 
 class Attempt(Run):
@@ -3685,52 +3694,54 @@ class Attempt(Run):
         super().__init__(JOB_TIMEOUT, self._show, lambda text: worker.say(f"{self.job}: {text}", 4))
         self.worker, self.row, self.number, self.job = worker, row, int(row["attempt"]), row["id"]
         job = uuid.UUID(self.job)
-        self.id, self.image_id = str(uuid.uuid5(job, str(self.number))), str(uuid.uuid5(job, "image"))
+        self.id, self.image_id = self.id_of(self.number), str(uuid.uuid5(job, "image"))
         fields = {key: row[key] for key in Request._fields if row.get(key) is not None}
         self.request = Request(**{"seed": job.int & 0x7FFFFFFF, **fields})
         self.note: str | None = None  # for the row
         self.share: float | None = None
         self.safe = False  # the image exists: too late to cancel
-        self.granted = False  # what the main thread was asked to write is written, under the fence
-        self.answered = threading.Event()
+        self.own = [self.number]  # attempts whose receipt may be written over
+        self.kept = False  # whether the outcome is written, under the fence; once `told`
+        self.told = threading.Event()
+
+    def id_of(self, attempt: int) -> str:
+        """What an attempt of this job is called in the journal."""
+        import uuid
+
+        return str(uuid.uuid5(uuid.UUID(self.job), str(attempt)))
 
     def _show(self, note: str, done: float | None, total: float | None) -> None:
-        self.note, self.share = note[:200], min(1.0, done / total) if done is not None and total else None
+        share = max(0.0, min(1.0, done / total)) if done is not None and total else None
+        self.note, self.share = note[:200], share
 
     def sending(self) -> None:
         """The receipt stands in the row, under the fence, before the first byte of a paid POST leaves."""
         self.check()
-        if not self.ask(self.worker.receipts, self.receipt()):
-            self.stop("lost")
+        wish = self.receipt()
+        while not wish.done.wait(0.5):
             self.check()
+        if not wish.rows or time.monotonic() > wish.sent + self.worker.config.worker.lease_s:  # or frozen since
+            self.stop("lost")
         super().sending()
 
     def remote(self, **ids: Any) -> None:
         """The remote's ids: on this disk at once, in the row with the main thread's next turn."""
         super().remote(**ids)
         if self.paid:
-            self.worker.receipts.append((self, self.receipt()))
-            self.worker.ring()
+            self.receipt()
 
-    def receipt(self) -> dict[str, Any]:
-        """What another worker needs to fetch what this one paid for."""
-        about = {"attempt": self.number, "at": now_iso(), "host": socket.gethostname()}
-        return {**about, "at": self.entry.record["at"], "remote": self.remote_ids}
+    def receipt(self) -> Wish:
+        """Have written what another worker needs to fetch what this one paid for."""
+        about = {"attempt": self.number, "at": self.entry.record["at"], "host": socket.gethostname()}
+        receipt = to_jsonb({**about, "remote": self.remote_ids})
+        return self.worker.wish(RECEIPT, id=self.job, attempt=self.number, own=self.own, receipt=receipt)
 
-    def ask(self, wishes: list[tuple[Attempt, dict[str, Any]]], wish: dict[str, Any]) -> bool:
-        """Hand the main thread something to write; whether the row was still ours. Waits until Postgres is there."""
-        self.answered.clear()
-        wishes.append((self, wish))
+    def end(self, outcome: dict[str, Any]) -> bool:
+        """Have the outcome written, however long Postgres is away; whether the row was still ours."""
+        self.worker.outcomes.append((self, outcome))
         self.worker.ring()
-        while not self.answered.wait(0.5):
-            if wishes is self.worker.receipts:  # an outcome waits for ever, a receipt no longer than its attempt
-                self.check()
-        return self.granted
-
-    def answer(self, granted: bool) -> None:
-        """The main thread's answer to `ask`."""
-        self.granted = granted
-        self.answered.set()
+        self.told.wait()
+        return self.kept
 
 
 class Worker:
@@ -3744,8 +3755,7 @@ class Worker:
         self.slot, self._held = take_slot(name)
         self.running: dict[str, Attempt] = {}
         self.outcomes: list[tuple[Attempt, dict[str, Any]]] = []
-        self.receipts: list[tuple[Attempt, dict[str, Any]]] = []
-        self.mended: list[tuple[str, str]] = []
+        self.wishes: list[Wish] = []
         self.stops, self.stopping_at, self.grace, self.waiting = 0, 0.0, config.worker.grace_s, 0
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
@@ -3758,6 +3768,12 @@ class Worker:
         """Wake the main thread."""
         with suppress(BlockingIOError):
             self._rope.send(b"!")
+
+    def wish(self, sql: str, **named: Any) -> Wish:
+        """Ask the main thread for a statement, from any other."""
+        self.wishes.append(wish := Wish(sql, named))
+        self.ring()
+        return wish
 
     def on_signal(self, *_: Any) -> None:
         """The first: no more claims. The second: hand back what is running."""
@@ -3780,21 +3796,25 @@ class Worker:
                 if isinstance(problem, BadConfig) and not connected:
                     raise
                 self.say(f"{problem}; next try in {pause:.1f} s", 4)
-            if self.stops and time.monotonic() > self.stopping_at + self.grace:
+            self.release()
+            ended = [*(run.job for run, _ in self.outcomes), *(run.job for run in self.running.values() if run.why)]
+            over = self.stops > 1 or (self.stops and time.monotonic() > self.stopping_at + self.grace)
+            if over and not self.running.keys() - ended:
                 break  # the journal has what is left, and whoever takes this slot goes on with it
             sd_notify(f"WATCHDOG=1\nSTATUS=no database; {len(self.running)} running")
-            self.release()
             self._bell.settimeout(pause * (0.5 + os.urandom(1)[0] / 255))
             with suppress(TimeoutError):
                 self._bell.recv(4096)
             pause = min(5.0, pause * 2)
         sd_notify("STOPPING=1")
+        until = time.monotonic() + (DELIVERY if self.stops < 2 and not self.outcomes else 1.0)
         for thread in self._threads:
-            thread.join(DELIVERY if self.stops < 2 else 0.0)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def turns(self, queue: Queue, once: bool) -> None:
         """Turn after turn until nothing is left to do; an error leaves what is unwritten for the next connection."""
         settings, since = self.config.worker, time.monotonic()
+        tick = min(1.0, settings.heartbeat_s)
         poll_at = beaten = 0.0
         heard = True
         self.take_in(queue.turn(disowned={"mine": [*self.running]}))
@@ -3807,12 +3827,14 @@ class Worker:
             if settling:
                 outcomes = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in settling]
                 parts["settled"] = {"outcomes": to_jsonb(outcomes)}
-            if busy and now >= beaten + (min(1.0, settings.heartbeat_s) if news else settings.heartbeat_s):
-                parts["kept"], beaten = {"beats": to_jsonb([self.beat(run) for run in busy])}, now
+            if busy and now >= beaten + (tick if news else settings.heartbeat_s):
+                parts["kept"] = {"beats": to_jsonb([self.beat(run) for run in busy])}
             elif busy and heard:
-                parts["asked"] = {"mine": [run.job for run in busy]}
+                parts["asked"] = {"mine": [*self.running]}
             if polling := now >= poll_at:
-                parts |= {"rescued": {"steady": now - since > settings.lease_s}, "waiting": {}}
+                # A claim may also come late: of a statement that was given up here, but waited on a lock there.
+                parts |= {"disowned": {"mine": [*self.running]}, "waiting": {}}
+                parts["rescued"] = {"steady": now - since > settings.lease_s}
                 poll_at = now + settings.poll_s
             free = self.concurrency - len(busy)
             if free and not self.stops and (heard or polling or settling):
@@ -3823,15 +3845,14 @@ class Worker:
             if parts:
                 rows = self.tried(queue, parts, settling)
                 self.take_in(rows, settling, busy if "kept" in parts else ())
-                heard = bool(rows["woken"]) or (
-                    "claimed" in parts and len(rows["claimed"]) == free
-                )  # there may be more
+                beaten = now if "kept" in parts else beaten
+                heard = bool(rows["woken"]) or 0 < free == len(rows["claimed"])  # there may be more
                 poll_at = min([poll_at, *(now + outcome.get("delay", settings.poll_s) for _, outcome in settling)])
             self.release()
             if once and not self.running and not self.outcomes and not heard:
                 return
-            until = min(poll_at, now + 1.0) if self.running else poll_at
-            if not self.outcomes and not self.receipts and not (heard and len(self.running) < self.concurrency):
+            until = min(poll_at, now + tick) if self.running else poll_at
+            if not self.outcomes and not self.wishes and not (heard and len(self.running) < self.concurrency):
                 heard = queue.wait(min(5.0, until - time.monotonic()), self._bell) or heard
 
     def work(self, run: Attempt) -> None:
@@ -3844,13 +3865,13 @@ class Worker:
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
-        kept = run.ask(self.outcomes, outcome)
+        kept = run.end(outcome)
         if not run.begun or run.entry.fd < 0:
             return
-        if not kept:
-            run.jot(refused=True)  # the job is somebody else's by now, and so is its row
-        elif outcome.get("image"):
+        if kept and outcome.get("image"):
             run.jot(row=True)
+        elif not kept and run.charged == "no":
+            run.jot(refused=True)  # the job is somebody else's by now, and so is its image
         elif outcome["status"] == "done" and owed(run.entry.record):
             run.entry.release()  # for `mend`
         with suppress(ImagenError):
@@ -3860,17 +3881,34 @@ class Worker:
         """The record of the job's image: found on this disk, fetched from where it was paid for, or made."""
         plan = prepare(run.request, config)
         plan = plan._replace(storage=plan.storage and f"{plan.storage}-{run.id[:8]}")
-        receipt = run.row.get("receipt")
-        if run.number > 1:
-            paths = [path for path in open_paths() if merged(_read(path)).get("job") == run.job]
-            entry = next(filter(None, map(Entry.take, paths)), None)
-            if receipt and not entry:
-                run.begin(plan)
-                run.jot(sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {})
-                entry = run.entry
-            if entry and (record := recover(entry, config, run)):
+        receipt, own_id = run.row.get("receipt"), run.id
+        paths = [path for path in open_paths() if merged(_read(path)).get("job") == run.job] if run.number > 1 else []
+        for entry in filter(None, map(Entry.take, paths)):
+            if record := self.recovered(run, entry, config):
+                return record
+            if receipt and run.charged == "no" and run.id == run.id_of(receipt["attempt"]):
+                run.own.append(receipt["attempt"])  # by its own journal it cost nothing
+                receipt = None
+            run.id = own_id
+        if receipt:
+            prepare_folder(os.path.dirname(plan.name))
+            run.begin(plan)
+            run.resumed = True
+            run.jot(sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {})
+            if record := self.recovered(run, run.entry, config):
                 return record
         return finish(run, make(plan, config, run))
+
+    def recovered(self, run: Attempt, entry: Entry, config: Config) -> dict[str, Any] | None:
+        """The record of an earlier attempt's image, or None where it may be made anew."""
+        try:
+            if record := recover(entry, config, run):
+                return record
+        except Ended:
+            if entry.record.get("paid"):
+                raise  # what is free was lost with its server
+        entry.release()
+        return None
 
     def uploaded(self, run: Attempt, config: Config, record: dict[str, Any]) -> dict[str, Any]:
         """The outcome of an attempt that made an image: with its row, if the cloud has taken the file."""
@@ -3887,25 +3925,26 @@ class Worker:
         said = {"error": clipped(f"{error}\n{error.hint}".strip()), "error_code": error.code}
         charged = run.charged != "no"
         if run.why in ("released", "lost"):
-            return {"status": "pending", "uncounted": 1, "charged": charged}
+            return {"status": "pending", "uncounted": 1, "charged": charged or run.why == "lost"}
         if run.why == "user":
             return {**said, "status": "canceled", "charged": charged}
-        if error.retryable and not charged and run.number < run.row["max_attempts"]:
-            return {**said, "status": "pending", "delay": max(error.after, min(300.0, 2.0**run.number))}
+        most = run.row["max_attempts"]
+        if charged and run.resumed and os.path.exists(run.entry.path) and not run.entry.record.get("over"):
+            most += 3  # it may still be fetched
+        elif charged or not error.retryable:
+            most = 0
+        if run.number < most:
+            delay = max(error.after, min(300.0, 2.0**run.number))
+            return {**said, "status": "pending", "delay": delay, "charged": charged}
         return {**said, "status": "failed", "charged": charged}
 
     def write(self, queue: Queue) -> None:
-        """What cannot wait for a turn, and what may: receipts, and the images of jobs that were mended."""
-        while self.receipts:
-            run, receipt = self.receipts[0]
-            granted = queue.run(RECEIPT, id=run.job, attempt=run.number, receipt=to_jsonb(receipt))
-            self.receipts.pop(0)
-            if not receipt["remote"]:  # else nobody waits for it
-                run.answer(bool(granted))
-        while self.mended:
-            job, image = self.mended[0]
-            queue.run(MENDED, id=job, image=image)
-            self.mended.pop(0)
+        """What other threads have wished for, each in a statement of its own."""
+        while self.wishes:
+            wish = self.wishes[0]
+            wish.sent = time.monotonic()
+            wish.rows = queue.run(wish.sql, **wish.named)
+            self.wishes.pop(0).done.set()
 
     def beat(self, run: Attempt) -> dict[str, Any]:
         """What a heartbeat writes of a job."""
@@ -3916,21 +3955,27 @@ class Worker:
         """The rows of a turn. Where the database refuses one outcome, the others are written without it."""
         from pg8000.native import DatabaseError
 
+        def refused(problem: DatabaseError) -> str:
+            said = problem.args[0] if isinstance(problem.args[0], Mapping) else {}
+            return f"{said.get('C')} {said.get('M')}" if str(said.get("C"))[:2] in ("22", "23") else ""
+
         try:
             return queue.turn(**parts)
-        except DatabaseError:
-            if not settling:
+        except DatabaseError as problem:
+            if not settling or not refused(problem):
                 raise
+        parts.clear()
         rows: dict[str, list[Any]] = {name: [] for name in (*TURN, "woken")}
         for run, outcome in settling:
             said = {"id": run.job, "attempt": run.number}
             try:
                 made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
             except DatabaseError as problem:
-                what = problem.args[0] if isinstance(problem.args[0], Mapping) else {}
-                outcome |= {"image": None, "error": clipped(f"imagen.images: {what.get('C')} {what.get('M')}")}
+                if not (why := refused(problem)):
+                    raise
+                outcome |= {"image": None, "error": clipped(f"imagen.images: {why}")}
                 made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
-            rows = {**rows, "settled": rows["settled"] + made["settled"]}
+            rows["settled"] += made["settled"]
         return {**rows, "woken": [{}]}
 
     def take_in(
@@ -3944,7 +3989,8 @@ class Worker:
             self.say(f"{run.job}: {said}")
             self.outcomes.remove((run, outcome))
             self.forget(run)
-            run.answer(status is not None)
+            run.kept = status is not None
+            run.told.set()
         kept = {row["id"] for row in rows["kept"]}
         for run in busy:
             if run.job not in kept:
@@ -3981,18 +4027,24 @@ class Worker:
 
     def mend(self) -> None:
         """Deliver the images of jobs that the cloud would not take at their time."""
-        for path in open_paths():
-            record = merged(_read(path))
-            if not record.get("job") or not record.get("path") or not owed(record) or record["job"] in self.running:
-                continue
-            if entry := Entry.take(path):
+        paths = {record["job"]: path for path in open_paths() if mendable(record := merged(_read(path)))}
+        if not paths:
+            return
+        over = self.wish(OVER, jobs=[*paths])  # who has such a job now finds the image by itself
+        over.done.wait()
+        for (job,) in over.rows:
+            if entry := Entry.take(paths[job]):
                 run = Run(DELIVERY)
                 run.adopt(entry)
                 with suppress(ImagenError):  # then it stays open
                     deliver(run, self.config)
                 if entry.record.get("row"):
-                    self.mended.append((run.job, run.image_id))
-                    self.ring()
+                    self.wish(MENDED, id=job, image=run.image_id)
+
+
+def mendable(record: Mapping[str, Any]) -> bool:
+    """Whether it is a job's image that waits for the cloud."""
+    return bool(record.get("job") and record.get("path") and owed(record))
 
 
 def clipped(text: str) -> str:

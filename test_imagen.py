@@ -12447,6 +12447,831 @@ def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) 
             server.communicate(timeout=30)
 
 
+# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
+#
+# Real processes, real signals, a real Postgres, and between the two a wire that can go dead. Of the faults that other
+# queues had, five have no test here. A LISTEN that is refused (a standby) ends in the same backoff as every error of a
+# connection. There is no entry of a worker that could go before its jobs, no rescue that is a job itself, and no
+# start-up parameter that a pooler could refuse. Who sleeps with the whole machine is as frozen as by SIGSTOP.
+
+TINY = {"mock": {"type": "mock", "width": 16, "height": 16}}
+LEASE = {"lease_s": 2, "heartbeat_s": 0.5, "poll_s": 0.5, "grace_s": 20}
+PAINT_KEYS = {"openai": {"api_key_env": "OPENAI_API_KEY"}, "replicate": {"api_token_env": "REPLICATE_API_TOKEN"}}
+
+
+class Pair:
+    """One connection through a Cable, from the client's socket to the server's."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.ends, self.flowing = (client, server), threading.Event()
+        self.flowing.set()
+
+    def cut(self) -> None:
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+class Cable:
+    """TCP to Postgres that can be frozen (nothing arrives, nothing breaks), thawed and cut."""
+
+    def __init__(self, database: Database) -> None:
+        self.database, self.pairs = database, list[Pair]()
+        self.flowing, self.hit, self.plugged, self._ended = threading.Event(), threading.Event(), True, False
+        self.flowing.set()
+        self._watched: tuple[bytes, bool, Callable[[Pair], None]] | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.dsn = database.dsn().replace(f":{database.server.port}/", f":{self._listener.getsockname()[1]}/")
+        self._threads = [threading.Thread(target=self._accept)]
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for sock in (self._listener, *(end for pair in self.pairs for end in pair.ends)):
+            sock.close()
+
+    def freeze(self, *_: Pair) -> None:
+        self.flowing.clear()
+
+    def thaw(self) -> None:
+        self.plugged = True
+        self.flowing.set()
+        for pair in self.pairs:
+            pair.flowing.set()
+
+    def cut(self, plugged: bool = True) -> None:
+        """End all connections; not `plugged`: those to come too."""
+        self.plugged = plugged
+        for pair in self.pairs:
+            pair.cut()
+
+    def when(self, said: bytes, then: Callable[[Pair], None], *, answer: bool = False) -> None:
+        """Before the next packet of the client (`answer`: of the server) with these bytes in it goes on: `then`."""
+        self.hit.clear()
+        self._watched = said, answer, then
+
+    def _accept(self) -> None:
+        while not self._ended:
+            with contextlib.suppress(OSError):
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.database.server.port * self.plugged))
+                except OSError:
+                    client.close()
+                    continue
+                self.pairs.append(pair := Pair(client, server))
+                for answer in (False, True):
+                    self._threads.append(threading.Thread(target=self._pump, args=(pair, answer)))
+                    self._threads[-1].start()
+
+    def _pump(self, pair: Pair, answer: bool) -> None:
+        source, target = pair.ends[::-1] if answer else pair.ends
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if self._watched and self._watched[1] == answer and self._watched[0] in data:
+                    (_, _, then), self._watched = self._watched, None
+                    then(pair)
+                    self.hit.set()
+                while not (self.flowing.wait(0.02) and pair.flowing.wait(0.02)):
+                    if self._ended:
+                        return
+                target.sendall(data)
+        pair.cut()
+
+
+class Crew:
+    """Workers on one or two hosts, before one project."""
+
+    def __init__(self, cloud: Cloud, root: Path) -> None:
+        self.cloud, self.database, self.root = cloud, cloud.database, root
+        self.backends: dict[str, dict[str, Any]] = dict(TINY)
+        self.worker: dict[str, float] = dict(LEASE)
+        self.hosts: dict[str, Box] = {}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def host(self, name: str = "here") -> Box:
+        if name not in self.hosts:
+            (self.root / name).mkdir()
+            self.hosts[name] = box = Box(self.root / name)
+            self.cloud.join(box, backends=self.backends, worker=self.worker)
+            box.environ |= {"OPENAI_API_KEY": "sk-stand-in-0001", "REPLICATE_API_TOKEN": "r8_stand_in"}
+        return self.hosts[name]
+
+    def start(self, *args: str, host: str = "here", via: Cable | None = None, **env: str) -> subprocess.Popen[str]:
+        """A worker that listens."""
+        env |= {"IMAGEN_DATABASE_URL": via.dsn} if via else {}
+        with open(self.root / f"{len(self.started)}.log", "w") as log:
+            process = self.host(host).start("worker", *args, env=env, stdout=log, stderr=log)
+        self.started.append(process)
+        self.until(lambda: "listening" in self.log(process) or process.poll() is not None)
+        assert process.poll() is None, self.log(process)
+        return process
+
+    def log(self, process: subprocess.Popen[str] | None = None) -> str:
+        """What one of them said, or all."""
+        numbers = [self.started.index(process)] if process else range(len(self.started))
+        return "".join(f"\n{number}: {(self.root / f'{number}.log').read_text()}" for number in numbers)
+
+    def add(self, prompt: str = "a fox", *, opts: Mapping[str, Any] | None = None, **columns: Any) -> str:
+        """The id of a new job of anna's; `opts` are its backend_opts."""
+        columns |= {"prompt": prompt, "owner_user_id": self.cloud.anna}
+        columns |= {"backend_opts": json.dumps(opts)} if opts else {}
+        places = ", ".join(f"${n + 1}" for n in range(len(columns)))
+        sql = f"insert into imagen.jobs ({', '.join(columns)}) values ({places}) returning id::text"
+        return str(self.database.one(sql, *columns.values()))
+
+    def slow(self, seconds: float, **columns: Any) -> str:
+        """A job that takes this long."""
+        return self.add(opts={"delay_s": seconds}, **columns)
+
+    def row(self, job: str) -> dict[str, Any]:
+        return self.database.sql("select *, now() as now from imagen.jobs where id = $1::uuid", job)[0]
+
+    def jobs(self, *statuses: str) -> list[str]:
+        """The ids of all jobs, or of those."""
+        rows = self.database.sql("select id::text, status from imagen.jobs")
+        return [row["id"] for row in rows if row["status"] in (statuses or row["status"])]
+
+    def until(self, condition: Callable[[], Any], timeout: float = 30) -> Any:
+        """Wait for the condition; its value."""
+        deadline = time.monotonic() + timeout
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                jobs = self.database.sql("select id, status, attempt, error, claimed_by, lease_until from imagen.jobs")
+                raise AssertionError(f"waited {timeout} s in vain: {jobs[:9]}\n{self.log()[-6000:]}")
+            time.sleep(0.01)
+        return value
+
+    def runs(self, job: str, attempt: int = 1) -> dict[str, Any]:
+        """Wait until it runs; its row."""
+        self.until(lambda: (row := self.row(job))["status"] == "running" and row["attempt"] >= attempt)
+        return self.row(job)
+
+    def ends(self, job: str, status: str = "done", timeout: float = 30) -> dict[str, Any]:
+        """Wait until it is over; its row, which has this status."""
+        self.until(lambda: self.row(job)["status"] not in ("pending", "running"), timeout)
+        row = self.row(job)
+        assert row["status"] == status, (row, self.log())
+        return row
+
+    def whole(self, *jobs: str) -> None:
+        """Each of these is done and has its image row, and there are no others."""
+        rows = self.database.sql("select id, image_id from imagen.jobs where id = any($1::uuid[])", [*jobs])
+        assert all(row["image_id"] for row in rows), (rows, self.log())
+        assert {row["image_id"] for row in rows} == {row["id"] for row in self.cloud.rows()}
+
+    def sessions(self) -> list[int]:
+        """The pids of the workers' connections."""
+        sql = "select pid from pg_stat_activity where application_name like 'imagen %' and datname = current_database()"
+        return [row["pid"] for row in self.database.sql(sql)]
+
+    def terminate(self) -> None:
+        for pid in self.sessions():
+            self.database.sql("select pg_terminate_backend($1)", pid)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.wait(10)
+
+    def end(self) -> None:
+        for process in self.started:
+            self.kill(process)
+
+
+@pytest.fixture
+def crew(cloud: Cloud, tmp_path: Path) -> Iterator[Crew]:
+    """No worker yet; each that is started is killed at the end."""
+    crew = Crew(cloud, tmp_path)
+    try:
+        yield crew
+    finally:
+        crew.end()
+
+
+@pytest.fixture
+def cable(crew: Crew) -> Iterator[Cable]:
+    """A wire to Postgres for one of the crew."""
+    with Cable(crew.database) as cable:
+        yield cable
+
+
+# Dead, frozen, cut off
+
+
+def lose(process: subprocess.Popen[str], cable: Cable, fate: str) -> Callable[[], None]:
+    """Let a worker be killed, frozen, or cut off from Postgres; what undoes it."""
+    if fate == "cut off":
+        cable.freeze()
+        return cable.thaw
+    process.send_signal(signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+    return lambda: process.send_signal(signal.SIGCONT) if fate == "frozen" else None
+
+
+@pytest.mark.parametrize("fate", ["killed", "frozen", "cut off"])
+def test_the_job_of_a_worker_that_is_gone_is_anothers_once_its_lease_has_run_out(
+    crew: Crew, cable: Cable, fate: str
+) -> None:
+    first = crew.start(via=cable)
+    job = crew.slow(2.5)
+    crew.runs(job)
+    crew.start(host="there")
+    undo = lose(first, cable, fate)
+    lease = crew.row(job)["lease_until"]
+    again = crew.runs(job, 2)
+    assert again["started_at"] >= lease and again["max_attempts"] == 3
+    undo()
+    if fate != "killed":
+        crew.until(lambda: "its lease was lost" in crew.log(first))
+    assert crew.ends(job)["attempt"] == 2
+    crew.whole(job)
+
+
+@pytest.mark.parametrize("fate", ["frozen", "cut off"])
+def test_a_worker_that_was_gone_for_less_than_its_lease_goes_on(crew: Crew, cable: Cable, fate: str) -> None:
+    first = crew.start(via=cable)
+    job = crew.slow(2.5)
+    crew.runs(job)
+    crew.start(host="there")
+    undo = lose(first, cable, fate)
+    time.sleep(0.8)
+    undo()
+    assert crew.ends(job)["attempt"] == 1
+    crew.whole(job)
+
+
+def test_who_restarts_under_a_dead_workers_name_has_its_jobs_at_once_and_nobody_elses(crew: Crew) -> None:
+    crew.worker |= {"lease_s": 60, "heartbeat_s": 20}
+    first = crew.start("--name", "a")
+    lost = crew.slow(1)
+    crew.runs(lost)
+    crew.start("--name", "a")  # whose name is taken, so it is a-2
+    live = crew.slow(3)
+    crew.runs(live)
+    crew.kill(first)
+    crew.start("--name", "a")
+    assert crew.ends(lost, timeout=5)["attempt"] == 2
+    assert crew.ends(live)["attempt"] == 1
+    crew.whole(lost, live)
+
+
+def test_a_job_longer_than_its_lease_runs_once_also_when_workers_come_and_go(crew: Crew) -> None:
+    crew.worker |= {"lease_s": 1, "heartbeat_s": 0.3}
+    crew.start()
+    job = crew.slow(4)
+    crew.runs(job)
+    for host in ("here", "there"):
+        other = crew.start(host=host)
+        time.sleep(1.2)  # longer than a lease
+        other.terminate()
+        assert other.wait(10) == 0
+    row = crew.ends(job)
+    assert (row["attempt"], row["progress"], row["note"]) == (1, 1.0, None)
+    crew.whole(job)
+
+
+def test_of_two_that_finish_the_same_job_one_is_fenced_off(crew: Crew, cable: Cable) -> None:
+    first = crew.start(via=cable)
+    cable.when(b'"status": "done"', cable.freeze)
+    job = crew.add()
+    assert cable.hit.wait(10)
+    first.send_signal(signal.SIGSTOP)
+    crew.start(host="there")
+    row = crew.ends(job)
+    cable.thaw()
+    first.send_signal(signal.SIGCONT)
+    crew.until(lambda: "not written" in crew.log(first))
+    assert crew.row(job) | {"now": 0} == row | {"now": 0}
+    crew.whole(job)
+    (image,) = crew.cloud.rows()
+    assert image["storage_path"] in crew.cloud.objects()
+    for box in crew.hosts.values():
+        crew.until(lambda box=box: not box.unfinished())
+
+
+# Postgres restarts, hangs up, loses an answer
+
+
+@pytest.mark.parametrize("fate", ["stopped", "crashed", "away for two leases", "sessions ended", "all cut off"])
+def test_no_job_is_stolen_or_run_twice_when_postgres_goes_and_comes_back(crew: Crew, cable: Cable, fate: str) -> None:
+    crew.start(via=cable)
+    job = crew.slow(1.5)
+    crew.runs(job)
+    crew.start(via=cable, host="there")
+    if fate == "sessions ended":
+        crew.terminate()
+    elif fate == "all cut off":
+        cable.freeze()
+        time.sleep(4)
+        cable.thaw()
+    else:
+        crew.database.server.stop(signal.SIGQUIT if fate == "crashed" else signal.SIGINT)
+        time.sleep(4 if fate == "away for two leases" else 0)  # the job ends meanwhile
+        crew.database.server.start()
+    row = crew.ends(job)
+    assert (row["attempt"], row["max_attempts"]) == (1, 3)
+    crew.until(lambda: crew.row(job)["image_id"])
+    crew.whole(job)
+    crew.until(lambda: len(crew.sessions()) == 2)  # as before
+
+
+def test_a_worker_whose_session_was_ended_listens_again_and_finds_what_came_meanwhile(crew: Crew) -> None:
+    crew.worker["poll_s"] = 600
+    crew.start()
+    for _ in range(5):
+        crew.terminate()
+        crew.whole(*[crew.ends(crew.add(), timeout=4)["id"] for _ in range(2)], *crew.jobs())
+        assert len(crew.sessions()) == 1
+
+
+def test_no_notification_is_lost_between_two_turns(crew: Crew) -> None:
+    crew.worker["poll_s"] = 600
+    crew.start("--concurrency", "2")
+    for n in range(60):
+        crew.add()
+        time.sleep(n % 7 / 500)
+    crew.until(lambda: not crew.jobs("pending", "running"), 10)
+    crew.whole(*crew.jobs())
+
+
+def test_a_claim_whose_answer_was_lost_is_handed_back_at_once_and_not_counted(crew: Crew, cable: Cable) -> None:
+    crew.worker |= {"lease_s": 60, "heartbeat_s": 20}
+    crew.start(via=cable)
+    cable.when(b"claimed", Pair.cut, answer=True)
+    row = crew.ends(crew.add(), timeout=5)
+    assert (row["attempt"], row["max_attempts"]) == (2, 4) and cable.hit.is_set()
+    crew.whole(row["id"])
+
+
+def test_a_claim_that_comes_true_after_its_worker_gave_it_up_is_handed_back(crew: Crew) -> None:
+    crew.start()
+    done = crew.ends(crew.add())
+    # As by a statement that waited for a lock until nobody listened any more.
+    job = crew.add(status="running", attempt=1, claimed_by=done["claimed_by"], lease_until=done["now"])
+    row = crew.ends(job)
+    assert (row["attempt"], row["max_attempts"]) == (2, 4)
+    crew.whole(str(done["id"]), job)
+
+
+def test_an_outcome_whose_answer_was_lost_counts_once(crew: Crew, cable: Cable) -> None:
+    first = crew.start(via=cable)
+    cable.when(b"settled", Pair.cut, answer=True)
+    job = crew.add()
+    crew.until(lambda: f"{job}: done" in crew.log(first))
+    assert cable.hit.is_set() and crew.row(job)["attempt"] == 1
+    crew.whole(job)
+
+
+def test_a_statement_that_hangs_is_given_up_and_the_worker_still_stops(crew: Crew, cable: Cable) -> None:
+    first = crew.start(via=cable)
+    job = crew.slow(30)
+    crew.runs(job)
+    cable.freeze()
+    crew.until(lambda: "timed out" in crew.log(first))
+    first.terminate()
+    time.sleep(0.5)  # two at the same moment are one
+    first.terminate()
+    assert first.wait(20) == 0
+    cable.thaw()
+    crew.start()
+    assert crew.runs(job, 2)["claimed_by"]
+
+
+def test_a_row_that_a_stranger_holds_locked_is_written_when_it_is_free(crew: Crew) -> None:
+    crew.start("--concurrency", "2")
+    job, neighbour = crew.slow(1), crew.slow(1)
+    crew.runs(job), crew.runs(neighbour)
+    with crew.database.session() as session:
+        session.sql("begin")
+        session.sql("select from imagen.jobs where id = $1::uuid for update", job)
+        crew.until(lambda: "timed out" in crew.log())
+    assert crew.ends(job)["attempt"] == crew.ends(neighbour)["attempt"] == 1
+    crew.whole(job, neighbour)
+    crew.until(lambda: len(crew.sessions()) == 1)
+
+
+def test_an_image_row_that_is_refused_costs_no_other_job_its_lease(crew: Crew) -> None:
+    crew.database.sql("alter table imagen.images add check (prompt <> 'a bad fox')")
+    crew.start("--concurrency", "2")
+    neighbour = crew.slow(2)
+    crew.runs(neighbour)
+    row = crew.ends(crew.slow(0.7, prompt="a bad fox"))  # due together with a heartbeat
+    assert row["image_id"] is None and "23514" in row["error"]
+    assert crew.ends(neighbour)["attempt"] == 1 and "lost" not in crew.log()
+
+
+# Poison, orphans, what people do to rows
+
+
+def test_a_job_that_kills_its_worker_each_time_fails_after_its_last_attempt(crew: Crew) -> None:
+    job = crew.slow(30)
+    for attempt in (1, 2, 3):
+        worker = crew.start()
+        crew.runs(job, attempt)
+        crew.kill(worker)
+    crew.start()
+    row = crew.ends(job, "failed")
+    assert (row["attempt"], row["error_code"]) == (3, "failed") and "lost in attempt 3 of 3" in row["error"]
+
+
+def test_jobs_that_the_original_worker_left_running_are_run_again(crew: Crew) -> None:
+    job = crew.add(status="running", started_at=datetime.now(UTC) - timedelta(hours=1))
+    never = crew.add(status="running", created_at=datetime.now(UTC) - timedelta(hours=1))
+    crew.start()
+    assert crew.ends(job)["attempt"] == crew.ends(never)["attempt"] == 1
+    crew.whole(job, never)
+
+
+@pytest.mark.parametrize("when", ["pending", "running", "reconnecting", "rescued"])
+def test_a_job_is_canceled_wherever_it_is(crew: Crew, when: str) -> None:
+    worker = crew.start()
+    if when == "pending":
+        busy = crew.slow(1)
+        crew.runs(busy)
+    job = crew.slow(30)
+    if when != "pending":
+        crew.runs(job)
+    if when == "rescued":
+        crew.kill(worker)
+    if when == "reconnecting":
+        crew.terminate()
+    became = crew.database.one("select imagen.cancel_job($1::uuid)", job, user=crew.cloud.anna)
+    assert became == {"pending": "canceled"}.get(when, "running")
+    if when == "rescued":
+        crew.start()
+    row = crew.ends(job, "canceled", timeout=5)
+    assert row["attempt"] == (0 if when == "pending" else 1) and row["finished_at"] and not row["image_id"]
+    if when == "pending":
+        crew.ends(busy)
+
+
+def test_who_is_told_to_stop_hands_back_what_it_cannot_finish_and_that_is_not_counted(crew: Crew) -> None:
+    crew.worker["grace_s"] = 1.5
+    worker = crew.start("--concurrency", "2")
+    short, long = crew.slow(1), crew.slow(30)
+    crew.runs(short), crew.runs(long)
+    worker.terminate()
+    assert worker.wait(10) == 0
+    assert crew.row(short)["status"] == "done"
+    row = crew.row(long)
+    assert (row["status"], row["attempt"], row["max_attempts"], row["claimed_by"]) == ("pending", 1, 4, None)
+    crew.start()
+    crew.runs(long, 2)
+
+
+@pytest.mark.parametrize("how", ["delete from imagen.jobs", "truncate imagen.jobs"])
+def test_a_worker_whose_running_job_is_deleted_goes_on(crew: Crew, how: str) -> None:
+    crew.start()
+    crew.runs(crew.slow(30))
+    crew.database.sql(how)
+    crew.until(lambda: "its lease was lost" in crew.log())
+    crew.whole(crew.ends(crew.add())["id"])
+
+
+def test_a_worker_takes_the_backends_it_is_given_and_an_unknown_one_fails_its_job(crew: Crew) -> None:
+    crew.backends |= {"other": TINY["mock"]}
+    crew.start("--backend", "other")
+    usual, other, unknown = crew.add(), crew.add(backend="other"), crew.add(backend="no-such")
+    crew.ends(other)
+    assert {crew.row(job)["status"] for job in (usual, unknown)} == {"pending"}
+    crew.start("--name", "all")
+    row = crew.ends(unknown, "failed")
+    assert row["error_code"] == "usage" and '"no-such" is not configured' in row["error"] and row["attempt"] == 1
+    crew.ends(usual)
+    crew.whole(usual, other)
+
+
+# What strangers send, and what the world says
+
+
+def test_no_notification_of_a_stranger_disturbs_the_worker(crew: Crew) -> None:
+    crew.start()
+    before = crew.sessions()
+    for payload in ("", "Größe \U0001f98a", "x" * 7999):
+        crew.database.sql("select pg_notify('imagen_jobs', $1)", payload)
+        crew.ends(crew.add())
+    job = crew.slow(1)
+    crew.runs(job)
+    crew.database.sql("select pg_notify('imagen_jobs', n || 'ü') from generate_series(1, 300) n")
+    crew.ends(job)
+    assert crew.sessions() == before
+    crew.whole(*crew.jobs())
+
+
+def test_any_text_gets_into_a_row_and_back(crew: Crew) -> None:
+    with OpenAIServer() as server:
+        block = {"type": "openai", "base_url": server.v1, "model": server.models[0]}
+        crew.backends |= {"paint": {**block, **PAINT_KEYS["openai"]}}
+        crew.start()
+        for text in ("bad \0 \ud800 \x1b[31m Größe", "bad" + "x" * 100_000):
+            server.script(status(400, {"error": {"message": text, "type": "t\0\ud800", "code": "c\0"}}))
+            row = crew.ends(crew.add(backend="paint"), "failed")
+            assert "bad" in row["error"] and len(row["error"].encode()) <= 4096
+    prompt = "ein Fuchs, Größe \U0001f98a '; drop table imagen.jobs; -- " * 420
+    job = crew.add(prompt)
+    crew.ends(job)
+    (image,) = crew.cloud.rows()
+    assert image["prompt"] == prompt and len(prompt) > 20_000
+    row = crew.ends(crew.add(opts={"delay_s": [1, {"a": None}]}), "failed")
+    assert row["error_code"] == "usage" and "delay_s" in row["error"]
+    crew.whole(job)
+
+
+def test_the_workers_clock_and_the_databases_isolation_have_no_part_in_it(crew: Crew) -> None:
+    crew.database.sql(f"alter database {crew.database.name} set default_transaction_isolation = 'serializable'")
+    wrong = "import time\nnow = time.time\ntime.time = lambda: now() + {}\n"
+    for name, hours in (("early", -30), ("late", 30)):
+        (crew.root / name).mkdir()
+        (crew.root / name / "sitecustomize.py").write_text(wrong.format(hours * 3600))
+        crew.start("--concurrency", "2", host=name[::-1], PYTHONPATH=str(crew.root / name))
+    jobs = [crew.slow(n % 3, priority=n % 2) for n in range(12)]
+    for job in jobs:
+        assert crew.ends(job)["attempt"] == 1
+    assert "lost" not in crew.log() and "next try" not in crew.log()
+    crew.whole(*jobs)
+
+
+def test_one_by_one_jobs_are_taken_oldest_first_within_their_priority(crew: Crew) -> None:
+    jobs = {crew.add(priority=priority): (-priority, n) for n, priority in enumerate([0, 5, -1, 0, 5, 0])}
+    crew.start("--once").wait(20)
+    order = re.findall(r" (\S+): claimed", crew.log())
+    assert order == sorted(jobs, key=lambda job: jobs[job])
+
+
+# Money
+
+
+class Painter(NamedTuple):
+    """A paid backend in the two manners: one that keeps results, and one that forgets."""
+
+    kind: str
+    server: ReplicateServer | OpenAIServer
+
+    @property
+    def posts(self) -> int:
+        return sum(seen.method == "POST" and "cancel" not in seen.path for seen in list(self.server.seen))
+
+
+@pytest.fixture(params=["openai", "replicate"])
+def painter(request: pytest.FixtureRequest, crew: Crew) -> Iterator[Painter]:
+    """One of them, as the crew's default backend."""
+    made = OpenAIServer() if request.param == "openai" else ReplicateServer()
+    model = GPT_MODELS[0] if request.param == "openai" else "black-forest-labs/flux-schnell"
+    crew.backends = {"paint": {"type": request.param, "base_url": made.v1, "model": model, **PAINT_KEYS[request.param]}}
+    with made as server:
+        yield Painter(request.param, server)
+
+
+REMEMBERS = pytest.mark.parametrize("painter", ["replicate"], indirect=True)
+FORGETS = pytest.mark.parametrize("painter", ["openai"], indirect=True)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_worker_frozen_before_its_paid_post_does_not_pay_after_its_job_was_rescued(
+    crew: Crew, cable: Cable, painter: Painter, written: bool
+) -> None:
+    first = crew.start(via=cable)
+    cable.when(b"SET receipt", cable.freeze)
+    job = crew.add()
+    assert cable.hit.wait(10)
+    if written:  # the receipt is, but its worker does not learn of it in time
+        with crew.database.session() as session:
+            session.sql("begin")
+            session.sql("select from imagen.jobs where id = $1::uuid for update", job)
+            cable.thaw()
+            waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%receipt%'"
+            crew.until(lambda: crew.database.one(waits))
+            first.send_signal(signal.SIGSTOP)
+        crew.until(lambda: crew.row(job)["receipt"])
+    else:
+        first.send_signal(signal.SIGSTOP)
+    assert painter.posts == 0
+    crew.start(host="there")
+    row = crew.ends(job, "failed" if written else "done")
+    assert painter.posts == (0 if written else 1)
+    first.send_signal(signal.SIGCONT)
+    cable.thaw()
+    crew.until(lambda: "its lease was lost: not written" in crew.log(first))
+    crew.until(lambda: all(not box.unfinished() for box in crew.hosts.values()))
+    assert painter.posts == (0 if written else 1) and row["attempt"] == 2
+    if not written:
+        crew.whole(job)
+
+
+@pytest.mark.parametrize("host", ["here", "there"])
+@pytest.mark.parametrize(
+    ("painter", "answered"), [("openai", False), ("replicate", False), ("replicate", True)], indirect=["painter"]
+)
+def test_a_worker_killed_after_its_paid_post_left_leaves_nothing_to_pay_again(
+    crew: Crew, painter: Painter, host: str, answered: bool
+) -> None:
+    server = painter.server
+    if isinstance(server, ReplicateServer) and answered:
+        server.script(polls=10**6)
+    elif isinstance(server, ReplicateServer):
+        server.answer_next(silent(), create=True)
+    else:
+        server.script(silent())
+    first, job = crew.start(), crew.add()
+    server.wait_seen()
+    receipt = crew.until(lambda: (said := crew.row(job)["receipt"]) and bool(said["remote"]) == answered and said)
+    crew.kill(first)
+    if isinstance(server, ReplicateServer):
+        server.finish()
+    crew.start(host=host)
+    row = crew.ends(job, "failed" if painter.kind == "openai" else "done")
+    assert painter.posts == 1 and row["attempt"] == 2
+    if painter.kind == "openai":
+        assert row["error_code"] == "unknown" and row["receipt"]["at"] == receipt["at"]
+    else:
+        crew.whole(job)
+
+
+@FORGETS
+def test_a_host_whose_own_journal_knows_of_no_payment_believes_the_receipt_of_another(
+    crew: Crew, cable: Cable, painter: Painter
+) -> None:
+    first = crew.start(via=cable)
+    cable.when(b"SET receipt", cable.freeze)
+    job = crew.add()
+    assert cable.hit.wait(10)
+    crew.kill(first)
+    painter.server.script(silent())  # type: ignore[attr-defined]
+    other = crew.start(host="there")
+    painter.server.wait_seen()
+    crew.kill(other)
+    crew.start()
+    assert crew.ends(job, "failed")["error_code"] == "unknown"
+    assert painter.posts == 1
+
+
+@FORGETS
+def test_a_worker_killed_while_it_waits_to_ask_again_leaves_a_job_that_can_be_paid(
+    crew: Crew, painter: Painter
+) -> None:
+    painter.server.script("rate_limit", retry_after="30")  # type: ignore[attr-defined]
+    first, job = crew.start(), crew.add()
+    crew.until(lambda: [entry for entry in crew.host().unfinished() if entry.get("charged") == "no"])
+    crew.kill(first)
+    crew.start()
+    assert crew.ends(job)["receipt"]["attempt"] == 2
+    assert painter.posts == 2
+    crew.whole(job)
+
+
+@FORGETS
+def test_what_was_turned_away_is_asked_again_under_the_same_receipt(crew: Crew, painter: Painter) -> None:
+    painter.server.script("rate_limit", retry_after="1")  # type: ignore[attr-defined]
+    crew.start()
+    row = crew.ends(crew.add())
+    assert painter.posts == 2 and (row["attempt"], row["receipt"]["attempt"]) == (1, 1)
+    crew.whole(row["id"])
+
+
+@REMEMBERS
+def test_who_is_cut_off_from_postgres_alone_does_not_cancel_what_the_winner_fetches(
+    crew: Crew, cable: Cable, painter: Painter
+) -> None:
+    server = painter.server
+    assert isinstance(server, ReplicateServer)
+    server.script(polls=10**6)
+    first, job = crew.start(via=cable), crew.add()
+    crew.until(lambda: (said := crew.row(job)["receipt"]) and said["remote"])
+    cable.freeze()
+    crew.start(host="there")
+    crew.runs(job, 2)
+    cable.thaw()
+    crew.until(lambda: "its lease was lost" in crew.log(first))
+    server.finish()
+    crew.ends(job)
+    assert server.created == 1 and server.canceled == []
+    crew.whole(job)
+
+
+@FORGETS
+def test_without_a_database_nothing_is_paid(crew: Crew, cable: Cable, painter: Painter) -> None:
+    first = crew.start(via=cable)
+    cable.when(b"SET receipt", cable.freeze)
+    job = crew.add()
+    assert cable.hit.wait(10)
+    crew.until(lambda: "timed out" in crew.log(first))
+    assert painter.posts == 0
+    cable.cut()
+    cable.thaw()
+    crew.ends(job)
+    assert painter.posts == 1
+    crew.whole(job)
+
+
+@pytest.mark.parametrize("host", ["here", "there"])
+def test_an_image_on_disk_is_handed_in_by_its_own_host_without_a_second_post(
+    crew: Crew, cable: Cable, painter: Painter, host: str
+) -> None:
+    first = crew.start(via=cable)
+    cable.when(b'"status": "done"', cable.freeze)
+    job = crew.add()
+    assert cable.hit.wait(10)
+    crew.kill(first)
+    if host == "there":  # which does not have it, and can only ask the remote
+        crew.start(host=host)
+        crew.ends(job, "failed" if painter.kind == "openai" else "done")
+    crew.start()
+    crew.until(lambda: crew.row(job)["status"] == "done")
+    crew.until(lambda: not crew.host().unfinished())
+    assert painter.posts == 1 and crew.ends(job)["error"] is None
+    crew.whole(job)
+
+
+@FORGETS
+def test_an_image_that_came_after_its_job_had_failed_is_handed_in_after_all(
+    crew: Crew, cable: Cable, painter: Painter
+) -> None:
+    answer = threading.Event()
+    body = {"data": [{"b64_json": base64.b64encode(png(64, 64)).decode()}]}
+    painter.server.script(hold(answer, ok(body)))  # type: ignore[attr-defined]
+    first, job = crew.start(via=cable), crew.add()
+    painter.server.wait_seen()
+    cable.cut(plugged=False)
+    crew.start(host="there")
+    assert crew.ends(job, "failed")["error_code"] == "unknown"
+    answer.set()
+    crew.until(lambda: list(crew.host().out.rglob("*.png")))
+    cable.thaw()
+    crew.until(lambda: "not written" in crew.log(first) or "lost" in crew.log(first))
+    first.terminate()
+    assert first.wait(20) == 0
+    crew.start()
+    crew.until(lambda: crew.row(job)["status"] == "done")
+    assert painter.posts == 1
+    crew.whole(job)
+
+
+@FORGETS
+def test_who_is_told_to_stop_while_postgres_is_away_waits_for_what_it_paid(
+    crew: Crew, cable: Cable, painter: Painter
+) -> None:
+    crew.worker["grace_s"] = 0
+    answer = threading.Event()
+    body = {"data": [{"b64_json": base64.b64encode(png(64, 64)).decode()}]}
+    painter.server.script(hold(answer, ok(body)))  # type: ignore[attr-defined]
+    first, job = crew.start(via=cable), crew.add()
+    painter.server.wait_seen()
+    cable.cut(plugged=False)
+    first.terminate()
+    crew.until(lambda: "next try" in crew.log(first))
+    answer.set()
+    assert first.wait(30) == 0
+    cable.thaw()
+    crew.start()
+    crew.ends(job)
+    assert painter.posts == 1
+    crew.whole(job)
+
+
+def test_an_image_that_the_cloud_does_not_take_is_kept_and_handed_in_later(crew: Crew) -> None:
+    crew.cloud.fault("PUT /storage/v1/object/", status(403, {"statusCode": "403", "message": "no"}), math.inf)
+    first = crew.start()
+    row = crew.ends(crew.add())
+    assert row["image_id"] is None and "403" in row["error"] and str(crew.host().out) in row["error"]
+    first.terminate()
+    assert first.wait(20) == 0
+    crew.cloud.faults.clear()
+    crew.start()
+    crew.until(lambda: crew.row(row["id"])["image_id"])
+    row = crew.row(row["id"])
+    assert (row["status"], row["error"], row["attempt"]) == ("done", None, 1)
+    crew.whole(row["id"])
+    assert not crew.host().unfinished()
+
+
+# Many
+
+
+@pytest.mark.timeout(240)
+def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image_once(crew: Crew) -> None:
+    crew.worker |= {"concurrency": 4}
+    crew.database.sql(
+        "insert into imagen.jobs (prompt, owner_user_id, max_attempts, backend_opts)"
+        " select 'a fox', $1::uuid, 100, jsonb_build_object('delay_s', n % 4 * 0.1) from generate_series(1, 300) n",
+        crew.cloud.anna,
+    )
+    chance, names, kills = random.Random(7), ["a", "b", "c"], 0
+    workers = {name: crew.start("--name", name, host=name) for name in names}
+    while crew.jobs("pending", "running"):
+        time.sleep(chance.uniform(0, 0.4))
+        name, kills = chance.choice(names), kills + 1
+        crew.kill(workers[name])
+        workers[name] = crew.start("--name", name, host=name)
+    assert kills > 5 and len(crew.jobs("done")) == 300
+    crew.whole(*crew.jobs())
+
+
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
 def terminal_frames(drawn: str) -> list[str]:
     """Every progress line that was drawn, without its colour."""
