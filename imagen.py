@@ -714,7 +714,7 @@ class WorkerConfig(NamedTuple):
     """How a worker takes jobs; seconds."""
 
     concurrency: Annotated[int, Between(1, 64)] = 1
-    poll_s: Annotated[float, Between(0.1, 3600)] = 5.0
+    poll_s: Annotated[float, Between(0.1, 30)] = 5.0  # also how often systemd hears that all is well
     lease_s: Annotated[float, Between(1, 3600)] = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
@@ -3847,9 +3847,10 @@ class Worker:
                 self.take_in(rows, settling, busy if "kept" in parts else ())
                 beaten = now if "kept" in parts else beaten
                 heard = bool(rows["woken"]) or 0 < free == len(rows["claimed"])  # there may be more
-                poll_at = min([poll_at, *(now + outcome.get("delay", settings.poll_s) for _, outcome in settling)])
+                delays = [outcome["delay"] for _, outcome in settling if "delay" in outcome]
+                poll_at = min(poll_at, time.monotonic() + min([settings.poll_s, *delays]))
             self.release()
-            if once and not self.running and not self.outcomes and not heard:
+            if (self.stops or (once and not heard)) and not self.running and not self.outcomes:
                 return
             until = min(poll_at, now + tick) if self.running else poll_at
             if not self.outcomes and not self.wishes and not (heard and len(self.running) < self.concurrency):
@@ -4004,9 +4005,9 @@ class Worker:
         for row in (*rows["disowned"], *rows["rescued"]):
             self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
         for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
-            self.say(f"{row['id']}: claimed, attempt {row['attempt']} of {row['max_attempts']}")
             self.running[row["id"]] = run = Attempt(self, row)
             self._threads = [*filter(threading.Thread.is_alive, self._threads), in_thread(self.work, run)]
+            self.say(f"{run.job}: claimed, attempt {run.number} of {row['max_attempts']}")
         if rows["waiting"]:
             self.waiting = rows["waiting"][0]["number"]
         sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending")

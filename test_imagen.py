@@ -11185,1269 +11185,6 @@ def test_live_a_job_becomes_done_in_a_real_project(box: Box) -> None:
             database.run("delete from imagen.images where backend = :mine", mine=mine)
 
 
-# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
-SERVE_BLOCKS: dict[str, dict[str, Any]] = {
-    "mock": {"type": "mock", "width": 64, "height": 64},
-    "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
-    "replicate": {"type": "replicate", "model": "black-forest-labs/flux-schnell", "api_token_env": "SERVE_TEST_KEY"},
-    "openai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "SERVE_TEST_KEY"},
-}
-SERVE_KEY, SERVE_TOKEN = "sk-stand-in-0001", "token of the tests & more: +%?".replace(" ", "_")
-
-
-class Heard(NamedTuple):
-    """An answer of the server; header names in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class Serving:
-    """A real `imagen serve`. At the end it drains, and must leave with 0, without a traceback and without a secret."""
-
-    def __init__(self, box: Box, *args: str, **env: str) -> None:
-        self.box, self.log = box, box.root / f"serve-{uuid.uuid4()}.err"
-        with self.log.open("w") as err:
-            keys = {"SERVE_TEST_KEY": SERVE_KEY, **env}
-            self.process = box.start("serve", "--port", "0", *args, env=keys, stderr=err)
-        assert self.process.stdout
-        self.base = self.process.stdout.readline().strip()
-        assert self.base, self.log.read_text()
-        self.port = int(self.base.rsplit(":", 1)[1].strip("/"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.process.terminate()
-        code = self.process.wait(60)
-        assert self.process.stdout
-        self.process.stdout.close()
-        if kind is None:
-            said = self.log.read_text()
-            assert code == 0 and "Traceback" not in said, said
-            assert SERVE_KEY not in said and SERVE_TOKEN not in said
-
-    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Heard:
-        """One request, and what came back; a body that is no bytes goes as JSON."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        with contextlib.closing(link):
-            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            link.request(method, path, data, {key.replace("_", "-"): value for key, value in headers.items()})
-            with link.getresponse() as said:
-                return Heard(said.status, {key.lower(): value for key, value in said.getheaders()}, said.read())
-
-    def get(self, path: str, **headers: str) -> Heard:
-        return self.ask("GET", path, **headers)
-
-    def make(self, said: Mapping[str, Any], **headers: str) -> Heard:
-        return self.ask("POST", "/v1/images/generations", {"prompt": "a fox", "size": "64x64", **said}, **headers)
-
-    def images(self, query: str = "") -> list[dict[str, Any]]:
-        return list(self.get(f"/api/images{query}").json["images"])
-
-    def raw(self, data: bytes = b"") -> socket.socket:
-        """A connection on which these bytes were sent."""
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
-        return sock
-
-    def post(self, said: Mapping[str, Any], *lines: str) -> socket.socket:
-        """A request for images, whose answer nobody has read yet."""
-        body = json.dumps({"prompt": "a fox", "size": "64x64", **said}).encode()
-        head = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *lines]
-        return self.raw("\r\n".join([*head, "", ""]).encode() + body)
-
-    def usage(self) -> tuple[int, int, float]:
-        """Descriptors, threads, and MB of memory."""
-        proc = Path(f"/proc/{self.process.pid}")
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        return len([*(proc / "fd").iterdir()]), int(status["Threads"]), int(status["VmRSS"].split()[0]) / 1024
-
-    @contextlib.contextmanager
-    def client(self, **options: Any) -> Iterator[Any]:
-        """The official client, as it comes."""
-        openai = pytest.importorskip("openai")
-        options = {"base_url": f"{self.base}v1", "api_key": "none", **options}
-        with openai.OpenAI(**options) as client:
-            yield client
-
-
-def serve_wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
-    """The condition's value, once it has one."""
-    until = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
-def serve_read(sock: socket.socket) -> bytes:
-    """All that comes until the server closes."""
-    with sock, contextlib.suppress(ConnectionError):
-        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
-    return b""
-
-
-def serve_plant(box: Box, count: int, **more: Any) -> list[dict[str, Any]]:
-    """A ledger of that many images of the mock, a second apart, oldest first."""
-    box.configure(SERVE_BLOCKS)
-    (path,) = box.run("generate", "fox 0", "-b", "mock", "--seed", "7").lines
-    (first,) = box.ledger()
-    records = []
-    for number in range(count):
-        stamp = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)).isoformat()
-        about = {"image_id": str(uuid.UUID(int=number)), "prompt": f"fox {number}", "timestamp": stamp, **more}
-        records.append({**first, "id": about["image_id"], "sidecar": {**first["sidecar"], **about}, "path": path})
-    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    return records
-
-
-@pytest.fixture
-def remotes(box: Box) -> Iterator[tuple[Comfy, ReplicateServer, OpenAIServer]]:
-    """The three remotes, and a config that knows them beside the mock."""
-    with Comfy() as comfy, ReplicateServer(SERVE_KEY) as replicate, OpenAIServer(SERVE_KEY) as openai:
-        bases = {"comfyui": comfy.base, "replicate": replicate.v1, "openai": openai.v1}
-        blocks = {name: {**block} for name, block in SERVE_BLOCKS.items()}
-        for name, base in bases.items():
-            blocks[name]["base_url"] = base
-        replicate.script(always=True, polls=0)
-        box.configure(blocks)
-        yield comfy, replicate, openai
-
-
-def test_openais_client_gets_images_from_any_backend(box: Box, remotes: Any) -> None:
-    with Serving(box) as server, server.client() as client:
-        for name in SERVE_BLOCKS:
-            plain = client.images.generate(prompt="a fox", model=name, size="1024x1024")
-            linked = client.images.generate(prompt="a fox", model=name, size="1024x1024", response_format="url")
-            url = urllib.parse.urlsplit(linked.data[0].url)
-            whole = [base64.b64decode(plain.data[0].b64_json), server.get(f"{url.path}?{url.query}").body]
-            assert [bool(imagen.sniff(io.BytesIO(data)).complete) for data in whole] == [True, True]  # type: ignore[union-attr]
-            assert plain.data[0].url is None and linked.data[0].b64_json is None and plain.created > 1.7e9
-            counted = plain.usage.output_tokens
-            assert counted == (GPT_TOKENS["medium"] if name == "openai" else 0), name
-            assert plain.data[0].imagen["cost_usd"] == 0 or name in ("replicate", "openai")
-    assert remotes[2].posts == 2 and remotes[1].created == 2 and len(box.ledger()) == 8
-
-
-def test_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box: Box) -> None:
-    box.configure({**SERVE_BLOCKS, "other": {"type": "mock"}}, styles={"inked": "in ink"})
-    extra = {"seed": 7, "steps": 3, "style": "inked", "negative_prompt": "dogs", "backend_opts": {"delay_s": 0.01}}
-    with Serving(box) as server, server.client() as client:
-        more = {"background": "auto", "user": "u", "quality": "low", "extra_body": {**extra, "sparkle": [1]}}
-        said = client.images.generate(prompt="Größe", model="auto", n=3, size="96x64", **more)
-        made = {image.imagen["seed"]: image for image in said.data}
-        assert sorted(made) == [7, 8, 9]
-        assert {"sparkle", "user", "quality", "background", "steps"} <= set(made[7].imagen["ignored"])
-        for seed, image in made.items():
-            about = server.get(f"/api/images/{image.imagen['id']}").json
-            assert (about["seed"], about["width"], about["height"], about["backend"]) == (seed, 96, 64, "mock")
-            assert about["styled_prompt"] == "Größe, in ink" and about["requested"]["steps"] == 3
-        assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
-        assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
-    assert len(box.ledger()) == 4
-
-
-@pytest.mark.parametrize(
-    ("said", "status", "code"),
-    [
-        ({"model": "mokc"}, 404, "model_not_found"),
-        ({"prompt": " "}, 400, "invalid_value"),
-        ({"prompt": None}, 400, "invalid_value"),
-        ({"prompt": ["a"]}, 400, "invalid_value"),
-        ({"n": 0}, 400, "invalid_value"),
-        ({"n": 11}, 400, "invalid_value"),
-        ({"n": True}, 400, "invalid_value"),
-        ({"size": "1x1"}, 400, "invalid_value"),
-        ({"size": "9x9x9"}, 400, "invalid_value"),
-        ({"seed": -1}, 400, "invalid_value"),
-        ({"seed": 1.5}, 400, "invalid_value"),
-        ({"style": "nothing"}, 400, "invalid_value"),
-        ({"backend_opts": {"parallel": 9}}, 400, "invalid_value"),
-        ({"backend_opts": {"delay_s": 1e999}}, 400, "invalid_value"),
-        ({"backend_opts": "delay_s"}, 400, "invalid_value"),
-    ],
-    ids=str,
-)
-def test_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
-    serving: Serving, said: dict[str, Any], status: int, code: str
-) -> None:
-    before = serving.box.ledger()
-    heard = serving.make(said)
-    error = heard.json["error"]
-    assert (heard.status, error["code"], error["type"]) == (status, code, "invalid_request_error")
-    assert error["charged"] == "no" and error["message"] and set(error) >= {"param", "hint"}
-    assert heard.headers.get("x-should-retry") != "true" and serving.box.ledger() == before
-
-
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """One server for the tests that leave nothing behind in it."""
-    box = Box(tmp_path_factory.mktemp("serving"))
-    box.configure(SERVE_BLOCKS)
-    with Serving(box, "--parallel", "64") as server:
-        yield server
-
-
-SERVE_FATES = {  # mock's `fail`: the client's class, status, type, code, whether a repeat is safe
-    "refused": ("BadRequestError", 400, "image_generation_user_error", "moderation_blocked", False),
-    "usage": ("BadRequestError", 400, "invalid_request_error", "invalid_value", False),
-    "quota": ("RateLimitError", 429, "insufficient_quota", "insufficient_quota", False),
-    "busy": ("RateLimitError", 429, "rate_limit_error", "rate_limit_exceeded", True),
-    "unreachable": ("InternalServerError", 503, "server_error", "unreachable", True),
-    "config": ("InternalServerError", 500, "server_error", "config", False),
-    "failed": ("InternalServerError", 502, "server_error", "failed", False),
-    "bug": ("InternalServerError", 500, "server_error", "bug", False),
-}
-
-
-def test_errors_are_those_that_openais_client_has_classes_for(box: Box) -> None:
-    box.configure(SERVE_BLOCKS)
-    openai = pytest.importorskip("openai")
-    with Serving(box) as server, server.client(max_retries=0) as client:
-        for fail, (name, status, kind, code, again) in SERVE_FATES.items():
-            with pytest.raises(getattr(openai, name)) as caught:
-                client.images.generate(prompt="a fox", extra_body={"backend_opts": {"fail": fail}})
-            problem = caught.value
-            assert (problem.status_code, problem.type, problem.code) == (status, kind, code), fail
-            assert problem.body["charged"] == "no" and "hint" in problem.body and fail in problem.body["message"]
-            assert problem.response.headers["x-should-retry"] == str(again).lower()
-            assert ("retry-after" in problem.response.headers) == again
-        with pytest.raises(openai.NotFoundError):
-            client.images.generate(prompt="a fox", model="dall-e-9")
-        assert server.make({"n": 2, "seed": 2**63 - 1}).status == 400
-    assert len(box.ledger()) == len(SERVE_FATES) and box.unfinished() == []
-
-
-def test_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one_that_may_have_cost_is_not(
-    box: Box, remotes: Any
-) -> None:
-    openai = remotes[2]
-    openai.script("server_error")
-    with Serving(box) as server:
-        for _ in range(3):
-            heard = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
-            assert (heard.status, heard.json["error"]["charged"]) == (502, "unknown")
-            assert heard.headers["x-should-retry"] == "false" and "recover" in heard.json["error"]["hint"]
-        assert openai.posts == 1
-        for number in (1, 2, 3):
-            assert server.make({"backend_opts": {"fail": "busy"}}, x_stainless_retry_count="1").status == 429
-            assert len(box.ledger()) == number
-        with server.client() as client, pytest.raises(pytest.importorskip("openai").InternalServerError):
-            openai.script("server_error")
-            client.images.generate(prompt="another fox", model="openai")
-        assert openai.posts == 2
-        openai.script("moderation_input")
-        partial = server.make({"model": "openai", "size": "auto", "n": 2})
-        assert partial.status == 200 and len(partial.json["data"]) == 1
-        assert [error["code"] for error in partial.json["imagen"]["errors"]] == ["moderation_blocked"]
-
-
-@pytest.mark.parametrize("when", ["in flight", "just finished"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_is_less_patient_than_the_remote_pays_once(
-    box: Box, remotes: Any, when: str, stream: bool
-) -> None:
-    httpx = pytest.importorskip("openai").DefaultHttpxClient
-    remote, let_go, counts = remotes[2], threading.Event(), list[str]()
-    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
-
-    def sending(request: Any) -> None:
-        counts.append(request.headers["x-stainless-retry-count"])
-        if counts[-1] == "1":
-            let_go.set()
-            serve_wait(lambda: when == "in flight" or box.ledger())
-
-    with contextlib.ExitStack() as stack:
-        server, transport = stack.enter_context(Serving(box)), httpx(event_hooks={"request": [sending]})
-        client = stack.enter_context(server.client(http_client=transport))
-        asked = {"prompt": "a fox", "model": "openai", "timeout": 0.4}
-        if stream:  # the client's patience ends between the events, so it is the caller who repeats
-            with pytest.raises(Exception, match=r"(?i)timed? ?out"):
-                [*client.images.generate(**asked, stream=True)]
-            sending(types.SimpleNamespace(headers={"x-stainless-retry-count": "1"}))
-            again = {"x-stainless-retry-count": "1"}
-            events = [*client.images.generate(**asked, stream=True, extra_headers=again)]
-            assert events[-1].type == "image_generation.completed"
-        else:
-            assert client.images.generate(**asked).data[0].b64_json
-        assert "1" in counts and remote.posts == 1
-        client.images.generate(**asked | {"timeout": 30})  # the same body, but not a repeat
-    assert remote.posts == 2
-
-
-def test_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
-    let_go = threading.Event()
-    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
-    remotes[2].script(*(hold(let_go, answer) for answer in answers))
-    asked = {"model": "openai", "size": "auto"}
-    with Serving(box) as server:
-        first = [server.post(asked) for _ in range(2)]
-        remotes[2].wait(lambda: remotes[2].posts == 2)
-        assert server.make(asked).status == 503
-        for sock in first:
-            sock.close()
-        again = [server.post(asked, "x-stainless-retry-count: 1") for _ in range(2)]
-        let_go.set()
-        found = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
-        assert len({json.loads(body)["data"][0]["b64_json"] for body in found}) == 2
-    assert remotes[2].posts == 2
-
-
-def test_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
-    box.configure(SERVE_BLOCKS)
-    openai = pytest.importorskip("openai")
-    with Serving(box) as server, server.client() as client:
-        slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
-        events = [*client.images.generate(prompt="a fox", n=2, stream=True, extra_body=slow)]
-        kinds = [event.type for event in events]
-        assert kinds[-2:] == 2 * ["image_generation.completed"] and len(kinds) >= 4
-        assert {*kinds[:-2]} == {"imagen.progress"}
-        shares = [event.done / event.total for event in events[:-2] if event.note == "drawing"]
-        assert len({*shares}) > 1 and all(0 <= share <= 1 for share in shares)
-        assert {event.imagen["seed"] for event in events[-2:]} == {7, 8}
-        assert events[-1].usage.total_tokens == 0 and (events[-1].size, events[-1].output_format) == ("64x64", "png")
-        assert imagen.sniff(io.BytesIO(base64.b64decode(events[-1].b64_json)))
-        with pytest.raises(openai.APIError, match="refused") as caught:
-            [*client.images.generate(prompt="a fox", stream=True, extra_body={"backend_opts": {"fail": "refused"}})]
-        assert caught.value.body["code"] == "moderation_blocked"
-        with pytest.raises(openai.BadRequestError):
-            client.images.generate(prompt="", stream=True)
-
-
-def test_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
-    serve_plant(box, 60)
-    with Serving(box) as server:
-        pages, before = [], ""
-        while before is not None:
-            said = server.get(f"/api/images?before={before}").json
-            pages, before = [*pages, [image["prompt"] for image in said["images"]]], said["next"]
-        assert [len(page) for page in pages] == [24, 24, 12]
-        assert [*itertools.chain(*pages)] == [f"fox {number}" for number in reversed(range(60))]
-        assert [image["prompt"] for image in server.images("?limit=2")] == ["fox 59", "fox 58"]
-        assert [image["prompt"] for image in server.images("?query=FOX+1&limit=200")] == [
-            f"fox {number}" for number in (*range(59, 0, -1),) if "1" in str(number)
-        ]
-        for nothing in ("?backend=openai", "?query=dog", "?before=../../etc/passwd"):
-            assert server.images(nothing) == []
-        assert len(server.images("?backend=mock")) == len(server.images("?limit=-1")) == 24
-        with (box.state / "ledger.jsonl").open("a") as ledger:
-            ledger.write('{"torn": ')  # by somebody who is about to go on
-            ledger.flush()
-            assert server.images("?limit=1")[0]["prompt"] == "fox 59"
-            ledger.write('1}\nno JSON\n{"path": "/x", "sidecar": 5}\n')
-        box.run("generate", "a newcomer", "-b", "mock", "--style", "photo")
-        assert server.images("?limit=1&query=photo")[0]["prompt"] == "a newcomer"
-        (box.state / "ledger.jsonl").write_text("")
-        assert server.images() == []
-
-
-def test_what_is_still_to_be_delivered_is_among_the_images_where_its_time_puts_it(box: Box) -> None:
-    records = serve_plant(box, 90)
-    late = records[20:60]  # more than a page
-    kept = [record for record in records if record not in late]
-    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
-    for record in late:
-        (box.state / "open" / f"{record['id']}.jsonl").write_text(f"{json.dumps(record)}\n")
-    (box.state / "open" / "0.jsonl").write_text('{"path": "/nothing"}\n{"sidecar": {"image')
-    with Serving(box) as server:
-        found, before = list[str](), ""
-        while before is not None:
-            said = server.get(f"/api/images?before={before}").json
-            found, before = found + [image["prompt"] for image in said["images"]], said["next"]
-        assert found == [f"fox {number}" for number in reversed(range(90))]
-        assert server.get(f"/api/images/{late[0]['id']}").json["prompt"] == "fox 20"
-        assert server.get(f"/images/{late[0]['id']}").status == 200
-
-
-def test_an_image_is_fetched_once_and_kept(box: Box) -> None:
-    (record,) = serve_plant(box, 1)
-    with Serving(box) as server:
-        path = f"/images/{record['id']}"
-        whole = server.get(path)
-        assert whole.body == Path(record["path"]).read_bytes() and whole.headers["content-type"] == "image/png"
-        assert "immutable" in whole.headers["cache-control"] and whole.headers["x-content-type-options"] == "nosniff"
-        again = server.get(path, If_None_Match=whole.headers["etag"])
-        assert (again.status, again.body) == (304, b"")
-        head = server.ask("HEAD", path)
-        assert (head.body, head.headers["content-length"]) == (b"", str(len(whole.body)))
-        about = server.get(f"/api/images/{record['id']}").json
-        assert (about["id"], about["there"], about["cloud"]) == (record["id"], True, False)
-        os.unlink(record["path"])
-        assert server.get(path).status == 404 and not server.images()[0]["there"]
-        for odd in (path.upper(), path[:-1], f"{path}/", f"{path}.png", f"/images/{uuid.uuid4()}", "/images/"):
-            assert server.get(odd).status == 404
-
-
-def test_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_does(box: Box) -> None:
-    pillow = pytest.importorskip("PIL.Image")
-    broken, record = serve_plant(box, 2)
-    large = box.out / "large.png"
-    pillow.linear_gradient("L").resize((2000, 1000)).save(large)
-    record["path"], broken["path"] = str(large), str(box.out / "broken.png")
-    Path(broken["path"]).write_bytes(png()[:60])
-    (box.state / "ledger.jsonl").write_text(f"{json.dumps(broken)}\n{json.dumps(record)}\n")
-    (box.root / "bare" / "PIL").mkdir(parents=True)
-    (box.root / "bare" / "PIL" / "__init__.py").write_text("raise ImportError")
-    cache = box.root / ".cache" / "imagen" / "thumbs"
-    with Serving(box, PYTHONPATH=str(box.root / "bare")) as server:
-        bare = server.get(f"/thumbs/{record['id']}")
-        assert bare.body == large.read_bytes() and not cache.exists()
-    with Serving(box) as server:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
-        assert {heard.headers["content-type"] for heard in found} == {"image/webp"}
-        with pillow.open(io.BytesIO(found[0].body)) as small:
-            assert small.size == (512, 256) and {heard.body for heard in found} == {found[0].body}
-        made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
-        large.unlink()
-        assert server.get(f"/thumbs/{record['id']}").body == found[0].body
-        assert server.get(f"/thumbs/{broken['id']}").body == png()[:60]
-        assert [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()] == made
-        assert found[0].headers["etag"] != bare.headers["etag"]
-
-
-def test_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(box: Box, remotes: Any) -> None:
-    let_go = threading.Event()
-    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
-    remotes[0].pause()
-    with Serving(box, "--parallel", "4") as server:
-        paid, free = server.post({"model": "openai", "size": "auto"}), server.post({"model": "comfyui", "n": 3})
-        left = server.post({"backend_opts": {"delay_s": 3600}, "stream": True})
-        held = server.post({"backend_opts": {"delay_s": 13}})
-        remotes[2].wait(lambda: remotes[2].posts)
-        remotes[0].wait_running()
-        for sock in (paid, free, left):
-            sock.close()
-        serve_wait(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
-        assert remotes[0].interrupted and len(remotes[0].submitted) == 1 and remotes[2].posts == 1
-        let_go.set()
-        assert serve_read(held).startswith(b"HTTP/1.1 200")
-        made = serve_wait(lambda: len(images := server.images()) == 2 and images)
-        assert {image["backend"] for image in made} == {"openai", "mock"}
-    assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {"interrupted"}
-
-
-def test_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> None:
-    box.configure(SERVE_BLOCKS)
-    with Serving(box, "--parallel", "1") as server:
-        slow = server.post({"backend_opts": {"delay_s": 1}})
-        serve_wait(lambda: box.unfinished())
-        heard = server.make({})
-        assert (heard.status, heard.headers["retry-after"], heard.headers["x-should-retry"]) == (503, "5", "true")
-        assert heard.json["error"]["code"] == "rate_limit_exceeded"
-        assert server.get("/healthz").json["ok"] is True
-        assert serve_read(slow).startswith(b"HTTP/1.1 200")
-        assert server.make({}).status == 200
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_not(box: Box, times: int) -> None:
-    box.configure(SERVE_BLOCKS)
-    server = Serving(box)
-    with server if times == 1 else contextlib.ExitStack():
-        slow = server.post({"backend_opts": {"delay_s": 1.5 if times == 1 else 3600}})
-        serve_wait(lambda: box.unfinished())
-        server.process.send_signal(signal.SIGINT)
-
-        def closed() -> bool:
-            with contextlib.suppress(ConnectionError), server.raw():
-                return False
-            return True
-
-        serve_wait(closed)
-        if times == 2:
-            server.process.send_signal(signal.SIGINT)
-            assert server.process.wait(5) == 130
-            assert server.process.stdout and not server.process.stdout.close()
-        assert serve_read(slow).startswith(b"HTTP/1.1 200" if times == 1 else b"")
-        if times == 1:
-            assert server.process.wait(10) == 0
-
-
-def test_the_answer_does_not_wait_for_the_cloud_and_the_end_does(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64, "parallel": 1}})
-    let_go = threading.Event()
-    cloud.fault("PUT /storage/v1/object/", hold(let_go, through()))
-    cloud.fault("POST /rest/v1/images", status(403, {"code": "42501", "message": "denied"}))
-    with Serving(box) as server:
-        heard = server.make({"n": 2, "seed": 7})
-        assert len(heard.json["data"]) == 2 and cloud.objects() == {}
-        cloud.wait(lambda: cloud.count("PUT", "/storage/v1/object/"))
-        assert [image["cloud"] for image in server.images()] == [False, False]
-        assert len(box.unfinished()) == 2
-        threading.Timer(0.5, let_go.set).start()
-    assert len(cloud.objects()) == 2 and len(cloud.rows()) == 1
-    assert "imagen: cloud sync: " in server.log.read_text()
-
-
-def test_only_who_has_the_token_gets_in(box: Box) -> None:
-    (record,) = serve_plant(box, 1)
-    refused = box.run("serve", "--host", "0.0.0.0", "--port", "0")
-    assert refused.code == 3 and "IMAGEN_SERVE_TOKEN" in refused.err
-    openai = pytest.importorskip("openai")
-    with Serving(box, "--host", "0.0.0.0", IMAGEN_SERVE_TOKEN=SERVE_TOKEN) as server:
-        assert server.get("/healthz", Host="anywhere.example").status == 200
-        for path in ("/", "/api/images", "/api/options", "/v1/models", f"/images/{record['id']}", "/?token=x", "/x"):
-            assert server.get(path, Host="anywhere.example").json["error"]["code"] == "invalid_api_key", path
-        for odd in ("", "Bearer ", "Bearer é", f"Bearer {SERVE_TOKEN}x", f"Basic {SERVE_TOKEN}", "Bearer None"):
-            assert server.get("/v1/models", Authorization=odd.encode().decode("latin-1")).status == 401, odd
-        with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
-            client.images.generate(prompt="a fox")
-        with server.client(api_key=SERVE_TOKEN, base_url=f"http://127.0.0.1:{server.port}/v1") as client:
-            (image,) = client.images.generate(prompt="a fox", response_format="url").data
-        signed = urllib.parse.urlsplit(image.url)
-        assert server.get(f"{signed.path}?{signed.query}").status == 200
-        for odd in (
-            f"{signed.path}?signature=",
-            f"/images/{record['id']}?{signed.query}",
-            f"{signed.path}?signature=é",
-        ):
-            assert server.get(urllib.parse.quote(odd, safe="/?=")).status == 401
-        assert server.get(f"{signed.path.replace('images', 'thumbs')}?{signed.query}").status == 401
-        link = server.get(f"/?token={urllib.parse.quote(SERVE_TOKEN, safe='')}")
-        cookie = link.headers["set-cookie"]
-        assert (link.status, link.headers["location"]) == (303, "/")
-        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and SERVE_TOKEN not in cookie
-        assert server.get("/", Cookie=f"a=b; {cookie.partition(';')[0]}; c=d").status == 200
-        assert server.get("/", Cookie="imagen=é".encode().decode("latin-1")).status == 401
-        assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
-
-
-def test_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -> None:
-    with Tty(box, "serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": SERVE_TOKEN}) as tty:
-        tty.until(lambda drawn: re.search(r"open http\S+\s", drawn) is not None)
-        url = urllib.parse.urlsplit(re.findall(r"open (\S+)", tty.drawn)[0])
-        with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=10)) as link:
-            link.request("GET", f"/?{url.query}")
-            assert link.getresponse().status == 303
-        tty.process.send_signal(signal.SIGINT)
-        assert tty.ended().code == 0
-
-
-def test_another_sites_page_neither_reads_nor_writes(serving: Serving) -> None:
-    for host in ("evil.example", f"evil.example:{serving.port}", "127.0.0.1.evil.example", "", "127.0.0.1:1:2", "::1:"):
-        assert serving.get("/v1/models", Host=host).status == 403, host
-    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8765"):
-        assert serving.get("/v1/models", Host=host).status == 200, host
-    for origin in ("http://evil.example", "null", "http://localhost", f"http://127.0.0.1:{serving.port}0"):
-        assert serving.make({}, Origin=origin).status == 403, origin
-    assert serving.ask("OPTIONS", "/v1/images/generations", Origin="http://evil.example").status in (403, 405)
-    heard = serving.make({"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}")
-    assert heard.json["error"]["code"] == "moderation_blocked"
-    page, other = serving.get("/"), serving.get("/")
-    policy = page.headers["content-security-policy"]
-    (nonce,) = {*re.findall(r"'nonce-([^']+)'", policy)}
-    assert "default-src 'none'" in policy and f'nonce="{nonce}"'.encode() in page.body and nonce not in str(other)
-    assert [heard.headers["x-content-type-options"] for heard in (page, heard)] == ["nosniff", "nosniff"]
-    assert not any(name.startswith("access-control") for name in (*page.headers, *heard.headers))
-
-
-def test_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
-    for method, path, code in (
-        ("GET", "/v1/images/generations", 405),
-        ("PUT", "/healthz", 405),
-        ("DELETE", f"/images/{uuid.uuid4()}", 404),
-        ("OPTIONS", "/", 405),
-        ("GET", "/v1/images/edits", 404),
-        ("POST", "/v1/images/edits", 404),
-    ):
-        assert serving.ask(method, path).status == code, (method, path)
-    assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
-
-
-SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-
-
-def test_a_request_that_is_too_large_or_none_is_told_so(serving: Serving) -> None:
-    large = b'{"prompt": "' + b"x" * (4 << 20)
-    for data, code in (
-        (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
-        (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
-        (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
-        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-        (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
-        (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
-        (SERVE_HEAD + b"\r\n", 400),
-        (SERVE_HEAD + b"X : y\r\n\r\n", 400),
-        (SERVE_HEAD + b"Content-Length: 4\r\n\r\n[{}]", 400),
-        (SERVE_HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
-        (b"GET http://localhost/ HTTP/1.1\r\n\r\n", 400),
-        (b"GET / HTTP/2\r\n\r\n", 400),
-        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
-    ):
-        assert serve_read(serving.raw(data))[:12] == b"HTTP/1.1 %d" % code, data[:200]
-
-
-def test_who_sends_a_byte_a_second_is_cut_off(serving: Serving) -> None:
-    began = time.monotonic()
-    slow = [serving.raw(b"GET / HT"), serving.raw(SERVE_HEAD + b"Content-Length: 90\r\n\r\n{"), serving.raw()]
-    ended = dict[socket.socket, float]()
-    while len(ended) < len(slow):
-        assert time.monotonic() - began < 30
-        for sock in slow:
-            with contextlib.suppress(OSError):
-                sock.send(b"x" if sock is not slow[2] else b"")
-        for sock in select.select([sock for sock in slow if sock not in ended], [], [], 1)[0]:
-            with contextlib.suppress(ConnectionError):
-                assert sock.recv(100) == b""
-            ended[sock] = time.monotonic() - began
-    assert [8 < ended[sock] < 14 for sock in (slow[0], slow[2])] == [True, True] and 18 < ended[slow[1]] < 25
-    for sock in slow:
-        sock.close()
-
-
-def serve_malformed(dice: random.Random) -> bytes:
-    """A request with something wrong in it, now and then nothing."""
-    dots = dice.choice(["..", "%2e%2e", "%2E.", "..%2f..", "....//", "%00", "%ff", "\\..\\", "%252e", "é"])
-    path = dice.choice(["/images/", "/thumbs/", "/api/images/", "/api/images?before=", "/?token=", "/v1/", "/", "x"])
-    path += dice.choice([f"{dots}/" * dice.randrange(4) + "etc/passwd", str(uuid.UUID(int=0))[: dice.randrange(37)]])
-    junk = [None, [], {}, -1, 1e999, 10**30, "\ud800", "\0", "../x", "%2e%2e/x", "x" * 999, True, {"a": [{}]}]
-    fields = ["prompt", "n", "size", "model", "seed", "steps", "style", "backend_opts", "quality", "stream"]
-    said = {dice.choice(fields): dice.choice(junk) for _ in range(dice.randrange(1, 5))}
-    body = json.dumps({"prompt": " ", **said}).encode()[: dice.choice([None, None, dice.randrange(60)])]
-    length = dice.choice([len(body)] * 4 + [len(body) + 5, 0, 10**9])
-    post = SERVE_HEAD + f"Content-Length: {length}\r\n\r\n".encode() + body
-    lines = (
-        f"{dice.choice(['GET', 'HEAD', 'PUT', 'get', ''])} {path} HTTP/1.1\r\nHost: localhost:{dice.randrange(9)}\r\n"
-    )
-    lines += dice.choice(
-        ["", "Content-Length: x\r\n", "If-None-Match: *\r\n", ": \r\n", "A: \r b\r\n", "Cookie: =;\r\n"]
-    )
-    whole = dice.choice([post, lines.encode() + b"\r\n"])
-    if dice.random() < 0.3:
-        place = dice.randrange(len(whole))
-        whole = whole[:place] + dice.randbytes(dice.randrange(9)) + whole[place + dice.randrange(3) :]
-    return whole[: dice.choice([None, None, None, dice.randrange(len(whole))])]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
-def test_five_thousand_malformed_requests_leave_nothing_behind(box: Box) -> None:
-    serve_plant(box, 3)
-
-    def files() -> set[Path]:
-        return {path for path in box.root.rglob("*") if box.out not in path.parents and "open" not in path.parts}
-
-    before_all = files()
-    with Serving(box, "--parallel", "64") as server:
-
-        def one(seed: int) -> bytes:
-            dice = random.Random(seed)
-            sock = server.raw(serve_malformed(dice))
-            if dice.random() < 0.1:  # gone without a word, half of them with a reset
-                _linger_zero(Wire(sock, threading.Event())) if seed % 2 else None
-                sock.close()
-                return b""
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
-            return serve_read(sock)
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = collections.Counter(said[:12] for said in pool.map(one, range(1000)))
-            serve_wait(lambda: server.usage()[1] <= 2)
-            before = server.usage()
-            found += collections.Counter(said[:12] for said in pool.map(one, range(1000, 5000)))
-        serve_wait(lambda: server.usage()[1] <= before[1])
-        after = server.usage()
-        assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
-        codes = {code[9:].decode() for code in found if code}
-        assert codes >= {"400", "404", "405", "413"} and not [code for code in codes if code >= "500"], found
-        assert b"root:" not in b"".join(found) and server.get("/healthz").status == 200
-    assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
-    assert len([*box.root.glob(".cache/**/*.webp")]) <= 3  # thumbnails of ids that were hit by chance
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
-def test_two_hundred_connections_at_once_are_all_answered(box: Box) -> None:
-    box.configure(SERVE_BLOCKS)
-    with Serving(box) as server:
-        server.make({})
-        serve_wait(lambda: server.usage()[1] <= 2)  # itself, and its janitor
-        before = server.usage()
-        opened = [server.raw() for _ in range(200)]
-        slow = server.post({"backend_opts": {"delay_s": 1}})
-        for number, sock in enumerate(opened):
-            sock.sendall(
-                b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"/healthz", b"/", b"/api/images")[number % 3]
-            )
-        assert {serve_read(sock)[:15] for sock in opened} == {b"HTTP/1.1 200 OK"}
-        assert serve_read(slow).startswith(b"HTTP/1.1 200")
-        crowd = [server.raw(b"GET") for _ in range(300)]  # more than it takes: the rest are turned away at once
-        assert serve_wait(lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40)
-        for sock in crowd:
-            sock.close()
-        serve_wait(lambda: server.usage()[:2] == before[:2])
-        assert server.get("/healthz").status == 200
-
-
-# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
-AXE = HERE.parent / ".ci-cache/npm/node_modules/axe-core/axe.min.js"
-in_chromium = pytest.mark.xdist_group("chromium")
-
-
-class Chromium:
-    """A headless browser, spoken to in its own protocol over two pipes; it ends when they are closed."""
-
-    def __init__(self) -> None:
-        program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if not program:
-            missing("chromium is not installed")
-        self.profile = tempfile.mkdtemp(prefix="imagen-chromium-")
-        flags = str.split(
-            "headless remote-debugging-pipe no-first-run no-proxy-server disable-gpu disable-dev-shm-usage"
-        )
-        flags += str.split("lang=en-US disable-background-networking disable-component-update disable-sync")
-        flags += [f"user-data-dir={self.profile}", *(["no-sandbox"] if os.geteuid() == 0 else [])]
-        (theirs, ours), (back, answers) = os.pipe(), os.pipe()
-        shell = f'exec "$@" 3</dev/fd/{theirs} 4>/dev/fd/{answers}'
-        self.process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", str(program), *(f"--{flag}" for flag in flags)], pass_fds=(theirs, answers),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        os.close(theirs)
-        os.close(answers)
-        self.numbers, self.answers = itertools.count(1), dict[int, Any]()
-        self.events: list[dict[str, Any]] = []
-        self.changed = threading.Condition()
-        self._pipe, self._back = open(ours, "wb", buffering=0), open(back, "rb", buffering=0)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        rest = b""
-        while block := self._back.read(1 << 20):
-            *whole, rest = (rest + block).split(b"\0")
-            with self.changed:
-                for said in map(json.loads, whole):
-                    if "id" in said:
-                        self.answers[said["id"]] = said
-                    else:
-                        self.events.append(said)
-                self.changed.notify_all()
-
-    def __call__(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
-        """One command of https://chromedevtools.github.io/devtools-protocol/, and its result."""
-        number = next(self.numbers)
-        said = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
-        self._pipe.write(json.dumps(said).encode() + b"\0")
-        with self.changed:
-            assert self.changed.wait_for(lambda: number in self.answers, 30), f"{method}: no answer"
-            answer = self.answers.pop(number)
-        assert "error" not in answer, f"{method}: {answer['error']}"
-        return dict(answer["result"])
-
-    def close(self) -> None:
-        with contextlib.suppress(AssertionError, OSError):
-            self("Browser.close")
-        self._pipe.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
-        self._reader.join(10)
-        self._back.close()
-        shutil.rmtree(self.profile, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Chromium]:
-    with contextlib.closing(Chromium()) as browser:
-        yield browser
-
-
-class Tab:
-    """A page of `imagen serve`, in a browser profile of its own."""
-
-    def __init__(
-        self, browser: Chromium, address: str, at: str, width: int = 1280, height: int = 900, scheme: str = "light"
-    ) -> None:
-        self.browser, self.address, self.since = browser, address, len(browser.events)
-        self.whose = browser("Target.createBrowserContext")
-        target = browser("Target.createTarget", url="about:blank", **self.whose)["targetId"]
-        self.session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self(f"{domain}.enable")
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self("Emulation.setFocusEmulationEnabled", enabled=True)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self("Page.navigate", url=at)
-        self.until("document.readyState === 'complete' && $('backend').value")
-
-    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        return self.browser(method, self.session, **params)
-
-    def js(self, expression: str) -> Any:
-        """The value of an expression (a promise's too), evaluated in the page."""
-        asked = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
-        said = self("Runtime.evaluate", expression=expression, **asked)
-        assert "exceptionDetails" not in said, said["exceptionDetails"]
-        return said["result"].get("value")
-
-    def until(self, condition: str, timeout: float = 20) -> Any:
-        """Wait until an expression holds; its value."""
-        deadline = time.monotonic() + timeout
-        while not (value := self.js(condition)):
-            assert time.monotonic() < deadline, f"waited in vain for {condition}; {self.text('#said')}"
-            time.sleep(0.02)
-        return value
-
-    def text(self, selector: str) -> str:
-        return str(self.js(f"document.querySelector({selector!r}).textContent"))
-
-    def tiles(self) -> list[str]:
-        return list(self.js("[...document.querySelectorAll('#grid img')].map(img => img.alt)"))
-
-    def click(self, selector: str) -> None:
-        """With the mouse, in the middle of what must be on top there."""
-        find = f"const it = document.querySelector({selector!r}), at = it.getBoundingClientRect();"
-        middle = "const x = at.x + at.width / 2, y = at.y + at.height / 2;"
-        top = "return it.contains(document.elementFromPoint(x, y)) && [x, y]"
-        self.js(f"document.querySelector({selector!r}).scrollIntoView({{ block: 'nearest' }})")
-        x, y = self.until(f"(() => {{ {find} {middle} {top} }})()")
-        for kind in ("mousePressed", "mouseReleased"):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def type(self, selector: str, text: str) -> None:
-        """Text in place of what a field has."""
-        self.js(f"document.querySelector({selector!r}).focus(); document.activeElement.select()")
-        self("Input.insertText", text=text)
-
-    def press(self, key: str) -> None:
-        code = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191, "Tab": 9, "Enter": 13}[key]
-        text = {"/": "/", "Enter": "\r"}.get(key, "")
-        for kind in ("keyDown", "keyUp"):
-            more = {"text": text} if text and kind == "keyDown" else {}
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
-
-    def choose(self, selector: str, value: str) -> None:
-        choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
-        self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
-
-    def heard(self, *kinds: str) -> list[dict[str, Any]]:
-        """What the browser reported of this page."""
-        with self.browser.changed:
-            events = self.browser.events[self.since :]
-        return [one["params"] for one in events if one.get("sessionId") == self.session and one["method"] in kinds]
-
-    def shot(self, name: str) -> None:
-        """A screenshot, where IMAGEN_SHOTS names a folder for them."""
-        if folder := os.environ.get("IMAGEN_SHOTS"):
-            self.until("[...document.images].every(img => img.complete || img.getBoundingClientRect().y > innerHeight)")
-            data = self("Page.captureScreenshot", format="png")["data"]
-            Path(folder, f"{name}.png").write_bytes(base64.b64decode(data))
-
-    def close(self) -> None:
-        self.browser("Target.disposeBrowserContext", **self.whose)
-
-    def check(self) -> None:
-        """Nothing went to the console, and nothing was asked of anybody else."""
-        assert self.heard("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
-        asked = [one["request"]["url"] for one in self.heard("Network.requestWillBeSent")]
-        assert asked and [url for url in asked if not url.startswith((self.address, "data:"))] == []
-
-
-class Gallery:
-    """A home with `imagen serve` running in it, and the tabs that look at it."""
-
-    def __init__(self, box: Box, browser: Chromium) -> None:
-        self.box, self.browser, self.tabs, self.token = box, browser, list[Tab](), ""
-        slow, broken = {"type": "mock", "delay_s": 1.5}, {"type": "mock", "fail": "refused"}
-        box.configure({**MOCK, "slow": slow, "broken": broken, "keyless": {"type": "replicate", "model": "a/b"}})
-
-    def make(self, prompt: str, *flags: str, size: str = "64x64") -> list[str]:
-        """Images from the command line, all of one size; their paths."""
-        done = self.box.run("generate", "--size", size, *flags, "--", prompt)
-        assert done.code == 0, done.err
-        return done.lines
-
-    @functools.cached_property
-    def server(self) -> subprocess.Popen[str]:
-        return self.box.start("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": self.token})
-
-    @functools.cached_property
-    def address(self) -> str:
-        return str(self.server.stdout.readline()).strip()  # type: ignore[union-attr]
-
-    def open(self, tiles: int = 0, at: str = "", **how: Any) -> Tab:
-        """A new tab, once that many tiles are there."""
-        tab = Tab(self.browser, self.address, at or self.address, **how)
-        self.tabs.append(tab)
-        tab.until(f"images.length >= {tiles}")
-        return tab
-
-    def close(self) -> None:
-        for tab in self.tabs:
-            tab.close()
-        self.server.terminate()
-        out, err = self.server.communicate(timeout=30)
-        assert (self.server.returncode, out) == (0, ""), err
-
-
-@pytest.fixture
-def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
-    """Every test ends with a look at what the browser reported."""
-    with contextlib.closing(Gallery(box, chromium)) as gallery:
-        yield gallery
-        for tab in gallery.tabs:
-            tab.check()
-
-
-def test_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
-    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 12 << 10
-    assert max(map(len, imagen.PAGE.splitlines())) <= 120
-    assert not re.findall(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE)
-
-
-@in_chromium
-def test_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_the_scroll(gallery: Gallery) -> None:
-    gallery.make("a fox", "-n", "27")
-    gallery.make("a wide hill", size="192x64")
-    gallery.make("a tall tower", "-n", "2", size="64x128")
-    tab = gallery.open(24, height=400)
-    asked = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
-    assert (len(tab.tiles()), tab.js(asked)) == (24, 1)
-    assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
-    tab.js("scrollTo(0, document.body.scrollHeight)")
-    tab.until("images.length === 30")
-    tab.js("scrollTo(0, document.body.scrollHeight)")
-    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.loading === 'lazy' && img.complete)")
-    ratios = "[img.clientWidth / img.clientHeight, img.naturalWidth / img.naturalHeight]"
-    sizes = tab.js(f"[...document.querySelectorAll('#grid img')].map(img => {ratios})")
-    assert {round(true, 1) for _, true in sizes} == {0.5, 1.0, 3.0}
-    assert [one for one in sizes if abs(one[0] / one[1] - 1) > 0.03] == []
-    assert tab.js(asked) == 2
-
-
-@in_chromium
-def test_the_search_and_the_filter_leave_what_fits(gallery: Gallery) -> None:
-    gallery.make("a red fox", "-n", "2")
-    gallery.make("a blue whale", "-b", "slow")
-    tab = gallery.open(3)
-    tab.type("#query", "FOX red")
-    tab.until("images.length === 2")
-    assert tab.tiles() == ["a red fox"] * 2
-    tab.type("#query", "giraffe")
-    assert tab.until("$('none').textContent") == "Nothing found." and tab.tiles() == []
-    tab.press("Escape")
-    tab.until("images.length === 3")
-    tab.choose("#filter", "slow")
-    tab.until("images.length === 1")
-    assert tab.tiles() == ["a blue whale"] and tab.text("#none") == ""
-
-
-@in_chromium
-def test_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
-    for prompt in ("one", "two", "three"):
-        gallery.make(prompt)
-    tab = gallery.open(3)
-    tab.press("/")
-    assert tab.js("document.activeElement.id") == "query" and tab.js("document.activeElement.value") == ""
-    tab.js("$('prompt').focus()")
-    tab.press("/")
-    assert tab.js("$('prompt').value") == "/"
-    tab.js("document.querySelector('#grid button').focus()")
-    tab.press("Enter")
-    tab.until("$('detail').open")
-    shown = []
-    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "/"):
-        tab.press(key)
-        shown.append(tab.text("#text"))
-    assert shown == ["two", "one", "one", "two", "two"] and tab.js("$('detail').open")
-    tab.press("Escape")
-    tab.until("!$('detail').open")
-    assert tab.js("document.activeElement.firstChild.alt") == "three"  # where it was opened
-
-
-@in_chromium
-def test_the_form_makes_images_shows_how_far_they_are_and_puts_them_first(gallery: Gallery) -> None:
-    gallery.make("an old fox")
-    tab = gallery.open(1)
-    assert tab.js("$('backend').value") == "mock"  # the default one
-    tab.type("#prompt", "two new foxes")
-    for field, value in {"#size": "96x64", "#n": "2", "#seed": "41"}.items():
-        tab.type(field, value)
-    tab.choose("#backend", "slow")
-    tab.choose("#style", "ink")
-    tab.click("#go")
-    far = tab.until("$('bar').value > 0.1 && $('bar').value")
-    assert 0.1 < far < 1 and tab.text("#said") == "drawing … 0 of 2 done" and tab.js("$('go').disabled")
-    tab.until("$('said').textContent === 'Done.'")
-    assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
-    assert tab.js("$('bar').hidden && !$('go').disabled")
-    keys = ("seed", "style", "backend", "width", "height")
-    made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
-    assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
-    tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
-    tab.until("images.length === 3")
-
-
-@in_chromium
-def test_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> None:
-    said = 'it\'s -n "5" $HOME,\n  größe'
-    flags = ("-s", "ink", "--steps", "4", "--negative", "a 'cat'", "--opt", "delay_s=0.01", "--seed", "7")
-    (path,) = gallery.make(said, *flags, "-b", "mock", size="80x64")
-    about = gallery.box.sidecar(path)
-    tab = gallery.open(1)
-    both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
-    gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
-    tab.click("#grid button")
-    rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
-    facts = dict(tab.js(rows))
-    assert about["timestamp"][:4] in facts.pop("Made")
-    assert facts == {
-        "Backend": "mock", "Model": "mock", "Size": "80 × 64", "Seed": "7", "Style": "ink", "Cost": "$0",
-        "Avoided": about["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(about["ignored"]),
-        "Took": f"{about['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
-    }  # fmt: skip
-    assert (tab.text("#text"), tab.js("$('big').alt")) == (said, said)
-    tab.click("#copy")
-    tab.until("$('told').textContent === 'Copied.'")
-    assert tab.js("navigator.clipboard.readText()") == said
-    tab.click("#command")
-    command = tab.until("navigator.clipboard.readText().then(text => text.startsWith('imagen ') && text)")
-    shell = f'imagen() {{ {shlex.join((sys.executable, str(HERE)))} "$@"; }}; {command}'
-    again = subprocess.run(["sh", "-c", shell], env=gallery.box.environ, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0, again.stderr
-    own = {key: about[key] for key in ("image_id", "timestamp", "latency_ms")}
-    assert {**gallery.box.sidecar(again.stdout.strip()), **own} == about
-    folder = gallery.box.root / "downloads"
-    gallery.browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose)
-    tab.click("#save")
-    preview_wait(lambda: (folder / Path(path).name).exists())
-    assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
-
-
-@in_chromium
-def test_settings_can_be_used_again_and_an_image_made_again_with_a_new_seed(gallery: Gallery) -> None:
-    flags = ("-s", "ink", "--steps", "4", "--negative", "a cat", "--opt", "delay_s=0.01", "--seed", "0")
-    gallery.make("a fox", *flags)
-    tab = gallery.open(1)
-    tab.type("#n", "3")
-    tab.click("#grid button")
-    tab.click("#use")
-    names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
-    fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
-    assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
-    assert tab.js("!$('detail').open && document.activeElement.id") == "prompt"
-    tab.click("#grid button")
-    tab.click("#again")
-    tab.until("images.length === 2")
-    first, second = (entry["sidecar"] for entry in gallery.box.ledger())
-    same = ("prompt", "style", "styled_prompt", "negative_prompt", "backend", "requested", "ignored")
-    assert {key: second[key] for key in same} == {key: first[key] for key in same}
-    assert first["seed"] == 0 != second["seed"]
-
-
-@in_chromium
-def test_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
-    tab = gallery.open()
-    assert tab.until("$('none').textContent") == "No images yet."
-    tab.type("#prompt", "a fox")
-    tab.choose("#backend", "broken")
-    tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
-    tab.choose("#backend", "keyless")
-    tab.click("#go")
-    assert "REPLICATE_API_TOKEN" in tab.until("$('said').innerText.split('\\n')[1]")
-    tab.choose("#backend", "mock")
-    tab.type("#size", "64x64")
-    tab.click("#go")
-    tab.until("images.length === 1")
-    assert tab.js("$('said').className") == ""
-
-
-@in_chromium
-def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
-    tab = gallery.open()
-    tab.until("$('none').textContent")
-    gallery.server.terminate()
-    gallery.server.wait(30)
-    tab.type("#prompt", "a fox")
-    tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "The server does not answer."
-    (logged,) = tab.heard("Log.entryAdded")  # by the browser, not by us
-    assert "ERR_CONNECTION_REFUSED" in logged["entry"]["text"]
-    gallery.tabs.remove(tab)
-
-
-@in_chromium
-def test_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_not_run(gallery: Gallery) -> None:
-    evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
-    gallery.make(evil)
-    tab = gallery.open(1)
-    tab.click("#grid button")
-    assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
-    tab.click("#again")
-    tab.until("images.length === 2")
-    assert tab.js("window.ran") is None and tab.js("document.querySelectorAll('script, b').length") == 1
-    tab.check()
-    tab.js("document.body.append(make('script', { textContent: 'window.ran = 1' }))")
-    tab.js("document.body.append(make('img', { src: 'http://127.0.0.1:9/' }))")
-    tab.js("fetch('http://127.0.0.1:9/').catch(() => 0)")
-    assert tab.js("window.ran") is None
-    refused = {word for one in tab.heard("Log.entryAdded") for word in re.findall(r"\w+-src", one["entry"]["text"])}
-    assert refused >= {"script-src", "img-src", "connect-src"}
-    gallery.tabs.remove(tab)
-
-
-@in_chromium
-def test_a_phone_scrolls_down_only(gallery: Gallery) -> None:
-    gallery.make("a-word-that-never-ends-" * 12)
-    gallery.make("a wide hill", size="640x64")
-    tab = gallery.open(2, width=390, height=844)
-    fits = "document.documentElement.scrollWidth <= 390 && $('detail').scrollWidth <= 390"
-    assert tab.js(fits) and tab.js("!$('settings').open")
-    tab.click("summary")
-    tab.type("#prompt", "a fox")
-    tab.choose("#backend", "keyless")
-    tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.js(fits)
-    for tile in ("#grid button:nth-child(2)", "#grid button"):
-        tab.click(tile)
-        tab.until("$('big').complete")
-        assert tab.js(fits)
-        heights = "[...document.querySelectorAll('#detail button')].map(one => one.getBoundingClientRect().height)"
-        assert min(tab.js(heights)) >= 24
-        tab.click("#close")
-
-
-@in_chromium
-def test_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gallery) -> None:
-    gallery.make("a fox")
-    gallery.token = "a-token-of-the-tests"
-    plain = gallery.address
-    link = next(line.split()[1] for line in gallery.server.stderr if line.startswith("open "))  # type: ignore[union-attr]
-    assert link == f"{plain}?token={gallery.token}"
-    tab = gallery.open(1, at=link)
-    assert (tab.js("location.href"), tab.js("document.cookie")) == (plain, "")
-    tab.type("#prompt", "another fox")
-    tab.type("#size", "64x64")
-    tab.click("#go")
-    tab.until("images.length === 2")
-    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.naturalWidth)")
-    (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
-    assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (True, "Strict", False)
-    for path in ("", "api/images", "?token=wrong"):
-        with pytest.raises(urllib.error.HTTPError, match="401") as turned:
-            urllib.request.urlopen(plain + path, timeout=10)
-        turned.value.close()
-
-
-@in_chromium
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, width: int) -> None:
-    if not AXE.exists():
-        missing("axe-core is not installed")
-    for prompt, size in {"a lighthouse at dusk": "960x540", "an old sailor": "512x768", "Füchse": "640x640"}.items():
-        gallery.make(prompt, "-n", "3", size=size)
-    tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
-    tab.js(AXE.read_text() + "; 0")
-
-    def complaints(where: str) -> list[str]:
-        tab.shot(f"{scheme}-{width}-{where}")
-        found = tab.js("axe.run(document, { resultTypes: ['violations'] })")
-        assert found["passes"], "axe looked at nothing"
-        return [f"{where}: {one['id']}: {node['html']}" for one in found["violations"] for node in one["nodes"]]
-
-    found = complaints("gallery")
-    tab.js("$('settings').open = true")
-    tab.choose("#backend", "slow")
-    tab.type("#prompt", "a slow fox")
-    tab.click("#go")
-    tab.until("$('bar').value > 0.3")
-    found += complaints("form")
-    tab.until("!$('go').disabled")
-    tab.choose("#backend", "keyless")
-    tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    found += complaints("error")
-    tab.click("#grid button:nth-child(2)")
-    tab.until("$('big').complete")
-    found += complaints("detail")
-    assert found == []
-
-
-def test_the_skill_names_every_exit_code_and_its_commands_run_as_written(box: Box, tmp_path: Path) -> None:
-    import yaml
-
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    shutil.copy(HERE, folder)
-    own = shlex.join((sys.executable, str(folder / "imagen.py")))
-
-    def shell(command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["sh", "-c", command], env=box.environ, capture_output=True, text=True, timeout=60)
-
-    skill = shell(f"{own} skill").stdout
-    _, head, text = skill.split("---\n", 2)
-    about = yaml.safe_load(head)
-    assert about.keys() == {"name", "description"} and about["name"] == "imagine" and "/imagine" in about["description"]
-    rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
-    advice = {int(code): said for codes, said in rows for code in codes.split(", ")}
-    assert advice.keys() == {0, *EXIT_CODES.values()}
-    assert {code for code, said in advice.items() if "never repeat" in said} == {5, 6, 10}
-
-    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
-    block, prompt = textwrap.dedent(block), 'it\'s "$HOME" `id` -n größe'
-    made = shell(block.replace("PROMPT", prompt))
-    answer = json.loads(made.stdout)
-    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
-    assert answer["images"][0]["prompt"] == prompt and Path(answer["images"][0]["path"]).exists()
-    flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
-    assert len(flags) == 6
-    for more in flags:
-        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
-    *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
-    assert [word.removeprefix(own).split()[0] for word in commands] == ["styles", "backends", "generate", "recover"]
-    for command in commands:
-        assert (done := shell(command)).returncode == 0, done.stderr
-
-    with Remote(reset()) as remote:
-        box.configure({"ai": {"type": "openai", "model": "any", "base_url": remote.base}})
-        lost = shell(block)
-        error = json.loads(lost.stdout)["error"]
-        assert (lost.returncode, error["charged"]) == (10, "unknown") and error["message"]
-        (found,) = re.findall(r"recover (\S+)", error["hint"])
-        assert recover.endswith(" ID") and shell(recover.replace("ID", found)).returncode == 10
-        assert [seen.method for seen in remote.seen] == ["POST"]
-
-
-def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) -> None:
-    section = readme[readme.index("## The server and its gallery") : readme.index("## Your own backend")]
-    (curl,) = (block for block in readme_blocks(section, "sh") if block.startswith("curl "))
-    with box.start("serve", "--port", "0") as server:
-        try:
-            address = server.stdout.readline().strip().rstrip("/")  # type: ignore[union-attr]
-            words = shlex.split(curl.replace("\\\n", ""))
-            url, body = words[2].replace("http://127.0.0.1:8765", address), words[words.index("-d") + 1].encode()
-            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=30) as answer:
-                link = json.load(answer)["data"][0]["url"]
-            with urllib.request.urlopen(link, timeout=30) as image:
-                assert image.read(8) == b"\x89PNG\r\n\x1a\n"
-            if importlib.util.find_spec("openai") is None:
-                missing("openai is not installed")
-            (program,) = readme_blocks(section, "python")
-            program = program.replace("http://127.0.0.1:8765", address)
-            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-            assert [line.split()[:2] for line in done.stdout.splitlines()] == [["7", "0.0"], ["8", "0.0"]], done.stderr
-        finally:
-            server.terminate()
-            server.communicate(timeout=30)
-
-
-# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
 #
 # Real processes, real signals, a real Postgres, and between the two a wire that can go dead. Of the faults that other
 # queues had, five have no test here. A LISTEN that is refused (a standby) ends in the same backoff as every error of a
@@ -13270,6 +12007,1267 @@ def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image
         workers[name] = crew.start("--name", name, host=name)
     assert kills > 5 and len(crew.jobs("done")) == 300
     crew.whole(*crew.jobs())
+
+
+# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+SERVE_BLOCKS: dict[str, dict[str, Any]] = {
+    "mock": {"type": "mock", "width": 64, "height": 64},
+    "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
+    "replicate": {"type": "replicate", "model": "black-forest-labs/flux-schnell", "api_token_env": "SERVE_TEST_KEY"},
+    "openai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "SERVE_TEST_KEY"},
+}
+SERVE_KEY, SERVE_TOKEN = "sk-stand-in-0001", "token of the tests & more: +%?".replace(" ", "_")
+
+
+class Heard(NamedTuple):
+    """An answer of the server; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Serving:
+    """A real `imagen serve`. At the end it drains, and must leave with 0, without a traceback and without a secret."""
+
+    def __init__(self, box: Box, *args: str, **env: str) -> None:
+        self.box, self.log = box, box.root / f"serve-{uuid.uuid4()}.err"
+        with self.log.open("w") as err:
+            keys = {"SERVE_TEST_KEY": SERVE_KEY, **env}
+            self.process = box.start("serve", "--port", "0", *args, env=keys, stderr=err)
+        assert self.process.stdout
+        self.base = self.process.stdout.readline().strip()
+        assert self.base, self.log.read_text()
+        self.port = int(self.base.rsplit(":", 1)[1].strip("/"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.process.terminate()
+        code = self.process.wait(60)
+        assert self.process.stdout
+        self.process.stdout.close()
+        if kind is None:
+            said = self.log.read_text()
+            assert code == 0 and "Traceback" not in said, said
+            assert SERVE_KEY not in said and SERVE_TOKEN not in said
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Heard:
+        """One request, and what came back; a body that is no bytes goes as JSON."""
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(link):
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            link.request(method, path, data, {key.replace("_", "-"): value for key, value in headers.items()})
+            with link.getresponse() as said:
+                return Heard(said.status, {key.lower(): value for key, value in said.getheaders()}, said.read())
+
+    def get(self, path: str, **headers: str) -> Heard:
+        return self.ask("GET", path, **headers)
+
+    def make(self, said: Mapping[str, Any], **headers: str) -> Heard:
+        return self.ask("POST", "/v1/images/generations", {"prompt": "a fox", "size": "64x64", **said}, **headers)
+
+    def images(self, query: str = "") -> list[dict[str, Any]]:
+        return list(self.get(f"/api/images{query}").json["images"])
+
+    def raw(self, data: bytes = b"") -> socket.socket:
+        """A connection on which these bytes were sent."""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+        return sock
+
+    def post(self, said: Mapping[str, Any], *lines: str) -> socket.socket:
+        """A request for images, whose answer nobody has read yet."""
+        body = json.dumps({"prompt": "a fox", "size": "64x64", **said}).encode()
+        head = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *lines]
+        return self.raw("\r\n".join([*head, "", ""]).encode() + body)
+
+    def usage(self) -> tuple[int, int, float]:
+        """Descriptors, threads, and MB of memory."""
+        proc = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return len([*(proc / "fd").iterdir()]), int(status["Threads"]), int(status["VmRSS"].split()[0]) / 1024
+
+    @contextlib.contextmanager
+    def client(self, **options: Any) -> Iterator[Any]:
+        """The official client, as it comes."""
+        openai = pytest.importorskip("openai")
+        options = {"base_url": f"{self.base}v1", "api_key": "none", **options}
+        with openai.OpenAI(**options) as client:
+            yield client
+
+
+def serve_wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
+    """The condition's value, once it has one."""
+    until = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def serve_read(sock: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    with sock, contextlib.suppress(ConnectionError):
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    return b""
+
+
+def serve_plant(box: Box, count: int, **more: Any) -> list[dict[str, Any]]:
+    """A ledger of that many images of the mock, a second apart, oldest first."""
+    box.configure(SERVE_BLOCKS)
+    (path,) = box.run("generate", "fox 0", "-b", "mock", "--seed", "7").lines
+    (first,) = box.ledger()
+    records = []
+    for number in range(count):
+        stamp = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)).isoformat()
+        about = {"image_id": str(uuid.UUID(int=number)), "prompt": f"fox {number}", "timestamp": stamp, **more}
+        records.append({**first, "id": about["image_id"], "sidecar": {**first["sidecar"], **about}, "path": path})
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return records
+
+
+@pytest.fixture
+def remotes(box: Box) -> Iterator[tuple[Comfy, ReplicateServer, OpenAIServer]]:
+    """The three remotes, and a config that knows them beside the mock."""
+    with Comfy() as comfy, ReplicateServer(SERVE_KEY) as replicate, OpenAIServer(SERVE_KEY) as openai:
+        bases = {"comfyui": comfy.base, "replicate": replicate.v1, "openai": openai.v1}
+        blocks = {name: {**block} for name, block in SERVE_BLOCKS.items()}
+        for name, base in bases.items():
+            blocks[name]["base_url"] = base
+        replicate.script(always=True, polls=0)
+        box.configure(blocks)
+        yield comfy, replicate, openai
+
+
+def test_openais_client_gets_images_from_any_backend(box: Box, remotes: Any) -> None:
+    with Serving(box) as server, server.client() as client:
+        for name in SERVE_BLOCKS:
+            plain = client.images.generate(prompt="a fox", model=name, size="1024x1024")
+            linked = client.images.generate(prompt="a fox", model=name, size="1024x1024", response_format="url")
+            url = urllib.parse.urlsplit(linked.data[0].url)
+            whole = [base64.b64decode(plain.data[0].b64_json), server.get(f"{url.path}?{url.query}").body]
+            assert [bool(imagen.sniff(io.BytesIO(data)).complete) for data in whole] == [True, True]  # type: ignore[union-attr]
+            assert plain.data[0].url is None and linked.data[0].b64_json is None and plain.created > 1.7e9
+            counted = plain.usage.output_tokens
+            assert counted == (GPT_TOKENS["medium"] if name == "openai" else 0), name
+            assert plain.data[0].imagen["cost_usd"] == 0 or name in ("replicate", "openai")
+    assert remotes[2].posts == 2 and remotes[1].created == 2 and len(box.ledger()) == 8
+
+
+def test_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box: Box) -> None:
+    box.configure({**SERVE_BLOCKS, "other": {"type": "mock"}}, styles={"inked": "in ink"})
+    extra = {"seed": 7, "steps": 3, "style": "inked", "negative_prompt": "dogs", "backend_opts": {"delay_s": 0.01}}
+    with Serving(box) as server, server.client() as client:
+        more = {"background": "auto", "user": "u", "quality": "low", "extra_body": {**extra, "sparkle": [1]}}
+        said = client.images.generate(prompt="Größe", model="auto", n=3, size="96x64", **more)
+        made = {image.imagen["seed"]: image for image in said.data}
+        assert sorted(made) == [7, 8, 9]
+        assert {"sparkle", "user", "quality", "background", "steps"} <= set(made[7].imagen["ignored"])
+        for seed, image in made.items():
+            about = server.get(f"/api/images/{image.imagen['id']}").json
+            assert (about["seed"], about["width"], about["height"], about["backend"]) == (seed, 96, 64, "mock")
+            assert about["styled_prompt"] == "Größe, in ink" and about["requested"]["steps"] == 3
+        assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
+        assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
+    assert len(box.ledger()) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        ({"model": "mokc"}, 404, "model_not_found"),
+        ({"prompt": " "}, 400, "invalid_value"),
+        ({"prompt": None}, 400, "invalid_value"),
+        ({"prompt": ["a"]}, 400, "invalid_value"),
+        ({"n": 0}, 400, "invalid_value"),
+        ({"n": 11}, 400, "invalid_value"),
+        ({"n": True}, 400, "invalid_value"),
+        ({"size": "1x1"}, 400, "invalid_value"),
+        ({"size": "9x9x9"}, 400, "invalid_value"),
+        ({"seed": -1}, 400, "invalid_value"),
+        ({"seed": 1.5}, 400, "invalid_value"),
+        ({"style": "nothing"}, 400, "invalid_value"),
+        ({"backend_opts": {"parallel": 9}}, 400, "invalid_value"),
+        ({"backend_opts": {"delay_s": 1e999}}, 400, "invalid_value"),
+        ({"backend_opts": "delay_s"}, 400, "invalid_value"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
+    serving: Serving, said: dict[str, Any], status: int, code: str
+) -> None:
+    before = serving.box.ledger()
+    heard = serving.make(said)
+    error = heard.json["error"]
+    assert (heard.status, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert error["charged"] == "no" and error["message"] and set(error) >= {"param", "hint"}
+    assert heard.headers.get("x-should-retry") != "true" and serving.box.ledger() == before
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for the tests that leave nothing behind in it."""
+    box = Box(tmp_path_factory.mktemp("serving"))
+    box.configure(SERVE_BLOCKS)
+    with Serving(box, "--parallel", "64") as server:
+        yield server
+
+
+SERVE_FATES = {  # mock's `fail`: the client's class, status, type, code, whether a repeat is safe
+    "refused": ("BadRequestError", 400, "image_generation_user_error", "moderation_blocked", False),
+    "usage": ("BadRequestError", 400, "invalid_request_error", "invalid_value", False),
+    "quota": ("RateLimitError", 429, "insufficient_quota", "insufficient_quota", False),
+    "busy": ("RateLimitError", 429, "rate_limit_error", "rate_limit_exceeded", True),
+    "unreachable": ("InternalServerError", 503, "server_error", "unreachable", True),
+    "config": ("InternalServerError", 500, "server_error", "config", False),
+    "failed": ("InternalServerError", 502, "server_error", "failed", False),
+    "bug": ("InternalServerError", 500, "server_error", "bug", False),
+}
+
+
+def test_errors_are_those_that_openais_client_has_classes_for(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    openai = pytest.importorskip("openai")
+    with Serving(box) as server, server.client(max_retries=0) as client:
+        for fail, (name, status, kind, code, again) in SERVE_FATES.items():
+            with pytest.raises(getattr(openai, name)) as caught:
+                client.images.generate(prompt="a fox", extra_body={"backend_opts": {"fail": fail}})
+            problem = caught.value
+            assert (problem.status_code, problem.type, problem.code) == (status, kind, code), fail
+            assert problem.body["charged"] == "no" and "hint" in problem.body and fail in problem.body["message"]
+            assert problem.response.headers["x-should-retry"] == str(again).lower()
+            assert ("retry-after" in problem.response.headers) == again
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(prompt="a fox", model="dall-e-9")
+        assert server.make({"n": 2, "seed": 2**63 - 1}).status == 400
+    assert len(box.ledger()) == len(SERVE_FATES) and box.unfinished() == []
+
+
+def test_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one_that_may_have_cost_is_not(
+    box: Box, remotes: Any
+) -> None:
+    openai = remotes[2]
+    openai.script("server_error")
+    with Serving(box) as server:
+        for _ in range(3):
+            heard = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
+            assert (heard.status, heard.json["error"]["charged"]) == (502, "unknown")
+            assert heard.headers["x-should-retry"] == "false" and "recover" in heard.json["error"]["hint"]
+        assert openai.posts == 1
+        for number in (1, 2, 3):
+            assert server.make({"backend_opts": {"fail": "busy"}}, x_stainless_retry_count="1").status == 429
+            assert len(box.ledger()) == number
+        with server.client() as client, pytest.raises(pytest.importorskip("openai").InternalServerError):
+            openai.script("server_error")
+            client.images.generate(prompt="another fox", model="openai")
+        assert openai.posts == 2
+        openai.script("moderation_input")
+        partial = server.make({"model": "openai", "size": "auto", "n": 2})
+        assert partial.status == 200 and len(partial.json["data"]) == 1
+        assert [error["code"] for error in partial.json["imagen"]["errors"]] == ["moderation_blocked"]
+
+
+@pytest.mark.parametrize("when", ["in flight", "just finished"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_is_less_patient_than_the_remote_pays_once(
+    box: Box, remotes: Any, when: str, stream: bool
+) -> None:
+    httpx = pytest.importorskip("openai").DefaultHttpxClient
+    remote, let_go, counts = remotes[2], threading.Event(), list[str]()
+    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+
+    def sending(request: Any) -> None:
+        counts.append(request.headers["x-stainless-retry-count"])
+        if counts[-1] == "1":
+            let_go.set()
+            serve_wait(lambda: when == "in flight" or box.ledger())
+
+    with contextlib.ExitStack() as stack:
+        server, transport = stack.enter_context(Serving(box)), httpx(event_hooks={"request": [sending]})
+        client = stack.enter_context(server.client(http_client=transport))
+        asked = {"prompt": "a fox", "model": "openai", "timeout": 0.4}
+        if stream:  # the client's patience ends between the events, so it is the caller who repeats
+            with pytest.raises(Exception, match=r"(?i)timed? ?out"):
+                [*client.images.generate(**asked, stream=True)]
+            sending(types.SimpleNamespace(headers={"x-stainless-retry-count": "1"}))
+            again = {"x-stainless-retry-count": "1"}
+            events = [*client.images.generate(**asked, stream=True, extra_headers=again)]
+            assert events[-1].type == "image_generation.completed"
+        else:
+            assert client.images.generate(**asked).data[0].b64_json
+        assert "1" in counts and remote.posts == 1
+        client.images.generate(**asked | {"timeout": 30})  # the same body, but not a repeat
+    assert remote.posts == 2
+
+
+def test_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
+    let_go = threading.Event()
+    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
+    remotes[2].script(*(hold(let_go, answer) for answer in answers))
+    asked = {"model": "openai", "size": "auto"}
+    with Serving(box) as server:
+        first = [server.post(asked) for _ in range(2)]
+        remotes[2].wait(lambda: remotes[2].posts == 2)
+        assert server.make(asked).status == 503
+        for sock in first:
+            sock.close()
+        again = [server.post(asked, "x-stainless-retry-count: 1") for _ in range(2)]
+        let_go.set()
+        found = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
+        assert len({json.loads(body)["data"][0]["b64_json"] for body in found}) == 2
+    assert remotes[2].posts == 2
+
+
+def test_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    openai = pytest.importorskip("openai")
+    with Serving(box) as server, server.client() as client:
+        slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
+        events = [*client.images.generate(prompt="a fox", n=2, stream=True, extra_body=slow)]
+        kinds = [event.type for event in events]
+        assert kinds[-2:] == 2 * ["image_generation.completed"] and len(kinds) >= 4
+        assert {*kinds[:-2]} == {"imagen.progress"}
+        shares = [event.done / event.total for event in events[:-2] if event.note == "drawing"]
+        assert len({*shares}) > 1 and all(0 <= share <= 1 for share in shares)
+        assert {event.imagen["seed"] for event in events[-2:]} == {7, 8}
+        assert events[-1].usage.total_tokens == 0 and (events[-1].size, events[-1].output_format) == ("64x64", "png")
+        assert imagen.sniff(io.BytesIO(base64.b64decode(events[-1].b64_json)))
+        with pytest.raises(openai.APIError, match="refused") as caught:
+            [*client.images.generate(prompt="a fox", stream=True, extra_body={"backend_opts": {"fail": "refused"}})]
+        assert caught.value.body["code"] == "moderation_blocked"
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(prompt="", stream=True)
+
+
+def test_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
+    serve_plant(box, 60)
+    with Serving(box) as server:
+        pages, before = [], ""
+        while before is not None:
+            said = server.get(f"/api/images?before={before}").json
+            pages, before = [*pages, [image["prompt"] for image in said["images"]]], said["next"]
+        assert [len(page) for page in pages] == [24, 24, 12]
+        assert [*itertools.chain(*pages)] == [f"fox {number}" for number in reversed(range(60))]
+        assert [image["prompt"] for image in server.images("?limit=2")] == ["fox 59", "fox 58"]
+        assert [image["prompt"] for image in server.images("?query=FOX+1&limit=200")] == [
+            f"fox {number}" for number in (*range(59, 0, -1),) if "1" in str(number)
+        ]
+        for nothing in ("?backend=openai", "?query=dog", "?before=../../etc/passwd"):
+            assert server.images(nothing) == []
+        assert len(server.images("?backend=mock")) == len(server.images("?limit=-1")) == 24
+        with (box.state / "ledger.jsonl").open("a") as ledger:
+            ledger.write('{"torn": ')  # by somebody who is about to go on
+            ledger.flush()
+            assert server.images("?limit=1")[0]["prompt"] == "fox 59"
+            ledger.write('1}\nno JSON\n{"path": "/x", "sidecar": 5}\n')
+        box.run("generate", "a newcomer", "-b", "mock", "--style", "photo")
+        assert server.images("?limit=1&query=photo")[0]["prompt"] == "a newcomer"
+        (box.state / "ledger.jsonl").write_text("")
+        assert server.images() == []
+
+
+def test_what_is_still_to_be_delivered_is_among_the_images_where_its_time_puts_it(box: Box) -> None:
+    records = serve_plant(box, 90)
+    late = records[20:60]  # more than a page
+    kept = [record for record in records if record not in late]
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    for record in late:
+        (box.state / "open" / f"{record['id']}.jsonl").write_text(f"{json.dumps(record)}\n")
+    (box.state / "open" / "0.jsonl").write_text('{"path": "/nothing"}\n{"sidecar": {"image')
+    with Serving(box) as server:
+        found, before = list[str](), ""
+        while before is not None:
+            said = server.get(f"/api/images?before={before}").json
+            found, before = found + [image["prompt"] for image in said["images"]], said["next"]
+        assert found == [f"fox {number}" for number in reversed(range(90))]
+        assert server.get(f"/api/images/{late[0]['id']}").json["prompt"] == "fox 20"
+        assert server.get(f"/images/{late[0]['id']}").status == 200
+
+
+def test_an_image_is_fetched_once_and_kept(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    with Serving(box) as server:
+        path = f"/images/{record['id']}"
+        whole = server.get(path)
+        assert whole.body == Path(record["path"]).read_bytes() and whole.headers["content-type"] == "image/png"
+        assert "immutable" in whole.headers["cache-control"] and whole.headers["x-content-type-options"] == "nosniff"
+        again = server.get(path, If_None_Match=whole.headers["etag"])
+        assert (again.status, again.body) == (304, b"")
+        head = server.ask("HEAD", path)
+        assert (head.body, head.headers["content-length"]) == (b"", str(len(whole.body)))
+        about = server.get(f"/api/images/{record['id']}").json
+        assert (about["id"], about["there"], about["cloud"]) == (record["id"], True, False)
+        os.unlink(record["path"])
+        assert server.get(path).status == 404 and not server.images()[0]["there"]
+        for odd in (path.upper(), path[:-1], f"{path}/", f"{path}.png", f"/images/{uuid.uuid4()}", "/images/"):
+            assert server.get(odd).status == 404
+
+
+def test_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_does(box: Box) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    broken, record = serve_plant(box, 2)
+    large = box.out / "large.png"
+    pillow.linear_gradient("L").resize((2000, 1000)).save(large)
+    record["path"], broken["path"] = str(large), str(box.out / "broken.png")
+    Path(broken["path"]).write_bytes(png()[:60])
+    (box.state / "ledger.jsonl").write_text(f"{json.dumps(broken)}\n{json.dumps(record)}\n")
+    (box.root / "bare" / "PIL").mkdir(parents=True)
+    (box.root / "bare" / "PIL" / "__init__.py").write_text("raise ImportError")
+    cache = box.root / ".cache" / "imagen" / "thumbs"
+    with Serving(box, PYTHONPATH=str(box.root / "bare")) as server:
+        bare = server.get(f"/thumbs/{record['id']}")
+        assert bare.body == large.read_bytes() and not cache.exists()
+    with Serving(box) as server:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
+        assert {heard.headers["content-type"] for heard in found} == {"image/webp"}
+        with pillow.open(io.BytesIO(found[0].body)) as small:
+            assert small.size == (512, 256) and {heard.body for heard in found} == {found[0].body}
+        made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
+        large.unlink()
+        assert server.get(f"/thumbs/{record['id']}").body == found[0].body
+        assert server.get(f"/thumbs/{broken['id']}").body == png()[:60]
+        assert [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()] == made
+        assert found[0].headers["etag"] != bare.headers["etag"]
+
+
+def test_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(box: Box, remotes: Any) -> None:
+    let_go = threading.Event()
+    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remotes[0].pause()
+    with Serving(box, "--parallel", "4") as server:
+        paid, free = server.post({"model": "openai", "size": "auto"}), server.post({"model": "comfyui", "n": 3})
+        left = server.post({"backend_opts": {"delay_s": 3600}, "stream": True})
+        held = server.post({"backend_opts": {"delay_s": 13}})
+        remotes[2].wait(lambda: remotes[2].posts)
+        remotes[0].wait_running()
+        for sock in (paid, free, left):
+            sock.close()
+        serve_wait(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
+        assert remotes[0].interrupted and len(remotes[0].submitted) == 1 and remotes[2].posts == 1
+        let_go.set()
+        assert serve_read(held).startswith(b"HTTP/1.1 200")
+        made = serve_wait(lambda: len(images := server.images()) == 2 and images)
+        assert {image["backend"] for image in made} == {"openai", "mock"}
+    assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {"interrupted"}
+
+
+def test_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    with Serving(box, "--parallel", "1") as server:
+        slow = server.post({"backend_opts": {"delay_s": 1}})
+        serve_wait(lambda: box.unfinished())
+        heard = server.make({})
+        assert (heard.status, heard.headers["retry-after"], heard.headers["x-should-retry"]) == (503, "5", "true")
+        assert heard.json["error"]["code"] == "rate_limit_exceeded"
+        assert server.get("/healthz").json["ok"] is True
+        assert serve_read(slow).startswith(b"HTTP/1.1 200")
+        assert server.make({}).status == 200
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_not(box: Box, times: int) -> None:
+    box.configure(SERVE_BLOCKS)
+    server = Serving(box)
+    with server if times == 1 else contextlib.ExitStack():
+        slow = server.post({"backend_opts": {"delay_s": 1.5 if times == 1 else 3600}})
+        serve_wait(lambda: box.unfinished())
+        server.process.send_signal(signal.SIGINT)
+
+        def closed() -> bool:
+            with contextlib.suppress(ConnectionError), server.raw():
+                return False
+            return True
+
+        serve_wait(closed)
+        if times == 2:
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(5) == 130
+            assert server.process.stdout and not server.process.stdout.close()
+        assert serve_read(slow).startswith(b"HTTP/1.1 200" if times == 1 else b"")
+        if times == 1:
+            assert server.process.wait(10) == 0
+
+
+def test_the_answer_does_not_wait_for_the_cloud_and_the_end_does(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64, "parallel": 1}})
+    let_go = threading.Event()
+    cloud.fault("PUT /storage/v1/object/", hold(let_go, through()))
+    cloud.fault("POST /rest/v1/images", status(403, {"code": "42501", "message": "denied"}))
+    with Serving(box) as server:
+        heard = server.make({"n": 2, "seed": 7})
+        assert len(heard.json["data"]) == 2 and cloud.objects() == {}
+        cloud.wait(lambda: cloud.count("PUT", "/storage/v1/object/"))
+        assert [image["cloud"] for image in server.images()] == [False, False]
+        assert len(box.unfinished()) == 2
+        threading.Timer(0.5, let_go.set).start()
+    assert len(cloud.objects()) == 2 and len(cloud.rows()) == 1
+    assert "imagen: cloud sync: " in server.log.read_text()
+
+
+def test_only_who_has_the_token_gets_in(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    refused = box.run("serve", "--host", "0.0.0.0", "--port", "0")
+    assert refused.code == 3 and "IMAGEN_SERVE_TOKEN" in refused.err
+    openai = pytest.importorskip("openai")
+    with Serving(box, "--host", "0.0.0.0", IMAGEN_SERVE_TOKEN=SERVE_TOKEN) as server:
+        assert server.get("/healthz", Host="anywhere.example").status == 200
+        for path in ("/", "/api/images", "/api/options", "/v1/models", f"/images/{record['id']}", "/?token=x", "/x"):
+            assert server.get(path, Host="anywhere.example").json["error"]["code"] == "invalid_api_key", path
+        for odd in ("", "Bearer ", "Bearer é", f"Bearer {SERVE_TOKEN}x", f"Basic {SERVE_TOKEN}", "Bearer None"):
+            assert server.get("/v1/models", Authorization=odd.encode().decode("latin-1")).status == 401, odd
+        with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.images.generate(prompt="a fox")
+        with server.client(api_key=SERVE_TOKEN, base_url=f"http://127.0.0.1:{server.port}/v1") as client:
+            (image,) = client.images.generate(prompt="a fox", response_format="url").data
+        signed = urllib.parse.urlsplit(image.url)
+        assert server.get(f"{signed.path}?{signed.query}").status == 200
+        for odd in (
+            f"{signed.path}?signature=",
+            f"/images/{record['id']}?{signed.query}",
+            f"{signed.path}?signature=é",
+        ):
+            assert server.get(urllib.parse.quote(odd, safe="/?=")).status == 401
+        assert server.get(f"{signed.path.replace('images', 'thumbs')}?{signed.query}").status == 401
+        link = server.get(f"/?token={urllib.parse.quote(SERVE_TOKEN, safe='')}")
+        cookie = link.headers["set-cookie"]
+        assert (link.status, link.headers["location"]) == (303, "/")
+        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and SERVE_TOKEN not in cookie
+        assert server.get("/", Cookie=f"a=b; {cookie.partition(';')[0]}; c=d").status == 200
+        assert server.get("/", Cookie="imagen=é".encode().decode("latin-1")).status == 401
+        assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
+
+
+def test_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -> None:
+    with Tty(box, "serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": SERVE_TOKEN}) as tty:
+        tty.until(lambda drawn: re.search(r"open http\S+\s", drawn) is not None)
+        url = urllib.parse.urlsplit(re.findall(r"open (\S+)", tty.drawn)[0])
+        with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=10)) as link:
+            link.request("GET", f"/?{url.query}")
+            assert link.getresponse().status == 303
+        tty.process.send_signal(signal.SIGINT)
+        assert tty.ended().code == 0
+
+
+def test_another_sites_page_neither_reads_nor_writes(serving: Serving) -> None:
+    for host in ("evil.example", f"evil.example:{serving.port}", "127.0.0.1.evil.example", "", "127.0.0.1:1:2", "::1:"):
+        assert serving.get("/v1/models", Host=host).status == 403, host
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8765"):
+        assert serving.get("/v1/models", Host=host).status == 200, host
+    for origin in ("http://evil.example", "null", "http://localhost", f"http://127.0.0.1:{serving.port}0"):
+        assert serving.make({}, Origin=origin).status == 403, origin
+    assert serving.ask("OPTIONS", "/v1/images/generations", Origin="http://evil.example").status in (403, 405)
+    heard = serving.make({"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}")
+    assert heard.json["error"]["code"] == "moderation_blocked"
+    page, other = serving.get("/"), serving.get("/")
+    policy = page.headers["content-security-policy"]
+    (nonce,) = {*re.findall(r"'nonce-([^']+)'", policy)}
+    assert "default-src 'none'" in policy and f'nonce="{nonce}"'.encode() in page.body and nonce not in str(other)
+    assert [heard.headers["x-content-type-options"] for heard in (page, heard)] == ["nosniff", "nosniff"]
+    assert not any(name.startswith("access-control") for name in (*page.headers, *heard.headers))
+
+
+def test_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
+    for method, path, code in (
+        ("GET", "/v1/images/generations", 405),
+        ("PUT", "/healthz", 405),
+        ("DELETE", f"/images/{uuid.uuid4()}", 404),
+        ("OPTIONS", "/", 405),
+        ("GET", "/v1/images/edits", 404),
+        ("POST", "/v1/images/edits", 404),
+    ):
+        assert serving.ask(method, path).status == code, (method, path)
+    assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
+
+
+SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_a_request_that_is_too_large_or_none_is_told_so(serving: Serving) -> None:
+    large = b'{"prompt": "' + b"x" * (4 << 20)
+    for data, code in (
+        (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
+        (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
+        (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
+        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+        (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
+        (SERVE_HEAD + b"\r\n", 400),
+        (SERVE_HEAD + b"X : y\r\n\r\n", 400),
+        (SERVE_HEAD + b"Content-Length: 4\r\n\r\n[{}]", 400),
+        (SERVE_HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
+        (b"GET http://localhost/ HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/2\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+    ):
+        assert serve_read(serving.raw(data))[:12] == b"HTTP/1.1 %d" % code, data[:200]
+
+
+def test_who_sends_a_byte_a_second_is_cut_off(serving: Serving) -> None:
+    began = time.monotonic()
+    slow = [serving.raw(b"GET / HT"), serving.raw(SERVE_HEAD + b"Content-Length: 90\r\n\r\n{"), serving.raw()]
+    ended = dict[socket.socket, float]()
+    while len(ended) < len(slow):
+        assert time.monotonic() - began < 30
+        for sock in slow:
+            with contextlib.suppress(OSError):
+                sock.send(b"x" if sock is not slow[2] else b"")
+        for sock in select.select([sock for sock in slow if sock not in ended], [], [], 1)[0]:
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(100) == b""
+            ended[sock] = time.monotonic() - began
+    assert [8 < ended[sock] < 14 for sock in (slow[0], slow[2])] == [True, True] and 18 < ended[slow[1]] < 25
+    for sock in slow:
+        sock.close()
+
+
+def serve_malformed(dice: random.Random) -> bytes:
+    """A request with something wrong in it, now and then nothing."""
+    dots = dice.choice(["..", "%2e%2e", "%2E.", "..%2f..", "....//", "%00", "%ff", "\\..\\", "%252e", "é"])
+    path = dice.choice(["/images/", "/thumbs/", "/api/images/", "/api/images?before=", "/?token=", "/v1/", "/", "x"])
+    path += dice.choice([f"{dots}/" * dice.randrange(4) + "etc/passwd", str(uuid.UUID(int=0))[: dice.randrange(37)]])
+    junk = [None, [], {}, -1, 1e999, 10**30, "\ud800", "\0", "../x", "%2e%2e/x", "x" * 999, True, {"a": [{}]}]
+    fields = ["prompt", "n", "size", "model", "seed", "steps", "style", "backend_opts", "quality", "stream"]
+    said = {dice.choice(fields): dice.choice(junk) for _ in range(dice.randrange(1, 5))}
+    body = json.dumps({"prompt": " ", **said}).encode()[: dice.choice([None, None, dice.randrange(60)])]
+    length = dice.choice([len(body)] * 4 + [len(body) + 5, 0, 10**9])
+    post = SERVE_HEAD + f"Content-Length: {length}\r\n\r\n".encode() + body
+    lines = (
+        f"{dice.choice(['GET', 'HEAD', 'PUT', 'get', ''])} {path} HTTP/1.1\r\nHost: localhost:{dice.randrange(9)}\r\n"
+    )
+    lines += dice.choice(
+        ["", "Content-Length: x\r\n", "If-None-Match: *\r\n", ": \r\n", "A: \r b\r\n", "Cookie: =;\r\n"]
+    )
+    whole = dice.choice([post, lines.encode() + b"\r\n"])
+    if dice.random() < 0.3:
+        place = dice.randrange(len(whole))
+        whole = whole[:place] + dice.randbytes(dice.randrange(9)) + whole[place + dice.randrange(3) :]
+    return whole[: dice.choice([None, None, None, dice.randrange(len(whole))])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
+def test_five_thousand_malformed_requests_leave_nothing_behind(box: Box) -> None:
+    serve_plant(box, 3)
+
+    def files() -> set[Path]:
+        return {path for path in box.root.rglob("*") if box.out not in path.parents and "open" not in path.parts}
+
+    before_all = files()
+    with Serving(box, "--parallel", "64") as server:
+
+        def one(seed: int) -> bytes:
+            dice = random.Random(seed)
+            sock = server.raw(serve_malformed(dice))
+            if dice.random() < 0.1:  # gone without a word, half of them with a reset
+                _linger_zero(Wire(sock, threading.Event())) if seed % 2 else None
+                sock.close()
+                return b""
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+            return serve_read(sock)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = collections.Counter(said[:12] for said in pool.map(one, range(1000)))
+            serve_wait(lambda: server.usage()[1] <= 2)
+            before = server.usage()
+            found += collections.Counter(said[:12] for said in pool.map(one, range(1000, 5000)))
+        serve_wait(lambda: server.usage()[1] <= before[1])
+        after = server.usage()
+        assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
+        codes = {code[9:].decode() for code in found if code}
+        assert codes >= {"400", "404", "405", "413"} and not [code for code in codes if code >= "500"], found
+        assert b"root:" not in b"".join(found) and server.get("/healthz").status == 200
+    assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
+    assert len([*box.root.glob(".cache/**/*.webp")]) <= 3  # thumbnails of ids that were hit by chance
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
+def test_two_hundred_connections_at_once_are_all_answered(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    with Serving(box) as server:
+        server.make({})
+        serve_wait(lambda: server.usage()[1] <= 2)  # itself, and its janitor
+        before = server.usage()
+        opened = [server.raw() for _ in range(200)]
+        slow = server.post({"backend_opts": {"delay_s": 1}})
+        for number, sock in enumerate(opened):
+            sock.sendall(
+                b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"/healthz", b"/", b"/api/images")[number % 3]
+            )
+        assert {serve_read(sock)[:15] for sock in opened} == {b"HTTP/1.1 200 OK"}
+        assert serve_read(slow).startswith(b"HTTP/1.1 200")
+        crowd = [server.raw(b"GET") for _ in range(300)]  # more than it takes: the rest are turned away at once
+        assert serve_wait(lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40)
+        for sock in crowd:
+            sock.close()
+        serve_wait(lambda: server.usage()[:2] == before[:2])
+        assert server.get("/healthz").status == 200
+
+
+AXE = HERE.parent / ".ci-cache/npm/node_modules/axe-core/axe.min.js"
+in_chromium = pytest.mark.xdist_group("chromium")
+
+
+class Chromium:
+    """A headless browser, spoken to in its own protocol over two pipes; it ends when they are closed."""
+
+    def __init__(self) -> None:
+        program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if not program:
+            missing("chromium is not installed")
+        self.profile = tempfile.mkdtemp(prefix="imagen-chromium-")
+        flags = str.split(
+            "headless remote-debugging-pipe no-first-run no-proxy-server disable-gpu disable-dev-shm-usage"
+        )
+        flags += str.split("lang=en-US disable-background-networking disable-component-update disable-sync")
+        flags += [f"user-data-dir={self.profile}", *(["no-sandbox"] if os.geteuid() == 0 else [])]
+        (theirs, ours), (back, answers) = os.pipe(), os.pipe()
+        shell = f'exec "$@" 3</dev/fd/{theirs} 4>/dev/fd/{answers}'
+        self.process = subprocess.Popen(
+            ["sh", "-c", shell, "sh", str(program), *(f"--{flag}" for flag in flags)], pass_fds=(theirs, answers),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self.numbers, self.answers = itertools.count(1), dict[int, Any]()
+        self.events: list[dict[str, Any]] = []
+        self.changed = threading.Condition()
+        self._pipe, self._back = open(ours, "wb", buffering=0), open(back, "rb", buffering=0)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        rest = b""
+        while block := self._back.read(1 << 20):
+            *whole, rest = (rest + block).split(b"\0")
+            with self.changed:
+                for said in map(json.loads, whole):
+                    if "id" in said:
+                        self.answers[said["id"]] = said
+                    else:
+                        self.events.append(said)
+                self.changed.notify_all()
+
+    def __call__(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
+        """One command of https://chromedevtools.github.io/devtools-protocol/, and its result."""
+        number = next(self.numbers)
+        said = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        self._pipe.write(json.dumps(said).encode() + b"\0")
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.answers, 30), f"{method}: no answer"
+            answer = self.answers.pop(number)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return dict(answer["result"])
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError, OSError):
+            self("Browser.close")
+        self._pipe.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        self._reader.join(10)
+        self._back.close()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium]:
+    with contextlib.closing(Chromium()) as browser:
+        yield browser
+
+
+class Tab:
+    """A page of `imagen serve`, in a browser profile of its own."""
+
+    def __init__(
+        self, browser: Chromium, address: str, at: str, width: int = 1280, height: int = 900, scheme: str = "light"
+    ) -> None:
+        self.browser, self.address, self.since = browser, address, len(browser.events)
+        self.whose = browser("Target.createBrowserContext")
+        target = browser("Target.createTarget", url="about:blank", **self.whose)["targetId"]
+        self.session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(f"{domain}.enable")
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self("Emulation.setFocusEmulationEnabled", enabled=True)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self("Page.navigate", url=at)
+        self.until("document.readyState === 'complete' && $('backend').value")
+
+    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.browser(method, self.session, **params)
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression (a promise's too), evaluated in the page."""
+        asked = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        said = self("Runtime.evaluate", expression=expression, **asked)
+        assert "exceptionDetails" not in said, said["exceptionDetails"]
+        return said["result"].get("value")
+
+    def until(self, condition: str, timeout: float = 20) -> Any:
+        """Wait until an expression holds; its value."""
+        deadline = time.monotonic() + timeout
+        while not (value := self.js(condition)):
+            assert time.monotonic() < deadline, f"waited in vain for {condition}; {self.text('#said')}"
+            time.sleep(0.02)
+        return value
+
+    def text(self, selector: str) -> str:
+        return str(self.js(f"document.querySelector({selector!r}).textContent"))
+
+    def tiles(self) -> list[str]:
+        return list(self.js("[...document.querySelectorAll('#grid img')].map(img => img.alt)"))
+
+    def click(self, selector: str) -> None:
+        """With the mouse, in the middle of what must be on top there."""
+        find = f"const it = document.querySelector({selector!r}), at = it.getBoundingClientRect();"
+        middle = "const x = at.x + at.width / 2, y = at.y + at.height / 2;"
+        top = "return it.contains(document.elementFromPoint(x, y)) && [x, y]"
+        self.js(f"document.querySelector({selector!r}).scrollIntoView({{ block: 'nearest' }})")
+        x, y = self.until(f"(() => {{ {find} {middle} {top} }})()")
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector: str, text: str) -> None:
+        """Text in place of what a field has."""
+        self.js(f"document.querySelector({selector!r}).focus(); document.activeElement.select()")
+        self("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        code = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191, "Tab": 9, "Enter": 13}[key]
+        text = {"/": "/", "Enter": "\r"}.get(key, "")
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def choose(self, selector: str, value: str) -> None:
+        choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
+        self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
+
+    def heard(self, *kinds: str) -> list[dict[str, Any]]:
+        """What the browser reported of this page."""
+        with self.browser.changed:
+            events = self.browser.events[self.since :]
+        return [one["params"] for one in events if one.get("sessionId") == self.session and one["method"] in kinds]
+
+    def shot(self, name: str) -> None:
+        """A screenshot, where IMAGEN_SHOTS names a folder for them."""
+        if folder := os.environ.get("IMAGEN_SHOTS"):
+            self.until("[...document.images].every(img => img.complete || img.getBoundingClientRect().y > innerHeight)")
+            data = self("Page.captureScreenshot", format="png")["data"]
+            Path(folder, f"{name}.png").write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self.browser("Target.disposeBrowserContext", **self.whose)
+
+    def check(self) -> None:
+        """Nothing went to the console, and nothing was asked of anybody else."""
+        assert self.heard("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
+        asked = [one["request"]["url"] for one in self.heard("Network.requestWillBeSent")]
+        assert asked and [url for url in asked if not url.startswith((self.address, "data:"))] == []
+
+
+class Gallery:
+    """A home with `imagen serve` running in it, and the tabs that look at it."""
+
+    def __init__(self, box: Box, browser: Chromium) -> None:
+        self.box, self.browser, self.tabs, self.token = box, browser, list[Tab](), ""
+        slow, broken = {"type": "mock", "delay_s": 1.5}, {"type": "mock", "fail": "refused"}
+        box.configure({**MOCK, "slow": slow, "broken": broken, "keyless": {"type": "replicate", "model": "a/b"}})
+
+    def make(self, prompt: str, *flags: str, size: str = "64x64") -> list[str]:
+        """Images from the command line, all of one size; their paths."""
+        done = self.box.run("generate", "--size", size, *flags, "--", prompt)
+        assert done.code == 0, done.err
+        return done.lines
+
+    @functools.cached_property
+    def server(self) -> subprocess.Popen[str]:
+        return self.box.start("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": self.token})
+
+    @functools.cached_property
+    def address(self) -> str:
+        return str(self.server.stdout.readline()).strip()  # type: ignore[union-attr]
+
+    def open(self, tiles: int = 0, at: str = "", **how: Any) -> Tab:
+        """A new tab, once that many tiles are there."""
+        tab = Tab(self.browser, self.address, at or self.address, **how)
+        self.tabs.append(tab)
+        tab.until(f"images.length >= {tiles}")
+        return tab
+
+    def close(self) -> None:
+        for tab in self.tabs:
+            tab.close()
+        self.server.terminate()
+        out, err = self.server.communicate(timeout=30)
+        assert (self.server.returncode, out) == (0, ""), err
+
+
+@pytest.fixture
+def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
+    """Every test ends with a look at what the browser reported."""
+    with contextlib.closing(Gallery(box, chromium)) as gallery:
+        yield gallery
+        for tab in gallery.tabs:
+            tab.check()
+
+
+def test_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
+    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 12 << 10
+    assert max(map(len, imagen.PAGE.splitlines())) <= 120
+    assert not re.findall(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE)
+
+
+@in_chromium
+def test_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_the_scroll(gallery: Gallery) -> None:
+    gallery.make("a fox", "-n", "27")
+    gallery.make("a wide hill", size="192x64")
+    gallery.make("a tall tower", "-n", "2", size="64x128")
+    tab = gallery.open(24, height=400)
+    asked = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
+    assert (len(tab.tiles()), tab.js(asked)) == (24, 1)
+    assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("images.length === 30")
+    tab.js("scrollTo(0, document.body.scrollHeight)")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.loading === 'lazy' && img.complete)")
+    ratios = "[img.clientWidth / img.clientHeight, img.naturalWidth / img.naturalHeight]"
+    sizes = tab.js(f"[...document.querySelectorAll('#grid img')].map(img => {ratios})")
+    assert {round(true, 1) for _, true in sizes} == {0.5, 1.0, 3.0}
+    assert [one for one in sizes if abs(one[0] / one[1] - 1) > 0.03] == []
+    assert tab.js(asked) == 2
+
+
+@in_chromium
+def test_the_search_and_the_filter_leave_what_fits(gallery: Gallery) -> None:
+    gallery.make("a red fox", "-n", "2")
+    gallery.make("a blue whale", "-b", "slow")
+    tab = gallery.open(3)
+    tab.type("#query", "FOX red")
+    tab.until("images.length === 2")
+    assert tab.tiles() == ["a red fox"] * 2
+    tab.type("#query", "giraffe")
+    assert tab.until("$('none').textContent") == "Nothing found." and tab.tiles() == []
+    tab.press("Escape")
+    tab.until("images.length === 3")
+    tab.choose("#filter", "slow")
+    tab.until("images.length === 1")
+    assert tab.tiles() == ["a blue whale"] and tab.text("#none") == ""
+
+
+@in_chromium
+def test_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
+    for prompt in ("one", "two", "three"):
+        gallery.make(prompt)
+    tab = gallery.open(3)
+    tab.press("/")
+    assert tab.js("document.activeElement.id") == "query" and tab.js("document.activeElement.value") == ""
+    tab.js("$('prompt').focus()")
+    tab.press("/")
+    assert tab.js("$('prompt').value") == "/"
+    tab.js("document.querySelector('#grid button').focus()")
+    tab.press("Enter")
+    tab.until("$('detail').open")
+    shown = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "/"):
+        tab.press(key)
+        shown.append(tab.text("#text"))
+    assert shown == ["two", "one", "one", "two", "two"] and tab.js("$('detail').open")
+    tab.press("Escape")
+    tab.until("!$('detail').open")
+    assert tab.js("document.activeElement.firstChild.alt") == "three"  # where it was opened
+
+
+@in_chromium
+def test_the_form_makes_images_shows_how_far_they_are_and_puts_them_first(gallery: Gallery) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    assert tab.js("$('backend').value") == "mock"  # the default one
+    tab.type("#prompt", "two new foxes")
+    for field, value in {"#size": "96x64", "#n": "2", "#seed": "41"}.items():
+        tab.type(field, value)
+    tab.choose("#backend", "slow")
+    tab.choose("#style", "ink")
+    tab.click("#go")
+    far = tab.until("$('bar').value > 0.1 && $('bar').value")
+    assert 0.1 < far < 1 and tab.text("#said") == "drawing … 0 of 2 done" and tab.js("$('go').disabled")
+    tab.until("$('said').textContent === 'Done.'")
+    assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
+    assert tab.js("$('bar').hidden && !$('go').disabled")
+    keys = ("seed", "style", "backend", "width", "height")
+    made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
+    assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
+    tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
+    tab.until("images.length === 3")
+
+
+@in_chromium
+def test_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> None:
+    said = 'it\'s -n "5" $HOME,\n  größe'
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a 'cat'", "--opt", "delay_s=0.01", "--seed", "7")
+    (path,) = gallery.make(said, *flags, "-b", "mock", size="80x64")
+    about = gallery.box.sidecar(path)
+    tab = gallery.open(1)
+    both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
+    tab.click("#grid button")
+    rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
+    facts = dict(tab.js(rows))
+    assert about["timestamp"][:4] in facts.pop("Made")
+    assert facts == {
+        "Backend": "mock", "Model": "mock", "Size": "80 × 64", "Seed": "7", "Style": "ink", "Cost": "$0",
+        "Avoided": about["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(about["ignored"]),
+        "Took": f"{about['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
+    }  # fmt: skip
+    assert (tab.text("#text"), tab.js("$('big').alt")) == (said, said)
+    tab.click("#copy")
+    tab.until("$('told').textContent === 'Copied.'")
+    assert tab.js("navigator.clipboard.readText()") == said
+    tab.click("#command")
+    command = tab.until("navigator.clipboard.readText().then(text => text.startsWith('imagen ') && text)")
+    shell = f'imagen() {{ {shlex.join((sys.executable, str(HERE)))} "$@"; }}; {command}'
+    again = subprocess.run(["sh", "-c", shell], env=gallery.box.environ, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    own = {key: about[key] for key in ("image_id", "timestamp", "latency_ms")}
+    assert {**gallery.box.sidecar(again.stdout.strip()), **own} == about
+    folder = gallery.box.root / "downloads"
+    gallery.browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose)
+    tab.click("#save")
+    preview_wait(lambda: (folder / Path(path).name).exists())
+    assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
+
+
+@in_chromium
+def test_settings_can_be_used_again_and_an_image_made_again_with_a_new_seed(gallery: Gallery) -> None:
+    flags = ("-s", "ink", "--steps", "4", "--negative", "a cat", "--opt", "delay_s=0.01", "--seed", "0")
+    gallery.make("a fox", *flags)
+    tab = gallery.open(1)
+    tab.type("#n", "3")
+    tab.click("#grid button")
+    tab.click("#use")
+    names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
+    fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
+    assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
+    assert tab.js("!$('detail').open && document.activeElement.id") == "prompt"
+    tab.click("#grid button")
+    tab.click("#again")
+    tab.until("images.length === 2")
+    first, second = (entry["sidecar"] for entry in gallery.box.ledger())
+    same = ("prompt", "style", "styled_prompt", "negative_prompt", "backend", "requested", "ignored")
+    assert {key: second[key] for key in same} == {key: first[key] for key in same}
+    assert first["seed"] == 0 != second["seed"]
+
+
+@in_chromium
+def test_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
+    tab = gallery.open()
+    assert tab.until("$('none').textContent") == "No images yet."
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "broken")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    assert "REPLICATE_API_TOKEN" in tab.until("$('said').innerText.split('\\n')[1]")
+    tab.choose("#backend", "mock")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("images.length === 1")
+    assert tab.js("$('said').className") == ""
+
+
+@in_chromium
+def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
+    tab = gallery.open()
+    tab.until("$('none').textContent")
+    gallery.server.terminate()
+    gallery.server.wait(30)
+    tab.type("#prompt", "a fox")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.text("#said").strip() == "The server does not answer."
+    (logged,) = tab.heard("Log.entryAdded")  # by the browser, not by us
+    assert "ERR_CONNECTION_REFUSED" in logged["entry"]["text"]
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_not_run(gallery: Gallery) -> None:
+    evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
+    gallery.make(evil)
+    tab = gallery.open(1)
+    tab.click("#grid button")
+    assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
+    tab.click("#again")
+    tab.until("images.length === 2")
+    assert tab.js("window.ran") is None and tab.js("document.querySelectorAll('script, b').length") == 1
+    tab.check()
+    tab.js("document.body.append(make('script', { textContent: 'window.ran = 1' }))")
+    tab.js("document.body.append(make('img', { src: 'http://127.0.0.1:9/' }))")
+    tab.js("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    assert tab.js("window.ran") is None
+    refused = {word for one in tab.heard("Log.entryAdded") for word in re.findall(r"\w+-src", one["entry"]["text"])}
+    assert refused >= {"script-src", "img-src", "connect-src"}
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_a_phone_scrolls_down_only(gallery: Gallery) -> None:
+    gallery.make("a-word-that-never-ends-" * 12)
+    gallery.make("a wide hill", size="640x64")
+    tab = gallery.open(2, width=390, height=844)
+    fits = "document.documentElement.scrollWidth <= 390 && $('detail').scrollWidth <= 390"
+    assert tab.js(fits) and tab.js("!$('settings').open")
+    tab.click("summary")
+    tab.type("#prompt", "a fox")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    assert tab.js(fits)
+    for tile in ("#grid button:nth-child(2)", "#grid button"):
+        tab.click(tile)
+        tab.until("$('big').complete")
+        assert tab.js(fits)
+        heights = "[...document.querySelectorAll('#detail button')].map(one => one.getBoundingClientRect().height)"
+        assert min(tab.js(heights)) >= 24
+        tab.click("#close")
+
+
+@in_chromium
+def test_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gallery) -> None:
+    gallery.make("a fox")
+    gallery.token = "a-token-of-the-tests"
+    plain = gallery.address
+    link = next(line.split()[1] for line in gallery.server.stderr if line.startswith("open "))  # type: ignore[union-attr]
+    assert link == f"{plain}?token={gallery.token}"
+    tab = gallery.open(1, at=link)
+    assert (tab.js("location.href"), tab.js("document.cookie")) == (plain, "")
+    tab.type("#prompt", "another fox")
+    tab.type("#size", "64x64")
+    tab.click("#go")
+    tab.until("images.length === 2")
+    tab.until("[...document.querySelectorAll('#grid img')].every(img => img.naturalWidth)")
+    (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
+    assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (True, "Strict", False)
+    for path in ("", "api/images", "?token=wrong"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as turned:
+            urllib.request.urlopen(plain + path, timeout=10)
+        turned.value.close()
+
+
+@in_chromium
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_finds_nothing_to_complain_about(gallery: Gallery, scheme: str, width: int) -> None:
+    if not AXE.exists():
+        missing("axe-core is not installed")
+    for prompt, size in {"a lighthouse at dusk": "960x540", "an old sailor": "512x768", "Füchse": "640x640"}.items():
+        gallery.make(prompt, "-n", "3", size=size)
+    tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
+    tab.js(AXE.read_text() + "; 0")
+
+    def complaints(where: str) -> list[str]:
+        tab.shot(f"{scheme}-{width}-{where}")
+        found = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+        assert found["passes"], "axe looked at nothing"
+        return [f"{where}: {one['id']}: {node['html']}" for one in found["violations"] for node in one["nodes"]]
+
+    found = complaints("gallery")
+    tab.js("$('settings').open = true")
+    tab.choose("#backend", "slow")
+    tab.type("#prompt", "a slow fox")
+    tab.click("#go")
+    tab.until("$('bar').value > 0.3")
+    found += complaints("form")
+    tab.until("!$('go').disabled")
+    tab.choose("#backend", "keyless")
+    tab.click("#go")
+    tab.until("$('said').className === 'error'")
+    found += complaints("error")
+    tab.click("#grid button:nth-child(2)")
+    tab.until("$('big').complete")
+    found += complaints("detail")
+    assert found == []
+
+
+def test_the_skill_names_every_exit_code_and_its_commands_run_as_written(box: Box, tmp_path: Path) -> None:
+    import yaml
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(HERE, folder)
+    own = shlex.join((sys.executable, str(folder / "imagen.py")))
+
+    def shell(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", command], env=box.environ, capture_output=True, text=True, timeout=60)
+
+    skill = shell(f"{own} skill").stdout
+    _, head, text = skill.split("---\n", 2)
+    about = yaml.safe_load(head)
+    assert about.keys() == {"name", "description"} and about["name"] == "imagine" and "/imagine" in about["description"]
+    rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
+    advice = {int(code): said for codes, said in rows for code in codes.split(", ")}
+    assert advice.keys() == {0, *EXIT_CODES.values()}
+    assert {code for code, said in advice.items() if "never repeat" in said} == {5, 6, 10}
+
+    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
+    block, prompt = textwrap.dedent(block), 'it\'s "$HOME" `id` -n größe'
+    made = shell(block.replace("PROMPT", prompt))
+    answer = json.loads(made.stdout)
+    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
+    assert answer["images"][0]["prompt"] == prompt and Path(answer["images"][0]["path"]).exists()
+    flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
+    assert len(flags) == 6
+    for more in flags:
+        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
+    *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
+    assert [word.removeprefix(own).split()[0] for word in commands] == ["styles", "backends", "generate", "recover"]
+    for command in commands:
+        assert (done := shell(command)).returncode == 0, done.stderr
+
+    with Remote(reset()) as remote:
+        box.configure({"ai": {"type": "openai", "model": "any", "base_url": remote.base}})
+        lost = shell(block)
+        error = json.loads(lost.stdout)["error"]
+        assert (lost.returncode, error["charged"]) == (10, "unknown") and error["message"]
+        (found,) = re.findall(r"recover (\S+)", error["hint"])
+        assert recover.endswith(" ID") and shell(recover.replace("ID", found)).returncode == 10
+        assert [seen.method for seen in remote.seen] == ["POST"]
+
+
+def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) -> None:
+    section = readme[readme.index("## The server and its gallery") : readme.index("## Your own backend")]
+    (curl,) = (block for block in readme_blocks(section, "sh") if block.startswith("curl "))
+    with box.start("serve", "--port", "0") as server:
+        try:
+            address = server.stdout.readline().strip().rstrip("/")  # type: ignore[union-attr]
+            words = shlex.split(curl.replace("\\\n", ""))
+            url, body = words[2].replace("http://127.0.0.1:8765", address), words[words.index("-d") + 1].encode()
+            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                link = json.load(answer)["data"][0]["url"]
+            with urllib.request.urlopen(link, timeout=30) as image:
+                assert image.read(8) == b"\x89PNG\r\n\x1a\n"
+            if importlib.util.find_spec("openai") is None:
+                missing("openai is not installed")
+            (program,) = readme_blocks(section, "python")
+            program = program.replace("http://127.0.0.1:8765", address)
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+            assert [line.split()[:2] for line in done.stdout.splitlines()] == [["7", "0.0"], ["8", "0.0"]], done.stderr
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
 
 
 # === 20. Terminal: one line that rewrites itself; everything else a person reads ===
