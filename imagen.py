@@ -1254,10 +1254,10 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
         http_request = urllib.request.HTTPSHandler.https_request
 
         def http_open(self, request: Any) -> Any:
-            return self.do_open(Watched, request)
+            return self.do_open(Watched, request, blocksize=1 << 17)
 
         def https_open(self, request: Any) -> Any:
-            return self.do_open(WatchedTLS, request)
+            return self.do_open(WatchedTLS, request, blocksize=1 << 17)
 
     def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
