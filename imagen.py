@@ -2450,7 +2450,7 @@ def sync_folder(folder: str) -> None:
 
 def parsed(text: bytes) -> dict[str, Any]:
     """The mapping that a JSON text is; {} where it is none."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         said = json.loads(text)
         return said if isinstance(said, dict) else {}
     return {}

@@ -3266,7 +3266,7 @@ def test_pyyaml_and_pg8000_are_all_it_needs_and_only_where_it_needs_them() -> No
         return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
     tree = ast.parse(head_source())
-    assert outside(tree.body) == set() and {"yaml"} <= outside([*ast.walk(tree)]) <= {"yaml", "pg8000"}
+    assert outside(tree.body) == set() and {"yaml"} <= outside([*ast.walk(tree)]) <= {"yaml", "pg8000", "PIL"}
 
 
 def test_a_lone_copy_on_a_bare_python_makes_an_image(tmp_path: Path) -> None:
