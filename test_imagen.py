@@ -7887,7 +7887,15 @@ SUPABASE_SIGNED = {"signedURL": f"/object/sign/imagen-generated/{SUPABASE_PATH}?
 
 def supabase_record(prompt: str = "a fox", **about: Any) -> dict[str, Any]:
     """What the journal knows of an image that is uploaded."""
-    sidecar = {"prompt": prompt, "backend": "mock", "seed": 7, "storage_path": None, "metadata": {}, **about}
+    sidecar = {
+        "image_id": SUPABASE_ID,
+        "prompt": prompt,
+        "backend": "mock",
+        "seed": 7,
+        "storage_path": None,
+        "metadata": {},
+        **about,
+    }
     made = {"id": SUPABASE_ID, "at": "2026-11-20T08:00:00+01:00", "owner": CONFIG_OWNER, "path": "/x.png"}
     return {**made, "object": SUPABASE_PATH, "sidecar": sidecar, "charged": "yes"}
 
