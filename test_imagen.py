@@ -13090,7 +13090,7 @@ def test_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_not_run(
 
 @in_chromium
 def test_a_phone_scrolls_down_only(gallery: Gallery) -> None:
-    gallery.make("a-word-that-never-ends-" * 12)
+    gallery.make("endless" * 40)
     gallery.make("a wide hill", size="640x64")
     tab = gallery.open(2, width=390, height=844)
     fits = "document.documentElement.scrollWidth <= 390 && $('detail').scrollWidth <= 390"
