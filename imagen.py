@@ -1192,11 +1192,7 @@ class Http:
                 raise Broken(problem, bool(sent)) from None
 
         with ExitStack() as stack:
-            # A server that gives a byte now and then keeps the reader from ever looking at the clock.
-            timer = threading.Timer(self.ctx.left(), self.ctx.stop, ("deadline",))
-            timer.daemon = True
-            timer.start()
-            stack.callback(timer.cancel)
+            stack.enter_context(_Deadlines.kept(self.ctx))
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
@@ -1214,6 +1210,44 @@ class Http:
             if length not in (None, size):
                 raise Broken(f"the answer breaks off after {size} of {length} bytes", True)
             return Answer(response.status, response.headers, kept)
+
+
+class _Deadlines:
+    """Stops contexts at their deadline: a server that gives a byte now and then keeps a reader from the clock.
+
+    One thread does it for all requests; a timer for each would cost more than the request.
+    """
+
+    _contexts: ClassVar[dict[object, Context]] = {}
+    _changed, _until = threading.Condition(), 0.0  # _until: when the thread looks next; 0.0: there is none yet
+
+    @classmethod
+    @contextmanager
+    def kept(cls, ctx: Context) -> Iterator[None]:
+        """While inside, the deadline of `ctx` is kept."""
+        with cls._changed:
+            cls._contexts[key := object()] = ctx
+            if not cls._until:
+                cls._until = time.monotonic()
+                in_thread(cls._watch)
+            elif ctx.deadline < cls._until:
+                cls._changed.notify()
+        try:
+            yield
+        finally:
+            with cls._changed:
+                del cls._contexts[key]
+
+    @classmethod
+    def _watch(cls) -> None:
+        with cls._changed:
+            while True:
+                for ctx in [*cls._contexts.values()]:
+                    if ctx.left() <= 0:
+                        ctx.stop("deadline")
+                ahead = [ctx.deadline for ctx in cls._contexts.values() if not ctx.why]
+                cls._until = min([time.monotonic() + 3600.0, *ahead])
+                cls._changed.wait(max(0.01, cls._until - time.monotonic()))
 
 
 def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
