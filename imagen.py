@@ -5761,8 +5761,7 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     concurrency = config.worker.concurrency if args.concurrency is None else args.concurrency
     if not 1 <= concurrency <= 64 or not re.fullmatch(r"[\w.-]{1,64}", args.name):
         raise BadRequest("--concurrency is 1 to 64, --name letters, digits, dots and dashes")
-    about = os.fstat(2)
-    to_journal = os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"  # terminals inherit the variable
+    to_journal = "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty()  # terminals inherit the variable
 
     def say(text: str, priority: int = 6) -> None:
         text = " ".join(text.split())
@@ -5773,6 +5772,8 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.on_signal)
     worker.serve(args.once)
+    for number in (signal.SIGTERM, signal.SIGINT):  # what is left is to leave
+        signal.signal(number, signal.SIG_IGN)
     return terminal.result({})
 
 
