@@ -714,7 +714,7 @@ class WorkerConfig(NamedTuple):
     """How a worker takes jobs; seconds."""
 
     concurrency: Annotated[int, Between(1, 64)] = 1
-    poll_s: Annotated[float, Between(0.1, 30)] = 5.0  # also how often systemd hears that all is well
+    poll_s: Annotated[float, Between(0.1, 3600)] = 5.0
     lease_s: Annotated[float, Between(1, 3600)] = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
@@ -1579,8 +1579,11 @@ class ComfyUI(Backend):
                     self.cancel(http.ctx, body)  # what is left of the graph would run
                     raise comfy_error(answer)
                 return
-            if comfy_state(http, body["prompt_id"])[0]:
-                return
+            try:
+                if comfy_state(http, body["prompt_id"])[0]:
+                    return
+            except (Unreachable, Busy) as problem:
+                raise Failed(f"sent, and then {problem}") from None
         raise Unreachable(f"{self.base}: takes the prompt and breaks off, {TRIES} times", "look at the server's log")
 
 
@@ -3375,9 +3378,10 @@ def postgres_options(dsn: str) -> dict[str, str]:
     parts = ("user", "password", "host", "port", "database")
     said = {name: os.environ.get(f"PG{name.upper().replace('_', '')}", "") for name in (*parts, *PG_VARIABLES)}
     if dsn:
-        form = r"postgres(?:ql)?://(?:([^:/]*?)(?::([^/]*?))?@)?(\[[^]]*\]|[^@:/?]*)(?::(\d*))?(?:/([^?]*))?(?:\?(.*))?"
+        form = r"postgres(?:ql)?://(?:([^:/]*?)(?::([^/]*?))?@)?(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?(?:/([^?@]*))?(?:\?([^@]*))?"
         if not (match := re.fullmatch(form, dsn)):
-            raise BadConfig("the database's address is not postgresql://user:password@host:port/database")
+            text = "the database's address is not postgresql://user:password@host:port/database"
+            raise BadConfig(text, "in user and password, / is %2F, @ is %40, : is %3A, % is %25")
         *named, query = match.groups("")
         pairs = [*zip(parts, named, strict=True), *(pair.partition("=")[::2] for pair in query.split("&"))]
         said |= {{"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value}
@@ -3884,6 +3888,7 @@ class Worker:
                 delays = [outcome["delay"] for _, outcome in settling if "delay" in outcome]
                 poll_at = min(poll_at, time.monotonic() + min([settings.poll_s, *delays]))
             self.release()
+            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending")
             if (self.stops or (once and not heard)) and not self.running and not self.outcomes:
                 return
             until = min(poll_at, now + tick) if self.running else poll_at
@@ -4044,7 +4049,6 @@ class Worker:
             self.say(f"{run.job}: claimed, attempt {run.number} of {row['max_attempts']}")
         if rows["waiting"]:
             self.waiting = rows["waiting"][0]["number"]
-        sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending")
         if time.monotonic() > self._mend_at and not (self._mending and self._mending.is_alive()):
             self._mend_at, self._mending = time.monotonic() + MEND, in_thread(self.mend)
 
