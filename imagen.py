@@ -3378,7 +3378,8 @@ def postgres_options(dsn: str) -> dict[str, str]:
     parts = ("user", "password", "host", "port", "database")
     said = {name: os.environ.get(f"PG{name.upper().replace('_', '')}", "") for name in (*parts, *PG_VARIABLES)}
     if dsn:
-        form = r"postgres(?:ql)?://(?:([^:/]*?)(?::([^/]*?))?@)?(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?(?:/([^?@]*))?(?:\?(.*))?"
+        who, where = r"(?:([^:/]*?)(?::([^/]*?))?@)?", r"(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?"
+        form = rf"postgres(?:ql)?://{who}{where}(?:/([^?@]*))?(?:\?(.*))?"
         if not (match := re.fullmatch(form, dsn)):
             text = "the database's address is not postgresql://user:password@host:port/database"
             raise BadConfig(text, "in user and password, / is %2F, @ is %40, : is %3A, % is %25")
