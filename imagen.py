@@ -3284,7 +3284,7 @@ def put_object(run: Run, cloud: Supabase) -> None:
     if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
         raise BadRequest(f"{record['path']} is gone")
     with open(record["path"], "rb") as file:
-        if about.get("sha256") not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+        if run.resumed and about.get("sha256") not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
             raise BadRequest(f"{record['path']} was changed since it was made")
         path = begun or about["storage_path"]
         holder = cloud.holder(path) if begun else ""  # ours may have arrived, or another's since
