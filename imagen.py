@@ -619,7 +619,7 @@ class Backend:
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
-        raise NotImplementedError
+        raise BadConfig(f"{type(self).__name__} makes no images")
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
