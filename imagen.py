@@ -3506,7 +3506,8 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
         said = problem.args[0]
         code = str(said.get("C", ""))
         kind = BadConfig if code[:2] in ("28", "3D", "3F", "42") else Unreachable if code[:2] in LOST else Failed
-        raise kind(f"{place}: {said.get('M')} ({code})", str(said.get("H") or "")) from None
+        hint = "imagen migrate" if code in ("42P01", "3F000") else str(said.get("H") or "")
+        raise kind(f"{place}: {said.get('M')} ({code})", hint) from None
     except (pg.Error, OSError, UnicodeError) as problem:
         raise Unreachable(f"{place}: {problem}", "is it running, and the address right?") from None
     finally:
@@ -3795,6 +3796,7 @@ class Worker:
         self.running: dict[str, Attempt] = {}
         self.outcomes: list[tuple[Attempt, dict[str, Any]]] = []
         self.wishes: list[Wish] = []
+        self.begun = False  # there was a database with imagen.jobs in it
         self.stops, self.stopping_at, self.grace, self.waiting = 0, 0.0, config.worker.grace_s, 0
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
@@ -3821,18 +3823,18 @@ class Worker:
 
     def serve(self, once: bool = False) -> None:
         """Work until a signal says stop, or, with `once`, until no job waits. Postgres may come and go."""
-        settings, pause, connected = self.config.worker, 0.05, False
+        settings, pause = self.config.worker, 0.05
         fixed = {"me": self.me, "slot": self.slot, "lease": settings.lease_s, "backends": self.backends}
         while not self.stops or self.running or self.outcomes:
             try:
                 with postgres(self.config.supabase.database_url_env, patience=settings.lease_s / 2) as connection:
                     queue = Queue(connection, **fixed, default=self.config.default_backend)
-                    connected, pause = True, 0.05
+                    pause = 0.05
                     self.say("connected, listening")
                     self.turns(queue, once)
                     break
             except ImagenError as problem:
-                if isinstance(problem, BadConfig) and not connected:
+                if isinstance(problem, BadConfig) and not self.begun:
                     raise
                 self.say(f"{problem}; next try in {pause:.1f} s", 4)
             self.release()
@@ -3857,6 +3859,7 @@ class Worker:
         poll_at = beaten = 0.0
         heard = True
         self.take_in(queue.turn(disowned={"mine": [*self.running]}))
+        self.begun = True
         while not self.stops or self.running or self.outcomes:
             now, parts = time.monotonic(), dict[str, Mapping[str, Any]]()
             self.write(queue)

@@ -11137,6 +11137,11 @@ def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cl
         assert worker.process.poll() is None and worker.stopped() == 0
 
 
+def test_a_database_without_jobs_is_told_at_once_and_what_makes_them(box: Box, database: Database) -> None:
+    done = box.run("worker", env={"IMAGEN_DATABASE_URL": database.dsn()}, timeout=30)
+    assert done.code == 3 and "imagen.jobs" in done.err and "imagen migrate" in done.err
+
+
 def test_lines_for_the_journal_begin_with_their_priority(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     ident = jobs_add(cloud.database, cloud.anna, "two\nlines", backend_opts={"fail": "refused"})
