@@ -22,27 +22,27 @@ The life of one paid image. Left the step, right where a kill -9 just after it l
 
 Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prints it with line numbers.
 
-     1 Errors      what can go wrong, and what each door makes of it
-     2 Shapes      outside data becomes NamedTuples; keys that never show
-     3 Images      what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own
-     4 Contract    Request, Result, Context, Backend: what an adapter is
-     5 Config      imagen.yaml: flag > environment > file > default
-     6 Styles      named ways to dress a prompt
-     7 HTTP        the only way out, and what may be sent twice
-     8 Mock        pictures out of thin air, free and without a network
-     9 ComfyUI     the GPU box at home
-    10 Replicate   predictions at api.replicate.com
-    11 OpenAI      the Images API and whoever speaks its dialect
-    12 Output      names, and files that are never half there
-    13 Preview     tmux, kitty, iTerm2
-    14 Journal     what is unfinished, and the ledger of what is finished
-    15 Supabase    objects in a private bucket, rows that tell of them, signed links
-    16 Pipeline    make, finish, deliver; and recover, which is the same steps again
-    17 Queue       imagen.jobs, one connection, one statement a turn
-    18 Worker      takes jobs, keeps their leases, hands their images in
-    19 Server      the OpenAI-compatible API, and a page to look at what was made
-    20 Terminal    one line that rewrites itself; everything else a person reads
-    21 Commands    argparse and main()
+    Errors      what can go wrong, and what each door makes of it
+    Shapes      outside data becomes NamedTuples; keys that never show
+    Images      what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own
+    Contract    Request, Result, Context, Backend: what an adapter is
+    Config      imagen.yaml: flag > environment > file > default
+    Styles      named ways to dress a prompt
+    HTTP        the only way out, and what may be sent twice
+    Mock        pictures out of thin air, free and without a network
+    ComfyUI     the GPU box at home
+    Replicate   predictions at api.replicate.com
+    OpenAI      the Images API and whoever speaks its dialect
+    Output      names, and files that are never half there
+    Preview     tmux, kitty, iTerm2
+    Journal     what is unfinished, and the ledger of what is finished
+    Supabase    objects in a private bucket, rows that tell of them, signed links
+    Pipeline    make, finish, deliver; and recover, which is the same steps again
+    Queue       imagen.jobs, one connection, one statement a turn
+    Worker      takes jobs, keeps their leases, hands their images in
+    Server      the OpenAI-compatible API, and a page to look at what was made
+    Terminal    one line that rewrites itself; everything else a person reads
+    Commands    argparse and main()
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Charged = Literal["no", "unknown", "yes"]
 EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 
 
-# === 1. Errors: what can go wrong, and what each door makes of it ===
+# === Errors: what can go wrong, and what each door makes of it ===
 #
 #   class        code         exit  HTTP  again  raised when
 #   ImagenError  bug             1   500  no     nobody expected it; everything below is expected
@@ -102,17 +102,24 @@ class ImagenError(Exception):
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, hint: str = "", *, charged: Charged = "no", after: float = 0.0) -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, charged: Charged = "no", after: float = 0.0
+    ) -> None:
         super().__init__(printable(message))
-        self.hint, self.charged, self.after = printable(hint), charged, after
+        self.hint = printable(hint)
+        self.charged = charged
+        self.after = after
 
 
 class BadRequest(ImagenError):
-    code, exit_code, http_status = "usage", 2, 400
+    code = "usage"
+    exit_code = 2
+    http_status = 400
 
 
 class BadConfig(ImagenError):
-    code, exit_code = "config", 3
+    code = "config"
+    exit_code = 3
 
 
 class KeyMissing(BadConfig):
@@ -120,35 +127,54 @@ class KeyMissing(BadConfig):
 
 
 class Unreachable(ImagenError):
-    code, exit_code, http_status, retryable = "unreachable", 4, 503, True
+    code = "unreachable"
+    exit_code = 4
+    http_status = 503
+    retryable = True
 
 
 class Refused(ImagenError):
-    code, exit_code, http_status = "refused", 5, 422
+    code = "refused"
+    exit_code = 5
+    http_status = 422
 
 
 class Quota(ImagenError):
-    code, exit_code, http_status = "quota", 6, 402
+    code = "quota"
+    exit_code = 6
+    http_status = 402
 
 
 class Busy(ImagenError):
-    code, exit_code, http_status, retryable = "busy", 7, 429, True
+    code = "busy"
+    exit_code = 7
+    http_status = 429
+    retryable = True
 
 
 class Disk(ImagenError):
-    code, exit_code, http_status, retryable = "disk", 8, 507, True
+    code = "disk"
+    exit_code = 8
+    http_status = 507
+    retryable = True
 
 
 class Partial(ImagenError):
-    code, exit_code, http_status = "partial", 9, 207
+    code = "partial"
+    exit_code = 9
+    http_status = 207
 
 
 class Unknown(ImagenError):
-    code, exit_code, http_status = "unknown", 10, 502
+    code = "unknown"
+    exit_code = 10
+    http_status = 502
 
 
 class Failed(ImagenError):
-    code, exit_code, http_status = "failed", 11, 502
+    code = "failed"
+    exit_code = 11
+    http_status = 502
 
 
 class Ended(Failed):
@@ -156,7 +182,10 @@ class Ended(Failed):
 
 
 class Interrupted(ImagenError):
-    code, exit_code, http_status, retryable = "interrupted", 130, 499, True
+    code = "interrupted"
+    exit_code = 130
+    http_status = 499
+    retryable = True
 
 
 ERRORS = {"bug": ImagenError} | {cls.code: cls for cls in ImagenError.__subclasses__()}
@@ -171,7 +200,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
 
 
-# === 2. Shapes: outside data becomes NamedTuples; keys that never show ===
+# === Shapes: outside data becomes NamedTuples; keys that never show ===
 
 T = TypeVar("T")
 Switch = Literal["auto", "on", "off"]  # YAML's true and false are taken for on and off
@@ -186,7 +215,9 @@ class Between(NamedTuple):
     high: float
 
 
-def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenError] = BadConfig) -> T:
+def from_mapping(
+    cls: type[T], data: Any, where: str = "", error: type[ImagenError] = BadConfig
+) -> T:
     """The NamedTuple `cls` out of a mapping from outside (file, environment, job row, HTTP body).
 
     The type hints are the schema: str, int, float, bool, Any, Literal, `X | None`, `tuple[X, ...]`, `Mapping[str, X]`,
@@ -200,7 +231,8 @@ def from_mapping(cls: type[T], data: Any, where: str = "", error: type[ImagenErr
 
 
 def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
-    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    kind = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if kind is Annotated:
         return _shape_marked(args, value, where, complaints)
     if types.NoneType in args:
@@ -208,33 +240,65 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
     if hasattr(hint, "_fields") and isinstance(value, Mapping | None):
         return _shape_fields(hint, value or {}, where, complaints)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(_shape(args[0], item, f"{where}[{i}]", complaints) for i, item in enumerate(value))
+        return tuple(
+            _shape(args[0], item, f"{where}[{i}]", complaints) for i, item in enumerate(value)
+        )
     if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(value, Mapping | None):
-        return {str(k): _shape(args[1], v, f"{where}.{k}", complaints) for k, v in (value or {}).items()}
+        return {
+            str(k): _shape(
+                args[1],
+                v,
+                f"{where}.{k}",
+                complaints,
+            )
+            for k, v in (value or {}).items()
+        }
     if kind is Literal:
         value = ("on" if value else "off") if isinstance(value, bool) and "on" in args else value
         if value not in args:
             complaints.append(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
         return value
-    if hint is Any or type(value) is hint or (hint is float and type(value) is int and abs(value) < 1e300):
+    if (
+        hint is Any
+        or type(value) is hint
+        or (hint is float and type(value) is int and abs(value) < 1e300)
+    ):
         return float(value) if hint is float else value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
-    complaints.append(f"{where or 'the whole'}: {value!r} is not {wanted.get(kind or hint, 'a mapping')}")
+    wanted = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        tuple: "a list",
+    }
+    complaints.append(
+        f"{where or 'the whole'}: {value!r} is not {wanted.get(kind or hint, 'a mapping')}"
+    )
     return value
 
 
 def _shape_fields(cls: Any, data: Mapping[str, Any], where: str, complaints: list[str]) -> Any:
     hints = typing.get_type_hints(cls, include_extras=True)
-    complaints += [f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in data if key not in hints]
-    complaints += [f"{where}.{key}: missing" for key in hints if key not in {**cls._field_defaults, **data}]
-    given = {key: _shape(hints[key], data[key], f"{where}.{key}", complaints) for key in hints if key in data}
+    complaints += [
+        f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in data if key not in hints
+    ]
+    complaints += [
+        f"{where}.{key}: missing" for key in hints if key not in {**cls._field_defaults, **data}
+    ]
+    given = {
+        key: _shape(hints[key], data[key], f"{where}.{key}", complaints)
+        for key in hints
+        if key in data
+    }
     return None if complaints else cls(**given)
 
 
 def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
     # A key pasted where its variable's name belongs must not be shown, so this complaint quotes nothing.
     if KEY in args and value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", str(value)):
-        complaints.append(f"{where}: names an environment variable in capitals; the key itself stays out of the file")
+        complaints.append(
+            f"{where}: names an environment variable in capitals; the key itself stays out of the file"
+        )
         return ""
     shaped = _shape(args[0], value, where, complaints)
     for low, high in (mark for mark in args if isinstance(mark, Between)):
@@ -246,7 +310,16 @@ def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: lis
 def marked(cls: Any, mark: str) -> list[str]:
     """The fields of `cls` whose hint carries `mark` (KEY or REQUEST)."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return [name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())]
+    return [
+        name
+        for name, hint in hints.items()
+        if mark
+        in getattr(
+            hint,
+            "__metadata__",
+            (),
+        )
+    ]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -265,11 +338,23 @@ class Secret:
 
     def __init__(self, value: str) -> None:
         self._value = value
-        if not re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value):  # a placeholder such as "none" or "lm-studio" is no key
+        if not re.fullmatch(
+            r".{0,7}|[a-z_-]{0,19}", value
+        ):  # a placeholder such as "none" or "lm-studio" is no key
             quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
-            spellings = {*Secret.spellings, value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
-            spellings |= {*value.split(".")[1:]} if value.startswith("eyJ") else set()  # its payload and signature
-            Secret.spellings = sorted(spellings, key=len, reverse=True)  # so that none leaves the tail of another
+            spellings = {
+                *Secret.spellings,
+                value,
+                quoted,
+                quoted.replace("%2F", "/"),
+                json.dumps(value)[1:-1],
+            }
+            spellings |= (
+                {*value.split(".")[1:]} if value.startswith("eyJ") else set()
+            )  # its payload and signature
+            Secret.spellings = sorted(
+                spellings, key=len, reverse=True
+            )  # so that none leaves the tail of another
 
     def reveal(self) -> str:
         """The key itself, for a header."""
@@ -283,9 +368,13 @@ def secret_from(variable: str) -> Secret:
     """The key in the environment variable; KeyMissing where it is not set, BadConfig where it cannot be a key."""
     value = os.environ.get(variable, "").strip()
     if not value:
-        raise KeyMissing(f"{variable} is not set", f"export {variable}=…, or name a file that has it as env_file")
+        raise KeyMissing(
+            f"{variable} is not set", f"export {variable}=…, or name a file that has it as env_file"
+        )
     if not (value.isascii() and value.isprintable()) or " " in value:
-        raise BadConfig(f"{variable} holds characters that no key has", "paste it again, without line breaks")
+        raise BadConfig(
+            f"{variable} holds characters that no key has", "paste it again, without line breaks"
+        )
     return Secret(value)
 
 
@@ -297,7 +386,9 @@ def redact(value: Any) -> Any:
         return value.replace("\0", "")  # which Postgres has no place for
     if isinstance(value, Mapping):
         return {redact(key): redact(item) for key, item in value.items()}
-    if isinstance(value, float) and value - value:  # no number, or no finite one: JSON has no word for it
+    if (
+        isinstance(value, float) and value - value
+    ):  # no number, or no finite one: JSON has no word for it
         return None
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -305,18 +396,26 @@ def redact(value: Any) -> Any:
 def excerpt(data: bytes | bytearray, most: int = 300) -> str:
     """The beginning of what a remote sent, on one line; keys are taken out before it is cut."""
     text = " ".join(data[: 1 << 16].decode("utf-8", "replace").split())
-    return "an HTML page" if "<html" in text[:200].lower() else str(redact(text))[:most] or "nothing"
+    return (
+        "an HTML page" if "<html" in text[:200].lower() else str(redact(text))[:most] or "nothing"
+    )
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """One JSON text, keys redacted, umlauts as they are; every file and answer of ours is written through this."""
     text = json.dumps(redact(value), ensure_ascii=False, indent=indent, default=str)
-    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, such as of an odd path, as \\udce9
+    return text.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # a lone surrogate, such as of an odd path, as \\udce9
 
 
 def to_jsonb(value: Any) -> str:
     """The same as Postgres takes it, which knows no lone surrogates."""
-    return json.dumps(redact(value), ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
+    return (
+        json.dumps(redact(value), ensure_ascii=False, default=str)
+        .encode("utf-8", "replace")
+        .decode()
+    )
 
 
 def new_uuid() -> str:
@@ -334,14 +433,21 @@ def is_uuid(text: str) -> bool:
 def now_iso() -> str:
     """The local time as ISO 8601 with its offset, to the millisecond."""
     seconds = time.time()
-    stamp = time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1000):03d}%z", time.localtime(seconds))
+    stamp = time.strftime(
+        f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1000):03d}%z", time.localtime(seconds)
+    )
     return f"{stamp[:-2]}:{stamp[-2:]}"
 
 
-# === 3. Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
+# === Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-MIME_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "gif": "image/gif"}  # by file ending
+MIME_TYPES = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+    "gif": "image/gif",
+}  # by file ending
 
 
 class Sniffed(NamedTuple):
@@ -407,13 +513,23 @@ def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(4)
     size, kind, head = _unpack(file, "<I4x4s4x10s")
     if kind == b"VP8X":
-        width, height = 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:], "little")
+        width = 1 + int.from_bytes(head[4:7], "little")
+        height = 1 + int.from_bytes(head[7:], "little")
     elif kind == b"VP8L":
         bits = int.from_bytes(head[1:5], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        width = 1 + (bits & 0x3FFF)
+        height = 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
-    return (width, height) if file.seek(0, os.SEEK_END) >= size + 8 else (0, 0)
+    return (
+        (width, height)
+        if file.seek(
+            0,
+            os.SEEK_END,
+        )
+        >= size + 8
+        else (0, 0)
+    )
 
 
 def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
@@ -421,7 +537,10 @@ def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     width, height, flags = _unpack(file, "<HHBxx")
     file.seek(_gif_colors(flags), os.SEEK_CUR)
     while (kind := _unpack(file, "c")[0]) in b",!":
-        file.seek(1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0), os.SEEK_CUR)
+        file.seek(
+            1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0),
+            os.SEEK_CUR,
+        )
         while size := _unpack(file, "B")[0]:
             file.seek(size, os.SEEK_CUR)
     return (width, height) if kind == b";" else (0, 0)
@@ -438,10 +557,13 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
-    pending, step = b"", 1 << 20
+    pending = b""
+    step = 1 << 20
     for start in range(0, len(text), step):
         piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
-        whole = (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)  # an escape cut in two waits
+        whole = (
+            (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)
+        )  # an escape cut in two waits
         pending = piece[whole:]
         try:
             spool.write(binascii.a2b_base64(piece[:whole]))
@@ -451,18 +573,35 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
-def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]) -> bytes:
+def png_encode(
+    width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
+) -> bytes:
     """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks."""
-    lines = b"".join(b"\0" + rows[start : start + width] for start in range(0, width * height, width))
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)), (b"PLTE", palette)]
-    chunks += [(b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace")) for key, value in text.items()]
+    lines = b"".join(
+        b"\0" + rows[start : start + width] for start in range(0, width * height, width)
+    )
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+    ]
+    chunks += [
+        (b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace"))
+        for key, value in text.items()
+    ]
     chunks += [(b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")]
     return PNG_MAGIC + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+        struct.pack(">I", len(body))
+        + kind
+        + body
+        + struct.pack(
+            ">I",
+            zlib.crc32(kind + body),
+        )
+        for kind, body in chunks
     )
 
 
-# === 4. Contract: Request, Result, Context, Backend: what an adapter is ===
+# === Contract: Request, Result, Context, Backend: what an adapter is ===
 
 
 class Request(NamedTuple):
@@ -482,7 +621,9 @@ class Request(NamedTuple):
 class Result(NamedTuple):
     """One image made."""
 
-    image: BinaryIO  # at its start; the pipeline closes it. Downloads: the file that ctx.spool() gave
+    image: (
+        BinaryIO  # at its start; the pipeline closes it. Downloads: the file that ctx.spool() gave
+    )
     mime_type: str  # what the backend said; the truth is sniffed
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
@@ -512,8 +653,10 @@ class Context:
         on_progress: Callable[[str, float | None, float | None], None] = lambda *_: None,
         on_warning: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._on_progress, self._on_warning = on_progress, on_warning
-        self.timeout, self.started = timeout, time.monotonic()
+        self._on_progress = on_progress
+        self._on_warning = on_warning
+        self.timeout = timeout
+        self.started = time.monotonic()
         self.deadline = self.started + min(timeout, 1e6)  # no lock waits for 1e10 s
         self.why = ""
         self.charged: Charged = "no"
@@ -524,7 +667,10 @@ class Context:
     def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
         """A word for a person, and how far it is where the backend says."""
         known = all(isinstance(number, int | float) for number in (done, total))
-        self._on_progress(printable(str(note)), *((done, total) if known else (None, None)))
+        self._on_progress(
+            printable(str(note)),
+            *((done, total) if known else (None, None)),
+        )
 
     def warn(self, text: str) -> None:
         """What a person should know, though the image will be made."""
@@ -536,7 +682,9 @@ class Context:
         self._stopped.set()
         for sock in list(self._sockets):
             with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not ssl's own, which would change state under a reader
+                socket.socket.shutdown(
+                    sock, socket.SHUT_RDWR
+                )  # not ssl's own, which would change state under a reader
 
     def check(self) -> None:
         """Raise if the work was stopped or its deadline has passed; ask before believing a broken connection."""
@@ -597,15 +745,18 @@ class Backend:
 
     It gets options that fit `Options` and a request with seed drawn and style applied, and reads nothing else.
     It never prints, and writes no file but ctx.spool(). It reports with ctx.progress, waits with ctx.sleep, goes out
-    through `Http`, and lets what these raise pass. It raises the classes of section 1; Ended where nothing will come.
+    through `Http`, and lets what these raise pass. It raises the classes of section Errors; Ended where nothing will come.
     """
 
     paid: ClassVar[bool] = True
-    Options: ClassVar[type[Any]]  # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between
+    Options: ClassVar[
+        type[Any]
+    ]  # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between
 
     def __init__(self, name: str, options: Any) -> None:
         """Fails fast, with BadConfig: a variable unset, a URL malformed, a file not there."""
-        self.name, self.options = name, options
+        self.name = name
+        self.options = options
 
     @classmethod
     def plan(cls, options: Any, request: Request) -> Mapping[str, Any]:
@@ -651,7 +802,9 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     return add
 
 
-def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> tuple[type[Backend], Any]:
+def options_of(
+    name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY
+) -> tuple[type[Backend], Any]:
     """The adapter class of the backend called `name`, and its checked Options with a request's `opts` over them."""
     if name not in blocks:
         raise BadRequest(f'backend "{name}" is not configured: {nearest(name, blocks)}')
@@ -666,7 +819,9 @@ def options_of(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = E
         cls = BACKENDS[kind]
         allowed = marked(cls.Options, REQUEST)
         for key in opts.keys() - allowed:
-            raise BadRequest(f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}')
+            raise BadRequest(
+                f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
+            )
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
@@ -683,11 +838,13 @@ def _naming(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
         yield
     except BadConfig as problem:
         lines = str(problem).split("\n")
-        cls = BadRequest if lines[0].split(":")[0] in opts else type(problem)  # the caller's mistake, not the config's
+        cls = (
+            BadRequest if lines[0].split(":")[0] in opts else type(problem)
+        )  # the caller's mistake, not the config's
         raise cls("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
 
 
-# === 5. Config: imagen.yaml: flag > environment > file > default ===
+# === Config: imagen.yaml: flag > environment > file > default ===
 
 
 class OutputConfig(NamedTuple):
@@ -816,7 +973,9 @@ def config_data(flag: str = "") -> dict[str, Any]:
             data[section] = {**(known or {}), key: os.environ[name]}
     if isinstance(data.get("styles"), Mapping):
         styles = data["styles"].items()
-        data["styles"] = {name: {"suffix": style} if isinstance(style, str) else style for name, style in styles}
+        data["styles"] = {
+            name: {"suffix": style} if isinstance(style, str) else style for name, style in styles
+        }
     if isinstance(data.get("backends", {}), Mapping | None):
         data["backends"] = {**BUILTIN_BACKENDS, **(data.get("backends") or {})}
     hide_pasted_keys(data)
@@ -825,7 +984,9 @@ def config_data(flag: str = "") -> dict[str, Any]:
 
 def hide_pasted_keys(data: Mapping[str, Any]) -> None:
     """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    named = r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
+    named = (
+        r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
+    )
     shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
     for found in re.finditer(f"{named}|{shaped}", str(data)):
         Secret(found[found.lastindex or 0])
@@ -833,13 +994,21 @@ def hide_pasted_keys(data: Mapping[str, Any]) -> None:
 
 def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with `config_data`, each with the file or variable that it comes from."""
-    lines, default, owner = [], data.get("default_backend", "mock"), data.get("owner_user_id", "")
+    lines = []
+    default = data.get("default_backend", "mock")
+    owner = data.get("owner_user_id", "")
     try:
         from_mapping(Config, data)
     except BadConfig as problem:
         lines = str(problem).split("\n")
-    if isinstance(data["backends"], Mapping) and isinstance(default, str) and default not in data["backends"]:
-        lines.append(f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}')
+    if (
+        isinstance(data["backends"], Mapping)
+        and isinstance(default, str)
+        and default not in data["backends"]
+    ):
+        lines.append(
+            f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}'
+        )
     if owner and not is_uuid(str(owner)):
         lines.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
     origins = {field: name for name, field in overrides().items()}
@@ -863,21 +1032,29 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         import yaml
     except ImportError:
-        raise BadConfig(f"{path}: reading it needs pyyaml", "pip install pyyaml, or: uv run imagen.py …") from None
+        raise BadConfig(
+            f"{path}: reading it needs pyyaml", "pip install pyyaml, or: uv run imagen.py …"
+        ) from None
     try:
         with open(path, "rb") as file:
             raw = file.read()
         data = yaml.safe_load(raw)
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
-    except Exception as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
+    except (
+        Exception
+    ) as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
         mark = getattr(problem, "problem_mark", None)
         place = mark.index if mark else getattr(problem, "position", 0)
         before = raw.decode("utf-8", "replace")[:place].split("\n")
         what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
-        raise BadConfig(f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}") from None
+        raise BadConfig(
+            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}"
+        ) from None
     if not isinstance(data, dict | None):
-        raise BadConfig(f"{path}: a mapping was expected", "imagen config init writes one to start from")
+        raise BadConfig(
+            f"{path}: a mapping was expected", "imagen config init writes one to start from"
+        )
     return data or {}
 
 
@@ -891,31 +1068,63 @@ def load_env_file(path: str) -> None:
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line)
+        found = re.fullmatch(
+            r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line
+        )
         if not found:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
         if found[1]:
             os.environ.setdefault(found[1], found[3])
 
 
-# === 6. Styles: named ways to dress a prompt ===
+# === Styles: named ways to dress a prompt ===
 
 STYLES: Mapping[str, Style] = {
-    "photo": Style("natural light photograph, 35mm lens, shallow depth of field", "illustration, cartoon, 3d render"),
+    "photo": Style(
+        "natural light photograph, 35mm lens, shallow depth of field",
+        "illustration, cartoon, 3d render",
+    ),
     "blog-header": Style(
         "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
         *("text, letters, watermark, clutter", 1536, 1024),
     ),
-    "cinematic": Style("cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"),
-    "illustration": Style("editorial illustration, confident shapes, limited palette, paper texture", "photograph"),
-    "watercolor": Style("loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"),
-    "ink": Style("black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"),
-    "pixel-art": Style("pixel art, 16-bit palette, crisp square pixels, no anti-aliasing", "blur, photograph, smooth"),
-    "isometric": Style("isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"),
-    "line-art": Style("clean vector line art, even thin lines, no fill, white background", "shading, color, photo"),
-    "3d-render": Style("3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"),
-    "icon": Style("app icon, one centered symbol, bold simple shape, flat color", "text, photograph", 1024, 1024),
-    "poster": Style("screen-printed poster, strong composition, three spot colors", "photograph, clutter", 1024, 1536),
+    "cinematic": Style(
+        "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
+    ),
+    "illustration": Style(
+        "editorial illustration, confident shapes, limited palette, paper texture", "photograph"
+    ),
+    "watercolor": Style(
+        "loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"
+    ),
+    "ink": Style(
+        "black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"
+    ),
+    "pixel-art": Style(
+        "pixel art, 16-bit palette, crisp square pixels, no anti-aliasing",
+        "blur, photograph, smooth",
+    ),
+    "isometric": Style(
+        "isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"
+    ),
+    "line-art": Style(
+        "clean vector line art, even thin lines, no fill, white background", "shading, color, photo"
+    ),
+    "3d-render": Style(
+        "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
+    ),
+    "icon": Style(
+        "app icon, one centered symbol, bold simple shape, flat color",
+        "text, photograph",
+        1024,
+        1024,
+    ),
+    "poster": Style(
+        "screen-printed poster, strong composition, three spot colors",
+        "photograph, clutter",
+        1024,
+        1536,
+    ),
 }
 
 
@@ -933,7 +1142,8 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt, negative = _with(request.prompt, style.suffix), _with(request.negative_prompt, style.negative)
+    prompt = _with(request.prompt, style.suffix)
+    negative = _with(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
@@ -945,7 +1155,7 @@ def _with(text: str, words: str) -> str:
     return f"{text.rstrip(' ,')}, {words}" if text else words
 
 
-# === 7. HTTP: the only way out, and what may be sent twice ===
+# === HTTP: the only way out, and what may be sent twice ===
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
@@ -983,7 +1193,9 @@ class Answer(NamedTuple):
         """The body as a JSON object; Failed where it is none."""
         said = self.json()
         if not isinstance(said, dict):
-            raise Failed(f"the server answered {self.status} with {self.words()}, which is not the JSON it should be")
+            raise Failed(
+                f"the server answered {self.status} with {self.words()}, which is not the JSON it should be"
+            )
         return said
 
     def words(self) -> str:
@@ -996,19 +1208,33 @@ class Broken(Exception):
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
         inner = getattr(reason, "reason", reason)  # urllib wraps the real error
-        super().__init__(getattr(inner, "strerror", None) or str(inner) or type(inner).__name__)
+        super().__init__(
+            getattr(
+                inner,
+                "strerror",
+                None,
+            )
+            or str(inner)
+            or type(inner).__name__
+        )
         self.sent = sent
 
 
 def explain_status(answer: Answer, said: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said, status = f"{answer.status}: {said or answer.words()}", answer.status
+    said = f"{answer.status}: {said or answer.words()}"
+    status = answer.status
     if status in (401, 403, 404):
-        return BadConfig(said, "check base_url and model" if status == 404 else "check the key and what it may do")
+        return BadConfig(
+            said,
+            "check base_url and model" if status == 404 else "check the key and what it may do",
+        )
     if status == 402:
         return Quota(said)
     if 300 <= status < 400:
-        return BadConfig(f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url")
+        return BadConfig(
+            f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url"
+        )
     if not not_accepted(answer):
         return Failed(said)
     return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
@@ -1058,8 +1284,11 @@ class Http:
         explain: Callable[[Answer], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
-        self.ctx, self.base, self._keys = ctx, base.rstrip("/"), keys
-        self._explain, self.read_timeout = explain, read_timeout
+        self.ctx = ctx
+        self.base = base.rstrip("/")
+        self._keys = keys
+        self._explain = explain
+        self.read_timeout = read_timeout
 
     def explain(self, answer: Answer) -> ImagenError:
         """What an error answer means; a body too odd for the adapter leaves the status to speak."""
@@ -1083,7 +1312,8 @@ class Http:
         def once() -> Answer:
             nonlocal spool
             spool = self.ctx.spool()
-            answer, sniffed = self._followed(url, spool), sniff(spool)
+            answer = self._followed(url, spool)
+            sniffed = sniff(spool)
             if sniffed and not sniffed.complete:  # often only its own end tells
                 raise Broken("the image breaks off", sent=True)
             return answer
@@ -1094,7 +1324,13 @@ class Http:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Answer:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(lambda: self._exchange(self.base + path, json.dumps(body).encode()), post=True)
+        return self._tried(
+            lambda: self._exchange(
+                self.base + path,
+                json.dumps(body).encode(),
+            ),
+            post=True,
+        )
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
         """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
@@ -1111,7 +1347,11 @@ class Http:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
         def once() -> Answer:
-            answer = self._exchange(self.base + path, json.dumps(body).encode(), paid=True)
+            answer = self._exchange(
+                self.base + path,
+                json.dumps(body).encode(),
+                paid=True,
+            )
             if not_accepted(answer):
                 self.ctx.settle(self.explain(answer).charged)
             return answer
@@ -1120,7 +1360,8 @@ class Http:
 
     def _tried(self, once: Callable[[], Answer], post: bool = False) -> Answer:
         """The first 2xx answer of `once`, which is called again as long as the table above allows."""
-        tries, began = 0, time.monotonic()
+        tries = 0
+        began = time.monotonic()
         while True:
             tries += 1
             try:
@@ -1134,11 +1375,16 @@ class Http:
             except Broken as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
-                error, again = Unreachable(f"{self.base}: {problem}", "is it running, and the address right?"), True
+                error = Unreachable(
+                    f"{self.base}: {problem}", "is it running, and the address right?"
+                )
+                again = True
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (1 + os.urandom(1)[0] / 1000)  # not all in step
+            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (
+                1 + os.urandom(1)[0] / 1000
+            )  # not all in step
             if wait > self.ctx.left():
                 raise error
             if wait > 2:
@@ -1172,7 +1418,9 @@ class Http:
         url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         ours = origin(url) == origin(self.base)
         self.ctx.check()
-        usual = {"User-Agent": f"imagen/{__version__}"} | ({} if body is None else {"Content-Type": "application/json"})
+        usual = {"User-Agent": f"imagen/{__version__}"} | (
+            {} if body is None else {"Content-Type": "application/json"}
+        )
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
         for name, value in self._keys.items() if ours else ():
             request.add_unredirected_header(name, value)
@@ -1196,12 +1444,16 @@ class Http:
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
-            fine, size, kept = response.status < 300, 0, bytearray()
+            fine = response.status < 300
+            size = 0
+            kept = bytearray()
             length = response.length if fine else None  # None: not announced
             limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
             keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
             with suppress(*() if fine else (Broken,)):  # of an error what has come will do
-                while max(size, length or 0) <= limit and (block := guarded(lambda: response.read1(1 << 16))):
+                while max(size, length or 0) <= limit and (
+                    block := guarded(lambda: response.read1(1 << 16))
+                ):
                     keep(block)
                     size += len(block)
             self.ctx.check()
@@ -1219,7 +1471,10 @@ class _Deadlines:
     """
 
     _contexts: ClassVar[dict[object, Context]] = {}
-    _changed, _until = threading.Condition(), 0.0  # _until: when the thread looks next; 0.0: there is none yet
+    _changed, _until = (
+        threading.Condition(),
+        0.0,
+    )  # _until: when the thread looks next; 0.0: there is none yet
 
     @classmethod
     @contextmanager
@@ -1295,9 +1550,13 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
 
     def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
-        for family, kind, protocol, _name, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+        for family, kind, protocol, _name, place in socket.getaddrinfo(
+            *address, 0, socket.SOCK_STREAM
+        ):
             sock = socket.socket(family, kind, protocol)
-            twin = stack.enter_context(sock.dup())  # TLS takes the socket apart while it shakes hands; this one stays
+            twin = stack.enter_context(
+                sock.dup()
+            )  # TLS takes the socket apart while it shakes hands; this one stays
             stack.enter_context(ctx.watching(twin))
             sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
             try:
@@ -1323,7 +1582,11 @@ def origin(url: str) -> tuple[str, str, int]:
     with suppress(ValueError):
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+            return (
+                parts.scheme,
+                parts.hostname,
+                parts.port or (443 if parts.scheme == "https" else 80),
+            )
     raise Failed(f"{url.split(':')[0][:20]}:… is no http address")
 
 
@@ -1344,10 +1607,12 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
         if base.isprintable() and not re.search(r"[ @?#]", base):
             base = base.rstrip("/")
             return base if "/" in base.partition("://")[2] else base + path
-    raise BadConfig(f"{name}: not an address such as https://host/path", "keys stand in environment variables")
+    raise BadConfig(
+        f"{name}: not an address such as https://host/path", "keys stand in environment variables"
+    )
 
 
-# === 8. Mock: pictures out of thin air, free and without a network ===
+# === Mock: pictures out of thin air, free and without a network ===
 
 
 @register("mock")
@@ -1357,7 +1622,7 @@ class Mock(Backend):
     paid = False
 
     class Options(NamedTuple):
-        """`delay_s` and `fail` (a code of section 1) are for trying out one's own scripts."""
+        """`delay_s` and `fail` (a code of section Errors) are for trying out one's own scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
         fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
@@ -1368,18 +1633,21 @@ class Mock(Backend):
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """The size that will be drawn."""
-        width, height = request.width or options.width, request.height or options.height
+        width = request.width or options.width
+        height = request.height or options.height
         return {"width": width, "height": height, "seed": request.seed}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """A landscape with the prompt written below it."""
-        options, began = self.options, time.monotonic()
+        options = self.options
+        began = time.monotonic()
         while (gone := time.monotonic() - began) < options.delay_s:
             ctx.progress("drawing", gone, options.delay_s)
             ctx.sleep(min(0.1, options.delay_s - gone))
         if options.fail:
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
-        size, seed = self.plan(options, request), request.seed or 0
+        size = self.plan(options, request)
+        seed = request.seed or 0
         image = mock_picture(request.prompt, seed, size["width"], size["height"])
         ignored = tuple(name for name in ("negative_prompt", "steps") if getattr(request, name))
         return Result(io.BytesIO(image), "image/png", "mock", seed, cost_usd=0.0, ignored=ignored)
@@ -1395,16 +1663,28 @@ def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
     for disc in range(10):  # the first is the sun, the others are three hills a layer
-        layer, (a, b, c) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
+        (
+            layer,
+            (
+                a,
+                b,
+                c,
+            ),
+        ) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
         shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
-        x, top, radius = width * a // 255, height * (10 + 13 * layer + b % 18) // 100, height * (size + c % size) // 100
+        x = width * a // 255
+        top = height * (10 + 13 * layer + b % 18) // 100
+        radius = height * (size + c % size) // 100
         for y in range(top, min(height, top + 2 * radius)):
             half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
-            left, right = max(0, x - half), min(width, x + half)
+            left = max(0, x - half)
+            right = min(width, x + half)
             rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
-    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
+    palette = (
+        bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
+    )
     text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
@@ -1414,15 +1694,27 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
     import textwrap
     import unicodedata
 
-    width, height = len(rows[0]), len(rows)
+    width = len(rows[0])
+    height = len(rows)
     scale = max(1, width // 256)
-    columns, most = (width // scale - 4) // 6, min(4, (height // 2 // scale - 4) // 11)
+    columns = (width // scale - 4) // 6
+    most = min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
-    lines = textwrap.wrap(printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…")
-    strip = [b"", b"", *(row for line in lines for row in glyph_rows(line)), b"", b""]
+    lines = textwrap.wrap(
+        printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…"
+    )
+    strip = [
+        b"",
+        b"",
+        *(row for line in lines for row in glyph_rows(line)),
+        b"",
+        b"",
+    ]
     for place, row in enumerate(rows[height - len(strip) * scale :]):
-        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(width, b"\xfe")
+        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(
+            width, b"\xfe"
+        )
 
 
 # Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
@@ -1444,15 +1736,20 @@ def glyph_rows(line: str) -> Iterator[bytes]:
     columns = [0, 0]
     for char in line:
         base, *marks = [*unicodedata.normalize("NFD", char)]
-        index = {"ß": 95, "…": 96}.get(base, ord(base if " " <= base <= "~" else "?") - 32)
+        index = {"ß": 95, "…": 96}.get(
+            base,
+            ord(base if " " <= base <= "~" else "?") - 32,
+        )
         glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
         for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
-            glyph[column] |= 8 if base.islower() else 2  # capitals fill their cell, so the mark stands above it
+            glyph[column] |= (
+                8 if base.islower() else 2
+            )  # capitals fill their cell, so the mark stands above it
         columns += [*glyph, 0]
     return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
 
-# === 9. ComfyUI: the GPU box at home ===
+# === ComfyUI: the GPU box at home ===
 
 
 @register("comfyui")
@@ -1471,7 +1768,9 @@ class ComfyUI(Backend):
         model: str = ""
         default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
         workflow: str = ""  # a file
-        nodes: Mapping[str, str] = EMPTY  # where values go in it: {prompt: "6.text", seed: "31.seed"}
+        nodes: Mapping[str, str] = (
+            EMPTY  # where values go in it: {prompt: "6.text", seed: "31.seed"}
+        )
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Annotated[str, REQUEST] = ""
@@ -1490,20 +1789,27 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow = comfy_workflow(options.workflow, options.nodes) if options.workflow else None
+        self.workflow = (
+            comfy_workflow(options.workflow, options.nodes) if options.workflow else None
+        )
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """What is known before the server has been asked what `model` is."""
         what = "workflow" if options.workflow else "model"
         steps = request.steps or options.default_steps
-        return {what: getattr(options, what), **super().plan(options, request), "steps": steps}
+        return {
+            what: getattr(options, what),
+            **super().plan(options, request),
+            "steps": steps,
+        }
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
         http = self._http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
-        prompt_id, client_id = new_uuid(), new_uuid()
+        prompt_id = new_uuid()
+        client_id = new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
         prefix = {"filename_prefix": f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")}
         for spec in graph.values():
@@ -1512,7 +1818,9 @@ class ComfyUI(Backend):
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
             # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
             try:
-                self._submit(http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id})
+                self._submit(
+                    http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
+                )
             except (Unreachable, Busy):
                 ctx.remote_ids.clear()  # it never arrived, so nothing is there to be fetched
                 raise
@@ -1522,34 +1830,46 @@ class ComfyUI(Backend):
         """Wait for a prompt that was posted, and fetch its result, as long as the server has its history."""
         from urllib.parse import urlencode
 
-        http, prompt_id, ignored = self._http(ctx), remote["prompt_id"], tuple(remote.get("ignored") or ())
+        http = self._http(ctx)
+        prompt_id = remote["prompt_id"]
+        ignored = tuple(remote.get("ignored") or ())
         while (state := comfy_state(http, prompt_id))[0] in ("pending", "running"):
             ctx.progress("queued") if state[0] == "pending" else None
             ctx.sleep(0.25)
         file = comfy_outcome(state[1], ctx)
         try:
-            query = urlencode({key: file[key] for key in ("filename", "subfolder", "type") if key in file})
+            query = urlencode(
+                {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
+            )
             image = http.download(f"/view?{query}")
         except (BadConfig, BadRequest) as problem:
             gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
             raise Ended(gone, "ask again, with another seed") from None
-        seed, steps = None if "seed" in ignored else request.seed, remote.get("steps") or None
+        seed = None if "seed" in ignored else request.seed
+        steps = remote.get("steps") or None
         about = {"prompt_id": prompt_id, "file": file}
         return Result(image, "image/png", remote.get("model"), seed, steps, 0.0, ignored, about)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
         """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both."""
-        http, prompt_id = self._http(ctx), remote["prompt_id"]
+        http = self._http(ctx)
+        prompt_id = remote["prompt_id"]
         # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless ours is what runs.
-        ways = {"running": ("/interrupt", {"prompt_id": prompt_id}), "pending": ("/queue", {"delete": [prompt_id]})}
+        ways = {
+            "running": ("/interrupt", {"prompt_id": prompt_id}),
+            "pending": ("/queue", {"delete": [prompt_id]}),
+        }
         while (place := comfy_state(http, prompt_id)[0]) in ways:
             http.post(*ways[place])
             ctx.sleep(0.1)
 
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
-        http, options = self._http(ctx), self.options
-        version = http.get_json("/system_stats")["system"].get("comfyui_version", "of unknown version")
+        http = self._http(ctx)
+        options = self.options
+        version = http.get_json("/system_stats")["system"].get(
+            "comfyui_version", "of unknown version"
+        )
         model = options.workflow or " in ".join(comfy_find(http, options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
@@ -1565,7 +1885,11 @@ class ComfyUI(Backend):
         if folder == "checkpoints":
             return comfy_graph(options._replace(model=model), request)
         clip = [comfy_find(http, name, "text_encoders")[0] for name in options.clip]
-        parts = {"model": model, "clip": clip, "vae": comfy_find(http, options.vae, "vae")[0]}
+        parts = {
+            "model": model,
+            "clip": clip,
+            "vae": comfy_find(http, options.vae, "vae")[0],
+        }
         return comfy_graph(options._replace(**parts), request, split=True)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
@@ -1584,7 +1908,10 @@ class ComfyUI(Backend):
                     return
             except (Unreachable, Busy) as problem:
                 raise Failed(f"sent, and then {problem}") from None
-        raise Unreachable(f"{self.base}: takes the prompt and breaks off, {TRIES} times", "look at the server's log")
+        raise Unreachable(
+            f"{self.base}: takes the prompt and breaks off, {TRIES} times",
+            "look at the server's log",
+        )
 
 
 # What a model is (in one file, or without its other parts, or one of these) → the node that knows all of them.
@@ -1615,7 +1942,9 @@ def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> 
     """The installed name that `wanted` means: itself, or the only file called so, or the first that begins so."""
     pattern = r"(.*[\\/])?" + re.escape(wanted) + r"[^\\/]*" * begins
     alike = [name for name in installed if re.fullmatch(pattern, name, re.IGNORECASE)]
-    return wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
+    return (
+        wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
+    )
 
 
 def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
@@ -1630,16 +1959,26 @@ def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
-ComfyGraph = tuple[Graph, str | None, int, tuple[str, ...]]  # to be posted; model, steps, ignored of the Result
+ComfyGraph = tuple[
+    Graph, str | None, int, tuple[str, ...]
+]  # to be posted; model, steps, ignored of the Result
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
     """Our graph for a checkpoint (FLUX, or SD and SDXL), or for a FLUX that is `split` into its parts."""
-    name, graph = options.model.lower(), Graph()
+    name = options.model.lower()
+    graph = Graph()
     flux = split or "flux" in name
-    cfg, sampler, scheduler, steps = (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
-    cfg, steps = options.cfg or cfg, request.steps or (4 if "schnell" in name else steps)
-    edge = 512 if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name) else 1024
+    cfg, sampler, scheduler, steps = (
+        (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
+    )
+    cfg = options.cfg or cfg
+    steps = request.steps or (4 if "schnell" in name else steps)
+    edge = (
+        512
+        if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name)
+        else 1024
+    )
 
     def node(kind: str, **inputs: Any) -> list[Any]:
         graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
@@ -1647,36 +1986,58 @@ def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGra
 
     if split:
         model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
-        clip = node("DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux")
+        clip = node(
+            "DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux"
+        )
         vae = node("VAELoader", vae_name=options.vae)
     else:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
-        clip, vae = [model[0], 1], [model[0], 2]
+        clip = [model[0], 1]
+        vae = [model[0], 2]
     positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
     if flux and not (split and "schnell" in name):
         positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
     size = {"width": request.width or edge, "height": request.height or edge, "batch_size": 1}
     latent = node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size)
-    sampler, scheduler = options.sampler or sampler, options.scheduler or scheduler
+    sampler = options.sampler or sampler
+    scheduler = options.scheduler or scheduler
     how = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
         guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
     if split:
         basic = {"model": model, "conditioning": positive}
-        guider = node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
-        parts = {"noise": node("RandomNoise", noise_seed=request.seed), "guider": guider, "latent_image": latent}
-        parts |= {"sampler": node("KSamplerSelect", sampler_name=sampler), "sigmas": node("BasicScheduler", **how)}
+        guider = (
+            node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
+        )
+        parts = {
+            "noise": node("RandomNoise", noise_seed=request.seed),
+            "guider": guider,
+            "latent_image": latent,
+        }
+        parts |= {
+            "sampler": node("KSamplerSelect", sampler_name=sampler),
+            "sigmas": node("BasicScheduler", **how),
+        }
         samples = node("SamplerCustomAdvanced", **parts)
     else:
-        samples = node("KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how)
+        samples = node(
+            "KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how
+        )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
     # At cfg 1 a negative prompt has no effect at all.
-    return graph, options.model, steps, ("negative_prompt",) if request.negative_prompt and cfg <= 1 else ()
+    return (
+        graph,
+        options.model,
+        steps,
+        ("negative_prompt",) if request.negative_prompt and cfg <= 1 else (),
+    )
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
-COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {"negative": "negative_prompt"}
+COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {
+    "negative": "negative_prompt"
+}
 
 
 def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
@@ -1684,11 +2045,17 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             graph: Graph = json.load(file)
-        places = {f"{node}.{key}": spec["inputs"] for node, spec in graph.items() for key in dict(spec["inputs"])}
+        places = {
+            f"{node}.{key}": spec["inputs"]
+            for node, spec in graph.items()
+            for key in dict(spec["inputs"])
+        }
     except (OSError, ValueError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
     except (AttributeError, KeyError, TypeError):
-        raise BadConfig(f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"') from None
+        raise BadConfig(
+            f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
+        ) from None
     usual = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
     for name, place in (*nodes.items(), ("prompt", "")):
         if name not in COMFY_FIELDS:
@@ -1696,10 +2063,16 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         if place in places:
             key = place.partition(".")[2]
             usual[name], places[place][key] = places[place][key], f"{{{name}}}"
-        elif place or not any("{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs):
+        elif place or not any(
+            "{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs
+        ):
             pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
             likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
-            missed = f'it has no "{place}"' if place else "no place for the prompt: put {prompt} there, or name one"
+            missed = (
+                f'it has no "{place}"'
+                if place
+                else "no place for the prompt: put {prompt} there, or name one"
+            )
             raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
     return graph, usual
 
@@ -1714,7 +2087,11 @@ def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) ->
     for spec in graph.values():
         for key, old in spec["inputs"].items():
             if isinstance(old, str):  # a number alone in its field stays a number
-                filled = re.sub(r"\{\w+\}", lambda hit: str(marks.get(hit[0], hit[0])), old)
+                filled = re.sub(
+                    r"\{\w+\}",
+                    lambda hit: str(marks.get(hit[0], hit[0])),
+                    old,
+                )
                 spec["inputs"][key] = marks.get(old, filled)
     ignored = tuple(COMFY_FIELDS[name] for name in asked if f"{{{name}}}" not in text)
     steps = marks["{steps}"] if "{steps}" in text else 0
@@ -1724,15 +2101,24 @@ def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) ->
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     """The image file that a history entry names: {filename, subfolder, type}. Ended where it names none."""
     if not entry:
-        raise Ended("the job is gone from queue and history: cancelled there, or the server restarted")
+        raise Ended(
+            "the job is gone from queue and history: cancelled there, or the server restarted"
+        )
     status = entry.get("status") or {}
-    event, said = [("", {}), *(status.get("messages") or ())][-1]
+    event, said = [
+        ("", {}),
+        *(status.get("messages") or ()),
+    ][-1]
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
         reason = " ".join(str(said.get("exception_message", "no reason given")).split())
         memory = "OutOfMemory" in str(said.get("exception_type"))
-        hint = "out of GPU memory: ask for a smaller size" if memory else "the server's log has the traceback"
+        hint = (
+            "out of GPU memory: ask for a smaller size"
+            if memory
+            else "the server's log has the traceback"
+        )
         raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
     lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
     items = (item for value in lists if isinstance(value, list) for item in value)
@@ -1740,23 +2126,36 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
     if len(files) > 1:
-        ctx.warn(f"the workflow made {len(files)} images; the first is kept, the others stay on the server")
+        ctx.warn(
+            f"the workflow made {len(files)} images; the first is kept, the others stay on the server"
+        )
     return min(files, key=lambda file: file.get("type") != "output")
 
 
 def comfy_error(answer: Answer) -> ImagenError:
     """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
-    said, lines, kinds = answer.json(), [], set()
+    said = answer.json()
+    lines = []
+    kinds = set()
     said = said if isinstance(said, dict) else {}
     for node, spec in (said.get("node_errors") or {}).items():
         for error in spec["errors"]:
-            kind, text, extra = str(error.get("type")), error.get("message"), error.get("extra_info") or {}
+            kind = str(error.get("type"))
+            text = error.get("message")
+            extra = error.get("extra_info") or {}
             if kind == "value_not_in_list":
-                value, known = str(extra.get("received_value")), comfy_choices(extra.get("input_config"))
-                text = f'"{value}" is not installed' + (f", {nearest(value, known)}" if known else "")
-            elif "exception" not in kind:  # there the details are a traceback with the server's paths
+                value = str(extra.get("received_value"))
+                known = comfy_choices(extra.get("input_config"))
+                text = f'"{value}" is not installed' + (
+                    f", {nearest(value, known)}" if known else ""
+                )
+            elif (
+                "exception" not in kind
+            ):  # there the details are a traceback with the server's paths
                 text = f"{text} ({error.get('details')})"
-            lines.append(f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}")
+            lines.append(
+                f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}"
+            )
             kinds.add(kind)
     if lines:
         numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
@@ -1770,13 +2169,25 @@ def comfy_error(answer: Answer) -> ImagenError:
 
 def comfy_choices(spec: Any) -> list[str]:
     """The values an enum input takes, in its old or new shape; [] where the server left them out."""
-    return list(spec[0] if isinstance(spec[0], list) else spec[1].get("options", ())) if spec else []
+    return (
+        list(
+            spec[0]
+            if isinstance(
+                spec[0],
+                list,
+            )
+            else spec[1].get("options", ())
+        )
+        if spec
+        else []
+    )
 
 
 @contextmanager
 def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
     """While inside, ctx.progress gets the sampler's steps from the server's websocket; losing it does no harm."""
-    ear, greeted = Context(), threading.Event()
+    ear = Context()
+    greeted = threading.Event()
 
     def listen() -> None:
         with suppress(Exception):  # progress is a courtesy: /history is what counts
@@ -1806,7 +2217,12 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
     scheme, host, port = origin(url)
     connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
     key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key}
+    headers = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": key,
+    }
     with closing(connection(host, port, timeout=2)) as server:
         server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
         with ear.watching(server.sock), server.getresponse() as answer:
@@ -1815,11 +2231,13 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
             while answer.status == 101 and len(head := read(2)) == 2:
                 size = head[1] & 127
                 body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
-                if head[0] == 0x81:  # text in one frame, as all of ComfyUI's are; previews are binary
+                if (
+                    head[0] == 0x81
+                ):  # text in one frame, as all of ComfyUI's are; previews are binary
                     yield body
 
 
-# === 10. Replicate: predictions at api.replicate.com ===
+# === Replicate: predictions at api.replicate.com ===
 
 
 class ReplicateModel(NamedTuple):
@@ -1840,7 +2258,14 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
 # Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
-REPLICATE_ASPECTS = {(1, 1): 1.0, (5, 4): 1.22, (4, 3): 1.31, (3, 2): 1.48, (16, 9): 1.76, (21, 9): 2.36}
+REPLICATE_ASPECTS = {
+    (1, 1): 1.0,
+    (5, 4): 1.22,
+    (4, 3): 1.31,
+    (3, 2): 1.48,
+    (16, 9): 1.76,
+    (21, 9): 2.36,
+}
 
 
 @register("replicate")
@@ -1886,9 +2311,13 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        http, version = self._http(ctx), {"version": self.version} if self.version else {}
+        http = self._http(ctx)
+        version = {"version": self.version} if self.version else {}
         path = "/predictions" if version else f"/models/{self.model}/predictions"
-        answer = http.pay(path, {**version, "input": self.plan(self.options, request)})
+        answer = http.pay(
+            path,
+            {**version, "input": self.plan(self.options, request)},
+        )
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
             raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
@@ -1950,14 +2379,19 @@ class Replicate(Backend):
         wanted, ignored = replicate_input(self.options, request)
         seed = re.search(r"Using seed: (\d+)", state.get("logs") or "")
         return Result(
-            image=data_uri(url, http.ctx.spool()) if url.startswith("data:") else http.download(url),
+            image=data_uri(url, http.ctx.spool())
+            if url.startswith("data:")
+            else http.download(url),
             mime_type="",
             model=self.options.model,
             seed=int(seed[1]) if seed else request.seed,
             steps=wanted.get("num_inference_steps"),
             cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
-            metadata={key: state.get(key) for key in ("id", "version", "metrics", "created_at", "completed_at")},
+            metadata={
+                key: state.get(key)
+                for key in ("id", "version", "metrics", "created_at", "completed_at")
+            },
         )
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
@@ -1976,7 +2410,9 @@ class Replicate(Backend):
         wanted = drawn(self.plan(self.options, request))
         found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
         if not found and any(item.get("data_removed") for item in ours):
-            raise Ended("it may be one of those there whose inputs are gone: Replicate keeps them for one hour")
+            raise Ended(
+                "it may be one of those there whose inputs are gone: Replicate keeps them for one hour"
+            )
         return str(found[-1]) if found else ""
 
 
@@ -1985,7 +2421,15 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
     url = "/predictions"
     while url:
         answer = http.get(url)
-        ahead = (epoch(answer.headers.get("Date", "")) or time.time()) - time.time()
+        ahead = (
+            epoch(
+                answer.headers.get(
+                    "Date",
+                    "",
+                )
+            )
+            or time.time()
+        ) - time.time()
         page = answer.mapping()
         if not isinstance(page.get("results"), list):
             raise Failed(f"the list of predictions cannot be read: {answer.words()}")
@@ -2018,7 +2462,10 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
     if known is None:
         return {"width": width, "height": height}
     if known.longest:
-        w, h = (min(known.longest, max(256, round(edge / known.step) * known.step)) for edge in (width, height))
+        w, h = (
+            min(known.longest, max(256, round(edge / known.step) * known.step))
+            for edge in (width, height)
+        )
         if (w, h) != (width, height):
             raise BadRequest(f"size {width}x{height}: not made by this model", f"nearest: {w}x{h}")
         return {"aspect_ratio": "custom", "width": width, "height": height}
@@ -2035,7 +2482,14 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     (3.0, 4.0)
     """
     bars = re.findall(r"\d+%\|.*?\| *(\d+)/(\d+)", logs)
-    return (float(bars[-1][0]), float(bars[-1][1])) if bars else (None, None)
+    return (
+        (
+            float(bars[-1][0]),
+            float(bars[-1][1]),
+        )
+        if bars
+        else (None, None)
+    )
 
 
 def replicate_charged(state: Mapping[str, Any]) -> Charged:
@@ -2048,7 +2502,9 @@ def replicate_charged(state: Mapping[str, Any]) -> Charged:
 
 def replicate_image(state: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status, said, name = state.get("status"), str(state.get("error") or ""), f"prediction {state.get('id')}"
+    status = state.get("status")
+    said = str(state.get("error") or "")
+    name = f"prediction {state.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
         raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
@@ -2056,10 +2512,15 @@ def replicate_image(state: Mapping[str, Any]) -> str:
             raise Refused(said, "reword the prompt")
         raise Ended(f"{name} ended as {status}{said and ': '}{said}")
     if state.get("data_removed"):
-        raise Ended("the result is gone: Replicate keeps it for one hour", "ask for the image again; that costs again")
+        raise Ended(
+            "the result is gone: Replicate keeps it for one hour",
+            "ask for the image again; that costs again",
+        )
     output = json.dumps(state.get("output"))  # a string, a list of them, or an object
     if not (found := re.search(r'"(?:https?|data):[^"]+"', output)):
-        raise Ended("the prediction succeeded without an image: its safety filter drops images one by one")
+        raise Ended(
+            "the prediction succeeded without an image: its safety filter drops images one by one"
+        )
     return str(json.loads(found[0]))
 
 
@@ -2073,7 +2534,7 @@ def replicate_error(answer: Answer) -> ImagenError:
     return error
 
 
-# === 11. OpenAI: the Images API and whoever speaks its dialect ===
+# === OpenAI: the Images API and whoever speaks its dialect ===
 
 # USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
 OPENAI_TOKENS = {
@@ -2104,7 +2565,9 @@ class OpenAI(Backend):
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
         cost_usd: float | None = None  # of one image, where the answer counts no tokens
-        timeout: Annotated[float, Between(1, 7200)] = 600.0  # seconds of silence: an image may take minutes
+        timeout: Annotated[float, Between(1, 7200)] = (
+            600.0  # seconds of silence: an image may take minutes
+        )
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
@@ -2122,7 +2585,11 @@ class OpenAI(Backend):
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the answer alone."""
-        counted = f"by the answer's tokens, {PRICED}" if options.model.startswith(tuple(OPENAI_TOKENS)) else ""
+        counted = (
+            f"by the answer's tokens, {PRICED}"
+            if options.model.startswith(tuple(OPENAI_TOKENS))
+            else ""
+        )
         return Price(options.cost_usd, counted if options.cost_usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
@@ -2137,14 +2604,25 @@ class OpenAI(Backend):
         if image or item.get("url") or usage.get("output_tokens"):
             ctx.settle("yes")
         if not image and not item.get("url"):
-            raise Unknown(f"sent, and answered {answer.status} without an image: {answer.words()[:200]}")
+            raise Unknown(
+                f"sent, and answered {answer.status} without an image: {answer.words()[:200]}"
+            )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
         cost = openai_cost(self.options.model, usage)
         kept = {**item, **said, "x_request_id": answer.headers.get("x-request-id")}
-        words = ("created", "size", "quality", "background", "usage", "id", "x_request_id", "revised_prompt")
+        words = (
+            "created",
+            "size",
+            "quality",
+            "background",
+            "usage",
+            "id",
+            "x_request_id",
+            "revised_prompt",
+        )
         return Result(
             image=image,
             mime_type=f"image/{said.get('output_format') or 'png'}",
@@ -2157,9 +2635,17 @@ class OpenAI(Backend):
 
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
-        known = [item.get("id", "") for item in openai_data(self._http(ctx).get_json("/models"))]
+        known = [
+            item.get(
+                "id",
+                "",
+            )
+            for item in openai_data(self._http(ctx).get_json("/models"))
+        ]
         if known and self.options.model not in known:
-            raise BadConfig(f'model "{self.options.model}" is not there: {nearest(self.options.model, known)}')
+            raise BadConfig(
+                f'model "{self.options.model}" is not there: {nearest(self.options.model, known)}'
+            )
         return f"{self.options.model}{'' if known else ' (the server lists no models)'}"
 
     def _http(self, ctx: Context) -> Http:
@@ -2173,36 +2659,72 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     OpenAI's own models reject unknown fields; the servers that speak its dialect want a seed, or use a constant one.
     """
     own = options.model.startswith(("gpt-image", "chatgpt-image"))
-    asked = {"seed": request.seed, "steps": request.steps or None, "negative_prompt": request.negative_prompt or None}
-    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    asked = {
+        "seed": request.seed,
+        "steps": request.steps or None,
+        "negative_prompt": request.negative_prompt or None,
+    }
+    body: dict[str, Any] = {
+        "model": options.model,
+        "prompt": request.prompt,
+        "n": 1,
+    }
     if request.width:
         openai_check_size(options.model, request.width, request.height)
         size = {"width": request.width, "height": request.height}
-        body |= size if options.size_as == "width_height" else {"size": "{width}x{height}".format(**size)}
+        body |= (
+            size
+            if options.size_as == "width_height"
+            else {"size": "{width}x{height}".format(**size)}
+        )
     if not own:
         body |= {**asked, "steps": None, "response_format": "b64_json"}
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = "jpeg" if value == "jpg" else value
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = {key: marks.get(str(value), "") for key, value in options.extra.items()}
-    body |= {key: asked.get(placed[key], value) for key, value in options.extra.items()}
+    placed = {
+        key: marks.get(
+            str(value),
+            "",
+        )
+        for key, value in options.extra.items()
+    }
+    body |= {
+        key: asked.get(
+            placed[key],
+            value,
+        )
+        for key, value in options.extra.items()
+    }
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
     if body.get("output_format") not in (None, "png", "jpeg", "webp"):
-        raise BadRequest(f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp")
-    return body, tuple(field for field in asked if asked[field] is not None and field not in {*body, *placed.values()})
+        raise BadRequest(
+            f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
+        )
+    return body, tuple(
+        field
+        for field in asked
+        if asked[field] is not None and field not in {*body, *placed.values()}
+    )
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
     """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
     short, long = sorted((width, height))
-    fine, rule = True, ""
+    fine = True
+    rule = ""
     if model.startswith("gpt-image-1"):
-        fine, rule = short == 1024 and long in (1024, 1536), "1024x1024, 1536x1024 or 1024x1536"
+        fine = short == 1024 and long in (1024, 1536)
+        rule = "1024x1024, 1536x1024 or 1024x1536"
     elif model.startswith("gpt-image-2"):
-        fine = not (width % 16 or height % 16) and long <= min(3840, 3 * short) and 655_360 <= short * long <= 8_294_400
+        fine = (
+            not (width % 16 or height % 16)
+            and long <= min(3840, 3 * short)
+            and 655_360 <= short * long <= 8_294_400
+        )
         rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
     if not fine:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
@@ -2220,12 +2742,15 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
     """
     found = re.search(
-        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"', answer.body
+        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
+        answer.body,
     )
     start, end = found.span(found.lastindex or 1) if found else (0, 0)
     said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
     if not isinstance(said, dict):
-        raise Unknown(f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON")
+        raise Unknown(
+            f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON"
+        )
     if not found:
         return said, None
     text = memoryview(answer.body)[start:end]
@@ -2239,9 +2764,13 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
     price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
     with suppress(AttributeError, TypeError):  # compatible servers put all kinds of things there
         images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
-        text, out = (usage.get("input_tokens") or 0) - images, usage.get("output_tokens")
+        text = (usage.get("input_tokens") or 0) - images
+        out = usage.get("output_tokens")
         if price and out:
-            return round(float(text * price[0] + images * price[1] + out * price[2]) / 1e6, 6)
+            return round(
+                float(text * price[0] + images * price[1] + out * price[2]) / 1e6,
+                6,
+            )
     return None
 
 
@@ -2249,8 +2778,12 @@ def openai_error(answer: Answer) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
     said = answer.json() or {}
     error = said.get("error", said)
-    code, request_id = error.get("code") or error.get("type"), answer.headers.get("x-request-id")
-    text = excerpt(str(error.get("message") or answer.words()).encode(), 1000)
+    code = error.get("code") or error.get("type")
+    request_id = answer.headers.get("x-request-id")
+    text = excerpt(
+        str(error.get("message") or answer.words()).encode(),
+        1000,
+    )
     text += f" ({error['param']})" if error.get("param") else ""
     text += f" [{request_id}]" if request_id else ""
     said = f"{answer.status}: {text}"
@@ -2264,11 +2797,19 @@ def openai_error(answer: Answer) -> ImagenError:
     return explain_status(answer, text)
 
 
-# === 12. Output: names, and files that are never half there ===
+# === Output: names, and files that are never half there ===
 
 NAME_BYTES = 230  # of 255, so that -9999, .webp and .json still fit behind
 FREE_BYTES = 8 << 20  # that a folder must have before anything is sent
-NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+NO_LINKS = (
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EXDEV,
+)
 
 
 def slug(text: str) -> str:
@@ -2279,19 +2820,36 @@ def slug(text: str) -> str:
     """
     import unicodedata
 
-    spelled = str.maketrans(dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")))
+    spelled = str.maketrans(
+        dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth"))
+    )
     letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
-    bare = "".join(char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char))
-    return re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")[:40].strip("-") or "image"
+    bare = "".join(
+        char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char)
+    )
+    return (
+        re.sub(
+            r"[^a-z0-9]+",
+            "-",
+            bare.lower(),
+        )
+        .strip("-")[:40]
+        .strip("-")
+        or "image"
+    )
 
 
 def check_template(template: str) -> None:
     """BadConfig where `template` cannot name a file inside its folder."""
-    known = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    known = (
+        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
+    )
     parts = re.sub(known, "x", template).split("/")
     if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
         fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
-        raise BadConfig(f"output.naming: {template!r} does not name a file inside the folder; {fields}")
+        raise BadConfig(
+            f"output.naming: {template!r} does not name a file inside the folder; {fields}"
+        )
 
 
 def render_name(template: str, request: Request, at: float) -> str:
@@ -2344,7 +2902,8 @@ class Spool(io.FileIO):
     def __init__(self, path: str, fallback: str) -> None:
         _unlink(path)
         super().__init__(path, "x+")
-        self.path, self.fallback = path, fallback
+        self.path = path
+        self.fallback = fallback
 
     def write(self, data: Any) -> int:
         """All of `data`; OSError where both disks are full."""
@@ -2379,16 +2938,22 @@ def _copy(source: BinaryIO | Spool, spool: Spool) -> None:
 
 
 def publish(
-    hidden: str, name: str, ending: str, sidecar: Callable[[str], str] | None, claiming: Callable[[str], object]
+    hidden: str,
+    name: str,
+    ending: str,
+    sidecar: Callable[[str], str] | None,
+    claiming: Callable[[str], object],
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
     `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
     it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
-    number, note = 1, f"{hidden}.json"
+    number = 1
+    note = f"{hidden}.json"
     while not _same(hidden, path := numbered(name, ending, number)):
-        number, beside = number + 1, f"{path}.json"
+        number = number + 1
+        beside = f"{path}.json"
         ours = _same(note, beside)  # from an earlier, killed call
         if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
@@ -2397,9 +2962,14 @@ def publish(
         try:
             if sidecar and not ours:
                 write_file(note, sidecar(path))
-        except OSError:  # an image without its sidecar is better than none; the caller sees that it is missing
+        except (
+            OSError
+        ):  # an image without its sidecar is better than none; the caller sees that it is missing
             sidecar = None
-        if _take_names([(note, beside), (hidden, path)] if sidecar else [(hidden, path)], claiming):
+        if _take_names(
+            [(note, beside), (hidden, path)] if sidecar else [(hidden, path)],
+            claiming,
+        ):
             break
     sync_folder(os.path.dirname(path))
     return path
@@ -2470,7 +3040,15 @@ def _same(one: str | int, other: str) -> bool:
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
     _unlink(path)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+    with open(
+        os.open(
+            path,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            mode,
+        ),
+        "w",
+        encoding="utf-8",
+    ) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -2499,7 +3077,7 @@ def _read(path: str) -> bytes:
     return b""
 
 
-# === 13. Preview: tmux, kitty, iTerm2 ===
+# === Preview: tmux, kitty, iTerm2 ===
 
 
 def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
@@ -2507,7 +3085,11 @@ def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str
 
     `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns where nothing can.
     """
-    if output.preview == "off" or not paths or (output.preview == "auto" and not sys.stderr.isatty()):
+    if (
+        output.preview == "off"
+        or not paths
+        or (output.preview == "auto" and not sys.stderr.isatty())
+    ):
         return
     try:
         _show(paths, output.preview_command)
@@ -2521,8 +3103,13 @@ def _show(paths: Sequence[str], command: str) -> None:
     import shutil
     import subprocess
 
-    tmux, terminal = os.environ.get("TMUX"), {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {"xterm-kitty", "xterm-ghostty", "ghostty"}
+    tmux = os.environ.get("TMUX")
+    terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
+    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {
+        "xterm-kitty",
+        "xterm-ghostty",
+        "ghostty",
+    }
     if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
         for path in paths:
             sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
@@ -2537,7 +3124,16 @@ def _show(paths: Sequence[str], command: str) -> None:
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
-        shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", f"{script}; printf '\\n[Enter]'; read -r _"]
+        shell = [
+            "tmux",
+            "new-window",
+            "-d",
+            "-n",
+            "imagen",
+            "sh",
+            "-c",
+            f"{script}; printf '\\n[Enter]'; read -r _",
+        ]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
     if done.returncode:
         raise Failed(done.stderr)
@@ -2548,16 +3144,28 @@ def kitty_image(png: bytes) -> bytes:
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = [b";%b\x1b\\" % text[start : start + 4096] for start in range(0, len(text), 4096)]
-    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join((*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1]))
+    pieces = [
+        b";%b\x1b\\" % text[start : start + 4096]
+        for start in range(
+            0,
+            len(text),
+            4096,
+        )
+    ]
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(
+        (*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1])
+    )
 
 
 def iterm_image(data: bytes) -> bytes:
     """https://iterm2.com/documentation-images.html"""
-    return b"\x1b]1337;File=inline=1;size=%d:%b\a" % (len(data), binascii.b2a_base64(data, newline=False))
+    return b"\x1b]1337;File=inline=1;size=%d:%b\a" % (
+        len(data),
+        binascii.b2a_base64(data, newline=False),
+    )
 
 
-# === 14. Journal: what is unfinished, and the ledger of what is finished ===
+# === Journal: what is unfinished, and the ledger of what is finished ===
 #
 # open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
 # only appended, and the record is what they say together, the later over the earlier.
@@ -2565,7 +3173,9 @@ def iterm_image(data: bytes) -> bytes:
 
 def state_path(*parts: str) -> str:
     """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
-    folder = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "imagen")
+    folder = os.path.join(
+        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "imagen"
+    )
     with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
         for path in (folder, os.path.join(folder, "open")):
             os.makedirs(path, mode=0o700, exist_ok=True)
@@ -2576,12 +3186,15 @@ class Entry:
     """One unfinished image, locked by us. `record` is the merge of its lines."""
 
     def __init__(self, path: str, fd: int, record: dict[str, Any]) -> None:
-        self.path, self.fd, self.record = path, fd, record
+        self.path = path
+        self.fd = fd
+        self.record = record
 
     @classmethod
     def create(cls, record: Mapping[str, Any]) -> Entry:
         """A new entry, locked before anybody can see it."""
-        path, hidden = state_path("open", f"{record['id']}.jsonl"), state_path("open", f".{record['id']}")
+        path = state_path("open", f"{record['id']}.jsonl")
+        hidden = state_path("open", f".{record['id']}")
         with or_disk(path, "the journal lives there; make room for it"):
             entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), {})
             entry.note(**record)
@@ -2598,7 +3211,14 @@ class Entry:
         if not _same(fd, path):  # finished, by whoever had the lock before us
             os.close(fd)
             return None
-        return cls(path, fd, {"id": os.path.basename(path).removesuffix(".jsonl"), **merged(_read(path))})
+        return cls(
+            path,
+            fd,
+            {
+                "id": os.path.basename(path).removesuffix(".jsonl"),
+                **merged(_read(path)),
+            },
+        )
 
     def note(self, durable: bool = False, **line: Any) -> None:
         """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
@@ -2659,27 +3279,48 @@ def merge_line(record: dict[str, Any], line: Mapping[str, Any]) -> None:
     """Lay one line over the record; mappings such as `remote` are merged, everything else replaced."""
     for key, value in line.items():
         known = record.get(key)
-        record[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, Mapping) else value
+        record[key] = (
+            {**known, **value} if isinstance(known, dict) and isinstance(value, Mapping) else value
+        )
 
 
 def open_paths() -> list[str]:
     """The journal's unfinished entries, oldest first."""
-    found = [state_path("open", name) for name in os.listdir(state_path("open")) if name.endswith(".jsonl")]
-    return sorted(found, key=lambda path: str(merged(_read(path)).get("at")))
+    found = [
+        state_path("open", name)
+        for name in os.listdir(state_path("open"))
+        if name.endswith(".jsonl")
+    ]
+    return sorted(
+        found,
+        key=lambda path: str(merged(_read(path)).get("at")),
+    )
 
 
 def ledger() -> Iterator[dict[str, Any]]:
     """Finished attempts, and open entries that already have their image, newest first."""
     seen = set()
-    delivering = [text for text in map(_read, open_paths()) if merged(text).get("path")]
-    for record in map(merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)):
-        fine = isinstance(record.get("id"), str) and isinstance(record.get("sidecar") or {}, dict)
+    delivering = [
+        text
+        for text in map(
+            _read,
+            open_paths(),
+        )
+        if merged(text).get("path")
+    ]
+    for record in map(
+        merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)
+    ):
+        fine = isinstance(record.get("id"), str) and isinstance(
+            record.get("sidecar") or {},
+            dict,
+        )
         if fine and record["id"] not in seen:
             seen.add(record["id"])
             yield record
 
 
-# === 15. Supabase: objects in a private bucket, rows that tell of them, signed links ===
+# === Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
 # Codes of what no repeat can mend.
 FOR_GOOD = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
@@ -2704,11 +3345,17 @@ class Supabase:
         self.prompt = prompt
         url = os.environ.get(config.url_env, "").strip()
         if not url:
-            raise KeyMissing(f"{config.url_env} is not set", f"export {config.url_env}=https://….supabase.co")
+            raise KeyMissing(
+                f"{config.url_env} is not set", f"export {config.url_env}=https://….supabase.co"
+            )
         key = secret_from(config.service_key_env).reveal()
         # The opaque keys (sb_secret_…) are no JWT, so they are no Bearer token either.
-        self.keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
-        self.ctx, self.base, self.bucket = ctx, checked_url(url, name=config.url_env), config.bucket
+        self.keys = {"apikey": key} | (
+            {} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"}
+        )
+        self.ctx = ctx
+        self.base = checked_url(url, name=config.url_env)
+        self.bucket = config.bucket
         self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
 
     def explain(self, answer: Answer) -> ImagenError:
@@ -2730,7 +3377,9 @@ class Supabase:
 
     def upload(self, path: str, file: BinaryIO, mime_type: str, image_id: str) -> None:
         """Put an image at `path`, over what may be there."""
-        about = binascii.b2a_base64(to_jsonb({"image_id": image_id}).encode(), newline=False).decode()
+        about = binascii.b2a_base64(
+            to_jsonb({"image_id": image_id}).encode(), newline=False
+        ).decode()
         named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
         answer = self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
         if not answer.mapping().get("Key"):  # a page of somebody in between
@@ -2760,15 +3409,23 @@ class Supabase:
         """id and storage_path of the rows of imagen.images where a column has this value."""
         from urllib.parse import urlencode
 
-        query = urlencode({"select": "id,storage_path", **{name: f"eq.{value}" for name, value in equal.items()}})
+        query = urlencode(
+            {"select": "id,storage_path", **{name: f"eq.{value}" for name, value in equal.items()}}
+        )
         return postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
 
     def add_image(self, row: Mapping[str, Any]) -> str:
         """Insert a row of imagen.images unless its id is there; the storage_path that now stands in it."""
         prefer = "return=representation,resolution=ignore-duplicates"  # so nobody's later edits are touched
-        body, query = io.BytesIO(to_jsonb(row).encode()), "on_conflict=id&select=id,storage_path"
-        made = postgrest_rows(self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer))
-        (mine, *_) = made or self.images(id=row["id"]) or [{"storage_path": row["storage_path"]}]
+        body = io.BytesIO(to_jsonb(row).encode())
+        query = "on_conflict=id&select=id,storage_path"
+        made = postgrest_rows(
+            self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer)
+        )
+        (
+            mine,
+            *_,
+        ) = made or self.images(id=row["id"]) or [{"storage_path": row["storage_path"]}]
         return str(mine["storage_path"])
 
     def add_usage(self, row: Mapping[str, Any]) -> bool:
@@ -2776,11 +3433,17 @@ class Supabase:
 
         The table may be another's: columns that it does not have are left out.
         """
-        row, query = dict(row), "?on_conflict=id"
+        row = dict(row)
+        query = "?on_conflict=id"
         while True:
-            body, prefer = io.BytesIO(to_jsonb(row).encode()), "return=minimal,resolution=merge-duplicates"
+            body = io.BytesIO(to_jsonb(row).encode())
+            prefer = "return=minimal,resolution=merge-duplicates"
             try:
-                if self.tables("mai").send("POST", f"/imagen_usage{query}", body, Prefer=prefer).body.strip():
+                if (
+                    self.tables("mai")
+                    .send("POST", f"/imagen_usage{query}", body, Prefer=prefer)
+                    .body.strip()
+                ):
                     raise Failed("the answer to a row of imagen_usage is not PostgREST's")
                 return "id" in row
             except (BadRequest, Failed) as problem:
@@ -2796,7 +3459,9 @@ class Supabase:
 def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
     """The rows of an answer; Failed where it is no list of them."""
     said = answer.json()
-    if not isinstance(said, list) or not all(isinstance(row, dict) and row.get("storage_path") for row in said):
+    if not isinstance(said, list) or not all(
+        isinstance(row, dict) and row.get("storage_path") for row in said
+    ):
         raise Failed(f"{answer.status}: the answer is no list of rows")
     return said
 
@@ -2810,7 +3475,8 @@ def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
     said = said if isinstance(said, dict) else {}
     true = str(said.get("statusCode"))
     status = int(true) if re.fullmatch(r"[1-5]\d\d", true) else answer.status
-    code, after = str(said.get("code") or ""), retry_after(answer)
+    code = str(said.get("code") or "")
+    after = retry_after(answer)
     message = without(prompt, str(said.get("message") or "no word why"))
     text = f"{status} {code}: {excerpt(message.encode('utf-8', 'replace'))}"
     if status in (413, 415) or code in FOR_GOOD:
@@ -2829,7 +3495,14 @@ def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
 
 def without(prompt: str, text: str) -> str:
     """`text` with the prompt replaced by …, also where JSON's escapes or other spaces stand in it."""
-    words = [{word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]} for word in prompt.split()]
+    words = [
+        {
+            word,
+            json.dumps(word)[1:-1],
+            json.dumps(word, ensure_ascii=False)[1:-1],
+        }
+        for word in prompt.split()
+    ]
     spelt = ("(?:" + "|".join(map(re.escape, word)) + ")" for word in words)
     return re.sub(r"(?:\s|\\[nrtfbv]|\\u\w{4})+".join(spelt), "…", text) if words else text
 
@@ -2837,19 +3510,52 @@ def without(prompt: str, text: str) -> str:
 def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
     """The row of imagen.images for a journal record whose object is uploaded."""
     about = {**record["sidecar"], "storage_path": record["object"]}
-    same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms", "cost_usd_estimate")
-    row = {"id": about["image_id"], "owner_user_id": record["owner"], **{name: about.get(name) for name in same}}
-    return {**row, "prompt_hash": prompt_hash(about["prompt"]), "storage_path": record["object"], "sidecar": about}
+    same = (
+        "prompt",
+        "backend",
+        "model",
+        "seed",
+        "steps",
+        "width",
+        "height",
+        "latency_ms",
+        "cost_usd_estimate",
+    )
+    row = {
+        "id": about["image_id"],
+        "owner_user_id": record["owner"],
+        **{name: about.get(name) for name in same},
+    }
+    return {
+        **row,
+        "prompt_hash": prompt_hash(about["prompt"]),
+        "storage_path": record["object"],
+        "sidecar": about,
+    }
 
 
 def usage_row(record: Mapping[str, Any]) -> dict[str, Any]:
     """The row of mai.imagen_usage for an attempt that cost money or may have; the prompt is a hash in it."""
     asked = record.get("request") or {}
-    about = record.get("sidecar") or {**asked, "model": record.get("model"), "cost_usd_estimate": record.get("price")}
+    about = record.get("sidecar") or {
+        **asked,
+        "model": record.get("model"),
+        "cost_usd_estimate": record.get("price"),
+    }
     same = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate")
-    row = {"id": record["id"], "created_at": record.get("at"), "owner_user_id": record.get("owner") or None}
-    row |= {"image_id": about.get("image_id"), **{name: about.get(name) for name in same}}
-    row |= {"prompt_hash": prompt_hash(about.get("prompt") or ""), "charged": record.get("charged")}
+    row = {
+        "id": record["id"],
+        "created_at": record.get("at"),
+        "owner_user_id": record.get("owner") or None,
+    }
+    row |= {
+        "image_id": about.get("image_id"),
+        **{name: about.get(name) for name in same},
+    }
+    row |= {
+        "prompt_hash": prompt_hash(about.get("prompt") or ""),
+        "charged": record.get("charged"),
+    }
     return {**row, "backend": record.get("backend"), "host": record.get("host")}
 
 
@@ -2860,7 +3566,7 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(str(redact(prompt)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# === 16. Pipeline: make, finish, deliver; and recover, which is the same steps again ===
+# === Pipeline: make, finish, deliver; and recover, which is the same steps again ===
 
 
 class Plan(NamedTuple):
@@ -2892,13 +3598,23 @@ def prepare(request: Request, config: Config, output: str = "", cloud: str = "")
     name = os.path.abspath(os.path.expanduser(output or config.output.directory))
     if not output or output.endswith("/") or os.path.isdir(name):
         check_template(config.output.naming)
-        name = os.path.join(name, render_name(config.output.naming, request, time.time()))
-    said = cls.price(options, styled), cls.plan(options, styled), cls.paid, config.output.write_metadata_json
+        name = os.path.join(
+            name,
+            render_name(config.output.naming, request, time.time()),
+        )
+    said = (
+        cls.price(options, styled),
+        cls.plan(options, styled),
+        cls.paid,
+        config.output.write_metadata_json,
+    )
     mode = cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_lacks(config))
     storage = render_name("{date}/{slug}-{seed}", request, time.time()) if synced else ""
     parallel = getattr(options, "parallel", 1)
-    return Plan(request, styled, name, *said, parallel, cloud == "off", storage, config.owner_user_id)
+    return Plan(
+        request, styled, name, *said, parallel, cloud == "off", storage, config.owner_user_id
+    )
 
 
 def check_request(request: Request) -> None:
@@ -2906,9 +3622,15 @@ def check_request(request: Request) -> None:
     size = request.width, request.height
     for wrong, *said in (
         (not request.prompt.strip(), "the prompt is empty", 'imagen generate "a fox in the snow"'),
-        (len(request.prompt) > 32_000, f"the prompt has {len(request.prompt)} characters; 32,000 are the most"),
+        (
+            len(request.prompt) > 32_000,
+            f"the prompt has {len(request.prompt)} characters; 32,000 are the most",
+        ),
         (any(size) != all(size), "a size needs width and height", "--size 1024x1024"),
-        (any(size) and not 16 <= min(size) <= max(size) <= 8192, "size {}x{}: 16 to 8192 pixels".format(*size)),
+        (
+            any(size) and not 16 <= min(size) <= max(size) <= 8192,
+            "size {}x{}: 16 to 8192 pixels".format(*size),
+        ),
         (not 0 <= request.steps <= 500, f"steps {request.steps}: 0 to 500"),
         (not 0 <= (request.seed or 0) < 2**63, f"seed {request.seed}: 0 to 2^63-1"),
     ):
@@ -2953,8 +3675,16 @@ class Run(Context):
             "host": socket.gethostname(),
             "backend": plan.request.backend,
         }
-        line |= {"model": model, "price": plan.price.usd}  # for a sidecar of bytes whose result was lost
-        said = {"request": sparse(plan.request), "styled": sparse(plan.styled), "name": plan.name, "paid": plan.paid}
+        line |= {
+            "model": model,
+            "price": plan.price.usd,
+        }  # for a sidecar of bytes whose result was lost
+        said = {
+            "request": sparse(plan.request),
+            "styled": sparse(plan.styled),
+            "name": plan.name,
+            "paid": plan.paid,
+        }
         line |= {"private": plan.private, "storage": plan.storage, "owner": plan.owner}
         line |= {"job": self.job, "image_id": self.image_id} if self.job else {}
         self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar}))
@@ -2964,13 +3694,21 @@ class Run(Context):
         """Go on with an entry that somebody began."""
         # Whose first line is torn was killed before anything could be sent, and has no image anywhere.
         record = entry.record = {"name": entry.path, "backend": "", **entry.record}
-        self.entry, self.id, self.paid, self.begun = entry, record["id"], bool(record.get("paid")), True
-        self.image_id, self.job = record.get("image_id") or self.id, record.get("job") or ""
+        self.entry = entry
+        self.id = record["id"]
+        self.paid = bool(record.get("paid"))
+        self.begun = True
+        self.image_id = record.get("image_id") or self.id
+        self.job = record.get("job") or ""
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
-        self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")  # complete, without its name
+        self.hidden = os.path.join(
+            os.path.dirname(record["name"]), f".imagen-{self.id}"
+        )  # complete, without its name
         self.part = f"{self.hidden}.part"  # while it grows
-        self.fallback = state_path("open", f"{self.id}.part")  # where that goes when the target's disk is full
+        self.fallback = state_path(
+            "open", f"{self.id}.part"
+        )  # where that goes when the target's disk is full
 
     def sending(self) -> None:
         """On disk before the first byte of a paid POST leaves; Disk, and nothing is sent, where that fails."""
@@ -2995,9 +3733,16 @@ class Run(Context):
         try:
             self.entry.note(durable, **line)
             return True
-        except (OSError, TypeError, ValueError, RecursionError) as problem:  # also metadata that is no JSON
+        except (
+            OSError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as problem:  # also metadata that is no JSON
             merge_line(self.entry.record, {} if "result" in line else line)
-            self.warn(f"journal: {self.entry.path}: {getattr(problem, 'strerror', None) or problem}")
+            self.warn(
+                f"journal: {self.entry.path}: {getattr(problem, 'strerror', None) or problem}"
+            )
             return False
 
     def spool(self) -> Spool:
@@ -3049,16 +3794,25 @@ class Run(Context):
         try:
             yield
         except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
-            raise self._failed(as_error(problem), backend) from (None if isinstance(problem, ImagenError) else problem)
+            raise self._failed(as_error(problem), backend) from (
+                None if isinstance(problem, ImagenError) else problem
+            )
 
     def _failed(self, error: ImagenError, backend: Backend | None) -> ImagenError:
-        said, hint = f"{self.entry.record['backend']}: {error}", error.hint
+        said = f"{self.entry.record['backend']}: {error}"
+        hint = error.hint
         said = f"{self.id[:8]}, {said}" if self.resumed else said
         if self._spool:
             self._spool.close()
         cancelled = backend and self.why == "user" and self.remote_ids and self._cancelled(backend)
-        turned_away = isinstance(error, BadRequest | BadConfig | Quota | Busy) or not self.remote_ids
-        ended = cancelled or isinstance(error, Ended | Refused) or (self.charged == "no" and turned_away)
+        turned_away = (
+            isinstance(error, BadRequest | BadConfig | Quota | Busy) or not self.remote_ids
+        )
+        ended = (
+            cancelled
+            or isinstance(error, Ended | Refused)
+            or (self.charged == "no" and turned_away)
+        )
         ended = ended and not self.whole()
         kind = type(error)
         if not ended and self.charged != "no" and not isinstance(error, Interrupted | Disk):
@@ -3070,7 +3824,9 @@ class Run(Context):
             said += f" ({', '.join(ids)})"
         said += "; cancelled there" * bool(cancelled)
         if self.paid:
-            said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[self.charged]
+            said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[
+                self.charged
+            ]
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         error = kind(said, hint, charged=self.charged, after=error.after)
@@ -3094,17 +3850,27 @@ class Run(Context):
 
 
 def as_error(problem: BaseException) -> ImagenError:
-    """Any exception as one of section 1; what nobody expected is a bug."""
+    """Any exception as one of section Errors; what nobody expected is a bug."""
     if isinstance(problem, ImagenError):
         return problem
     if isinstance(problem, OSError):
-        return Disk(f"{problem.filename or 'disk'}: {problem.strerror or problem}", "make room, or name another folder")
-    return ImagenError(f"unexpected {type(problem).__name__}: {problem}", "please report this, with the output of -v")
+        return Disk(
+            f"{problem.filename or 'disk'}: {problem.strerror or problem}",
+            "make room, or name another folder",
+        )
+    return ImagenError(
+        f"unexpected {type(problem).__name__}: {problem}",
+        "please report this, with the output of -v",
+    )
 
 
 def sparse(request: Request) -> dict[str, Any]:
     """A request without the fields that are at their defaults."""
-    return {key: value for key, value in request._asdict().items() if value != Request._field_defaults.get(key)}
+    return {
+        key: value
+        for key, value in request._asdict().items()
+        if value != Request._field_defaults.get(key)
+    }
 
 
 def make(plan: Plan, config: Config, run: Run) -> Result:
@@ -3122,18 +3888,31 @@ def finish(run: Run, result: Result) -> dict[str, Any]:
     with run.attempting():
         run.charged = "yes" if run.paid else run.charged
         latency = None if run.resumed else round((time.monotonic() - run.started) * 1000)
-        image = io.BytesIO(result.image) if isinstance(result.image, bytes | bytearray) else result.image
+        image = (
+            io.BytesIO(result.image)
+            if isinstance(result.image, bytes | bytearray)
+            else result.image
+        )
         with image as source, source if isinstance(source, Spool) else run.spool() as spool:
             if spool is not source:
                 _copy(source, spool)
-            run.jot(result={**result._asdict(), "image": None, "latency_ms": latency}, charged=run.charged)
+            run.jot(
+                result={**result._asdict(), "image": None, "latency_ms": latency},
+                charged=run.charged,
+            )
             sniffed = sniff(spool)
             if not sniffed or not sniffed.complete:
                 spool.seek(0)
-                what = "an image that breaks off" if sniffed else f"no image but {excerpt(spool.read(1 << 16), 60)}"
+                what = (
+                    "an image that breaks off"
+                    if sniffed
+                    else f"no image but {excerpt(spool.read(1 << 16), 60)}"
+                )
                 raise (Unknown if run.paid else Ended)(f"the backend sent {what}")
         if spool.path == run.fallback:
-            raise Disk(f"{run.hidden}: disk full or gone; the image waits in {spool.path}", "make room")
+            raise Disk(
+                f"{run.hidden}: disk full or gone; the image waits in {spool.path}", "make room"
+            )
         return save(run, spool.path)
 
 
@@ -3141,7 +3920,10 @@ def save(run: Run, kept: str) -> dict[str, Any]:
     """From the complete image at `kept` to its name, its sidecar and the record; the same after a kill at any step."""
     if kept == run.fallback:
         prepare_folder(os.path.dirname(run.hidden))
-        with open(kept, "rb") as source, Spool(run.part, run.part) as spool:  # the fallback is what we copy from
+        with (
+            open(kept, "rb") as source,
+            Spool(run.part, run.part) as spool,
+        ):  # the fallback is what we copy from
             _copy(source, spool)
     if kept != run.hidden:
         with open(run.part, "rb") as file:
@@ -3151,8 +3933,20 @@ def save(run: Run, kept: str) -> dict[str, Any]:
     if claim := record.get("claim"):
         release_claim(claim, run.image_id)
     ending, about = describe(run, run.hidden)
-    run.jot(image={"file": run.hidden, "sha256": about["sha256"], "bytes": about["bytes"]})
-    asked, got = [(shape.get("width"), shape.get("height")) for shape in (record["styled"], about)]
+    run.jot(
+        image={
+            "file": run.hidden,
+            "sha256": about["sha256"],
+            "bytes": about["bytes"],
+        }
+    )
+    asked, got = [
+        (
+            shape.get("width"),
+            shape.get("height"),
+        )
+        for shape in (record["styled"], about)
+    ]
     if asked[0] and asked != got:
         run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
 
@@ -3160,7 +3954,13 @@ def save(run: Run, kept: str) -> dict[str, Any]:
         return to_json(placed(record, about, path), indent=2) + "\n"
 
     sidecar = text if record.get("sidecar_wanted", True) else None
-    path = publish(run.hidden, record["name"], ending, sidecar, lambda path: run.jot(claim=path))
+    path = publish(
+        run.hidden,
+        record["name"],
+        ending,
+        sidecar,
+        lambda path: run.jot(claim=path),
+    )
     if run.jot(path=path, sidecar=placed(record, about, path)):
         run.clean()
     if sidecar and not os.path.exists(f"{path}.json"):
@@ -3171,7 +3971,15 @@ def save(run: Run, kept: str) -> dict[str, Any]:
 def placed(record: Mapping[str, Any], about: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The sidecar of an image that is named `path`, with the place in the bucket that has the same number, if any."""
     (stem, ending), storage = os.path.splitext(path), record.get("storage")
-    number = stem.removeprefix(os.path.splitext(numbered(record["name"], ending[1:], 1))[0])
+    number = stem.removeprefix(
+        os.path.splitext(
+            numbered(
+                record["name"],
+                ending[1:],
+                1,
+            )
+        )[0]
+    )
     return {**about, "storage_path": f"{storage}{number}{ending}" if storage else None}
 
 
@@ -3184,10 +3992,17 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         sniffed = sniff(file) or Sniffed("png")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
-    request, styled = Request(**record["request"]), Request(**record["styled"])
-    said: Mapping[str, Any] = record.get("result") or {"model": record.get("model"), "cost_usd": record.get("price")}
-    ignored, seed = list(said.get("ignored") or ()), said.get("seed")
-    unseeded = "seed" in ignored or (run.paid and "result" not in record)  # or nobody knows any more
+    request = Request(**record["request"])
+    styled = Request(**record["styled"])
+    said: Mapping[str, Any] = record.get("result") or {
+        "model": record.get("model"),
+        "cost_usd": record.get("price"),
+    }
+    ignored = list(said.get("ignored") or ())
+    seed = said.get("seed")
+    unseeded = "seed" in ignored or (
+        run.paid and "result" not in record
+    )  # or nobody knows any more
     wanted = {"width": request.width, "height": request.height, "steps": request.steps}
     return sniffed.format, {
         "image_id": run.image_id,
@@ -3200,14 +4015,17 @@ def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
         "seed": None if unseeded else request.seed if seed is None else seed,
         "steps": said.get("steps"),
         "timestamp": record["at"],
-        "requested": wanted | ({"backend_opts": dict(request.backend_opts)} if request.backend_opts else {}),
+        "requested": wanted
+        | ({"backend_opts": dict(request.backend_opts)} if request.backend_opts else {}),
         "width": sniffed.width,
         "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
         "latency_ms": said.get("latency_ms"),
-        "cost_usd_estimate": cost if isinstance(cost := said.get("cost_usd"), int | float) else None,
+        "cost_usd_estimate": cost
+        if isinstance(cost := said.get("cost_usd"), int | float)
+        else None,
         "charged": run.charged,
         "ignored": ignored,
         "storage_path": None,
@@ -3226,7 +4044,8 @@ def owed(record: Mapping[str, Any]) -> list[str]:
         return []
     made = record.get("path") and not record.get("refused")
     lacks = [part for part in ("object", "row") if made and not record.get(part)]
-    charged, told = record.get("charged", "no"), record.get("usage")
+    charged = record.get("charged", "no")
+    told = record.get("usage")
     if record.get("paid") and told not in (charged, "for good") and (told or charged != "no"):
         lacks.append("usage")
     return lacks
@@ -3251,17 +4070,20 @@ def deliver(run: Run, config: Config) -> None:
 
 def push(run: Run, config: Config, parts: Sequence[str]) -> None:
     """Do what is owed of `parts`, each on record as soon as it is done; raises the first error."""
-    record, failed = run.entry.record, list[ImagenError]()
+    record = run.entry.record
+    failed = list[ImagenError]()
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.jot(owner=config.owner_user_id)
-    ctx, steps = run.delivery(DELIVERY), {"object": put_object, "row": put_row, "usage": put_usage}
+    ctx = run.delivery(DELIVERY)
+    steps = {"object": put_object, "row": put_row, "usage": put_usage}
     while lacks := [part for part in owed(record) if part in parts]:
         prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "")
         try:
             steps[lacks[0]](run, Supabase(ctx, config.supabase, prompt))
         except Exception as problem:  # nothing of the cloud fails a generation
-            error, what = as_error(problem), "usage" if lacks[0] == "usage" else "cloud sync"
+            error = as_error(problem)
+            what = "usage" if lacks[0] == "usage" else "cloud sync"
             open_still = not isinstance(error, BadRequest)
             hint = error.hint * (ctx.why != "deadline")  # which no --timeout moves
             hint = "; ".join(filter(None, (hint, "later: imagen sync" * open_still)))
@@ -3278,20 +4100,31 @@ def put_object(run: Run, cloud: Supabase) -> None:
     import hashlib
 
     record = run.entry.record
-    about, begun = record["sidecar"], record.get("putting")
+    about = record["sidecar"]
+    begun = record.get("putting")
     if not record.get("owner"):
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
     if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
         raise BadRequest(f"{record['path']} is gone")
     with open(record["path"], "rb") as file:
-        if run.resumed and about.get("sha256") not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+        if run.resumed and about.get("sha256") not in (
+            None,
+            hashlib.file_digest(file, "sha256").hexdigest(),
+        ):
             raise BadRequest(f"{record['path']} was changed since it was made")
         path = begun or about["storage_path"]
         holder = cloud.holder(path) if begun else ""  # ours may have arrived, or another's since
-        others = {holder, *(str(row["id"]) for row in cloud.images(storage_path=path))} - {run.image_id, ""}
+        others = {
+            holder,
+            *(str(row["id"]) for row in cloud.images(storage_path=path)),
+        } - {
+            run.image_id,
+            "",
+        }
         if others or path == record.get("taken"):
             stem, ending = os.path.splitext(about["storage_path"])
-            path, holder = f"{stem}-{run.id[:8]}{ending}", ""
+            path = f"{stem}-{run.id[:8]}{ending}"
+            holder = ""
         if holder != run.image_id:
             run.jot(putting=path)
             cloud.upload(path, file, about["mime_type"], run.image_id)
@@ -3302,9 +4135,13 @@ def put_object(run: Run, cloud: Supabase) -> None:
 def put_row(run: Run, cloud: Supabase) -> None:
     """Insert the image's row; where its path turns out to be another's, the object goes to another one first."""
     record = run.entry.record
-    path, mine = record["object"], f"-{run.id[:8]}." in record["object"]
+    path = record["object"]
+    mine = f"-{run.id[:8]}." in record["object"]
     try:
-        if not run.uploaded and cloud.holder(path) not in (run.image_id, ""):  # long ago; somebody has written over it
+        if not run.uploaded and cloud.holder(path) not in (
+            run.image_id,
+            "",
+        ):  # long ago; somebody has written over it
             raise Failed(f"409 23505: {path} is another image by now")
         path = cloud.add_image(image_row(record))
     except Failed as problem:
@@ -3339,8 +4176,14 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
             if run.paid:
                 run.settle("yes")
             return save(run, kept)
-    claim, image = record.get("claim"), record.get("image")
-    if claim and image and os.path.exists(claim) and (about := describe(run, claim)[1])["sha256"] == image["sha256"]:
+    claim = record.get("claim")
+    image = record.get("image")
+    if (
+        claim
+        and image
+        and os.path.exists(claim)
+        and (about := describe(run, claim)[1])["sha256"] == image["sha256"]
+    ):
         run.jot(path=claim, sidecar=placed(record, about, claim))
         return record
     if run.charged == "no" and not run.remote_ids:
@@ -3348,7 +4191,9 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
         return None
     if not os.path.isdir(folder := os.path.dirname(run.hidden)):
         entry.release()
-        raise Disk(f"{folder}: not there, and may hold the image", "mount or make it, then recover again")
+        raise Disk(
+            f"{folder}: not there, and may hold the image", "mount or make it, then recover again"
+        )
     styled = Request(**record["styled"])
     backend = open_backend(styled.backend, config.backends, styled.backend_opts)
     others = (*map(merged, map(_read, open_paths())), *ledger())
@@ -3361,11 +4206,13 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
         if run.charged != "unknown" and type(backend).resume is not Backend.resume:
             raise
         hint = "the backend's usage page tells whether it was charged; this entry is closed"
-        raise Unknown(f"{problem}, sent at {record.get('sending')}", hint, charged=run.charged) from None
+        raise Unknown(
+            f"{problem}, sent at {record.get('sending')}", hint, charged=run.charged
+        ) from None
     return finish(run, result)
 
 
-# === 17. Queue: imagen.jobs, one connection, one statement a turn ===
+# === Queue: imagen.jobs, one connection, one statement a turn ===
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
@@ -3376,28 +4223,47 @@ def postgres_options(dsn: str) -> dict[str, str]:
     from urllib.parse import unquote
 
     parts = ("user", "password", "host", "port", "database")
-    said = {name: os.environ.get(f"PG{name.upper().replace('_', '')}", "") for name in (*parts, *PG_VARIABLES)}
+    said = {
+        name: os.environ.get(f"PG{name.upper().replace('_', '')}", "")
+        for name in (*parts, *PG_VARIABLES)
+    }
     if dsn:
-        who, where = r"(?:([^:/]*?)(?::([^/]*?))?@)?", r"(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?"
+        who = r"(?:([^:/]*?)(?::([^/]*?))?@)?"
+        where = r"(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?"
         form = rf"postgres(?:ql)?://{who}{where}(?:/([^?@]*))?(?:\?(.*))?"
         if not (match := re.fullmatch(form, dsn)):
             text = "the database's address is not postgresql://user:password@host:port/database"
             raise BadConfig(text, "in user and password, / is %2F, @ is %40, : is %3A, % is %25")
         *named, query = match.groups("")
-        pairs = [*zip(parts, named, strict=True), *(pair.partition("=")[::2] for pair in query.split("&"))]
-        said |= {{"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value}
+        pairs = [
+            *zip(parts, named, strict=True),
+            *(pair.partition("=")[::2] for pair in query.split("&")),
+        ]
+        said |= {
+            {"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value
+        }
     said["user"] = said["user"] or os.environ.get("USER", "postgres")
     # Whoever has a name has a certificate from one of the system's authorities.
     modes = SSL_MODES[-1:] if said["sslrootcert"] == "system" else SSL_MODES
-    usual = {"host": "localhost", "port": "5432", "database": said["user"], "connect_timeout": f"{CONNECT_TIMEOUT:.0f}"}
+    usual = {
+        "host": "localhost",
+        "port": "5432",
+        "database": said["user"],
+        "connect_timeout": f"{CONNECT_TIMEOUT:.0f}",
+    }
     usual["sslmode"] = "prefer" if modes is SSL_MODES else "verify-full"
     said |= {name: value for name, value in usual.items() if not said[name]}
     said["host"] = said["host"].strip("[]")
     if said["sslmode"] not in modes:
         raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], modes)}")
     host, *numbers = (said[name] for name in ("host", "port", "connect_timeout"))
-    if "," in host or not all(number.isdecimal() and 0 < int(number) < 1 << 16 for number in numbers):
-        raise BadConfig(f"no database is at {host}:{numbers[0]} (connect_timeout {numbers[1]})", "one host, one port")
+    if "," in host or not all(
+        number.isdecimal() and 0 < int(number) < 1 << 16 for number in numbers
+    ):
+        raise BadConfig(
+            f"no database is at {host}:{numbers[0]} (connect_timeout {numbers[1]})",
+            "one host, one port",
+        )
     return said
 
 
@@ -3409,7 +4275,8 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
         def makefile(self, *_: Any, **__: Any) -> Any:
             return PgStream(self)
 
-    mode, named = options["sslmode"], options["sslrootcert"]
+    mode = options["sslmode"]
+    named = options["sslrootcert"]
     if mode == "disable" or options["host"].startswith("/"):
         return [False]
     root = os.path.expanduser(named or "~/.postgresql/root.crt")
@@ -3427,7 +4294,10 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
             context.load_cert_chain(options["sslcert"], options["sslkey"] or None)
     except OSError as problem:
         raise BadConfig(f"sslmode {mode}: the certificates cannot be read: {problem}") from None
-    return {"allow": [False, context], "prefer": [context, False]}.get(mode, [context])
+    return {
+        "allow": [False, context],
+        "prefer": [context, False],
+    }.get(mode, [context])
 
 
 class PgStream:
@@ -3436,7 +4306,9 @@ class PgStream:
     again: Callable[[], Any]  # makes another connection to the same place
 
     def __init__(self, sock: Any) -> None:
-        self.sock, self._ahead, self._out = sock, b"", bytearray()
+        self.sock = sock
+        self._ahead = b""
+        self._out = bytearray()
         sock.stream = self
 
     @classmethod
@@ -3450,7 +4322,8 @@ class PgStream:
             if not (data := self.sock.recv(1 << 16)):
                 raise ConnectionError("the server closed the connection")
             self._ahead += data
-        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        data = self._ahead[:count]
+        self._ahead = self._ahead[count:]
         return data
 
     def write(self, data: bytes) -> None:
@@ -3494,7 +4367,9 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     try:
         import pg8000.native as pg  # type: ignore[import-untyped]
     except ImportError:
-        raise BadConfig("talking to Postgres needs pg8000", "pip install pg8000, or: uv run imagen.py …") from None
+        raise BadConfig(
+            "talking to Postgres needs pg8000", "pip install pg8000, or: uv run imagen.py …"
+        ) from None
     place = f"Postgres at {options['host']}:{options['port']}"
     try:
         connection = _connected(pg, options)
@@ -3505,7 +4380,13 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     except pg.DatabaseError as problem:
         said = problem.args[0]
         code = str(said.get("C", ""))
-        kind = BadConfig if code[:2] in ("28", "3D", "3F", "42") else Unreachable if code[:2] in LOST else Failed
+        kind = (
+            BadConfig
+            if code[:2] in ("28", "3D", "3F", "42")
+            else Unreachable
+            if code[:2] in LOST
+            else Failed
+        )
         hint = "imagen migrate" if code in ("42P01", "3F000") else str(said.get("H") or "")
         raise kind(f"{place}: {said.get('M')} ({code})", hint) from None
     except (pg.Error, OSError, UnicodeError) as problem:
@@ -3519,7 +4400,9 @@ LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one con
 
 
 def _connected(pg: Any, options: Mapping[str, str]) -> Any:
-    host, port, patience = options["host"], int(options["port"]), float(options["connect_timeout"])
+    host = options["host"]
+    port = int(options["port"])
+    patience = float(options["connect_timeout"])
     who = {name: options[name] for name in ("user", "host", "database", "password")}
     for context in (contexts := postgres_tls(options)):
         if unix := host.startswith("/"):
@@ -3533,15 +4416,23 @@ def _connected(pg: Any, options: Mapping[str, str]) -> Any:
             else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
+                for name, value in {
+                    "TCP_KEEPIDLE": 10,
+                    "TCP_KEEPINTVL": 5,
+                    "TCP_KEEPCNT": 3,
+                }.items():
                     if hasattr(socket, name):
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            return pg.Connection(**who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}")
+            return pg.Connection(
+                **who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}"
+            )
         except (pg.Error, OSError) as problem:
             sock.close()
             final = isinstance(problem, ConnectionError | TimeoutError)
             if isinstance(problem, pg.DatabaseError):
-                final = problem.args[0].get("C") != "28000"  # which is pg_hba.conf's no to this way of coming
+                final = (
+                    problem.args[0].get("C") != "28000"
+                )  # which is pg_hba.conf's no to this way of coming
             if final or context is contexts[-1]:
                 raise
     raise AssertionError("postgres_tls gives at least one context")
@@ -3630,19 +4521,26 @@ class Queue:
 
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always` are the parameters that stay: me, slot, lease, backends, default. LISTENs before anything else."""
-        self.connection, self.always = connection, always
+        self.connection = connection
+        self.always = always
         self.told = self._claiming = False
         self._prepared: dict[str, Any] = {}
         # What we lean on of pg8000 that it does not promise: its table of handlers here, its socket in PgStream.of.
-        handlers, self.stream = getattr(connection, "message_types", None), PgStream.of(connection)
+        handlers = getattr(connection, "message_types", None)
+        self.stream = PgStream.of(connection)
         if handlers is None or not self.stream:
             self.stream = None  # then it can only be asked
         else:
             handlers[b"A"], handlers[b"2"] = self._notified, self._bound
         connection.run("LISTEN imagen_jobs")
         self._check()
-        patience = (self.stream and self.stream.sock.gettimeout()) or 0  # nothing of ours is done after we gave up
-        settings = {"statement_timeout": f"{900 * patience:.0f}", "default_transaction_isolation": "'read committed'"}
+        patience = (
+            self.stream and self.stream.sock.gettimeout()
+        ) or 0  # nothing of ours is done after we gave up
+        settings = {
+            "statement_timeout": f"{900 * patience:.0f}",
+            "default_transaction_isolation": "'read committed'",
+        }
         # Jobs come faster than statistics of them: without these a claim sorts all that wait, and keeps doing so.
         settings |= dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off")
         connection.run("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
@@ -3657,14 +4555,21 @@ class Queue:
     def _check(self) -> None:
         """BadConfig where notifications do not come through."""
         key = getattr(self.connection, "_backend_key_data", None) or b""
-        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4], "big")]]:
+        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [
+            [int.from_bytes(key[:4], "big")]
+        ]:
             return
-        other = self.stream.again()  # a pooler is in between, which may keep notifications for itself
+        other = (
+            self.stream.again()
+        )  # a pooler is in between, which may keep notifications for itself
         other.run("NOTIFY imagen_jobs")
         other.close()
         if not self.wait(2.0):
             why = "the address leads to a transaction pooler (port 6543?), which forgets LISTEN"
-            raise BadConfig(f"notifications do not arrive: {why}", "use the direct connection, or the session pooler")
+            raise BadConfig(
+                f"notifications do not arrive: {why}",
+                "use the direct connection, or the session pooler",
+            )
 
     def run(self, sql: str, **named: Any) -> list[Any]:
         """The rows of a statement, which is prepared the first time; one round trip from then on."""
@@ -3681,7 +4586,13 @@ class Queue:
             told.append(f"{woken} FROM {name} WHERE status = 'pending'")
         sql = f"WITH {', '.join(TURN[name] for name in chosen)} {' UNION ALL '.join(told)}"
         named = {key: value for part in parts.values() for key, value in part.items()}
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TURN, "woken")}
+        rows: dict[str, list[dict[str, Any]]] = {
+            name: []
+            for name in (
+                *TURN,
+                "woken",
+            )
+        }
         self._claiming = "claimed" in parts
         for name, row in self.run(sql, **named):
             rows[name].append(row)
@@ -3691,7 +4602,9 @@ class Queue:
         """Wait for a notification or a bell; whether the server has something to say, or may have."""
         import select
 
-        stream, told, self.told = self.stream, self.told, False
+        stream = self.stream
+        told = self.told
+        self.told = False
         timeout = max(0.0, timeout if stream else min(timeout, 0.25))
         heard = told or bool(stream and stream.arrived())
         wires = [*bells, *([stream.sock] if stream else ())]
@@ -3701,7 +4614,7 @@ class Queue:
         return heard or not stream or stream.sock in ready
 
 
-# === 18. Worker: takes jobs, keeps their leases, hands their images in ===
+# === Worker: takes jobs, keeps their leases, hands their images in ===
 #
 # The main thread owns the connection and does everything in the database, a turn at a time. A job runs in a thread of
 # its own, which is a door to `make`, `finish` and `deliver` like any other, and rings the bell when it wants something.
@@ -3721,7 +4634,10 @@ class Wish:
     """A statement that another thread wants done by the main thread; once it is `done`, its rows."""
 
     def __init__(self, sql: str, named: Mapping[str, Any]) -> None:
-        self.sql, self.named, self.rows, self.done = sql, named, list[Any](), threading.Event()
+        self.sql = sql
+        self.named = named
+        self.rows = list[Any]()
+        self.done = threading.Event()
         self.sent = 0.0
 
 
@@ -3732,9 +4648,13 @@ class Attempt(Run):
         import uuid
 
         super().__init__(JOB_TIMEOUT, self._show, lambda text: worker.say(f"{self.job}: {text}", 4))
-        self.worker, self.row, self.number, self.job = worker, row, int(row["attempt"]), row["id"]
+        self.worker = worker
+        self.row = row
+        self.number = int(row["attempt"])
+        self.job = row["id"]
         job = uuid.UUID(self.job)
-        self.id, self.image_id = self.id_of(self.number), str(uuid.uuid5(job, "image"))
+        self.id = self.id_of(self.number)
+        self.image_id = str(uuid.uuid5(job, "image"))
         fields = {key: row[key] for key in Request._fields if row.get(key) is not None}
         self.request = Request(**{"seed": job.int & 0x7FFFFFFF, **fields})
         self.note: str | None = None  # for the row
@@ -3752,7 +4672,8 @@ class Attempt(Run):
 
     def _show(self, note: str, done: float | None, total: float | None) -> None:
         share = max(0.0, min(1.0, done / total)) if done is not None and total else None
-        self.note, self.share = note[:200], share
+        self.note = note[:200]
+        self.share = share
 
     def sending(self) -> None:
         """The receipt stands in the row, under the fence, before the first byte of a paid POST leaves."""
@@ -3760,7 +4681,9 @@ class Attempt(Run):
         wish = self.receipt()
         while not wish.done.wait(0.5):
             self.check()
-        if not wish.rows or time.monotonic() > wish.sent + self.worker.config.worker.lease_s:  # or frozen since
+        if (
+            not wish.rows or time.monotonic() > wish.sent + self.worker.config.worker.lease_s
+        ):  # or frozen since
             self.stop("lost")
         super().sending()
 
@@ -3772,9 +4695,15 @@ class Attempt(Run):
 
     def receipt(self) -> Wish:
         """Have written what another worker needs to fetch what this one paid for."""
-        about = {"attempt": self.number, "at": self.entry.record["at"], "host": socket.gethostname()}
+        about = {
+            "attempt": self.number,
+            "at": self.entry.record["at"],
+            "host": socket.gethostname(),
+        }
         receipt = to_jsonb({**about, "remote": self.remote_ids})
-        return self.worker.wish(RECEIPT, id=self.job, attempt=self.number, own=self.own, receipt=receipt)
+        return self.worker.wish(
+            RECEIPT, id=self.job, attempt=self.number, own=self.own, receipt=receipt
+        )
 
     def end(self, outcome: dict[str, Any]) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was still ours."""
@@ -3788,16 +4717,27 @@ class Worker:
     """Claims jobs, runs them, and writes what became of them. `say(text, priority)` tells of each event."""
 
     def __init__(
-        self, config: Config, say: Callable[..., None], concurrency: int, name: str, backends: Sequence[str]
+        self,
+        config: Config,
+        say: Callable[..., None],
+        concurrency: int,
+        name: str,
+        backends: Sequence[str],
     ) -> None:
-        self.config, self.say, self.concurrency = config, say, concurrency
-        self.me, self.backends = new_uuid(), list(backends) or None
+        self.config = config
+        self.say = say
+        self.concurrency = concurrency
+        self.me = new_uuid()
+        self.backends = list(backends) or None
         self.slot, self._held = take_slot(name)
         self.running: dict[str, Attempt] = {}
         self.outcomes: list[tuple[Attempt, dict[str, Any]]] = []
         self.wishes: list[Wish] = []
         self.begun = False  # there was a database with imagen.jobs in it
-        self.stops, self.stopping_at, self.grace, self.waiting = 0, 0.0, config.worker.grace_s, 0
+        self.stops = 0
+        self.stopping_at = 0.0
+        self.grace = config.worker.grace_s
+        self.waiting = 0
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
         self._rope.setblocking(False)
@@ -3818,16 +4758,25 @@ class Worker:
 
     def on_signal(self, *_: Any) -> None:
         """The first: no more claims. The second: hand back what is running."""
-        self.stops, self.stopping_at = self.stops + 1, self.stopping_at or time.monotonic()
+        self.stops = self.stops + 1
+        self.stopping_at = self.stopping_at or time.monotonic()
         self.ring()
 
     def serve(self, once: bool = False) -> None:
         """Work until a signal says stop, or, with `once`, until no job waits. Postgres may come and go."""
-        settings, pause = self.config.worker, 0.05
-        fixed = {"me": self.me, "slot": self.slot, "lease": settings.lease_s, "backends": self.backends}
+        settings = self.config.worker
+        pause = 0.05
+        fixed = {
+            "me": self.me,
+            "slot": self.slot,
+            "lease": settings.lease_s,
+            "backends": self.backends,
+        }
         while not self.stops or self.running or self.outcomes:
             try:
-                with postgres(self.config.supabase.database_url_env, patience=settings.lease_s / 2) as connection:
+                with postgres(
+                    self.config.supabase.database_url_env, patience=settings.lease_s / 2
+                ) as connection:
                     queue = Queue(connection, **fixed, default=self.config.default_backend)
                     pause = 0.05
                     self.say("connected, listening")
@@ -3838,8 +4787,13 @@ class Worker:
                     raise
                 self.say(f"{problem}; next try in {pause:.1f} s", 4)
             self.release()
-            ended = [*(run.job for run, _ in self.outcomes), *(run.job for run in self.running.values() if run.why)]
-            over = self.stops > 1 or (self.stops and time.monotonic() > self.stopping_at + self.grace)
+            ended = [
+                *(run.job for run, _ in self.outcomes),
+                *(run.job for run in self.running.values() if run.why),
+            ]
+            over = self.stops > 1 or (
+                self.stops and time.monotonic() > self.stopping_at + self.grace
+            )
             if over and not self.running.keys() - ended:
                 break  # the journal has what is left, and whoever takes this slot goes on with it
             sd_notify(f"WATCHDOG=1\nSTATUS=no database; {len(self.running)} running")
@@ -3854,20 +4808,35 @@ class Worker:
 
     def turns(self, queue: Queue, once: bool) -> None:
         """Turn after turn until nothing is left to do; an error leaves what is unwritten for the next connection."""
-        settings, since = self.config.worker, time.monotonic()
+        settings = self.config.worker
+        since = time.monotonic()
         tick = min(1.0, settings.heartbeat_s)
         poll_at = beaten = 0.0
         heard = True
         self.take_in(queue.turn(disowned={"mine": [*self.running]}))
         self.begun = True
         while not self.stops or self.running or self.outcomes:
-            now, parts = time.monotonic(), dict[str, Mapping[str, Any]]()
+            now = time.monotonic()
+            parts = dict[str, Mapping[str, Any]]()
             self.write(queue)
             settling = self.outcomes[:]
-            busy = [run for run in self.running.values() if all(run is not ended for ended, _ in settling)]
-            news = any((run.note, run.share) != (run.row["note"], run.row["progress"]) for run in busy)
+            busy = [
+                run
+                for run in self.running.values()
+                if all(run is not ended for ended, _ in settling)
+            ]
+            news = any(
+                (run.note, run.share)
+                != (
+                    run.row["note"],
+                    run.row["progress"],
+                )
+                for run in busy
+            )
             if settling:
-                outcomes = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in settling]
+                outcomes = [
+                    {"id": run.job, "attempt": run.number, **outcome} for run, outcome in settling
+                ]
                 parts["settled"] = {"outcomes": to_jsonb(outcomes)}
             if busy and now >= beaten + (tick if news else settings.heartbeat_s):
                 parts["kept"] = {"beats": to_jsonb([self.beat(run) for run in busy])}
@@ -3892,11 +4861,17 @@ class Worker:
                 delays = [outcome["delay"] for _, outcome in settling if "delay" in outcome]
                 poll_at = min(poll_at, time.monotonic() + min([settings.poll_s, *delays]))
             self.release()
-            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending")
+            sd_notify(
+                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
+            )
             if (self.stops or (once and not heard)) and not self.running and not self.outcomes:
                 return
             until = min(poll_at, now + tick) if self.running else poll_at
-            if not self.outcomes and not self.wishes and not (heard and len(self.running) < self.concurrency):
+            if (
+                not self.outcomes
+                and not self.wishes
+                and not (heard and len(self.running) < self.concurrency)
+            ):
                 heard = queue.wait(min(5.0, until - time.monotonic()), self._bell) or heard
 
     def work(self, run: Attempt) -> None:
@@ -3925,8 +4900,13 @@ class Worker:
         """The record of the job's image: found on this disk, fetched from where it was paid for, or made."""
         plan = prepare(run.request, config)
         plan = plan._replace(storage=plan.storage and f"{plan.storage}-{run.id[:8]}")
-        receipt, own_id = run.row.get("receipt"), run.id
-        paths = [path for path in open_paths() if merged(_read(path)).get("job") == run.job] if run.number > 1 else []
+        receipt = run.row.get("receipt")
+        own_id = run.id
+        paths = (
+            [path for path in open_paths() if merged(_read(path)).get("job") == run.job]
+            if run.number > 1
+            else []
+        )
         for entry in filter(None, map(Entry.take, paths)):
             if record := self.recovered(run, entry, config):
                 return record
@@ -3938,7 +4918,11 @@ class Worker:
             prepare_folder(os.path.dirname(plan.name))
             run.begin(plan)
             run.resumed = True
-            run.jot(sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {})
+            run.jot(
+                sending=receipt["at"],
+                charged="unknown",
+                remote=receipt.get("remote") or {},
+            )
             if record := self.recovered(run, run.entry, config):
                 return record
         return finish(run, make(plan, config, run))
@@ -3961,7 +4945,9 @@ class Worker:
             push(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            outcome["error"] = clipped(f"{problem}; the image is at {record['path']} on {socket.gethostname()}")
+            outcome["error"] = clipped(
+                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
+            )
         return {**outcome, "image": image_row(record) if record.get("object") else None}
 
     def failure(self, run: Attempt, error: ImagenError) -> dict[str, Any]:
@@ -3973,7 +4959,12 @@ class Worker:
         if run.why == "user":
             return {**said, "status": "canceled", "charged": charged}
         most = run.row["max_attempts"]
-        if charged and run.resumed and os.path.exists(run.entry.path) and not run.entry.record.get("over"):
+        if (
+            charged
+            and run.resumed
+            and os.path.exists(run.entry.path)
+            and not run.entry.record.get("over")
+        ):
             most += 3  # it may still be fetched
         elif charged or not error.retryable:
             most = 0
@@ -3993,15 +4984,24 @@ class Worker:
     def beat(self, run: Attempt) -> dict[str, Any]:
         """What a heartbeat writes of a job."""
         run.row = {**run.row, "note": run.note, "progress": run.share}
-        return {"id": run.job, "attempt": run.number, "note": run.note, "progress": run.share}
+        return {
+            "id": run.job,
+            "attempt": run.number,
+            "note": run.note,
+            "progress": run.share,
+        }
 
-    def tried(self, queue: Queue, parts: dict[str, Any], settling: Sequence[Any]) -> dict[str, list[Any]]:
+    def tried(
+        self, queue: Queue, parts: dict[str, Any], settling: Sequence[Any]
+    ) -> dict[str, list[Any]]:
         """The rows of a turn. Where the database refuses one outcome, the others are written without it."""
         from pg8000.native import DatabaseError
 
         def refused(problem: DatabaseError) -> str:
             said = problem.args[0] if isinstance(problem.args[0], Mapping) else {}
-            return f"{said.get('C')} {said.get('M')}" if str(said.get("C"))[:2] in ("22", "23") else ""
+            return (
+                f"{said.get('C')} {said.get('M')}" if str(said.get("C"))[:2] in ("22", "23") else ""
+            )
 
         try:
             return queue.turn(**parts)
@@ -4009,7 +5009,13 @@ class Worker:
             if not settling or not refused(problem):
                 raise
         parts.clear()
-        rows: dict[str, list[Any]] = {name: [] for name in (*TURN, "woken")}
+        rows: dict[str, list[Any]] = {
+            name: []
+            for name in (
+                *TURN,
+                "woken",
+            )
+        }
         for run, outcome in settling:
             said = {"id": run.job, "attempt": run.number}
             try:
@@ -4023,13 +5029,26 @@ class Worker:
         return {**rows, "woken": [{}]}
 
     def take_in(
-        self, rows: Mapping[str, list[Any]], settling: Sequence[Any] = (), busy: Sequence[Attempt] = ()
+        self,
+        rows: Mapping[str, list[Any]],
+        settling: Sequence[Any] = (),
+        busy: Sequence[Attempt] = (),
     ) -> None:
         """What a turn has brought: outcomes written or fenced off, leases lost, wishes to cancel, new jobs."""
-        written = {(row["id"], row["attempt"]): row["status"] for row in rows["settled"]}
+        written = {
+            (
+                row["id"],
+                row["attempt"],
+            ): row["status"]
+            for row in rows["settled"]
+        }
         for run, outcome in settling:
             status = written.get((run.job, run.number))
-            said = f"{status} {outcome.get('error') or ''}".strip() if status else "its lease was lost: not written"
+            said = (
+                f"{status} {outcome.get('error') or ''}".strip()
+                if status
+                else "its lease was lost: not written"
+            )
             self.say(f"{run.job}: {said}")
             self.outcomes.remove((run, outcome))
             self.forget(run)
@@ -4047,14 +5066,21 @@ class Worker:
                 wished.stop("user")
         for row in (*rows["disowned"], *rows["rescued"]):
             self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
-        for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
+        for row in sorted(
+            rows["claimed"],
+            key=lambda row: (-row["priority"], row["seq"]),
+        ):
             self.running[row["id"]] = run = Attempt(self, row)
-            self._threads = [*filter(threading.Thread.is_alive, self._threads), in_thread(self.work, run)]
+            self._threads = [
+                *filter(threading.Thread.is_alive, self._threads),
+                in_thread(self.work, run),
+            ]
             self.say(f"{run.job}: claimed, attempt {run.number} of {row['max_attempts']}")
         if rows["waiting"]:
             self.waiting = rows["waiting"][0]["number"]
         if time.monotonic() > self._mend_at and not (self._mending and self._mending.is_alive()):
-            self._mend_at, self._mending = time.monotonic() + MEND, in_thread(self.mend)
+            self._mend_at = time.monotonic() + MEND
+            self._mending = in_thread(self.mend)
 
     def forget(self, run: Attempt) -> None:
         """It is no longer ours to keep, also where the same job runs here anew."""
@@ -4064,13 +5090,19 @@ class Worker:
     def release(self) -> None:
         """Once stopping: end what has had its time, to be handed back. Who paid and cannot come back has more of it."""
         for run in self.running.values() if self.stops else ():
-            given = run.deadline if run.charged != "no" and not run.remote_ids else self.stopping_at + self.grace
+            given = (
+                run.deadline
+                if run.charged != "no" and not run.remote_ids
+                else self.stopping_at + self.grace
+            )
             if self.stops > 1 or time.monotonic() > given:
                 run.stop("released")
 
     def mend(self) -> None:
         """Deliver the images of jobs that the cloud would not take at their time."""
-        paths = {record["job"]: path for path in open_paths() if mendable(record := merged(_read(path)))}
+        paths = {
+            record["job"]: path for path in open_paths() if mendable(record := merged(_read(path)))
+        }
         if not paths:
             return
         over = self.wish(OVER, jobs=[*paths])  # who has such a job now finds the image by itself
@@ -4102,8 +5134,11 @@ def take_slot(name: str) -> tuple[str, int]:
     """
     for number in range(1, 1000):
         with suppress(BlockingIOError):
-            held = locked(state_path(f"worker-{name}{f'-{number}' if number > 1 else ''}.lock"), os.O_CREAT)
-            place, boot = os.fstat(held), _read("/proc/sys/kernel/random/boot_id").decode().strip()
+            held = locked(
+                state_path(f"worker-{name}{f'-{number}' if number > 1 else ''}.lock"), os.O_CREAT
+            )
+            place = os.fstat(held)
+            boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
             return f"{boot}:{place.st_dev}:{place.st_ino}", held
     raise Busy(f"a thousand workers are called {name}")
 
@@ -4116,7 +5151,7 @@ def sd_notify(text: str) -> None:
             systemd.send(text.encode())
 
 
-# === 19. Server: the OpenAI-compatible API, and a page to look at what was made ===
+# === Server: the OpenAI-compatible API, and a page to look at what was made ===
 #
 # A connection is one request, answered in a thread of its own; images are made in other threads, so that they outlive
 # whoever asked for them. Nothing that a client sends ever becomes a path: images are named by their ids.
@@ -4125,7 +5160,10 @@ CONNECTIONS = 256  # at a time; more are turned away
 HEAD_BYTES, BODY_BYTES = 16 << 10, 256 << 10  # of a request
 HEAD_TIME, BODY_TIME, WRITE_TIME, LINGER = 10.0, 20.0, 120.0, 3.0  # seconds for all of it
 ATTACH = 10.0  # seconds after which what nobody waits for, and nobody paid for, is cancelled
-REMEMBERED, CALLS = 600.0, 1000  # seconds in which a repeat of a finished request gets its images, and of how many
+REMEMBERED, CALLS = (
+    600.0,
+    1000,
+)  # seconds in which a repeat of a finished request gets its images, and of how many
 PAGE_OF = 24  # images of one answer, and of one screen
 THUMB = 512  # pixels
 DRAIN = 120.0  # seconds for what is under way once a signal says stop
@@ -4154,21 +5192,32 @@ class Turned(Exception):
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
 class Call:
     """One request for images. It goes on when its client has left, and a repeat of the same request joins it."""
 
-    def __init__(self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]) -> None:
-        self.key, self.waiting, self.ignored = key, plans, ignored
-        self.stream, self.links = said.get("stream") is True, said.get("response_format") == "url"
-        self.active, self.threads = list[Run](), list[threading.Thread]()
-        self.records, self.errors = list[Mapping[str, Any]](), list[ImagenError]()
+    def __init__(
+        self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]
+    ) -> None:
+        self.key = key
+        self.waiting = plans
+        self.ignored = ignored
+        self.stream = said.get("stream") is True
+        self.links = said.get("response_format") == "url"
+        self.active = list[Run]()
+        self.threads = list[threading.Thread]()
+        self.records = list[Mapping[str, Any]]()
+        self.errors = list[ImagenError]()
         self.progress: tuple[Any, ...] = ("waiting", None, None)
         self.changed = threading.Condition()
-        self.clients, self.answered = 0, False
-        self.began, self.ended, self.lonely_since = time.time(), 0.0, time.monotonic()
+        self.clients = 0
+        self.answered = False
+        self.began = time.time()
+        self.ended = 0.0
+        self.lonely_since = time.monotonic()
 
     @property
     def left(self) -> int:
@@ -4193,10 +5242,12 @@ class Call:
             with self.changed:
                 if not self.waiting:
                     break
-                plan, run = self.waiting.pop(0), Run(600.0, self.tell, say)
+                plan = self.waiting.pop(0)
+                run = Run(600.0, self.tell, say)
                 self.active.append(run)
             runs.append(run)
-            record, error = None, None
+            record = None
+            error = None
             try:
                 record = finish(run, make(plan, config, run))
             except Exception as problem:
@@ -4236,14 +5287,17 @@ class Index:
     def __init__(self) -> None:
         self._rows: list[tuple[str, str, str, str]] = []  # time, id, backend, words to search
         self._places: dict[str, int] = {}  # by id, in the ledger
-        self._read_to, self._lock = 0, threading.Lock()
+        self._read_to = 0
+        self._lock = threading.Lock()
         self.ledger = state_path("ledger.jsonl")
 
     def follow(self) -> None:
         """Take in what was written since the last look."""
         with self._lock, suppress(OSError), open(self.ledger, "rb") as file:
             if os.fstat(file.fileno()).st_size < self._read_to:  # another one
-                self._rows, self._places, self._read_to = [], {}, 0
+                self._rows = []
+                self._places = {}
+                self._read_to = 0
             file.seek(self._read_to)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -4267,15 +5321,30 @@ class Index:
 
     def _opened(self) -> dict[str, dict[str, Any]]:
         records = (merged(_read(path)) for path in open_paths())
-        return {row[1]: record for record in records if record.get("path") and (row := self._row(record))}
+        return {
+            row[1]: record
+            for record in records
+            if record.get("path") and (row := self._row(record))
+        }
 
-    def page(self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF) -> list[dict[str, Any]]:
+    def page(
+        self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF
+    ) -> list[dict[str, Any]]:
         """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
         opened = self._opened()  # first, since from there they move to the ledger
         self.follow()
-        more = [row for record in opened.values() if (row := self._row(record)) and row[1] not in self._places]
-        words, found, seen = query.lower().split(), list[dict[str, Any]](), not before
-        for _, image_id, name, text in sorted([*self._rows, *more], reverse=True):
+        more = [
+            row
+            for record in opened.values()
+            if (row := self._row(record)) and row[1] not in self._places
+        ]
+        words = query.lower().split()
+        found = list[dict[str, Any]]()
+        seen = not before
+        for _, image_id, name, text in sorted(
+            [*self._rows, *more],
+            reverse=True,
+        ):
             if len(found) >= limit:
                 break
             if seen and backend in ("", name) and all(word in text for word in words):
@@ -4301,29 +5370,58 @@ class Index:
     @staticmethod
     def shown(record: Mapping[str, Any]) -> dict[str, Any]:
         """What the page may know of an image."""
-        about, path, there = record["sidecar"], record["path"], record.get("object")
-        said = {"id": about["image_id"], "storage_path": there or about.get("storage_path"), "cloud": bool(there)}
-        return {**about, **said, "there": os.path.exists(path), "name": os.path.basename(path)}
+        about = record["sidecar"]
+        path = record["path"]
+        there = record.get("object")
+        said = {
+            "id": about["image_id"],
+            "storage_path": there or about.get("storage_path"),
+            "cloud": bool(there),
+        }
+        return {
+            **about,
+            **said,
+            "there": os.path.exists(path),
+            "name": os.path.basename(path),
+        }
 
 
 class Server:
     """`imagen serve`. `say` tells of each request that a person should hear of."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], host: str, port: int, token: str, parallel: int):
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[str], None],
+        host: str,
+        port: int,
+        token: str,
+        parallel: int,
+    ):
         if host not in LOOPBACK and not token:
             raise BadConfig(
-                f"--host {host}: others could use your backends", "set IMAGEN_SERVE_TOKEN, or --token-env NAME"
+                f"--host {host}: others could use your backends",
+                "set IMAGEN_SERVE_TOKEN, or --token-env NAME",
             )
-        self.config, self.say, self.token, self.parallel = config, say, token, parallel
+        self.config = config
+        self.say = say
+        self.token = token
+        self.parallel = parallel
         self.secret = token.encode() or os.urandom(32)
-        self.index, self.calls = Index(), list[Call]()
-        self._lock, self._connections = threading.Lock(), dict[socket.socket, float]()
+        self.index = Index()
+        self.calls = list[Call]()
+        self._lock = threading.Lock()
+        self._connections = dict[socket.socket, float]()
         self._stopped = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self.listener = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
+            self.listener = socket.create_server(
+                (host.strip("[]"), port), family=family, backlog=128
+            )
         except OSError as problem:
-            raise BadConfig(f"{host}:{port}: {problem.strerror or problem}", "another --port?") from None
+            raise BadConfig(
+                f"{host}:{port}: {problem.strerror or problem}", "another --port?"
+            ) from None
         shown = f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
         self.listener.settimeout(0.5)
@@ -4393,13 +5491,27 @@ class Server:
                     self._answer(asked, answer)
                 except Turned as problem:
                     kinds = {401: "authentication_error", 503: "server_error"}
-                    said = {"message": str(problem), "type": kinds.get(problem.status, "invalid_request_error")}
-                    headers = {"Retry-After": "5", "x-should-retry": "true"} if problem.status == 503 else EMPTY
-                    more = {"param": None, "code": problem.code or None, "hint": "", "charged": "no"}
+                    said = {
+                        "message": str(problem),
+                        "type": kinds.get(problem.status, "invalid_request_error"),
+                    }
+                    headers = (
+                        {"Retry-After": "5", "x-should-retry": "true"}
+                        if problem.status == 503
+                        else EMPTY
+                    )
+                    more = {
+                        "param": None,
+                        "code": problem.code or None,
+                        "hint": "",
+                        "charged": "no",
+                    }
                     answer.json(problem.status, {"error": said | more}, headers)
                     self._grant(sock, LINGER)
                     sock.shutdown(socket.SHUT_WR)
-                    while sock.recv(1 << 16):  # what nobody reads would reset the connection, and the answer with it
+                    while sock.recv(
+                        1 << 16
+                    ):  # what nobody reads would reset the connection, and the answer with it
                         pass
                 except OSError:
                     raise
@@ -4443,7 +5555,13 @@ class Server:
         while len(body) < int(length):
             body += more()
         path, _, query = found[2].partition("?")
-        return Asked(found[1], unquote(path), dict(parse_qsl(query)), headers, body[: int(length)])
+        return Asked(
+            found[1],
+            unquote(path),
+            dict(parse_qsl(query)),
+            headers,
+            body[: int(length)],
+        )
 
     def _answer(self, asked: Asked, answer: Reply) -> None:
         self._admit(asked, answer)
@@ -4456,7 +5574,10 @@ class Server:
                 raise Turned(405, "POST it")
             self._generate(asked, answer)
         elif not get:
-            raise Turned(405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404, "only GET here")
+            raise Turned(
+                405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404,
+                "only GET here",
+            )
         elif asked.path == "/":
             nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
             answer.page(PAGE.replace("NONCE", nonce), nonce)
@@ -4464,11 +5585,17 @@ class Server:
             answer.json(200, {"ok": True, "version": __version__})
         elif asked.path == "/v1/models":
             names = ["auto", *self.config.backends]
-            data = [{"id": name, "object": "model", "created": 0, "owned_by": "imagen"} for name in names]
+            data = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
+                for name in names
+            ]
             answer.json(200, {"object": "list", "data": data})
         elif asked.path == "/api/options":
-            styles, names = [*STYLES, *self.config.styles], [*self.config.backends]
-            answer.json(200, {"backends": names, "default": self.config.default_backend, "styles": styles})
+            styles = [*STYLES, *self.config.styles]
+            names = [*self.config.backends]
+            answer.json(
+                200, {"backends": names, "default": self.config.default_backend, "styles": styles}
+            )
         elif asked.path == "/api/images":
             self._list(asked, answer)
         elif place:
@@ -4483,10 +5610,15 @@ class Server:
         def same(given: str | None, known: str) -> bool:
             return hmac.compare_digest((given or "").encode(), known.encode())
 
-        host, origin_ = asked.headers.get("host", ""), asked.headers.get("origin")
+        host = asked.headers.get("host", "")
+        origin_ = asked.headers.get("origin")
         if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
             raise Turned(403, f"this server is not called {host[:80]}")
-        if origin_ and asked.method != "GET" and origin_ not in (f"http://{host}", f"https://{host}"):
+        if (
+            origin_
+            and asked.method != "GET"
+            and origin_ not in (f"http://{host}", f"https://{host}")
+        ):
             raise Turned(403, "another site's page may not write here")
         if not self.token or asked.path == "/healthz":
             return
@@ -4499,7 +5631,10 @@ class Server:
             return
         bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
-        if not same(bearer, self.token) and not same(cookies.get("imagen"), self.sign("cookie")):
+        if not same(bearer, self.token) and not same(
+            cookies.get("imagen"),
+            self.sign("cookie"),
+        ):
             raise Turned(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
 
     def sign(self, what: str) -> str:
@@ -4516,79 +5651,131 @@ class Server:
         if not said:
             raise Turned(400, "the body is no JSON object")
         key = hashlib.sha256(asked.body).hexdigest()
-        repeated = asked.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK's own, after a timeout of its own
+        repeated = (
+            asked.headers.get("x-stainless-retry-count", "0") != "0"
+        )  # the SDK's own, after a timeout of its own
         plans, ignored = self._plans(said)
         with self._lock:
-            same = [call for call in reversed(self.calls) if repeated and call.key == key and call.joinable]
+            same = [
+                call
+                for call in reversed(self.calls)
+                if repeated and call.key == key and call.joinable
+            ]
             call = min(same, key=lambda one: (one.answered, one.clients), default=None)
             if not call:
                 if sum(one.left > 0 for one in self.calls) >= self.parallel:
-                    raise Turned(503, f"{self.parallel} requests are under way; ask again", "rate_limit_exceeded")
+                    raise Turned(
+                        503,
+                        f"{self.parallel} requests are under way; ask again",
+                        "rate_limit_exceeded",
+                    )
                 call = Call(key, plans, said, ignored)
                 self.calls.append(call)
                 members = min(len(plans), plans[0].parallel)
-                call.threads = [in_thread(call.work, self.config, self.say) for _ in range(members)]
+                call.threads = [
+                    in_thread(
+                        call.work,
+                        self.config,
+                        self.say,
+                    )
+                    for _ in range(members)
+                ]
             call.clients += 1
         try:
             self._follow(call, asked, answer)
             call.answered = True
         finally:
             with self._lock:
-                call.clients, call.lonely_since = call.clients - 1, time.monotonic()
+                call.clients = call.clients - 1
+                call.lonely_since = time.monotonic()
 
     def _plans(self, said: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
         """What a body asks for, and the fields of it that nobody here knows."""
-        name, size = said.get("model") or "auto", said.get("size") or "auto"
+        name = said.get("model") or "auto"
+        size = said.get("size") or "auto"
         sized = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(size))
         count = 1 if said.get("n") is None else said["n"]
         if not sized or type(count) is not int or not 1 <= count <= 10:
             raise Turned(400, "size is WxH or auto, n is 1 to 10", "invalid_value")
         name = self.config.default_backend if name == "auto" else str(name)
         if name not in self.config.backends:
-            raise Turned(404, f'model "{name}" is unknown: {nearest(name, self.config.backends)}', "model_not_found")
+            raise Turned(
+                404,
+                f'model "{name}" is unknown: {nearest(name, self.config.backends)}',
+                "model_not_found",
+            )
         known = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts")
         fields = {key: said[key] for key in known if said.get(key) is not None}
-        fields |= {"backend": name, "width": int(sized[1] or 0), "height": int(sized[2] or 0)}
+        fields |= {
+            "backend": name,
+            "width": int(sized[1] or 0),
+            "height": int(sized[2] or 0),
+        }
         cls, _ = options_of(name, self.config.backends)
         words = ("quality", "output_format", "background", "moderation")
         passed = [key for key in words if key in marked(cls.Options, REQUEST)]
         options = fields.get("backend_opts", {})
         if isinstance(options, dict):
-            options = options | {key: said[key] for key in passed if said.get(key) not in (None, "auto")}
+            options = options | {
+                key: said[key] for key in passed if said.get(key) not in (None, "auto")
+            }
         first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
         read = (*known, *passed, "model", "size", "n", "response_format", "stream")
         seed = int.from_bytes(os.urandom(4)) >> 1 if first.seed is None else first.seed
         ignored = [key for key in said if key not in read and said[key] is not None]
-        return [prepare(first._replace(seed=seed + number), self.config) for number in range(count)], ignored
+        return [
+            prepare(first._replace(seed=seed + number), self.config) for number in range(count)
+        ], ignored
 
     def _follow(self, call: Call, asked: Asked, answer: Reply) -> None:
         """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""
         import select
 
-        sent, progress = 0, None
+        sent = 0
+        progress = None
         if call.stream:
             answer.stream()
         while True:
             with call.changed:
                 if call.left:
                     call.changed.wait(0.5)
-                records, left, now = call.records[:], call.left, call.progress
+                records = call.records[:]
+                left = call.left
+                now = call.progress
             self._grant(answer.sock, WRITE_TIME)
-            if left and select.select([answer.sock], [], [], 0)[0] and not answer.sock.recv(1, socket.MSG_PEEK):
+            if (
+                left
+                and select.select([answer.sock], [], [], 0)[0]
+                and not answer.sock.recv(1, socket.MSG_PEEK)
+            ):
                 raise ConnectionError("the client has left")
             if call.stream:
                 if now is not progress and left:
                     progress = now
-                    answer.event("imagen.progress", dict(zip(("note", "done", "total"), now, strict=True)))
+                    answer.event(
+                        "imagen.progress", dict(zip(("note", "done", "total"), now, strict=True))
+                    )
                 for record in records[sent:]:
                     about = record["sidecar"]
-                    size = {"size": f"{about['width']}x{about['height']}", "output_format": about["mime_type"][6:]}
-                    whole = {**self._item(call, record, asked), **size, "created_at": int(time.time())}
-                    answer.event("image_generation.completed", {**whole, "usage": usage_of([record])})
+                    size = {
+                        "size": f"{about['width']}x{about['height']}",
+                        "output_format": about["mime_type"][6:],
+                    }
+                    whole = {
+                        **self._item(call, record, asked),
+                        **size,
+                        "created_at": int(time.time()),
+                    }
+                    answer.event(
+                        "image_generation.completed", {**whole, "usage": usage_of([record])}
+                    )
                 sent = len(records)
             if not left:
                 break
-        errors = sorted(call.errors, key=lambda error: (error.charged == "no", repeatable(error)))
+        errors = sorted(
+            call.errors,
+            key=lambda error: (error.charged == "no", repeatable(error)),
+        )
         if call.stream:
             for error in errors[:1]:
                 answer.event("error", {"error": self._words(error)[1]})
@@ -4597,7 +5784,11 @@ class Server:
         else:
             data = [self._item(call, record, asked) for record in call.records]
             about = {"created": int(call.began), "data": data, "usage": usage_of(call.records)}
-            lacking = {"imagen": {"errors": [self._words(error)[1] for error in errors]}} if errors else {}
+            lacking = (
+                {"imagen": {"errors": [self._words(error)[1] for error in errors]}}
+                if errors
+                else {}
+            )
             answer.json(200, about | lacking)
 
     def _item(self, call: Call, record: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
@@ -4621,22 +5812,44 @@ class Server:
 
     def _words(self, error: ImagenError) -> tuple[int, dict[str, Any]]:
         """The status of an error, and OpenAI's shape of it."""
-        status, kind, code = OPENAI_WORDS.get(error.code, (error.http_status, "server_error", error.code))
+        status, kind, code = OPENAI_WORDS.get(
+            error.code, (error.http_status, "server_error", error.code)
+        )
         said = {"message": str(error), "type": kind, "param": None, "code": code}
-        return status, {**said, "hint": error.hint, "charged": error.charged, "imagen_code": error.code}
+        return status, {
+            **said,
+            "hint": error.hint,
+            "charged": error.charged,
+            "imagen_code": error.code,
+        }
 
     def fail(self, answer: Reply, error: ImagenError) -> None:
         """Answer with an error, and say whether a repeat is safe, since OpenAI's clients repeat by themselves."""
         status, said = self._words(error)
         again = {"x-should-retry": "true", "Retry-After": f"{max(1.0, error.after or 5):.0f}"}
-        answer.json(status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"})
+        answer.json(
+            status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"}
+        )
 
     def _list(self, asked: Asked, answer: Reply) -> None:
         limit = asked.query.get("limit", "")
         count = min(200, int(limit)) if re.fullmatch(r"[1-9]\d{0,5}", limit) else PAGE_OF
-        words = {key: asked.query.get(key, "") for key in ("query", "backend", "before")}
+        words = {
+            key: asked.query.get(key, "")
+            for key in (
+                "query",
+                "backend",
+                "before",
+            )
+        }
         found = self.index.page(**words, limit=count)
-        answer.json(200, {"images": found, "next": found[-1]["id"] if len(found) == count else None})
+        answer.json(
+            200,
+            {
+                "images": found,
+                "next": found[-1]["id"] if len(found) == count else None,
+            },
+        )
 
     def _image(self, asked: Asked, answer: Reply, kind: str, image_id: str) -> None:
         """An image, its thumbnail, or what is known of it."""
@@ -4646,10 +5859,18 @@ class Server:
         if kind == "api/images":
             answer.json(200, self.index.shown(record))
             return
-        path, mime, tag = record["path"], record["sidecar"]["mime_type"], f'"{record["sidecar"]["sha256"]}"'
+        path = record["path"]
+        mime = record["sidecar"]["mime_type"]
+        tag = f'"{record["sidecar"]["sha256"]}"'
         if kind == "thumbs" and (small := thumbnail(path, image_id)):
-            path, mime, tag = small, "image/webp", f'"{image_id}"'
-        headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable", "Content-Type": mime}
+            path = small
+            mime = "image/webp"
+            tag = f'"{image_id}"'
+        headers = {
+            "ETag": tag,
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Type": mime,
+        }
         if asked.headers.get("if-none-match") == tag:
             answer.send(304, b"", headers)
             return
@@ -4658,7 +5879,14 @@ class Server:
         except OSError:
             raise Turned(404, "the file is gone") from None
         with file:
-            answer.send(200, b"", {**headers, "Content-Length": str(os.fstat(file.fileno()).st_size)})
+            answer.send(
+                200,
+                b"",
+                {
+                    **headers,
+                    "Content-Length": str(os.fstat(file.fileno()).st_size),
+                },
+            )
             if asked.method == "GET":
                 answer.sock.sendfile(file)
 
@@ -4667,17 +5895,28 @@ class Reply:
     """The answer to one request, on its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.begun, self.bodiless = sock, False, False
+        self.sock = sock
+        self.begun = False
+        self.bodiless = False
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A whole answer, or the head of one whose Content-Length is among the headers."""
         self.begun = True
-        usual = {"Content-Length": str(len(body)), "Connection": "close", "X-Content-Type-Options": "nosniff"}
+        usual = {
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            "X-Content-Type-Options": "nosniff",
+        }
         lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
         lines += [f"{name}: {value}" for name, value in {**usual, **headers}.items()]
-        self.sock.sendall("\r\n".join((*lines, "", "")).encode("latin-1", "replace") + (b"" if self.bodiless else body))
+        self.sock.sendall(
+            "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
+            + (b"" if self.bodiless else body)
+        )
 
-    def json(self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] = EMPTY) -> None:
+    def json(
+        self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
+    ) -> None:
         """A JSON document."""
         if not self.begun:
             usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -4686,9 +5925,15 @@ class Reply:
     def page(self, html: str, nonce: str) -> None:
         """Our page, which may do what it needs to, and nothing else."""
         own = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
-        policy = own + "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        policy = (
+            own + "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        )
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        self.send(200, html.encode(), {**headers, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
+        self.send(
+            200,
+            html.encode(),
+            {**headers, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"},
+        )
 
     def stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
@@ -4701,19 +5946,30 @@ class Reply:
         self.sock.sendall(f"event: {kind}\ndata: {to_json({'type': kind, **said})}\n\n".encode())
 
 
-STATUSES = {200: "OK", 303: "See Other", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized"}
+STATUSES = {
+    200: "OK",
+    303: "See Other",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+}
 STATUSES |= {403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 429: "Too Many Requests"}
 
 
 def usage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
     said = [(record["sidecar"].get("metadata") or {}).get("usage") for record in records]
-    known = [usage for usage in said if isinstance(usage, dict)]  # compatible servers put all kinds of things there
+    known = [
+        usage for usage in said if isinstance(usage, dict)
+    ]  # compatible servers put all kinds of things there
     total = {
         key: sum(count for one in known if isinstance(count := one.get(key), int))
         for key in ("input_tokens", "output_tokens", "total_tokens")
     }
-    return {**total, "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]}}
+    return {
+        **total,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]},
+    }
 
 
 _thumbnails = threading.Lock()  # one at a time: a picture is large once it is unpacked
@@ -4721,7 +5977,9 @@ _thumbnails = threading.Lock()  # one at a time: a picture is large once it is u
 
 def thumbnail(path: str, image_id: str) -> str:
     """The path of a small WebP of an image, made once where Pillow happens to be installed; "" where it is not."""
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imagen", "thumbs")
+    folder = os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imagen", "thumbs"
+    )
     small = os.path.join(folder, f"{image_id}.webp")
     if os.path.exists(small):
         return small
@@ -4733,12 +5991,14 @@ def thumbnail(path: str, image_id: str) -> str:
                 return small
             picture.thumbnail((THUMB, THUMB))
             os.makedirs(folder, exist_ok=True)
-            picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB").save(
-                f"{small}.part", "WEBP", quality=80
-            )
+            picture.convert(
+                "RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB"
+            ).save(f"{small}.part", "WEBP", quality=80)
             os.replace(f"{small}.part", small)
         return small
-    except Exception:  # no Pillow, no room, or a picture that it does not like: the original will do
+    except (
+        Exception
+    ):  # no Pillow, no room, or a picture that it does not like: the original will do
         return ""
 
 
@@ -5002,7 +6262,7 @@ get("/api/options").then(said => {
 """
 
 
-# === 20. Terminal: one line that rewrites itself; everything else a person reads ===
+# === Terminal: one line that rewrites itself; everything else a person reads ===
 
 
 class Terminal:
@@ -5013,7 +6273,8 @@ class Terminal:
         self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
         self.quiet = self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._lock, self._drawn = threading.RLock(), False
+        self._lock = threading.RLock()
+        self._drawn = False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
         """Words for a person."""
@@ -5053,23 +6314,52 @@ class Terminal:
                 if not isinstance(problem, BrokenPipeError | ValueError):
                     self.say(f"stdout: {problem}; it would have said: {' '.join(lines)}")
 
-    def result(self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None) -> int:
+    def result(
+        self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None
+    ) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said = {"ok": False, "error": self.fields(error), "images": []} if error else {"ok": True}
-        self.write(*([to_json({**said, **document})] if self.as_json else lines))
+        said = (
+            {
+                "ok": False,
+                "error": self.fields(error),
+                "images": [],
+            }
+            if error
+            else {"ok": True}
+        )
+        self.write(
+            *(
+                [
+                    to_json(
+                        {
+                            **said,
+                            **document,
+                        }
+                    )
+                ]
+                if self.as_json
+                else lines
+            )
+        )
         return error.exit_code if error else 0
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
         """What JSON says of an error."""
         said = {name: getattr(error, name) for name in ("code", "hint", "charged")}
-        return {"message": str(error), **said, "retryable": error.retryable and error.charged == "no"}
+        return {
+            "message": str(error),
+            **said,
+            "retryable": error.retryable and error.charged == "no",
+        }
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
         if self.live and not self.quiet and (text or self._drawn):
             with self._lock, suppress(OSError):
                 text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
-                dimmed = f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
+                dimmed = (
+                    f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
+                )
                 sys.stderr.write(f"\r\x1b[K{dimmed}")
                 sys.stderr.flush()
                 self._drawn = bool(text)
@@ -5077,9 +6367,27 @@ class Terminal:
 
 def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
     """Rows as lines, cell under cell, with nothing in them that steers a terminal."""
-    cells = [[printable(redact(str(cell))).replace("\n", " ") for cell in row] for row in rows]
+    cells = [
+        [
+            printable(redact(str(cell))).replace(
+                "\n",
+                " ",
+            )
+            for cell in row
+        ]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return [
+        "  ".join(
+            map(
+                str.ljust,
+                row,
+                widths,
+            )
+        ).rstrip()
+        for row in cells
+    ]
 
 
 class Progress(NamedTuple):
@@ -5096,14 +6404,26 @@ def progress_line(now: Progress, elapsed: float, usual: float | None, count: str
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
     """
-    share, told, took = -1.0, "", f"{elapsed:.1f} s"
+    share = -1.0
+    told = ""
+    took = f"{elapsed:.1f} s"
     if now.done is not None and now.total:
         share = min(1.0, now.done / now.total)
-        told = f"{now.done:.0f}/{now.total:.0f}" if now.done % 1 == now.total % 1 == 0 else f"{share:.0%}"
+        told = (
+            f"{now.done:.0f}/{now.total:.0f}"
+            if now.done % 1 == now.total % 1 == 0
+            else f"{share:.0%}"
+        )
     elif usual:
-        share, took = min(0.99, elapsed / usual), f"{took} of about {usual:.0f}"
+        share = min(0.99, elapsed / usual)
+        took = f"{took} of about {usual:.0f}"
     bar = f"{'━' * round(36 * share):─<36}" if share >= 0 else ""
-    return "  ".join(filter(None, (now.note or "waiting", bar, told, took, count)))
+    return "  ".join(
+        filter(
+            None,
+            (now.note or "waiting", bar, told, took, count),
+        )
+    )
 
 
 def made_before() -> Iterator[dict[str, Any]]:
@@ -5118,12 +6438,18 @@ def usual_seconds(plan: Plan) -> float | None:
     """The median time of the last nine images of the same backend, model and size, if there were any."""
     from itertools import islice
 
-    model, size = plan.parameters.get("model"), (plan.styled.width, plan.styled.height)
+    model = plan.parameters.get("model")
+    size = (plan.styled.width, plan.styled.height)
     alike = (
         about["latency_ms"] / 1000
         for about in made_before()
         if about["backend"] == plan.request.backend and model in (None, about["model"])
-        if about["latency_ms"] and size in ((0, 0), (about["width"], about["height"]))
+        if about["latency_ms"]
+        and size
+        in (
+            (0, 0),
+            (about["width"], about["height"]),
+        )
     )
     times = sorted(islice(alike, 9))
     return times[len(times) // 2] if times else None
@@ -5137,7 +6463,7 @@ def money(usd: float | None) -> str:
     return "$?" if usd is None else f"${usd:.6f}".rstrip("0").rstrip(".")
 
 
-# === 21. Commands: argparse and main() ===
+# === Commands: argparse and main() ===
 
 Cmd = Callable[["argparse.Namespace", Terminal], int]
 Flag = tuple[tuple[str, ...], dict[str, Any]]
@@ -5163,9 +6489,16 @@ EVERYWHERE = (
     flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
     flag("--json", action="store_true", help="one JSON document on stdout"),
     flag("-q", "--quiet", action="store_true", help="results, warnings and errors only"),
-    flag("-v", "--verbose", action="store_true", help="a traceback where something unexpected happens"),
+    flag(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="a traceback where something unexpected happens",
+    ),
 )
-TIMEOUT = flag("--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)")
+TIMEOUT = flag(
+    "--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)"
+)
 
 
 REQUEST_FLAGS = (
@@ -5173,22 +6506,62 @@ REQUEST_FLAGS = (
     flag("-b", "--backend", metavar="NAME", help="one of `imagen backends`"),
     flag("-s", "--style", metavar="NAME", help="one of `imagen styles`"),
     flag("--size", metavar="WxH", help="pixels, such as 1024x1024"),
-    *(flag(name, type=int, metavar="N") for name in ("--width", "--height", "--steps")),
-    flag("--seed", type=int, metavar="N", help="the same seed makes the same image, where the backend can"),
+    *(
+        flag(
+            name,
+            type=int,
+            metavar="N",
+        )
+        for name in ("--width", "--height", "--steps")
+    ),
+    flag(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed makes the same image, where the backend can",
+    ),
     flag("--negative", dest="negative_prompt", metavar="TEXT", help="what not to see"),
     flag("-n", type=int, default=1, metavar="N", help="that many images, with seeds N, N+1, …"),
-    flag("--opt", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend; VALUE may be JSON"),
-    flag("--like", metavar="FILE|last", help="take everything from an image made before; other flags override"),
+    flag(
+        "--opt",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the backend; VALUE may be JSON",
+    ),
+    flag(
+        "--like",
+        metavar="FILE|last",
+        help="take everything from an image made before; other flags override",
+    ),
 )
 
 
 @command(
     *REQUEST_FLAGS,
-    flag("-o", "--output", default="", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"),
+    flag(
+        "-o",
+        "--output",
+        default="",
+        metavar="FILE|DIR/",
+        help="never overwrites: a taken name gets -2, -3, …",
+    ),
     flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
     flag("--no-preview", dest="preview", action="store_const", const="off"),
-    flag("--cloud", action="store_const", const="on", default="", help="sync to Supabase, or say what is missing"),
-    flag("--no-cloud", dest="cloud", action="store_const", const="off", help="this image stays private for ever"),
+    flag(
+        "--cloud",
+        action="store_const",
+        const="on",
+        default="",
+        help="sync to Supabase, or say what is missing",
+    ),
+    flag(
+        "--no-cloud",
+        dest="cloud",
+        action="store_const",
+        const="off",
+        help="this image stays private for ever",
+    ),
     TIMEOUT,
     flag("--dry-run", action="store_true", help="say what would be done, and what it would cost"),
 )
@@ -5202,12 +6575,17 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     with offering_mock(offered):
         first = prepare(request, config, args.output, args.cloud)
     seeds = range(seed := first.request.seed or 0, seed + args.n)
-    plans = [prepare(first.request._replace(seed=seed), config, args.output, args.cloud) for seed in seeds]
+    plans = [
+        prepare(first.request._replace(seed=seed), config, args.output, args.cloud)
+        for seed in seeds
+    ]
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
         following = "imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
-        terminal.note(f"imagen: no backend is configured, so `mock` draws a placeholder; next: {following}")
+        terminal.note(
+            f"imagen: no backend is configured, so `mock` draws a placeholder; next: {following}"
+        )
     states = [row["state"] for row in unfinished()]
     for state, said in {
         "sent": "unfinished from before: imagen recover",
@@ -5231,7 +6609,9 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
 
     usual = usual_seconds(first) if terminal.live else None
     code, paths = crew(plans, attempt, config, terminal, args.timeout, first.parallel, usual)
-    show_preview(paths, config.output._replace(preview=args.preview or config.output.preview), terminal.say)
+    show_preview(
+        paths, config.output._replace(preview=args.preview or config.output.preview), terminal.say
+    )
     return code
 
 
@@ -5257,7 +6637,9 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
     if args.size is not None:
         sized = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
         if not sized:
-            raise BadRequest(f'--size "{args.size}": not WxH', "16 to 8192 pixels each, such as --size 1024x768")
+            raise BadRequest(
+                f'--size "{args.size}": not WxH', "16 to 8192 pixels each, such as --size 1024x768"
+            )
         args.width, args.height = map(int, sized.groups())
     options = dict(base.backend_opts) if args.backend in (None, base.backend) else {}
     for pair in args.opt:
@@ -5267,7 +6649,16 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
         options[key] = value
         with suppress(ValueError):
             options[key] = json.loads(value)
-    given = {key: getattr(args, key) for key in Request._fields if getattr(args, key, None) is not None}
+    given = {
+        key: getattr(args, key)
+        for key in Request._fields
+        if getattr(
+            args,
+            key,
+            None,
+        )
+        is not None
+    }
     return base._replace(**given, backend_opts=options)
 
 
@@ -5275,13 +6666,17 @@ def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
     about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
-    about = about or next((image for image in made_before() if what == "last" or image["path"] == path), {})
+    about = about or next(
+        (image for image in made_before() if what == "last" or image["path"] == path), {}
+    )
     if "prompt" not in about:
         hint = "imagen list names them; imagen generate PROMPT makes one"
         raise BadRequest(f"--like {what}: neither a sidecar nor an image with one beside it", hint)
     known = {**about, **(about.get("requested") or {})}  # what was asked for, not what came of it
     style = {**STYLES, **styles}.get(known.get("style") or "", Style())
-    known["negative_prompt"] = str(known.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
+    known["negative_prompt"] = (
+        str(known.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
+    )
     fields = {key: known[key] for key in Request._fields if known.get(key) is not None}
     return from_mapping(Request, fields, f"--like {what}", BadRequest)
 
@@ -5293,7 +6688,11 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
         row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
         row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
         shown.append({**row, "price_source": plan.price.source or "unknown"})
-    rows = [(key, value if isinstance(value, str) else to_json(value)) for row in shown for key, value in row.items()]
+    rows = [
+        (key, value if isinstance(value, str) else to_json(value))
+        for row in shown
+        for key, value in row.items()
+    ]
     return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
 
 
@@ -5303,7 +6702,17 @@ def unfinished() -> list[dict[str, Any]]:
     for entry in filter(None, map(Entry.take, open_paths())):
         entry.release()
         record = entry.record
-        row = {key: record.get(key) for key in ("id", "at", "backend", "charged", "path", "remote")}
+        row = {
+            key: record.get(key)
+            for key in (
+                "id",
+                "at",
+                "backend",
+                "charged",
+                "path",
+                "remote",
+            )
+        }
         state = (
             "to deliver"
             if row["path"] or record.get("over")
@@ -5311,7 +6720,13 @@ def unfinished() -> list[dict[str, Any]]:
             if row["remote"] or record.get("sending")
             else "begun"
         )
-        rows.append({**row, "state": state, "prompt": record.get("request", {}).get("prompt", "")})
+        rows.append(
+            {
+                **row,
+                "state": state,
+                "prompt": record.get("request", {}).get("prompt", ""),
+            }
+        )
     return rows
 
 
@@ -5336,11 +6751,14 @@ def crew(
     errors: list[ImagenError] = []
     warnings: list[str] = []
     runs: dict[Run, Progress] = {}
-    count, stopped_at = len(waiting), 0.0
+    count = len(waiting)
+    stopped_at = 0.0
 
     def on_signal(*_: Any) -> None:
         nonlocal stopped_at
-        if stopped_at and time.monotonic() > stopped_at + 0.05:  # `timeout` signals us and our group, which is one stop
+        if (
+            stopped_at and time.monotonic() > stopped_at + 0.05
+        ):  # `timeout` signals us and our group, which is one stop
             os._exit(Interrupted.exit_code)
         stopped_at = stopped_at or time.monotonic()
         for run in [*runs]:
@@ -5356,7 +6774,9 @@ def crew(
                 one(waiting.pop(0))
 
     def one(item: Any) -> None:
-        run: Run = Run(timeout, lambda *now: runs.update({run: Progress(*now)} if run in runs else {}), warn)
+        run: Run = Run(
+            timeout, lambda *now: runs.update({run: Progress(*now)} if run in runs else {}), warn
+        )
         runs[run], record = Progress(), None
         if stopped_at:
             run.stop(why)
@@ -5377,9 +6797,13 @@ def crew(
             if record.get("row"):
                 image["storage_path"] = record["object"]
                 image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
-                terminal.note(f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}")
+                terminal.note(
+                    f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
+                )
             seed = "" if image["seed"] is None else f", seed {image['seed']}"
-            terminal.note(f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}")
+            terminal.note(
+                f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}"
+            )
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for good: what follows is short
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -5394,7 +6818,11 @@ def crew(
         left = f"interrupted; {len(runs)} did not end, {len(waiting)} not begun"
         errors.append(terminal.report(Interrupted(left)))
     # An unknown outcome comes first, else the interruption, else that some were made, else the first error.
-    worst = max(errors, key=lambda error: (isinstance(error, Unknown), isinstance(error, Interrupted)), default=None)
+    worst = max(
+        errors,
+        key=lambda error: (isinstance(error, Unknown), isinstance(error, Interrupted)),
+        default=None,
+    )
     if worst and 0 < len(made) < count and not isinstance(worst, Unknown | Interrupted):
         worst = Partial(f"{len(made)} of {count} made; {worst}", worst.hint, charged=worst.charged)
     document: dict[str, Any] = {"images": made, "warnings": warnings}
@@ -5412,31 +6840,60 @@ def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
         terminal.note(f"sidecar: {image['path']}.json")
 
 
-@command(flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready"))
+@command(
+    flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready")
+)
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
-    config, rows, errors = load_config(args.config), [], []
+    config = load_config(args.config)
+    rows = []
+    errors = []
     for name, block in config.backends.items():
-        wrong, model = fault(name, config), str(block.get("model") or block.get("workflow") or "")
+        wrong = fault(name, config)
+        model = str(block.get("model") or block.get("workflow") or "")
         fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
         variable = next((block[field] for field in fields if block.get(field)), "")
         there = bool(os.environ.get(variable, "").strip())
         said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
-        row = {"name": name, "type": str(block.get("type") or ""), "default": name == config.default_backend}
+        row = {
+            "name": name,
+            "type": str(block.get("type") or ""),
+            "default": name == config.default_backend,
+        }
         rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
-            row |= {"said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}", "ok": True}
+            row |= {
+                "said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}",
+                "ok": True,
+            }
         except Exception as problem:
             errors.append(error := as_error(problem))
             row |= {"said": f"{error.code}: {error}", "ok": False}
 
     for thread in [in_thread(check, row) for row in rows if args.check]:
         thread.join()
-    lines = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
-    lines = [f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)]
-    worst = max(errors, key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code), default=None)
+    lines = aligned(
+        [
+            row[key]
+            for key in (
+                "name",
+                "type",
+                "model",
+                "said",
+            )
+        ]
+        for row in rows
+    )
+    lines = [
+        f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)
+    ]
+    worst = max(
+        errors,
+        key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code),
+        default=None,
+    )
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
@@ -5456,8 +6913,12 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     rows = []
     for name, style in styles.items():
         against = f" / not: {style.negative}" * bool(style.negative)
-        rows.append((name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width)))
-    return terminal.result({"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows))
+        rows.append(
+            (name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width))
+        )
+    return terminal.result(
+        {"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows)
+    )
 
 
 @command(
@@ -5466,7 +6927,9 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
-    return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](args, terminal)
+    return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](
+        args, terminal
+    )
 
 
 NO_FILE = "no config file; the built-in defaults"
@@ -5487,9 +6950,11 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
 def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     """Every complaint at once; what only another backend or the cloud lacks is a warning."""
     warnings: list[str] = []
-    path, data = config_path(args.config), config_data(args.config)
+    path = config_path(args.config)
+    data = config_data(args.config)
     complaints = config_complaints(args.config, data)
-    output, blocks = data.get("output"), data["backends"] if isinstance(data["backends"], Mapping) else {}
+    output = data.get("output")
+    blocks = data["backends"] if isinstance(data["backends"], Mapping) else {}
     naming = output.get("naming") if isinstance(output, Mapping) else None
     for name in ("", *blocks):
         try:
@@ -5498,29 +6963,43 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
             elif not name and isinstance(naming, str):
                 check_template(naming)
         except BadConfig as problem:
-            bearable = isinstance(problem, KeyMissing) and name != data.get("default_backend", "mock")
+            bearable = isinstance(problem, KeyMissing) and name != data.get(
+                "default_backend", "mock"
+            )
             (warnings if bearable else complaints).append(str(problem))
     mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
     if not complaints and mode not in ("off", False):
         lacks = cloud_lacks(from_mapping(Config, data))
         # Who set nothing up, and asked for nothing, need not hear of variables.
-        warnings += [f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")]
+        warnings += [
+            f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")
+        ]
     for line in warnings:
         terminal.say(f"warning: {line}")
     error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
     fine = [f"{path or NO_FILE}: fine"] * (not error)
-    return terminal.result({"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error)
+    return terminal.result(
+        {"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error
+    )
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     """The file in force and the merged values (JSON is YAML), with those that the environment overrides. No keys."""
-    config, path = load_config(args.config), config_path(args.config)
-    shown = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in config._asdict().items()}
+    config = load_config(args.config)
+    path = config_path(args.config)
+    shown = {
+        key: value._asdict() if hasattr(value, "_asdict") else value
+        for key, value in config._asdict().items()
+    }
     shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
-    shown["backends"] = {name: fault(name, config) or block for name, block in config.backends.items()}
+    shown["backends"] = {
+        name: fault(name, config) or block for name, block in config.backends.items()
+    }
     origins = (f"# {field} comes from {name}" for name, field in overrides().items())
     lines = (f"# {path or NO_FILE}", *origins, to_json(shown, indent=2))
-    return terminal.result({"path": path or None, "config": shown, "environment": overrides()}, *lines)
+    return terminal.result(
+        {"path": path or None, "config": shown, "environment": overrides()}, *lines
+    )
 
 
 @command(
@@ -5536,14 +7015,24 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
         rows = unfinished()
         help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
         terminal.note(help_ if rows else "nothing is unfinished")
-        lines = aligned((row["id"], row["at"], row["backend"], row["state"], row["prompt"][:60]) for row in rows)
+        lines = aligned(
+            (
+                row["id"],
+                row["at"],
+                row["backend"],
+                row["state"],
+                row["prompt"][:60],
+            )
+            for row in rows
+        )
         return terminal.result({"unfinished": rows}, *lines)
     paths = [path for path in open_paths() if os.path.basename(path).startswith(wanted)]
     if wanted and len(paths) != 1:
         found = "several unfinished images begin so" if paths else "no unfinished image"
         raise BadRequest(f"{wanted}: {found}", "imagen recover")
     sweep_journal()
-    config, entries = load_config(args.config), [entry for entry in map(Entry.take, paths) if entry]
+    config = load_config(args.config)
+    entries = [entry for entry in map(Entry.take, paths) if entry]
     if wanted and not entries:
         raise Busy(f"{wanted}: somebody works on it", "wait for that, then look again")
     if len(entries) < len(paths):
@@ -5554,13 +7043,17 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
             run.adopt(entry)
             if kept := run.whole():
                 entry.release()
-                raise BadRequest(f"{kept} is a complete image", f"imagen recover {run.id} gives it its name")
+                raise BadRequest(
+                    f"{kept} is a complete image", f"imagen recover {run.id} gives it its name"
+                )
             run.jot(over=True)
             terminal.note(f"{run.id}: closed, charged: {run.charged}")
             return None
         record = recover(entry, config, run)
         if not record:
-            terminal.note(f"{run.id}: {'over' if entry.record.get('over') else 'nothing had been sent'}; closed")
+            terminal.note(
+                f"{run.id}: {'over' if entry.record.get('over') else 'nothing had been sent'}; closed"
+            )
         return record
 
     # Only a stop for "user" cancels at the backend, and this may be paid already.
@@ -5568,7 +7061,12 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("paths", nargs="*", metavar="PATH", help="images or sidecars; without one, whatever the journal still owes"),
+    flag(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="images or sidecars; without one, whatever the journal still owes",
+    ),
     flag("--dry-run", action="store_true", help="list them, and what each lacks"),
 )
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -5578,13 +7076,32 @@ def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.paths:
         records = [record_of(path, records) for path in args.paths]
     # Who was killed behind the last step left nothing to do but to close the entry.
-    over = [row for row in records if "entry" in row and not owed(row) and (row.get("path") or row.get("over"))]
+    over = [
+        row
+        for row in records
+        if "entry" in row and not owed(row) and (row.get("path") or row.get("over"))
+    ]
     records = [*{row["id"]: row for row in records if owed(row)}.values()]
     if args.dry_run or not records + over:
         terminal.note(f"{len(records)} to sync" if records else "nothing to sync")
-        rows = [{"id": row["id"], "path": row.get("path"), "lacks": owed(row)} for row in records]
+        rows = [
+            {
+                "id": row["id"],
+                "path": row.get("path"),
+                "lacks": owed(row),
+            }
+            for row in records
+        ]
         return terminal.result(
-            {"to_sync": rows}, *aligned((row["id"], ", ".join(row["lacks"]), row["path"] or "") for row in rows)
+            {"to_sync": rows},
+            *aligned(
+                (
+                    row["id"],
+                    ", ".join(row["lacks"]),
+                    row["path"] or "",
+                )
+                for row in rows
+            ),
         )
     records += over
     total = len(records)
@@ -5609,12 +7126,39 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     about = parsed(_read(f"{path}.json"))
     known = (*unfinished, *ledger())
     record = next(
-        (one for one in known if one.get("path") == path or one.get("image_id", one["id"]) == about.get("image_id")), {}
+        (
+            one
+            for one in known
+            if one.get("path") == path
+            or one.get(
+                "image_id",
+                one["id"],
+            )
+            == about.get("image_id")
+        ),
+        {},
     )
     about = about or record.get("sidecar") or {}
-    shape = {"image_id": str, "prompt": str, "backend": str, "timestamp": str, "mime_type": str, "bytes": int}
-    fits = all(isinstance(about.get(key), kind) for key, kind in shape.items()) and is_uuid(about["image_id"])
-    fits = fits and isinstance(about.get("storage_path") or "", str) and about["mime_type"] in MIME_TYPES.values()
+    shape = {
+        "image_id": str,
+        "prompt": str,
+        "backend": str,
+        "timestamp": str,
+        "mime_type": str,
+        "bytes": int,
+    }
+    fits = all(
+        isinstance(
+            about.get(key),
+            kind,
+        )
+        for key, kind in shape.items()
+    ) and is_uuid(about["image_id"])
+    fits = (
+        fits
+        and isinstance(about.get("storage_path") or "", str)
+        and about["mime_type"] in MIME_TYPES.values()
+    )
     if not fits:
         raise BadRequest(f"{path}: no image with a sidecar, and none that the journal knows")
     if record.get("private") or about.get("private"):
@@ -5622,13 +7166,37 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     if "entry" in record:
         return {**record}
     charged = about.get("charged") or "no"
-    base = {"id": about["image_id"], "at": about["timestamp"], "backend": about["backend"], "paid": charged != "no"}
+    base = {
+        "id": about["image_id"],
+        "at": about["timestamp"],
+        "backend": about["backend"],
+        "paid": charged != "no",
+    }
     asked = Request(about["prompt"], seed=about.get("seed"))
     stem = render_name("{date}/{slug}-{seed}", asked, epoch(about["timestamp"]))
     storage = about.get("storage_path") or stem + os.path.splitext(path)[1]
-    record = {**base, "charged": charged, **record, "path": path, "sidecar": {**about, "storage_path": storage}}
-    again = ("object", "row", "refused", "error", *(("owner",) if record.get("refused") else ()))
-    return {key: value for key, value in {**record, "storage": stem}.items() if key not in again}
+    record = {
+        **base,
+        "charged": charged,
+        **record,
+        "path": path,
+        "sidecar": {**about, "storage_path": storage},
+    }
+    again = (
+        "object",
+        "row",
+        "refused",
+        "error",
+        *(("owner",) if record.get("refused") else ()),
+    )
+    return {
+        key: value
+        for key, value in {
+            **record,
+            "storage": stem,
+        }.items()
+        if key not in again
+    }
 
 
 @command(
@@ -5637,14 +7205,28 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
 )
 def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     """an address where anybody can fetch an image of the private bucket for a while"""
-    config, path = load_config(args.config), os.path.abspath(os.path.expanduser(args.image))
+    config = load_config(args.config)
+    path = os.path.abspath(os.path.expanduser(args.image))
     found = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", args.expires)
     if not found:
         raise BadRequest(f'--expires "{args.expires}": not a time', "such as 30m, 12h, 7d")
-    seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+    seconds = (
+        int(found[1])
+        * {
+            "": 1,
+            "s": 1,
+            "m": 60,
+            "h": 3600,
+            "d": 86400,
+            "w": 604800,
+        }[found[2]]
+    )
     cloud = Supabase(Context(DELIVERY), config.supabase)
     about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
-    about = about or next((image for image in made_before() if image["path"] == path), {})
+    about = about or next(
+        (image for image in made_before() if image["path"] == path),
+        {},
+    )
     if about.get("private"):
         raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
     image_id = str(about.get("image_id") or args.image)
@@ -5660,22 +7242,33 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     except BadConfig as problem:
         if " NoSuchKey: " not in str(problem):
             raise
-        raise BadRequest(f"{path} is not in the bucket {cloud.bucket}", "imagen sync PATH uploads it") from None
+        raise BadRequest(
+            f"{path} is not in the bucket {cloud.bucket}", "imagen sync PATH uploads it"
+        ) from None
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
 
 
 @command(
     flag("--file", default="", help="instead of the migrations.sql beside imagen.py"),
-    flag("--expose", action="store_true", help="let PostgREST see the schemas even where the Dashboard says which"),
+    flag(
+        "--expose",
+        action="store_true",
+        help="let PostgREST see the schemas even where the Dashboard says which",
+    ),
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     """set up or upgrade the database"""
-    path = args.file or os.path.join(os.path.dirname(os.path.abspath(__file__)), "migrations.sql")
+    path = args.file or os.path.join(
+        os.path.dirname(os.path.abspath(__file__)),
+        "migrations.sql",
+    )
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, ValueError) as problem:
-        raise BadConfig(f"{path}: {problem}", "it stands beside imagen.py, or is named by --file") from None
+        raise BadConfig(
+            f"{path}: {problem}", "it stands beside imagen.py, or is named by --file"
+        ) from None
     with postgres(load_config(args.config).supabase.database_url_env) as database:
         database.run(
             f"set local imagen.expose = '{'on' if args.expose else 'off'}';{text}"
@@ -5696,12 +7289,22 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     """the last images"""
     from itertools import islice
 
-    found = (row for row in made_before() if all(word.lower() in row["prompt"].lower() for word in args.words))
+    found = (
+        row
+        for row in made_before()
+        if all(word.lower() in row["prompt"].lower() for word in args.words)
+    )
     if args.n < 1:
         raise BadRequest(f"-n {args.n}: at least 1")
     rows = list(islice(found, args.n))
     lines = aligned(
-        (row["timestamp"][:16], row["backend"], money(row["cost_usd_estimate"]), row["path"], row["prompt"][:60])
+        (
+            row["timestamp"][:16],
+            row["backend"],
+            money(row["cost_usd_estimate"]),
+            row["path"],
+            row["prompt"][:60],
+        )
         for row in rows
     )
     return terminal.result({"images": rows}, *lines)
@@ -5716,9 +7319,11 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.since and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.since):
         raise BadRequest(f'--since "{args.since}": not YYYY-MM-DD')
     nothing = {"images": 0, "usd": 0.0, "unknown": 0}
-    total, sums = nothing.copy(), dict[str, dict[str, Any]]()
+    total = nothing.copy()
+    sums = dict[str, dict[str, Any]]()
     for record in ledger():
-        day, image = str(record.get("at"))[:10], record.get("path")
+        day = str(record.get("at"))[:10]
+        image = record.get("path")
         if day < args.since or (not image and record.get("charged", "no") == "no"):
             continue
         usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
@@ -5727,27 +7332,44 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
             row["images"] += bool(image)
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows, lines = [sums[key] for key in sorted(sums)], []
+    rows = [sums[key] for key in sorted(sums)]
+    lines = []
     for row in (*rows, total):
         unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
-        lines.append((row.get(args.by, "total"), row["images"], "images", money(row["usd"]), unknown))
+        lines.append(
+            (
+                row.get(args.by, "total"),
+                row["images"],
+                "images",
+                money(row["usd"]),
+                unknown,
+            )
+        )
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
-@command(flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put"))
+@command(
+    flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put")
+)
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
-    folder, mark = os.path.abspath(os.path.expanduser(args.folder)), "# the launcher of imagen.py"
-    path, here = os.path.join(folder, "imagen"), os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.abspath(os.path.expanduser(args.folder))
+    mark = "# the launcher of imagen.py"
+    path = os.path.join(folder, "imagen")
+    here = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
     if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        write_file(path, f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n', 0o755)
+        write_file(
+            path,
+            f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n',
+            0o755,
+        )
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -5756,8 +7378,16 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
 @command(
     flag("--concurrency", type=int, metavar="N", help="jobs at a time"),
     flag("--once", action="store_true", help="leave when no job waits"),
-    flag("--name", default="worker", metavar="SLOT", help="what this worker is called on this host"),
-    flag("--backend", nargs="+", default=[], metavar="NAME", help="take the jobs of these backends alone"),
+    flag(
+        "--name", default="worker", metavar="SLOT", help="what this worker is called on this host"
+    ),
+    flag(
+        "--backend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="take the jobs of these backends alone",
+    ),
 )
 def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     """take jobs from imagen.jobs and make their images"""
@@ -5769,7 +7399,9 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     concurrency = config.worker.concurrency if args.concurrency is None else args.concurrency
     if not 1 <= concurrency <= 64 or not re.fullmatch(r"[\w.-]{1,64}", args.name):
         raise BadRequest("--concurrency is 1 to 64, --name letters, digits, dots and dashes")
-    to_journal = "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty()  # terminals inherit the variable
+    to_journal = (
+        "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty()
+    )  # terminals inherit the variable
 
     def say(text: str, priority: int = 6) -> None:
         text = " ".join(text.split())
@@ -5789,28 +7421,56 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     flag("action", choices=("add", "list", "cancel", "retry")),
     *REQUEST_FLAGS[1:],
     flag("prompt", nargs="?", metavar="PROMPT|ID", help="add: what to see; cancel, retry: the job"),
-    flag("--wait", action="store_true", help="add, retry: until the job is over, whose outcome is the exit code"),
-    flag("--status", choices=("pending", "running", "done", "failed", "canceled"), help="list: these alone"),
+    flag(
+        "--wait",
+        action="store_true",
+        help="add, retry: until the job is over, whose outcome is the exit code",
+    ),
+    flag(
+        "--status",
+        choices=("pending", "running", "done", "failed", "canceled"),
+        help="list: these alone",
+    ),
 )
 def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
     """add, list, cancel or retry jobs of imagen.jobs"""
-    config, wanted = load_config(args.config), list[dict[str, Any]]()
+    config = load_config(args.config)
+    wanted = list[dict[str, Any]]()
     if args.action == "add":
         wanted = requests_for(args, config)
     elif args.action != "list" and not is_uuid(args.prompt or ""):
-        raise BadRequest(f'{args.action} "{args.prompt or ""}": not the id of a job', "imagen jobs list")
+        raise BadRequest(
+            f'{args.action} "{args.prompt or ""}": not the id of a job', "imagen jobs list"
+        )
     with postgres(config.supabase.database_url_env, patience=DELIVERY) as database:
         if args.action == "list":
             rows = [row for (row,) in database.run(LIST, status=args.status)]
             lines = [
-                (row["id"], str(row["created_at"])[:16], row["status"], row["error"] or row["prompt"]) for row in rows
+                (
+                    row["id"],
+                    str(row["created_at"])[:16],
+                    row["status"],
+                    row["error"] or row["prompt"],
+                )
+                for row in rows
             ]
-            return terminal.result({"jobs": rows}, *aligned((*cells, said[:70]) for *cells, said in lines))
+            return terminal.result(
+                {"jobs": rows},
+                *aligned(
+                    (
+                        *cells,
+                        said[:70],
+                    )
+                    for *cells, said in lines
+                ),
+            )
         if args.action == "cancel":
             ((became,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=args.prompt)
             if not became:
                 raise BadRequest(f"{args.prompt}: no job that waits or runs", "imagen jobs list")
-            return terminal.result({"jobs": [{"id": args.prompt, "status": became}]}, f"{args.prompt}  {became}")
+            return terminal.result(
+                {"jobs": [{"id": args.prompt, "status": became}]}, f"{args.prompt}  {became}"
+            )
         if args.action == "add":
             made = database.run(ADD, owner=config.owner_user_id, wanted=to_jsonb(wanted))
         elif not (made := database.run(RETRY, job=args.prompt)):
@@ -5818,14 +7478,21 @@ def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
         ids = [str(ident) for (ident,) in made]
         if args.wait:
             return follow_jobs(ids, terminal, database)
-    return terminal.result({"jobs": [{"id": ident, "status": "pending"} for ident in ids]}, *ids)
+    return terminal.result(
+        {"jobs": [{"id": ident, "status": "pending"} for ident in ids]},
+        *ids,
+    )
 
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
 RETRY = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS)
-  SELECT owner_user_id, COLUMNS FROM imagen.jobs WHERE id = :job::uuid RETURNING id""".replace("COLUMNS", _COLUMNS)
+  SELECT owner_user_id, COLUMNS FROM imagen.jobs WHERE id = :job::uuid RETURNING id""".replace(
+    "COLUMNS", _COLUMNS
+)
 ADD = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS) SELECT :owner::uuid, COLUMNS
-  FROM jsonb_populate_recordset(NULL::imagen.jobs, :wanted::jsonb) RETURNING id""".replace("COLUMNS", _COLUMNS)
+  FROM jsonb_populate_recordset(NULL::imagen.jobs, :wanted::jsonb) RETURNING id""".replace(
+    "COLUMNS", _COLUMNS
+)
 LIST = """SELECT to_jsonb(j) FROM imagen.jobs j WHERE :status::text IS NULL OR status = :status::text
   ORDER BY seq DESC LIMIT 50"""
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
@@ -5839,12 +7506,16 @@ def requests_for(args: argparse.Namespace, config: Config) -> list[dict[str, Any
         raise BadRequest("-n is 1 to 1000")
     check_request(first := request_from(args, config.styles))
     seeds = [None if first.seed is None else first.seed + number for number in range(args.n)]
-    return [{key: value for key, value in sparse(first._replace(seed=seed)).items() if value != ""} for seed in seeds]
+    return [
+        {key: value for key, value in sparse(first._replace(seed=seed)).items() if value != ""}
+        for seed in seeds
+    ]
 
 
 def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
     """Show the jobs' progress until they are over; the outcome of the first that failed is ours."""
-    began, rows = time.monotonic(), list[dict[str, Any]]()
+    began = time.monotonic()
+    rows = list[dict[str, Any]]()
     while not rows or any(row["status"] in ("pending", "running") for row in rows):
         if rows:
             time.sleep(0.5)
@@ -5852,14 +7523,24 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
         if len(rows) < len(ids):
             raise Failed("a job was deleted before it was over")
         now = next((row for row in rows if row["status"] == "running"), rows[0])
-        shown = Progress(f"{now['status']} {now['note'] or ''}".strip(), now["progress"], now["progress"] and 1.0)
+        shown = Progress(
+            f"{now['status']} {now['note'] or ''}".strip(), now["progress"], now["progress"] and 1.0
+        )
         done = sum(row["status"] == "done" for row in rows)
-        terminal.draw(progress_line(shown, time.monotonic() - began, None, f"{done} of {len(ids)}" * (len(ids) > 1)))
+        terminal.draw(
+            progress_line(
+                shown, time.monotonic() - began, None, f"{done} of {len(ids)}" * (len(ids) > 1)
+            )
+        )
     error = None
     if bad := next((row for row in rows if row["status"] != "done"), None):
-        kind = ERRORS.get("interrupted" if bad["status"] == "canceled" else bad["error_code"], Failed)
+        kind = ERRORS.get(
+            "interrupted" if bad["status"] == "canceled" else bad["error_code"], Failed
+        )
         said, _, hint = (bad["error"] or bad["status"]).partition("\n")
-        error = terminal.report(kind(f"{bad['id']}: {said}", hint, charged="unknown" if bad["receipt"] else "no"))
+        error = terminal.report(
+            kind(f"{bad['id']}: {said}", hint, charged="unknown" if bad["receipt"] else "no")
+        )
     lines = [f"{row['id']}  {row['status']}  {row['image_id'] or ''}".rstrip() for row in rows]
     return terminal.result({"jobs": rows}, *lines, error=error)
 
@@ -5867,7 +7548,12 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
 @command(
     flag("--host", default="127.0.0.1", help="another one needs a token (127.0.0.1)"),
     flag("--port", type=int, default=8765, help="0: any free one (8765)"),
-    flag("--token-env", default="IMAGEN_SERVE_TOKEN", metavar="NAME", help="the variable that holds the token"),
+    flag(
+        "--token-env",
+        default="IMAGEN_SERVE_TOKEN",
+        metavar="NAME",
+        help="the variable that holds the token",
+    ),
     flag("--parallel", type=int, default=2, metavar="N", help="requests at a time (2)"),
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -5971,11 +7657,15 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         place += 2 if argv[place] == "--config" else 1
     before, (name, *after) = argv[:place], argv[place:] or [""]
     if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
-        if "--version" in before:  # copies travel without their repository, so the hash says which one this is
+        if (
+            "--version" in before
+        ):  # copies travel without their repository, so the hash says which one this is
             import hashlib
 
             digest = hashlib.sha256(_read(__file__)).hexdigest()
-            return terminal.result({"version": __version__, "sha256": digest}, f"imagen {__version__} ({digest[:12]})")
+            return terminal.result(
+                {"version": __version__, "sha256": digest}, f"imagen {__version__} ({digest[:12]})"
+            )
         commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
         end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
         text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
@@ -5984,7 +7674,8 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
         raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
     args = parser_of(name, terminal).parse_intermixed_args([*before, *after])
-    terminal.quiet, terminal.verbose = args.quiet, args.verbose
+    terminal.quiet = args.quiet
+    terminal.verbose = args.verbose
     return COMMANDS[name][0](args, terminal)
 
 
@@ -5996,7 +7687,9 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
         def error(self, message: str) -> typing.NoReturn:
             unknown = re.search(r"unrecognized arguments: (-\S+)", message)
             known = self._option_string_actions
-            raise BadRequest(message, nearest(unknown[1], known) if unknown else f"{self.prog} --help")
+            raise BadRequest(
+                message, nearest(unknown[1], known) if unknown else f"{self.prog} --help"
+            )
 
         def print_help(self, file: Any = None) -> None:
             text = self.format_help().rstrip()
@@ -6007,7 +7700,9 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
         prog=f"imagen {name}",
         usage=f"imagen {name} …\n\n{EXAMPLES}" if name == "generate" else None,
         description=cmd.__doc__,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # a width of its own would cost shutil
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, width=100
+        ),  # a width of its own would cost shutil
         allow_abbrev=False,
     )
     for names, how in (*flags, *EVERYWHERE):
