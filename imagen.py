@@ -422,7 +422,7 @@ class Secret:
         quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
         spellings = {value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
         if value.startswith("eyJ"):  # a JWT: its payload and signature are secret by themselves
-            spellings.update(value.split(".")[1:])
+            spellings.update(part for part in value.split(".")[1:] if len(part) > 7)
         KEY_SPELLINGS[:] = sorted(spellings.union(KEY_SPELLINGS), key=len, reverse=True)
 
     def reveal(self) -> str:

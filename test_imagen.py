@@ -12987,7 +12987,7 @@ def test_pipeline_a_bad_key_stays_open_until_there_is_a_good_one(
 ) -> None:
     done = deliver_made(synced, SUPABASE_SERVICE_ROLE_KEY=key)
     (line,) = deliver_warnings(done)
-    assert "401" in line
+    assert re.search("401|authorization", line)
     assert key not in done.err
     assert len(synced.unfinished()) == 1
     assert synced.run("sync", env={"SUPABASE_SERVICE_ROLE_KEY": cloud.secret_key}).code == 0
