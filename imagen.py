@@ -442,12 +442,13 @@ def now_iso() -> str:
 # === Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# By file ending.
 MIME_TYPES = {
     "png": "image/png",
     "jpg": "image/jpeg",
     "webp": "image/webp",
     "gif": "image/gif",
-}  # by file ending
+}
 
 
 class Sniffed(NamedTuple):
@@ -460,17 +461,21 @@ class Sniffed(NamedTuple):
 
 
 def sniff(file: BinaryIO) -> Sniffed | None:
-    """Format, size and completeness of the image in `file`, whose body is skipped, not read; None: no image."""
+    """What image `file` holds, None where it is none; its body is skipped, not read."""
     file.seek(0)
-    magic = rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
-    found = re.match(magic, file.read(16))
-    if not found:
+    magic = (
+        rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)"
+        rb"|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
+    )
+    match = re.match(magic, file.read(16))
+    if not match:
         return None
-    ending = found.lastgroup or ""
+    ending = match.lastgroup or ""
     measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
-    with suppress(struct.error):  # it breaks off
+    # A struct.error says that the file breaks off.
+    with suppress(struct.error):
         width, height = measure(file)
-        return Sniffed(ending, width, height, width > 0 < height)
+        return Sniffed(ending, width, height, complete=width > 0 < height)
     return Sniffed(ending)
 
 
@@ -478,7 +483,8 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these returns width and height of an image that is there to its end; else 0 and 0, or struct.error.
+# Each of these returns width and height of an image that is there to its end;
+# else 0 and 0, or struct.error.
 def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(16)
     size = _unpack(file, ">II9x")
@@ -486,7 +492,8 @@ def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     while kind != b"IEND":
         length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
-        _unpack(file, ">I")  # the CRC: this chunk is there to its last byte
+        # The CRC: this chunk is there to its last byte.
+        _unpack(file, ">I")
     return size
 
 
@@ -494,15 +501,17 @@ def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
+        # Fill bytes may stand before a marker.
         while (marker := _unpack(file, "B")[0]) == 0xFF:
-            pass  # fill bytes may stand before a marker
+            pass
         place = file.tell()
         (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = _unpack(file, ">xHH")
         file.seek(place + length)
+    # From here on FF D9 means nothing but the end.
     last = b""
-    while block := file.read(1 << 16):  # from here on FF D9 means nothing but the end
+    while block := file.read(1 << 16):
         if b"\xff\xd9" in last + block:
             return width, height
         last = block[-1:]
@@ -521,15 +530,9 @@ def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
         height = 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
-    return (
-        (width, height)
-        if file.seek(
-            0,
-            os.SEEK_END,
-        )
-        >= size + 8
-        else (0, 0)
-    )
+    if file.seek(0, os.SEEK_END) < size + 8:
+        return 0, 0
+    return width, height
 
 
 def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
@@ -537,17 +540,21 @@ def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     width, height, flags = _unpack(file, "<HHBxx")
     file.seek(_gif_colors(flags), os.SEEK_CUR)
     while (kind := _unpack(file, "c")[0]) in b",!":
-        file.seek(
-            1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0),
-            os.SEEK_CUR,
-        )
+        skipped = 1
+        if kind == b",":
+            skipped += _gif_colors(_unpack(file, "8xB")[0])
+        file.seek(skipped, os.SEEK_CUR)
         while size := _unpack(file, "B")[0]:
             file.seek(size, os.SEEK_CUR)
-    return (width, height) if kind == b";" else (0, 0)
+    if kind != b";":
+        return 0, 0
+    return width, height
 
 
 def _gif_colors(flags: int) -> int:
-    return 3 * 2 << (flags & 7) if flags & 0x80 else 0
+    if not flags & 0x80:
+        return 0
+    return 3 * 2 << (flags & 7)
 
 
 def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
@@ -556,17 +563,21 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
-    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
+    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
+
+    A megabyte at a time; Unknown where it is broken.
+    """
     pending = b""
     step = 1 << 20
     for start in range(0, len(text), step):
         piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
-        whole = (
-            (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)
-        )  # an escape cut in two waits
-        pending = piece[whole:]
+        end = len(piece)
+        if start + step < len(text):
+            # Four characters at a time; and the last waits, which may be half an escape.
+            end = (end - 1) // 4 * 4
+        pending = piece[end:]
         try:
-            spool.write(binascii.a2b_base64(piece[:whole]))
+            spool.write(binascii.a2b_base64(piece[:end]))
         except binascii.Error as problem:
             raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
     spool.seek(0)
@@ -576,29 +587,29 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
 def png_encode(
     width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
 ) -> bytes:
-    """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks."""
-    lines = b"".join(
-        b"\0" + rows[start : start + width] for start in range(0, width * height, width)
-    )
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-    ]
-    chunks += [
+    """An 8-bit palette PNG.
+
+    `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
+    """
+    starts = range(0, width * height, width)
+    # Each line begins with its filter: none.
+    lines = b"".join(b"\0" + rows[start : start + width] for start in starts)
+    texts = [
         (b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace"))
         for key, value in text.items()
     ]
-    chunks += [(b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")]
-    return PNG_MAGIC + b"".join(
-        struct.pack(">I", len(body))
-        + kind
-        + body
-        + struct.pack(
-            ">I",
-            zlib.crc32(kind + body),
-        )
-        for kind, body in chunks
-    )
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+        *texts,
+        (b"IDAT", zlib.compress(lines, 1)),
+        (b"IEND", b""),
+    ]
+    png = PNG_MAGIC
+    for kind, body in chunks:
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    return png
 
 
 # === Contract: Request, Result, Context, Backend: what an adapter is ===
