@@ -889,7 +889,7 @@ class WorkerConfig(NamedTuple):
 
 
 class Style(NamedTuple):
-    """A way to dress a prompt: words behind it, words against it, and a size where the style means one."""
+    """What a style adds to a prompt and to its negative, and a size where it means one."""
 
     suffix: str = ""
     negative: str = ""
@@ -919,7 +919,8 @@ worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
-# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own are laid over them by name.
+# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
+# are laid over them by name.
 _COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
 BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
@@ -965,69 +966,88 @@ def config_path(flag: str = "", new: bool = False) -> str:
 def load_config(flag: str = "") -> Config:
     """The configuration in force. Raises BadConfig with every complaint at once, one a line."""
     data = config_data(flag)
-    if complaints := config_complaints(flag, data):
-        raise BadConfig("\n".join(complaints))
+    errors, _ = complaints(data, flag)
+    if errors:
+        raise BadConfig("\n".join(errors))
     return from_mapping(Config, data)
 
 
 def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
-    path = config_path(flag)
-    data = read_yaml(path) if path else {}
+    data = {}
+    if path := config_path(flag):
+        data = read_yaml(path)
     if isinstance(file := data.get("env_file"), str) and file:
         load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(known := data.get(section), Mapping | None):
-            data[section] = {**(known or {}), key: os.environ[name]}
-    if isinstance(data.get("styles"), Mapping):
-        styles = data["styles"].items()
-        data["styles"] = {
-            name: {"suffix": style} if isinstance(style, str) else style for name, style in styles
-        }
+        elif isinstance(values := data.get(section), Mapping | None):
+            data[section] = {**(values or {}), key: os.environ[name]}
+    styles = data.get("styles")
+    if isinstance(styles, dict):
+        for name, style in styles.items():
+            if isinstance(style, str):
+                styles[name] = {"suffix": style}
     if isinstance(data.get("backends", {}), Mapping | None):
         data["backends"] = {**BUILTIN_BACKENDS, **(data.get("backends") or {})}
-    hide_pasted_keys(data)
     return data
 
 
-def hide_pasted_keys(data: Mapping[str, Any]) -> None:
-    """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    named = (
-        r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
-    )
-    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
-    for found in re.finditer(f"{named}|{shaped}", str(data)):
-        Secret(found[found.lastindex or 0])
+def complaints(
+    data: Mapping[str, Any], flag: str = "", thorough: bool = False
+) -> tuple[list[str], list[str]]:
+    """What is wrong with `config_data`: errors, and warnings.
 
-
-def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with `config_data`, each with the file or variable that it comes from."""
-    lines = []
+    `thorough`: also what not every run needs, which are the naming and each backend. A key
+    that a backend other than the default lacks is a warning.
+    """
+    errors = []
+    warnings = []
+    blocks = data["backends"]
     default = data.get("default_backend", "mock")
     owner = data.get("owner_user_id", "")
+    # 1. What the schema says, and two things that it cannot say.
     try:
         from_mapping(Config, data)
     except BadConfig as problem:
-        lines = str(problem).split("\n")
-    if (
-        isinstance(data["backends"], Mapping)
-        and isinstance(default, str)
-        and default not in data["backends"]
-    ):
-        lines.append(
-            f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}'
-        )
+        errors = str(problem).split("\n")
+    if isinstance(blocks, Mapping) and isinstance(default, str) and default not in blocks:
+        errors.append(f'default_backend: "{default}" is unknown, {nearest(default, blocks)}')
     if owner and not is_uuid(str(owner)):
-        lines.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+        errors.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+    # 2. Each begins with the variable or the file that it comes from.
+    path = config_path(flag)
     origins = {field: name for name, field in overrides().items()}
-    return [f"{origins.get(line.split(':')[0], config_path(flag))}: {line}" for line in lines]
+    errors = [f"{origins.get(line.split(':')[0], path)}: {line}" for line in errors]
+    if not thorough:
+        return errors, warnings
+    # 3. What fails by itself where it is used, and would hold up those who do not use it.
+    output = data.get("output")
+    if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
+        try:
+            check_template(output["naming"])
+        except BadConfig as problem:
+            errors.append(str(problem))
+    if isinstance(blocks, Mapping):
+        for name, block in blocks.items():
+            if not isinstance(block, Mapping | None):
+                continue
+            try:
+                open_backend(name, blocks)
+            except KeyMissing as problem:
+                if name == default:
+                    errors.append(str(problem))
+                else:
+                    warnings.append(str(problem))
+            except BadConfig as problem:
+                errors.append(str(problem))
+    return errors, warnings
 
 
 def overrides() -> dict[str, str]:
-    """The environment variables that override the file just now, and which field each stands for."""
+    """The environment variables that override the file, and the field of each."""
     fields = {
         "IMAGEN_BACKEND": "default_backend",
         "IMAGEN_OUTPUT_DIR": "output.directory",
@@ -1036,6 +1056,18 @@ def overrides() -> dict[str, str]:
         "IMAGEN_OWNER_USER_ID": "owner_user_id",
     }
     return {name: field for name, field in fields.items() if os.environ.get(name)}
+
+
+def check_template(template: str) -> None:
+    """BadConfig where `template` cannot name a file inside its folder."""
+    # {ext} is known too late for a folder.
+    field = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"
+    parts = re.sub(field, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
+        raise BadConfig(
+            f"output.naming: {template!r} does not name a file inside the folder; known are "
+            "{date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
+        )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -1052,15 +1084,15 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = yaml.safe_load(raw)
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
-    except (
-        Exception
-    ) as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
-        mark = getattr(problem, "problem_mark", None)
-        place = mark.index if mark else getattr(problem, "position", 0)
+    # A date in February 30, 5,000 digits: what yaml cannot build is no YAMLError.
+    except Exception as problem:
+        place = getattr(problem, "position", 0)
+        if mark := getattr(problem, "problem_mark", None):
+            place = mark.index
         before = raw.decode("utf-8", "replace")[:place].split("\n")
-        what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
+        reason = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
         raise BadConfig(
-            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}"
+            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {reason}"
         ) from None
     if not isinstance(data, dict | None):
         raise BadConfig(
@@ -1070,7 +1102,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def load_env_file(path: str) -> None:
-    """KEY=VALUE lines become environment variables where none is set; nobody but the owner may read the file."""
+    """KEY=VALUE lines become environment variables where none is set.
+
+    BadConfig where anybody but the owner may read the file.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -1078,14 +1113,13 @@ def load_env_file(path: str) -> None:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
+    form = r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?"
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(
-            r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line
-        )
-        if not found:
+        match = re.fullmatch(form, line)
+        if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        if found[1]:
-            os.environ.setdefault(found[1], found[3])
+        if match[1]:
+            os.environ.setdefault(match[1], match[3])
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1096,8 +1130,11 @@ STYLES: Mapping[str, Style] = {
         "illustration, cartoon, 3d render",
     ),
     "blog-header": Style(
-        "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
-        *("text, letters, watermark, clutter", 1536, 1024),
+        suffix="wide editorial header image, one clear subject, generous empty space, "
+        "soft light, calm palette",
+        negative="text, letters, watermark, clutter",
+        width=1536,
+        height=1024,
     ),
     "cinematic": Style(
         "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
@@ -1125,24 +1162,25 @@ STYLES: Mapping[str, Style] = {
         "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
     ),
     "icon": Style(
-        "app icon, one centered symbol, bold simple shape, flat color",
-        "text, photograph",
-        1024,
-        1024,
+        suffix="app icon, one centered symbol, bold simple shape, flat color",
+        negative="text, photograph",
+        width=1024,
+        height=1024,
     ),
     "poster": Style(
-        "screen-printed poster, strong composition, three spot colors",
-        "photograph, clutter",
-        1024,
-        1536,
+        suffix="screen-printed poster, strong composition, three spot colors",
+        negative="photograph, clutter",
+        width=1024,
+        height=1536,
     ),
 }
 
 
 def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
-    """`request` with its style worked in once: prompt, negative prompt and, where none is asked for, size.
+    """`request` with its style worked in once.
 
-    `own` are the config's styles, which win.
+    That is prompt, negative prompt and, where the request has none, the size. `own` are the
+    config's styles, which win.
 
     >>> apply_style(Request("a fox", style="ink")).prompt
     'a fox, black ink drawing, varied brush line, hatching, white paper'
@@ -1153,41 +1191,44 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt = _with(request.prompt, style.suffix)
-    negative = _with(request.negative_prompt, style.negative)
+    prompt = _extended(request.prompt, style.suffix)
+    negative = _extended(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
 
 
-def _with(text: str, words: str) -> str:
-    if not words or re.search(rf"(^|\W){re.escape(words)}$", text):
+def _extended(text: str, addition: str) -> str:
+    # What ends so already was dressed before: by a job's first attempt, or in a sidecar.
+    if not addition or re.search(rf"(^|\W){re.escape(addition)}$", text):
         return text
-    return f"{text.rstrip(' ,')}, {words}" if text else words
+    if not text:
+        return addition
+    return f"{text.rstrip(' ,')}, {addition}"
 
 
 # === HTTP: the only way out, and what may be sent twice ===
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
-#   what happened                                      charged   then
-#   not connected (refused, no route, TLS, backlog)    no        repeated a few times, then Unreachable
-#   429; 503 with Retry-After or a word of overload    no        repeated until the deadline, then Busy
-#   any other 4xx but 408 and 409                      no        raised as what it is
-#   anything else after the first byte                 unknown   raised as Unknown, never repeated
+#   what happened                                      charged   then repeated
+#   not connected (refused, no route, TLS, backlog)    no        a few times, then Unreachable
+#   429; 503 with Retry-After or a word of overload    no        until the deadline, then Busy
+#   any other 4xx but 408 and 409                      no        never, raised as what it is
+#   anything else after the first byte                 unknown   never, raised as Unknown
 
 CONNECT_TIMEOUT = 10.0  # seconds until TCP and TLS stand
-JSON_LIMIT = 64 << 20  # bytes of an ordinary answer
+JSON_LIMIT = 64 << 20  # bytes of an ordinary response
 IMAGE_LIMIT = 384 << 20  # bytes of an image, maybe in base64
-ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
+ERROR_LIMIT = 64 << 10  # bytes read of a response that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
-class Answer(NamedTuple):
-    """What a server said. A redirect is an answer too."""
+class HttpResponse(NamedTuple):
+    """What a server answered. A redirect is a response too."""
 
     status: int
     headers: Any  # email.message.Message: get() knows no case
@@ -1202,71 +1243,72 @@ class Answer(NamedTuple):
 
     def mapping(self) -> dict[str, Any]:
         """The body as a JSON object; Failed where it is none."""
-        said = self.json()
-        if not isinstance(said, dict):
+        document = self.json()
+        if not isinstance(document, dict):
             raise Failed(
-                f"the server answered {self.status} with {self.words()}, which is not the JSON it should be"
+                f"the server answered {self.status} with {self.excerpt()}, "
+                "which is not the JSON it should be"
             )
-        return said
+        return document
 
-    def words(self) -> str:
+    def excerpt(self) -> str:
         """The body as one short line for a person."""
         return excerpt(self.body)
 
 
-class Broken(Exception):
-    """No answer, or not all of it; `sent` says whether a byte of the request had left."""
+class TransportError(Exception):
+    """No response, or not all of it; `sent` says whether a byte of the request had left."""
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
-        inner = getattr(reason, "reason", reason)  # urllib wraps the real error
-        super().__init__(
-            getattr(
-                inner,
-                "strerror",
-                None,
-            )
-            or str(inner)
-            or type(inner).__name__
-        )
+        # urllib wraps the real error.
+        cause = getattr(reason, "reason", reason)
+        text = getattr(cause, "strerror", None) or str(cause)
+        super().__init__(text or type(cause).__name__)
         self.sent = sent
 
 
-def explain_status(answer: Answer, said: str = "") -> ImagenError:
+def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said = f"{answer.status}: {said or answer.words()}"
-    status = answer.status
-    if status in (401, 403, 404):
-        return BadConfig(
-            said,
-            "check base_url and model" if status == 404 else "check the key and what it may do",
-        )
+    status = response.status
+    message = f"{status}: {detail or response.excerpt()}"
+    if status == 404:
+        return BadConfig(message, "check base_url and model")
+    if status in (401, 403):
+        return BadConfig(message, "check the key and what it may do")
     if status == 402:
-        return Quota(said)
+        return Quota(message)
     if 300 <= status < 400:
-        return BadConfig(
-            f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url"
-        )
-    if not not_accepted(answer):
-        return Failed(said)
-    return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
+        location = response.headers.get("Location")
+        return BadConfig(f"{status}: redirects to {location}", "put that into base_url")
+    if not not_accepted(response):
+        return Failed(message)
+    if status in (429, 503):
+        return Busy(message, after=retry_after(response))
+    return BadRequest(message)
 
 
-def not_accepted(answer: Answer) -> bool:
-    """Whether this answer proves that a paid POST was turned away."""
-    if answer.status == 503:
-        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.words()))
-    return 400 <= answer.status < 500 and answer.status not in (408, 409)
+def not_accepted(response: HttpResponse) -> bool:
+    """Whether this response proves that a paid POST was turned away."""
+    if response.status == 503:
+        return bool(response.headers.get("Retry-After") or OVERLOADED.search(response.excerpt()))
+    return 400 <= response.status < 500 and response.status not in (408, 409)
 
 
-def retry_after(answer: Answer) -> float:
-    """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
+def retry_after(response: HttpResponse) -> float:
+    """Seconds that the remote asks us to wait.
+
+    From retry-after-ms, Retry-After (seconds or a date), or `~30s` in its body.
+    """
     for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         with suppress(ValueError):
-            return max(0.0, float(answer.headers.get(name, "")) * unit)
-    if date := answer.headers.get("Retry-After"):
+            return max(0.0, float(response.headers.get(name, "")) * unit)
+    if date := response.headers.get("Retry-After"):
         return max(0.0, epoch(date) - time.time())
-    in_words = re.search(rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]', answer.body[:2000])
-    return float(in_words[1]) if in_words else 0.0
+    form = rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
+    match = re.search(form, response.body[:2000])
+    if not match:
+        return 0.0
+    return float(match[1])
 
 
 def epoch(text: str) -> float:
@@ -1274,17 +1316,18 @@ def epoch(text: str) -> float:
     from datetime import datetime
     from email.utils import parsedate_to_datetime
 
-    for read in (datetime.fromisoformat, parsedate_to_datetime):
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
         with suppress(TypeError, ValueError, OverflowError):
-            return read(text).timestamp()
+            return parse(text).timestamp()
     return 0.0
 
 
 class Http:
-    """One remote as one adapter sees it: a base URL, its keys, how its errors read, and the context's deadline.
+    """One remote as one adapter sees it: base URL, keys, how its errors read, the deadline.
 
-    Every method raises what `explain` makes of an error answer, Unreachable where there was none, and whatever
-    `ctx.check()` raises. `keys` are headers that go to the base URL's own origin and nowhere else.
+    Every method raises what `explain` makes of an error response, Unreachable where there was
+    none, and whatever `ctx.check()` raises. `keys` are headers that go to the base URL's own
+    origin and nowhere else.
     """
 
     def __init__(
@@ -1292,7 +1335,7 @@ class Http:
         ctx: Context,
         base: str,
         keys: Mapping[str, str] = EMPTY,
-        explain: Callable[[Answer], ImagenError] = explain_status,
+        explain: Callable[[HttpResponse], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
         self.ctx = ctx
@@ -1301,114 +1344,126 @@ class Http:
         self._explain = explain
         self.read_timeout = read_timeout
 
-    def explain(self, answer: Answer) -> ImagenError:
-        """What an error answer means; a body too odd for the adapter leaves the status to speak."""
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error means; a body too odd for the adapter leaves the status to speak."""
         try:
-            return self._explain(answer)
+            return self._explain(response)
         except (AttributeError, KeyError, TypeError, ValueError):
-            return explain_status(answer)
+            return explain_status(response)
 
-    def get(self, path: str) -> Answer:
-        """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
-        return self._tried(lambda: self._followed(path))
+    def get(self, path: str) -> HttpResponse:
+        """The response to a GET, repeated after 429, 5xx and broken connections.
+
+        Redirects are followed.
+        """
+        return self._repeated(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
         """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
+        """The image at `url` (absolute, or below the base) in a ctx.spool(), at its start."""
         spool: BinaryIO
 
-        def once() -> Answer:
+        def attempt() -> HttpResponse:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
+            response = self._followed(url, spool)
             sniffed = sniff(spool)
-            if sniffed and not sniffed.complete:  # often only its own end tells
-                raise Broken("the image breaks off", sent=True)
-            return answer
+            # Where no length was announced, only the image's own end tells.
+            if sniffed and not sniffed.complete:
+                raise TransportError("the image breaks off", sent=True)
+            return response
 
-        self._tried(once)
+        self._repeated(attempt)
         spool.seek(0)
         return spool
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(
-            lambda: self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-            ),
-            post=True,
-        )
+    def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+        """The 2xx response to a free POST.
 
-    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
-        """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        named["Content-Length"] = str(data.seek(0, os.SEEK_END))
+        Unknown where it was lost, for the adapter to look if the POST arrived.
+        """
+        data = json.dumps(body).encode()
+        return self._repeated(lambda: self._exchange(self.base + path, data), post=True)
 
-        def once() -> Answer:
+    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
+        """The 2xx response to a request that may be made twice without harm.
+
+        `data` is streamed, and its size announced.
+        """
+        dashed = {name.replace("_", "-"): value for name, value in headers.items()}
+        dashed["Content-Length"] = str(data.seek(0, os.SEEK_END))
+
+        def attempt() -> HttpResponse:
             data.seek(0)
-            return self._exchange(self.base + path, data, method=method, headers=named)
+            return self._exchange(self.base + path, data, method=method, headers=dashed)
 
-        return self._tried(once)
+        return self._repeated(attempt)
 
-    def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
+    def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+        """The 2xx response to a POST that costs money.
 
-        def once() -> Answer:
-            answer = self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-                paid=True,
-            )
-            if not_accepted(answer):
-                self.ctx.settle(self.explain(answer).charged)
-            return answer
+        Sent once, and again only after a response that proves `no`.
+        """
+        data = json.dumps(body).encode()
 
-        return self._tried(once, post=True)
+        def attempt() -> HttpResponse:
+            response = self._exchange(self.base + path, data, paid=True)
+            if not_accepted(response):
+                self.ctx.settle(self.explain(response).charged)
+            return response
 
-    def _tried(self, once: Callable[[], Answer], post: bool = False) -> Answer:
-        """The first 2xx answer of `once`, which is called again as long as the table above allows."""
+        return self._repeated(attempt, post=True)
+
+    def _repeated(self, attempt: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
+        """The first 2xx response of `attempt`, called as often as the table above allows."""
         tries = 0
         began = time.monotonic()
         while True:
             tries += 1
+            # 1. One attempt. What is not a 2xx becomes the error to be raised in the end.
             try:
-                answer = once()
-                if answer.status < 300:
-                    return answer
-                error = self.explain(answer)
-                again = (answer.status >= 500 or isinstance(error, Unreachable)) and not post
+                response = attempt()
+                if response.status < 300:
+                    return response
+                error = self.explain(response)
+                transient = response.status >= 500 or isinstance(error, Unreachable)
+                again = transient and not post
                 if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
                     raise Unknown(f"sent, and answered {error}")
-            except Broken as problem:
+            except TransportError as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
                 error = Unreachable(
                     f"{self.base}: {problem}", "is it running, and the address right?"
                 )
                 again = True
+            # 2. Is there another? After Busy until the deadline; after trouble a few, and a
+            # GET goes on for a while once a remote job, and maybe money, depends on it.
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (
-                1 + os.urandom(1)[0] / 1000
-            )  # not all in step
-            if wait > self.ctx.left():
+            # 3. Wait, each client a little longer or shorter, or all would come back at once.
+            pause = error.after or min(30.0, 0.2 * 2.0**tries)
+            pause *= 1 + os.urandom(1)[0] / 1000
+            if pause > self.ctx.left():
                 raise error
-            if wait > 2:
-                self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
-            self.ctx.sleep(wait)
+            if pause > 2:
+                self.ctx.progress(f"{error.code}, again in {pause:.0f} s")
+            self.ctx.sleep(pause)
 
-    def _followed(self, path: str, sink: BinaryIO | None = None) -> Answer:
-        url = path if "://" in path else self.base + path
+    def _followed(self, path: str, sink: BinaryIO | None = None) -> HttpResponse:
+        url = path
+        if "://" not in path:
+            url = self.base + path
         for _ in range(REDIRECTS + 1):
-            answer = self._exchange(url, sink=sink)
-            location = answer.headers.get("Location")
-            if answer.status // 100 != 3 or not location:
-                return answer
+            response = self._exchange(url, sink=sink)
+            location = response.headers.get("Location")
+            if response.status // 100 != 3 or not location:
+                return response
+            # http.client reads headers as Latin-1; those who send umlauts send UTF-8.
             url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
@@ -1420,21 +1475,26 @@ class Http:
         paid: bool = False,
         method: str | None = None,
         headers: Mapping[str, str] = EMPTY,
-    ) -> Answer:
-        """One request, a POST if it has a body; a 2xx answer goes into `sink`. Broken where it is not all there."""
+    ) -> HttpResponse:
+        """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
+
+        TransportError where the response is not all there.
+        """
         import http.client
         import urllib.parse
         import urllib.request
 
+        # 1. The request. Keys go to the base URL's own origin, and along no redirect.
         url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        usual = {"User-Agent": f"imagen/{__version__}"}
+        if body is not None:
+            usual["Content-Type"] = "application/json"
         ours = origin(url) == origin(self.base)
-        self.ctx.check()
-        usual = {"User-Agent": f"imagen/{__version__}"} | (
-            {} if body is None else {"Content-Type": "application/json"}
-        )
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
-        for name, value in self._keys.items() if ours else ():
-            request.add_unredirected_header(name, value)
+        if ours:
+            for name, value in self._keys.items():
+                request.add_unredirected_header(name, value)
+        self.ctx.check()
         sent: list[bool] = []
 
         def first_byte() -> None:
@@ -1446,51 +1506,64 @@ class Http:
             try:
                 return call()
             except (OSError, http.client.HTTPException, EOFError) as problem:
+                # Our own shutdown of the socket looks like a server that hung up.
                 if sent or self.ctx.why not in ("", "deadline"):
-                    self.ctx.check()  # our own shutdown looks like a server that hung up
-                raise Broken(problem, bool(sent)) from None
+                    self.ctx.check()
+                raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
-            stack.enter_context(_Deadlines.kept(self.ctx))
+            # 2. Its exchange for a status and headers.
+            stack.enter_context(_Deadlines.enforced(self.ctx))
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
+            # 3. The body, no more of it than its kind may have.
             fine = response.status < 300
+            received = bytearray()
+            keep: Callable[[bytes], Any] = received.extend
+            limit = ERROR_LIMIT
+            length = None  # not announced
+            if fine:
+                length = response.length
+                limit = JSON_LIMIT
+                if sink or paid:
+                    limit = IMAGE_LIMIT
+                if sink:
+                    keep = sink.write
             size = 0
-            kept = bytearray()
-            length = response.length if fine else None  # None: not announced
-            limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
-            keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
-            with suppress(*() if fine else (Broken,)):  # of an error what has come will do
+            try:
                 while max(size, length or 0) <= limit and (
                     block := guarded(lambda: response.read1(1 << 16))
                 ):
                     keep(block)
                     size += len(block)
+            except TransportError:
+                # Of an error, what has come will do.
+                if fine:
+                    raise
             self.ctx.check()
             if fine and max(size, length or 0) > limit:
                 raise Failed(f"the answer is larger than {limit >> 20} MB")
             if length not in (None, size):
-                raise Broken(f"the answer breaks off after {size} of {length} bytes", True)
-            return Answer(response.status, response.headers, kept)
+                raise TransportError(f"the answer breaks off after {size} of {length} bytes", True)
+            return HttpResponse(response.status, response.headers, received)
 
 
 class _Deadlines:
-    """Stops contexts at their deadline: a server that gives a byte now and then keeps a reader from the clock.
+    """Stops contexts at their deadline.
 
-    One thread does it for all requests; a timer for each would cost more than the request.
+    A server that gives a byte now and then keeps a reader from the clock. One thread looks for
+    all requests; a timer for each would cost more than the request.
     """
 
     _contexts: ClassVar[dict[object, Context]] = {}
-    _changed, _until = (
-        threading.Condition(),
-        0.0,
-    )  # _until: when the thread looks next; 0.0: there is none yet
+    _changed = threading.Condition()
+    _until = 0.0  # when the thread looks next; 0.0: there is none yet
 
     @classmethod
     @contextmanager
-    def kept(cls, ctx: Context) -> Iterator[None]:
-        """While inside, the deadline of `ctx` is kept."""
+    def enforced(cls, ctx: Context) -> Iterator[None]:
+        """While inside, `ctx` is stopped at its deadline."""
         with cls._changed:
             cls._contexts[key := object()] = ctx
             if not cls._until:
@@ -1517,35 +1590,38 @@ class _Deadlines:
 
 
 def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
-    """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
+    """urllib's opener, but a stop can shut its sockets.
 
-    Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
+    `first_byte` is called before one leaves. Without urllib's error and redirect processors
+    every status comes back as a response, for us to decide.
     """
     import http.client
     import urllib.request
 
     class Final(http.client.HTTPResponse):
-        def _read_status(self) -> Any:  # http.client itself passes over 100 alone
-            while 101 < (said := super()._read_status())[1] < 200:  # type: ignore[misc]
+        # http.client itself passes over 100 alone.
+        def _read_status(self) -> Any:
+            while 101 < (line := super()._read_status())[1] < 200:  # type: ignore[misc]
                 http.client.parse_headers(self.fp)
-            return said
+            return line
 
     class Watched(http.client.HTTPConnection):
         response_class = Final
 
         def connect(self) -> None:
-            self._create_connection = connecting
-            super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
+            self._create_connection = connected
+            # A tunnel through a proxy and TLS stand when this returns: nothing of ours has left.
+            super().connect()
             self.sock.settimeout(self.timeout)
             first_byte()
 
-        def request(self, *args: Any, **named: Any) -> None:
+        def request(self, *args: Any, **options: Any) -> None:
             try:
-                super().request(*args, **named)
+                super().request(*args, **options)
             except (BrokenPipeError, ConnectionResetError):
+                # Who refuses a large body says why before hanging up: the response may be here.
                 if not self.sock:
                     raise
-                # who refuses a large body says why before hanging up: the answer may be there already
 
     class WatchedTLS(Watched, http.client.HTTPSConnection):
         pass
@@ -1559,23 +1635,21 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
         def https_open(self, request: Any) -> Any:
             return self.do_open(WatchedTLS, request, blocksize=1 << 17)
 
-    def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
+    def connected(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
-        for family, kind, protocol, _name, place in socket.getaddrinfo(
-            *address, 0, socket.SOCK_STREAM
-        ):
+        candidates = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _name, place in candidates:
             sock = socket.socket(family, kind, protocol)
-            twin = stack.enter_context(
-                sock.dup()
-            )  # TLS takes the socket apart while it shakes hands; this one stays
+            # TLS takes the socket apart while it shakes hands; its twin can be shut all the while.
+            twin = stack.enter_context(sock.dup())
             stack.enter_context(ctx.watching(twin))
             sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
             try:
                 sock.connect(place)
                 return sock
-            except OSError as failed:
+            except OSError as failure:
                 sock.close()
-                problem = failed
+                problem = failure
                 if ctx.why:
                     break
         raise problem
@@ -1587,17 +1661,17 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port, as a prefix would take api.example.com.evil.net for api.example.com; Failed for none."""
+    """Scheme, host and port; Failed where `url` is no http address.
+
+    A comparison of prefixes would take api.example.com.evil.net for api.example.com.
+    """
     from urllib.parse import urlsplit
 
     with suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return (
-                parts.scheme,
-                parts.hostname,
-                parts.port or (443 if parts.scheme == "https" else 80),
-            )
+        port = {"http": 80, "https": 443}.get(parts.scheme)
+        if port and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname, parts.port or port
     raise Failed(f"{url.split(':')[0][:20]}:… is no http address")
 
 
@@ -1612,12 +1686,18 @@ def joined(base: str, link: str) -> str:
 
 
 def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
-    """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
+    """`base` without its last slash; `path` is added to a bare host.
+
+    BadConfig where it is no http address.
+    """
     with suppress(Failed):
         origin(base)
         if base.isprintable() and not re.search(r"[ @?#]", base):
             base = base.rstrip("/")
-            return base if "/" in base.partition("://")[2] else base + path
+            if "/" not in base.partition("://")[2]:
+                base += path
+            return base
+    # A key may stand in what was pasted here, so it is not quoted.
     raise BadConfig(
         f"{name}: not an address such as https://host/path", "keys stand in environment variables"
     )
@@ -2143,7 +2223,7 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_error(answer: Answer) -> ImagenError:
+def comfy_error(answer: HttpResponse) -> ImagenError:
     """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
     said = answer.json()
     lines = []
@@ -2331,7 +2411,7 @@ class Replicate(Backend):
         )
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
-            raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
+            raise Unknown(f"sent, and answered {answer.status} with {answer.excerpt()}")
         ctx.remote(id=prediction["id"])
         return self._settled(http, prediction, request)
 
@@ -2443,7 +2523,7 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
         ) - time.time()
         page = answer.mapping()
         if not isinstance(page.get("results"), list):
-            raise Failed(f"the list of predictions cannot be read: {answer.words()}")
+            raise Failed(f"the list of predictions cannot be read: {answer.excerpt()}")
         for prediction in page["results"]:
             if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
                 return
@@ -2535,7 +2615,7 @@ def replicate_image(state: Mapping[str, Any]) -> str:
     return str(json.loads(found[0]))
 
 
-def replicate_error(answer: Answer) -> ImagenError:
+def replicate_error(answer: HttpResponse) -> ImagenError:
     """What an error answer of Replicate means (application/problem+json)."""
     said = answer.json()
     detail = str(said.get("detail") or said.get("title") or "")
@@ -2616,7 +2696,7 @@ class OpenAI(Backend):
             ctx.settle("yes")
         if not image and not item.get("url"):
             raise Unknown(
-                f"sent, and answered {answer.status} without an image: {answer.words()[:200]}"
+                f"sent, and answered {answer.status} without an image: {answer.excerpt()[:200]}"
             )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
@@ -2747,7 +2827,7 @@ def openai_data(said: Any) -> list[Mapping[str, Any]]:
     return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
 
 
-def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+def openai_answer(answer: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
     """The JSON of an answer without its image, and the image, decoded piece by piece into a spool; None: only a link.
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
@@ -2760,7 +2840,7 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
     said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
     if not isinstance(said, dict):
         raise Unknown(
-            f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON"
+            f"sent, and answered {answer.status} with {answer.excerpt()[:200]}, which is no JSON"
         )
     if not found:
         return said, None
@@ -2785,14 +2865,14 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
     return None
 
 
-def openai_error(answer: Answer) -> ImagenError:
+def openai_error(answer: HttpResponse) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
     said = answer.json() or {}
     error = said.get("error", said)
     code = error.get("code") or error.get("type")
     request_id = answer.headers.get("x-request-id")
     text = excerpt(
-        str(error.get("message") or answer.words()).encode(),
+        str(error.get("message") or answer.excerpt()).encode(),
         1000,
     )
     text += f" ({error['param']})" if error.get("param") else ""
@@ -2848,19 +2928,6 @@ def slug(text: str) -> str:
         .strip("-")
         or "image"
     )
-
-
-def check_template(template: str) -> None:
-    """BadConfig where `template` cannot name a file inside its folder."""
-    known = (
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
-    )
-    parts = re.sub(known, "x", template).split("/")
-    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
-        fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
-        raise BadConfig(
-            f"output.naming: {template!r} does not name a file inside the folder; {fields}"
-        )
 
 
 def render_name(template: str, request: Request, at: float) -> str:
@@ -3369,7 +3436,7 @@ class Supabase:
         self.bucket = config.bucket
         self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
 
-    def explain(self, answer: Answer) -> ImagenError:
+    def explain(self, answer: HttpResponse) -> ImagenError:
         """`supabase_error`, which does not know the prompt."""
         return supabase_error(answer, self.prompt)
 
@@ -3467,7 +3534,7 @@ class Supabase:
                 query = query if "id" in row else ""
 
 
-def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
+def postgrest_rows(answer: HttpResponse) -> list[Mapping[str, Any]]:
     """The rows of an answer; Failed where it is no list of them."""
     said = answer.json()
     if not isinstance(said, list) or not all(
@@ -3477,7 +3544,7 @@ def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
     return said
 
 
-def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
+def supabase_error(answer: HttpResponse, prompt: str = "") -> ImagenError:
     """What an error of Storage (whose true status is in the body) or of PostgREST means; BadRequest: refused for good.
 
     Only code and message are told. The details of PostgREST hold the whole row, and the prompt with it.
@@ -6960,38 +7027,22 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     """Every complaint at once; what only another backend or the cloud lacks is a warning."""
-    warnings: list[str] = []
     path = config_path(args.config)
     data = config_data(args.config)
-    complaints = config_complaints(args.config, data)
-    output = data.get("output")
-    blocks = data["backends"] if isinstance(data["backends"], Mapping) else {}
-    naming = output.get("naming") if isinstance(output, Mapping) else None
-    for name in ("", *blocks):
-        try:
-            if name and isinstance(blocks[name], Mapping | None):
-                open_backend(name, blocks)
-            elif not name and isinstance(naming, str):
-                check_template(naming)
-        except BadConfig as problem:
-            bearable = isinstance(problem, KeyMissing) and name != data.get(
-                "default_backend", "mock"
-            )
-            (warnings if bearable else complaints).append(str(problem))
-    mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
-    if not complaints and mode not in ("off", False):
-        lacks = cloud_lacks(from_mapping(Config, data))
-        # Who set nothing up, and asked for nothing, need not hear of variables.
-        warnings += [
-            f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")
-        ]
+    errors, warnings = complaints(data, args.config, thorough=True)
+    if not errors:
+        config = from_mapping(Config, data)
+        mode = config.output.cloud_sync
+        for missing in cloud_lacks(config):
+            # Who set nothing up, and asked for nothing, need not hear of variables.
+            if mode == "on" or (mode == "auto" and missing.startswith("owner")):
+                warnings.append(f"{missing}: no cloud sync")
     for line in warnings:
         terminal.say(f"warning: {line}")
-    error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
-    fine = [f"{path or NO_FILE}: fine"] * (not error)
-    return terminal.result(
-        {"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error
-    )
+    document = {"path": path or None, "errors": errors, "warnings": warnings}
+    if errors:
+        return terminal.result(document, error=terminal.report(BadConfig("\n".join(errors))))
+    return terminal.result(document, f"{path or NO_FILE}: fine")
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
