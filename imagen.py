@@ -1708,15 +1708,16 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 @register("mock")
 class Mock(Backend):
-    """A placeholder drawn here: the same prompt, seed and size give the same bytes, and nothing is called."""
+    """A placeholder drawn here: the same prompt, seed and size give the same bytes."""
 
     paid = False
 
     class Options(NamedTuple):
-        """`delay_s` and `fail` (a code of section Errors) are for trying out one's own scripts."""
+        """`delay_s` and `fail` (a code of section Errors) are for trying out one's scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
-        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
+        # mypy wants the codes spelled out.
+        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]
         width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         parallel: Annotated[int, Between(1, 64)] = 4
@@ -1740,48 +1741,54 @@ class Mock(Backend):
         size = self.plan(options, request)
         seed = request.seed or 0
         image = mock_picture(request.prompt, seed, size["width"], size["height"])
-        ignored = tuple(name for name in ("negative_prompt", "steps") if getattr(request, name))
-        return Result(io.BytesIO(image), "image/png", "mock", seed, cost_usd=0.0, ignored=ignored)
+        return Result(
+            image=io.BytesIO(image),
+            mime_type="image/png",
+            model="mock",
+            seed=seed,
+            cost_usd=0.0,
+            ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
+        )
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt below."""
     import hashlib
 
-    # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
-    # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
+    # A row is painted as a few runs of one palette index, so a megapixel takes some
+    # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, three
+    # layers of hills); 254 is paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
-    for disc in range(10):  # the first is the sun, the others are three hills a layer
-        (
-            layer,
-            (
-                a,
-                b,
-                c,
-            ),
-        ) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
-        shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
-        x = width * a // 255
-        top = height * (10 + 13 * layer + b % 18) // 100
-        radius = height * (size + c % size) // 100
+    # The first disc is the sun, the others are three hills a layer.
+    for disc in range(10):
+        layer = (disc + 2) // 3
+        across, down, wide = dice[disc * 3 : disc * 3 + 3]
+        shade = 0
+        size = 10
+        if layer:
+            shade = 52 + 52 * layer
+            size = 60
+        x = width * across // 255
+        top = height * (10 + 13 * layer + down % 18) // 100
+        radius = height * (size + wide % size) // 100
         for y in range(top, min(height, top + 2 * radius)):
             half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
             left = max(0, x - half)
             right = min(width, x + half)
-            rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
+            index = shade + 45 * (y - top) // height
+            rows[y][left:right] = bytes((index,)) * (right - left)
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
-    palette = (
-        bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
-    )
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint)
+    palette += b"\xff\xff\xff\0\0\0"
     text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
 def mock_write(rows: list[bytearray], prompt: str) -> None:
-    """Write the prompt on a strip of paper at the foot of the picture, as large as fits."""
+    """Write the prompt on a strip of paper at the picture's foot, as large as fits."""
     import textwrap
     import unicodedata
 
@@ -1792,50 +1799,54 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
     most = min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
-    lines = textwrap.wrap(
-        printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…"
-    )
-    strip = [
-        b"",
-        b"",
-        *(row for line in lines for row in glyph_rows(line)),
-        b"",
-        b"",
-    ]
+    text = printable(unicodedata.normalize("NFC", prompt))
+    strip = [b"", b""]
+    for line in textwrap.wrap(text, columns, max_lines=most, placeholder="…"):
+        strip += glyph_rows(line)
+    strip += [b"", b""]
     for place, row in enumerate(rows[height - len(strip) * scale :]):
-        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(
-            width, b"\xfe"
-        )
+        pixels = bytes(index for index in strip[place // scale] for _ in range(scale))
+        row[:] = pixels.ljust(width, b"\xfe")
 
 
-# Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
+# Five columns a glyph, its top in bit 0.
 GLYPHS = zlib.decompress(
     binascii.a2b_base64(
-        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd1"
-        "7ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokbFnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3C"
-        "PD+069ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVSCBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/o"
-        "BlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItxEYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1Un"
-        "PF8y0H09sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
+        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9"
+        "y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd17ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokb"
+        "FnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3CPD+0"
+        "69ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVS"
+        "CBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/oBlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItx"
+        "EYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1UnPF8y0H09"
+        "sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
     )
 )
+GLYPH_ORDER = "".join(map(chr, range(32, 127))) + "ß…"
 
 
 def glyph_rows(line: str) -> Iterator[bytes]:
-    """The eleven rows of a line of text, top first, in paper and ink; a mark over a letter is two dots or one."""
+    """The eleven rows of a line of text, top first, in paper and ink.
+
+    A mark over a letter is two dots or one.
+    """
     import unicodedata
 
     columns = [0, 0]
     for char in line:
         base, *marks = [*unicodedata.normalize("NFD", char)]
-        index = {"ß": 95, "…": 96}.get(
-            base,
-            ord(base if " " <= base <= "~" else "?") - 32,
-        )
-        glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
-        for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
-            glyph[column] |= (
-                8 if base.islower() else 2
-            )  # capitals fill their cell, so the mark stands above it
+        # Capitals fill their cell, so the mark stands above it.
+        dot = 2
+        if base.islower():
+            dot = 8
+        if base not in GLYPH_ORDER:
+            base = "?"
+        start = 5 * GLYPH_ORDER.index(base)
+        glyph = [bits << 3 for bits in GLYPHS[start : start + 5]]
+        if "\u0308" in marks:
+            glyph[1] |= dot
+            glyph[3] |= dot
+        elif marks:
+            glyph[2] |= dot
         columns += [*glyph, 0]
     return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
@@ -1853,15 +1864,17 @@ class ComfyUI(Backend):
     paid = False
 
     class Options(NamedTuple):
-        """`model` is a checkpoint or a diffusion model as the server lists it; `workflow` (API format) replaces it."""
+        """`model` is a checkpoint or a diffusion model, as the server lists it.
+
+        `workflow` (a file in API format) replaces it.
+        """
 
         base_url: str = "http://127.0.0.1:8188"
         model: str = ""
         default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
-        workflow: str = ""  # a file
-        nodes: Mapping[str, str] = (
-            EMPTY  # where values go in it: {prompt: "6.text", seed: "31.seed"}
-        )
+        workflow: str = ""
+        # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
+        nodes: Mapping[str, str] = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Annotated[str, REQUEST] = ""
@@ -1870,7 +1883,7 @@ class ComfyUI(Backend):
         guidance: Annotated[float, REQUEST, Between(0, 100)] = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
-        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
     def __init__(self, name: str, options: Options) -> None:
@@ -1880,72 +1893,91 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow = (
-            comfy_workflow(options.workflow, options.nodes) if options.workflow else None
-        )
+        self.workflow: tuple[Graph, dict[str, Any]] | None = None
+        if options.workflow:
+            self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """What is known before the server has been asked what `model` is."""
-        what = "workflow" if options.workflow else "model"
+        source = {"model": options.model}
+        if options.workflow:
+            source = {"workflow": options.workflow}
         steps = request.steps or options.default_steps
-        return {
-            what: getattr(options, what),
-            **super().plan(options, request),
-            "steps": steps,
-        }
+        return {**source, **super().plan(options, request), "steps": steps}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
         http = self._http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
+        # It also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
         client_id = new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
-        prefix = {"filename_prefix": f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")}
+        prefix = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         for spec in graph.values():
-            spec["inputs"] |= prefix if "filename_prefix" in spec["inputs"] else {}
+            if "filename_prefix" in spec["inputs"]:
+                spec["inputs"]["filename_prefix"] = prefix
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
+        body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
-            # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
             try:
-                self._submit(
-                    http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-                )
+                self._submit(http, body)
             except (Unreachable, Busy):
-                ctx.remote_ids.clear()  # it never arrived, so nothing is there to be fetched
+                # It never arrived, so nothing is there to be fetched.
+                ctx.remote_ids.clear()
                 raise
             return self.resume(ctx, ctx.remote_ids, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """Wait for a prompt that was posted, and fetch its result, as long as the server has its history."""
+        """Wait for a prompt that was posted, and fetch its result.
+
+        That works as long as the server has its history.
+        """
         from urllib.parse import urlencode
 
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        ignored = tuple(remote.get("ignored") or ())
-        while (state := comfy_state(http, prompt_id))[0] in ("pending", "running"):
-            ctx.progress("queued") if state[0] == "pending" else None
+        while True:
+            place, entry = comfy_state(http, prompt_id)
+            if place not in ("pending", "running"):
+                break
+            if place == "pending":
+                ctx.progress("queued")
             ctx.sleep(0.25)
-        file = comfy_outcome(state[1], ctx)
+        file = comfy_outcome(entry, ctx)
+        query = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
         try:
-            query = urlencode(
-                {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
-            )
-            image = http.download(f"/view?{query}")
+            image = http.download(f"/view?{urlencode(query)}")
         except (BadConfig, BadRequest) as problem:
-            gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
-            raise Ended(gone, "ask again, with another seed") from None
-        seed = None if "seed" in ignored else request.seed
-        steps = remote.get("steps") or None
-        about = {"prompt_id": prompt_id, "file": file}
-        return Result(image, "image/png", remote.get("model"), seed, steps, 0.0, ignored, about)
+            raise Ended(
+                f"the result {file['filename']} is gone from the server's folder ({problem})",
+                "ask again, with another seed",
+            ) from None
+        ignored = tuple(remote.get("ignored") or ())
+        seed = request.seed
+        if "seed" in ignored:
+            seed = None
+        return Result(
+            image=image,
+            mime_type="image/png",
+            model=remote.get("model"),
+            seed=seed,
+            steps=remote.get("steps") or None,
+            cost_usd=0.0,
+            ignored=ignored,
+            metadata={"prompt_id": prompt_id, "file": file},
+        )
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both."""
+        """Take our prompt, and no other, out of the queue or off the GPU.
+
+        Returns once it is gone from both.
+        """
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless ours is what runs.
+        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless
+        # ours is what runs.
         ways = {
             "running": ("/interrupt", {"prompt_id": prompt_id}),
             "pending": ("/queue", {"delete": [prompt_id]}),
@@ -1957,11 +1989,11 @@ class ComfyUI(Backend):
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
         http = self._http(ctx)
-        options = self.options
-        version = http.get_json("/system_stats")["system"].get(
-            "comfyui_version", "of unknown version"
-        )
-        model = options.workflow or " in ".join(comfy_find(http, options.model, *COMFY_MODELS))
+        system = http.get_json("/system_stats")["system"]
+        version = system.get("comfyui_version", "of unknown version")
+        model = self.options.workflow
+        if not model:
+            model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
     def _http(self, ctx: Context) -> Http:
@@ -1973,26 +2005,28 @@ class ComfyUI(Backend):
         if self.workflow:
             return comfy_filled(*self.workflow, request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
+        options = options._replace(model=model)
         if folder == "checkpoints":
-            return comfy_graph(options._replace(model=model), request)
-        clip = [comfy_find(http, name, "text_encoders")[0] for name in options.clip]
-        parts = {
-            "model": model,
-            "clip": clip,
-            "vae": comfy_find(http, options.vae, "vae")[0],
-        }
-        return comfy_graph(options._replace(**parts), request, split=True)
+            return comfy_graph(options, request)
+        options = options._replace(
+            clip=[comfy_find(http, name, "text_encoders")[0] for name in options.clip],
+            vae=comfy_find(http, options.vae, "vae")[0],
+        )
+        return comfy_graph(options, request, split=True)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
-        # The same id posted twice runs twice, so after a lost answer the server is asked before posting again.
+        # The same id posted twice runs twice, so after a lost response the server is asked
+        # before posting again.
         for _ in range(TRIES):
             with suppress(Unknown):
-                answer = http.post("/prompt", body)
-                if not isinstance(said := answer.json(), dict):
+                response = http.post("/prompt", body)
+                document = response.json()
+                if not isinstance(document, dict):
                     raise Failed("/prompt answered something that is no JSON: is that a ComfyUI?")
-                if said.get("node_errors"):
-                    self.cancel(http.ctx, body)  # what is left of the graph would run
-                    raise comfy_error(answer)
+                if document.get("node_errors"):
+                    # What is left of the graph would run.
+                    self.cancel(http.ctx, body)
+                    raise comfy_error(response)
                 return
             try:
                 if comfy_state(http, body["prompt_id"])[0]:
@@ -2005,7 +2039,8 @@ class ComfyUI(Backend):
         )
 
 
-# What a model is (in one file, or without its other parts, or one of these) → the node that knows all of them.
+# What a model is (in one file, or without its other parts, or one of these) → the node
+# that knows all of them.
 COMFY_LOADERS = {
     "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
     "diffusion_models": ("UNETLoader", "unet_name"),
@@ -2015,32 +2050,46 @@ COMFY_LOADERS = {
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 
 
-def comfy_find(http: Http, wanted: str, *folders: str) -> tuple[str, str]:
-    """The name of a model on the server, and which of `folders` has it; BadConfig with near names."""
+def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
+    """The name of a model on the server, and which of `folders` has it.
+
+    BadConfig, with near names, where none has.
+    """
     installed: list[str] = []
     for folder in folders:
         node, field = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
         names = comfy_choices(known["input"]["required"].get(field))
-        if name := comfy_match(wanted, names, begins=folder not in COMFY_MODELS):
+        if name := comfy_match(model, names, begins=folder not in COMFY_MODELS):
             return name, folder
         installed += names
-    cure = nearest(wanted, installed).replace("known: ", "installed: ", 1)
-    raise BadConfig(f'model "{wanted}" is not on {http.base}: {cure}')
+    cure = nearest(model, installed).replace("known: ", "installed: ", 1)
+    raise BadConfig(f'model "{model}" is not on {http.base}: {cure}')
 
 
-def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> str:
-    """The installed name that `wanted` means: itself, or the only file called so, or the first that begins so."""
-    pattern = r"(.*[\\/])?" + re.escape(wanted) + r"[^\\/]*" * begins
+def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> str:
+    """The installed name that `model` means, or "".
+
+    Itself, or the only file called so, or, if `begins`, the first that begins so.
+    """
+    if model in installed:
+        return model
+    pattern = r"(.*[\\/])?" + re.escape(model)
+    if begins:
+        pattern += r"[^\\/]*"
     alike = [name for name in installed if re.fullmatch(pattern, name, re.IGNORECASE)]
-    return (
-        wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
-    )
+    if len(alike) == 1 or (alike and begins):
+        return alike[0]
+    return ""
 
 
 def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
-    """Where our prompt is: pending, running, done (then with its history entry), or "" where nobody knows of it."""
-    for _ in range(2):  # between two looks it may move from the queue into history
+    """Where our prompt is: pending, running, done, or "" where nobody knows of it.
+
+    With its history entry, once it is done.
+    """
+    # Two looks: between them it may move from the queue into history.
+    for _ in range(2):
         if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
             return "done", entry
         for key, jobs in http.get_json("/queue").items():
@@ -2050,89 +2099,126 @@ def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
-ComfyGraph = tuple[
-    Graph, str | None, int, tuple[str, ...]
-]  # to be posted; model, steps, ignored of the Result
+
+
+class ComfyGraph(NamedTuple):
+    """A graph to be posted, and what its Result will say."""
+
+    graph: Graph
+    model: str | None
+    steps: int
+    ignored: tuple[str, ...]
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for a FLUX that is `split` into its parts."""
-    name = options.model.lower()
+    """Our graph for a checkpoint (FLUX, or SD and SDXL), or a FLUX `split` into its parts."""
     graph = Graph()
-    flux = split or "flux" in name
-    cfg, sampler, scheduler, steps = (
-        (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
-    )
-    cfg = options.cfg or cfg
-    steps = request.steps or (4 if "schnell" in name else steps)
-    edge = (
-        512
-        if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name)
-        else 1024
-    )
 
     def node(kind: str, **inputs: Any) -> list[Any]:
         graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
-        return [str(len(graph)), 0]  # the link to its first output
+        # The link to its first output.
+        return [str(len(graph)), 0]
 
+    # 1. What this kind of model wants, where neither request nor options say.
+    name = options.model.lower()
+    flux = split or "flux" in name
+    schnell = "schnell" in name
+    cfg = 7.0
+    sampler = "dpmpp_2m"
+    scheduler = "karras"
+    steps = 25
+    edge = 1024
+    latent_kind = "EmptyLatentImage"
+    if flux:
+        cfg = 1.0
+        sampler = "euler"
+        scheduler = "simple"
+        steps = 20
+        latent_kind = "EmptySD3LatentImage"
+    elif "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
+        edge = 512
+    if schnell:
+        steps = 4
+    cfg = options.cfg or cfg
+    steps = request.steps or steps
+    # 2. The parts of the model.
     if split:
         model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
-        clip = node(
-            "DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux"
-        )
+        first, second = options.clip
+        clip = node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="flux")
         vae = node("VAELoader", vae_name=options.vae)
     else:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
         clip = [model[0], 1]
         vae = [model[0], 2]
+    # 3. What guides it, and where it starts.
     positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
-    if flux and not (split and "schnell" in name):
+    if flux and not (split and schnell):
         positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
-    size = {"width": request.width or edge, "height": request.height or edge, "batch_size": 1}
-    latent = node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size)
-    sampler = options.sampler or sampler
-    scheduler = options.scheduler or scheduler
-    how = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    latent = node(
+        latent_kind,
+        width=request.width or edge,
+        height=request.height or edge,
+        batch_size=1,
+    )
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
         guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
+    # 4. The sampling, and the image.
+    sampler = options.sampler or sampler
+    schedule = {
+        "model": model,
+        "scheduler": options.scheduler or scheduler,
+        "steps": steps,
+        "denoise": 1.0,
+    }
     if split:
-        basic = {"model": model, "conditioning": positive}
-        guider = (
-            node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
+        if cfg > 1:
+            guider = node("CFGGuider", model=model, **guide)
+        else:
+            guider = node("BasicGuider", model=model, conditioning=positive)
+        samples = node(
+            "SamplerCustomAdvanced",
+            noise=node("RandomNoise", noise_seed=request.seed),
+            guider=guider,
+            latent_image=latent,
+            sampler=node("KSamplerSelect", sampler_name=sampler),
+            sigmas=node("BasicScheduler", **schedule),
         )
-        parts = {
-            "noise": node("RandomNoise", noise_seed=request.seed),
-            "guider": guider,
-            "latent_image": latent,
-        }
-        parts |= {
-            "sampler": node("KSamplerSelect", sampler_name=sampler),
-            "sigmas": node("BasicScheduler", **how),
-        }
-        samples = node("SamplerCustomAdvanced", **parts)
     else:
         samples = node(
-            "KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how
+            "KSampler",
+            seed=request.seed,
+            sampler_name=sampler,
+            latent_image=latent,
+            **guide,
+            **schedule,
         )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
+    ignored: tuple[str, ...] = ()
     # At cfg 1 a negative prompt has no effect at all.
-    return (
-        graph,
-        options.model,
-        steps,
-        ("negative_prompt",) if request.negative_prompt and cfg <= 1 else (),
-    )
+    if request.negative_prompt and cfg <= 1:
+        ignored = ("negative_prompt",)
+    return ComfyGraph(graph=graph, model=options.model, steps=steps, ignored=ignored)
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
-COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {
-    "negative": "negative_prompt"
+COMFY_FIELDS = {
+    "prompt": "prompt",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "negative": "negative_prompt",
 }
 
 
 def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
-    """The graph in a file, with placeholders at `nodes` too, and what to fill in where nothing is asked; BadConfig."""
+    """The graph in a file, with placeholders at `nodes` too, and its own values for them.
+
+    BadConfig where it is no such graph, or has no place for the prompt.
+    """
+    # 1. Read it; a place is "6.text".
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             graph: Graph = json.load(file)
@@ -2147,142 +2233,173 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
-    usual = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
-    for name, place in (*nodes.items(), ("prompt", "")):
+    # 2. Put the placeholders where `nodes` says.
+    usual: dict[str, Any] = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
-        if place in places:
-            key = place.partition(".")[2]
-            usual[name], places[place][key] = places[place][key], f"{{{name}}}"
-        elif place or not any(
-            "{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs
-        ):
-            pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-            likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
-            missed = (
-                f'it has no "{place}"'
-                if place
-                else "no place for the prompt: put {prompt} there, or name one"
-            )
-            raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
+        if not place:
+            continue
+        if place not in places:
+            raise comfy_misplaced(path, name, places, f'it has no "{place}"')
+        inputs = places[place]
+        key = place.partition(".")[2]
+        usual[name] = inputs[key]
+        inputs[key] = f"{{{name}}}"
+    # 3. Without a place for the prompt every image would be the same.
+    if not any("{prompt}" in str([*inputs.values()]) for inputs in places.values()):
+        raise comfy_misplaced(
+            path,
+            "prompt",
+            places,
+            "no place for the prompt: put {prompt} there, or name one",
+        )
     return graph, usual
 
 
+def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -> BadConfig:
+    """The error of a workflow without a place for `name`, with those that may be meant."""
+    pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
+    likely = ", ".join(place for place in places if re.search(pattern, place))
+    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely or 'none'}")
+
+
 def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
-    """The workflow with what was asked, or is `usual`, at its placeholders."""
+    """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
-    asked = {name: getattr(request, field) for name, field in COMFY_FIELDS.items()}
-    asked = {name: value for name, value in asked.items() if value or name == "seed"}
-    marks = {f"{{{name}}}": value for name, value in {**usual, **asked}.items()}
+    values = {}
+    for name, field in COMFY_FIELDS.items():
+        value = getattr(request, field)
+        if value or name == "seed":
+            values[name] = value
+    marks = {f"{{{name}}}": value for name, value in {**usual, **values}.items()}
     for spec in graph.values():
         for key, old in spec["inputs"].items():
-            if isinstance(old, str):  # a number alone in its field stays a number
-                filled = re.sub(
-                    r"\{\w+\}",
-                    lambda hit: str(marks.get(hit[0], hit[0])),
-                    old,
-                )
-                spec["inputs"][key] = marks.get(old, filled)
-    ignored = tuple(COMFY_FIELDS[name] for name in asked if f"{{{name}}}" not in text)
-    steps = marks["{steps}"] if "{steps}" in text else 0
-    return graph, None, steps if isinstance(steps, int) else 0, ignored
+            if not isinstance(old, str):
+                continue
+            filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
+            # A number alone in its field stays a number.
+            spec["inputs"][key] = marks.get(old, filled)
+    steps = 0
+    if "{steps}" in text and isinstance(marks["{steps}"], int):
+        steps = marks["{steps}"]
+    return ComfyGraph(
+        graph=graph,
+        model=None,
+        steps=steps,
+        ignored=tuple(COMFY_FIELDS[name] for name in values if f"{{{name}}}" not in text),
+    )
 
 
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-    """The image file that a history entry names: {filename, subfolder, type}. Ended where it names none."""
+    """The image file that a history entry names: {filename, subfolder, type}.
+
+    Ended where it names none.
+    """
     if not entry:
         raise Ended(
             "the job is gone from queue and history: cancelled there, or the server restarted"
         )
     status = entry.get("status") or {}
-    event, said = [
-        ("", {}),
-        *(status.get("messages") or ()),
-    ][-1]
+    messages = status.get("messages") or [("", {})]
+    event, details = messages[-1]
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
-        reason = " ".join(str(said.get("exception_message", "no reason given")).split())
-        memory = "OutOfMemory" in str(said.get("exception_type"))
-        hint = (
-            "out of GPU memory: ask for a smaller size"
-            if memory
-            else "the server's log has the traceback"
-        )
-        raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
-    lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
-    items = (item for value in lists if isinstance(value, list) for item in value)
-    files = [item for item in items if isinstance(item, dict) and item.get("filename")]
+        reason = " ".join(str(details.get("exception_message", "no reason given")).split())
+        hint = "the server's log has the traceback"
+        if "OutOfMemory" in str(details.get("exception_type")):
+            hint = "out of GPU memory: ask for a smaller size"
+        raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
+    files = [*comfy_files(entry)]
     if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
     if len(files) > 1:
         ctx.warn(
-            f"the workflow made {len(files)} images; the first is kept, the others stay on the server"
+            f"the workflow made {len(files)} images; "
+            "the first is kept, the others stay on the server"
         )
+    # The first that was saved for good, rather than a preview.
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_error(answer: HttpResponse) -> ImagenError:
-    """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
-    said = answer.json()
+def comfy_files(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The files in a history entry, under whatever key its nodes have listed them."""
+    for output in (entry.get("outputs") or {}).values():
+        for items in output.values():
+            if not isinstance(items, list):
+                continue
+            for item in items:
+                if isinstance(item, dict) and item.get("filename"):
+                    yield item
+
+
+def comfy_error(response: HttpResponse) -> ImagenError:
+    """What a response complains of.
+
+    Its node_errors, which a 200 may have too, say more than the rest.
+    """
+    document = response.json()
+    if not isinstance(document, dict):
+        return explain_status(response)
     lines = []
     kinds = set()
-    said = said if isinstance(said, dict) else {}
-    for node, spec in (said.get("node_errors") or {}).items():
+    for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
-            kind = str(error.get("type"))
-            text = error.get("message")
-            extra = error.get("extra_info") or {}
-            if kind == "value_not_in_list":
-                value = str(extra.get("received_value"))
-                known = comfy_choices(extra.get("input_config"))
-                text = f'"{value}" is not installed' + (
-                    f", {nearest(value, known)}" if known else ""
-                )
-            elif (
-                "exception" not in kind
-            ):  # there the details are a traceback with the server's paths
-                text = f"{text} ({error.get('details')})"
-            lines.append(
-                f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}"
-            )
-            kinds.add(kind)
+            kinds.add(str(error.get("type")))
+            field = (error.get("extra_info") or {}).get("input_name", "")
+            text = comfy_node_error(error)
+            lines.append(f"node {node} ({spec.get('class_type')}) {field}: {text}")
+    if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
+        return BadRequest("; ".join(lines))
     if lines:
-        numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
-        return (BadRequest if numbers else BadConfig)("; ".join(lines))
-    if not isinstance(error := said.get("error"), dict):
-        return explain_status(answer)
+        return BadConfig("; ".join(lines))
+    error = document.get("error")
+    if not isinstance(error, dict):
+        return explain_status(response)
     text = f"{error.get('message', '')} {error.get('details', '')}"
-    hint = "install the custom node, or change the workflow" if "node" in text.lower() else ""
-    return BadConfig(f"{answer.status}: {text}", hint)
+    hint = ""
+    if "node" in text.lower():
+        hint = "install the custom node, or change the workflow"
+    return BadConfig(f"{response.status}: {text}", hint)
+
+
+def comfy_node_error(error: Mapping[str, Any]) -> str:
+    """What one of a node's errors says, for a person."""
+    kind = str(error.get("type"))
+    if kind == "value_not_in_list":
+        extra = error.get("extra_info") or {}
+        value = str(extra.get("received_value"))
+        text = f'"{value}" is not installed'
+        if known := comfy_choices(extra.get("input_config")):
+            text += f", {nearest(value, known)}"
+        return text
+    # Details of an exception are a traceback with the server's paths.
+    if "exception" in kind:
+        return str(error.get("message"))
+    return f"{error.get('message')} ({error.get('details')})"
 
 
 def comfy_choices(spec: Any) -> list[str]:
-    """The values an enum input takes, in its old or new shape; [] where the server left them out."""
-    return (
-        list(
-            spec[0]
-            if isinstance(
-                spec[0],
-                list,
-            )
-            else spec[1].get("options", ())
-        )
-        if spec
-        else []
-    )
+    """The values an enum input takes, in its old or new shape; [] where there are none."""
+    if not spec:
+        return []
+    if isinstance(spec[0], list):
+        return spec[0]
+    return list(spec[1].get("options", ()))
 
 
 @contextmanager
 def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
-    """While inside, ctx.progress gets the sampler's steps from the server's websocket; losing it does no harm."""
-    ear = Context()
+    """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
+    listening = Context()
     greeted = threading.Event()
 
     def listen() -> None:
-        with suppress(Exception):  # progress is a courtesy: /history is what counts
-            for text in websocket_texts(ear, url):
+        # Progress is a courtesy, and losing it does no harm: /history is what counts.
+        with suppress(Exception):
+            for text in websocket_texts(listening, url):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
@@ -2290,41 +2407,47 @@ def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
         greeted.set()
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    greeted.wait(2)  # what happens before the server has said hello is not told
+    listener = in_thread(listen)
+    # The server sends nothing of what happens before it has said hello.
+    greeted.wait(2)
     try:
         yield
     finally:
-        ear.stop("over")
+        listening.stop("over")
         listener.join(0.5)
 
 
-def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
-    """The JSON messages of a websocket, read only (RFC 6455), until the server closes it or `ear` is stopped."""
+def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
+    """The JSON messages of a websocket, read only (RFC 6455).
+
+    Until the server closes it or `ctx` is stopped.
+    """
     import http.client
     from contextlib import closing
 
     scheme, host, port = origin(url)
-    connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    connect: Any = http.client.HTTPConnection
+    if scheme == "https":
+        connect = http.client.HTTPSConnection
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": key,
+        "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
-    with closing(connection(host, port, timeout=2)) as server:
+    with closing(connect(host, port, timeout=2)) as server:
         server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
-        with ear.watching(server.sock), server.getresponse() as answer:
+        with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
-            read = answer.fp.read
-            while answer.status == 101 and len(head := read(2)) == 2:
+            read = response.fp.read
+            while response.status == 101 and len(head := read(2)) == 2:
+                # Above 125 the size follows, in 2 bytes or in 8.
                 size = head[1] & 127
-                body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
-                if (
-                    head[0] == 0x81
-                ):  # text in one frame, as all of ComfyUI's are; previews are binary
+                if size > 125:
+                    size = int.from_bytes(read({126: 2, 127: 8}[size]))
+                body = read(size)
+                # Text in one frame, as all of ComfyUI's are; previews are binary.
+                if head[0] == 0x81:
                     yield body
 
 
