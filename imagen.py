@@ -2455,7 +2455,10 @@ def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
 
 
 class ReplicateModel(NamedTuple):
-    """What is known of a model's inputs; others get width, height, steps and negative prompt as asked."""
+    """What is known of a model's inputs.
+
+    Others get width, height, steps and negative prompt as the request has them.
+    """
 
     usd: float | None  # one image, in the table of PRICED
     steps: bool = False  # whether it takes num_inference_steps
@@ -2471,7 +2474,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for
+# either finds it.
 REPLICATE_ASPECTS = {
     (1, 1): 1.0,
     (5, 4): 1.22,
@@ -2484,13 +2488,16 @@ REPLICATE_ASPECTS = {
 
 @register("replicate")
 class Replicate(Backend):
-    """Create without waiting, so that the id is on record at once; poll; download before the hour is over.
+    """Create without waiting, so that the id is on record at once; poll; download.
 
-    https://replicate.com/docs/reference/http
+    Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
     class Options(NamedTuple):
-        """`model` is owner/name, or owner/name:version for community models; `extra` are further inputs of it."""
+        """`model` is owner/name, or owner/name:version for community models.
+
+        `extra` are further inputs of it.
+        """
 
         model: str
         api_token_env: Annotated[str, KEY] = "REPLICATE_API_TOKEN"
@@ -2499,7 +2506,7 @@ class Replicate(Backend):
         output_format: Annotated[str, REQUEST] = ""
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
-        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
@@ -2521,29 +2528,35 @@ class Replicate(Backend):
         if options.cost_usd is not None:
             return Price(options.cost_usd, "config")
         known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-        return Price(known.usd, PRICED) if known and known.usd is not None else Price()
+        if not known or known.usd is None:
+            return Price()
+        return Price(known.usd, PRICED)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
         http = self._http(ctx)
-        version = {"version": self.version} if self.version else {}
-        path = "/predictions" if version else f"/models/{self.model}/predictions"
-        answer = http.pay(
-            path,
-            {**version, "input": self.plan(self.options, request)},
-        )
-        prediction = answer.json()
+        path = f"/models/{self.model}/predictions"
+        body: dict[str, Any] = {"input": self.plan(self.options, request)}
+        if self.version:
+            path = "/predictions"
+            body["version"] = self.version
+        response = http.pay(path, body)
+        prediction = response.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
-            raise Unknown(f"sent, and answered {answer.status} with {answer.excerpt()}")
+            raise Unknown(f"sent, and answered {response.status} with {response.excerpt()}")
         ctx.remote(id=prediction["id"])
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
+        """The result of an earlier attempt, by its id.
+
+        Where the response to the create was lost, the id is looked for in the list.
+        """
         http = self._http(ctx)
         prediction_id = remote.get("id") or self._listed(http, request, remote)
+        # Its POST may still have been on its way.
         if not prediction_id and time.time() - epoch(str(remote.get("since"))) < 30:
-            ctx.sleep(2)  # its POST may still have been on its way
+            ctx.sleep(2)
             prediction_id = self._listed(http, request, remote)
         if not prediction_id:
             ctx.settle("no")
@@ -2555,98 +2568,106 @@ class Replicate(Backend):
             if str(problem).startswith("404"):
                 raise Ended(f"prediction {prediction_id} is not known there any more") from None
             raise
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Cancel the prediction and see it end; Unknown where there is no id yet, or it had succeeded before."""
+        """Cancel the prediction and see it end.
+
+        Unknown where there is no id yet, or it had succeeded before.
+        """
         if "id" not in remote:
             raise Unknown("the prediction has no id yet")
         http = self._http(ctx)
-        state = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
-        if self._ended(http, state).get("status") == "succeeded":
+        prediction = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
+        if self._ended(http, prediction).get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        said = self._http(ctx).get_json(f"/models/{self.model}") or {}
-        return f"{self.model}, {said.get('visibility', 'found')}"
+        page = self._http(ctx).get_json(f"/models/{self.model}")
+        return f"{self.model}, {page.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
         keys = {"Authorization": f"Bearer {self.token.reveal()}"}
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout)
 
-    def _ended(self, http: Http, state: Any) -> Any:
+    def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
         pause = 0.5
-        while state.get("status") in ("starting", "processing"):
-            http.ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
+        while prediction.get("status") in ("starting", "processing"):
+            steps = replicate_progress(prediction.get("logs") or "")
+            http.ctx.progress(prediction["status"], *steps)
             http.ctx.sleep(pause)
             pause = min(2.0, pause * 1.1)
-            state = http.get_json(f"/predictions/{state['id']}")
-        http.ctx.settle(replicate_charged(state))
-        return state
+            prediction = http.get_json(f"/predictions/{prediction['id']}")
+        http.ctx.settle(replicate_charged(prediction))
+        return prediction
 
-    def _settled(self, http: Http, state: Any, request: Request) -> Result:
-        state = self._ended(http, state)
-        url = replicate_image(state)
+    def _result(self, http: Http, prediction: Any, request: Request) -> Result:
+        prediction = self._ended(http, prediction)
+        url = replicate_image(prediction)
         http.ctx.progress("downloading")
-        wanted, ignored = replicate_input(self.options, request)
-        seed = re.search(r"Using seed: (\d+)", state.get("logs") or "")
+        if url.startswith("data:"):
+            image = data_uri(url, http.ctx.spool())
+        else:
+            image = http.download(url)
+        seed = request.seed
+        if match := re.search(r"Using seed: (\d+)", prediction.get("logs") or ""):
+            seed = int(match[1])
+        inputs, ignored = replicate_input(self.options, request)
+        details = ("id", "version", "metrics", "created_at", "completed_at")
         return Result(
-            image=data_uri(url, http.ctx.spool())
-            if url.startswith("data:")
-            else http.download(url),
+            image=image,
             mime_type="",
             model=self.options.model,
-            seed=int(seed[1]) if seed else request.seed,
-            steps=wanted.get("num_inference_steps"),
+            seed=seed,
+            steps=inputs.get("num_inference_steps"),
             cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
-            metadata={
-                key: state.get(key)
-                for key in ("id", "version", "metrics", "created_at", "completed_at")
-            },
+            metadata={key: prediction.get(key) for key in details},
         )
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
-        """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
+        """The id of the prediction that a lost create made, or "".
 
-        def drawn(words: Any) -> Any:  # the rest of the input may have been configured anew since
-            return [(words or {}).get(key) for key in ("prompt", "seed")]
+        Same model and input, the first since then.
+        """
 
-        ours = [
-            item
-            for item in replicate_list(http, remote.get("since", ""))
-            if item.get("model") == self.model
-            and self.version in ("", item.get("version"))
-            and item["id"] not in remote.get("taken", ())
-        ]
-        wanted = drawn(self.plan(self.options, request))
-        found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
-        if not found and any(item.get("data_removed") for item in ours):
+        # The rest of the input may have been configured anew since.
+        def drawn(inputs: Any) -> Any:
+            return [(inputs or {}).get(key) for key in ("prompt", "seed")]
+
+        requested = drawn(self.plan(self.options, request))
+        match = ""
+        removed = False
+        for item in replicate_list(http, remote.get("since", "")):
+            if item.get("model") != self.model or item["id"] in remote.get("taken", ()):
+                continue
+            if self.version not in ("", item.get("version")):
+                continue
+            removed = removed or bool(item.get("data_removed"))
+            # The list goes back in time, so the last of them is the first since then.
+            if drawn(item.get("input")) == requested:
+                match = str(item["id"])
+        if removed and not match:
             raise Ended(
-                "it may be one of those there whose inputs are gone: Replicate keeps them for one hour"
+                "it may be one of those there whose inputs are gone: "
+                "Replicate keeps them for one hour"
             )
-        return str(found[-1]) if found else ""
+        return match
 
 
 def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
-    """The predictions there are, newest first, back to a time by our clock; theirs may be minutes off."""
+    """The predictions there are, newest first, back to a time by our clock."""
     url = "/predictions"
     while url:
-        answer = http.get(url)
-        ahead = (
-            epoch(
-                answer.headers.get(
-                    "Date",
-                    "",
-                )
-            )
-            or time.time()
-        ) - time.time()
-        page = answer.mapping()
+        response = http.get(url)
+        # Their clock may be minutes off.
+        date = epoch(response.headers.get("Date", "")) or time.time()
+        ahead = date - time.time()
+        page = response.mapping()
         if not isinstance(page.get("results"), list):
-            raise Failed(f"the list of predictions cannot be read: {answer.excerpt()}")
+            raise Failed(f"the list of predictions cannot be read: {response.excerpt()}")
         for prediction in page["results"]:
             if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
                 return
@@ -2655,24 +2676,46 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
 
 
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The request in the model's words, and the fields it has no word for."""
+    """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-    steps = (request.steps or options.default_steps) if known is None or known.steps else 0
-    negative = "" if known else request.negative_prompt
-    ending = (options.output_format or ("png" if known else "")).replace("jpeg", "jpg")
-    named = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
-    wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    wanted |= {name: value for name, value in named.items() if value}
-    wanted |= replicate_size(known, request.width, request.height) if request.width else {}
-    wanted |= options.extra
-    if wanted.get("num_outputs", 1) != 1:
+    steps = request.steps or options.default_steps
+    negative = request.negative_prompt
+    ending = options.output_format.replace("jpeg", "jpg")
+    size = {}
+    if known:
+        negative = ""
+        ending = ending or "png"
+        if not known.steps:
+            steps = 0
+    if request.width:
+        size = replicate_size(known, request.width, request.height)
+    optional = {
+        "num_inference_steps": steps,
+        "negative_prompt": negative,
+        "output_format": ending,
+    }
+    inputs = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        **{name: value for name, value in optional.items() if value},
+        **size,
+        **options.extra,
+    }
+    if inputs.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    taken = {"steps": steps, "negative_prompt": negative}
-    return wanted, tuple(field for field in taken if getattr(request, field) and not taken[field])
+    ignored = []
+    if request.steps and not steps:
+        ignored.append("steps")
+    if request.negative_prompt and not negative:
+        ignored.append("negative_prompt")
+    return inputs, tuple(ignored)
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
-    """The inputs that ask for a size; BadRequest, with the nearest size, where the model cannot make it."""
+    """The inputs that ask for a size.
+
+    BadRequest, with the nearest size, where the model cannot make it.
+    """
     if known is None:
         return {"width": width, "height": height}
     if known.longest:
@@ -2685,8 +2728,12 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         return {"aspect_ratio": "custom", "width": width, "height": height}
     shape = max(width, height) / min(width, height)
     long, short = min(REPLICATE_ASPECTS, key=lambda ratio: abs(REPLICATE_ASPECTS[ratio] - shape))
-    aspect = {"aspect_ratio": f"{long}:{short}" if width > height else f"{short}:{long}"}
-    return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
+    inputs = {"aspect_ratio": f"{long}:{short}"}
+    if width < height:
+        inputs["aspect_ratio"] = f"{short}:{long}"
+    if width * height <= 512 * 1024:
+        inputs["megapixels"] = "0.25"
+    return inputs
 
 
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
@@ -2696,77 +2743,93 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     (3.0, 4.0)
     """
     bars = re.findall(r"\d+%\|.*?\| *(\d+)/(\d+)", logs)
-    return (
-        (
-            float(bars[-1][0]),
-            float(bars[-1][1]),
-        )
-        if bars
-        else (None, None)
-    )
+    if not bars:
+        return None, None
+    done, total = bars[-1]
+    return float(done), float(total)
 
 
-def replicate_charged(state: Mapping[str, Any]) -> Charged:
+def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
     """Whether a prediction that has ended costs money."""
-    if state.get("status") == "aborted":
+    status = prediction.get("status")
+    if status == "aborted":
         return "no"
-    worked = state.get("status") == "succeeded" or (state.get("metrics") or {}).get("predict_time")
-    return "yes" if worked else "unknown"
+    if status == "succeeded" or (prediction.get("metrics") or {}).get("predict_time"):
+        return "yes"
+    return "unknown"
 
 
-def replicate_image(state: Mapping[str, Any]) -> str:
+def replicate_image(prediction: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status = state.get("status")
-    said = str(state.get("error") or "")
-    name = f"prediction {state.get('id')}"
+    status = prediction.get("status")
+    message = str(prediction.get("error") or "")
+    name = f"prediction {prediction.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
         raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
-        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", said):
-            raise Refused(said, "reword the prompt")
-        raise Ended(f"{name} ended as {status}{said and ': '}{said}")
-    if state.get("data_removed"):
+        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", message):
+            raise Refused(message, "reword the prompt")
+        raise Ended(f"{name} ended as {status}: {message}".removesuffix(": "))
+    if prediction.get("data_removed"):
         raise Ended(
             "the result is gone: Replicate keeps it for one hour",
             "ask for the image again; that costs again",
         )
-    output = json.dumps(state.get("output"))  # a string, a list of them, or an object
-    if not (found := re.search(r'"(?:https?|data):[^"]+"', output)):
+    # A string, a list of them, or an object.
+    output = json.dumps(prediction.get("output"))
+    match = re.search(r'"(?:https?|data):[^"]+"', output)
+    if not match:
         raise Ended(
             "the prediction succeeded without an image: its safety filter drops images one by one"
         )
-    return str(json.loads(found[0]))
+    return str(json.loads(match[0]))
 
 
-def replicate_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer of Replicate means (application/problem+json)."""
-    said = answer.json()
-    detail = str(said.get("detail") or said.get("title") or "")
-    error = explain_status(answer, detail.replace("\n", "; ").strip("; "))
-    if answer.status == 404 or (answer.status == 422 and "version" in detail):
+def replicate_error(response: HttpResponse) -> ImagenError:
+    """What an error of Replicate means (application/problem+json)."""
+    problem = response.json()
+    detail = str(problem.get("detail") or problem.get("title") or "")
+    error = explain_status(response, detail.replace("\n", "; ").strip("; "))
+    if response.status == 404 or (response.status == 422 and "version" in detail):
         return BadConfig(str(error), "check the model; community models need owner/name:version")
     return error
 
 
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
-# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
+# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the
+# model's name.
 OPENAI_TOKENS = {
     "gpt-image-1-mini": (2.0, 2.5, 8.0),
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
+# Of a response, what the sidecar keeps.
+OPENAI_METADATA = (
+    "created",
+    "size",
+    "quality",
+    "background",
+    "usage",
+    "id",
+    "x_request_id",
+    "revised_prompt",
+)
 
 
 @register("openai")
 class OpenAI(Backend):
     """One POST that answers with the image: no job id, no second look, no cancel.
 
-    https://developers.openai.com/api/reference/resources/images; others: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
+    https://developers.openai.com/api/reference/resources/images
+    Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
     class Options(NamedTuple):
-        """`extra` are further fields; "{seed}", "{steps}" and "{negative}" in it stand for the request's values."""
+        """`extra` are further fields.
+
+        "{seed}", "{steps}" and "{negative}" in it stand for the request's values.
+        """
 
         model: str
         api_key_env: Annotated[str, KEY] = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
@@ -2778,18 +2841,20 @@ class OpenAI(Backend):
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
-        cost_usd: float | None = None  # of one image, where the answer counts no tokens
-        timeout: Annotated[float, Between(1, 7200)] = (
-            600.0  # seconds of silence: an image may take minutes
-        )
+        cost_usd: float | None = None  # of one image, where the response counts no tokens
+        # Seconds of silence: an image may take minutes.
+        timeout: Annotated[float, Between(1, 7200)] = 600.0
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
         self.base = checked_url(options.base_url, path="/v1")
-        at_openai = origin(self.base)[1] == "api.openai.com"
-        variable = options.api_key_env or ("OPENAI_API_KEY" if at_openai else "")
-        self.key = secret_from(variable) if variable else None
+        variable = options.api_key_env
+        if not variable and origin(self.base)[1] == "api.openai.com":
+            variable = "OPENAI_API_KEY"
+        self.key: Secret | None = None
+        if variable:
+            self.key = secret_from(variable)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
@@ -2798,119 +2863,108 @@ class OpenAI(Backend):
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
-        """The config's price; the tokens that decide are counted in the answer alone."""
-        counted = (
-            f"by the answer's tokens, {PRICED}"
-            if options.model.startswith(tuple(OPENAI_TOKENS))
-            else ""
-        )
-        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
+        """The config's price; the tokens that decide are counted in the response alone."""
+        if options.cost_usd is not None:
+            return Price(options.cost_usd, "config")
+        if options.model.startswith(tuple(OPENAI_TOKENS)):
+            return Price(None, f"by the answer's tokens, {PRICED}")
+        return Price()
 
     def generate(self, ctx: Context, request: Request) -> Result:
-        """Pay, and take the image out of the answer."""
-        body, ignored = openai_body(self.options, request)
+        """Pay, and take the image out of the response."""
+        options = self.options
         http = self._http(ctx)
+        body, ignored = openai_body(options, request)
         ctx.progress("waiting for the image")
-        answer = http.pay("/images/generations", body)
-        said, image = openai_answer(answer, ctx)
-        usage, (item, *_) = said.get("usage"), openai_data(said) or [{}]
-        usage = usage if isinstance(usage, dict) else {}
+        response = http.pay("/images/generations", body)
+        # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
+        document, image = openai_answer(response, ctx)
+        item = (openai_data(document) or [{}])[0]
+        usage = document.get("usage")
+        if not isinstance(usage, dict):
+            usage = {}
         if image or item.get("url") or usage.get("output_tokens"):
             ctx.settle("yes")
+        # 2. The image, from the response or behind its link.
         if not image and not item.get("url"):
             raise Unknown(
-                f"sent, and answered {answer.status} without an image: {answer.excerpt()[:200]}"
+                f"sent, and answered {response.status} without an image: {response.excerpt()[:200]}"
             )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
-        cost = openai_cost(self.options.model, usage)
-        kept = {**item, **said, "x_request_id": answer.headers.get("x-request-id")}
-        words = (
-            "created",
-            "size",
-            "quality",
-            "background",
-            "usage",
-            "id",
-            "x_request_id",
-            "revised_prompt",
-        )
+        # 3. What is known of it.
+        cost = openai_cost(options.model, usage)
+        if cost is None:
+            cost = options.cost_usd
+        steps = request.steps or None
+        if "steps" in ignored:
+            steps = None
+        request_id = response.headers.get("x-request-id")
+        details = {**item, **document, "x_request_id": request_id}
         return Result(
             image=image,
-            mime_type=f"image/{said.get('output_format') or 'png'}",
-            model=self.options.model,
-            steps=None if "steps" in ignored else request.steps or None,
-            cost_usd=self.options.cost_usd if cost is None else cost,
+            mime_type=f"image/{document.get('output_format') or 'png'}",
+            model=options.model,
+            steps=steps,
+            cost_usd=cost,
             ignored=ignored,
-            metadata={word: kept[word] for word in words if kept.get(word)},
+            metadata={key: details[key] for key in OPENAI_METADATA if details.get(key)},
         )
 
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
-        known = [
-            item.get(
-                "id",
-                "",
-            )
-            for item in openai_data(self._http(ctx).get_json("/models"))
-        ]
-        if known and self.options.model not in known:
-            raise BadConfig(
-                f'model "{self.options.model}" is not there: {nearest(self.options.model, known)}'
-            )
-        return f"{self.options.model}{'' if known else ' (the server lists no models)'}"
+        model = self.options.model
+        listed = openai_data(self._http(ctx).get_json("/models"))
+        known = [item.get("id", "") for item in listed]
+        if not known:
+            return f"{model} (the server lists no models)"
+        if model not in known:
+            raise BadConfig(f'model "{model}" is not there: {nearest(model, known)}')
+        return str(model)
 
     def _http(self, ctx: Context) -> Http:
-        keys = {"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {}
+        keys = {}
+        if self.key:
+            keys["Authorization"] = f"Bearer {self.key.reveal()}"
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
 def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The body for this model, and the request's fields it has no word for. BadRequest for what is sure to be refused.
+    """The body for this model, and the request's fields that it has no word for.
 
-    OpenAI's own models reject unknown fields; the servers that speak its dialect want a seed, or use a constant one.
+    BadRequest for what is sure to be refused.
     """
-    own = options.model.startswith(("gpt-image", "chatgpt-image"))
-    asked = {
+    optional = {
         "seed": request.seed,
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    body: dict[str, Any] = {
-        "model": options.model,
-        "prompt": request.prompt,
-        "n": 1,
-    }
+    values = {field: value for field, value in optional.items() if value is not None}
+    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
+    # seed, or use a constant one.
+    if not options.model.startswith(("gpt-image", "chatgpt-image")):
+        body |= {**values, "steps": None, "response_format": "b64_json"}
     if request.width:
         openai_check_size(options.model, request.width, request.height)
-        size = {"width": request.width, "height": request.height}
-        body |= (
-            size
-            if options.size_as == "width_height"
-            else {"size": "{width}x{height}".format(**size)}
-        )
-    if not own:
-        body |= {**asked, "steps": None, "response_format": "b64_json"}
+        if options.size_as == "width_height":
+            body["width"] = request.width
+            body["height"] = request.height
+        else:
+            body["size"] = f"{request.width}x{request.height}"
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
-            body[field] = "jpeg" if value == "jpg" else value
+            body[field] = {"jpg": "jpeg"}.get(value, value)
+    # `extra` may place a value of the request under a name of its own.
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = {
-        key: marks.get(
-            str(value),
-            "",
-        )
-        for key, value in options.extra.items()
-    }
-    body |= {
-        key: asked.get(
-            placed[key],
-            value,
-        )
-        for key, value in options.extra.items()
-    }
+    placed = set()
+    for key, value in options.extra.items():
+        body[key] = value
+        if field := marks.get(str(value)):
+            body[key] = values.get(field)
+            placed.add(field)
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -2918,18 +2972,15 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    return body, tuple(
-        field
-        for field in asked
-        if asked[field] is not None and field not in {*body, *placed.values()}
-    )
+    return body, tuple(field for field in values if field not in {*body, *placed})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size.
+
+    The rules of gpt-image-2 were measured by others, to the pixel.
+    """
     short, long = sorted((width, height))
-    fine = True
-    rule = ""
     if model.startswith("gpt-image-1"):
         fine = short == 1024 and long in (1024, 1536)
         rule = "1024x1024, 1536x1024 or 1024x1536"
@@ -2939,76 +2990,91 @@ def openai_check_size(model: str, width: int, height: int) -> None:
             and long <= min(3840, 3 * short)
             and 655_360 <= short * long <= 8_294_400
         )
-        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+        rule = (
+            "multiples of 16, at most 3840 and three times the other edge; "
+            "655,360 to 8,294,400 pixels"
+        )
+    else:
+        return
     if not fine:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
-def openai_data(said: Any) -> list[Mapping[str, Any]]:
+def openai_data(document: Any) -> list[Mapping[str, Any]]:
     """The entries of `data`, which the schema lets be absent."""
-    data = said.get("data") if isinstance(said, dict) else None
-    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        return []
+    return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(answer: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
-    """The JSON of an answer without its image, and the image, decoded piece by piece into a spool; None: only a link.
+def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+    """The JSON of a response without its image, and the image in a spool; None: only a link.
 
-    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
+    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
+    memory four times, so it is cut out and decoded piece by piece.
     """
-    found = re.search(
-        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
-        answer.body,
+    body = response.body
+    match = re.search(
+        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"'
+        rb'|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
+        body,
     )
-    start, end = found.span(found.lastindex or 1) if found else (0, 0)
-    said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
-    if not isinstance(said, dict):
+    start = end = 0
+    if match:
+        start, end = match.span(match.lastindex or 1)
+    document = response._replace(body=body[:start] + body[end:]).json()
+    if not isinstance(document, dict):
         raise Unknown(
-            f"sent, and answered {answer.status} with {answer.excerpt()[:200]}, which is no JSON"
+            f"sent, and answered {response.status} with {response.excerpt()[:200]}, "
+            "which is no JSON"
         )
-    if not found:
-        return said, None
-    text = memoryview(answer.body)[start:end]
-    if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
+    if not match:
+        return document, None
+    text = memoryview(body)[start:end]
+    # Some write + as \u002B; they pay with memory.
+    if body.find(b"\\u", start, end) >= 0:
         text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
-    return said, decode_base64(text, ctx.spool())
+    return document, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
-    """USD by the answer's token counts; None where model or counts are unknown (compatible servers say zero)."""
+    """USD by the response's token counts; None where model or counts are unknown.
+
+    Compatible servers say zero, or put all kinds of things there.
+    """
     price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
-    with suppress(AttributeError, TypeError):  # compatible servers put all kinds of things there
+    with suppress(AttributeError, TypeError):
         images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
         text = (usage.get("input_tokens") or 0) - images
         out = usage.get("output_tokens")
         if price and out:
-            return round(
-                float(text * price[0] + images * price[1] + out * price[2]) / 1e6,
-                6,
-            )
+            total = text * price[0] + images * price[1] + out * price[2]
+            return round(float(total) / 1e6, 6)
     return None
 
 
-def openai_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json() or {}
-    error = said.get("error", said)
+def openai_error(response: HttpResponse) -> ImagenError:
+    """What an error means: moderation and money first, whatever the status says."""
+    document = response.json() or {}
+    error = document.get("error", document)
     code = error.get("code") or error.get("type")
-    request_id = answer.headers.get("x-request-id")
-    text = excerpt(
-        str(error.get("message") or answer.excerpt()).encode(),
-        1000,
-    )
-    text += f" ({error['param']})" if error.get("param") else ""
-    text += f" [{request_id}]" if request_id else ""
-    said = f"{answer.status}: {text}"
+    text = excerpt(str(error.get("message") or response.excerpt()).encode(), 1000)
+    if error.get("param"):
+        text += f" ({error['param']})"
+    if request_id := response.headers.get("x-request-id"):
+        text += f" [{request_id}]"
+    message = f"{response.status}: {text}"
     if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
-        stage = (error.get("moderation_details") or {}).get("moderation_stage")
-        return Refused(said, "reword the prompt", charged="yes" if stage == "output" else "no")
+        refused = Refused(message, "reword the prompt")
+        # At the stage of output the image had been made.
+        if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
+            refused.charged = "yes"
+        return refused
     if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(said, "https://platform.openai.com/settings/organization/billing")
+        return Quota(message, "https://platform.openai.com/settings/organization/billing")
     if code == "model_not_found":
-        return BadConfig(said, "imagen backends --check names what is there")
-    return explain_status(answer, text)
+        return BadConfig(message, "imagen backends --check names what is there")
+    return explain_status(response, text)
 
 
 # === Output: names, and files that are never half there ===
