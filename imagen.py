@@ -1003,8 +1003,8 @@ def complaints(
     `thorough`: also what not every run needs, which are the naming and each backend. A key
     that a backend other than the default lacks is a warning.
     """
-    errors = []
-    warnings = []
+    errors: list[str] = []
+    warnings: list[str] = []
     blocks = data["backends"]
     default = data.get("default_backend", "mock")
     owner = data.get("owner_user_id", "")
@@ -2962,9 +2962,9 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
     placed = set()
     for key, value in options.extra.items():
         body[key] = value
-        if field := marks.get(str(value)):
-            body[key] = values.get(field)
-            placed.add(field)
+        if mark := marks.get(str(value)):
+            body[key] = values.get(mark)
+            placed.add(mark)
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -3100,31 +3100,25 @@ def slug(text: str) -> str:
     """
     import unicodedata
 
-    spelled = str.maketrans(
-        dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth"))
-    )
-    letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
-    bare = "".join(
-        char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char)
-    )
-    return (
-        re.sub(
-            r"[^a-z0-9]+",
-            "-",
-            bare.lower(),
-        )
-        .strip("-")[:40]
-        .strip("-")
-        or "image"
-    )
+    pairs = re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")
+    letters = unicodedata.normalize("NFC", text.lower()).translate(str.maketrans(dict(pairs)))
+    decomposed = unicodedata.normalize("NFKD", letters)
+    bare = "".join(char for char in decomposed if not unicodedata.combining(char))
+    dashed = re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")
+    return dashed[:40].strip("-") or "image"
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    """The relative name that a checked `template` gives; {ext} stays for the real bytes."""
     date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
-    backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
-    return template.format(date=date, time=clock, ext="{ext}", **words)
+    return template.format(
+        date=date,
+        time=clock,
+        slug=slug(request.prompt),
+        seed=request.seed,
+        backend=re.sub(r"[^\w.-]|^\.+", "-", request.backend),
+        ext="{ext}",
+    )
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -3134,22 +3128,28 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, given = os.path.splitext(last)
-    known = given[1:].lower().replace("jpeg", "jpg")
-    stem = stem if known in MIME_TYPES else last
+    stem, suffix = os.path.splitext(last)
+    known = suffix[1:].lower().replace("jpeg", "jpg")
+    if known not in MIME_TYPES:
+        stem = last
+    if known != ending:
+        suffix = f".{ending}"
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    stem += f"-{number}" * (number > 1)
-    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
+    if number > 1:
+        stem += f"-{number}"
+    return os.path.join(folder, stem + suffix)
 
 
 def prepare_folder(folder: str) -> None:
     """Make the folder if need be; Disk where it cannot be written, or is as good as full."""
     cure = "make room, or name another folder with --output DIR/ or output.directory"
     with or_disk(folder, cure):
-        os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Disk(f"{folder}: not writable", cure)
+    # Some file systems of the network count no blocks.
     if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
         raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
@@ -3164,10 +3164,13 @@ def or_disk(path: str, cure: str) -> Iterator[None]:
 
 
 class Spool(io.FileIO):
-    """A new file that an image arrives in. When its disk fills, what is there moves to `fallback` and goes on."""
+    """A new file that an image arrives in.
+
+    When its disk fills, what has come moves to `fallback` and goes on there.
+    """
 
     def __init__(self, path: str, fallback: str) -> None:
-        _unlink(path)
+        unlink_quietly(path)
         super().__init__(path, "x+")
         self.path = path
         self.fallback = fallback
@@ -3185,20 +3188,23 @@ class Spool(io.FileIO):
         return len(data)
 
     def _move(self) -> None:
-        with Spool(self.fallback, self.fallback) as there:
-            os.fchmod(there.fileno(), 0o600)
-            _copy(self, there)
-            os.dup2(there.fileno(), self.fileno(), inheritable=False)  # which stands at its end
-        _unlink(self.path)
+        with Spool(self.fallback, self.fallback) as moved:
+            os.fchmod(moved.fileno(), 0o600)
+            copy_into(self, moved)
+            # Our descriptor becomes the other file's, which stands at its end.
+            os.dup2(moved.fileno(), self.fileno(), inheritable=False)
+        unlink_quietly(self.path)
         self.path = self.fallback
 
 
-def _unlink(path: str) -> None:
+def unlink_quietly(path: str) -> None:
+    """Remove the file at `path`, if it is there and can be removed."""
     with suppress(OSError):
         os.unlink(path)
 
 
-def _copy(source: BinaryIO | Spool, spool: Spool) -> None:
+def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
+    """All of `source`, appended to `spool` a megabyte at a time."""
     source.seek(0)
     while block := source.read(1 << 20):
         spool.write(block)
@@ -3211,62 +3217,69 @@ def publish(
     sidecar: Callable[[str], str] | None,
     claiming: Callable[[str], object],
 ) -> str:
-    """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
+    """Give the complete image at `hidden` the first free name; its path.
 
-    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
-    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
+    Its sidecar goes first, which holds the name meanwhile: `sidecar(path)` is the text. On a
+    disk without hard links `claiming(path)` is called before a name is taken. What an earlier,
+    killed call linked is used. The hidden names are the caller's to unlink.
     """
     number = 1
     note = f"{hidden}.json"
-    while not _same(hidden, path := numbered(name, ending, number)):
-        number = number + 1
+    while not same_file(hidden, path := numbered(name, ending, number)):
+        number += 1
         beside = f"{path}.json"
-        ours = _same(note, beside)  # from an earlier, killed call
+        # Ours is what an earlier, killed call has linked.
+        ours = same_file(note, beside)
         if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
-                os.unlink(beside)  # somebody took the image's name since
+                # Somebody took the image's name since.
+                os.unlink(beside)
             continue
         try:
             if sidecar and not ours:
                 write_file(note, sidecar(path))
-        except (
-            OSError
-        ):  # an image without its sidecar is better than none; the caller sees that it is missing
+        except OSError:
+            # An image alone is better than none; the caller sees that its sidecar is missing.
             sidecar = None
-        if _take_names(
-            [(note, beside), (hidden, path)] if sidecar else [(hidden, path)],
-            claiming,
-        ):
+        pairs = [(hidden, path)]
+        if sidecar:
+            pairs.insert(0, (note, beside))
+        if _take_names(pairs, claiming):
             break
     sync_folder(os.path.dirname(path))
     return path
 
 
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
-    """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
-    held: list[str] = []
+    """Give all files their names, the image last.
+
+    False, and nothing left of ours, where one is taken.
+    """
+    taken: list[str] = []
     locks: list[int] = []
     try:
         for own, name in pairs:
             try:
-                if not _same(own, name):
+                if not same_file(own, name):
                     os.link(own, name)
             except OSError as problem:
                 if problem.errno not in NO_LINKS:
                     raise
-                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
+                # FAT, some network disks: an empty file holds the name, and one's own is
+                # moved over it. Its lock says that we are alive.
                 claiming(pairs[-1][1])
-                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
-            held.append(name)
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))
+            taken.append(name)
     except OSError as problem:
-        for name in held:
+        for name in taken:
             os.unlink(name)
         if isinstance(problem, FileExistsError):
             return False
         raise
     else:
-        for own, name in pairs if locks else ():
-            os.replace(own, name)
+        if locks:
+            for own, name in pairs:
+                os.replace(own, name)
         return True
     finally:
         for fd in locks:
@@ -3274,48 +3287,51 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
 
 
 def release_claim(path: str, image_id: str) -> None:
-    """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
+    """Undo what a killed call left of a claim on `path` without hard links.
+
+    That is empty files, and its own sidecar.
+    """
     beside = f"{path}.json"
     for name in (path, beside):
         with suppress(OSError), open(locked(name), "rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(read_bytes(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
 def locked(path: str, flags: int = 0, wait: bool = False) -> int:
-    """A descriptor of the file at `path` that holds its lock until closed; OSError where somebody else has it."""
+    """A descriptor of the file at `path` that holds its lock until closed.
+
+    OSError where somebody else has it.
+    """
     import fcntl
 
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, operation)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def _same(one: str | int, other: str) -> bool:
+def same_file(first: str | int, second: str) -> bool:
+    """Whether both are one file; False where either is not there."""
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(first, second)
     except OSError:
         return False
 
 
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
-    _unlink(path)
-    with open(
-        os.open(
-            path,
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-            mode,
-        ),
-        "w",
-        encoding="utf-8",
-    ) as file:
+    unlink_quietly(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -3333,12 +3349,14 @@ def sync_folder(folder: str) -> None:
 def parsed(text: bytes) -> dict[str, Any]:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
-        said = json.loads(text)
-        return said if isinstance(said, dict) else {}
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
     return {}
 
 
-def _read(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
+    """The file at `path`; b"" where it cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
         return file.read()
     return b""
@@ -3348,19 +3366,19 @@ def _read(path: str) -> bytes:
 
 
 def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
-    """Show finished images to a person: in a tmux window, inline, or by the user's own command.
+    """Show finished images: in a tmux window, inline, or by the user's own command.
 
-    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns where nothing can.
+    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns
+    where nothing can.
     """
-    if (
-        output.preview == "off"
-        or not paths
-        or (output.preview == "auto" and not sys.stderr.isatty())
-    ):
+    if output.preview == "off" or not paths:
+        return
+    if output.preview == "auto" and not sys.stderr.isatty():
         return
     try:
         _show(paths, output.preview_command)
-    except Exception as problem:  # no preview fails a generation
+    # No preview fails a generation.
+    except Exception as problem:
         if output.preview == "on":
             warn(f"preview: {problem}")
 
@@ -3370,58 +3388,50 @@ def _show(paths: Sequence[str], command: str) -> None:
     import shutil
     import subprocess
 
+    # 1. Inline, where the terminal shows images and tmux does not stand between.
     tmux = os.environ.get("TMUX")
     terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {
-        "xterm-kitty",
-        "xterm-ghostty",
-        "ghostty",
-    }
-    if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
+    encode: Callable[[bytes], bytes] | None = None
+    if terminal & {"iTerm.app", "WezTerm"}:
+        encode = iterm_image
+    if os.environ.get("KITTY_WINDOW_ID") or terminal & {"xterm-kitty", "xterm-ghostty", "ghostty"}:
+        encode = kitty_image
+    if encode and not tmux and sys.stderr.isatty():
         for path in paths:
-            sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
+            sys.stderr.buffer.write(encode(read_bytes(path)) + b"\n")
         sys.stderr.buffer.flush()
         return
+    # 2. By a command: in a window of tmux, or in the background.
     if not tmux and not command:
         raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
-    if not shutil.which(program := shlex.split(command)[0]):
+    program = shlex.split(command)[0]
+    if not shutil.which(program):
         raise Failed(f"{program} is not installed; set output.preview_command")
-    command = command if "{path}" in command else f"{command} {{path}}"
+    if "{path}" not in command:
+        command += " {path}"
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
-        shell = [
-            "tmux",
-            "new-window",
-            "-d",
-            "-n",
-            "imagen",
-            "sh",
-            "-c",
-            f"{script}; printf '\\n[Enter]'; read -r _",
-        ]
+        script += "; printf '\\n[Enter]'; read -r _"
+        shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", script]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
     if done.returncode:
         raise Failed(done.stderr)
 
 
 def kitty_image(png: bytes) -> bytes:
-    """https://sw.kovidgoyal.net/kitty/graphics-protocol/: base64 in pieces of 4096, m=1 on all but the last."""
+    """https://sw.kovidgoyal.net/kitty/graphics-protocol/
+
+    Base64 in pieces of 4096, m=1 on all but the last.
+    """
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = [
-        b";%b\x1b\\" % text[start : start + 4096]
-        for start in range(
-            0,
-            len(text),
-            4096,
-        )
-    ]
-    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(
-        (*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1])
-    )
+    starts = range(0, len(text), 4096)
+    pieces = [b"m=1;%b\x1b\\" % text[start : start + 4096] for start in starts]
+    pieces[-1] = pieces[-1].replace(b"m=1", b"m=0", 1)
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(pieces)
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -3475,7 +3485,7 @@ class Entry:
             fd = locked(path)
         except OSError:
             return None
-        if not _same(fd, path):  # finished, by whoever had the lock before us
+        if not same_file(fd, path):  # finished, by whoever had the lock before us
             os.close(fd)
             return None
         return cls(
@@ -3483,7 +3493,7 @@ class Entry:
             fd,
             {
                 "id": os.path.basename(path).removesuffix(".jsonl"),
-                **merged(_read(path)),
+                **merged(read_bytes(path)),
             },
         )
 
@@ -3560,7 +3570,7 @@ def open_paths() -> list[str]:
     ]
     return sorted(
         found,
-        key=lambda path: str(merged(_read(path)).get("at")),
+        key=lambda path: str(merged(read_bytes(path)).get("at")),
     )
 
 
@@ -3570,13 +3580,13 @@ def ledger() -> Iterator[dict[str, Any]]:
     delivering = [
         text
         for text in map(
-            _read,
+            read_bytes,
             open_paths(),
         )
         if merged(text).get("path")
     ]
     for record in map(
-        merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)
+        merged, reversed(read_bytes(state_path("ledger.jsonl")).splitlines() + delivering)
     ):
         fine = isinstance(record.get("id"), str) and isinstance(
             record.get("sidecar") or {},
@@ -4034,7 +4044,7 @@ class Run(Context):
     def clean(self) -> None:
         """Unlink the hidden names."""
         for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
-            _unlink(path)
+            unlink_quietly(path)
 
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open, which loses nothing."""
@@ -4162,7 +4172,7 @@ def finish(run: Run, result: Result) -> dict[str, Any]:
         )
         with image as source, source if isinstance(source, Spool) else run.spool() as spool:
             if spool is not source:
-                _copy(source, spool)
+                copy_into(source, spool)
             run.jot(
                 result={**result._asdict(), "image": None, "latency_ms": latency},
                 charged=run.charged,
@@ -4191,7 +4201,7 @@ def save(run: Run, kept: str) -> dict[str, Any]:
             open(kept, "rb") as source,
             Spool(run.part, run.part) as spool,
         ):  # the fallback is what we copy from
-            _copy(source, spool)
+            copy_into(source, spool)
     if kept != run.hidden:
         with open(run.part, "rb") as file:
             os.fsync(file.fileno())
@@ -4463,7 +4473,7 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
         )
     styled = Request(**record["styled"])
     backend = open_backend(styled.backend, config.backends, styled.backend_opts)
-    others = (*map(merged, map(_read, open_paths())), *ledger())
+    others = (*map(merged, map(read_bytes, open_paths())), *ledger())
     taken = [str((other.get("remote") or {}).get("id")) for other in others]
     remote = {"since": record.get("sending", ""), "taken": taken, **run.remote_ids}
     try:
@@ -5170,7 +5180,7 @@ class Worker:
         receipt = run.row.get("receipt")
         own_id = run.id
         paths = (
-            [path for path in open_paths() if merged(_read(path)).get("job") == run.job]
+            [path for path in open_paths() if merged(read_bytes(path)).get("job") == run.job]
             if run.number > 1
             else []
         )
@@ -5368,7 +5378,9 @@ class Worker:
     def mend(self) -> None:
         """Deliver the images of jobs that the cloud would not take at their time."""
         paths = {
-            record["job"]: path for path in open_paths() if mendable(record := merged(_read(path)))
+            record["job"]: path
+            for path in open_paths()
+            if mendable(record := merged(read_bytes(path)))
         }
         if not paths:
             return
@@ -5405,7 +5417,7 @@ def take_slot(name: str) -> tuple[str, int]:
                 state_path(f"worker-{name}{f'-{number}' if number > 1 else ''}.lock"), os.O_CREAT
             )
             place = os.fstat(held)
-            boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
+            boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
             return f"{boot}:{place.st_dev}:{place.st_ino}", held
     raise Busy(f"a thousand workers are called {name}")
 
@@ -5587,7 +5599,7 @@ class Index:
         return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
 
     def _opened(self) -> dict[str, dict[str, Any]]:
-        records = (merged(_read(path)) for path in open_paths())
+        records = (merged(read_bytes(path)) for path in open_paths())
         return {
             row[1]: record
             for record in records
@@ -6073,7 +6085,9 @@ class Server:
             signed = f"/images/{ours['id']}?signature={self.sign(ours['id'])}"
             item["url"] = f"http://{asked.headers.get('host')}{signed}"
         else:
-            item["b64_json"] = binascii.b2a_base64(_read(record["path"]), newline=False).decode()
+            item["b64_json"] = binascii.b2a_base64(
+                read_bytes(record["path"]), newline=False
+            ).decode()
         revised = (about.get("metadata") or {}).get("revised_prompt")
         return item | ({"revised_prompt": revised} if revised else {})
 
@@ -6932,7 +6946,7 @@ def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Reque
 def like(what: str, styles: Mapping[str, Style]) -> Request:
     """The request behind an image made before: its file, its sidecar, or `last`."""
     path = os.path.abspath(os.path.expanduser(what))
-    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
+    about = parsed(read_bytes(path)) or parsed(read_bytes(f"{path}.json"))
     about = about or next(
         (image for image in made_before() if what == "last" or image["path"] == path), {}
     )
@@ -7323,7 +7337,7 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     """upload what the cloud still lacks"""
     config = load_config(args.config)
-    records = [{**merged(_read(path)), "entry": path} for path in open_paths()]
+    records = [{**merged(read_bytes(path)), "entry": path} for path in open_paths()]
     if args.paths:
         records = [record_of(path, records) for path in args.paths]
     # Who was killed behind the last step left nothing to do but to close the entry.
@@ -7374,7 +7388,7 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
     """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
     path = os.path.abspath(os.path.expanduser(path))
     path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
-    about = parsed(_read(f"{path}.json"))
+    about = parsed(read_bytes(f"{path}.json"))
     known = (*unfinished, *ledger())
     record = next(
         (
@@ -7473,7 +7487,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
         }[found[2]]
     )
     cloud = Supabase(Context(DELIVERY), config.supabase)
-    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
+    about = parsed(read_bytes(path)) or parsed(read_bytes(f"{path}.json"))
     about = about or next(
         (image for image in made_before() if image["path"] == path),
         {},
@@ -7612,7 +7626,7 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     here = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+    if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
@@ -7913,7 +7927,7 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
         ):  # copies travel without their repository, so the hash says which one this is
             import hashlib
 
-            digest = hashlib.sha256(_read(__file__)).hexdigest()
+            digest = hashlib.sha256(read_bytes(__file__)).hexdigest()
             return terminal.result(
                 {"version": __version__, "sha256": digest}, f"imagen {__version__} ({digest[:12]})"
             )
