@@ -7127,49 +7127,29 @@ def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config = load_config(args.config)
-    rows = []
+    rows = [backend_row(name, config) for name in config.backends]
     errors = []
-    for name, block in config.backends.items():
-        wrong = fault(name, config)
-        model = str(block.get("model") or block.get("workflow") or "")
-        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
-        variable = next((block[field] for field in fields if block.get(field)), "")
-        there = bool(os.environ.get(variable, "").strip())
-        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
-        row = {
-            "name": name,
-            "type": str(block.get("type") or ""),
-            "default": name == config.default_backend,
-        }
-        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
-            row |= {
-                "said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}",
-                "ok": True,
-            }
+            ready = open_backend(row["name"], config.backends).check(Context(15.0))
+            row |= {"said": f"ok: {ready}", "ok": True}
         except Exception as problem:
-            errors.append(error := as_error(problem))
+            error = as_error(problem)
+            errors.append(error)
             row |= {"said": f"{error.code}: {error}", "ok": False}
 
-    for thread in [in_thread(check, row) for row in rows if args.check]:
-        thread.join()
-    lines = aligned(
-        [
-            row[key]
-            for key in (
-                "name",
-                "type",
-                "model",
-                "said",
-            )
-        ]
-        for row in rows
-    )
-    lines = [
-        f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)
-    ]
+    if args.check:
+        for thread in [in_thread(check, row) for row in rows]:
+            thread.join()
+    lines = []
+    cells = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    for row, line in zip(rows, cells, strict=True):
+        mark = " "
+        if row["default"]:
+            mark = "*"
+        lines.append(f"{mark} {line}")
+    # Of several errors the one that its reader can do something about decides the exit code.
     worst = max(
         errors,
         key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code),
@@ -7178,12 +7158,38 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
+def backend_row(name: str, config: Config) -> dict[str, Any]:
+    """What is known of a backend before it is asked."""
+    block = config.backends[name]
+    state = fault(name, config)
+    variable = ""
+    if not state:
+        for field in marked(BACKENDS[block["type"]].Options, KEY):
+            variable = variable or block.get(field, "")
+    is_set = bool(os.environ.get(variable, "").strip())
+    if is_set:
+        state = f"{variable} set"
+    elif variable:
+        state = f"{variable} not set"
+    return {
+        "name": name,
+        "type": str(block.get("type") or ""),
+        "default": name == config.default_backend,
+        "model": str(block.get("model") or block.get("workflow") or ""),
+        "variable": variable,
+        "set": is_set,
+        "said": state,
+    }
+
+
 def fault(name: str, config: Config) -> str:
-    """What is wrong with a backend's block, in words that show no key pasted into it; a key not set is no fault."""
+    """What is wrong with a backend's block; a key that is not set is no fault."""
     try:
         open_backend(name, config.backends)
+    except KeyMissing:
+        return ""
     except BadConfig as problem:
-        return "" if isinstance(problem, KeyMissing) else str(problem)
+        return str(problem)
     return ""
 
 
@@ -7193,13 +7199,14 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     styles = {**STYLES, **load_config(args.config).styles}
     rows = []
     for name, style in styles.items():
-        against = f" / not: {style.negative}" * bool(style.negative)
-        rows.append(
-            (name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width))
-        )
-    return terminal.result(
-        {"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows)
-    )
+        text = style.suffix
+        if style.negative:
+            text += f" / not: {style.negative}"
+        if style.width:
+            text += f" [{style.width}x{style.height}]"
+        rows.append((name, text))
+    document = {"styles": {name: style._asdict() for name, style in styles.items()}}
+    return terminal.result(document, *aligned(rows))
 
 
 @command(
@@ -7208,9 +7215,8 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
-    return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](
-        args, terminal
-    )
+    actions = {"init": config_init, "validate": config_validate, "show": config_show}
+    return actions[args.action](args, terminal)
 
 
 NO_FILE = "no config file; the built-in defaults"
@@ -7223,8 +7229,9 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
     with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        # What was there stays until the new one stands.
         write_file(f"{path}.new", sample_text(), 0o600)
-        os.replace(f"{path}.new", path)  # what was there stays until the new one stands
+        os.replace(f"{path}.new", path)
     return terminal.result({"path": path}, path)
 
 
@@ -7249,22 +7256,22 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The file in force and the merged values (JSON is YAML), with those that the environment overrides. No keys."""
+    """The file in force and the merged values, with those that the environment overrides."""
     config = load_config(args.config)
     path = config_path(args.config)
-    shown = {
-        key: value._asdict() if hasattr(value, "_asdict") else value
-        for key, value in config._asdict().items()
-    }
+    shown = config._asdict()
+    for section in ("output", "supabase", "worker"):
+        shown[section] = shown[section]._asdict()
     shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
     }
+    # JSON is YAML, so that the lines may become a file.
     origins = (f"# {field} comes from {name}" for name, field in overrides().items())
     lines = (f"# {path or NO_FILE}", *origins, to_json(shown, indent=2))
-    return terminal.result(
-        {"path": path or None, "config": shown, "environment": overrides()}, *lines
-    )
+    document = {"path": path or None, "config": shown, "environment": overrides()}
+    return terminal.result(document, *lines)
 
 
 @command(
@@ -7621,20 +7628,18 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     import shlex
 
     folder = os.path.abspath(os.path.expanduser(args.folder))
-    mark = "# the launcher of imagen.py"
     path = os.path.join(folder, "imagen")
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
+    # The mark tells a launcher of ours, which may be replaced, from a program of that name.
+    mark = "# the launcher of imagen.py"
     if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        write_file(
-            path,
-            f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n',
-            0o755,
-        )
+        write_file(path, f'#!/bin/sh\n{mark}\nexec {start} "$@"\n', 0o755)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
