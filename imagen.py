@@ -471,10 +471,10 @@ def sniff(file: BinaryIO) -> Sniffed | None:
     if not match:
         return None
     ending = match.lastgroup or ""
-    measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
+    measures = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}
     # A struct.error says that the file breaks off.
     with suppress(struct.error):
-        width, height = measure(file)
+        width, height = measures[ending](file)
         return Sniffed(ending, width, height, complete=width > 0 < height)
     return Sniffed(ending)
 
@@ -954,8 +954,8 @@ def sample_text() -> str:
 def config_path(flag: str = "", new: bool = False) -> str:
     """The config file in force, "" for none; or the place for a `new` one."""
     named = flag or os.environ.get("IMAGEN_CONFIG", "")
-    path = named or os.path.join(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "imagen.yaml")
-    path = os.path.abspath(os.path.expanduser(path))
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    path = os.path.abspath(os.path.expanduser(named or f"{folder}/imagen.yaml"))
     if new or os.path.isfile(path):
         return path
     if named:
@@ -964,7 +964,7 @@ def config_path(flag: str = "", new: bool = False) -> str:
 
 
 def load_config(flag: str = "") -> Config:
-    """The configuration in force. Raises BadConfig with every complaint at once, one a line."""
+    """The configuration in force; BadConfig with every complaint at once, one a line."""
     data = config_data(flag)
     errors, _ = complaints(data, flag)
     if errors:
@@ -1090,9 +1090,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         if mark := getattr(problem, "problem_mark", None):
             place = mark.index
         before = raw.decode("utf-8", "replace")[:place].split("\n")
-        reason = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
+        reason = getattr(problem, "problem", "") or getattr(problem, "reason", "")
         raise BadConfig(
-            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {reason}"
+            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {reason or repr(problem)}"
         ) from None
     if not isinstance(data, dict | None):
         raise BadConfig(
@@ -1137,29 +1137,35 @@ STYLES: Mapping[str, Style] = {
         height=1024,
     ),
     "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
+        "cinematic film still, anamorphic framing, dramatic rim light, grain",
+        "flat light, text",
     ),
     "illustration": Style(
-        "editorial illustration, confident shapes, limited palette, paper texture", "photograph"
+        "editorial illustration, confident shapes, limited palette, paper texture",
+        "photograph",
     ),
     "watercolor": Style(
         "loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"
     ),
     "ink": Style(
-        "black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"
+        "black ink drawing, varied brush line, hatching, white paper",
+        "color, photograph, gradient",
     ),
     "pixel-art": Style(
         "pixel art, 16-bit palette, crisp square pixels, no anti-aliasing",
         "blur, photograph, smooth",
     ),
     "isometric": Style(
-        "isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"
+        "isometric view, small diorama, clean geometry, soft shadows",
+        "perspective, clutter",
     ),
     "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photo"
+        "clean vector line art, even thin lines, no fill, white background",
+        "shading, color, photo",
     ),
     "3d-render": Style(
-        "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
+        "3d render, soft studio light, matte materials, gentle global illumination",
+        "flat, sketch",
     ),
     "icon": Style(
         suffix="app icon, one centered symbol, bold simple shape, flat color",
@@ -1211,11 +1217,11 @@ def _extended(text: str, addition: str) -> str:
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
-#   what happened                                      charged   then repeated
-#   not connected (refused, no route, TLS, backlog)    no        a few times, then Unreachable
-#   429; 503 with Retry-After or a word of overload    no        until the deadline, then Busy
-#   any other 4xx but 408 and 409                      no        never, raised as what it is
-#   anything else after the first byte                 unknown   never, raised as Unknown
+#   what happened                                     charged  repeated
+#   not connected (refused, no route, TLS, backlog)   no       a few times, then Unreachable
+#   429; 503 with Retry-After or a word of overload   no       until the deadline, then Busy
+#   any other 4xx but 408 and 409                     no       never; raised as what it is
+#   anything else after the first byte                unknown  never; raised as Unknown
 
 CONNECT_TIMEOUT = 10.0  # seconds until TCP and TLS stand
 JSON_LIMIT = 64 << 20  # bytes of an ordinary response
@@ -1325,9 +1331,9 @@ def epoch(text: str) -> float:
 class Http:
     """One remote as one adapter sees it: base URL, keys, how its errors read, the deadline.
 
-    Every method raises what `explain` makes of an error response, Unreachable where there was
-    none, and whatever `ctx.check()` raises. `keys` are headers that go to the base URL's own
-    origin and nowhere else.
+    Every method raises what `explain` makes of an error response, Unreachable where there
+    was none, and whatever `ctx.check()` raises. `keys` are headers that go to the base URL's
+    own origin and nowhere else.
     """
 
     def __init__(
@@ -1552,8 +1558,8 @@ class Http:
 class _Deadlines:
     """Stops contexts at their deadline.
 
-    A server that gives a byte now and then keeps a reader from the clock. One thread looks for
-    all requests; a timer for each would cost more than the request.
+    A server that gives a byte now and then keeps a reader from the clock. One thread looks
+    for all requests; a timer for each would cost more than the request.
     """
 
     _contexts: ClassVar[dict[object, Context]] = {}
@@ -1752,12 +1758,12 @@ class Mock(Backend):
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
     import hashlib
 
     # A row is painted as a few runs of one palette index, so a megapixel takes some
-    # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, three
-    # layers of hills); 254 is paper, 255 ink.
+    # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
+    # three layers of hills); 254 is paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
@@ -2039,8 +2045,8 @@ class ComfyUI(Backend):
         )
 
 
-# What a model is (in one file, or without its other parts, or one of these) → the node
-# that knows all of them.
+# What a model is (in one file, or without its other parts, or one of these) → the
+# node that knows all of them.
 COMFY_LOADERS = {
     "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
     "diffusion_models": ("UNETLoader", "unet_name"),
@@ -2111,7 +2117,7 @@ class ComfyGraph(NamedTuple):
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, or SD and SDXL), or a FLUX `split` into its parts."""
+    """Our graph for a checkpoint (FLUX, SD, SDXL), or for a FLUX `split` into its parts."""
     graph = Graph()
 
     def node(kind: str, **inputs: Any) -> list[Any]:
@@ -2234,7 +2240,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
     # 2. Put the placeholders where `nodes` says.
-    usual: dict[str, Any] = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    usual: Graph = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
     for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
@@ -2247,7 +2253,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         usual[name] = inputs[key]
         inputs[key] = f"{{{name}}}"
     # 3. Without a place for the prompt every image would be the same.
-    if not any("{prompt}" in str([*inputs.values()]) for inputs in places.values()):
+    if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
         raise comfy_misplaced(
             path,
             "prompt",
@@ -2260,8 +2266,8 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
 def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -> BadConfig:
     """The error of a workflow without a place for `name`, with those that may be meant."""
     pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-    likely = ", ".join(place for place in places if re.search(pattern, place))
-    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely or 'none'}")
+    likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
+    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
 
 
 def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
@@ -2474,8 +2480,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for
-# either finds it.
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
+# for either finds it.
 REPLICATE_ASPECTS = {
     (1, 1): 1.0,
     (5, 4): 1.22,
@@ -2797,8 +2803,8 @@ def replicate_error(response: HttpResponse) -> ImagenError:
 
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
-# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the
-# model's name.
+# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of
+# the model's name.
 OPENAI_TOKENS = {
     "gpt-image-1-mini": (2.0, 2.5, 8.0),
     "gpt-image-1.5": (5.0, 8.0, 32.0),
@@ -3008,7 +3014,7 @@ def openai_data(document: Any) -> list[Mapping[str, Any]]:
 
 
 def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
-    """The JSON of a response without its image, and the image in a spool; None: only a link.
+    """The JSON of a response without its image, and the image; None: there is only a link.
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
     memory four times, so it is cut out and decoded piece by piece.
@@ -3042,7 +3048,8 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
 
     Compatible servers say zero, or put all kinds of things there.
     """
-    price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
+    prices = (OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name))
+    price = next(prices, None)
     with suppress(AttributeError, TypeError):
         images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
         text = (usage.get("input_tokens") or 0) - images
@@ -3101,7 +3108,8 @@ def slug(text: str) -> str:
     import unicodedata
 
     pairs = re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")
-    letters = unicodedata.normalize("NFC", text.lower()).translate(str.maketrans(dict(pairs)))
+    spelled = str.maketrans(dict(pairs))
+    letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
     decomposed = unicodedata.normalize("NFKD", letters)
     bare = "".join(char for char in decomposed if not unicodedata.combining(char))
     dashed = re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")
@@ -3141,7 +3149,7 @@ def numbered(name: str, ending: str, number: int) -> str:
 
 
 def prepare_folder(folder: str) -> None:
-    """Make the folder if need be; Disk where it cannot be written, or is as good as full."""
+    """Make the folder if need be; Disk where it cannot be written, or has hardly room."""
     cure = "make room, or name another folder with --output DIR/ or output.directory"
     with or_disk(folder, cure):
         if not os.path.isdir(folder):
@@ -3219,9 +3227,9 @@ def publish(
 ) -> str:
     """Give the complete image at `hidden` the first free name; its path.
 
-    Its sidecar goes first, which holds the name meanwhile: `sidecar(path)` is the text. On a
-    disk without hard links `claiming(path)` is called before a name is taken. What an earlier,
-    killed call linked is used. The hidden names are the caller's to unlink.
+    Its sidecar goes first, which holds the name meanwhile: `sidecar(path)` is the text. On
+    a disk without hard links `claiming(path)` is called before a name is taken. What an
+    earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number = 1
     note = f"{hidden}.json"
@@ -3394,7 +3402,8 @@ def _show(paths: Sequence[str], command: str) -> None:
     encode: Callable[[bytes], bytes] | None = None
     if terminal & {"iTerm.app", "WezTerm"}:
         encode = iterm_image
-    if os.environ.get("KITTY_WINDOW_ID") or terminal & {"xterm-kitty", "xterm-ghostty", "ghostty"}:
+    kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
+    if os.environ.get("KITTY_WINDOW_ID") or terminal & kitty:
         encode = kitty_image
     if encode and not tmux and sys.stderr.isatty():
         for path in paths:
@@ -3415,7 +3424,13 @@ def _show(paths: Sequence[str], command: str) -> None:
     if tmux:
         script += "; printf '\\n[Enter]'; read -r _"
         shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", script]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
+    done = subprocess.run(
+        shell,
+        capture_output=True,
+        text=True,
+        timeout=5,
+        start_new_session=True,
+    )
     if done.returncode:
         raise Failed(done.stderr)
 
