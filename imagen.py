@@ -506,12 +506,13 @@ def now_iso() -> str:
 # === Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# By file ending.
 MIME_TYPES = {
     "png": "image/png",
     "jpg": "image/jpeg",
     "webp": "image/webp",
     "gif": "image/gif",
-}  # by file ending
+}
 
 
 class Sniffed(NamedTuple):
@@ -524,17 +525,21 @@ class Sniffed(NamedTuple):
 
 
 def sniff(file: BinaryIO) -> Sniffed | None:
-    """Format, size and completeness of the image in `file`, whose body is skipped, not read; None: no image."""
+    """What image `file` holds, None where it is none; its body is skipped, not read."""
     file.seek(0)
-    magic = rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
-    found = re.match(magic, file.read(16))
-    if not found:
+    magic = (
+        rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)"
+        rb"|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
+    )
+    match = re.match(magic, file.read(16))
+    if not match:
         return None
-    ending = found.lastgroup or ""
-    measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
-    with suppress(struct.error):  # it breaks off
-        width, height = measure(file)
-        return Sniffed(ending, width, height, width > 0 < height)
+    ending = match.lastgroup or ""
+    measures = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}
+    # A struct.error says that the file breaks off.
+    with suppress(struct.error):
+        width, height = measures[ending](file)
+        return Sniffed(ending, width, height, complete=width > 0 < height)
     return Sniffed(ending)
 
 
@@ -542,7 +547,8 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these returns width and height of an image that is there to its end; else 0 and 0, or struct.error.
+# Each of these returns width and height of an image that is there to its end;
+# else 0 and 0, or struct.error.
 def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(16)
     size = _unpack(file, ">II9x")
@@ -550,7 +556,8 @@ def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     while kind != b"IEND":
         length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
-        _unpack(file, ">I")  # the CRC: this chunk is there to its last byte
+        # The CRC: this chunk is there to its last byte.
+        _unpack(file, ">I")
     return size
 
 
@@ -558,15 +565,17 @@ def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
+        # Fill bytes may stand before a marker.
         while (marker := _unpack(file, "B")[0]) == 0xFF:
-            pass  # fill bytes may stand before a marker
+            pass
         place = file.tell()
         (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = _unpack(file, ">xHH")
         file.seek(place + length)
+    # From here on FF D9 means nothing but the end.
     last = b""
-    while block := file.read(1 << 16):  # from here on FF D9 means nothing but the end
+    while block := file.read(1 << 16):
         if b"\xff\xd9" in last + block:
             return width, height
         last = block[-1:]
@@ -585,15 +594,9 @@ def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
         height = 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
-    return (
-        (width, height)
-        if file.seek(
-            0,
-            os.SEEK_END,
-        )
-        >= size + 8
-        else (0, 0)
-    )
+    if file.seek(0, os.SEEK_END) < size + 8:
+        return 0, 0
+    return width, height
 
 
 def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
@@ -601,17 +604,21 @@ def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     width, height, flags = _unpack(file, "<HHBxx")
     file.seek(_gif_colors(flags), os.SEEK_CUR)
     while (kind := _unpack(file, "c")[0]) in b",!":
-        file.seek(
-            1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0),
-            os.SEEK_CUR,
-        )
+        skipped = 1
+        if kind == b",":
+            skipped += _gif_colors(_unpack(file, "8xB")[0])
+        file.seek(skipped, os.SEEK_CUR)
         while size := _unpack(file, "B")[0]:
             file.seek(size, os.SEEK_CUR)
-    return (width, height) if kind == b";" else (0, 0)
+    if kind != b";":
+        return 0, 0
+    return width, height
 
 
 def _gif_colors(flags: int) -> int:
-    return 3 * 2 << (flags & 7) if flags & 0x80 else 0
+    if not flags & 0x80:
+        return 0
+    return 3 * 2 << (flags & 7)
 
 
 def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
@@ -620,17 +627,21 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
-    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
+    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
+
+    A megabyte at a time; Unknown where it is broken.
+    """
     pending = b""
     step = 1 << 20
     for start in range(0, len(text), step):
         piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
-        whole = (
-            (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)
-        )  # an escape cut in two waits
-        pending = piece[whole:]
+        end = len(piece)
+        if start + step < len(text):
+            # Four characters at a time; and the last waits, which may be half an escape.
+            end = (end - 1) // 4 * 4
+        pending = piece[end:]
         try:
-            spool.write(binascii.a2b_base64(piece[:whole]))
+            spool.write(binascii.a2b_base64(piece[:end]))
         except binascii.Error as problem:
             raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
     spool.seek(0)
@@ -640,29 +651,29 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
 def png_encode(
     width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
 ) -> bytes:
-    """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks."""
-    lines = b"".join(
-        b"\0" + rows[start : start + width] for start in range(0, width * height, width)
-    )
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-    ]
-    chunks += [
+    """An 8-bit palette PNG.
+
+    `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
+    """
+    starts = range(0, width * height, width)
+    # Each line begins with its filter: none.
+    lines = b"".join(b"\0" + rows[start : start + width] for start in starts)
+    texts = [
         (b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace"))
         for key, value in text.items()
     ]
-    chunks += [(b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")]
-    return PNG_MAGIC + b"".join(
-        struct.pack(">I", len(body))
-        + kind
-        + body
-        + struct.pack(
-            ">I",
-            zlib.crc32(kind + body),
-        )
-        for kind, body in chunks
-    )
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+        *texts,
+        (b"IDAT", zlib.compress(lines, 1)),
+        (b"IEND", b""),
+    ]
+    png = PNG_MAGIC
+    for kind, body in chunks:
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    return png
 
 
 # === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
@@ -991,7 +1002,7 @@ class WorkerConfig(NamedTuple):
 
 
 class Style(NamedTuple):
-    """A way to dress a prompt: words behind it, words against it, and a size where the style means one."""
+    """What a style adds to a prompt and to its negative, and a size where it means one."""
 
     suffix: str = ""
     negative: str = ""
@@ -1021,7 +1032,8 @@ worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
-# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own are laid over them by name.
+# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
+# are laid over them by name.
 _COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
 BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
@@ -1055,8 +1067,8 @@ def sample_text() -> str:
 def config_path(flag: str = "", new: bool = False) -> str:
     """The config file in force, "" for none; or the place for a `new` one."""
     named = flag or os.environ.get("IMAGEN_CONFIG", "")
-    path = named or os.path.join(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "imagen.yaml")
-    path = os.path.abspath(os.path.expanduser(path))
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    path = os.path.abspath(os.path.expanduser(named or f"{folder}/imagen.yaml"))
     if new or os.path.isfile(path):
         return path
     if named:
@@ -1065,71 +1077,90 @@ def config_path(flag: str = "", new: bool = False) -> str:
 
 
 def load_config(flag: str = "") -> Config:
-    """The configuration in force. Raises BadConfig with every complaint at once, one a line."""
+    """The configuration in force; BadConfig with every complaint at once, one a line."""
     data = config_data(flag)
-    if complaints := config_complaints(flag, data):
-        raise BadConfig("\n".join(complaints))
+    errors, _ = complaints(data, flag)
+    if errors:
+        raise BadConfig("\n".join(errors))
     return from_mapping(Config, data)
 
 
 def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
-    path = config_path(flag)
-    data = read_yaml(path) if path else {}
+    data = {}
+    if path := config_path(flag):
+        data = read_yaml(path)
     if isinstance(file := data.get("env_file"), str) and file:
         load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(known := data.get(section), Mapping | None):
-            data[section] = {**(known or {}), key: os.environ[name]}
-    if isinstance(data.get("styles"), Mapping):
-        styles = data["styles"].items()
-        data["styles"] = {
-            name: {"suffix": style} if isinstance(style, str) else style for name, style in styles
-        }
+        elif isinstance(values := data.get(section), Mapping | None):
+            data[section] = {**(values or {}), key: os.environ[name]}
+    styles = data.get("styles")
+    if isinstance(styles, dict):
+        for name, style in styles.items():
+            if isinstance(style, str):
+                styles[name] = {"suffix": style}
     if isinstance(data.get("backends", {}), Mapping | None):
         data["backends"] = {**BUILTIN_BACKENDS, **(data.get("backends") or {})}
-    hide_pasted_keys(data)
     return data
 
 
-def hide_pasted_keys(data: Mapping[str, Any]) -> None:
-    """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    named = (
-        r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
-    )
-    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
-    for found in re.finditer(f"{named}|{shaped}", str(data)):
-        Secret(found[found.lastindex or 0])
+def complaints(
+    data: Mapping[str, Any], flag: str = "", thorough: bool = False
+) -> tuple[list[str], list[str]]:
+    """What is wrong with `config_data`: errors, and warnings.
 
-
-def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with `config_data`, each with the file or variable that it comes from."""
-    lines = []
+    `thorough`: also what not every run needs, which are the naming and each backend. A key
+    that a backend other than the default lacks is a warning.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    blocks = data["backends"]
     default = data.get("default_backend", "mock")
     owner = data.get("owner_user_id", "")
+    # 1. What the schema says, and two things that it cannot say.
     try:
         from_mapping(Config, data)
     except BadConfig as problem:
-        lines = str(problem).split("\n")
-    if (
-        isinstance(data["backends"], Mapping)
-        and isinstance(default, str)
-        and default not in data["backends"]
-    ):
-        lines.append(
-            f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}'
-        )
+        errors = str(problem).split("\n")
+    if isinstance(blocks, Mapping) and isinstance(default, str) and default not in blocks:
+        errors.append(f'default_backend: "{default}" is unknown, {nearest(default, blocks)}')
     if owner and not is_uuid(str(owner)):
-        lines.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+        errors.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+    # 2. Each begins with the variable or the file that it comes from.
+    path = config_path(flag)
     origins = {field: name for name, field in overrides().items()}
-    return [f"{origins.get(line.split(':')[0], config_path(flag))}: {line}" for line in lines]
+    errors = [f"{origins.get(line.split(':')[0], path)}: {line}" for line in errors]
+    if not thorough:
+        return errors, warnings
+    # 3. What fails by itself where it is used, and would hold up those who do not use it.
+    output = data.get("output")
+    if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
+        try:
+            check_template(output["naming"])
+        except BadConfig as problem:
+            errors.append(str(problem))
+    if isinstance(blocks, Mapping):
+        for name, block in blocks.items():
+            if not isinstance(block, Mapping | None):
+                continue
+            try:
+                open_backend(name, blocks)
+            except KeyMissing as problem:
+                if name == default:
+                    errors.append(str(problem))
+                else:
+                    warnings.append(str(problem))
+            except BadConfig as problem:
+                errors.append(str(problem))
+    return errors, warnings
 
 
 def overrides() -> dict[str, str]:
-    """The environment variables that override the file just now, and which field each stands for."""
+    """The environment variables that override the file, and the field of each."""
     fields = {
         "IMAGEN_BACKEND": "default_backend",
         "IMAGEN_OUTPUT_DIR": "output.directory",
@@ -1138,6 +1169,18 @@ def overrides() -> dict[str, str]:
         "IMAGEN_OWNER_USER_ID": "owner_user_id",
     }
     return {name: field for name, field in fields.items() if os.environ.get(name)}
+
+
+def check_template(template: str) -> None:
+    """BadConfig where `template` cannot name a file inside its folder."""
+    # {ext} is known too late for a folder.
+    field = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"
+    parts = re.sub(field, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
+        raise BadConfig(
+            f"output.naming: {template!r} does not name a file inside the folder; known are "
+            "{date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
+        )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -1154,15 +1197,15 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = yaml.safe_load(raw)
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
-    except (
-        Exception
-    ) as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
-        mark = getattr(problem, "problem_mark", None)
-        place = mark.index if mark else getattr(problem, "position", 0)
+    # A date in February 30, 5,000 digits: what yaml cannot build is no YAMLError.
+    except Exception as problem:
+        place = getattr(problem, "position", 0)
+        if mark := getattr(problem, "problem_mark", None):
+            place = mark.index
         before = raw.decode("utf-8", "replace")[:place].split("\n")
-        what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
+        reason = getattr(problem, "problem", "") or getattr(problem, "reason", "")
         raise BadConfig(
-            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}"
+            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {reason or repr(problem)}"
         ) from None
     if not isinstance(data, dict | None):
         raise BadConfig(
@@ -1172,7 +1215,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def load_env_file(path: str) -> None:
-    """KEY=VALUE lines become environment variables where none is set; nobody but the owner may read the file."""
+    """KEY=VALUE lines become environment variables where none is set.
+
+    BadConfig where anybody but the owner may read the file.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -1180,14 +1226,13 @@ def load_env_file(path: str) -> None:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
+    form = r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?"
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(
-            r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line
-        )
-        if not found:
+        match = re.fullmatch(form, line)
+        if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        if found[1]:
-            os.environ.setdefault(found[1], found[3])
+        if match[1]:
+            os.environ.setdefault(match[1], match[3])
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1198,53 +1243,63 @@ STYLES: Mapping[str, Style] = {
         "illustration, cartoon, 3d render",
     ),
     "blog-header": Style(
-        "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
-        *("text, letters, watermark, clutter", 1536, 1024),
+        suffix="wide editorial header image, one clear subject, generous empty space, "
+        "soft light, calm palette",
+        negative="text, letters, watermark, clutter",
+        width=1536,
+        height=1024,
     ),
     "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
+        "cinematic film still, anamorphic framing, dramatic rim light, grain",
+        "flat light, text",
     ),
     "illustration": Style(
-        "editorial illustration, confident shapes, limited palette, paper texture", "photograph"
+        "editorial illustration, confident shapes, limited palette, paper texture",
+        "photograph",
     ),
     "watercolor": Style(
         "loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"
     ),
     "ink": Style(
-        "black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"
+        "black ink drawing, varied brush line, hatching, white paper",
+        "color, photograph, gradient",
     ),
     "pixel-art": Style(
         "pixel art, 16-bit palette, crisp square pixels, no anti-aliasing",
         "blur, photograph, smooth",
     ),
     "isometric": Style(
-        "isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"
+        "isometric view, small diorama, clean geometry, soft shadows",
+        "perspective, clutter",
     ),
     "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photo"
+        "clean vector line art, even thin lines, no fill, white background",
+        "shading, color, photo",
     ),
     "3d-render": Style(
-        "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
+        "3d render, soft studio light, matte materials, gentle global illumination",
+        "flat, sketch",
     ),
     "icon": Style(
-        "app icon, one centered symbol, bold simple shape, flat color",
-        "text, photograph",
-        1024,
-        1024,
+        suffix="app icon, one centered symbol, bold simple shape, flat color",
+        negative="text, photograph",
+        width=1024,
+        height=1024,
     ),
     "poster": Style(
-        "screen-printed poster, strong composition, three spot colors",
-        "photograph, clutter",
-        1024,
-        1536,
+        suffix="screen-printed poster, strong composition, three spot colors",
+        negative="photograph, clutter",
+        width=1024,
+        height=1536,
     ),
 }
 
 
 def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
-    """`request` with its style worked in once: prompt, negative prompt and, where none is asked for, size.
+    """`request` with its style worked in once.
 
-    `own` are the config's styles, which win.
+    That is prompt, negative prompt and, where the request has none, the size. `own` are the
+    config's styles, which win.
 
     >>> apply_style(Request("a fox", style="ink")).prompt
     'a fox, black ink drawing, varied brush line, hatching, white paper'
@@ -1255,33 +1310,36 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt = _with(request.prompt, style.suffix)
-    negative = _with(request.negative_prompt, style.negative)
+    prompt = _extended(request.prompt, style.suffix)
+    negative = _extended(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
 
 
-def _with(text: str, words: str) -> str:
-    if not words or re.search(rf"(^|\W){re.escape(words)}$", text):
+def _extended(text: str, addition: str) -> str:
+    # What ends so already was dressed before: by a job's first attempt, or in a sidecar.
+    if not addition or re.search(rf"(^|\W){re.escape(addition)}$", text):
         return text
-    return f"{text.rstrip(' ,')}, {words}" if text else words
+    if not text:
+        return addition
+    return f"{text.rstrip(' ,')}, {addition}"
 
 
 # === HTTP: the only way out, and what may be sent twice ===
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
-#   what happened                                      charged   then
-#   not connected (refused, no route, TLS, backlog)    no        repeated a few times, then Unreachable
-#   429; 503 with Retry-After or a word of overload    no        repeated until the deadline, then Busy
-#   any other 4xx but 408 and 409                      no        raised as what it is
-#   anything else after the first byte                 unknown   raised as Unknown, never repeated
+#   what happened                                     charged  repeated
+#   not connected (refused, no route, TLS, backlog)   no       a few times, then Unreachable
+#   429; 503 with Retry-After or a word of overload   no       until the deadline, then Busy
+#   any other 4xx but 408 and 409                     no       never; raised as what it is
+#   anything else after the first byte                unknown  never; raised as Unknown
 
 CONNECT_TIMEOUT = 10.0  # seconds until TCP and TLS stand
-JSON_LIMIT = 64 << 20  # bytes of an ordinary answer
+JSON_LIMIT = 64 << 20  # bytes of an ordinary response
 IMAGE_LIMIT = 384 << 20  # bytes of an image, maybe in base64
-ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
+ERROR_LIMIT = 64 << 10  # bytes read of a response that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
@@ -1289,7 +1347,7 @@ OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE
 
 
 class HttpResponse(NamedTuple):
-    """What a server said. A redirect is an answer too."""
+    """What a server answered. A redirect is a response too."""
 
     status: int
     headers: Any  # email.message.Message: get() knows no case
@@ -1304,12 +1362,13 @@ class HttpResponse(NamedTuple):
 
     def mapping(self) -> dict[str, Any]:
         """The body as a JSON object; Failed where it is none."""
-        said = self.json()
-        if not isinstance(said, dict):
+        document = self.json()
+        if not isinstance(document, dict):
             raise Failed(
-                f"the server answered {self.status} with {self.excerpt()}, which is not the JSON it should be"
+                f"the server answered {self.status} with {self.excerpt()}, "
+                "which is not the JSON it should be"
             )
-        return said
+        return document
 
     def excerpt(self) -> str:
         """The body as one short line for a person."""
@@ -1317,58 +1376,58 @@ class HttpResponse(NamedTuple):
 
 
 class TransportError(Exception):
-    """No answer, or not all of it; `sent` says whether a byte of the request had left."""
+    """No response, or not all of it; `sent` says whether a byte of the request had left."""
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
-        inner = getattr(reason, "reason", reason)  # urllib wraps the real error
-        super().__init__(
-            getattr(
-                inner,
-                "strerror",
-                None,
-            )
-            or str(inner)
-            or type(inner).__name__
-        )
+        # urllib wraps the real error.
+        cause = getattr(reason, "reason", reason)
+        text = getattr(cause, "strerror", None) or str(cause)
+        super().__init__(text or type(cause).__name__)
         self.sent = sent
 
 
-def explain_status(answer: HttpResponse, said: str = "") -> ImagenError:
+def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said = f"{answer.status}: {said or answer.excerpt()}"
-    status = answer.status
-    if status in (401, 403, 404):
-        return BadConfig(
-            said,
-            "check base_url and model" if status == 404 else "check the key and what it may do",
-        )
+    status = response.status
+    message = f"{status}: {detail or response.excerpt()}"
+    if status == 404:
+        return BadConfig(message, "check base_url and model")
+    if status in (401, 403):
+        return BadConfig(message, "check the key and what it may do")
     if status == 402:
-        return Quota(said)
+        return Quota(message)
     if 300 <= status < 400:
-        return BadConfig(
-            f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url"
-        )
-    if not not_accepted(answer):
-        return Failed(said)
-    return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
+        location = response.headers.get("Location")
+        return BadConfig(f"{status}: redirects to {location}", "put that into base_url")
+    if not not_accepted(response):
+        return Failed(message)
+    if status in (429, 503):
+        return Busy(message, after=retry_after(response))
+    return BadRequest(message)
 
 
-def not_accepted(answer: HttpResponse) -> bool:
-    """Whether this answer proves that a paid POST was turned away."""
-    if answer.status == 503:
-        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.excerpt()))
-    return 400 <= answer.status < 500 and answer.status not in (408, 409)
+def not_accepted(response: HttpResponse) -> bool:
+    """Whether this response proves that a paid POST was turned away."""
+    if response.status == 503:
+        return bool(response.headers.get("Retry-After") or OVERLOADED.search(response.excerpt()))
+    return 400 <= response.status < 500 and response.status not in (408, 409)
 
 
-def retry_after(answer: HttpResponse) -> float:
-    """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
+def retry_after(response: HttpResponse) -> float:
+    """Seconds that the remote asks us to wait.
+
+    From retry-after-ms, Retry-After (seconds or a date), or `~30s` in its body.
+    """
     for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         with suppress(ValueError):
-            return max(0.0, float(answer.headers.get(name, "")) * unit)
-    if date := answer.headers.get("Retry-After"):
+            return max(0.0, float(response.headers.get(name, "")) * unit)
+    if date := response.headers.get("Retry-After"):
         return max(0.0, epoch(date) - time.time())
-    in_words = re.search(rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]', answer.body[:2000])
-    return float(in_words[1]) if in_words else 0.0
+    form = rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
+    match = re.search(form, response.body[:2000])
+    if not match:
+        return 0.0
+    return float(match[1])
 
 
 def epoch(text: str) -> float:
@@ -1376,17 +1435,18 @@ def epoch(text: str) -> float:
     from datetime import datetime
     from email.utils import parsedate_to_datetime
 
-    for read in (datetime.fromisoformat, parsedate_to_datetime):
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
         with suppress(TypeError, ValueError, OverflowError):
-            return read(text).timestamp()
+            return parse(text).timestamp()
     return 0.0
 
 
 class Http:
-    """One remote as one adapter sees it: a base URL, its keys, how its errors read, and the context's deadline.
+    """One remote as one adapter sees it: base URL, keys, how its errors read, the deadline.
 
-    Every method raises what `explain` makes of an error answer, Unreachable where there was none, and whatever
-    `ctx.check()` raises. `keys` are headers that go to the base URL's own origin and nowhere else.
+    Every method raises what `explain` makes of an error response, Unreachable where there
+    was none, and whatever `ctx.check()` raises. `keys` are headers that go to the base URL's
+    own origin and nowhere else.
     """
 
     def __init__(
@@ -1403,86 +1463,93 @@ class Http:
         self._explain = explain
         self.read_timeout = read_timeout
 
-    def explain(self, answer: HttpResponse) -> ImagenError:
-        """What an error answer means; a body too odd for the adapter leaves the status to speak."""
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error means; a body too odd for the adapter leaves the status to speak."""
         try:
-            return self._explain(answer)
+            return self._explain(response)
         except (AttributeError, KeyError, TypeError, ValueError):
-            return explain_status(answer)
+            return explain_status(response)
 
     def get(self, path: str) -> HttpResponse:
-        """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
-        return self._tried(lambda: self._followed(path))
+        """The response to a GET, repeated after 429, 5xx and broken connections.
+
+        Redirects are followed.
+        """
+        return self._repeated(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
         """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
+        """The image at `url` (absolute, or below the base) in a ctx.spool(), at its start."""
         spool: BinaryIO
 
-        def once() -> HttpResponse:
+        def attempt() -> HttpResponse:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
+            response = self._followed(url, spool)
             sniffed = sniff(spool)
-            if sniffed and not sniffed.complete:  # often only its own end tells
+            # Where no length was announced, only the image's own end tells.
+            if sniffed and not sniffed.complete:
                 raise TransportError("the image breaks off", sent=True)
-            return answer
+            return response
 
-        self._tried(once)
+        self._repeated(attempt)
         spool.seek(0)
         return spool
 
     def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
-        """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(
-            lambda: self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-            ),
-            post=True,
-        )
+        """The 2xx response to a free POST.
+
+        Unknown where it was lost, for the adapter to look if the POST arrived.
+        """
+        data = json.dumps(body).encode()
+        return self._repeated(lambda: self._exchange(self.base + path, data), post=True)
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
-        """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        named["Content-Length"] = str(data.seek(0, os.SEEK_END))
+        """The 2xx response to a request that may be made twice without harm.
 
-        def once() -> HttpResponse:
+        `data` is streamed, and its size announced.
+        """
+        dashed = {name.replace("_", "-"): value for name, value in headers.items()}
+        dashed["Content-Length"] = str(data.seek(0, os.SEEK_END))
+
+        def attempt() -> HttpResponse:
             data.seek(0)
-            return self._exchange(self.base + path, data, method=method, headers=named)
+            return self._exchange(self.base + path, data, method=method, headers=dashed)
 
-        return self._tried(once)
+        return self._repeated(attempt)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
-        """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
+        """The 2xx response to a POST that costs money.
 
-        def once() -> HttpResponse:
-            answer = self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-                paid=True,
-            )
-            if not_accepted(answer):
-                self.ctx.settle(self.explain(answer).charged)
-            return answer
+        Sent once, and again only after a response that proves `no`.
+        """
+        data = json.dumps(body).encode()
 
-        return self._tried(once, post=True)
+        def attempt() -> HttpResponse:
+            response = self._exchange(self.base + path, data, paid=True)
+            if not_accepted(response):
+                self.ctx.settle(self.explain(response).charged)
+            return response
 
-    def _tried(self, once: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
-        """The first 2xx answer of `once`, which is called again as long as the table above allows."""
+        return self._repeated(attempt, post=True)
+
+    def _repeated(self, attempt: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
+        """The first 2xx response of `attempt`, called as often as the table above allows."""
         tries = 0
         began = time.monotonic()
         while True:
             tries += 1
+            # 1. One attempt. What is not a 2xx becomes the error to be raised in the end.
             try:
-                answer = once()
-                if answer.status < 300:
-                    return answer
-                error = self.explain(answer)
-                again = (answer.status >= 500 or isinstance(error, Unreachable)) and not post
+                response = attempt()
+                if response.status < 300:
+                    return response
+                error = self.explain(response)
+                transient = response.status >= 500 or isinstance(error, Unreachable)
+                again = transient and not post
                 if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
                     raise Unknown(f"sent, and answered {error}")
             except TransportError as problem:
@@ -1492,25 +1559,30 @@ class Http:
                     f"{self.base}: {problem}", "is it running, and the address right?"
                 )
                 again = True
+            # 2. Is there another? After Busy until the deadline; after trouble a few, and a
+            # GET goes on for a while once a remote job, and maybe money, depends on it.
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (
-                1 + os.urandom(1)[0] / 1000
-            )  # not all in step
-            if wait > self.ctx.left():
+            # 3. Wait, each client a little longer or shorter, or all would come back at once.
+            pause = error.after or min(30.0, 0.2 * 2.0**tries)
+            pause *= 1 + os.urandom(1)[0] / 1000
+            if pause > self.ctx.left():
                 raise error
-            if wait > 2:
-                self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
-            self.ctx.sleep(wait)
+            if pause > 2:
+                self.ctx.progress(f"{error.code}, again in {pause:.0f} s")
+            self.ctx.sleep(pause)
 
     def _followed(self, path: str, sink: BinaryIO | None = None) -> HttpResponse:
-        url = path if "://" in path else self.base + path
+        url = path
+        if "://" not in path:
+            url = self.base + path
         for _ in range(REDIRECTS + 1):
-            answer = self._exchange(url, sink=sink)
-            location = answer.headers.get("Location")
-            if answer.status // 100 != 3 or not location:
-                return answer
+            response = self._exchange(url, sink=sink)
+            location = response.headers.get("Location")
+            if response.status // 100 != 3 or not location:
+                return response
+            # http.client reads headers as Latin-1; those who send umlauts send UTF-8.
             url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
@@ -1523,20 +1595,25 @@ class Http:
         method: str | None = None,
         headers: Mapping[str, str] = EMPTY,
     ) -> HttpResponse:
-        """One request, a POST if it has a body; a 2xx answer goes into `sink`. TransportError where it is not all there."""
+        """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
+
+        TransportError where the response is not all there.
+        """
         import http.client
         import urllib.parse
         import urllib.request
 
+        # 1. The request. Keys go to the base URL's own origin, and along no redirect.
         url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        usual = {"User-Agent": f"imagen/{__version__}"}
+        if body is not None:
+            usual["Content-Type"] = "application/json"
         ours = origin(url) == origin(self.base)
-        self.ctx.check()
-        usual = {"User-Agent": f"imagen/{__version__}"} | (
-            {} if body is None else {"Content-Type": "application/json"}
-        )
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
-        for name, value in self._keys.items() if ours else ():
-            request.add_unredirected_header(name, value)
+        if ours:
+            for name, value in self._keys.items():
+                request.add_unredirected_header(name, value)
+        self.ctx.check()
         sent: list[bool] = []
 
         def first_byte() -> None:
@@ -1548,51 +1625,64 @@ class Http:
             try:
                 return call()
             except (OSError, http.client.HTTPException, EOFError) as problem:
+                # Our own shutdown of the socket looks like a server that hung up.
                 if sent or self.ctx.why not in ("", "deadline"):
-                    self.ctx.check()  # our own shutdown looks like a server that hung up
+                    self.ctx.check()
                 raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
-            stack.enter_context(_Deadlines.kept(self.ctx))
+            # 2. Its exchange for a status and headers.
+            stack.enter_context(_Deadlines.enforced(self.ctx))
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
+            # 3. The body, no more of it than its kind may have.
             fine = response.status < 300
+            received = bytearray()
+            keep: Callable[[bytes], Any] = received.extend
+            limit = ERROR_LIMIT
+            length = None  # not announced
+            if fine:
+                length = response.length
+                limit = JSON_LIMIT
+                if sink or paid:
+                    limit = IMAGE_LIMIT
+                if sink:
+                    keep = sink.write
             size = 0
-            kept = bytearray()
-            length = response.length if fine else None  # None: not announced
-            limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
-            keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
-            with suppress(*() if fine else (TransportError,)):  # of an error what has come will do
+            try:
                 while max(size, length or 0) <= limit and (
                     block := guarded(lambda: response.read1(1 << 16))
                 ):
                     keep(block)
                     size += len(block)
+            except TransportError:
+                # Of an error, what has come will do.
+                if fine:
+                    raise
             self.ctx.check()
             if fine and max(size, length or 0) > limit:
                 raise Failed(f"the answer is larger than {limit >> 20} MB")
             if length not in (None, size):
                 raise TransportError(f"the answer breaks off after {size} of {length} bytes", True)
-            return HttpResponse(response.status, response.headers, kept)
+            return HttpResponse(response.status, response.headers, received)
 
 
 class _Deadlines:
-    """Stops contexts at their deadline: a server that gives a byte now and then keeps a reader from the clock.
+    """Stops contexts at their deadline.
 
-    One thread does it for all requests; a timer for each would cost more than the request.
+    A server that gives a byte now and then keeps a reader from the clock. One thread looks
+    for all requests; a timer for each would cost more than the request.
     """
 
     _contexts: ClassVar[dict[object, Context]] = {}
-    _changed, _until = (
-        threading.Condition(),
-        0.0,
-    )  # _until: when the thread looks next; 0.0: there is none yet
+    _changed = threading.Condition()
+    _until = 0.0  # when the thread looks next; 0.0: there is none yet
 
     @classmethod
     @contextmanager
-    def kept(cls, ctx: Context) -> Iterator[None]:
-        """While inside, the deadline of `ctx` is kept."""
+    def enforced(cls, ctx: Context) -> Iterator[None]:
+        """While inside, `ctx` is stopped at its deadline."""
         with cls._changed:
             cls._contexts[key := object()] = ctx
             if not cls._until:
@@ -1619,35 +1709,38 @@ class _Deadlines:
 
 
 def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
-    """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
+    """urllib's opener, but a stop can shut its sockets.
 
-    Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
+    `first_byte` is called before one leaves. Without urllib's error and redirect processors
+    every status comes back as a response, for us to decide.
     """
     import http.client
     import urllib.request
 
     class Final(http.client.HTTPResponse):
-        def _read_status(self) -> Any:  # http.client itself passes over 100 alone
-            while 101 < (said := super()._read_status())[1] < 200:  # type: ignore[misc]
+        # http.client itself passes over 100 alone.
+        def _read_status(self) -> Any:
+            while 101 < (line := super()._read_status())[1] < 200:  # type: ignore[misc]
                 http.client.parse_headers(self.fp)
-            return said
+            return line
 
     class Watched(http.client.HTTPConnection):
         response_class = Final
 
         def connect(self) -> None:
-            self._create_connection = connecting
-            super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
+            self._create_connection = connected
+            # A tunnel through a proxy and TLS stand when this returns: nothing of ours has left.
+            super().connect()
             self.sock.settimeout(self.timeout)
             first_byte()
 
-        def request(self, *args: Any, **named: Any) -> None:
+        def request(self, *args: Any, **options: Any) -> None:
             try:
-                super().request(*args, **named)
+                super().request(*args, **options)
             except (BrokenPipeError, ConnectionResetError):
+                # Who refuses a large body says why before hanging up: the response may be here.
                 if not self.sock:
                     raise
-                # who refuses a large body says why before hanging up: the answer may be there already
 
     class WatchedTLS(Watched, http.client.HTTPSConnection):
         pass
@@ -1661,23 +1754,21 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
         def https_open(self, request: Any) -> Any:
             return self.do_open(WatchedTLS, request, blocksize=1 << 17)
 
-    def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
+    def connected(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
-        for family, kind, protocol, _name, place in socket.getaddrinfo(
-            *address, 0, socket.SOCK_STREAM
-        ):
+        candidates = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _name, place in candidates:
             sock = socket.socket(family, kind, protocol)
-            twin = stack.enter_context(
-                sock.dup()
-            )  # TLS takes the socket apart while it shakes hands; this one stays
+            # TLS takes the socket apart while it shakes hands; its twin can be shut all the while.
+            twin = stack.enter_context(sock.dup())
             stack.enter_context(ctx.watching(twin))
             sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
             try:
                 sock.connect(place)
                 return sock
-            except OSError as failed:
+            except OSError as failure:
                 sock.close()
-                problem = failed
+                problem = failure
                 if ctx.why:
                     break
         raise problem
@@ -1689,17 +1780,17 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port, as a prefix would take api.example.com.evil.net for api.example.com; Failed for none."""
+    """Scheme, host and port; Failed where `url` is no http address.
+
+    A comparison of prefixes would take api.example.com.evil.net for api.example.com.
+    """
     from urllib.parse import urlsplit
 
     with suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return (
-                parts.scheme,
-                parts.hostname,
-                parts.port or (443 if parts.scheme == "https" else 80),
-            )
+        port = {"http": 80, "https": 443}.get(parts.scheme)
+        if port and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname, parts.port or port
     raise Failed(f"{url.split(':')[0][:20]}:… is no http address")
 
 
@@ -1714,12 +1805,18 @@ def joined(base: str, link: str) -> str:
 
 
 def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
-    """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
+    """`base` without its last slash; `path` is added to a bare host.
+
+    BadConfig where it is no http address.
+    """
     with suppress(Failed):
         origin(base)
         if base.isprintable() and not re.search(r"[ @?#]", base):
             base = base.rstrip("/")
-            return base if "/" in base.partition("://")[2] else base + path
+            if "/" not in base.partition("://")[2]:
+                base += path
+            return base
+    # A key may stand in what was pasted here, so it is not quoted.
     raise BadConfig(
         f"{name}: not an address such as https://host/path", "keys stand in environment variables"
     )
@@ -1730,15 +1827,16 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 @register("mock")
 class Mock(Backend):
-    """A placeholder drawn here: the same prompt, seed and size give the same bytes, and nothing is called."""
+    """A placeholder drawn here: the same prompt, seed and size give the same bytes."""
 
     paid = False
 
     class Options(NamedTuple):
-        """`delay_s` and `fail` (a code of section Errors) are for trying out one's own scripts."""
+        """`delay_s` and `fail` (a code of section Errors) are for trying out one's scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
-        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
+        # mypy wants the codes spelled out.
+        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]
         width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         parallel: Annotated[int, Between(1, 64)] = 4
@@ -1762,48 +1860,54 @@ class Mock(Backend):
         size = self.plan(options, request)
         seed = request.seed or 0
         image = mock_picture(request.prompt, seed, size["width"], size["height"])
-        ignored = tuple(name for name in ("negative_prompt", "steps") if getattr(request, name))
-        return Result(io.BytesIO(image), "image/png", "mock", seed, cost_usd=0.0, ignored=ignored)
+        return Result(
+            image=io.BytesIO(image),
+            mime_type="image/png",
+            model="mock",
+            seed=seed,
+            cost_usd=0.0,
+            ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
+        )
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
     import hashlib
 
-    # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
-    # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
+    # A row is painted as a few runs of one palette index, so a megapixel takes some
+    # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
+    # three layers of hills); 254 is paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
-    for disc in range(10):  # the first is the sun, the others are three hills a layer
-        (
-            layer,
-            (
-                a,
-                b,
-                c,
-            ),
-        ) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
-        shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
-        x = width * a // 255
-        top = height * (10 + 13 * layer + b % 18) // 100
-        radius = height * (size + c % size) // 100
+    # The first disc is the sun, the others are three hills a layer.
+    for disc in range(10):
+        layer = (disc + 2) // 3
+        across, down, wide = dice[disc * 3 : disc * 3 + 3]
+        shade = 0
+        size = 10
+        if layer:
+            shade = 52 + 52 * layer
+            size = 60
+        x = width * across // 255
+        top = height * (10 + 13 * layer + down % 18) // 100
+        radius = height * (size + wide % size) // 100
         for y in range(top, min(height, top + 2 * radius)):
             half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
             left = max(0, x - half)
             right = min(width, x + half)
-            rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
+            index = shade + 45 * (y - top) // height
+            rows[y][left:right] = bytes((index,)) * (right - left)
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
-    palette = (
-        bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
-    )
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint)
+    palette += b"\xff\xff\xff\0\0\0"
     text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
 def mock_write(rows: list[bytearray], prompt: str) -> None:
-    """Write the prompt on a strip of paper at the foot of the picture, as large as fits."""
+    """Write the prompt on a strip of paper at the picture's foot, as large as fits."""
     import textwrap
     import unicodedata
 
@@ -1814,50 +1918,54 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
     most = min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
-    lines = textwrap.wrap(
-        printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…"
-    )
-    strip = [
-        b"",
-        b"",
-        *(row for line in lines for row in glyph_rows(line)),
-        b"",
-        b"",
-    ]
+    text = printable(unicodedata.normalize("NFC", prompt))
+    strip = [b"", b""]
+    for line in textwrap.wrap(text, columns, max_lines=most, placeholder="…"):
+        strip += glyph_rows(line)
+    strip += [b"", b""]
     for place, row in enumerate(rows[height - len(strip) * scale :]):
-        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(
-            width, b"\xfe"
-        )
+        pixels = bytes(index for index in strip[place // scale] for _ in range(scale))
+        row[:] = pixels.ljust(width, b"\xfe")
 
 
-# Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
+# Five columns a glyph, its top in bit 0.
 GLYPHS = zlib.decompress(
     binascii.a2b_base64(
-        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd1"
-        "7ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokbFnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3C"
-        "PD+069ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVSCBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/o"
-        "BlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItxEYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1Un"
-        "PF8y0H09sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
+        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9"
+        "y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd17ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokb"
+        "FnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3CPD+0"
+        "69ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVS"
+        "CBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/oBlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItx"
+        "EYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1UnPF8y0H09"
+        "sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
     )
 )
+GLYPH_ORDER = "".join(map(chr, range(32, 127))) + "ß…"
 
 
 def glyph_rows(line: str) -> Iterator[bytes]:
-    """The eleven rows of a line of text, top first, in paper and ink; a mark over a letter is two dots or one."""
+    """The eleven rows of a line of text, top first, in paper and ink.
+
+    A mark over a letter is two dots or one.
+    """
     import unicodedata
 
     columns = [0, 0]
     for char in line:
         base, *marks = [*unicodedata.normalize("NFD", char)]
-        index = {"ß": 95, "…": 96}.get(
-            base,
-            ord(base if " " <= base <= "~" else "?") - 32,
-        )
-        glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
-        for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
-            glyph[column] |= (
-                8 if base.islower() else 2
-            )  # capitals fill their cell, so the mark stands above it
+        # Capitals fill their cell, so the mark stands above it.
+        dot = 2
+        if base.islower():
+            dot = 8
+        if base not in GLYPH_ORDER:
+            base = "?"
+        start = 5 * GLYPH_ORDER.index(base)
+        glyph = [bits << 3 for bits in GLYPHS[start : start + 5]]
+        if "\u0308" in marks:
+            glyph[1] |= dot
+            glyph[3] |= dot
+        elif marks:
+            glyph[2] |= dot
         columns += [*glyph, 0]
     return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
@@ -1875,15 +1983,17 @@ class ComfyUI(Backend):
     paid = False
 
     class Options(NamedTuple):
-        """`model` is a checkpoint or a diffusion model as the server lists it; `workflow` (API format) replaces it."""
+        """`model` is a checkpoint or a diffusion model, as the server lists it.
+
+        `workflow` (a file in API format) replaces it.
+        """
 
         base_url: str = "http://127.0.0.1:8188"
         model: str = ""
         default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
-        workflow: str = ""  # a file
-        nodes: Mapping[str, str] = (
-            EMPTY  # where values go in it: {prompt: "6.text", seed: "31.seed"}
-        )
+        workflow: str = ""
+        # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
+        nodes: Mapping[str, str] = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Annotated[str, REQUEST] = ""
@@ -1892,7 +2002,7 @@ class ComfyUI(Backend):
         guidance: Annotated[float, REQUEST, Between(0, 100)] = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
-        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
     def __init__(self, name: str, options: Options) -> None:
@@ -1902,72 +2012,91 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow = (
-            comfy_workflow(options.workflow, options.nodes) if options.workflow else None
-        )
+        self.workflow: tuple[Graph, dict[str, Any]] | None = None
+        if options.workflow:
+            self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """What is known before the server has been asked what `model` is."""
-        what = "workflow" if options.workflow else "model"
+        source = {"model": options.model}
+        if options.workflow:
+            source = {"workflow": options.workflow}
         steps = request.steps or options.default_steps
-        return {
-            what: getattr(options, what),
-            **super().plan(options, request),
-            "steps": steps,
-        }
+        return {**source, **super().plan(options, request), "steps": steps}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
         http = self._http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
+        # It also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
         client_id = new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
-        prefix = {"filename_prefix": f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")}
+        prefix = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         for spec in graph.values():
-            spec["inputs"] |= prefix if "filename_prefix" in spec["inputs"] else {}
+            if "filename_prefix" in spec["inputs"]:
+                spec["inputs"]["filename_prefix"] = prefix
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
+        body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
-            # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
             try:
-                self._submit(
-                    http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-                )
+                self._submit(http, body)
             except (Unreachable, Busy):
-                ctx.remote_ids.clear()  # it never arrived, so nothing is there to be fetched
+                # It never arrived, so nothing is there to be fetched.
+                ctx.remote_ids.clear()
                 raise
             return self.resume(ctx, ctx.remote_ids, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """Wait for a prompt that was posted, and fetch its result, as long as the server has its history."""
+        """Wait for a prompt that was posted, and fetch its result.
+
+        That works as long as the server has its history.
+        """
         from urllib.parse import urlencode
 
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        ignored = tuple(remote.get("ignored") or ())
-        while (state := comfy_state(http, prompt_id))[0] in ("pending", "running"):
-            ctx.progress("queued") if state[0] == "pending" else None
+        while True:
+            place, entry = comfy_state(http, prompt_id)
+            if place not in ("pending", "running"):
+                break
+            if place == "pending":
+                ctx.progress("queued")
             ctx.sleep(0.25)
-        file = comfy_outcome(state[1], ctx)
+        file = comfy_outcome(entry, ctx)
+        query = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
         try:
-            query = urlencode(
-                {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
-            )
-            image = http.download(f"/view?{query}")
+            image = http.download(f"/view?{urlencode(query)}")
         except (BadConfig, BadRequest) as problem:
-            gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
-            raise Ended(gone, "ask again, with another seed") from None
-        seed = None if "seed" in ignored else request.seed
-        steps = remote.get("steps") or None
-        about = {"prompt_id": prompt_id, "file": file}
-        return Result(image, "image/png", remote.get("model"), seed, steps, 0.0, ignored, about)
+            raise Ended(
+                f"the result {file['filename']} is gone from the server's folder ({problem})",
+                "ask again, with another seed",
+            ) from None
+        ignored = tuple(remote.get("ignored") or ())
+        seed = request.seed
+        if "seed" in ignored:
+            seed = None
+        return Result(
+            image=image,
+            mime_type="image/png",
+            model=remote.get("model"),
+            seed=seed,
+            steps=remote.get("steps") or None,
+            cost_usd=0.0,
+            ignored=ignored,
+            metadata={"prompt_id": prompt_id, "file": file},
+        )
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both."""
+        """Take our prompt, and no other, out of the queue or off the GPU.
+
+        Returns once it is gone from both.
+        """
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless ours is what runs.
+        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless
+        # ours is what runs.
         ways = {
             "running": ("/interrupt", {"prompt_id": prompt_id}),
             "pending": ("/queue", {"delete": [prompt_id]}),
@@ -1979,11 +2108,11 @@ class ComfyUI(Backend):
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
         http = self._http(ctx)
-        options = self.options
-        version = http.get_json("/system_stats")["system"].get(
-            "comfyui_version", "of unknown version"
-        )
-        model = options.workflow or " in ".join(comfy_find(http, options.model, *COMFY_MODELS))
+        system = http.get_json("/system_stats")["system"]
+        version = system.get("comfyui_version", "of unknown version")
+        model = self.options.workflow
+        if not model:
+            model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
     def _http(self, ctx: Context) -> Http:
@@ -1995,26 +2124,28 @@ class ComfyUI(Backend):
         if self.workflow:
             return comfy_filled(*self.workflow, request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
+        options = options._replace(model=model)
         if folder == "checkpoints":
-            return comfy_graph(options._replace(model=model), request)
-        clip = [comfy_find(http, name, "text_encoders")[0] for name in options.clip]
-        parts = {
-            "model": model,
-            "clip": clip,
-            "vae": comfy_find(http, options.vae, "vae")[0],
-        }
-        return comfy_graph(options._replace(**parts), request, split=True)
+            return comfy_graph(options, request)
+        options = options._replace(
+            clip=[comfy_find(http, name, "text_encoders")[0] for name in options.clip],
+            vae=comfy_find(http, options.vae, "vae")[0],
+        )
+        return comfy_graph(options, request, split=True)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
-        # The same id posted twice runs twice, so after a lost answer the server is asked before posting again.
+        # The same id posted twice runs twice, so after a lost response the server is asked
+        # before posting again.
         for _ in range(TRIES):
             with suppress(Unknown):
-                answer = http.post("/prompt", body)
-                if not isinstance(said := answer.json(), dict):
+                response = http.post("/prompt", body)
+                document = response.json()
+                if not isinstance(document, dict):
                     raise Failed("/prompt answered something that is no JSON: is that a ComfyUI?")
-                if said.get("node_errors"):
-                    self.cancel(http.ctx, body)  # what is left of the graph would run
-                    raise comfy_error(answer)
+                if document.get("node_errors"):
+                    # What is left of the graph would run.
+                    self.cancel(http.ctx, body)
+                    raise comfy_error(response)
                 return
             try:
                 if comfy_state(http, body["prompt_id"])[0]:
@@ -2027,7 +2158,8 @@ class ComfyUI(Backend):
         )
 
 
-# What a model is (in one file, or without its other parts, or one of these) → the node that knows all of them.
+# What a model is (in one file, or without its other parts, or one of these) → the
+# node that knows all of them.
 COMFY_LOADERS = {
     "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
     "diffusion_models": ("UNETLoader", "unet_name"),
@@ -2037,32 +2169,46 @@ COMFY_LOADERS = {
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 
 
-def comfy_find(http: Http, wanted: str, *folders: str) -> tuple[str, str]:
-    """The name of a model on the server, and which of `folders` has it; BadConfig with near names."""
+def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
+    """The name of a model on the server, and which of `folders` has it.
+
+    BadConfig, with near names, where none has.
+    """
     installed: list[str] = []
     for folder in folders:
         node, field = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
         names = comfy_choices(known["input"]["required"].get(field))
-        if name := comfy_match(wanted, names, begins=folder not in COMFY_MODELS):
+        if name := comfy_match(model, names, begins=folder not in COMFY_MODELS):
             return name, folder
         installed += names
-    cure = nearest(wanted, installed).replace("known: ", "installed: ", 1)
-    raise BadConfig(f'model "{wanted}" is not on {http.base}: {cure}')
+    cure = nearest(model, installed).replace("known: ", "installed: ", 1)
+    raise BadConfig(f'model "{model}" is not on {http.base}: {cure}')
 
 
-def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> str:
-    """The installed name that `wanted` means: itself, or the only file called so, or the first that begins so."""
-    pattern = r"(.*[\\/])?" + re.escape(wanted) + r"[^\\/]*" * begins
+def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> str:
+    """The installed name that `model` means, or "".
+
+    Itself, or the only file called so, or, if `begins`, the first that begins so.
+    """
+    if model in installed:
+        return model
+    pattern = r"(.*[\\/])?" + re.escape(model)
+    if begins:
+        pattern += r"[^\\/]*"
     alike = [name for name in installed if re.fullmatch(pattern, name, re.IGNORECASE)]
-    return (
-        wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
-    )
+    if len(alike) == 1 or (alike and begins):
+        return alike[0]
+    return ""
 
 
 def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
-    """Where our prompt is: pending, running, done (then with its history entry), or "" where nobody knows of it."""
-    for _ in range(2):  # between two looks it may move from the queue into history
+    """Where our prompt is: pending, running, done, or "" where nobody knows of it.
+
+    With its history entry, once it is done.
+    """
+    # Two looks: between them it may move from the queue into history.
+    for _ in range(2):
         if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
             return "done", entry
         for key, jobs in http.get_json("/queue").items():
@@ -2072,89 +2218,126 @@ def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
-ComfyGraph = tuple[
-    Graph, str | None, int, tuple[str, ...]
-]  # to be posted; model, steps, ignored of the Result
+
+
+class ComfyGraph(NamedTuple):
+    """A graph to be posted, and what its Result will say."""
+
+    graph: Graph
+    model: str | None
+    steps: int
+    ignored: tuple[str, ...]
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for a FLUX that is `split` into its parts."""
-    name = options.model.lower()
+    """Our graph for a checkpoint (FLUX, SD, SDXL), or for a FLUX `split` into its parts."""
     graph = Graph()
-    flux = split or "flux" in name
-    cfg, sampler, scheduler, steps = (
-        (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
-    )
-    cfg = options.cfg or cfg
-    steps = request.steps or (4 if "schnell" in name else steps)
-    edge = (
-        512
-        if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name)
-        else 1024
-    )
 
     def node(kind: str, **inputs: Any) -> list[Any]:
         graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
-        return [str(len(graph)), 0]  # the link to its first output
+        # The link to its first output.
+        return [str(len(graph)), 0]
 
+    # 1. What this kind of model wants, where neither request nor options say.
+    name = options.model.lower()
+    flux = split or "flux" in name
+    schnell = "schnell" in name
+    cfg = 7.0
+    sampler = "dpmpp_2m"
+    scheduler = "karras"
+    steps = 25
+    edge = 1024
+    latent_kind = "EmptyLatentImage"
+    if flux:
+        cfg = 1.0
+        sampler = "euler"
+        scheduler = "simple"
+        steps = 20
+        latent_kind = "EmptySD3LatentImage"
+    elif "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
+        edge = 512
+    if schnell:
+        steps = 4
+    cfg = options.cfg or cfg
+    steps = request.steps or steps
+    # 2. The parts of the model.
     if split:
         model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
-        clip = node(
-            "DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux"
-        )
+        first, second = options.clip
+        clip = node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="flux")
         vae = node("VAELoader", vae_name=options.vae)
     else:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
         clip = [model[0], 1]
         vae = [model[0], 2]
+    # 3. What guides it, and where it starts.
     positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
-    if flux and not (split and "schnell" in name):
+    if flux and not (split and schnell):
         positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
-    size = {"width": request.width or edge, "height": request.height or edge, "batch_size": 1}
-    latent = node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size)
-    sampler = options.sampler or sampler
-    scheduler = options.scheduler or scheduler
-    how = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    latent = node(
+        latent_kind,
+        width=request.width or edge,
+        height=request.height or edge,
+        batch_size=1,
+    )
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
         guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
+    # 4. The sampling, and the image.
+    sampler = options.sampler or sampler
+    schedule = {
+        "model": model,
+        "scheduler": options.scheduler or scheduler,
+        "steps": steps,
+        "denoise": 1.0,
+    }
     if split:
-        basic = {"model": model, "conditioning": positive}
-        guider = (
-            node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
+        if cfg > 1:
+            guider = node("CFGGuider", model=model, **guide)
+        else:
+            guider = node("BasicGuider", model=model, conditioning=positive)
+        samples = node(
+            "SamplerCustomAdvanced",
+            noise=node("RandomNoise", noise_seed=request.seed),
+            guider=guider,
+            latent_image=latent,
+            sampler=node("KSamplerSelect", sampler_name=sampler),
+            sigmas=node("BasicScheduler", **schedule),
         )
-        parts = {
-            "noise": node("RandomNoise", noise_seed=request.seed),
-            "guider": guider,
-            "latent_image": latent,
-        }
-        parts |= {
-            "sampler": node("KSamplerSelect", sampler_name=sampler),
-            "sigmas": node("BasicScheduler", **how),
-        }
-        samples = node("SamplerCustomAdvanced", **parts)
     else:
         samples = node(
-            "KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how
+            "KSampler",
+            seed=request.seed,
+            sampler_name=sampler,
+            latent_image=latent,
+            **guide,
+            **schedule,
         )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
+    ignored: tuple[str, ...] = ()
     # At cfg 1 a negative prompt has no effect at all.
-    return (
-        graph,
-        options.model,
-        steps,
-        ("negative_prompt",) if request.negative_prompt and cfg <= 1 else (),
-    )
+    if request.negative_prompt and cfg <= 1:
+        ignored = ("negative_prompt",)
+    return ComfyGraph(graph=graph, model=options.model, steps=steps, ignored=ignored)
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
-COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {
-    "negative": "negative_prompt"
+COMFY_FIELDS = {
+    "prompt": "prompt",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "negative": "negative_prompt",
 }
 
 
 def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
-    """The graph in a file, with placeholders at `nodes` too, and what to fill in where nothing is asked; BadConfig."""
+    """The graph in a file, with placeholders at `nodes` too, and its own values for them.
+
+    BadConfig where it is no such graph, or has no place for the prompt.
+    """
+    # 1. Read it; a place is "6.text".
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             graph: Graph = json.load(file)
@@ -2169,142 +2352,173 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
-    usual = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
-    for name, place in (*nodes.items(), ("prompt", "")):
+    # 2. Put the placeholders where `nodes` says.
+    usual: Graph = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
-        if place in places:
-            key = place.partition(".")[2]
-            usual[name], places[place][key] = places[place][key], f"{{{name}}}"
-        elif place or not any(
-            "{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs
-        ):
-            pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-            likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
-            missed = (
-                f'it has no "{place}"'
-                if place
-                else "no place for the prompt: put {prompt} there, or name one"
-            )
-            raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
+        if not place:
+            continue
+        if place not in places:
+            raise comfy_misplaced(path, name, places, f'it has no "{place}"')
+        inputs = places[place]
+        key = place.partition(".")[2]
+        usual[name] = inputs[key]
+        inputs[key] = f"{{{name}}}"
+    # 3. Without a place for the prompt every image would be the same.
+    if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
+        raise comfy_misplaced(
+            path,
+            "prompt",
+            places,
+            "no place for the prompt: put {prompt} there, or name one",
+        )
     return graph, usual
 
 
+def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -> BadConfig:
+    """The error of a workflow without a place for `name`, with those that may be meant."""
+    pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
+    likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
+    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
+
+
 def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
-    """The workflow with what was asked, or is `usual`, at its placeholders."""
+    """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
-    asked = {name: getattr(request, field) for name, field in COMFY_FIELDS.items()}
-    asked = {name: value for name, value in asked.items() if value or name == "seed"}
-    marks = {f"{{{name}}}": value for name, value in {**usual, **asked}.items()}
+    values = {}
+    for name, field in COMFY_FIELDS.items():
+        value = getattr(request, field)
+        if value or name == "seed":
+            values[name] = value
+    marks = {f"{{{name}}}": value for name, value in {**usual, **values}.items()}
     for spec in graph.values():
         for key, old in spec["inputs"].items():
-            if isinstance(old, str):  # a number alone in its field stays a number
-                filled = re.sub(
-                    r"\{\w+\}",
-                    lambda hit: str(marks.get(hit[0], hit[0])),
-                    old,
-                )
-                spec["inputs"][key] = marks.get(old, filled)
-    ignored = tuple(COMFY_FIELDS[name] for name in asked if f"{{{name}}}" not in text)
-    steps = marks["{steps}"] if "{steps}" in text else 0
-    return graph, None, steps if isinstance(steps, int) else 0, ignored
+            if not isinstance(old, str):
+                continue
+            filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
+            # A number alone in its field stays a number.
+            spec["inputs"][key] = marks.get(old, filled)
+    steps = 0
+    if "{steps}" in text and isinstance(marks["{steps}"], int):
+        steps = marks["{steps}"]
+    return ComfyGraph(
+        graph=graph,
+        model=None,
+        steps=steps,
+        ignored=tuple(COMFY_FIELDS[name] for name in values if f"{{{name}}}" not in text),
+    )
 
 
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-    """The image file that a history entry names: {filename, subfolder, type}. Ended where it names none."""
+    """The image file that a history entry names: {filename, subfolder, type}.
+
+    Ended where it names none.
+    """
     if not entry:
         raise Ended(
             "the job is gone from queue and history: cancelled there, or the server restarted"
         )
     status = entry.get("status") or {}
-    event, said = [
-        ("", {}),
-        *(status.get("messages") or ()),
-    ][-1]
+    messages = status.get("messages") or [("", {})]
+    event, details = messages[-1]
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
-        reason = " ".join(str(said.get("exception_message", "no reason given")).split())
-        memory = "OutOfMemory" in str(said.get("exception_type"))
-        hint = (
-            "out of GPU memory: ask for a smaller size"
-            if memory
-            else "the server's log has the traceback"
-        )
-        raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
-    lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
-    items = (item for value in lists if isinstance(value, list) for item in value)
-    files = [item for item in items if isinstance(item, dict) and item.get("filename")]
+        reason = " ".join(str(details.get("exception_message", "no reason given")).split())
+        hint = "the server's log has the traceback"
+        if "OutOfMemory" in str(details.get("exception_type")):
+            hint = "out of GPU memory: ask for a smaller size"
+        raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
+    files = [*comfy_files(entry)]
     if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
     if len(files) > 1:
         ctx.warn(
-            f"the workflow made {len(files)} images; the first is kept, the others stay on the server"
+            f"the workflow made {len(files)} images; "
+            "the first is kept, the others stay on the server"
         )
+    # The first that was saved for good, rather than a preview.
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_error(answer: HttpResponse) -> ImagenError:
-    """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
-    said = answer.json()
+def comfy_files(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The files in a history entry, under whatever key its nodes have listed them."""
+    for output in (entry.get("outputs") or {}).values():
+        for items in output.values():
+            if not isinstance(items, list):
+                continue
+            for item in items:
+                if isinstance(item, dict) and item.get("filename"):
+                    yield item
+
+
+def comfy_error(response: HttpResponse) -> ImagenError:
+    """What a response complains of.
+
+    Its node_errors, which a 200 may have too, say more than the rest.
+    """
+    document = response.json()
+    if not isinstance(document, dict):
+        return explain_status(response)
     lines = []
     kinds = set()
-    said = said if isinstance(said, dict) else {}
-    for node, spec in (said.get("node_errors") or {}).items():
+    for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
-            kind = str(error.get("type"))
-            text = error.get("message")
-            extra = error.get("extra_info") or {}
-            if kind == "value_not_in_list":
-                value = str(extra.get("received_value"))
-                known = comfy_choices(extra.get("input_config"))
-                text = f'"{value}" is not installed' + (
-                    f", {nearest(value, known)}" if known else ""
-                )
-            elif (
-                "exception" not in kind
-            ):  # there the details are a traceback with the server's paths
-                text = f"{text} ({error.get('details')})"
-            lines.append(
-                f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}"
-            )
-            kinds.add(kind)
+            kinds.add(str(error.get("type")))
+            field = (error.get("extra_info") or {}).get("input_name", "")
+            text = comfy_node_error(error)
+            lines.append(f"node {node} ({spec.get('class_type')}) {field}: {text}")
+    if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
+        return BadRequest("; ".join(lines))
     if lines:
-        numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
-        return (BadRequest if numbers else BadConfig)("; ".join(lines))
-    if not isinstance(error := said.get("error"), dict):
-        return explain_status(answer)
+        return BadConfig("; ".join(lines))
+    error = document.get("error")
+    if not isinstance(error, dict):
+        return explain_status(response)
     text = f"{error.get('message', '')} {error.get('details', '')}"
-    hint = "install the custom node, or change the workflow" if "node" in text.lower() else ""
-    return BadConfig(f"{answer.status}: {text}", hint)
+    hint = ""
+    if "node" in text.lower():
+        hint = "install the custom node, or change the workflow"
+    return BadConfig(f"{response.status}: {text}", hint)
+
+
+def comfy_node_error(error: Mapping[str, Any]) -> str:
+    """What one of a node's errors says, for a person."""
+    kind = str(error.get("type"))
+    if kind == "value_not_in_list":
+        extra = error.get("extra_info") or {}
+        value = str(extra.get("received_value"))
+        text = f'"{value}" is not installed'
+        if known := comfy_choices(extra.get("input_config")):
+            text += f", {nearest(value, known)}"
+        return text
+    # Details of an exception are a traceback with the server's paths.
+    if "exception" in kind:
+        return str(error.get("message"))
+    return f"{error.get('message')} ({error.get('details')})"
 
 
 def comfy_choices(spec: Any) -> list[str]:
-    """The values an enum input takes, in its old or new shape; [] where the server left them out."""
-    return (
-        list(
-            spec[0]
-            if isinstance(
-                spec[0],
-                list,
-            )
-            else spec[1].get("options", ())
-        )
-        if spec
-        else []
-    )
+    """The values an enum input takes, in its old or new shape; [] where there are none."""
+    if not spec:
+        return []
+    if isinstance(spec[0], list):
+        return spec[0]
+    return list(spec[1].get("options", ()))
 
 
 @contextmanager
 def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
-    """While inside, ctx.progress gets the sampler's steps from the server's websocket; losing it does no harm."""
-    ear = Context()
+    """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
+    listening = Context()
     greeted = threading.Event()
 
     def listen() -> None:
-        with suppress(Exception):  # progress is a courtesy: /history is what counts
-            for text in websocket_texts(ear, url):
+        # Progress is a courtesy, and losing it does no harm: /history is what counts.
+        with suppress(Exception):
+            for text in websocket_texts(listening, url):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
@@ -2312,41 +2526,47 @@ def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
         greeted.set()
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    greeted.wait(2)  # what happens before the server has said hello is not told
+    listener = in_thread(listen)
+    # The server sends nothing of what happens before it has said hello.
+    greeted.wait(2)
     try:
         yield
     finally:
-        ear.stop("over")
+        listening.stop("over")
         listener.join(0.5)
 
 
-def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
-    """The JSON messages of a websocket, read only (RFC 6455), until the server closes it or `ear` is stopped."""
+def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
+    """The JSON messages of a websocket, read only (RFC 6455).
+
+    Until the server closes it or `ctx` is stopped.
+    """
     import http.client
     from contextlib import closing
 
     scheme, host, port = origin(url)
-    connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    connect: Any = http.client.HTTPConnection
+    if scheme == "https":
+        connect = http.client.HTTPSConnection
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": key,
+        "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
-    with closing(connection(host, port, timeout=2)) as server:
+    with closing(connect(host, port, timeout=2)) as server:
         server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
-        with ear.watching(server.sock), server.getresponse() as answer:
+        with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
-            read = answer.fp.read
-            while answer.status == 101 and len(head := read(2)) == 2:
+            read = response.fp.read
+            while response.status == 101 and len(head := read(2)) == 2:
+                # Above 125 the size follows, in 2 bytes or in 8.
                 size = head[1] & 127
-                body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
-                if (
-                    head[0] == 0x81
-                ):  # text in one frame, as all of ComfyUI's are; previews are binary
+                if size > 125:
+                    size = int.from_bytes(read({126: 2, 127: 8}[size]))
+                body = read(size)
+                # Text in one frame, as all of ComfyUI's are; previews are binary.
+                if head[0] == 0x81:
                     yield body
 
 
@@ -2354,7 +2574,10 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
 
 
 class ReplicateModel(NamedTuple):
-    """What is known of a model's inputs; others get width, height, steps and negative prompt as asked."""
+    """What is known of a model's inputs.
+
+    Others get width, height, steps and negative prompt as the request has them.
+    """
 
     usd: float | None  # one image, in the table of PRICED
     steps: bool = False  # whether it takes num_inference_steps
@@ -2370,7 +2593,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
+# for either finds it.
 REPLICATE_ASPECTS = {
     (1, 1): 1.0,
     (5, 4): 1.22,
@@ -2383,13 +2607,16 @@ REPLICATE_ASPECTS = {
 
 @register("replicate")
 class Replicate(Backend):
-    """Create without waiting, so that the id is on record at once; poll; download before the hour is over.
+    """Create without waiting, so that the id is on record at once; poll; download.
 
-    https://replicate.com/docs/reference/http
+    Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
     class Options(NamedTuple):
-        """`model` is owner/name, or owner/name:version for community models; `extra` are further inputs of it."""
+        """`model` is owner/name, or owner/name:version for community models.
+
+        `extra` are further inputs of it.
+        """
 
         model: str
         api_token_env: Annotated[str, KEY] = "REPLICATE_API_TOKEN"
@@ -2398,7 +2625,7 @@ class Replicate(Backend):
         output_format: Annotated[str, REQUEST] = ""
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
-        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
@@ -2420,29 +2647,35 @@ class Replicate(Backend):
         if options.cost_usd is not None:
             return Price(options.cost_usd, "config")
         known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-        return Price(known.usd, PRICED) if known and known.usd is not None else Price()
+        if not known or known.usd is None:
+            return Price()
+        return Price(known.usd, PRICED)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
         http = self._http(ctx)
-        version = {"version": self.version} if self.version else {}
-        path = "/predictions" if version else f"/models/{self.model}/predictions"
-        answer = http.pay(
-            path,
-            {**version, "input": self.plan(self.options, request)},
-        )
-        prediction = answer.json()
+        path = f"/models/{self.model}/predictions"
+        body: dict[str, Any] = {"input": self.plan(self.options, request)}
+        if self.version:
+            path = "/predictions"
+            body["version"] = self.version
+        response = http.pay(path, body)
+        prediction = response.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
-            raise Unknown(f"sent, and answered {answer.status} with {answer.excerpt()}")
+            raise Unknown(f"sent, and answered {response.status} with {response.excerpt()}")
         ctx.remote(id=prediction["id"])
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
+        """The result of an earlier attempt, by its id.
+
+        Where the response to the create was lost, the id is looked for in the list.
+        """
         http = self._http(ctx)
         prediction_id = remote.get("id") or self._listed(http, request, remote)
+        # Its POST may still have been on its way.
         if not prediction_id and time.time() - epoch(str(remote.get("since"))) < 30:
-            ctx.sleep(2)  # its POST may still have been on its way
+            ctx.sleep(2)
             prediction_id = self._listed(http, request, remote)
         if not prediction_id:
             ctx.settle("no")
@@ -2454,98 +2687,106 @@ class Replicate(Backend):
             if str(problem).startswith("404"):
                 raise Ended(f"prediction {prediction_id} is not known there any more") from None
             raise
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Cancel the prediction and see it end; Unknown where there is no id yet, or it had succeeded before."""
+        """Cancel the prediction and see it end.
+
+        Unknown where there is no id yet, or it had succeeded before.
+        """
         if "id" not in remote:
             raise Unknown("the prediction has no id yet")
         http = self._http(ctx)
-        state = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
-        if self._ended(http, state).get("status") == "succeeded":
+        prediction = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
+        if self._ended(http, prediction).get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        said = self._http(ctx).get_json(f"/models/{self.model}") or {}
-        return f"{self.model}, {said.get('visibility', 'found')}"
+        page = self._http(ctx).get_json(f"/models/{self.model}")
+        return f"{self.model}, {page.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
         keys = {"Authorization": f"Bearer {self.token.reveal()}"}
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout)
 
-    def _ended(self, http: Http, state: Any) -> Any:
+    def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
         pause = 0.5
-        while state.get("status") in ("starting", "processing"):
-            http.ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
+        while prediction.get("status") in ("starting", "processing"):
+            steps = replicate_progress(prediction.get("logs") or "")
+            http.ctx.progress(prediction["status"], *steps)
             http.ctx.sleep(pause)
             pause = min(2.0, pause * 1.1)
-            state = http.get_json(f"/predictions/{state['id']}")
-        http.ctx.settle(replicate_charged(state))
-        return state
+            prediction = http.get_json(f"/predictions/{prediction['id']}")
+        http.ctx.settle(replicate_charged(prediction))
+        return prediction
 
-    def _settled(self, http: Http, state: Any, request: Request) -> Result:
-        state = self._ended(http, state)
-        url = replicate_image(state)
+    def _result(self, http: Http, prediction: Any, request: Request) -> Result:
+        prediction = self._ended(http, prediction)
+        url = replicate_image(prediction)
         http.ctx.progress("downloading")
-        wanted, ignored = replicate_input(self.options, request)
-        seed = re.search(r"Using seed: (\d+)", state.get("logs") or "")
+        if url.startswith("data:"):
+            image = data_uri(url, http.ctx.spool())
+        else:
+            image = http.download(url)
+        seed = request.seed
+        if match := re.search(r"Using seed: (\d+)", prediction.get("logs") or ""):
+            seed = int(match[1])
+        inputs, ignored = replicate_input(self.options, request)
+        details = ("id", "version", "metrics", "created_at", "completed_at")
         return Result(
-            image=data_uri(url, http.ctx.spool())
-            if url.startswith("data:")
-            else http.download(url),
+            image=image,
             mime_type="",
             model=self.options.model,
-            seed=int(seed[1]) if seed else request.seed,
-            steps=wanted.get("num_inference_steps"),
+            seed=seed,
+            steps=inputs.get("num_inference_steps"),
             cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
-            metadata={
-                key: state.get(key)
-                for key in ("id", "version", "metrics", "created_at", "completed_at")
-            },
+            metadata={key: prediction.get(key) for key in details},
         )
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
-        """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
+        """The id of the prediction that a lost create made, or "".
 
-        def drawn(words: Any) -> Any:  # the rest of the input may have been configured anew since
-            return [(words or {}).get(key) for key in ("prompt", "seed")]
+        Same model and input, the first since then.
+        """
 
-        ours = [
-            item
-            for item in replicate_list(http, remote.get("since", ""))
-            if item.get("model") == self.model
-            and self.version in ("", item.get("version"))
-            and item["id"] not in remote.get("taken", ())
-        ]
-        wanted = drawn(self.plan(self.options, request))
-        found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
-        if not found and any(item.get("data_removed") for item in ours):
+        # The rest of the input may have been configured anew since.
+        def drawn(inputs: Any) -> Any:
+            return [(inputs or {}).get(key) for key in ("prompt", "seed")]
+
+        requested = drawn(self.plan(self.options, request))
+        match = ""
+        removed = False
+        for item in replicate_list(http, remote.get("since", "")):
+            if item.get("model") != self.model or item["id"] in remote.get("taken", ()):
+                continue
+            if self.version not in ("", item.get("version")):
+                continue
+            removed = removed or bool(item.get("data_removed"))
+            # The list goes back in time, so the last of them is the first since then.
+            if drawn(item.get("input")) == requested:
+                match = str(item["id"])
+        if removed and not match:
             raise Ended(
-                "it may be one of those there whose inputs are gone: Replicate keeps them for one hour"
+                "it may be one of those there whose inputs are gone: "
+                "Replicate keeps them for one hour"
             )
-        return str(found[-1]) if found else ""
+        return match
 
 
 def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
-    """The predictions there are, newest first, back to a time by our clock; theirs may be minutes off."""
+    """The predictions there are, newest first, back to a time by our clock."""
     url = "/predictions"
     while url:
-        answer = http.get(url)
-        ahead = (
-            epoch(
-                answer.headers.get(
-                    "Date",
-                    "",
-                )
-            )
-            or time.time()
-        ) - time.time()
-        page = answer.mapping()
+        response = http.get(url)
+        # Their clock may be minutes off.
+        date = epoch(response.headers.get("Date", "")) or time.time()
+        ahead = date - time.time()
+        page = response.mapping()
         if not isinstance(page.get("results"), list):
-            raise Failed(f"the list of predictions cannot be read: {answer.excerpt()}")
+            raise Failed(f"the list of predictions cannot be read: {response.excerpt()}")
         for prediction in page["results"]:
             if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
                 return
@@ -2554,24 +2795,46 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
 
 
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The request in the model's words, and the fields it has no word for."""
+    """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-    steps = (request.steps or options.default_steps) if known is None or known.steps else 0
-    negative = "" if known else request.negative_prompt
-    ending = (options.output_format or ("png" if known else "")).replace("jpeg", "jpg")
-    named = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
-    wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    wanted |= {name: value for name, value in named.items() if value}
-    wanted |= replicate_size(known, request.width, request.height) if request.width else {}
-    wanted |= options.extra
-    if wanted.get("num_outputs", 1) != 1:
+    steps = request.steps or options.default_steps
+    negative = request.negative_prompt
+    ending = options.output_format.replace("jpeg", "jpg")
+    size = {}
+    if known:
+        negative = ""
+        ending = ending or "png"
+        if not known.steps:
+            steps = 0
+    if request.width:
+        size = replicate_size(known, request.width, request.height)
+    optional = {
+        "num_inference_steps": steps,
+        "negative_prompt": negative,
+        "output_format": ending,
+    }
+    inputs = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        **{name: value for name, value in optional.items() if value},
+        **size,
+        **options.extra,
+    }
+    if inputs.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    taken = {"steps": steps, "negative_prompt": negative}
-    return wanted, tuple(field for field in taken if getattr(request, field) and not taken[field])
+    ignored = []
+    if request.steps and not steps:
+        ignored.append("steps")
+    if request.negative_prompt and not negative:
+        ignored.append("negative_prompt")
+    return inputs, tuple(ignored)
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
-    """The inputs that ask for a size; BadRequest, with the nearest size, where the model cannot make it."""
+    """The inputs that ask for a size.
+
+    BadRequest, with the nearest size, where the model cannot make it.
+    """
     if known is None:
         return {"width": width, "height": height}
     if known.longest:
@@ -2584,8 +2847,12 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         return {"aspect_ratio": "custom", "width": width, "height": height}
     shape = max(width, height) / min(width, height)
     long, short = min(REPLICATE_ASPECTS, key=lambda ratio: abs(REPLICATE_ASPECTS[ratio] - shape))
-    aspect = {"aspect_ratio": f"{long}:{short}" if width > height else f"{short}:{long}"}
-    return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
+    inputs = {"aspect_ratio": f"{long}:{short}"}
+    if width < height:
+        inputs["aspect_ratio"] = f"{short}:{long}"
+    if width * height <= 512 * 1024:
+        inputs["megapixels"] = "0.25"
+    return inputs
 
 
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
@@ -2595,77 +2862,93 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     (3.0, 4.0)
     """
     bars = re.findall(r"\d+%\|.*?\| *(\d+)/(\d+)", logs)
-    return (
-        (
-            float(bars[-1][0]),
-            float(bars[-1][1]),
-        )
-        if bars
-        else (None, None)
-    )
+    if not bars:
+        return None, None
+    done, total = bars[-1]
+    return float(done), float(total)
 
 
-def replicate_charged(state: Mapping[str, Any]) -> Charged:
+def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
     """Whether a prediction that has ended costs money."""
-    if state.get("status") == "aborted":
+    status = prediction.get("status")
+    if status == "aborted":
         return "no"
-    worked = state.get("status") == "succeeded" or (state.get("metrics") or {}).get("predict_time")
-    return "yes" if worked else "unknown"
+    if status == "succeeded" or (prediction.get("metrics") or {}).get("predict_time"):
+        return "yes"
+    return "unknown"
 
 
-def replicate_image(state: Mapping[str, Any]) -> str:
+def replicate_image(prediction: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status = state.get("status")
-    said = str(state.get("error") or "")
-    name = f"prediction {state.get('id')}"
+    status = prediction.get("status")
+    message = str(prediction.get("error") or "")
+    name = f"prediction {prediction.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
         raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
-        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", said):
-            raise Refused(said, "reword the prompt")
-        raise Ended(f"{name} ended as {status}{said and ': '}{said}")
-    if state.get("data_removed"):
+        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", message):
+            raise Refused(message, "reword the prompt")
+        raise Ended(f"{name} ended as {status}: {message}".removesuffix(": "))
+    if prediction.get("data_removed"):
         raise Ended(
             "the result is gone: Replicate keeps it for one hour",
             "ask for the image again; that costs again",
         )
-    output = json.dumps(state.get("output"))  # a string, a list of them, or an object
-    if not (found := re.search(r'"(?:https?|data):[^"]+"', output)):
+    # A string, a list of them, or an object.
+    output = json.dumps(prediction.get("output"))
+    match = re.search(r'"(?:https?|data):[^"]+"', output)
+    if not match:
         raise Ended(
             "the prediction succeeded without an image: its safety filter drops images one by one"
         )
-    return str(json.loads(found[0]))
+    return str(json.loads(match[0]))
 
 
-def replicate_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer of Replicate means (application/problem+json)."""
-    said = answer.json()
-    detail = str(said.get("detail") or said.get("title") or "")
-    error = explain_status(answer, detail.replace("\n", "; ").strip("; "))
-    if answer.status == 404 or (answer.status == 422 and "version" in detail):
+def replicate_error(response: HttpResponse) -> ImagenError:
+    """What an error of Replicate means (application/problem+json)."""
+    problem = response.json()
+    detail = str(problem.get("detail") or problem.get("title") or "")
+    error = explain_status(response, detail.replace("\n", "; ").strip("; "))
+    if response.status == 404 or (response.status == 422 and "version" in detail):
         return BadConfig(str(error), "check the model; community models need owner/name:version")
     return error
 
 
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
-# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
+# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of
+# the model's name.
 OPENAI_TOKENS = {
     "gpt-image-1-mini": (2.0, 2.5, 8.0),
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
+# Of a response, what the sidecar keeps.
+OPENAI_METADATA = (
+    "created",
+    "size",
+    "quality",
+    "background",
+    "usage",
+    "id",
+    "x_request_id",
+    "revised_prompt",
+)
 
 
 @register("openai")
 class OpenAI(Backend):
     """One POST that answers with the image: no job id, no second look, no cancel.
 
-    https://developers.openai.com/api/reference/resources/images; others: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
+    https://developers.openai.com/api/reference/resources/images
+    Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
     class Options(NamedTuple):
-        """`extra` are further fields; "{seed}", "{steps}" and "{negative}" in it stand for the request's values."""
+        """`extra` are further fields.
+
+        "{seed}", "{steps}" and "{negative}" in it stand for the request's values.
+        """
 
         model: str
         api_key_env: Annotated[str, KEY] = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
@@ -2677,18 +2960,20 @@ class OpenAI(Backend):
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
-        cost_usd: float | None = None  # of one image, where the answer counts no tokens
-        timeout: Annotated[float, Between(1, 7200)] = (
-            600.0  # seconds of silence: an image may take minutes
-        )
+        cost_usd: float | None = None  # of one image, where the response counts no tokens
+        # Seconds of silence: an image may take minutes.
+        timeout: Annotated[float, Between(1, 7200)] = 600.0
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
         self.base = checked_url(options.base_url, path="/v1")
-        at_openai = origin(self.base)[1] == "api.openai.com"
-        variable = options.api_key_env or ("OPENAI_API_KEY" if at_openai else "")
-        self.key = secret_from(variable) if variable else None
+        variable = options.api_key_env
+        if not variable and origin(self.base)[1] == "api.openai.com":
+            variable = "OPENAI_API_KEY"
+        self.key: Secret | None = None
+        if variable:
+            self.key = secret_from(variable)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
@@ -2697,119 +2982,108 @@ class OpenAI(Backend):
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
-        """The config's price; the tokens that decide are counted in the answer alone."""
-        counted = (
-            f"by the answer's tokens, {PRICED}"
-            if options.model.startswith(tuple(OPENAI_TOKENS))
-            else ""
-        )
-        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
+        """The config's price; the tokens that decide are counted in the response alone."""
+        if options.cost_usd is not None:
+            return Price(options.cost_usd, "config")
+        if options.model.startswith(tuple(OPENAI_TOKENS)):
+            return Price(None, f"by the answer's tokens, {PRICED}")
+        return Price()
 
     def generate(self, ctx: Context, request: Request) -> Result:
-        """Pay, and take the image out of the answer."""
-        body, ignored = openai_body(self.options, request)
+        """Pay, and take the image out of the response."""
+        options = self.options
         http = self._http(ctx)
+        body, ignored = openai_body(options, request)
         ctx.progress("waiting for the image")
-        answer = http.pay("/images/generations", body)
-        said, image = openai_answer(answer, ctx)
-        usage, (item, *_) = said.get("usage"), openai_data(said) or [{}]
-        usage = usage if isinstance(usage, dict) else {}
+        response = http.pay("/images/generations", body)
+        # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
+        document, image = openai_answer(response, ctx)
+        item = (openai_data(document) or [{}])[0]
+        usage = document.get("usage")
+        if not isinstance(usage, dict):
+            usage = {}
         if image or item.get("url") or usage.get("output_tokens"):
             ctx.settle("yes")
+        # 2. The image, from the response or behind its link.
         if not image and not item.get("url"):
             raise Unknown(
-                f"sent, and answered {answer.status} without an image: {answer.excerpt()[:200]}"
+                f"sent, and answered {response.status} without an image: {response.excerpt()[:200]}"
             )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
-        cost = openai_cost(self.options.model, usage)
-        kept = {**item, **said, "x_request_id": answer.headers.get("x-request-id")}
-        words = (
-            "created",
-            "size",
-            "quality",
-            "background",
-            "usage",
-            "id",
-            "x_request_id",
-            "revised_prompt",
-        )
+        # 3. What is known of it.
+        cost = openai_cost(options.model, usage)
+        if cost is None:
+            cost = options.cost_usd
+        steps = request.steps or None
+        if "steps" in ignored:
+            steps = None
+        request_id = response.headers.get("x-request-id")
+        details = {**item, **document, "x_request_id": request_id}
         return Result(
             image=image,
-            mime_type=f"image/{said.get('output_format') or 'png'}",
-            model=self.options.model,
-            steps=None if "steps" in ignored else request.steps or None,
-            cost_usd=self.options.cost_usd if cost is None else cost,
+            mime_type=f"image/{document.get('output_format') or 'png'}",
+            model=options.model,
+            steps=steps,
+            cost_usd=cost,
             ignored=ignored,
-            metadata={word: kept[word] for word in words if kept.get(word)},
+            metadata={key: details[key] for key in OPENAI_METADATA if details.get(key)},
         )
 
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
-        known = [
-            item.get(
-                "id",
-                "",
-            )
-            for item in openai_data(self._http(ctx).get_json("/models"))
-        ]
-        if known and self.options.model not in known:
-            raise BadConfig(
-                f'model "{self.options.model}" is not there: {nearest(self.options.model, known)}'
-            )
-        return f"{self.options.model}{'' if known else ' (the server lists no models)'}"
+        model = self.options.model
+        listed = openai_data(self._http(ctx).get_json("/models"))
+        known = [item.get("id", "") for item in listed]
+        if not known:
+            return f"{model} (the server lists no models)"
+        if model not in known:
+            raise BadConfig(f'model "{model}" is not there: {nearest(model, known)}')
+        return str(model)
 
     def _http(self, ctx: Context) -> Http:
-        keys = {"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {}
+        keys = {}
+        if self.key:
+            keys["Authorization"] = f"Bearer {self.key.reveal()}"
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
 def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The body for this model, and the request's fields it has no word for. BadRequest for what is sure to be refused.
+    """The body for this model, and the request's fields that it has no word for.
 
-    OpenAI's own models reject unknown fields; the servers that speak its dialect want a seed, or use a constant one.
+    BadRequest for what is sure to be refused.
     """
-    own = options.model.startswith(("gpt-image", "chatgpt-image"))
-    asked = {
+    optional = {
         "seed": request.seed,
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    body: dict[str, Any] = {
-        "model": options.model,
-        "prompt": request.prompt,
-        "n": 1,
-    }
+    values = {field: value for field, value in optional.items() if value is not None}
+    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
+    # seed, or use a constant one.
+    if not options.model.startswith(("gpt-image", "chatgpt-image")):
+        body |= {**values, "steps": None, "response_format": "b64_json"}
     if request.width:
         openai_check_size(options.model, request.width, request.height)
-        size = {"width": request.width, "height": request.height}
-        body |= (
-            size
-            if options.size_as == "width_height"
-            else {"size": "{width}x{height}".format(**size)}
-        )
-    if not own:
-        body |= {**asked, "steps": None, "response_format": "b64_json"}
+        if options.size_as == "width_height":
+            body["width"] = request.width
+            body["height"] = request.height
+        else:
+            body["size"] = f"{request.width}x{request.height}"
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
-            body[field] = "jpeg" if value == "jpg" else value
+            body[field] = {"jpg": "jpeg"}.get(value, value)
+    # `extra` may place a value of the request under a name of its own.
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = {
-        key: marks.get(
-            str(value),
-            "",
-        )
-        for key, value in options.extra.items()
-    }
-    body |= {
-        key: asked.get(
-            placed[key],
-            value,
-        )
-        for key, value in options.extra.items()
-    }
+    placed = set()
+    for key, value in options.extra.items():
+        body[key] = value
+        if mark := marks.get(str(value)):
+            body[key] = values.get(mark)
+            placed.add(mark)
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -2817,18 +3091,15 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    return body, tuple(
-        field
-        for field in asked
-        if asked[field] is not None and field not in {*body, *placed.values()}
-    )
+    return body, tuple(field for field in values if field not in {*body, *placed})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size.
+
+    The rules of gpt-image-2 were measured by others, to the pixel.
+    """
     short, long = sorted((width, height))
-    fine = True
-    rule = ""
     if model.startswith("gpt-image-1"):
         fine = short == 1024 and long in (1024, 1536)
         rule = "1024x1024, 1536x1024 or 1024x1536"
@@ -2838,76 +3109,92 @@ def openai_check_size(model: str, width: int, height: int) -> None:
             and long <= min(3840, 3 * short)
             and 655_360 <= short * long <= 8_294_400
         )
-        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+        rule = (
+            "multiples of 16, at most 3840 and three times the other edge; "
+            "655,360 to 8,294,400 pixels"
+        )
+    else:
+        return
     if not fine:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
-def openai_data(said: Any) -> list[Mapping[str, Any]]:
+def openai_data(document: Any) -> list[Mapping[str, Any]]:
     """The entries of `data`, which the schema lets be absent."""
-    data = said.get("data") if isinstance(said, dict) else None
-    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        return []
+    return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(answer: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
-    """The JSON of an answer without its image, and the image, decoded piece by piece into a spool; None: only a link.
+def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+    """The JSON of a response without its image, and the image; None: there is only a link.
 
-    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
+    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
+    memory four times, so it is cut out and decoded piece by piece.
     """
-    found = re.search(
-        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
-        answer.body,
+    body = response.body
+    match = re.search(
+        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"'
+        rb'|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
+        body,
     )
-    start, end = found.span(found.lastindex or 1) if found else (0, 0)
-    said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
-    if not isinstance(said, dict):
+    start = end = 0
+    if match:
+        start, end = match.span(match.lastindex or 1)
+    document = response._replace(body=body[:start] + body[end:]).json()
+    if not isinstance(document, dict):
         raise Unknown(
-            f"sent, and answered {answer.status} with {answer.excerpt()[:200]}, which is no JSON"
+            f"sent, and answered {response.status} with {response.excerpt()[:200]}, "
+            "which is no JSON"
         )
-    if not found:
-        return said, None
-    text = memoryview(answer.body)[start:end]
-    if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
+    if not match:
+        return document, None
+    text = memoryview(body)[start:end]
+    # Some write + as \u002B; they pay with memory.
+    if body.find(b"\\u", start, end) >= 0:
         text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
-    return said, decode_base64(text, ctx.spool())
+    return document, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
-    """USD by the answer's token counts; None where model or counts are unknown (compatible servers say zero)."""
-    price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
-    with suppress(AttributeError, TypeError):  # compatible servers put all kinds of things there
+    """USD by the response's token counts; None where model or counts are unknown.
+
+    Compatible servers say zero, or put all kinds of things there.
+    """
+    prices = (OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name))
+    price = next(prices, None)
+    with suppress(AttributeError, TypeError):
         images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
         text = (usage.get("input_tokens") or 0) - images
         out = usage.get("output_tokens")
         if price and out:
-            return round(
-                float(text * price[0] + images * price[1] + out * price[2]) / 1e6,
-                6,
-            )
+            total = text * price[0] + images * price[1] + out * price[2]
+            return round(float(total) / 1e6, 6)
     return None
 
 
-def openai_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json() or {}
-    error = said.get("error", said)
+def openai_error(response: HttpResponse) -> ImagenError:
+    """What an error means: moderation and money first, whatever the status says."""
+    document = response.json() or {}
+    error = document.get("error", document)
     code = error.get("code") or error.get("type")
-    request_id = answer.headers.get("x-request-id")
-    text = excerpt(
-        str(error.get("message") or answer.excerpt()).encode(),
-        1000,
-    )
-    text += f" ({error['param']})" if error.get("param") else ""
-    text += f" [{request_id}]" if request_id else ""
-    said = f"{answer.status}: {text}"
+    text = excerpt(str(error.get("message") or response.excerpt()).encode(), 1000)
+    if error.get("param"):
+        text += f" ({error['param']})"
+    if request_id := response.headers.get("x-request-id"):
+        text += f" [{request_id}]"
+    message = f"{response.status}: {text}"
     if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
-        stage = (error.get("moderation_details") or {}).get("moderation_stage")
-        return Refused(said, "reword the prompt", charged="yes" if stage == "output" else "no")
+        refused = Refused(message, "reword the prompt")
+        # At the stage of output the image had been made.
+        if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
+            refused.charged = "yes"
+        return refused
     if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(said, "https://platform.openai.com/settings/organization/billing")
+        return Quota(message, "https://platform.openai.com/settings/organization/billing")
     if code == "model_not_found":
-        return BadConfig(said, "imagen backends --check names what is there")
-    return explain_status(answer, text)
+        return BadConfig(message, "imagen backends --check names what is there")
+    return explain_status(response, text)
 
 
 # === Output: names, and files that are never half there ===
@@ -2933,44 +3220,26 @@ def slug(text: str) -> str:
     """
     import unicodedata
 
-    spelled = str.maketrans(
-        dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth"))
-    )
+    pairs = re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")
+    spelled = str.maketrans(dict(pairs))
     letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
-    bare = "".join(
-        char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char)
-    )
-    return (
-        re.sub(
-            r"[^a-z0-9]+",
-            "-",
-            bare.lower(),
-        )
-        .strip("-")[:40]
-        .strip("-")
-        or "image"
-    )
-
-
-def check_template(template: str) -> None:
-    """BadConfig where `template` cannot name a file inside its folder."""
-    known = (
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
-    )
-    parts = re.sub(known, "x", template).split("/")
-    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
-        fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
-        raise BadConfig(
-            f"output.naming: {template!r} does not name a file inside the folder; {fields}"
-        )
+    decomposed = unicodedata.normalize("NFKD", letters)
+    bare = "".join(char for char in decomposed if not unicodedata.combining(char))
+    dashed = re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")
+    return dashed[:40].strip("-") or "image"
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    """The relative name that a checked `template` gives; {ext} stays for the real bytes."""
     date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
-    backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
-    return template.format(date=date, time=clock, ext="{ext}", **words)
+    return template.format(
+        date=date,
+        time=clock,
+        slug=slug(request.prompt),
+        seed=request.seed,
+        backend=re.sub(r"[^\w.-]|^\.+", "-", request.backend),
+        ext="{ext}",
+    )
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2980,22 +3249,28 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, given = os.path.splitext(last)
-    known = given[1:].lower().replace("jpeg", "jpg")
-    stem = stem if known in MIME_TYPES else last
+    stem, suffix = os.path.splitext(last)
+    known = suffix[1:].lower().replace("jpeg", "jpg")
+    if known not in MIME_TYPES:
+        stem = last
+    if known != ending:
+        suffix = f".{ending}"
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    stem += f"-{number}" * (number > 1)
-    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
+    if number > 1:
+        stem += f"-{number}"
+    return os.path.join(folder, stem + suffix)
 
 
 def prepare_folder(folder: str) -> None:
-    """Make the folder if need be; Disk where it cannot be written, or is as good as full."""
+    """Make the folder if need be; Disk where it cannot be written, or has hardly room."""
     cure = "make room, or name another folder with --output DIR/ or output.directory"
     with or_disk(folder, cure):
-        os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Disk(f"{folder}: not writable", cure)
+    # Some file systems of the network count no blocks.
     if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
         raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
@@ -3010,7 +3285,10 @@ def or_disk(path: str, cure: str) -> Iterator[None]:
 
 
 class Spool(io.FileIO):
-    """A new file that an image arrives in. When its disk fills, what is there moves to `fallback` and goes on."""
+    """A new file that an image arrives in.
+
+    When its disk fills, what has come moves to `fallback` and goes on there.
+    """
 
     def __init__(self, path: str, fallback: str) -> None:
         unlink_quietly(path)
@@ -3031,20 +3309,23 @@ class Spool(io.FileIO):
         return len(data)
 
     def _move(self) -> None:
-        with Spool(self.fallback, self.fallback) as there:
-            os.fchmod(there.fileno(), 0o600)
-            copy_into(self, there)
-            os.dup2(there.fileno(), self.fileno(), inheritable=False)  # which stands at its end
+        with Spool(self.fallback, self.fallback) as moved:
+            os.fchmod(moved.fileno(), 0o600)
+            copy_into(self, moved)
+            # Our descriptor becomes the other file's, which stands at its end.
+            os.dup2(moved.fileno(), self.fileno(), inheritable=False)
         unlink_quietly(self.path)
         self.path = self.fallback
 
 
 def unlink_quietly(path: str) -> None:
+    """Remove the file at `path`, if it is there and can be removed."""
     with suppress(OSError):
         os.unlink(path)
 
 
 def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
+    """All of `source`, appended to `spool` a megabyte at a time."""
     source.seek(0)
     while block := source.read(1 << 20):
         spool.write(block)
@@ -3057,40 +3338,45 @@ def publish(
     sidecar: str | None,
     claiming: Callable[[str], object],
 ) -> str:
-    """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
+    """Give the complete image at `hidden` the first free name; its path.
 
-    `sidecar`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
-    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
+    Its sidecar, of which `sidecar` is the text, goes first and holds the name meanwhile. On
+    a disk without hard links `claiming(path)` is called before a name is taken. What an
+    earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number = 1
     note = f"{hidden}.json"
     while not same_file(hidden, path := numbered(name, ending, number)):
-        number = number + 1
+        number += 1
         beside = f"{path}.json"
-        ours = same_file(note, beside)  # from an earlier, killed call
+        # Ours is what an earlier, killed call has linked.
+        ours = same_file(note, beside)
         if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
-                os.unlink(beside)  # somebody took the image's name since
+                # Somebody took the image's name since.
+                os.unlink(beside)
             continue
         try:
             if sidecar and not ours:
                 write_file(note, sidecar)
-        except (
-            OSError
-        ):  # an image without its sidecar is better than none; the caller sees that it is missing
+        except OSError:
+            # An image alone is better than none; the caller sees that its sidecar is missing.
             sidecar = None
-        if _take_names(
-            [(note, beside), (hidden, path)] if sidecar else [(hidden, path)],
-            claiming,
-        ):
+        pairs = [(hidden, path)]
+        if sidecar:
+            pairs.insert(0, (note, beside))
+        if _take_names(pairs, claiming):
             break
     sync_folder(os.path.dirname(path))
     return path
 
 
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
-    """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
-    held: list[str] = []
+    """Give all files their names, the image last.
+
+    False, and nothing left of ours, where one is taken.
+    """
+    taken: list[str] = []
     locks: list[int] = []
     try:
         for own, name in pairs:
@@ -3100,19 +3386,21 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             except OSError as problem:
                 if problem.errno not in NO_LINKS:
                     raise
-                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
+                # FAT, some network disks: an empty file holds the name, and one's own is
+                # moved over it. Its lock says that we are alive.
                 claiming(pairs[-1][1])
-                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
-            held.append(name)
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))
+            taken.append(name)
     except OSError as problem:
-        for name in held:
+        for name in taken:
             os.unlink(name)
         if isinstance(problem, FileExistsError):
             return False
         raise
     else:
-        for own, name in pairs if locks else ():
-            os.replace(own, name)
+        if locks:
+            for own, name in pairs:
+                os.replace(own, name)
         return True
     finally:
         for fd in locks:
@@ -3120,7 +3408,10 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
 
 
 def release_claim(path: str, image_id: str) -> None:
-    """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
+    """Undo what a killed call left of a claim on `path` without hard links.
+
+    That is empty files, and its own sidecar.
+    """
     beside = f"{path}.json"
     for name in (path, beside):
         with suppress(OSError), open(locked(name), "rb") as file:
@@ -3131,21 +3422,28 @@ def release_claim(path: str, image_id: str) -> None:
 
 
 def locked(path: str, flags: int = 0, wait: bool = False) -> int:
-    """A descriptor of the file at `path` that holds its lock until closed; OSError where somebody else has it."""
+    """A descriptor of the file at `path` that holds its lock until closed.
+
+    OSError where somebody else has it.
+    """
     import fcntl
 
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, operation)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def same_file(one: str | int, other: str) -> bool:
+def same_file(first: str | int, second: str) -> bool:
+    """Whether both are one file; False where either is not there."""
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(first, second)
     except OSError:
         return False
 
@@ -3153,15 +3451,8 @@ def same_file(one: str | int, other: str) -> bool:
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
     unlink_quietly(path)
-    with open(
-        os.open(
-            path,
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-            mode,
-        ),
-        "w",
-        encoding="utf-8",
-    ) as file:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -3179,12 +3470,14 @@ def sync_folder(folder: str) -> None:
 def parsed(text: bytes) -> dict[str, Any]:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
-        said = json.loads(text)
-        return said if isinstance(said, dict) else {}
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
     return {}
 
 
 def read_bytes(path: str) -> bytes:
+    """The file at `path`; b"" where it cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
         return file.read()
     return b""
@@ -3194,19 +3487,19 @@ def read_bytes(path: str) -> bytes:
 
 
 def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
-    """Show finished images to a person: in a tmux window, inline, or by the user's own command.
+    """Show finished images: in a tmux window, inline, or by the user's own command.
 
-    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns where nothing can.
+    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns
+    where nothing can.
     """
-    if (
-        output.preview == "off"
-        or not paths
-        or (output.preview == "auto" and not sys.stderr.isatty())
-    ):
+    if output.preview == "off" or not paths:
+        return
+    if output.preview == "auto" and not sys.stderr.isatty():
         return
     try:
         _show(paths, output.preview_command)
-    except Exception as problem:  # no preview fails a generation
+    # No preview fails a generation.
+    except Exception as problem:
         if output.preview == "on":
             warn(f"preview: {problem}")
 
@@ -3216,60 +3509,57 @@ def _show(paths: Sequence[str], command: str) -> None:
     import shutil
     import subprocess
 
+    # 1. Inline, where the terminal shows images and tmux does not stand between.
     tmux = os.environ.get("TMUX")
     terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {
-        "xterm-kitty",
-        "xterm-ghostty",
-        "ghostty",
-    }
-    if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
+    encode: Callable[[bytes], bytes] | None = None
+    if terminal & {"iTerm.app", "WezTerm"}:
+        encode = iterm_image
+    kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
+    if os.environ.get("KITTY_WINDOW_ID") or terminal & kitty:
+        encode = kitty_image
+    if encode and not tmux and sys.stderr.isatty():
         for path in paths:
-            sys.stderr.buffer.write(
-                (kitty_image if kitty else iterm_image)(read_bytes(path)) + b"\n"
-            )
+            sys.stderr.buffer.write(encode(read_bytes(path)) + b"\n")
         sys.stderr.buffer.flush()
         return
+    # 2. By a command: in a window of tmux, or in the background.
     if not tmux and not command:
         raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
-    if not shutil.which(program := shlex.split(command)[0]):
+    program = shlex.split(command)[0]
+    if not shutil.which(program):
         raise Failed(f"{program} is not installed; set output.preview_command")
-    command = command if "{path}" in command else f"{command} {{path}}"
+    if "{path}" not in command:
+        command += " {path}"
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
-        shell = [
-            "tmux",
-            "new-window",
-            "-d",
-            "-n",
-            "imagen",
-            "sh",
-            "-c",
-            f"{script}; printf '\\n[Enter]'; read -r _",
-        ]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
+        script += "; printf '\\n[Enter]'; read -r _"
+        shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", script]
+    done = subprocess.run(
+        shell,
+        capture_output=True,
+        text=True,
+        timeout=5,
+        start_new_session=True,
+    )
     if done.returncode:
         raise Failed(done.stderr)
 
 
 def kitty_image(png: bytes) -> bytes:
-    """https://sw.kovidgoyal.net/kitty/graphics-protocol/: base64 in pieces of 4096, m=1 on all but the last."""
+    """https://sw.kovidgoyal.net/kitty/graphics-protocol/
+
+    Base64 in pieces of 4096, m=1 on all but the last.
+    """
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = [
-        b";%b\x1b\\" % text[start : start + 4096]
-        for start in range(
-            0,
-            len(text),
-            4096,
-        )
-    ]
-    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(
-        (*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1])
-    )
+    starts = range(0, len(text), 4096)
+    pieces = [b"m=1;%b\x1b\\" % text[start : start + 4096] for start in starts]
+    pieces[-1] = pieces[-1].replace(b"m=1", b"m=0", 1)
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(pieces)
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -7504,49 +7794,29 @@ class GenerateRunner(TerminalRunner):
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config = load_config(args.config)
-    rows = []
+    rows = [backend_row(name, config) for name in config.backends]
     errors = []
-    for name, block in config.backends.items():
-        wrong = fault(name, config)
-        model = str(block.get("model") or block.get("workflow") or "")
-        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
-        variable = next((block[field] for field in fields if block.get(field)), "")
-        there = bool(os.environ.get(variable, "").strip())
-        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
-        row = {
-            "name": name,
-            "type": str(block.get("type") or ""),
-            "default": name == config.default_backend,
-        }
-        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
-            row |= {
-                "said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}",
-                "ok": True,
-            }
+            ready = open_backend(row["name"], config.backends).check(Context(15.0))
+            row |= {"said": f"ok: {ready}", "ok": True}
         except Exception as problem:
-            errors.append(error := as_error(problem))
+            error = as_error(problem)
+            errors.append(error)
             row |= {"said": f"{error.code}: {error}", "ok": False}
 
-    for thread in [in_thread(check, row) for row in rows if args.check]:
-        thread.join()
-    lines = aligned(
-        [
-            row[key]
-            for key in (
-                "name",
-                "type",
-                "model",
-                "said",
-            )
-        ]
-        for row in rows
-    )
-    lines = [
-        f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)
-    ]
+    if args.check:
+        for thread in [in_thread(check, row) for row in rows]:
+            thread.join()
+    lines = []
+    cells = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    for row, line in zip(rows, cells, strict=True):
+        mark = " "
+        if row["default"]:
+            mark = "*"
+        lines.append(f"{mark} {line}")
+    # Of several errors the one that its reader can do something about decides the exit code.
     worst = max(
         errors,
         key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code),
@@ -7555,12 +7825,38 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
+def backend_row(name: str, config: Config) -> dict[str, Any]:
+    """What is known of a backend before it is asked."""
+    block = config.backends[name]
+    state = fault(name, config)
+    variable = ""
+    if not state:
+        for field in marked(BACKENDS[block["type"]].Options, KEY):
+            variable = variable or block.get(field, "")
+    is_set = bool(os.environ.get(variable, "").strip())
+    if is_set:
+        state = f"{variable} set"
+    elif variable:
+        state = f"{variable} not set"
+    return {
+        "name": name,
+        "type": str(block.get("type") or ""),
+        "default": name == config.default_backend,
+        "model": str(block.get("model") or block.get("workflow") or ""),
+        "variable": variable,
+        "set": is_set,
+        "said": state,
+    }
+
+
 def fault(name: str, config: Config) -> str:
-    """What is wrong with a backend's block, in words that show no key pasted into it; a key not set is no fault."""
+    """What is wrong with a backend's block; a key that is not set is no fault."""
     try:
         open_backend(name, config.backends)
+    except KeyMissing:
+        return ""
     except BadConfig as problem:
-        return "" if isinstance(problem, KeyMissing) else str(problem)
+        return str(problem)
     return ""
 
 
@@ -7570,13 +7866,14 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     styles = {**STYLES, **load_config(args.config).styles}
     rows = []
     for name, style in styles.items():
-        against = f" / not: {style.negative}" * bool(style.negative)
-        rows.append(
-            (name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width))
-        )
-    return terminal.result(
-        {"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows)
-    )
+        text = style.suffix
+        if style.negative:
+            text += f" / not: {style.negative}"
+        if style.width:
+            text += f" [{style.width}x{style.height}]"
+        rows.append((name, text))
+    document = {"styles": {name: style._asdict() for name, style in styles.items()}}
+    return terminal.result(document, *aligned(rows))
 
 
 @command(
@@ -7585,9 +7882,8 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
-    return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](
-        args, terminal
-    )
+    actions = {"init": config_init, "validate": config_validate, "show": config_show}
+    return actions[args.action](args, terminal)
 
 
 NO_FILE = "no config file; the built-in defaults"
@@ -7600,64 +7896,49 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
     with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        # What was there stays until the new one stands.
         write_file(f"{path}.new", sample_text(), 0o600)
-        os.replace(f"{path}.new", path)  # what was there stays until the new one stands
+        os.replace(f"{path}.new", path)
     return terminal.result({"path": path}, path)
 
 
 def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     """Every complaint at once; what only another backend or the cloud lacks is a warning."""
-    warnings: list[str] = []
     path = config_path(args.config)
     data = config_data(args.config)
-    complaints = config_complaints(args.config, data)
-    output = data.get("output")
-    blocks = data["backends"] if isinstance(data["backends"], Mapping) else {}
-    naming = output.get("naming") if isinstance(output, Mapping) else None
-    for name in ("", *blocks):
-        try:
-            if name and isinstance(blocks[name], Mapping | None):
-                open_backend(name, blocks)
-            elif not name and isinstance(naming, str):
-                check_template(naming)
-        except BadConfig as problem:
-            bearable = isinstance(problem, KeyMissing) and name != data.get(
-                "default_backend", "mock"
-            )
-            (warnings if bearable else complaints).append(str(problem))
-    mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
-    if not complaints and mode not in ("off", False):
-        lacks = cloud_settings_missing(from_mapping(Config, data))
-        # Who set nothing up, and asked for nothing, need not hear of variables.
-        warnings += [
-            f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")
-        ]
+    errors, warnings = complaints(data, args.config, thorough=True)
+    if not errors:
+        config = from_mapping(Config, data)
+        mode = config.output.cloud_sync
+        for missing in cloud_settings_missing(config):
+            # Who set nothing up, and asked for nothing, need not hear of variables.
+            if mode == "on" or (mode == "auto" and missing.startswith("owner")):
+                warnings.append(f"{missing}: no cloud sync")
     for line in warnings:
         terminal.say(f"warning: {line}")
-    error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
-    fine = [f"{path or NO_FILE}: fine"] * (not error)
-    return terminal.result(
-        {"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error
-    )
+    document = {"path": path or None, "errors": errors, "warnings": warnings}
+    if errors:
+        return terminal.result(document, error=terminal.report(BadConfig("\n".join(errors))))
+    return terminal.result(document, f"{path or NO_FILE}: fine")
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The file in force and the merged values (JSON is YAML), with those that the environment overrides. No keys."""
+    """The file in force and the merged values, with those that the environment overrides."""
     config = load_config(args.config)
     path = config_path(args.config)
-    shown = {
-        key: value._asdict() if hasattr(value, "_asdict") else value
-        for key, value in config._asdict().items()
-    }
+    shown = config._asdict()
+    for section in ("output", "supabase", "worker"):
+        shown[section] = shown[section]._asdict()
     shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
     }
+    # JSON is YAML, so that the lines may become a file.
     origins = (f"# {field} comes from {name}" for name, field in overrides().items())
     lines = (f"# {path or NO_FILE}", *origins, to_json(shown, indent=2))
-    return terminal.result(
-        {"path": path or None, "config": shown, "environment": overrides()}, *lines
-    )
+    document = {"path": path or None, "config": shown, "environment": overrides()}
+    return terminal.result(document, *lines)
 
 
 @command(
@@ -7992,20 +8273,18 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     import shlex
 
     folder = os.path.abspath(os.path.expanduser(args.folder))
-    mark = "# the launcher of imagen.py"
     path = os.path.join(folder, "imagen")
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
+    # The mark tells a launcher of ours, which may be replaced, from a program of that name.
+    mark = "# the launcher of imagen.py"
     if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        write_file(
-            path,
-            f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n',
-            0o755,
-        )
+        write_file(path, f'#!/bin/sh\n{mark}\nexec {start} "$@"\n', 0o755)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)

@@ -5067,7 +5067,7 @@ backends:
   flux-dev-replicate: {type: replicate, model: black-forest-labs/flux-dev, api_token_env: REPLICATE_API_TOKEN}
   gpt-image: {type: openai, model: gpt-image-1-mini, api_key_env: OPENAI_API_KEY}
   mock: {type: mock}
-"""  # noqa: E501
+"""
 CONFIG_MISTAKES = """
 outptu: {}
 output: {preview: maybe, naming: "../{slug}"}
@@ -5198,19 +5198,19 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
         "IMAGEN_OUTPUT_DIR": "/in/environment",
         "IMAGEN_PREVIEW": "on",
     }
-    said = box.run("generate", "a fox", "--dry-run", env=environ).out
-    assert "gpt-image" in said
-    assert "/in/environment/" in said
-    said = box.run(
+    output = box.run("generate", "a fox", "--dry-run", env=environ).out
+    assert "gpt-image" in output
+    assert "/in/environment/" in output
+    output = box.run(
         "generate", "a fox", "--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ
     ).out
-    assert "mock" in said
-    assert "/in/flag/" in said
-    assert "gpt-image" not in said
-    assert "/in/environment" not in said
+    assert "mock" in output
+    assert "/in/flag/" in output
+    assert "gpt-image" not in output
+    assert "/in/environment" not in output
     make = ("generate", "a fox", "-b", "mock", "--size", "64x64", "-o", f"{box.out}/")
     assert "preview" in box.run(*make, env=environ).err  # `on` says so where nothing can show it
-    assert "preview" not in box.run(*make, "--no-preview", env=environ).err
+    assert "preview: " not in box.run(*make, "--no-preview", env=environ).err
 
 
 def test_config_on_and_off_may_be_booleans(here: Box) -> None:
@@ -5295,8 +5295,37 @@ def test_config_validate_says_every_complaint_at_once(box: Box, kind: str) -> No
         False,
         True,
     )
-    for said in (done.err, "\n".join(document.json["errors"])):
-        assert [place for place in CONFIG_PLACES[kind] if f"{place}: " not in said] == []
+    for output in (done.err, "\n".join(document.json["errors"])):
+        assert [place for place in CONFIG_PLACES[kind] if f"{place}: " not in output] == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            "/x",
+            "../x",
+            "a/../b",
+            "a/..",
+            "a//b",
+            "x/",
+            "./x",
+            "{slug}/",
+            "{slug",
+            "slug}",
+            "{}",
+        ),
+        *("{slug!r}", "{slug.__class__}", "{seed:>99}", "{{slug}}", "{slgu}", "a\0b"),
+    ],
+)
+def test_config_a_template_that_names_no_file_inside_is_refused(template: str) -> None:
+    with pytest.raises(
+        imagen.BadConfig, match="naming.*slug" if template == "{slgu}" else "naming"
+    ):
+        imagen.check_template(template)
 
 
 @pytest.mark.parametrize("section", ["output", "worker", "styles", "backends"])
@@ -5503,8 +5532,8 @@ def test_config_an_owner_that_is_no_uuid_is_an_error(
         {"mine": {"type": "mock"}}, **({"owner_user_id": owner} if by == "owner_user_id" else {})
     )
     monkeypatch.setenv(by, owner)
-    for words in (["config", "validate"], ["sign", SUPABASE_PATH]):
-        assert imagen.main(words) == 3
+    for args in (["config", "validate"], ["sign", SUPABASE_PATH]):
+        assert imagen.main(args) == 3
         err = capsys.readouterr().err
         assert by in err
         assert owner in err
@@ -5568,13 +5597,13 @@ def test_the_config_s_styles_win(box: Box) -> None:
         "mine": {"suffix": "in oil", "negative": "frame", "width": 96, "height": 64},
     }
     box.configure({"mock": {"type": "mock"}}, styles=styles)
-    said = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
-    assert "a fox, in violet ink" in said
-    assert imagen.STYLES["ink"].suffix not in said
-    said = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
-    assert "a fox, in oil" in said
-    assert "frame" in said
-    assert "96" in said
+    response = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
+    assert "a fox, in violet ink" in response
+    assert imagen.STYLES["ink"].suffix not in response
+    response = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
+    assert "a fox, in oil" in response
+    assert "frame" in response
+    assert "96" in response
     listed = box.run("styles").out
     assert "in violet ink" in listed
     assert "in oil" in listed
@@ -5639,9 +5668,11 @@ class HttpProxy(Server):
         try:
             headers = {name: value for name, value in seen.headers.items() if name != "connection"}
             connection.request(seen.method, url.path, seen.body or None, headers)
-            with connection.getresponse() as said:
+            with connection.getresponse() as response:
                 return status(
-                    said.status, said.read(), {"Content-Type": said.headers["Content-Type"]}
+                    response.status,
+                    response.read(),
+                    {"Content-Type": response.headers["Content-Type"]},
                 )
         finally:
             connection.close()
@@ -5846,11 +5877,11 @@ def http_stopped(
     return ended - stopped[0]
 
 
-def http_answer(code: int, headers: Mapping[str, str], body: bytes = b"") -> imagen.Answer:
+def http_answer(code: int, headers: Mapping[str, str], body: bytes = b"") -> imagen.HttpResponse:
     message = email.message.Message()
     for name, value in headers.items():
         message[name] = value
-    return imagen.Answer(code, message, body)
+    return imagen.HttpResponse(code, message, body)
 
 
 @pytest.mark.parametrize(
@@ -5891,13 +5922,13 @@ def http_waits() -> dict[str, tuple[Callable[[], Answer], float]]:
             email.utils.formatdate(time.time() + 2, usegmt=True),
         )()
 
-    words = {"detail": "Request was throttled. Your rate limit resets in ~1s."}
+    text = {"detail": "Request was throttled. Your rate limit resets in ~1s."}
     return {
         "seconds": (busy("Retry-After", "1"), 1),
         "float": (busy("Retry-After", "0.3"), 0.3),
         "date": (date, 0.9),
         "milliseconds": (busy("retry-after-ms", "300"), 0.3),
-        "words": (lambda: status(429, words), 1),
+        "words": (lambda: status(429, text), 1),
     }
 
 
@@ -6155,9 +6186,9 @@ def test_http_a_stop_ends_a_handshake_that_nobody_answers(
         if through_a_proxy:
             monkeypatch.setenv("https_proxy", proxy.base)
         ctx = HttpContext(30)
-        heard = proxy if through_a_proxy else mute
+        relay = proxy if through_a_proxy else mute
         gate = http_gate(ctx, f"https://127.0.0.1:{mute.port}")
-        assert http_stopped(ctx, lambda: gate.pay("/x", {}), heard.wait_seen) < 1
+        assert http_stopped(ctx, lambda: gate.pay("/x", {}), relay.wait_seen) < 1
         assert ctx.charged == "no"
 
 
@@ -6443,7 +6474,7 @@ def test_http_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) 
     ) as remote:
         gate = http_gate(HttpContext(), remote.base)
         assert gate.post("/x", {}).json() == {"a": 1}
-        with pytest.raises((imagen.Unknown, imagen.Broken)):
+        with pytest.raises((imagen.Unknown, imagen.TransportError)):
             gate.post("/y", {})
         assert [seen.path for seen in remote.seen] == ["/x", "/x", "/y"]
 
@@ -6453,7 +6484,7 @@ HTTP_SOON = {"retry-after-ms": "10"}  # so that no test has to wait
 
 def http_sent(
     remote: Server, data: Any, timeout: float = 10, ctx: imagen.Context | None = None
-) -> imagen.Answer:
+) -> imagen.HttpResponse:
     """The answer to a request that may be made twice."""
     gate = http_gate(ctx or HttpContext(timeout), remote.base, explain=imagen.supabase_error)
     return gate.send("PUT", "/x", data, Content_Type="image/png", x_upsert="true")
@@ -6621,10 +6652,10 @@ def test_http_contract_seed_size_and_progress(wired: Box, kind: str, size: tuple
         request = http_wanted(seed=4711, width=size[0], height=size[1])
         result = imagen.open_backend("x", blocks).generate(ctx, request)
         with result.image as image:
-            found = imagen.sniff(image)
-            assert found
-            assert found.complete
-            assert (found.width, found.height) == size
+            match = imagen.sniff(image)
+            assert match
+            assert match.complete
+            assert (match.width, match.height) == size
         assert ctx.told
         if "seed" not in result.ignored:
             assert result.seed == 4711
@@ -6712,9 +6743,9 @@ def test_http_contract_an_image_cut_off_is_fetched_again_not_paid_again(
             .generate(HttpContext(), http_wanted())
             .image as image
         ):
-            found = imagen.sniff(image)
-        assert found
-        assert found.complete
+            match = imagen.sniff(image)
+        assert match
+        assert match.complete
         assert len(server.creates) == 1
         fetched = server.seen if kind == "comfyui" else server.files.seen
         assert (
@@ -6960,8 +6991,8 @@ def test_http_the_journal_says_before_each_try_that_the_last_one_was_not_charged
         assert process.returncode == 10
         assert "imagen recover" in err
         assert "maybe charged" in err.lower()
-        said = [line["charged"] for line in lines if "charged" in line]
-        assert said == ["unknown", "no", "unknown"]
+        output = [line["charged"] for line in lines if "charged" in line]
+        assert output == ["unknown", "no", "unknown"]
         assert ["sending" in line for line in lines if "charged" in line] == [True, False, True]
 
 
@@ -6993,7 +7024,7 @@ def http_refusals() -> Iterator[tuple[str, str, object, int, str]]:
         413: 2,
         422: 2,
     }.items():
-        said = {
+        output = {
             "error": {
                 "message": "No.",
                 "type": "invalid_request_error",
@@ -7001,7 +7032,7 @@ def http_refusals() -> Iterator[tuple[str, str, object, int, str]]:
                 "code": "invalid_value",
             }
         }
-        yield "openai", str(status_code), status(status_code, said), code, "no"
+        yield "openai", str(status_code), status(status_code, output), code, "no"
         problem = {"title": "No", "detail": "- input.steps: too many", "status": status_code}
         yield "replicate", str(status_code), status(status_code, problem), code, "no"
 
@@ -7173,7 +7204,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "output": [f"data:image/png;base64,{image}"],
         "logs": f"Authorization: {key}\n",
     }
-    kept = {
+    extra = {
         "id": key,
         "size": key,
         "quality": f"x{key}",
@@ -7188,7 +7219,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "html": ("openai", html(502, f"<html>{key}</html>")),
         "metadata": (
             "openai",
-            ok({"data": [{"b64_json": image, "revised_prompt": key}], **kept}),
+            ok({"data": [{"b64_json": image, "revised_prompt": key}], **extra}),
         ),
         "link": ("openai", ok({"data": [{"url": f"file:///{key}"}]})),
         "no image": (
@@ -7214,7 +7245,7 @@ def test_http_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str)
     with Remote(answer, repeat=True) as remote:
         path = box.configure({kind: http_block(kind, remote.base)})
         env = {"HTTP_TEST_KEY": HTTP_CANARY}
-        said = [
+        output = [
             box.run(
                 "generate",
                 "a fox",
@@ -7223,9 +7254,9 @@ def test_http_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str)
             )
             for flag in ("-v", "--json")
         ]
-        said.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
+        output.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
         assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
-    shown = "".join(done.out + done.err for done in said).encode()
+    shown = "".join(done.out + done.err for done in output).encode()
     files = [file for file in box.root.rglob("*") if file.is_file() and file != path]
     assert files
     for where, data in [
@@ -7367,7 +7398,7 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 
 
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
-    wanted = [
+    expected = [
         *itertools.product(
             ("a fox", "a fax"),
             (7, 8),
@@ -7375,7 +7406,7 @@ def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
             (64, 96),
         )
     ]
-    assert len({imagen.mock_picture(*one) for one in wanted * 2}) == len(wanted)
+    assert len({imagen.mock_picture(*one) for one in expected * 2}) == len(expected)
     made = [
         box.run("generate", "a fox", "--size", "64x64", "--seed", seed).lines[0]
         for seed in ("7", "7", "8")
@@ -7414,8 +7445,8 @@ def test_mock_two_prompts_differ_in_layout() -> None:
                 if row[x] != row[x - 1]
             }
         )
-    for one, other in itertools.combinations(edges, 2):
-        assert len(one ^ other) > 300  # of 32,640
+    for first, other in itertools.combinations(edges, 2):
+        assert len(first ^ other) > 300  # of 32,640
 
 
 def test_mock_text_chunks_hold_prompt_and_seed(box: Box) -> None:
@@ -7645,13 +7676,13 @@ def adapter_rows(text: str) -> list[list[str]]:
 
 def adapter_values(text: str) -> dict[str, Any]:
     """`a=1 b=x` as a mapping; what is JSON is taken as that."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, _, value in (word.partition("=") for word in text.split()):
         try:
-            found[name] = json.loads(value)
+            values[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def adapter_told(error: imagen.ImagenError) -> str:
@@ -7660,8 +7691,8 @@ def adapter_told(error: imagen.ImagenError) -> str:
 
 def adapter_charged(err: str) -> set[str]:
     """What the messages say about money: no, unknown, yes."""
-    said = {"not ": "no", "maybe ": "unknown", "": "yes"}
-    return {said[word] for word in re.findall(r"(not |maybe )?charged", err.lower())}
+    output = {"not ": "no", "maybe ": "unknown", "": "yes"}
+    return {output[word] for word in re.findall(r"(not |maybe )?charged", err.lower())}
 
 
 @contextlib.contextmanager
@@ -7871,9 +7902,9 @@ def test_comfyui_model_text_encoders_and_vae_are_posted_by_the_names_the_server_
         paths = str.split(
             "UNETLoader.unet_name DualCLIPLoader.clip_name1 DualCLIPLoader.clip_name2 VAELoader.vae_name"
         )
-        found = [[comfy_at(graph, path) for path in paths] for graph in comfy_posted(comfy)]
-    assert found[0] == ["a\\parts.sft", clips[2], clips[1], "flux/ae.sft"]
-    assert found[1] == ["a\\parts.sft", clips[3], clips[0], "sdxl_vae.safetensors"]
+        values = [[comfy_at(graph, path) for path in paths] for graph in comfy_posted(comfy)]
+    assert values[0] == ["a\\parts.sft", clips[2], clips[1], "flux/ae.sft"]
+    assert values[1] == ["a\\parts.sft", clips[3], clips[0], "sdxl_vae.safetensors"]
     with Comfy(clips=["clip_l.safetensors"]) as comfy, pytest.raises(imagen.BadConfig) as caught:
         comfy_make(comfy, model=COMFY_SCHNELL)
     assert '"t5xxl"' in adapter_told(caught.value)
@@ -7906,7 +7937,7 @@ def test_comfyui_placeholders_of_a_workflow_are_filled_once_and_numbers_stay_num
     graph["31"]["inputs"] |= {"seed": "{seed}", "steps": "{steps}"}
     graph["27"]["inputs"] |= {"width": "{width}", "height": "{height}"}
     prompt = 'a "fox"\n{seed} {negative} 🦊 (red:1.2) {a|b} embedding:x'
-    wanted = {
+    expected = {
         "prompt": prompt,
         "negative_prompt": "blur",
         "width": 72,
@@ -7915,11 +7946,11 @@ def test_comfyui_placeholders_of_a_workflow_are_filled_once_and_numbers_stay_num
         "seed": 2**53 + 1,
     }
     with Comfy() as comfy:
-        result = comfy_make(comfy, wanted, workflow=comfy_file(tmp_path, graph))
+        result = comfy_make(comfy, expected, workflow=comfy_file(tmp_path, graph))
         (posted,) = comfy_posted(comfy)
     places = "KSampler.positive.conditioning.text KSampler.negative.text KSampler.seed KSampler.latent_image.width"
-    found = [comfy_at(posted, path) for path in places.split()]
-    assert found == [prompt, "not blur, {other}", 2**53 + 1, 72]
+    values = [comfy_at(posted, path) for path in places.split()]
+    assert values == [prompt, "not blur, {other}", 2**53 + 1, 72]
     assert (
         result.ignored,
         result.steps,
@@ -7938,17 +7969,17 @@ def test_comfyui_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_
     }
     workflow = comfy_file(tmp_path, flux_graph(text="old {prompt}", seed=1, steps=3))
     with Comfy() as comfy:
-        wanted = {"width": 0, "height": 0, "negative_prompt": "x"}
-        assert comfy_make(comfy, wanted, workflow=workflow, nodes=nodes).ignored == (
+        expected = {"width": 0, "height": 0, "negative_prompt": "x"}
+        assert comfy_make(comfy, expected, workflow=workflow, nodes=nodes).ignored == (
             "negative_prompt",
         )
         result = comfy_make(comfy, {"steps": 9}, workflow=workflow)
-        one, two = comfy_posted(comfy)
+        first, second = comfy_posted(comfy)
     places = str.split(
         "KSampler.positive.conditioning.text KSampler.seed KSampler.steps KSampler.latent_image.width"
     )
-    assert [comfy_at(one, path) for path in places] == ["fox", 7, 3, 64]
-    assert [comfy_at(two, path) for path in places] == ["old fox", 1, 3, 64]
+    assert [comfy_at(first, path) for path in places] == ["fox", 7, 3, 64]
+    assert [comfy_at(second, path) for path in places] == ["old fox", 1, 3, 64]
     assert set(result.ignored) == {"seed", "width", "height", "steps"}
     assert result.seed is None
     assert result.steps is None
@@ -8159,9 +8190,11 @@ def test_comfyui_each_recorded_answer_ends_as_it_should(
     with ComfyWith() as comfy, pytest.raises(imagen.ImagenError) as caught:
         comfy.instead[route] = [answer]
         comfy_make(comfy)
-    told = adapter_told(caught.value)
-    assert caught.value.exit_code == code and all(word in told for word in words.split(";")), told
-    assert "/srv/" not in told
+    messages = adapter_told(caught.value)
+    assert caught.value.exit_code == code and all(word in messages for word in words.split(";")), (
+        messages
+    )
+    assert "/srv/" not in messages
 
 
 @pytest.mark.parametrize("version", COMFY_VERSIONS)
@@ -8199,17 +8232,17 @@ def test_comfyui_every_version_makes_an_image_twice_though_the_first_file_is_gon
             assert done.code == 0 and done.lines[0].endswith(name), done.err
             assert Path(done.lines[0]).read_bytes() == comfy.files.popitem()[1]
             assert not comfy.files
-        one, two = comfy.submitted
-        about = box.sidecar(done.lines[0])
-    told = [
-        about[k]
+        first, second = comfy.submitted
+        sidecar = box.sidecar(done.lines[0])
+    messages = [
+        sidecar[k]
         for k in ("model", "seed", "steps", "width", "cost_usd_estimate", "charged", "ignored")
     ]
-    assert told == [CHECKPOINTS[1], 7, 4, 64, 0, "no", []]
-    assert about["metadata"]["prompt_id"] == two["prompt_id"]
-    assert one["prompt_id"] != two["prompt_id"]
-    assert one["client_id"]
-    assert two["client_id"]
+    assert messages == [CHECKPOINTS[1], 7, 4, 64, 0, "no", []]
+    assert sidecar["metadata"]["prompt_id"] == second["prompt_id"]
+    assert first["prompt_id"] != second["prompt_id"]
+    assert first["client_id"]
+    assert second["client_id"]
 
 
 def test_comfyui_a_prompt_has_ids_and_a_prefix_of_its_own_and_its_socket_the_same_client_id() -> (
@@ -8271,10 +8304,10 @@ def test_comfyui_a_size_that_the_server_changes_is_reported(box: Box, size: str,
         assert comfy_run(box, comfy, "--size", "8x8").code == 2
         assert len(comfy.submitted) == 1
     assert done.code == 0 and (f"asked {size}, got {made}" in done.err) == bool(made), done.err
-    about = box.sidecar(done.lines[0])
-    assert f"{about['width']}x{about['height']}" == (made or size)
+    sidecar = box.sidecar(done.lines[0])
+    assert f"{sidecar['width']}x{sidecar['height']}" == (made or size)
     assert "cannot take negative_prompt" in done.err
-    assert about["ignored"] == ["negative_prompt"]
+    assert sidecar["ignored"] == ["negative_prompt"]
 
 
 def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
@@ -8482,8 +8515,8 @@ def test_comfyui_a_prompt_that_was_left_runs_on_and_recover_fetches_it_or_says_t
         assert "restarted" in done.err
         assert done.out == ""
     else:
-        about = box.sidecar(done.lines[0])
-        assert [about[k] for k in ("prompt", "seed", "steps", "model")] == [
+        sidecar = box.sidecar(done.lines[0])
+        assert [sidecar[k] for k in ("prompt", "seed", "steps", "model")] == [
             "a red fox",
             7,
             4,
@@ -8605,11 +8638,11 @@ def test_replicate_a_model_with_a_version_and_one_without_have_their_own_path_an
     assert create.json == {"input": REPLICATE_FOX, **({"version": version} if version else {})}
     assert create.headers["authorization"] == "Bearer r8_stand_in"
     assert "prefer" not in create.headers
-    about = box.sidecar(done.lines[0])
+    sidecar = box.sidecar(done.lines[0])
     assert (
-        about["model"],
-        about["seed"],
-        about["charged"],
+        sidecar["model"],
+        sidecar["seed"],
+        sidecar["charged"],
         done.code,
     ) == (model, 7, "yes", 0)
 
@@ -9133,18 +9166,18 @@ def test_openai_every_model_of_today_makes_an_image_with_all_that_can_be_asked(
         )
         (seen,) = server.seen
     assert done.code == 0 and seen.headers["authorization"] == f"Bearer {server.key}", done.err
-    about = box.sidecar(done.lines[0])
-    assert (about["seed"], about["steps"], about["charged"], about["width"]) == (
+    sidecar = box.sidecar(done.lines[0])
+    assert (sidecar["seed"], sidecar["steps"], sidecar["charged"], sidecar["width"]) == (
         None,
         None,
         "yes",
         1024,
     )
-    assert about["ignored"] == ["seed", "steps", "negative_prompt"]
+    assert sidecar["ignored"] == ["seed", "steps", "negative_prompt"]
     assert "negative_prompt, seed, steps" in done.err
-    assert about["metadata"]["x_request_id"].startswith("req_")
-    assert about["metadata"]["usage"]["output_tokens"] == 1056
-    assert about["cost_usd_estimate"] == pytest.approx(
+    assert sidecar["metadata"]["x_request_id"].startswith("req_")
+    assert sidecar["metadata"]["usage"]["output_tokens"] == 1056
+    assert sidecar["cost_usd_estimate"] == pytest.approx(
         1056e-6
         * {"-1-": 8, "1.5": 32}.get(
             model[9:12],
@@ -9308,14 +9341,14 @@ def test_openai_each_dialect_is_spoken_with_a_few_options(
         "steps": 9,
     }
     assert made == expected
-    about = box.sidecar(done.lines[0])
-    assert (about["seed"], about["steps"], about["width"], about["cost_usd_estimate"]) == (
+    sidecar = box.sidecar(done.lines[0])
+    assert (sidecar["seed"], sidecar["steps"], sidecar["width"], sidecar["cost_usd_estimate"]) == (
         7,
         9,
         640,
         0.01,
     )
-    assert about["ignored"] == ([] if negative else ["negative_prompt"])
+    assert sidecar["ignored"] == ([] if negative else ["negative_prompt"])
 
 
 def test_openai_complaints_of_fastapi_name_the_field(box: Box) -> None:
@@ -9415,10 +9448,10 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
         )
         assert box.run("generate", "a fox").code == 10
     done = box.run("recover", "--all")
-    (kept,) = box.out.iterdir()
+    (file,) = box.out.iterdir()
     assert done.code == 10
-    assert str(kept) in done.err
-    assert kept.read_bytes() == avif
+    assert str(file) in done.err
+    assert file.read_bytes() == avif
     assert box.unfinished() == []
 
 
@@ -9485,10 +9518,10 @@ def test_openai_a_revised_prompt_is_kept_in_the_sidecar(box: Box) -> None:
             )
         )
         done = openai_run(box, server)
-    about = box.sidecar(done.lines[0])
-    assert about["metadata"]["revised_prompt"] == "a red fox"
-    assert about["mime_type"] == "image/jpeg"
-    assert about["cost_usd_estimate"] is None
+    sidecar = box.sidecar(done.lines[0])
+    assert sidecar["metadata"]["revised_prompt"] == "a red fox"
+    assert sidecar["mime_type"] == "image/jpeg"
+    assert sidecar["cost_usd_estimate"] is None
     assert "$?" in done.err
     assert done.lines[0].endswith(".jpg")
 
@@ -9633,35 +9666,6 @@ def test_output_a_template_s_fields_are_filled_in() -> None:
     assert imagen.numbered(imagen.render_name("x.{ext}", request, at), "webp", 1) == "x.webp"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        *(
-            "",
-            ".",
-            "..",
-            "/x",
-            "../x",
-            "a/../b",
-            "a/..",
-            "a//b",
-            "x/",
-            "./x",
-            "{slug}/",
-            "{slug",
-            "slug}",
-            "{}",
-        ),
-        *("{slug!r}", "{slug.__class__}", "{seed:>99}", "{{slug}}", "{slgu}", "a\0b"),
-    ],
-)
-def test_output_a_template_that_names_no_file_inside_is_refused(template: str) -> None:
-    with pytest.raises(
-        imagen.BadConfig, match="naming.*slug" if template == "{slgu}" else "naming"
-    ):
-        imagen.check_template(template)
-
-
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.lists(
@@ -9679,7 +9683,7 @@ def test_output_a_name_never_climbs_out_and_always_fits(
     template: str, prompt: str, backend: str, end: str, number: int
 ) -> None:
     literal = re.sub(r"{\w+}", "x", template).split("/")
-    if {"", ".", ".."} & {*literal}:
+    if {"", ".", ".."} & {*literal} or "{ext}" in template.rpartition("/")[0]:
         with pytest.raises(imagen.BadConfig):
             imagen.check_template(template)
         return
@@ -9727,7 +9731,7 @@ def test_output_a_name_has_the_true_ending_and_a_number(
 def test_output_numbers_make_names_different(name: str, ending: str) -> None:
     names = [imagen.numbered(name, ending, number) for number in range(1, 30)]
     assert len(set(names)) == len(names)
-    assert max(len(f"{one}.json".encode()) for one in names) <= 255
+    assert max(len(f"{name}.json".encode()) for name in names) <= 255
 
 
 @pytest.mark.parametrize(
@@ -10030,8 +10034,8 @@ def test_output_processes_with_one_name_make_a_file_each(
     )
     processes = [output_started(box, plan, *args) for _ in range(count)]
     done = [output_ended(process) for process in processes]
-    assert [one.err for one in done if one.code] == []
-    paths = [one.lines[0] for one in done]
+    assert [run.err for run in done if run.code] == []
+    paths = [run.lines[0] for run in done]
     numbers = ["", *(f"-{n}" for n in range(2, count + 1))]
     assert sorted(paths) == sorted(str(box.out / f"same{number}.png") for number in numbers)
     assert len({box.sidecar(path)["image_id"] for path in paths}) == count
@@ -10058,18 +10062,18 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
         "3",
     )
     path = box.run("generate", "Größe", *asked).lines[0]
-    about = box.sidecar(path)
+    sidecar = box.sidecar(path)
     image = Path(path).read_bytes()
-    assert list(about) == OUTPUT_SIDECAR
-    assert imagen.is_uuid(about.pop("image_id"))
-    assert about.pop("latency_ms") >= 0
+    assert list(sidecar) == OUTPUT_SIDECAR
+    assert imagen.is_uuid(sidecar.pop("image_id"))
+    assert sidecar.pop("latency_ms") >= 0
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d:\d\d", about.pop("timestamp")
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d:\d\d", sidecar.pop("timestamp")
     )
-    styled = about.pop("styled_prompt"), about.pop("negative_prompt")
+    styled = sidecar.pop("styled_prompt"), sidecar.pop("negative_prompt")
     assert all(word in styled[0] for word in ("Größe", "in red"))
     assert all(w in styled[1] for w in ("cats", "grey"))
-    assert sorted(about.pop("ignored")) == ["negative_prompt", "steps"]
+    assert sorted(sidecar.pop("ignored")) == ["negative_prompt", "steps"]
     expected = {
         "prompt": "Größe",
         "style": "loud",
@@ -10095,7 +10099,7 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
         "storage_path": None,
         "imagen_version": imagen.__version__,
     }
-    assert about == expected
+    assert sidecar == expected
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
@@ -10120,7 +10124,7 @@ def test_output_the_umask_is_respected(box: Box, umask: int) -> None:
 
 @pytest.mark.parametrize("letter", ["x", "ä", "🦊"])
 def test_output_no_name_is_longer_than_255_bytes(box: Box, letter: str) -> None:
-    wanted = letter * (250 // len(letter.encode())) + ".jpg"
+    expected = letter * (250 // len(letter.encode())) + ".jpg"
     paths = [
         box.run(
             "generate",
@@ -10129,7 +10133,7 @@ def test_output_no_name_is_longer_than_255_bytes(box: Box, letter: str) -> None:
             "64x64",
             "-q",
             "-o",
-            str(box.out / wanted),
+            str(box.out / expected),
         ).lines[0]
         for _ in "12"
     ]
@@ -10211,9 +10215,9 @@ def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box
         assert done.lines == []
         assert entry["id"] in done.err
         assert "harged" in done.err
-        (kept,) = box.state.rglob("*.part")
-        assert kept.stat().st_size > 11 << 20
-        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        (file,) = box.state.rglob("*.part")
+        assert file.stat().st_size > 11 << 20
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert not output_files(folder)
         assert box.run("recover", entry["id"]).code == 8  # still no room: nothing changes
         assert [entry["id"] for entry in box.unfinished()] == [entry["id"]]
@@ -10222,11 +10226,11 @@ def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box
         again = box.run("recover", entry["id"])
         assert again.code == 0
         assert server.posts == 1
-        about = box.sidecar(again.lines[0])
-        assert about["sha256"] == hashlib.sha256(Path(again.lines[0]).read_bytes()).hexdigest()
-        assert about["bytes"] > 11 << 20
-        assert about["charged"] == "yes"
-        assert about["cost_usd_estimate"] > 0
+        sidecar = box.sidecar(again.lines[0])
+        assert sidecar["sha256"] == hashlib.sha256(Path(again.lines[0]).read_bytes()).hexdigest()
+        assert sidecar["bytes"] > 11 << 20
+        assert sidecar["charged"] == "yes"
+        assert sidecar["cost_usd_estimate"] > 0
         assert box.hidden() == []
         assert box.unfinished() == []
         assert list(box.state.rglob("*.part")) == []
@@ -10435,7 +10439,7 @@ def test_preview_without_tmux_img_auto_is_silent_and_on_warns(
     silent = on_tty(box, *SMALL, env=inside)
     warned = on_tty(box, *SMALL, "--preview", "on", env=inside)
     assert (silent.code, warned.code) == (0, 0)
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert "tmux-img" not in silent.err
     assert "imagen: preview: tmux-img is not installed" in warned.err
     assert preview_tmux.windows() == ["work 1"]
@@ -10492,12 +10496,12 @@ def test_preview_kitty_and_ghostty_get_the_exact_png_in_pieces(box: Box, shown_a
 @pytest.mark.parametrize("program", ["iTerm.app", "WezTerm"])
 def test_preview_iterm_and_wezterm_get_the_exact_png(box: Box, program: str) -> None:
     done = on_tty(box, *SMALL, env={"TERM_PROGRAM": program})
-    (found,) = re.findall(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", done.err)
-    keys = dict(pair.split("=") for pair in found[0].split(";"))
+    (match,) = re.findall(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", done.err)
+    keys = dict(pair.split("=") for pair in match[0].split(";"))
     image = Path(done.lines[0]).read_bytes()
     assert keys["inline"] == "1"
     assert keys["size"] == str(len(image))
-    assert base64.b64decode(found[1], validate=True) == image
+    assert base64.b64decode(match[1], validate=True) == image
 
 
 def test_preview_kitty_is_sent_no_jpeg(box: Box) -> None:
@@ -10511,7 +10515,7 @@ def test_preview_kitty_is_sent_no_jpeg(box: Box) -> None:
         )
     assert silent.code == warned.code == 0
     assert "\x1b_G" not in silent.err + warned.err
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert "imagen: preview: " in warned.err
 
 
@@ -10519,7 +10523,7 @@ def test_preview_on_warns_where_nothing_can_show_an_image_and_auto_does_not(box:
     silent = on_tty(box, *SMALL)
     warned = box.run(*SMALL, "--preview", "on")
     assert silent.code == warned.code == 0
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert re.search(r"^imagen: preview: .*preview_command", warned.err, re.MULTILINE)
 
 
