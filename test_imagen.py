@@ -17486,7 +17486,7 @@ def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error
             client.images.generate(prompt="", stream=True)
 
 
-def test_server_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
+def test_server_the_gallery_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
     serve_plant(box, 60)
     with Serving(box) as server:
         pages = []
@@ -17513,26 +17513,33 @@ def test_server_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) 
         assert server.images("?limit=1&query=photo")[0]["prompt"] == "a newcomer"
         (box.state / "ledger.jsonl").write_text("")
         assert server.images() == []
+        (box.state / "ledger.jsonl").unlink()
+        assert server.images() == []
 
 
-def test_server_what_is_still_to_be_delivered_is_among_the_images_where_its_time_puts_it(
+def test_server_what_is_still_to_be_delivered_comes_before_what_the_ledger_has(
     box: Box,
 ) -> None:
     records = serve_plant(box, 90)
     late = records[20:60]  # more than a page
-    kept = [record for record in records if record not in late]
-    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    for record in late:
+        record["at"] = record["sidecar"]["timestamp"]
+    finished = [record for record in records if record not in late]
+    (box.state / "ledger.jsonl").write_text(
+        "".join(f"{json.dumps(record)}\n" for record in finished)
+    )
     for record in late:
         (box.state / "open" / f"{record['id']}.jsonl").write_text(f"{json.dumps(record)}\n")
     (box.state / "open" / "0.jsonl").write_text('{"path": "/nothing"}\n{"sidecar": {"image')
     with Serving(box) as server:
-        found = list[str]()
+        prompts = list[str]()
         before = ""
         while before is not None:
-            said = server.get(f"/api/images?before={before}").json
-            found = found + [image["prompt"] for image in said["images"]]
-            before = said["next"]
-        assert found == [f"fox {number}" for number in reversed(range(90))]
+            page = server.get(f"/api/images?before={before}").json
+            prompts = prompts + [image["prompt"] for image in page["images"]]
+            before = page["next"]
+        in_order = [*late[::-1], *finished[::-1]]
+        assert prompts == [record["sidecar"]["prompt"] for record in in_order]
         assert server.get(f"/api/images/{late[0]['id']}").json["prompt"] == "fox 20"
         assert server.get(f"/images/{late[0]['id']}").status == 200
 
@@ -17556,12 +17563,12 @@ def test_server_an_image_is_fetched_once_and_kept(box: Box) -> None:
         about = server.get(f"/api/images/{record['id']}").json
         assert (
             about["id"],
-            about["there"],
+            about["exists"],
             about["cloud"],
         ) == (record["id"], True, False)
         os.unlink(record["path"])
         assert server.get(path).status == 404
-        assert not server.images()[0]["there"]
+        assert not server.images()[0]["exists"]
         for odd in (
             path.upper(),
             path[:-1],
@@ -17818,15 +17825,16 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
 
 
 def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
-    for method, path, code in (
-        ("GET", "/v1/images/generations", 405),
-        ("PUT", "/healthz", 405),
-        ("DELETE", f"/images/{uuid.uuid4()}", 404),
-        ("OPTIONS", "/", 405),
-        ("GET", "/v1/images/edits", 404),
-        ("POST", "/v1/images/edits", 404),
+    for method, path, code, allow in (
+        ("GET", "/v1/images/generations", 405, "POST"),
+        ("PUT", "/healthz", 405, "GET, HEAD"),
+        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD"),
+        ("OPTIONS", "/", 405, "GET, HEAD"),
+        ("GET", "/v1/images/edits", 404, None),
+        ("POST", "/v1/images/edits", 404, None),
     ):
-        assert serving.ask(method, path).status == code, (method, path)
+        response = serving.ask(method, path)
+        assert (response.status, response.headers.get("allow")) == (code, allow), (method, path)
     assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
 
 
@@ -18224,7 +18232,7 @@ class Tab:
         deadline = time.monotonic() + timeout
         while not (value := self.js(condition)):
             assert time.monotonic() < deadline, (
-                f"waited in vain for {condition}; {self.text('#said')}"
+                f"waited in vain for {condition}; {self.text('#info')}"
             )
             time.sleep(0.02)
         return value
@@ -18457,9 +18465,9 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     tab.click("#go")
     far = tab.until("$('bar').value > 0.1 && $('bar').value")
     assert 0.1 < far < 1
-    assert tab.text("#said") == "drawing … 0 of 2 done"
+    assert tab.text("#info") == "drawing … 0 of 2 done"
     assert tab.js("$('go').disabled")
-    tab.until("$('said').textContent === 'Done.'")
+    tab.until("$('info').textContent === 'Done.'")
     assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
     assert tab.js("$('bar').hidden && !$('go').disabled")
     keys = ("seed", "style", "backend", "width", "height")
@@ -18503,7 +18511,7 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
     }  # fmt: skip
     assert (tab.text("#text"), tab.js("$('big').alt")) == (said, said)
     tab.click("#copy")
-    tab.until("$('told').textContent === 'Copied.'")
+    tab.until("$('note').textContent === 'Copied.'")
     assert tab.js("navigator.clipboard.readText()") == said
     tab.click("#command")
     command = tab.until(
@@ -18582,16 +18590,16 @@ def test_server_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Ga
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "broken")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
+    tab.until("$('info').className === 'error'")
+    assert tab.text("#info").strip() == "broken: failing with `refused`, as its options ask"
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    assert "REPLICATE_API_TOKEN" in tab.until("$('said').innerText.split('\\n')[1]")
+    assert "REPLICATE_API_TOKEN" in tab.until("$('info').innerText.split('\\n')[1]")
     tab.choose("#backend", "mock")
     tab.type("#size", "64x64")
     tab.click("#go")
     tab.until("images.length === 1")
-    assert tab.js("$('said').className") == ""
+    assert tab.js("$('info').className") == ""
 
 
 @in_chromium
@@ -18602,8 +18610,8 @@ def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
     gallery.server.wait(30)
     tab.type("#prompt", "a fox")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "The server does not answer."
+    tab.until("$('info').className === 'error'")
+    assert tab.text("#info").strip() == "The server does not answer."
     logged = [
         one["entry"]["text"]
         for one in tab.heard("Log.entryAdded")
@@ -18652,7 +18660,7 @@ def test_server_a_phone_scrolls_down_only(gallery: Gallery) -> None:
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
+    tab.until("$('info').className === 'error'")
     assert tab.js(fits)
     for tile in ("#grid button:nth-child(2)", "#grid button"):
         tab.click(tile)
@@ -18736,7 +18744,7 @@ def test_server_axe_finds_nothing_to_complain_about(
     tab.until("!$('go').disabled")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
+    tab.until("$('info').className === 'error'")
     found += complaints("error")
     tab.click("#grid button:nth-child(2)")
     tab.until("$('big').complete")
