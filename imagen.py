@@ -23,9 +23,9 @@ The life of one paid image. Left the step, right where a kill -9 just after it l
 Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prints it with line numbers.
 
     Errors      what can go wrong, and what each door makes of it
-    Shapes      outside data becomes NamedTuples; keys that never show
+    Shapes      outside data becomes NamedTuples, and back; keys that never show
     Images      what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own
-    Contract    Request, Result, Context, Backend: what an adapter is
+    Contract    Order, Request, Result, Context, Backend: what an adapter is
     Config      imagen.yaml: flag > environment > file > default
     Styles      named ways to dress a prompt
     HTTP        the only way out, and what may be sent twice
@@ -37,7 +37,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     Preview     tmux, kitty, iTerm2
     Journal     what is unfinished, and the ledger of what is finished
     Supabase    objects in a private bucket, rows that tell of them, signed links
-    Pipeline    make, finish, deliver; and recover, which is the same steps again
+    Pipeline    plans_of, make, finish, deliver; and recover, which is the same steps again
     Queue       imagen.jobs, one connection, one statement a turn
     Worker      takes jobs, keeps their leases, hands their images in
     Server      the OpenAI-compatible API, and a page to look at what was made
@@ -49,7 +49,9 @@ from __future__ import annotations
 
 import binascii
 import errno
+import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -61,9 +63,18 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeVar,
+)
 
 if typing.TYPE_CHECKING:
     import argparse
@@ -79,22 +90,46 @@ EMPTY: Mapping[str, Any] = types.MappingProxyType({})
 #   class        code         exit  HTTP  again  raised when
 #   ImagenError  bug             1   500  no     nobody expected it; everything below is expected
 #   BadRequest   usage           2   400  no     a flag, a size, a prompt cannot be meant
-#   BadConfig    config          3   500  no     a setting, key, permission or model is missing or wrong
-#   Unreachable  unreachable     4   503  yes    the backend or the database was not reached; nothing was sent
-#   Refused      refused         5   422  no     moderation: not this image, not today, not tomorrow
+#   BadConfig    config          3   500  no     a setting, key or permission is missing or wrong
+#   Unreachable  unreachable     4   503  yes    the backend or the database was not reached
+#   Refused      refused         5   422  no     moderation: not this image, today or tomorrow
 #   Quota        quota           6   402  no     the account is empty
 #   Busy         busy            7   429  yes    rate limit or overload: not accepted, not charged
 #   Disk         disk            8   507  yes    the local disk is full or not ours to write
 #   Partial      partial         9   207  no     some of the images were made
-#   Unknown      unknown        10   502  no     sent, and nobody knows what became of it: maybe charged
+#   Unknown      unknown        10   502  no     sent, and nobody knows the outcome: maybe charged
 #   Failed       failed         11   502  no     the remote ran and failed, or our deadline passed
 #   Interrupted  interrupted   130   499  yes    somebody asked us to stop
 
+# Every spelling of every key in use, the longest first, so that none leaves the tail of another.
+KEY_SPELLINGS: list[str] = []
+
+
+def redact(text: str) -> str:
+    """`text` with every key in use replaced by ***: for messages, and for what a remote sent.
+
+    What a person wrote is never changed; a prompt that holds a key is refused instead.
+    """
+    for spelling in KEY_SPELLINGS:
+        text = text.replace(spelling, "***")
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: control characters, surrogates, direction marks.
+
+    >>> printable("a\\x1b[31m red\\nb")
+    'a [31m red\\nb'
+    """
+    letters = (char if char.isprintable() or char == "\n" else " " for char in text)
+    return "".join(letters).strip()
+
 
 class ImagenError(Exception):
-    """An error for a person: `str(error)` says what happened, `hint` what to do next.
+    """An error for a person: `str(error)` says what happened, `hint` what to do next; no keys in it.
 
-    `charged` belongs to the attempt, not to the class; `after`: seconds that the remote asked us to wait, 0 for none.
+    `charged` belongs to the attempt, not to the class. `after`: seconds that the remote asked us to
+    wait, 0 for none.
     """
 
     code: ClassVar[str] = "bug"
@@ -103,11 +138,16 @@ class ImagenError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(
-        self, message: str, hint: str = "", *, charged: Charged = "no", after: float = 0.0
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        charged: Charged = "no",
+        after: float = 0.0,
     ) -> None:
-        super().__init__(printable(message))
-        self.hint = printable(hint)
-        self.charged = charged
+        super().__init__(printable(redact(message)))
+        self.hint = printable(redact(hint))
+        self.charged: Charged = charged
         self.after = after
 
 
@@ -188,24 +228,37 @@ class Interrupted(ImagenError):
     retryable = True
 
 
-ERRORS = {"bug": ImagenError} | {cls.code: cls for cls in ImagenError.__subclasses__()}
+ERRORS = {"bug": ImagenError}
+ERRORS.update({cls.code: cls for cls in ImagenError.__subclasses__()})
 
 
-def printable(text: str) -> str:
-    """`text` without what could steer a terminal: control characters, surrogates, marks of direction.
+def as_error(problem: BaseException) -> ImagenError:
+    """Any exception as an ImagenError; what nobody expected is a bug."""
+    if isinstance(problem, ImagenError):
+        return problem
+    if isinstance(problem, OSError):
+        place = problem.filename or "disk"
+        reason = problem.strerror or problem
+        return Disk(f"{place}: {reason}", "make room, or name another folder")
+    message = f"unexpected {type(problem).__name__}: {problem}"
+    return ImagenError(message, "please report this, with the output of -v")
 
-    >>> printable("a\\x1b[31m red\\nb")
-    'a [31m red\\nb'
-    """
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
 
-
-# === Shapes: outside data becomes NamedTuples; keys that never show ===
+# === Shapes: outside data becomes NamedTuples, and back; keys that never show ===
 
 T = TypeVar("T")
 Switch = Literal["auto", "on", "off"]  # YAML's true and false are taken for on and off
 KEY = "names the environment variable of a key"
 REQUEST = "may be set by a request's backend_opts"
+
+# How complaints and JSON schemas call the types.
+TYPE_NAMES = {
+    str: ("text", "string"),
+    int: ("a whole number", "integer"),
+    float: ("a number", "number"),
+    bool: ("true or false", "boolean"),
+    tuple: ("a list", "array"),
+}
 
 
 class Between(NamedTuple):
@@ -215,13 +268,23 @@ class Between(NamedTuple):
     high: float
 
 
+@functools.cache
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The type hints of a shape, its marks included."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def from_mapping(
-    cls: type[T], data: Any, where: str = "", error: type[ImagenError] = BadConfig
+    cls: type[T],
+    data: Any,
+    where: str = "",
+    error: type[ImagenError] = BadConfig,
 ) -> T:
     """The NamedTuple `cls` out of a mapping from outside (file, environment, job row, HTTP body).
 
-    The type hints are the schema: str, int, float, bool, Any, Literal, `X | None`, `tuple[X, ...]`, `Mapping[str, X]`,
-    NamedTuples, and Annotated with the marks above. Raises `error` with every complaint, one a line, place and cure.
+    The type hints are the schema: str, int, float, bool, Any, Literal, `X | None`, `tuple[X, ...]`,
+    `Mapping[str, X]`, NamedTuples, and Annotated with the marks above. Raises `error` with every
+    complaint, one a line, each with place and cure.
     """
     complaints: list[str] = []
     shaped: T = _shape(cls, data, where, complaints)
@@ -236,90 +299,106 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
     if kind is Annotated:
         return _shape_marked(args, value, where, complaints)
     if types.NoneType in args:
-        return None if value is None else _shape(args[0], value, where, complaints)
+        if value is None:
+            return None
+        return _shape(args[0], value, where, complaints)
     if hasattr(hint, "_fields") and isinstance(value, Mapping | None):
         return _shape_fields(hint, value or {}, where, complaints)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(
-            _shape(args[0], item, f"{where}[{i}]", complaints) for i, item in enumerate(value)
-        )
+        items = enumerate(value)
+        return tuple(_shape(args[0], item, f"{where}[{i}]", complaints) for i, item in items)
     if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(value, Mapping | None):
-        return {
-            str(k): _shape(
-                args[1],
-                v,
-                f"{where}.{k}",
-                complaints,
-            )
-            for k, v in (value or {}).items()
-        }
+        pairs = (value or {}).items()
+        return {str(key): _shape(args[1], v, f"{where}.{key}", complaints) for key, v in pairs}
     if kind is Literal:
-        value = ("on" if value else "off") if isinstance(value, bool) and "on" in args else value
-        if value not in args:
-            complaints.append(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        return _shape_literal(args, value, where, complaints)
+    if hint is float and type(value) is int and abs(value) < 1e300:
+        return float(value)
+    if hint is Any or type(value) is hint:
         return value
-    if (
-        hint is Any
-        or type(value) is hint
-        or (hint is float and type(value) is int and abs(value) < 1e300)
-    ):
-        return float(value) if hint is float else value
-    wanted = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        tuple: "a list",
-    }
-    complaints.append(
-        f"{where or 'the whole'}: {value!r} is not {wanted.get(kind or hint, 'a mapping')}"
-    )
+    expected, _ = TYPE_NAMES.get(kind or hint, ("a mapping", ""))
+    complaints.append(f"{where or 'the whole'}: {_quoted(where, value)} is not {expected}")
+    return value
+
+
+def _quoted(where: str, value: Any) -> str:
+    # Somebody may have pasted a key where its variable's name belongs.
+    if re.search(r"(?i)key|token|secret|password|_env$|url$", where):
+        return "the value"
+    return repr(value)
+
+
+def _shape_literal(choices: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
+    if isinstance(value, bool) and "on" in choices:
+        return "on" if value else "off"
+    if value not in choices:
+        names = ", ".join(map(str, choices))
+        complaints.append(f"{where}: {value!r} is not one of {names}")
     return value
 
 
 def _shape_fields(cls: Any, data: Mapping[str, Any], where: str, complaints: list[str]) -> Any:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    complaints += [
-        f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in data if key not in hints
-    ]
-    complaints += [
-        f"{where}.{key}: missing" for key in hints if key not in {**cls._field_defaults, **data}
-    ]
-    given = {
-        key: _shape(hints[key], data[key], f"{where}.{key}", complaints)
-        for key in hints
-        if key in data
-    }
-    return None if complaints else cls(**given)
+    hints = hints_of(cls)
+    unknown = [key for key in data if key not in hints]
+    complaints += [f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in unknown]
+    fields = {}
+    for key, hint in hints.items():
+        if key in data:
+            fields[key] = _shape(hint, data[key], f"{where}.{key}", complaints)
+        elif key not in cls._field_defaults:
+            complaints.append(f"{where}.{key}: missing")
+    return None if complaints else cls(**fields)
 
 
 def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
-    # A key pasted where its variable's name belongs must not be shown, so this complaint quotes nothing.
-    if KEY in args and value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", str(value)):
-        complaints.append(
-            f"{where}: names an environment variable in capitals; the key itself stays out of the file"
-        )
+    if KEY in args and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", str(value or "")):
+        cure = "names an environment variable in capitals; the key itself stays out of the file"
+        complaints.append(f"{where}: {cure}")
         return ""
     shaped = _shape(args[0], value, where, complaints)
-    for low, high in (mark for mark in args if isinstance(mark, Between)):
-        if isinstance(shaped, int | float) and not low <= shaped <= high:
-            complaints.append(f"{where}: {shaped} is not in {low:g} … {high:g}")
+    for mark in args:
+        if not isinstance(mark, Between) or not isinstance(shaped, int | float):
+            continue
+        if not mark.low <= shaped <= mark.high:
+            complaints.append(f"{where}: {shaped} is not in {mark.low:g} … {mark.high:g}")
     return shaped
+
+
+def schema(hint: Any) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a shape, or of one type hint: what `from_mapping` takes."""
+    kind = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if kind is Annotated:
+        limits = {}
+        for mark in args:
+            if isinstance(mark, Between):
+                limits = {"minimum": mark.low, "maximum": mark.high}
+        return schema(args[0]) | limits
+    if types.NoneType in args:
+        return {"anyOf": [schema(args[0]), {"type": "null"}]}
+    if kind is Literal:
+        return {"enum": [*args]}
+    if kind is tuple:
+        return {"type": "array", "items": schema(args[0])}
+    if hasattr(hint, "_fields"):
+        hints = hints_of(hint)
+        return {
+            "type": "object",
+            "properties": {name: schema(field) for name, field in hints.items()},
+            "required": [name for name in hints if name not in hint._field_defaults],
+            "additionalProperties": False,
+        }
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return {"type": "object"}
+    if hint in TYPE_NAMES:
+        return {"type": TYPE_NAMES[hint][1]}
+    return {}
 
 
 def marked(cls: Any, mark: str) -> list[str]:
     """The fields of `cls` whose hint carries `mark` (KEY or REQUEST)."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return [
-        name
-        for name, hint in hints.items()
-        if mark
-        in getattr(
-            hint,
-            "__metadata__",
-            (),
-        )
-    ]
+    hints = hints_of(cls).items()
+    return [name for name, hint in hints if mark in getattr(hint, "__metadata__", ())]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -327,34 +406,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib
 
     known = [str(name) for name in known]
-    near = difflib.get_close_matches(word, known, n=1)
-    return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known) or 'none'}"
+    if near := difflib.get_close_matches(word, known, n=1):
+        return f'did you mean "{near[0]}"?'
+    return f"known: {', '.join(known) or 'none'}"
 
 
 class Secret:
-    """A key: shows as ***, and `redact` takes it out of whatever leaves this program."""
-
-    spellings: ClassVar[Sequence[str]] = ()
+    """A key: shows as ***, and `redact` takes it out of messages from now on."""
 
     def __init__(self, value: str) -> None:
         self._value = value
-        if not re.fullmatch(
-            r".{0,7}|[a-z_-]{0,19}", value
-        ):  # a placeholder such as "none" or "lm-studio" is no key
-            quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
-            spellings = {
-                *Secret.spellings,
-                value,
-                quoted,
-                quoted.replace("%2F", "/"),
-                json.dumps(value)[1:-1],
-            }
-            spellings |= (
-                {*value.split(".")[1:]} if value.startswith("eyJ") else set()
-            )  # its payload and signature
-            Secret.spellings = sorted(
-                spellings, key=len, reverse=True
-            )  # so that none leaves the tail of another
+        # A placeholder such as "none" or "lm-studio" is no key, and its word may stand in any text.
+        if re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value) or value in KEY_SPELLINGS:
+            return
+        quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
+        spellings = {value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
+        if value.startswith("eyJ"):  # a JWT: its payload and signature are secret by themselves
+            spellings.update(value.split(".")[1:])
+        KEY_SPELLINGS[:] = sorted(spellings.union(KEY_SPELLINGS), key=len, reverse=True)
 
     def reveal(self) -> str:
         """The key itself, for a header."""
@@ -365,63 +434,59 @@ class Secret:
 
 
 def secret_from(variable: str) -> Secret:
-    """The key in the environment variable; KeyMissing where it is not set, BadConfig where it cannot be a key."""
+    """The key in the environment variable.
+
+    KeyMissing where it is not set, BadConfig where it cannot be a key.
+    """
     value = os.environ.get(variable, "").strip()
     if not value:
-        raise KeyMissing(
-            f"{variable} is not set", f"export {variable}=…, or name a file that has it as env_file"
-        )
+        hint = f"export {variable}=…, or name a file that has it as env_file"
+        raise KeyMissing(f"{variable} is not set", hint)
     if not (value.isascii() and value.isprintable()) or " " in value:
-        raise BadConfig(
-            f"{variable} holds characters that no key has", "paste it again, without line breaks"
-        )
+        message = f"{variable} holds characters that no key has"
+        raise BadConfig(message, "paste it again, without line breaks")
     return Secret(value)
 
 
-def redact(value: Any) -> Any:
-    """`value` (text, or lists and mappings of it) with every known key replaced by ***."""
+def cleaned(value: Any) -> Any:
+    """What a remote sent, as it may be kept: without keys, NUL, and numbers that JSON cannot say."""
     if isinstance(value, str):
-        for spelling in Secret.spellings:
-            value = value.replace(spelling, "***")
-        return value.replace("\0", "")  # which Postgres has no place for
+        return redact(value).replace("\0", "")
     if isinstance(value, Mapping):
-        return {redact(key): redact(item) for key, item in value.items()}
-    if (
-        isinstance(value, float) and value - value
-    ):  # no number, or no finite one: JSON has no word for it
+        return {cleaned(key): cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item) for item in value]
+    if isinstance(value, float) and value - value != 0:  # not a number, or not a finite one
         return None
-    return [redact(item) for item in value] if isinstance(value, list | tuple) else value
+    return value
 
 
 def excerpt(data: bytes | bytearray, most: int = 300) -> str:
     """The beginning of what a remote sent, on one line; keys are taken out before it is cut."""
     text = " ".join(data[: 1 << 16].decode("utf-8", "replace").split())
-    return (
-        "an HTML page" if "<html" in text[:200].lower() else str(redact(text))[:most] or "nothing"
-    )
+    if "<html" in text[:200].lower():
+        return "an HTML page"
+    return redact(text)[:most] or "nothing"
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """One JSON text, keys redacted, umlauts as they are; every file and answer of ours is written through this."""
-    text = json.dumps(redact(value), ensure_ascii=False, indent=indent, default=str)
-    return text.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # a lone surrogate, such as of an odd path, as \\udce9
+    """One JSON text, umlauts as they are; every file and answer of ours is written through this."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    # A lone surrogate, such as of an odd path, becomes \\udce9.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_jsonb(value: Any) -> str:
     """The same as Postgres takes it, which knows no lone surrogates."""
-    return (
-        json.dumps(redact(value), ensure_ascii=False, default=str)
-        .encode("utf-8", "replace")
-        .decode()
-    )
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode()
 
 
 def new_uuid() -> str:
     """A random UUID, version 4; importing `uuid` would cost 8 ms of every start."""
     raw = bytearray(os.urandom(16))
-    raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+    raw[6] = raw[6] & 0x0F | 0x40
+    raw[8] = raw[8] & 0x3F | 0x80
     return re.sub(r"^(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", raw.hex())
 
 
@@ -433,9 +498,8 @@ def is_uuid(text: str) -> bool:
 def now_iso() -> str:
     """The local time as ISO 8601 with its offset, to the millisecond."""
     seconds = time.time()
-    stamp = time.strftime(
-        f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1000):03d}%z", time.localtime(seconds)
-    )
+    milliseconds = int(seconds % 1 * 1000)
+    stamp = time.strftime(f"%Y-%m-%dT%H:%M:%S.{milliseconds:03d}%z", time.localtime(seconds))
     return f"{stamp[:-2]}:{stamp[-2:]}"
 
 
@@ -601,7 +665,7 @@ def png_encode(
     )
 
 
-# === Contract: Request, Result, Context, Backend: what an adapter is ===
+# === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
 
 
 class Request(NamedTuple):
@@ -618,12 +682,35 @@ class Request(NamedTuple):
     backend_opts: Mapping[str, Any] = EMPTY
 
 
+class Order(NamedTuple):
+    """What one call of a door asks for: a Request's fields, and how many, where to, how private.
+
+    Every door translates its own names into a mapping and has `from_mapping` check it by the hints
+    here; `plans_of` does the rest.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 0
+    height: int = 0
+    steps: int = 0
+    seed: int | None = None  # of the first image; the next ones count up
+    style: str = ""
+    backend: str = ""
+    backend_opts: Mapping[str, Any] = EMPTY
+    n: int = 1  # images
+    output: str = ""  # FILE, DIR/, or "" for what the config says
+    cloud: str = ""  # on, off (private for ever), or "" for what the config says
+
+    def request(self) -> Request:
+        """The first image of the order."""
+        return Request(**{name: getattr(self, name) for name in Request._fields})
+
+
 class Result(NamedTuple):
     """One image made."""
 
-    image: (
-        BinaryIO  # at its start; the pipeline closes it. Downloads: the file that ctx.spool() gave
-    )
+    image: BinaryIO  # at its start; the pipeline closes it. Downloads: the file of ctx.spool()
     mime_type: str  # what the backend said; the truth is sniffed
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
@@ -640,18 +727,27 @@ class Price(NamedTuple):
     source: str = ""  # "table of 2026-11-20", "config"
 
 
+class Progress(NamedTuple):
+    """Where one attempt stands; `done` of `total` where the backend says."""
+
+    note: str = ""
+    done: float | None = None
+    total: float | None = None
+
+
 class Context:
     """How the world reaches an adapter: progress, stopping, and what has to be written down.
 
-    This one writes nothing down; the pipeline's `Run` does. `why` is empty until the work is stopped, then user, lost,
-    released or deadline. `charged` is the truth about this attempt, as far as it is known.
+    This one writes nothing down; the pipeline's `Run` does. `why` is empty until the work is
+    stopped, then user, lost, released or deadline. `charged` is the truth about this attempt, as
+    far as it is known.
     """
 
     def __init__(
         self,
         timeout: float = 600.0,
-        on_progress: Callable[[str, float | None, float | None], None] = lambda *_: None,
-        on_warning: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[Progress], object] = lambda _: None,
+        on_warning: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._on_progress = on_progress
         self._on_warning = on_warning
@@ -666,35 +762,40 @@ class Context:
 
     def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
         """A word for a person, and how far it is where the backend says."""
-        known = all(isinstance(number, int | float) for number in (done, total))
-        self._on_progress(
-            printable(str(note)),
-            *((done, total) if known else (None, None)),
-        )
+        note = printable(str(note))
+        if isinstance(done, int | float) and isinstance(total, int | float):
+            self._on_progress(Progress(note, done, total))
+        else:
+            self._on_progress(Progress(note))
 
     def warn(self, text: str) -> None:
         """What a person should know, though the image will be made."""
         self._on_warning(text)
 
     def stop(self, why: str) -> None:
-        """End the work, from any thread or signal handler: a blocked read returns within milliseconds."""
+        """End the work, from any thread or signal handler: a blocked read returns within ms."""
         self.why = self.why or why
         self._stopped.set()
         for sock in list(self._sockets):
             with suppress(OSError):
-                socket.socket.shutdown(
-                    sock, socket.SHUT_RDWR
-                )  # not ssl's own, which would change state under a reader
+                # Not ssl's own shutdown, which would change state under a reader.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def check(self) -> None:
-        """Raise if the work was stopped or its deadline has passed; ask before believing a broken connection."""
+        """Raise if the work was stopped or its deadline has passed.
+
+        Ask before believing in a broken connection: a stop shuts sockets down.
+        """
         if self.left() <= 0:
             self.why = self.why or "deadline"
         if self.why == "deadline":
             raise Failed(f"not done within {self.timeout:g} s", "give it longer with --timeout")
+        if self.why == "user":
+            raise Interrupted("interrupted")
+        if self.why == "released":
+            raise Interrupted("interrupted; the job there goes on")
         if self.why:
-            words = {"user": "interrupted", "released": "interrupted; the job there goes on"}
-            raise Interrupted(words.get(self.why, f"stopped: the job was {self.why}"))
+            raise Interrupted(f"stopped: the job was {self.why}")
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
@@ -733,7 +834,7 @@ class Context:
         return io.BytesIO()
 
 
-def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
+def in_thread(work: Callable[..., object], *args: Any) -> threading.Thread:
     """A thread that does `work`, already started; it holds nobody up who wants to leave."""
     thread = threading.Thread(target=work, args=args, daemon=True)
     thread.start()
@@ -741,17 +842,17 @@ def in_thread(work: Callable[..., None], *args: Any) -> threading.Thread:
 
 
 class Backend:
-    """What every adapter is. Its class docstring names the remote's manual; `register` gives it its type.
+    """What every adapter is. Its docstring names the remote's manual; `register` gives it its type.
 
-    It gets options that fit `Options` and a request with seed drawn and style applied, and reads nothing else.
-    It never prints, and writes no file but ctx.spool(). It reports with ctx.progress, waits with ctx.sleep, goes out
-    through `Http`, and lets what these raise pass. It raises the classes of section Errors; Ended where nothing will come.
+    It gets options that fit `Options` and a request with seed drawn and style applied, and reads
+    nothing else. It never prints, and writes no file but ctx.spool(). It reports with ctx.progress,
+    waits with ctx.sleep, goes out through `Http`, and lets what these raise pass. It raises the
+    classes of section Errors; Ended where nothing will come.
     """
 
     paid: ClassVar[bool] = True
-    Options: ClassVar[
-        type[Any]
-    ]  # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between
+    # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between.
+    Options: ClassVar[type[Any]]
 
     def __init__(self, name: str, options: Any) -> None:
         """Fails fast, with BadConfig: a variable unset, a URL malformed, a file not there."""
@@ -760,13 +861,15 @@ class Backend:
 
     @classmethod
     def plan(cls, options: Any, request: Request) -> Mapping[str, Any]:
-        """What would be sent, without key or network; BadRequest for what the remote is known to refuse."""
+        """What would be sent, without key or network; BadRequest for what is sure to be refused."""
         return {name: getattr(request, name) for name in ("width", "height", "steps", "seed")}
 
     @classmethod
     def price(cls, options: Any, request: Request) -> Price:
         """What it will cost, before it is sent."""
-        return Price() if cls.paid else Price(0.0, "free")
+        if cls.paid:
+            return Price()
+        return Price(0.0, "free")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
@@ -775,13 +878,13 @@ class Backend:
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
 
-        `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent; and `taken`, the ids
-        of other attempts' jobs.
+        `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent;
+        and `taken`, the ids of other attempts' jobs.
         """
         raise Ended("this kind of backend keeps no results")
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """End the remote job; called with a fresh 3-second context. Raises where that did not work."""
+        """End the remote job; called with a fresh 3-second context. Raises where that failed."""
         raise Unknown("this kind of backend cannot be cancelled")
 
     def check(self, ctx: Context) -> str:
@@ -803,45 +906,55 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
 
 
 def options_of(
-    name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY
+    name: str,
+    blocks: Mapping[str, Any],
+    opts: Mapping[str, Any] = EMPTY,
 ) -> tuple[type[Backend], Any]:
-    """The adapter class of the backend called `name`, and its checked Options with a request's `opts` over them."""
+    """The adapter class of the backend called `name`, and its checked Options.
+
+    A request's `opts` are laid over the block; BadRequest where it may not set them.
+    """
     if name not in blocks:
         raise BadRequest(f'backend "{name}" is not configured: {nearest(name, blocks)}')
     block = dict(blocks[name] or {})
     kind = str(block.pop("type", ""))
-    with _naming(name, opts):
+    with _complaints_about(name, opts):
         if kind not in BACKENDS:
             import difflib
 
-            known = ", ".join(difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0))
+            by_distance = difflib.get_close_matches(kind, BACKENDS, len(BACKENDS), 0.0)
+            known = ", ".join(by_distance)
             raise BadConfig(f'type "{kind}" is unknown; known, nearest first: {known}')
         cls = BACKENDS[kind]
         allowed = marked(cls.Options, REQUEST)
         for key in opts.keys() - allowed:
-            raise BadRequest(
-                f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
-            )
+            message = f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
+            raise BadRequest(message)
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
-def open_backend(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> Backend:
+def open_backend(
+    name: str,
+    blocks: Mapping[str, Any],
+    opts: Mapping[str, Any] = EMPTY,
+) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
-    with _naming(name, opts):
+    with _complaints_about(name, opts):
         return cls(name, options)
 
 
 @contextmanager
-def _naming(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
+def _complaints_about(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except BadConfig as problem:
         lines = str(problem).split("\n")
-        cls = (
-            BadRequest if lines[0].split(":")[0] in opts else type(problem)
-        )  # the caller's mistake, not the config's
-        raise cls("\n".join(f'backend "{name}": {line}' for line in lines), problem.hint) from None
+        field = lines[0].split(":")[0]
+        # What the request itself has set is the caller's mistake, not the config's.
+        kind = BadRequest if field in opts else type(problem)
+        message = "\n".join(f'backend "{name}": {line}' for line in lines)
+        raise kind(message, problem.hint) from None
 
 
 # === Config: imagen.yaml: flag > environment > file > default ===
@@ -1175,7 +1288,7 @@ PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """What a server said. A redirect is an answer too."""
 
     status: int
@@ -1194,16 +1307,16 @@ class Answer(NamedTuple):
         said = self.json()
         if not isinstance(said, dict):
             raise Failed(
-                f"the server answered {self.status} with {self.words()}, which is not the JSON it should be"
+                f"the server answered {self.status} with {self.excerpt()}, which is not the JSON it should be"
             )
         return said
 
-    def words(self) -> str:
+    def excerpt(self) -> str:
         """The body as one short line for a person."""
         return excerpt(self.body)
 
 
-class Broken(Exception):
+class TransportError(Exception):
     """No answer, or not all of it; `sent` says whether a byte of the request had left."""
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
@@ -1220,9 +1333,9 @@ class Broken(Exception):
         self.sent = sent
 
 
-def explain_status(answer: Answer, said: str = "") -> ImagenError:
+def explain_status(answer: HttpResponse, said: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said = f"{answer.status}: {said or answer.words()}"
+    said = f"{answer.status}: {said or answer.excerpt()}"
     status = answer.status
     if status in (401, 403, 404):
         return BadConfig(
@@ -1240,14 +1353,14 @@ def explain_status(answer: Answer, said: str = "") -> ImagenError:
     return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
 
 
-def not_accepted(answer: Answer) -> bool:
+def not_accepted(answer: HttpResponse) -> bool:
     """Whether this answer proves that a paid POST was turned away."""
     if answer.status == 503:
-        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.words()))
+        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.excerpt()))
     return 400 <= answer.status < 500 and answer.status not in (408, 409)
 
 
-def retry_after(answer: Answer) -> float:
+def retry_after(answer: HttpResponse) -> float:
     """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
     for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         with suppress(ValueError):
@@ -1281,7 +1394,7 @@ class Http:
         ctx: Context,
         base: str,
         keys: Mapping[str, str] = EMPTY,
-        explain: Callable[[Answer], ImagenError] = explain_status,
+        explain: Callable[[HttpResponse], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
         self.ctx = ctx
@@ -1290,14 +1403,14 @@ class Http:
         self._explain = explain
         self.read_timeout = read_timeout
 
-    def explain(self, answer: Answer) -> ImagenError:
+    def explain(self, answer: HttpResponse) -> ImagenError:
         """What an error answer means; a body too odd for the adapter leaves the status to speak."""
         try:
             return self._explain(answer)
         except (AttributeError, KeyError, TypeError, ValueError):
             return explain_status(answer)
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str) -> HttpResponse:
         """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
         return self._tried(lambda: self._followed(path))
 
@@ -1309,20 +1422,20 @@ class Http:
         """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
         spool: BinaryIO
 
-        def once() -> Answer:
+        def once() -> HttpResponse:
             nonlocal spool
             spool = self.ctx.spool()
             answer = self._followed(url, spool)
             sniffed = sniff(spool)
             if sniffed and not sniffed.complete:  # often only its own end tells
-                raise Broken("the image breaks off", sent=True)
+                raise TransportError("the image breaks off", sent=True)
             return answer
 
         self._tried(once)
         spool.seek(0)
         return spool
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Answer:
+    def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
         """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
         return self._tried(
             lambda: self._exchange(
@@ -1332,21 +1445,21 @@ class Http:
             post=True,
         )
 
-    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> Answer:
+    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
         """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         named["Content-Length"] = str(data.seek(0, os.SEEK_END))
 
-        def once() -> Answer:
+        def once() -> HttpResponse:
             data.seek(0)
             return self._exchange(self.base + path, data, method=method, headers=named)
 
         return self._tried(once)
 
-    def pay(self, path: str, body: Mapping[str, Any]) -> Answer:
+    def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
         """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
 
-        def once() -> Answer:
+        def once() -> HttpResponse:
             answer = self._exchange(
                 self.base + path,
                 json.dumps(body).encode(),
@@ -1358,7 +1471,7 @@ class Http:
 
         return self._tried(once, post=True)
 
-    def _tried(self, once: Callable[[], Answer], post: bool = False) -> Answer:
+    def _tried(self, once: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
         """The first 2xx answer of `once`, which is called again as long as the table above allows."""
         tries = 0
         began = time.monotonic()
@@ -1372,7 +1485,7 @@ class Http:
                 again = (answer.status >= 500 or isinstance(error, Unreachable)) and not post
                 if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
                     raise Unknown(f"sent, and answered {error}")
-            except Broken as problem:
+            except TransportError as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
                 error = Unreachable(
@@ -1391,7 +1504,7 @@ class Http:
                 self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
             self.ctx.sleep(wait)
 
-    def _followed(self, path: str, sink: BinaryIO | None = None) -> Answer:
+    def _followed(self, path: str, sink: BinaryIO | None = None) -> HttpResponse:
         url = path if "://" in path else self.base + path
         for _ in range(REDIRECTS + 1):
             answer = self._exchange(url, sink=sink)
@@ -1409,8 +1522,8 @@ class Http:
         paid: bool = False,
         method: str | None = None,
         headers: Mapping[str, str] = EMPTY,
-    ) -> Answer:
-        """One request, a POST if it has a body; a 2xx answer goes into `sink`. Broken where it is not all there."""
+    ) -> HttpResponse:
+        """One request, a POST if it has a body; a 2xx answer goes into `sink`. TransportError where it is not all there."""
         import http.client
         import urllib.parse
         import urllib.request
@@ -1437,7 +1550,7 @@ class Http:
             except (OSError, http.client.HTTPException, EOFError) as problem:
                 if sent or self.ctx.why not in ("", "deadline"):
                     self.ctx.check()  # our own shutdown looks like a server that hung up
-                raise Broken(problem, bool(sent)) from None
+                raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
             stack.enter_context(_Deadlines.kept(self.ctx))
@@ -1450,7 +1563,7 @@ class Http:
             length = response.length if fine else None  # None: not announced
             limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
             keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
-            with suppress(*() if fine else (Broken,)):  # of an error what has come will do
+            with suppress(*() if fine else (TransportError,)):  # of an error what has come will do
                 while max(size, length or 0) <= limit and (
                     block := guarded(lambda: response.read1(1 << 16))
                 ):
@@ -1460,8 +1573,8 @@ class Http:
             if fine and max(size, length or 0) > limit:
                 raise Failed(f"the answer is larger than {limit >> 20} MB")
             if length not in (None, size):
-                raise Broken(f"the answer breaks off after {size} of {length} bytes", True)
-            return Answer(response.status, response.headers, kept)
+                raise TransportError(f"the answer breaks off after {size} of {length} bytes", True)
+            return HttpResponse(response.status, response.headers, kept)
 
 
 class _Deadlines:
@@ -2132,7 +2245,7 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_error(answer: Answer) -> ImagenError:
+def comfy_error(answer: HttpResponse) -> ImagenError:
     """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
     said = answer.json()
     lines = []
@@ -2320,7 +2433,7 @@ class Replicate(Backend):
         )
         prediction = answer.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
-            raise Unknown(f"sent, and answered {answer.status} with {answer.words()}")
+            raise Unknown(f"sent, and answered {answer.status} with {answer.excerpt()}")
         ctx.remote(id=prediction["id"])
         return self._settled(http, prediction, request)
 
@@ -2432,7 +2545,7 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
         ) - time.time()
         page = answer.mapping()
         if not isinstance(page.get("results"), list):
-            raise Failed(f"the list of predictions cannot be read: {answer.words()}")
+            raise Failed(f"the list of predictions cannot be read: {answer.excerpt()}")
         for prediction in page["results"]:
             if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
                 return
@@ -2524,7 +2637,7 @@ def replicate_image(state: Mapping[str, Any]) -> str:
     return str(json.loads(found[0]))
 
 
-def replicate_error(answer: Answer) -> ImagenError:
+def replicate_error(answer: HttpResponse) -> ImagenError:
     """What an error answer of Replicate means (application/problem+json)."""
     said = answer.json()
     detail = str(said.get("detail") or said.get("title") or "")
@@ -2605,7 +2718,7 @@ class OpenAI(Backend):
             ctx.settle("yes")
         if not image and not item.get("url"):
             raise Unknown(
-                f"sent, and answered {answer.status} without an image: {answer.words()[:200]}"
+                f"sent, and answered {answer.status} without an image: {answer.excerpt()[:200]}"
             )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
@@ -2736,7 +2849,7 @@ def openai_data(said: Any) -> list[Mapping[str, Any]]:
     return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
 
 
-def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+def openai_answer(answer: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
     """The JSON of an answer without its image, and the image, decoded piece by piece into a spool; None: only a link.
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
@@ -2749,7 +2862,7 @@ def openai_answer(answer: Answer, ctx: Context) -> tuple[dict[str, Any], BinaryI
     said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
     if not isinstance(said, dict):
         raise Unknown(
-            f"sent, and answered {answer.status} with {answer.words()[:200]}, which is no JSON"
+            f"sent, and answered {answer.status} with {answer.excerpt()[:200]}, which is no JSON"
         )
     if not found:
         return said, None
@@ -2774,14 +2887,14 @@ def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
     return None
 
 
-def openai_error(answer: Answer) -> ImagenError:
+def openai_error(answer: HttpResponse) -> ImagenError:
     """What an error answer means: moderation and money first, whatever the status says."""
     said = answer.json() or {}
     error = said.get("error", said)
     code = error.get("code") or error.get("type")
     request_id = answer.headers.get("x-request-id")
     text = excerpt(
-        str(error.get("message") or answer.words()).encode(),
+        str(error.get("message") or answer.excerpt()).encode(),
         1000,
     )
     text += f" ({error['param']})" if error.get("param") else ""
@@ -2900,7 +3013,7 @@ class Spool(io.FileIO):
     """A new file that an image arrives in. When its disk fills, what is there moves to `fallback` and goes on."""
 
     def __init__(self, path: str, fallback: str) -> None:
-        _unlink(path)
+        unlink_quietly(path)
         super().__init__(path, "x+")
         self.path = path
         self.fallback = fallback
@@ -2920,18 +3033,18 @@ class Spool(io.FileIO):
     def _move(self) -> None:
         with Spool(self.fallback, self.fallback) as there:
             os.fchmod(there.fileno(), 0o600)
-            _copy(self, there)
+            copy_into(self, there)
             os.dup2(there.fileno(), self.fileno(), inheritable=False)  # which stands at its end
-        _unlink(self.path)
+        unlink_quietly(self.path)
         self.path = self.fallback
 
 
-def _unlink(path: str) -> None:
+def unlink_quietly(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)
 
 
-def _copy(source: BinaryIO | Spool, spool: Spool) -> None:
+def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
     source.seek(0)
     while block := source.read(1 << 20):
         spool.write(block)
@@ -2941,27 +3054,27 @@ def publish(
     hidden: str,
     name: str,
     ending: str,
-    sidecar: Callable[[str], str] | None,
+    sidecar: str | None,
     claiming: Callable[[str], object],
 ) -> str:
     """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
 
-    `sidecar(path)`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
+    `sidecar`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
     it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number = 1
     note = f"{hidden}.json"
-    while not _same(hidden, path := numbered(name, ending, number)):
+    while not same_file(hidden, path := numbered(name, ending, number)):
         number = number + 1
         beside = f"{path}.json"
-        ours = _same(note, beside)  # from an earlier, killed call
+        ours = same_file(note, beside)  # from an earlier, killed call
         if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
                 os.unlink(beside)  # somebody took the image's name since
             continue
         try:
             if sidecar and not ours:
-                write_file(note, sidecar(path))
+                write_file(note, sidecar)
         except (
             OSError
         ):  # an image without its sidecar is better than none; the caller sees that it is missing
@@ -2982,7 +3095,7 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
     try:
         for own, name in pairs:
             try:
-                if not _same(own, name):
+                if not same_file(own, name):
                     os.link(own, name)
             except OSError as problem:
                 if problem.errno not in NO_LINKS:
@@ -3013,7 +3126,7 @@ def release_claim(path: str, image_id: str) -> None:
         with suppress(OSError), open(locked(name), "rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-    if not os.path.exists(path) and parsed(_read(beside)).get("image_id") == image_id:
+    if not os.path.exists(path) and parsed(read_bytes(beside)).get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -3030,7 +3143,7 @@ def locked(path: str, flags: int = 0, wait: bool = False) -> int:
     return fd
 
 
-def _same(one: str | int, other: str) -> bool:
+def same_file(one: str | int, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -3039,7 +3152,7 @@ def _same(one: str | int, other: str) -> bool:
 
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
-    _unlink(path)
+    unlink_quietly(path)
     with open(
         os.open(
             path,
@@ -3071,7 +3184,7 @@ def parsed(text: bytes) -> dict[str, Any]:
     return {}
 
 
-def _read(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
     with suppress(OSError), open(path, "rb") as file:
         return file.read()
     return b""
@@ -3112,7 +3225,9 @@ def _show(paths: Sequence[str], command: str) -> None:
     }
     if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
         for path in paths:
-            sys.stderr.buffer.write((kitty_image if kitty else iterm_image)(_read(path)) + b"\n")
+            sys.stderr.buffer.write(
+                (kitty_image if kitty else iterm_image)(read_bytes(path)) + b"\n"
+            )
         sys.stderr.buffer.flush()
         return
     if not tmux and not command:
@@ -3167,39 +3282,115 @@ def iterm_image(data: bytes) -> bytes:
 
 # === Journal: what is unfinished, and the ledger of what is finished ===
 #
-# open/<image_id>.jsonl is one image with something left to do. Whoever works on it holds its lock for life; lines are
-# only appended, and the record is what they say together, the later over the earlier.
+# open/<entry_id>.jsonl is one image with something left to do. Whoever works on it holds its lock
+# for life. Lines are only appended, and the record is what they say together, the later over the
+# earlier. The sidecar stands in the first line, as far as it is known, and grows.
+
+LEDGER_BLOCK = 1 << 16  # bytes read at a time from the ledger's end
+
+
+class Sidecar(TypedDict, total=False):
+    """What is known of an image: the file beside it, its row in the cloud, its tile in the page."""
+
+    image_id: str
+    prompt: str  # as written
+    style: str
+    styled_prompt: str
+    negative_prompt: str
+    backend: str
+    model: str | None
+    seed: int | None  # None: nobody knows which was used
+    steps: int | None
+    timestamp: str  # ISO 8601 with offset
+    requested: dict[str, Any]  # width, height, steps, backend_opts
+    width: int  # pixels; until the image is there those that were asked of the backend
+    height: int
+    mime_type: str
+    bytes: int
+    sha256: str
+    latency_ms: int | None
+    cost_usd_estimate: float | None
+    charged: Charged
+    ignored: list[str]
+    storage_path: str | None
+    metadata: dict[str, Any]
+    imagen_version: str
+    private: bool
+
+
+class Record(TypedDict, total=False):
+    """One attempt, as its journal entry, and later its line in the ledger, tells of it."""
+
+    id: str  # of the entry
+    at: str
+    host: str
+    name: str  # where the image is to go; {ext} may still be open
+    paid: bool
+    price: float | None
+    job: str
+    owner: str
+    private: bool  # never to leave this machine
+    storage: str  # date/slug-seed: how the object's name begins; "": no cloud
+    sidecar_wanted: bool
+    sidecar: Sidecar
+    sending: str  # when the first byte of the paid POST left
+    remote: dict[str, Any]  # the remote's ids
+    charged: Charged
+    image: dict[str, Any]  # file, sha256, bytes
+    claim: str  # a name that is being taken on a disk without hard links
+    path: str  # where the image is
+    object: str  # where it is in the bucket
+    row: bool
+    usage: str  # what was reported of it: charged, or "for good"
+    refused: bool  # the cloud will never take it
+    over: bool  # there will be no image
+    error: dict[str, str]
+
+
+class OpenEntry(NamedTuple):
+    """An entry as it was read: nobody holds its lock for us."""
+
+    path: str
+    record: Record
+    state: str  # begun (nothing was sent), sent, to deliver
 
 
 def state_path(*parts: str) -> str:
     """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
-    folder = os.path.join(
-        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "imagen"
-    )
-    with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
-        for path in (folder, os.path.join(folder, "open")):
-            os.makedirs(path, mode=0o700, exist_ok=True)
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    folder = os.path.join(home, "imagen")
+    entries_folder = os.path.join(folder, "open")
+    if not os.path.isdir(entries_folder):
+        with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            os.makedirs(entries_folder, mode=0o700, exist_ok=True)
     return os.path.join(folder, *parts)
 
 
 class Entry:
     """One unfinished image, locked by us. `record` is the merge of its lines."""
 
-    def __init__(self, path: str, fd: int, record: dict[str, Any]) -> None:
+    def __init__(self, path: str, fd: int, record: Record) -> None:
         self.path = path
         self.fd = fd
         self.record = record
 
     @classmethod
-    def create(cls, record: Mapping[str, Any]) -> Entry:
-        """A new entry, locked before anybody can see it."""
+    def create(cls, record: Record) -> Entry:
+        """A new entry, locked before anybody can see it; Busy where its name is taken."""
         path = state_path("open", f"{record['id']}.jsonl")
         hidden = state_path("open", f".{record['id']}")
         with or_disk(path, "the journal lives there; make room for it"):
-            entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), {})
-            entry.note(**record)
-            os.rename(hidden, path)
-        return entry
+            entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), Record())
+            try:
+                entry.note(**record)
+                _take_entry_name(hidden, path)
+            except FileExistsError:
+                entry.unlock()
+                raise Busy(f"{record['id']}: somebody works on it") from None
+            finally:
+                unlink_quietly(hidden)
+            return entry
 
     @classmethod
     def take(cls, path: str) -> Entry | None:
@@ -3208,20 +3399,21 @@ class Entry:
             fd = locked(path)
         except OSError:
             return None
-        if not _same(fd, path):  # finished, by whoever had the lock before us
+        if not same_file(fd, path):  # finished, by whoever had the lock before us
             os.close(fd)
             return None
-        return cls(
-            path,
-            fd,
-            {
-                "id": os.path.basename(path).removesuffix(".jsonl"),
-                **merged(_read(path)),
-            },
-        )
+        return cls(path, fd, read_entry(path))
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether it is still ours."""
+        return self.fd >= 0
 
     def note(self, durable: bool = False, **line: Any) -> None:
-        """Append a line; `durable`: on disk, and its name too, when this returns. OSError where it cannot be."""
+        """Append a line; `durable`: on disk, and its name too, when this returns.
+
+        OSError where it cannot be.
+        """
         append_line(self.fd, line, durable)
         if durable:
             sync_folder(os.path.dirname(self.path))
@@ -3229,33 +3421,37 @@ class Entry:
 
     def finish(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
-        dropped = ("sending", "name", "claim", "styled", "storage", "putting", "taken")
-        kept = {key: value for key, value in self.record.items() if key not in dropped}
+        unfinished_business = ("sending", "name", "claim", "storage")
+        line = {key: value for key, value in self.record.items() if key not in unfinished_business}
         with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
-            append_line(file.fileno(), kept, bool(self.record.get("paid")))
+            append_line(file.fileno(), line, durable=bool(self.record.get("paid")))
         os.unlink(self.path)
-        self.release()
+        self.unlock()
 
-    def release(self) -> None:
+    def unlock(self) -> None:
         """Leave the entry for another time."""
-        if self.fd >= 0:
+        if self.is_locked:
             os.close(self.fd)
         self.fd = -1
 
 
-def sweep_journal() -> None:
-    """Unlink entries that were killed before they had their name."""
-    for name in os.listdir(state_path("open")):
-        if name.startswith(".") and (entry := Entry.take(state_path("open", name))):
-            os.unlink(entry.path)
-            entry.release()
+def _take_entry_name(hidden: str, path: str) -> None:
+    try:
+        os.link(hidden, path)
+    except OSError as problem:
+        if problem.errno not in NO_LINKS:
+            raise
+        if os.path.exists(path):
+            raise FileExistsError(path) from None
+        os.rename(hidden, path)
 
 
 def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
-    """One JSON line, or nothing and OSError where the disk is full; the caller holds the file's lock."""
+    """One JSON line, or nothing and OSError where the disk is full; the caller holds the lock."""
     size = os.fstat(fd).st_size
-    torn = size and os.pread(fd, 1, size - 1) != b"\n"  # which must not swallow this one
-    data = b"\n" * bool(torn) + f"{to_json(line)}\n".encode()
+    data = f"{to_json(line)}\n".encode()
+    if size and os.pread(fd, 1, size - 1) != b"\n":  # a torn line must not swallow this one
+        data = b"\n" + data
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -3263,7 +3459,16 @@ def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
         os.fsync(fd)
 
 
-def merged(text: bytes) -> dict[str, Any]:
+def merge_line(record: Any, line: Mapping[str, Any]) -> None:
+    """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
+    for key, value in line.items():
+        known = record.get(key)
+        if isinstance(known, dict) and isinstance(value, Mapping):
+            value = {**known, **value}
+        record[key] = value
+
+
+def merged(text: bytes) -> Record:
     """What the lines of an entry say together; a torn line says nothing.
 
     >>> merged(b'{"id": "a", "remote": {"x": 1}}\\n{"remote": {"y": 2}}\\n{"path": "/t')
@@ -3272,65 +3477,256 @@ def merged(text: bytes) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for line in text.splitlines():
         merge_line(record, parsed(line))
+    return from_release_before(record)
+
+
+def from_release_before(record: dict[str, Any]) -> Record:
+    """A record of release 0.1.0, which kept request and result beside the sidecar, as it is now."""
+    if "request" in record:
+        request = record.pop("request") or {}
+        styled = record.pop("styled", request)
+        result = record.pop("result", None)
+        sidecar = {
+            "image_id": record.pop("image_id", record.get("id")),
+            "prompt": request.get("prompt", ""),
+            "style": request.get("style", ""),
+            "styled_prompt": styled.get("prompt", ""),
+            "negative_prompt": styled.get("negative_prompt", ""),
+            "backend": record.pop("backend", ""),
+            "model": record.pop("model", None),
+            "seed": request.get("seed"),
+            "steps": None,
+            "timestamp": record.get("at"),
+            "requested": {
+                "width": request.get("width", 0),
+                "height": request.get("height", 0),
+                "steps": request.get("steps", 0),
+                "backend_opts": request.get("backend_opts", {}),
+            },
+            "width": styled.get("width", 0),
+            "height": styled.get("height", 0),
+            "cost_usd_estimate": record.get("price"),
+        }
+        if result:
+            sidecar.update(result_fields(result, request.get("seed")))
+        record["sidecar"] = {**sidecar, **(record.get("sidecar") or {})}
+    return typing.cast(Record, record)
+
+
+def result_fields(result: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """What a backend's Result, as a mapping, adds to a sidecar whose request had this seed."""
+    ignored = list(result.get("ignored") or ())
+    used = result.get("seed")
+    if used is None:
+        used = seed
+    if "seed" in ignored:
+        used = None
+    cost = result.get("cost_usd")
+    if not isinstance(cost, int | float):
+        cost = None
+    return {
+        "model": result.get("model"),
+        "seed": used,
+        "steps": result.get("steps"),
+        "latency_ms": result.get("latency_ms"),
+        "cost_usd_estimate": cost,
+        "ignored": ignored,
+        "metadata": result.get("metadata") or {},
+    }
+
+
+def read_entry(path: str) -> Record:
+    """The record of an entry; one whose first line is torn has its id alone."""
+    record = merged(read_bytes(path))
+    record.setdefault("id", os.path.basename(path).removesuffix(".jsonl"))
     return record
 
 
-def merge_line(record: dict[str, Any], line: Mapping[str, Any]) -> None:
-    """Lay one line over the record; mappings such as `remote` are merged, everything else replaced."""
-    for key, value in line.items():
-        known = record.get(key)
-        record[key] = (
-            {**known, **value} if isinstance(known, dict) and isinstance(value, Mapping) else value
-        )
+def entries() -> list[OpenEntry]:
+    """The unfinished entries with their states, oldest first."""
+    rows = []
+    for name in os.listdir(state_path("open")):
+        if not name.endswith(".jsonl"):
+            continue
+        path = state_path("open", name)
+        record = read_entry(path)
+        if record.get("path") or record.get("over"):
+            state = "to deliver"
+        elif record.get("remote") or record.get("sending"):
+            state = "sent"
+        else:
+            state = "begun"
+        rows.append(OpenEntry(path, record, state))
+    return sorted(rows, key=lambda row: str(row.record.get("at")))
 
 
-def open_paths() -> list[str]:
-    """The journal's unfinished entries, oldest first."""
-    found = [
-        state_path("open", name)
-        for name in os.listdir(state_path("open"))
-        if name.endswith(".jsonl")
-    ]
-    return sorted(
-        found,
-        key=lambda path: str(merged(_read(path)).get("at")),
+def unfinished() -> list[OpenEntry]:
+    """The entries that nobody works on, oldest first."""
+    rows = []
+    for row in entries():
+        if entry := Entry.take(row.path):
+            entry.unlock()
+            rows.append(row)
+    return rows
+
+
+def sweep_journal() -> None:
+    """Unlink entries that were killed before they had their name."""
+    for name in os.listdir(state_path("open")):
+        if name.startswith(".") and (entry := Entry.take(state_path("open", name))):
+            os.unlink(entry.path)
+            entry.unlock()
+
+
+def ledger(
+    words: Sequence[str] = (),
+    before: str = "",
+    needle: str = "",
+) -> Iterator[Record]:
+    """Finished attempts, newest first, each once: the newest line of an id counts.
+
+    `words`: only those whose line holds all of them, in any case. `before`: only what stands
+    above the newest line with this id. `needle`: only lines with this in them, letter by letter.
+    """
+    spelled = [to_json(word)[1:-1].lower() for word in words]
+    seen = set()
+    for line in _ledger_lines(before.encode(), needle.encode()):
+        if spelled:
+            text = line.decode("utf-8", "replace").lower()
+            if not all(word in text for word in spelled):
+                continue
+        record = from_release_before(parsed(line))
+        if isinstance(record.get("id"), str) and record["id"] not in seen:
+            seen.add(record["id"])
+            yield record
+
+
+def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
+    # From its end and in blocks, since most readers want the newest alone, and a block that holds
+    # nothing of interest is never split. Not mapped: a file that is cut meanwhile would kill us.
+    try:
+        fd = os.open(state_path("ledger.jsonl"), os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        end = os.fstat(fd).st_size
+        begun = b""  # the end of a line that begins further up
+        skipping = bool(before)
+        while end > 0:
+            start = max(0, end - LEDGER_BLOCK)
+            block = os.pread(fd, end - start, start) + begun
+            end = start
+            if (before if skipping else needle) not in block and start:
+                begun = block.partition(b"\n")[0]
+                continue
+            begun, *lines = block.split(b"\n")
+            if not start:
+                lines.insert(0, begun)
+            for line in reversed(lines):
+                if skipping:
+                    skipping = before not in line
+                elif needle in line:
+                    yield line
+    finally:
+        os.close(fd)
+
+
+def images_made(
+    before: str = "",
+    words: Sequence[str] = (),
+    backend: str = "",
+) -> Iterator[Record]:
+    """The records of images, newest first: open entries that have one, then the ledger.
+
+    `before`: only what was made before the image with this id. `words` must all stand in prompt or
+    style, in any case; `backend` must have made it.
+    """
+    words = [word.lower() for word in words]
+    delivering = [row.record for row in reversed(entries()) if is_image(row.record)]
+    ids = [record["sidecar"]["image_id"] for record in delivering]
+    seen = {record["id"] for record in delivering}
+    if before in ids:
+        delivering = delivering[ids.index(before) + 1 :]
+        before = ""
+    elif before:
+        delivering = []
+    finished = (record for record in ledger(words, before) if record["id"] not in seen)
+    for record in itertools.chain(delivering, finished):
+        if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
+            continue
+        text = f"{record['sidecar']['prompt']} {record['sidecar'].get('style')}".lower()
+        if all(word in text for word in words):
+            yield record
+
+
+def is_image(record: Mapping[str, Any]) -> bool:
+    """Whether a record tells of an image, in the types that everybody relies on."""
+    sidecar = record.get("sidecar")
+    return (
+        isinstance(record.get("path"), str)
+        and isinstance(sidecar, dict)
+        and isinstance(sidecar.get("image_id"), str)
+        and isinstance(sidecar.get("prompt"), str)
     )
 
 
-def ledger() -> Iterator[dict[str, Any]]:
-    """Finished attempts, and open entries that already have their image, newest first."""
-    seen = set()
-    delivering = [
-        text
-        for text in map(
-            _read,
-            open_paths(),
+def find_image(name: str) -> Record | None:
+    """The record of an image that was made: by its path, its sidecar's, its id, or as `last`.
+
+    An image that the journal does not know is told by its sidecar alone.
+    """
+    if name == "last":
+        return next(images_made(), None)
+    path = os.path.abspath(os.path.expanduser(name))
+    if path.endswith(".json") and os.path.exists(path):
+        path = path.removesuffix(".json")
+    sidecar = parsed(read_bytes(f"{path}.json"))
+    image_id = sidecar.get("image_id") or name
+    delivering = [row.record for row in entries()]
+    needle = image_id
+    if not sidecar and not is_uuid(name):
+        needle = to_json(path)[1:-1]
+    for record in itertools.chain(delivering, ledger(needle=needle)):
+        if is_image(record) and (
+            record["sidecar"]["image_id"] == image_id or (not sidecar and record["path"] == path)
+        ):
+            return record
+    if isinstance(sidecar.get("prompt"), str):
+        return typing.cast(
+            Record,
+            {
+                "id": str(sidecar.get("image_id")),
+                "at": str(sidecar.get("timestamp")),
+                "path": path,
+                "sidecar": sidecar,
+            },
         )
-        if merged(text).get("path")
-    ]
-    for record in map(
-        merged, reversed(_read(state_path("ledger.jsonl")).splitlines() + delivering)
-    ):
-        fine = isinstance(record.get("id"), str) and isinstance(
-            record.get("sidecar") or {},
-            dict,
-        )
-        if fine and record["id"] not in seen:
-            seen.add(record["id"])
-            yield record
+    return None
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
 # Codes of what no repeat can mend.
-FOR_GOOD = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
+FINAL_CODES = (
+    "InvalidKey",
+    "PGRST102",
+    "22003",
+    "22P02",
+    "22P05",
+    "23502",
+    "23503",
+    "23514",
+)
 
 
-def cloud_lacks(config: Config) -> list[str]:
+def cloud_settings_missing(config: Config) -> list[str]:
     """What is missing before images can go to the cloud, in words; [] where nothing is."""
-    names = (config.supabase.url_env, config.supabase.service_key_env)
-    unset = [f"{name} is not set" for name in names if not os.environ.get(name, "").strip()]
-    return unset + ["owner_user_id is empty"] * (not config.owner_user_id)
+    variables = (config.supabase.url_env, config.supabase.service_key_env)
+    unset = [name for name in variables if not os.environ.get(name, "").strip()]
+    missing = [f"{name} is not set" for name in unset]
+    if not config.owner_user_id:
+        missing.append("owner_user_id is empty")
+    return missing
 
 
 class Supabase:
@@ -3342,33 +3738,31 @@ class Supabase:
 
     def __init__(self, ctx: Context, config: SupabaseConfig, prompt: str = "") -> None:
         """`prompt` is taken out of what the project says."""
-        self.prompt = prompt
         url = os.environ.get(config.url_env, "").strip()
         if not url:
-            raise KeyMissing(
-                f"{config.url_env} is not set", f"export {config.url_env}=https://….supabase.co"
-            )
+            hint = f"export {config.url_env}=https://….supabase.co"
+            raise KeyMissing(f"{config.url_env} is not set", hint)
         key = secret_from(config.service_key_env).reveal()
-        # The opaque keys (sb_secret_…) are no JWT, so they are no Bearer token either.
-        self.keys = {"apikey": key} | (
-            {} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"}
-        )
+        self.keys = {"apikey": key}
+        if not key.startswith("sb_"):  # the opaque keys are no JWT, so no Bearer token either
+            self.keys["Authorization"] = f"Bearer {key}"
         self.ctx = ctx
+        self.prompt = prompt
         self.base = checked_url(url, name=config.url_env)
         self.bucket = config.bucket
         self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
 
-    def explain(self, answer: Answer) -> ImagenError:
+    def explain(self, response: HttpResponse) -> ImagenError:
         """`supabase_error`, which does not know the prompt."""
-        return supabase_error(answer, self.prompt)
+        return supabase_error(response, self.prompt)
 
     def tables(self, schema: str) -> Http:
         """PostgREST, looking at one schema."""
         profile = {"Accept-Profile": schema, "Content-Profile": schema}
         return Http(self.ctx, f"{self.base}/rest/v1", {**self.keys, **profile}, self.explain)
 
-    def place(self, path: str) -> str:
-        """`path` of the bucket as it stands in a URL; BadRequest for what some servers fold or cut."""
+    def object_url(self, path: str) -> str:
+        """`path` of the bucket as it stands in a URL; BadRequest for what servers fold or cut."""
         from urllib.parse import quote
 
         if {"", ".", ".."}.intersection(path.split("/")):
@@ -3376,116 +3770,120 @@ class Supabase:
         return f"{self.bucket}/{quote(path)}"
 
     def upload(self, path: str, file: BinaryIO, mime_type: str, image_id: str) -> None:
-        """Put an image at `path`, over what may be there."""
-        about = binascii.b2a_base64(
-            to_jsonb({"image_id": image_id}).encode(), newline=False
-        ).decode()
-        named = {"Content_Type": mime_type, "x_upsert": "true", "x_metadata": about}
-        answer = self.storage.send("PUT", f"/object/{self.place(path)}", file, **named)
-        if not answer.mapping().get("Key"):  # a page of somebody in between
-            raise Failed(f"{answer.status}: the answer names no object")
-
-    def holder(self, path: str) -> str:
-        """The id of the image whose upload has arrived at `path`; "" where none has, or nobody said whose it is."""
-        try:
-            said = self.storage.get_json(f"/object/info/{self.place(path)}")
-        except BadConfig:
-            return ""
-        about = said.get("metadata")
-        return str(about.get("image_id") or "") if isinstance(about, dict) else ""
+        """Put an image at `path`, over what an earlier call of ours may have put there."""
+        metadata = to_jsonb({"image_id": image_id}).encode()
+        response = self.storage.send(
+            "PUT",
+            f"/object/{self.object_url(path)}",
+            file,
+            Content_Type=mime_type,
+            x_upsert="true",
+            x_metadata=binascii.b2a_base64(metadata, newline=False).decode(),
+            cache_control="max-age=31536000, immutable",
+        )
+        if not response.mapping().get("Key"):  # a page of somebody in between
+            raise Failed(f"{response.status}: the answer names no object")
 
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
 
         body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
-        said = self.storage.send("POST", f"/object/sign/{self.place(path)}", body).mapping()
-        where, _, query = str(said.get("signedURL")).rpartition("?")
-        if not where:
+        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
+        signed = str(response.mapping().get("signedURL"))
+        place, _, query = signed.rpartition("?")
+        if not place:
             raise Failed("the answer has no signed address")
-        return f"{self.storage.base}{quote(where)}?{query}"
+        return f"{self.storage.base}{quote(place)}?{query}"
 
-    def images(self, **equal: str) -> list[Mapping[str, Any]]:
-        """id and storage_path of the rows of imagen.images where a column has this value."""
-        from urllib.parse import urlencode
-
-        query = urlencode(
-            {"select": "id,storage_path", **{name: f"eq.{value}" for name, value in equal.items()}}
-        )
-        return postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
+    def storage_path_of(self, image_id: str) -> str:
+        """Where the row of an image says that its object is; "" where there is no such row."""
+        query = f"id=eq.{image_id}&select=id,storage_path"
+        rows = postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
+        return str(rows[0]["storage_path"]) if rows else ""
 
     def add_image(self, row: Mapping[str, Any]) -> str:
-        """Insert a row of imagen.images unless its id is there; the storage_path that now stands in it."""
-        prefer = "return=representation,resolution=ignore-duplicates"  # so nobody's later edits are touched
+        """Insert a row of imagen.images unless its id is there; the storage_path that it now has."""
+        # So nobody's later edits are touched.
+        prefer = "return=representation,resolution=ignore-duplicates"
         body = io.BytesIO(to_jsonb(row).encode())
         query = "on_conflict=id&select=id,storage_path"
-        made = postgrest_rows(
-            self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer)
-        )
-        (
-            mine,
-            *_,
-        ) = made or self.images(id=row["id"]) or [{"storage_path": row["storage_path"]}]
-        return str(mine["storage_path"])
+        response = self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer)
+        if rows := postgrest_rows(response):
+            return str(rows[0]["storage_path"])
+        return self.storage_path_of(row["id"]) or str(row["storage_path"])
 
     def add_usage(self, row: Mapping[str, Any]) -> bool:
-        """Insert a row of mai.imagen_usage, or correct it; False where the table knows no id of ours to correct it by.
+        """Insert a row of mai.imagen_usage, or correct it.
 
-        The table may be another's: columns that it does not have are left out.
+        False where the table knows no id of ours to correct it by. It may be another's: columns
+        that it does not have are left out.
         """
         row = dict(row)
-        query = "?on_conflict=id"
+        prefer = "return=minimal,resolution=merge-duplicates"
         while True:
+            query = "?on_conflict=id"
+            if "id" not in row:
+                query = ""
             body = io.BytesIO(to_jsonb(row).encode())
-            prefer = "return=minimal,resolution=merge-duplicates"
             try:
-                if (
-                    self.tables("mai")
-                    .send("POST", f"/imagen_usage{query}", body, Prefer=prefer)
-                    .body.strip()
-                ):
-                    raise Failed("the answer to a row of imagen_usage is not PostgREST's")
-                return "id" in row
+                response = self.tables("mai").send(
+                    "POST", f"/imagen_usage{query}", body, Prefer=prefer
+                )
             except (BadRequest, Failed) as problem:
-                unknown = re.search(r"PGRST204: .*?(?:Column '(\w+)'|'(\w+)' column)", str(problem))
-                foreign = re.search(r" (22P02|428C9|42P10|42804): ", str(problem))
-                column = (unknown[1] or unknown[2]) if unknown else "id" if foreign else ""
+                column = column_to_leave_out(str(problem))
                 if column not in row:
                     raise
                 del row[column]
-                query = query if "id" in row else ""
+                continue
+            if response.body.strip():
+                raise Failed("the answer to a row of imagen_usage is not PostgREST's")
+            return "id" in row
 
 
-def postgrest_rows(answer: Answer) -> list[Mapping[str, Any]]:
+def column_to_leave_out(message: str) -> str:
+    """The column that a table of somebody else does not take, by PostgREST's words; "" for none."""
+    if unknown := re.search(r"PGRST204: .*?(?:Column '(\w+)'|'(\w+)' column)", message):
+        return unknown[1] or unknown[2]
+    if re.search(r" (22P02|428C9|42P10|42804): ", message):
+        return "id"  # it is of another kind there
+    return ""
+
+
+def postgrest_rows(response: HttpResponse) -> list[Mapping[str, Any]]:
     """The rows of an answer; Failed where it is no list of them."""
-    said = answer.json()
-    if not isinstance(said, list) or not all(
-        isinstance(row, dict) and row.get("storage_path") for row in said
-    ):
-        raise Failed(f"{answer.status}: the answer is no list of rows")
-    return said
+    rows = response.json()
+    if not isinstance(rows, list):
+        rows = [None]
+    if all(isinstance(row, dict) and row.get("storage_path") for row in rows):
+        return rows
+    raise Failed(f"{response.status}: the answer is no list of rows")
 
 
-def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
-    """What an error of Storage (whose true status is in the body) or of PostgREST means; BadRequest: refused for good.
+def supabase_error(response: HttpResponse, prompt: str = "") -> ImagenError:
+    """What an error of Storage or of PostgREST means; BadRequest: refused for good.
 
-    Only code and message are told. The details of PostgREST hold the whole row, and the prompt with it.
+    Storage has its true status in the body. Only code and message are told: the details of
+    PostgREST hold the whole row, and the prompt with it.
     """
-    said = answer.json()
-    said = said if isinstance(said, dict) else {}
-    true = str(said.get("statusCode"))
-    status = int(true) if re.fullmatch(r"[1-5]\d\d", true) else answer.status
-    code = str(said.get("code") or "")
-    after = retry_after(answer)
-    message = without(prompt, str(said.get("message") or "no word why"))
+    body = response.json()
+    if not isinstance(body, dict):
+        body = {}
+    status = response.status
+    true_status = str(body.get("statusCode"))
+    if re.fullmatch(r"[1-5]\d\d", true_status):
+        status = int(true_status)
+    code = str(body.get("code") or "")
+    message = without(prompt, str(body.get("message") or "no word why"))
     text = f"{status} {code}: {excerpt(message.encode('utf-8', 'replace'))}"
-    if status in (413, 415) or code in FOR_GOOD:
-        hint = "owner_user_id has to be your UUID in auth.users" if code == "23503" else ""
-        return BadRequest(text, hint)
+    if code == "23503":
+        return BadRequest(text, "owner_user_id has to be your UUID in auth.users")
+    if status in (413, 415) or code in FINAL_CODES:
+        return BadRequest(text)
     if status == 429:
-        return Busy(text, after=after)
+        return Busy(text, after=retry_after(response))
     if status == 423 or status >= 500:
-        return Unreachable(text, after=after)
+        return Unreachable(text, after=retry_after(response))
     if status in (401, 403):
         return BadConfig(text, "check the service key, and run: imagen migrate")
     if status in (404, 406):
@@ -3494,23 +3892,20 @@ def supabase_error(answer: Answer, prompt: str = "") -> ImagenError:
 
 
 def without(prompt: str, text: str) -> str:
-    """`text` with the prompt replaced by …, also where JSON's escapes or other spaces stand in it."""
-    words = [
-        {
-            word,
-            json.dumps(word)[1:-1],
-            json.dumps(word, ensure_ascii=False)[1:-1],
-        }
-        for word in prompt.split()
-    ]
-    spelt = ("(?:" + "|".join(map(re.escape, word)) + ")" for word in words)
-    return re.sub(r"(?:\s|\\[nrtfbv]|\\u\w{4})+".join(spelt), "…", text) if words else text
+    """`text` with the prompt replaced by …, also behind JSON's escapes or with other spaces."""
+    patterns = []
+    for word in prompt.split():
+        spellings = {word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]}
+        patterns.append("(?:" + "|".join(map(re.escape, spellings)) + ")")
+    if not patterns:
+        return text
+    return re.sub(r"(?:\s|\\[nrtfbv]|\\u\w{4})+".join(patterns), "…", text)
 
 
-def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
+def image_row(record: Record) -> dict[str, Any]:
     """The row of imagen.images for a journal record whose object is uploaded."""
-    about = {**record["sidecar"], "storage_path": record["object"]}
-    same = (
+    sidecar = {**record["sidecar"], "storage_path": record["object"]}
+    columns = (
         "prompt",
         "backend",
         "model",
@@ -3520,122 +3915,174 @@ def image_row(record: Mapping[str, Any]) -> dict[str, Any]:
         "height",
         "latency_ms",
         "cost_usd_estimate",
+        "storage_path",
     )
-    row = {
-        "id": about["image_id"],
-        "owner_user_id": record["owner"],
-        **{name: about.get(name) for name in same},
-    }
     return {
-        **row,
-        "prompt_hash": prompt_hash(about["prompt"]),
-        "storage_path": record["object"],
-        "sidecar": about,
+        "id": sidecar["image_id"],
+        "owner_user_id": record["owner"],
+        **{name: sidecar.get(name) for name in columns},
+        "prompt_hash": prompt_hash(record["sidecar"]["prompt"]),
+        "sidecar": sidecar,
     }
 
 
-def usage_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of mai.imagen_usage for an attempt that cost money or may have; the prompt is a hash in it."""
-    asked = record.get("request") or {}
-    about = record.get("sidecar") or {
-        **asked,
-        "model": record.get("model"),
-        "cost_usd_estimate": record.get("price"),
-    }
-    same = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate")
-    row = {
+def usage_row(record: Record) -> dict[str, Any]:
+    """The row of mai.imagen_usage for an attempt that cost money or may have; no prompt in it."""
+    sidecar: Mapping[str, Any] = record.get("sidecar") or {}
+    columns = (
+        "model",
+        "width",
+        "height",
+        "steps",
+        "latency_ms",
+        "cost_usd_estimate",
+        "backend",
+    )
+    image_id = None
+    if record.get("path"):
+        image_id = sidecar.get("image_id")
+    return {
         "id": record["id"],
         "created_at": record.get("at"),
         "owner_user_id": record.get("owner") or None,
-    }
-    row |= {
-        "image_id": about.get("image_id"),
-        **{name: about.get(name) for name in same},
-    }
-    row |= {
-        "prompt_hash": prompt_hash(about.get("prompt") or ""),
+        "image_id": image_id,
+        **{name: sidecar.get(name) for name in columns},
+        "prompt_hash": prompt_hash(sidecar.get("prompt") or ""),
         "charged": record.get("charged"),
+        "host": record.get("host"),
     }
-    return {**row, "backend": record.get("backend"), "host": record.get("host")}
 
 
 def prompt_hash(prompt: str) -> str:
     """sha256 of a prompt as it was written, in UTF-8, hex."""
     import hashlib
 
-    return hashlib.sha256(str(redact(prompt)).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# === Pipeline: make, finish, deliver; and recover, which is the same steps again ===
+# === Pipeline: plans_of, make, finish, deliver; and recover, which is the same steps again ===
+#
+# Every door hands an Order to `plans_of` and the plans to a `Runner`. A Run is one attempt: the
+# adapter's Context on one side, the journal's entry on the other. The entry is opened before
+# anything is sent and closed when nothing is left to do; whatever ends in between leaves it open.
+
+DELIVERY_S = 30.0  # for object, row and usage of one image
+PROMPT_LETTERS = 32_000
+ORDER_IMAGES = 1000
 
 
 class Plan(NamedTuple):
-    """A request with every open choice made and everything checked that needs neither key nor network."""
+    """One image with every choice made and everything checked that needs no key and no network."""
 
     request: Request  # as written, its backend named and its seed drawn
     styled: Request  # what the adapter sees
     name: str  # absolute; {ext} may still be open
     price: Price
     parameters: Mapping[str, Any]  # what would be sent, as far as it is known
+    model: str | None
     paid: bool
-    sidecar: bool
+    sidecar_wanted: bool
     parallel: int
     private: bool  # never to leave this machine, also not by a later sync
-    storage: str  # where in the bucket, without number and ending; "": no cloud
+    storage: str  # date/slug-seed: how the object's name will begin; "": no cloud
     owner: str
 
 
-def prepare(request: Request, config: Config, output: str = "", cloud: str = "") -> Plan:
-    """The plan for one request, nothing opened or sent; `output`: FILE, DIR/, or "" for what the config says.
+def plans_of(order: Order, config: Config) -> list[Plan]:
+    """The plans for all images of an order: the one way in, for every door.
 
-    `cloud`: on, off (private for ever), or "" for what the config says.
+    Nothing is opened or sent. BadRequest or BadConfig for what can be known to fail before.
     """
-    check_request(request)
-    seed = int.from_bytes(os.urandom(4)) >> 1 if request.seed is None else request.seed
-    request = request._replace(backend=request.backend or config.default_backend, seed=seed)
-    styled = apply_style(request, config.styles)
+    check_order(order)
+    refuse_keys(order, config)
+    seed = order.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4)) >> 1
+    request = order.request()._replace(backend=order.backend or config.default_backend)
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
-    name = os.path.abspath(os.path.expanduser(output or config.output.directory))
-    if not output or output.endswith("/") or os.path.isdir(name):
-        check_template(config.output.naming)
-        name = os.path.join(
-            name,
-            render_name(config.output.naming, request, time.time()),
+    mode = order.cloud or config.output.cloud_sync
+    synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
+    now = time.time()  # one moment for the file's name and the object's
+    plans = []
+    for number in range(order.n):
+        numbered_request = request._replace(seed=seed + number)
+        styled = apply_style(numbered_request, config.styles)
+        storage = ""
+        if synced:
+            storage = render_name("{date}/{slug}-{seed}", numbered_request, now)
+        plan = Plan(
+            request=numbered_request,
+            styled=styled,
+            name=image_name(order.output, numbered_request, config.output, now),
+            price=cls.price(options, styled),
+            parameters=cls.plan(options, styled),
+            model=getattr(options, "model", None),
+            paid=cls.paid,
+            sidecar_wanted=config.output.write_metadata_json,
+            parallel=getattr(options, "parallel", 1),
+            private=order.cloud == "off",
+            storage=storage,
+            owner=config.owner_user_id,
         )
-    said = (
-        cls.price(options, styled),
-        cls.plan(options, styled),
-        cls.paid,
-        config.output.write_metadata_json,
-    )
-    mode = cloud or config.output.cloud_sync
-    synced = mode == "on" or (mode == "auto" and not cloud_lacks(config))
-    storage = render_name("{date}/{slug}-{seed}", request, time.time()) if synced else ""
-    parallel = getattr(options, "parallel", 1)
-    return Plan(
-        request, styled, name, *said, parallel, cloud == "off", storage, config.owner_user_id
-    )
+        plans.append(plan)
+    return plans
 
 
-def check_request(request: Request) -> None:
-    """BadRequest where a request cannot be meant by any backend."""
-    size = request.width, request.height
-    for wrong, *said in (
-        (not request.prompt.strip(), "the prompt is empty", 'imagen generate "a fox in the snow"'),
-        (
-            len(request.prompt) > 32_000,
-            f"the prompt has {len(request.prompt)} characters; 32,000 are the most",
-        ),
-        (any(size) != all(size), "a size needs width and height", "--size 1024x1024"),
-        (
-            any(size) and not 16 <= min(size) <= max(size) <= 8192,
-            "size {}x{}: 16 to 8192 pixels".format(*size),
-        ),
-        (not 0 <= request.steps <= 500, f"steps {request.steps}: 0 to 500"),
-        (not 0 <= (request.seed or 0) < 2**63, f"seed {request.seed}: 0 to 2^63-1"),
-    ):
-        if wrong:
-            raise BadRequest(*said)
+def image_name(output: str, request: Request, config: OutputConfig, now: float) -> str:
+    """The absolute name of an image; `output`: FILE, DIR/, or "" for what the config says."""
+    name = os.path.abspath(os.path.expanduser(output or config.directory))
+    if output and not output.endswith("/") and not os.path.isdir(name):
+        return name
+    check_template(config.naming)
+    return os.path.join(name, render_name(config.naming, request, now))
+
+
+def check_order(order: Order) -> None:
+    """BadRequest where an order cannot be meant by any backend."""
+    for field in ("prompt", "negative_prompt"):
+        check_text(getattr(order, field), field)
+    if not order.prompt.strip():
+        raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
+    letters = len(order.prompt)
+    if letters > PROMPT_LETTERS:
+        raise BadRequest(f"the prompt has {letters} characters; {PROMPT_LETTERS:,} are the most")
+    width, height = order.width, order.height
+    if bool(width) != bool(height):
+        raise BadRequest("a size needs width and height", "--size 1024x1024")
+    if width and not 16 <= min(width, height) <= max(width, height) <= 8192:
+        raise BadRequest(f"size {width}x{height}: 16 to 8192 pixels")
+    if not 0 <= order.steps <= 500:
+        raise BadRequest(f"steps {order.steps}: 0 to 500")
+    if not 1 <= order.n <= ORDER_IMAGES:
+        raise BadRequest(f"n is 1 to {ORDER_IMAGES}")
+    if order.seed is not None and not 0 <= order.seed <= 2**63 - order.n:
+        raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
+
+
+def check_text(text: str, place: str) -> None:
+    """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
+        raise BadRequest(message, "write it in UTF-8") from None
+    if "\0" in text:
+        raise BadRequest(f"{place}: a NUL stands behind {text.partition(chr(0))[0][-20:]!r}")
+
+
+def refuse_keys(order: Order, config: Config) -> None:
+    """BadRequest where an order holds a key in use: what is written is kept and sent unchanged."""
+    variables = {config.supabase.service_key_env}
+    for block in config.backends.values():
+        if cls := BACKENDS.get(str((block or {}).get("type"))):
+            for field in marked(cls.Options, KEY):
+                variables.add(block.get(field) or cls.Options._field_defaults[field])
+    for variable in variables:
+        if value := os.environ.get(variable, "").strip():
+            Secret(value)
+    text = f"{order.prompt}\n{order.negative_prompt}\n{order.backend_opts}"
+    if redact(text) != text:
+        raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 
 
 class Run(Context):
@@ -3645,13 +4092,13 @@ class Run(Context):
     paid: bool
     begun = False  # whether there is an entry
     resumed = True  # somebody else began it, and knows how long it took
-    uploaded = False  # by us, just now
     _spool: Spool | None = None
     _delivery: Context | None = None
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.id = self.image_id = new_uuid()  # a job's attempts have ids of their own
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.id = new_uuid()
+        self.image_id = self.id  # a job's attempts have ids of their own
         self.job = ""
 
     def stop(self, why: str) -> None:
@@ -3667,51 +4114,52 @@ class Run(Context):
             self._delivery.stop(self.why)
         return self._delivery
 
-    def begin(self, plan: Plan, model: str | None = None) -> None:
+    def begin(self, plan: Plan) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
-        line: dict[str, Any] = {
+        at = now_iso()
+        record: Record = {
             "id": self.id,
-            "at": now_iso(),
+            "at": at,
             "host": socket.gethostname(),
-            "backend": plan.request.backend,
-        }
-        line |= {
-            "model": model,
-            "price": plan.price.usd,
-        }  # for a sidecar of bytes whose result was lost
-        said = {
-            "request": sparse(plan.request),
-            "styled": sparse(plan.styled),
             "name": plan.name,
             "paid": plan.paid,
+            "price": plan.price.usd,
+            "owner": plan.owner,
+            "private": plan.private,
+            "storage": plan.storage,
+            "sidecar_wanted": plan.sidecar_wanted,
+            "sidecar": first_sidecar(plan, self.image_id, at),
         }
-        line |= {"private": plan.private, "storage": plan.storage, "owner": plan.owner}
-        line |= {"job": self.job, "image_id": self.image_id} if self.job else {}
-        self.adopt(Entry.create({**line, **said, "sidecar_wanted": plan.sidecar}))
+        if self.job:
+            record["job"] = self.job
+        self.adopt(Entry.create(record))
         self.resumed = False
 
     def adopt(self, entry: Entry) -> None:
         """Go on with an entry that somebody began."""
-        # Whose first line is torn was killed before anything could be sent, and has no image anywhere.
-        record = entry.record = {"name": entry.path, "backend": "", **entry.record}
+        # One whose first line is torn was killed before anything could be sent.
+        record = entry.record
+        record.setdefault("name", entry.path)
+        record.setdefault("sidecar", {})
         self.entry = entry
-        self.id = record["id"]
-        self.paid = bool(record.get("paid"))
         self.begun = True
-        self.image_id = record.get("image_id") or self.id
+        self.id = record["id"]
+        self.image_id = record["sidecar"].get("image_id") or self.id
         self.job = record.get("job") or ""
+        self.paid = bool(record.get("paid"))
         self.charged = record.get("charged") or "no"
         self.remote_ids = dict(record.get("remote") or {})
-        self.hidden = os.path.join(
-            os.path.dirname(record["name"]), f".imagen-{self.id}"
-        )  # complete, without its name
-        self.part = f"{self.hidden}.part"  # while it grows
-        self.fallback = state_path(
-            "open", f"{self.id}.part"
-        )  # where that goes when the target's disk is full
+        # The image's names before it has its own: complete, growing, and where it grows when the
+        # target's disk is full.
+        self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")
+        self.part = f"{self.hidden}.part"
+        self.fallback = state_path("open", f"{self.id}.part")
 
     def sending(self) -> None:
-        """On disk before the first byte of a paid POST leaves; Disk, and nothing is sent, where that fails."""
+        """On disk before the first byte of a paid POST leaves: the one gate to money.
+
+        Disk, and nothing is sent, where that fails.
+        """
         self.check()
         with or_disk(self.entry.path, "nothing was sent: the journal has to come first"):
             self.entry.note(durable=True, sending=now_iso(), charged="unknown")
@@ -3721,29 +4169,25 @@ class Run(Context):
         """The remote said whether this costs money."""
         if charged != self.charged:
             self.charged = charged
-            self.jot(charged=charged)
+            self.note_best_effort(charged=charged)
 
     def remote(self, **ids: Any) -> None:
         """The remote's ids, on disk before any wait where money hangs on them."""
         super().remote(**ids)
-        self.jot(durable=self.paid, remote=ids)
+        self.note_best_effort(durable=self.paid, remote=cleaned(ids))
 
-    def jot(self, durable: bool = False, **line: Any) -> bool:
-        """A line that is worth having, but not worth losing an image for; whether it is on record."""
+    def note_best_effort(self, durable: bool = False, **line: Any) -> bool:
+        """A line that is worth having, but not worth losing an image for; whether it is on disk."""
         try:
             self.entry.note(durable, **line)
             return True
-        except (
-            OSError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as problem:  # also metadata that is no JSON
-            merge_line(self.entry.record, {} if "result" in line else line)
-            self.warn(
-                f"journal: {self.entry.path}: {getattr(problem, 'strerror', None) or problem}"
-            )
-            return False
+        except (TypeError, ValueError, RecursionError) as problem:
+            reason = str(problem)  # metadata that is no JSON would spoil every later line
+        except OSError as problem:
+            reason = problem.strerror or str(problem)
+            merge_line(self.entry.record, line)
+        self.warn(f"journal: {self.entry.path}: {reason}")
+        return False
 
     def spool(self) -> Spool:
         """A new spool in the target folder, in place of an earlier one."""
@@ -3755,7 +4199,7 @@ class Run(Context):
             self._spool = Spool(self.fallback, self.fallback)
         return self._spool
 
-    def whole(self) -> str:
+    def complete_image_path(self) -> str:
         """Where a complete image of this entry lies without its name; "" where there is none."""
         for path in (self.hidden, self.part, self.fallback):
             with suppress(OSError), open(path, "rb") as file:
@@ -3767,18 +4211,14 @@ class Run(Context):
     def clean(self) -> None:
         """Unlink the hidden names."""
         for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
-            _unlink(path)
+            unlink_quietly(path)
 
     def close(self) -> None:
-        """Move the entry to the ledger; where the disk refuses, it stays open, which loses nothing."""
+        """Move the entry to the ledger; where the disk refuses, it stays open and loses nothing."""
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.image_id)
-        with suppress(OSError), open(self.part, "rb") as file:
-            binary = sniff(file) is None and file.seek(0) == 0 and b"\0" in file.read(64)
-            if binary and self.charged == "yes":  # an image of a kind that we do not know, but paid
-                os.rename(self.part, kept := f"{self.entry.record['name']}-{self.id[:8]}.bin")
-                self.warn(f"the bytes that were paid are kept in {kept}")
-        if not self.whole():
+        self._keep_paid_bytes()
+        if not self.complete_image_path():
             self.clean()  # before the entry goes, since nobody would find it then
         self.entry.record["charged"] = self.charged
         try:
@@ -3786,58 +4226,95 @@ class Run(Context):
             self.clean()
         except OSError as problem:
             self.warn(f"journal: {self.entry.path}: {problem.strerror}; the entry stays open")
-            self.entry.release()
+            self.entry.unlock()
+
+    def _keep_paid_bytes(self) -> None:
+        # An image of a kind that we do not know, but paid.
+        if self.charged != "yes":
+            return
+        with suppress(OSError), open(self.part, "rb") as file:
+            unknown = sniff(file) is None
+            file.seek(0)
+            if unknown and b"\0" in file.read(64):
+                place = f"{self.entry.record['name']}-{self.id[:8]}.bin"
+                os.rename(self.part, place)
+                self.warn(f"the bytes that were paid are kept in {place}")
 
     @contextmanager
     def attempting(self, backend: Backend | None = None) -> Iterator[None]:
-        """What fails inside leaves as an ImagenError that knows its `charged`; the journal has it, and is let go."""
+        """What fails inside leaves as an ImagenError that knows its `charged`.
+
+        The journal has it by then, and the entry is closed or let go.
+        """
         try:
             yield
         except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
-            raise self._failed(as_error(problem), backend) from (
-                None if isinstance(problem, ImagenError) else problem
-            )
+            error = self._record_failure(as_error(problem), backend)
+            cause = None
+            if not isinstance(problem, ImagenError):
+                cause = problem
+            raise error from cause
 
-    def _failed(self, error: ImagenError, backend: Backend | None) -> ImagenError:
-        said = f"{self.entry.record['backend']}: {error}"
-        hint = error.hint
-        said = f"{self.id[:8]}, {said}" if self.resumed else said
+    def _record_failure(self, error: ImagenError, backend: Backend | None) -> ImagenError:
         if self._spool:
             self._spool.close()
-        cancelled = backend and self.why == "user" and self.remote_ids and self._cancelled(backend)
-        turned_away = (
-            isinstance(error, BadRequest | BadConfig | Quota | Busy) or not self.remote_ids
-        )
-        ended = (
-            cancelled
-            or isinstance(error, Ended | Refused)
-            or (self.charged == "no" and turned_away)
-        )
-        ended = ended and not self.whole()
-        kind = type(error)
-        if not ended and self.charged != "no" and not isinstance(error, Interrupted | Disk):
-            kind = Unknown
-        elif self.remote_ids and isinstance(error, Unreachable | Busy):
-            kind = Failed  # free, but sent, so asking again would make it twice
-        if self.remote_ids and not isinstance(error, Ended | Refused):
-            ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
-            said += f" ({', '.join(ids)})"
-        said += "; cancelled there" * bool(cancelled)
-        if self.paid:
-            said += {"no": "; not charged", "yes": "; charged", "unknown": "; maybe charged"}[
-                self.charged
-            ]
+        cancelled = False
+        if backend and self.why == "user" and self.remote_ids:
+            cancelled = self._cancel(backend)
+        ended = self._nothing_left(error, cancelled)
+        message = self._failure_message(error, cancelled)
+        hint = error.hint
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
-        error = kind(said, hint, charged=self.charged, after=error.after)
-        self.jot(charged=self.charged, error={"code": error.code, "message": said})
-        if ended and owed(self.entry.record):
-            self.jot(over=True)  # `deliver` reports what it cost, and closes it
+        kind = self._failure_kind(error, ended)
+        error = kind(message, hint, charged=self.charged, after=error.after)
+        self.note_best_effort(
+            charged=self.charged, error={"code": error.code, "message": str(error)}
+        )
+        if not ended:
+            self.entry.unlock()
+        elif missing_uploads(self.entry.record):
+            self.note_best_effort(over=True)  # `deliver` reports what it cost, and closes it
         else:
-            self.close() if ended else self.entry.release()
+            self.close()
         return error
 
-    def _cancelled(self, backend: Backend) -> bool:
+    # Whether a failed attempt leaves nothing to recover, so that its entry may close:
+    #
+    #   a complete image is on disk                                    no
+    #   the remote says it is over, refused it, or cancelled it        yes
+    #   not charged: turned away, or never known at the remote         yes
+    #   anything else (maybe charged; a free job that may still run)   no
+    def _nothing_left(self, error: ImagenError, cancelled: bool) -> bool:
+        if self.complete_image_path():
+            return False
+        if cancelled or isinstance(error, Ended | Refused):
+            return True
+        turned_away = isinstance(error, BadRequest | BadConfig | Quota | Busy)
+        return self.charged == "no" and (turned_away or not self.remote_ids)
+
+    def _failure_kind(self, error: ImagenError, ended: bool) -> type[ImagenError]:
+        if not ended and self.charged != "no" and not isinstance(error, Interrupted | Disk):
+            return Unknown
+        if self.remote_ids and isinstance(error, Unreachable | Busy):
+            return Failed  # free, but sent, so asking again would make it twice
+        return type(error)
+
+    def _failure_message(self, error: ImagenError, cancelled: bool) -> str:
+        message = f"{self.entry.record['sidecar'].get('backend', '')}: {error}"
+        if self.resumed:
+            message = f"{self.id[:8]}, {message}"
+        if self.remote_ids and not isinstance(error, Ended | Refused):
+            ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
+            message += f" ({', '.join(ids)})"
+        if cancelled:
+            message += "; cancelled there"
+        if self.paid:
+            words = {"no": "not charged", "yes": "charged", "unknown": "maybe charged"}
+            message += f"; {words[self.charged]}"
+        return message
+
+    def _cancel(self, backend: Backend) -> bool:
         fresh = Context(timeout=3.0)
         fresh.charged = self.charged
         try:
@@ -3849,320 +4326,343 @@ class Run(Context):
         return True
 
 
-def as_error(problem: BaseException) -> ImagenError:
-    """Any exception as one of section Errors; what nobody expected is a bug."""
-    if isinstance(problem, ImagenError):
-        return problem
-    if isinstance(problem, OSError):
-        return Disk(
-            f"{problem.filename or 'disk'}: {problem.strerror or problem}",
-            "make room, or name another folder",
-        )
-    return ImagenError(
-        f"unexpected {type(problem).__name__}: {problem}",
-        "please report this, with the output of -v",
+def first_sidecar(plan: Plan, image_id: str, at: str) -> Sidecar:
+    """The sidecar as far as it is known before anything is sent."""
+    request = plan.request
+    requested: dict[str, Any] = {
+        "width": request.width,
+        "height": request.height,
+        "steps": request.steps,
+    }
+    if request.backend_opts:
+        requested["backend_opts"] = dict(request.backend_opts)
+    sidecar: Sidecar = {
+        "image_id": image_id,
+        "prompt": request.prompt,
+        "style": request.style,
+        "styled_prompt": plan.styled.prompt,
+        "negative_prompt": plan.styled.negative_prompt,
+        "backend": request.backend,
+        "model": plan.model,
+        "seed": request.seed,
+        "steps": request.steps or None,
+        "timestamp": at,
+        "requested": requested,
+        "cost_usd_estimate": plan.price.usd,
+        "imagen_version": __version__,
+    }
+    if plan.styled.width:
+        sidecar["width"] = plan.styled.width
+        sidecar["height"] = plan.styled.height
+    if plan.private:
+        sidecar["private"] = True
+    return sidecar
+
+
+def styled_request(sidecar: Sidecar) -> Request:
+    """What an adapter was asked for, by the sidecar of an attempt that has no image yet."""
+    requested = sidecar["requested"]
+    return Request(
+        prompt=sidecar["styled_prompt"],
+        negative_prompt=sidecar["negative_prompt"],
+        width=sidecar.get("width", 0),
+        height=sidecar.get("height", 0),
+        steps=requested["steps"],
+        seed=sidecar["seed"],
+        style=sidecar["style"],
+        backend=sidecar["backend"],
+        backend_opts=requested.get("backend_opts", EMPTY),
     )
 
 
 def sparse(request: Request) -> dict[str, Any]:
     """A request without the fields that are at their defaults."""
-    return {
-        key: value
-        for key, value in request._asdict().items()
-        if value != Request._field_defaults.get(key)
-    }
+    defaults = Request._field_defaults
+    return {key: value for key, value in request._asdict().items() if value != defaults.get(key)}
 
 
 def make(plan: Plan, config: Config, run: Run) -> Result:
-    """The image out of its backend; what can be checked is checked before the journal entry is opened."""
+    """The image out of its backend, behind a journal entry.
+
+    What can be checked is checked before the entry is opened.
+    """
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.name))
-    run.begin(plan, getattr(backend.options, "model", None))
+    run.begin(plan)
     with run.attempting(backend):
         run.check()
         return backend.generate(run, plan.styled)
 
 
-def finish(run: Run, result: Result) -> dict[str, Any]:
-    """Save a result for good: checked, hidden, named, on record. Returns the record, with `path` and `sidecar`."""
+def finish(run: Run, result: Result) -> Record:
+    """Save a result for good: checked, hidden, named, on record.
+
+    Returns the record, with `path` and the whole sidecar.
+    """
     with run.attempting():
-        run.charged = "yes" if run.paid else run.charged
-        latency = None if run.resumed else round((time.monotonic() - run.started) * 1000)
-        image = (
-            io.BytesIO(result.image)
-            if isinstance(result.image, bytes | bytearray)
-            else result.image
-        )
-        with image as source, source if isinstance(source, Spool) else run.spool() as spool:
-            if spool is not source:
-                _copy(source, spool)
-            run.jot(
-                result={**result._asdict(), "image": None, "latency_ms": latency},
-                charged=run.charged,
-            )
+        if run.paid:
+            run.charged = "yes"
+        latency = None
+        if not run.resumed:
+            latency = round((time.monotonic() - run.started) * 1000)
+        image = result.image
+        if isinstance(image, bytes | bytearray):
+            image = io.BytesIO(image)
+        with image as source, spooled(source, run) as spool:
+            fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
+            seed = run.entry.record["sidecar"].get("seed")
+            run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
             if not sniffed or not sniffed.complete:
-                spool.seek(0)
-                what = (
-                    "an image that breaks off"
-                    if sniffed
-                    else f"no image but {excerpt(spool.read(1 << 16), 60)}"
-                )
-                raise (Unknown if run.paid else Ended)(f"the backend sent {what}")
+                problem = "an image that breaks off"
+                if not sniffed:
+                    spool.seek(0)
+                    problem = f"no image but {excerpt(spool.read(1 << 16), 60)}"
+                kind = Unknown if run.paid else Ended
+                raise kind(f"the backend sent {problem}")
         if spool.path == run.fallback:
-            raise Disk(
-                f"{run.hidden}: disk full or gone; the image waits in {spool.path}", "make room"
-            )
+            message = f"{run.hidden}: disk full or gone; the image waits in {spool.path}"
+            raise Disk(message, "make room")
         return save(run, spool.path)
 
 
-def save(run: Run, kept: str) -> dict[str, Any]:
-    """From the complete image at `kept` to its name, its sidecar and the record; the same after a kill at any step."""
-    if kept == run.fallback:
+def spooled(source: BinaryIO | Spool, run: Run) -> Spool:
+    """The spool that an image came in, or a new one with its bytes."""
+    if isinstance(source, Spool):
+        return source
+    spool = run.spool()
+    copy_into(source, spool)
+    return spool
+
+
+def save(run: Run, place: str) -> Record:
+    """From the complete image at `place` to its name, its sidecar and the record.
+
+    The same steps after a kill at any of them.
+    """
+    if place == run.fallback:
         prepare_folder(os.path.dirname(run.hidden))
-        with (
-            open(kept, "rb") as source,
-            Spool(run.part, run.part) as spool,
-        ):  # the fallback is what we copy from
-            _copy(source, spool)
-    if kept != run.hidden:
+        with open(place, "rb") as source, Spool(run.part, run.part) as spool:
+            copy_into(source, spool)
+    if place != run.hidden:
         with open(run.part, "rb") as file:
             os.fsync(file.fileno())
         os.rename(run.part, run.hidden)
     record = run.entry.record
     if claim := record.get("claim"):
         release_claim(claim, run.image_id)
-    ending, about = describe(run, run.hidden)
-    run.jot(
-        image={
-            "file": run.hidden,
-            "sha256": about["sha256"],
-            "bytes": about["bytes"],
-        }
+    ending, sidecar = describe(run, run.hidden)
+    run.note_best_effort(
+        image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
-    asked, got = [
-        (
-            shape.get("width"),
-            shape.get("height"),
-        )
-        for shape in (record["styled"], about)
-    ]
-    if asked[0] and asked != got:
-        run.warn(f"asked {asked[0]}x{asked[1]}, got {got[0]}x{got[1]}")
-
-    def text(path: str) -> str:
-        return to_json(placed(record, about, path), indent=2) + "\n"
-
-    sidecar = text if record.get("sidecar_wanted", True) else None
+    warn_of_size(run, record["sidecar"], sidecar)
+    text = None
+    if record.get("sidecar_wanted", True):
+        text = to_json(sidecar, indent=2) + "\n"
     path = publish(
         run.hidden,
         record["name"],
         ending,
-        sidecar,
-        lambda path: run.jot(claim=path),
+        text,
+        lambda claimed: run.note_best_effort(claim=claimed),
     )
-    if run.jot(path=path, sidecar=placed(record, about, path)):
+    if run.note_best_effort(path=path, sidecar=sidecar):
         run.clean()
-    if sidecar and not os.path.exists(f"{path}.json"):
+    if text and not os.path.exists(f"{path}.json"):
         run.warn(f"{path}.json: the sidecar could not be written")
     return record
 
 
-def placed(record: Mapping[str, Any], about: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The sidecar of an image that is named `path`, with the place in the bucket that has the same number, if any."""
-    (stem, ending), storage = os.path.splitext(path), record.get("storage")
-    number = stem.removeprefix(
-        os.path.splitext(
-            numbered(
-                record["name"],
-                ending[1:],
-                1,
-            )
-        )[0]
-    )
-    return {**about, "storage_path": f"{storage}{number}{ending}" if storage else None}
+def warn_of_size(run: Run, requested: Sidecar, made: Sidecar) -> None:
+    """Say where an image has other pixels than were asked of its backend."""
+    width = requested.get("width")
+    height = requested.get("height")
+    if width and (width, height) != (made["width"], made["height"]):
+        run.warn(f"asked {width}x{height}, got {made['width']}x{made['height']}")
 
 
-def describe(run: Run, path: str) -> tuple[str, dict[str, Any]]:
-    """The true ending of the image at `path`, and its sidecar: what was asked, what was got, what it cost."""
+def object_path(storage: str, entry_id: str, ending: str) -> str:
+    """Where the image of an entry lies in the bucket: nobody else's, and nobody can guess it."""
+    return f"{storage}-{entry_id[:8]}.{ending}"
+
+
+def describe(run: Run, path: str) -> tuple[str, Sidecar]:
+    """The true ending of the image at `path`, and its whole sidecar."""
     import hashlib
 
     record = run.entry.record
+    known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
-    request = Request(**record["request"])
-    styled = Request(**record["styled"])
-    said: Mapping[str, Any] = record.get("result") or {
-        "model": record.get("model"),
-        "cost_usd": record.get("price"),
-    }
-    ignored = list(said.get("ignored") or ())
-    seed = said.get("seed")
-    unseeded = "seed" in ignored or (
-        run.paid and "result" not in record
-    )  # or nobody knows any more
-    wanted = {"width": request.width, "height": request.height, "steps": request.steps}
-    return sniffed.format, {
+    seed = known["seed"]
+    if run.paid and "ignored" not in known:  # the result was lost, and which seed was used with it
+        seed = None
+    storage_path = None
+    if record.get("storage"):
+        storage_path = object_path(record["storage"], run.id, sniffed.format)
+    sidecar: Sidecar = {
         "image_id": run.image_id,
-        "prompt": request.prompt,
-        "style": request.style,
-        "styled_prompt": styled.prompt,
-        "negative_prompt": styled.negative_prompt,
-        "backend": request.backend,
-        "model": said.get("model"),
-        "seed": None if unseeded else request.seed if seed is None else seed,
-        "steps": said.get("steps"),
-        "timestamp": record["at"],
-        "requested": wanted
-        | ({"backend_opts": dict(request.backend_opts)} if request.backend_opts else {}),
+        "prompt": known["prompt"],
+        "style": known["style"],
+        "styled_prompt": known["styled_prompt"],
+        "negative_prompt": known["negative_prompt"],
+        "backend": known["backend"],
+        "model": known.get("model"),
+        "seed": seed,
+        "steps": known.get("steps"),
+        "timestamp": known["timestamp"],
+        "requested": known["requested"],
         "width": sniffed.width,
         "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
-        "latency_ms": said.get("latency_ms"),
-        "cost_usd_estimate": cost
-        if isinstance(cost := said.get("cost_usd"), int | float)
-        else None,
+        "latency_ms": known.get("latency_ms"),
+        "cost_usd_estimate": known.get("cost_usd_estimate"),
         "charged": run.charged,
-        "ignored": ignored,
-        "storage_path": None,
-        "metadata": said.get("metadata") or {},
+        "ignored": known.get("ignored", []),
+        "storage_path": storage_path,
+        "metadata": known.get("metadata", {}),
         "imagen_version": __version__,
-        **({"private": True} if record.get("private") else {}),
     }
+    if record.get("private"):
+        sidecar["private"] = True
+    return sniffed.format, sidecar
 
 
-DELIVERY = 30.0  # seconds for object, row and usage of one image
-
-
-def owed(record: Mapping[str, Any]) -> list[str]:
-    """What the cloud still lacks of an attempt: object, row, usage; [] where it is to have nothing."""
+def missing_uploads(record: Record) -> list[str]:
+    """What the cloud still lacks of an attempt: object, row, usage; [] where it gets nothing."""
     if not record.get("storage"):
         return []
-    made = record.get("path") and not record.get("refused")
-    lacks = [part for part in ("object", "row") if made and not record.get(part)]
+    parts = []
+    if record.get("path") and not record.get("refused"):
+        parts = [part for part in ("object", "row") if not record.get(part)]
+    # Usage is reported once the attempt may have cost money, and again when that is known better.
     charged = record.get("charged", "no")
-    told = record.get("usage")
-    if record.get("paid") and told not in (charged, "for good") and (told or charged != "no"):
-        lacks.append("usage")
-    return lacks
+    reported = record.get("usage")
+    known = reported in (charged, "for good")
+    if record.get("paid") and not known and (reported or charged != "no"):
+        parts.append("usage")
+    return parts
 
 
 def deliver(run: Run, config: Config) -> None:
-    """What is left to do once an attempt is over: object, row, usage; then the entry moves to the ledger.
+    """What is left to do once an attempt is over: object, row, usage; then the ledger.
 
-    Raises what failed, when the entry is closed (refused for good) or released, for `sync` to go on with. Who had no
-    entry, or has let it go, gets nothing done.
+    Raises what failed, when the entry is closed (refused for good) or unlocked, for `sync` to go on
+    with. A run without an entry, or that has let it go, gets nothing done.
     """
-    if not run.begun or run.entry.fd < 0:
+    if not run.begun or not run.entry.is_locked:
         return
     record = run.entry.record
     try:
-        push(run, config, ("object", "row", "usage"))
+        upload_missing(run, config, ("object", "row", "usage"))
     finally:
-        if (record.get("path") or record.get("over")) and not owed(record):
+        over = record.get("path") or record.get("over")
+        if over and not missing_uploads(record):
             run.close()
-        run.entry.release()
+        run.entry.unlock()
 
 
-def push(run: Run, config: Config, parts: Sequence[str]) -> None:
-    """Do what is owed of `parts`, each on record as soon as it is done; raises the first error."""
+def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
+    """Upload what is missing of `parts`, each on record once it is there; raises the first error."""
+    uploads = {"object": upload_object, "row": upload_row, "usage": upload_usage}
     record = run.entry.record
-    failed = list[ImagenError]()
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
-        run.jot(owner=config.owner_user_id)
-    ctx = run.delivery(DELIVERY)
-    steps = {"object": put_object, "row": put_row, "usage": put_usage}
-    while lacks := [part for part in owed(record) if part in parts]:
-        prompt = str((record.get("sidecar") or record.get("request") or {}).get("prompt") or "")
+        run.note_best_effort(owner=config.owner_user_id)
+    ctx = run.delivery(DELIVERY_S)
+    errors = []
+    while missing := [part for part in missing_uploads(record) if part in parts]:
+        part = missing[0]
         try:
-            steps[lacks[0]](run, Supabase(ctx, config.supabase, prompt))
+            cloud = Supabase(ctx, config.supabase, record["sidecar"].get("prompt", ""))
+            uploads[part](run, cloud)
         except Exception as problem:  # nothing of the cloud fails a generation
             error = as_error(problem)
-            what = "usage" if lacks[0] == "usage" else "cloud sync"
-            open_still = not isinstance(error, BadRequest)
-            hint = error.hint * (ctx.why != "deadline")  # which no --timeout moves
-            hint = "; ".join(filter(None, (hint, "later: imagen sync" * open_still)))
-            failed.append(type(error)(f"{what}: {error}", hint))
-            if open_still:
+            final = isinstance(error, BadRequest)
+            errors.append(_upload_error(part, error, final, ctx.why))
+            if not final:
                 break
-            run.jot(**({"usage": "for good"} if what == "usage" else {"refused": True}))
-    if failed:
-        raise failed[0]
+            # Refused for good: the next part may still go through.
+            if part == "usage":
+                run.note_best_effort(usage="for good")
+            else:
+                run.note_best_effort(refused=True)
+    if errors:
+        raise errors[0]
 
 
-def put_object(run: Run, cloud: Supabase) -> None:
-    """Upload the image, to the path that was meant, or to one with its id in it where that is another's."""
+def _upload_error(part: str, error: ImagenError, final: bool, why: str) -> ImagenError:
+    title = "cloud sync"
+    if part == "usage":
+        title = "usage"
+    hints = []
+    if why != "deadline":  # which no --timeout moves
+        hints.append(error.hint)
+    if not final:
+        hints.append("later: imagen sync")
+    return type(error)(f"{title}: {error}", "; ".join(filter(None, hints)))
+
+
+def upload_object(run: Run, cloud: Supabase) -> None:
+    """Upload the image, to a path that holds this entry's id and is nobody else's."""
     import hashlib
 
     record = run.entry.record
-    about = record["sidecar"]
-    begun = record.get("putting")
+    sidecar = record["sidecar"]
+    image = record["path"]
     if not record.get("owner"):
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
-    if not os.path.exists(record["path"]) and os.path.isdir(os.path.dirname(record["path"])):
-        raise BadRequest(f"{record['path']} is gone")
-    with open(record["path"], "rb") as file:
-        if run.resumed and about.get("sha256") not in (
-            None,
-            hashlib.file_digest(file, "sha256").hexdigest(),
-        ):
-            raise BadRequest(f"{record['path']} was changed since it was made")
-        path = begun or about["storage_path"]
-        holder = cloud.holder(path) if begun else ""  # ours may have arrived, or another's since
-        others = {
-            holder,
-            *(str(row["id"]) for row in cloud.images(storage_path=path)),
-        } - {
-            run.image_id,
-            "",
-        }
-        if others or path == record.get("taken"):
-            stem, ending = os.path.splitext(about["storage_path"])
-            path = f"{stem}-{run.id[:8]}{ending}"
-            holder = ""
-        if holder != run.image_id:
-            run.jot(putting=path)
-            cloud.upload(path, file, about["mime_type"], run.image_id)
-    run.uploaded = True
-    run.jot(object=path)
+    if not os.path.exists(image) and os.path.isdir(os.path.dirname(image)):
+        raise BadRequest(f"{image} is gone")
+    path = sidecar.get("storage_path") or ""
+    if not _is_ours(path, run):
+        # Of release 0.1.0, or of a sidecar that came alone. Its row tells if it was delivered.
+        if uploaded := cloud.storage_path_of(run.image_id):
+            run.note_best_effort(object=uploaded, row=True)
+            return
+        path = object_path(record["storage"], run.id, os.path.splitext(image)[1][1:])
+    with open(image, "rb") as file:
+        if run.resumed:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if sidecar.get("sha256") not in (None, digest):
+                raise BadRequest(f"{image} was changed since it was made")
+        cloud.upload(path, file, sidecar["mime_type"], run.image_id)
+    run.note_best_effort(object=path)
 
 
-def put_row(run: Run, cloud: Supabase) -> None:
-    """Insert the image's row; where its path turns out to be another's, the object goes to another one first."""
+def upload_row(run: Run, cloud: Supabase) -> None:
+    """Insert the image's row."""
     record = run.entry.record
-    path = record["object"]
-    mine = f"-{run.id[:8]}." in record["object"]
-    try:
-        if not run.uploaded and cloud.holder(path) not in (
-            run.image_id,
-            "",
-        ):  # long ago; somebody has written over it
-            raise Failed(f"409 23505: {path} is another image by now")
-        path = cloud.add_image(image_row(record))
-    except Failed as problem:
-        if " 23505: " not in str(problem) or mine:
-            raise
-        run.jot(taken=path, object="", putting="")
-    else:
-        run.jot(row=True, object=path)
+    if not _is_ours(record["object"], run) and not cloud.storage_path_of(run.image_id):
+        # Release 0.1.0 put it at a path that may be somebody else's by now.
+        run.note_best_effort(object="", sidecar={"storage_path": None})
+        return
+    run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
 
 
-def put_usage(run: Run, cloud: Supabase) -> None:
+def _is_ours(path: str, run: Run) -> bool:
+    return f"-{run.id[:8]}." in path
+
+
+def upload_usage(run: Run, cloud: Supabase) -> None:
     """Report what an attempt cost; again where that was not known the first time."""
     record = run.entry.record
-    corrigible = cloud.add_usage(usage_row(record))
-    run.jot(usage=record["charged"] if corrigible else "for good")
+    reported = record["charged"]
+    if cloud.add_usage(usage_row(record)):
+        run.note_best_effort(usage=reported)
+    else:
+        run.note_best_effort(usage="for good")
 
 
-def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
-    """End an entry that somebody left: the record of its image, or None where nothing was ever sent.
+def recover(entry: Entry, config: Config, run: Run) -> Record | None:
+    """End an entry that somebody left: its image's record, or None where nothing was ever sent.
 
-    Bytes that are here come first, then the backend's memory. Unknown, with the entry closed, where nobody keeps it.
+    Bytes that are here come first, then the backend's memory. Unknown, with the entry closed, where
+    nobody keeps it.
     """
     run.adopt(entry)
     record = entry.record
@@ -4171,45 +4671,195 @@ def recover(entry: Entry, config: Config, run: Run) -> dict[str, Any] | None:
     if record.get("path"):
         run.clean()
         return record
-    if kept := run.whole():
+    if place := run.complete_image_path():
         with run.attempting():
             if run.paid:
                 run.settle("yes")
-            return save(run, kept)
-    claim = record.get("claim")
-    image = record.get("image")
-    if (
-        claim
-        and image
-        and os.path.exists(claim)
-        and (about := describe(run, claim)[1])["sha256"] == image["sha256"]
-    ):
-        run.jot(path=claim, sidecar=placed(record, about, claim))
-        return record
+            return save(run, place)
+    if claimed := _claimed_image(run):
+        return claimed
     if run.charged == "no" and not run.remote_ids:
         run.close()
         return None
-    if not os.path.isdir(folder := os.path.dirname(run.hidden)):
-        entry.release()
-        raise Disk(
-            f"{folder}: not there, and may hold the image", "mount or make it, then recover again"
-        )
-    styled = Request(**record["styled"])
-    backend = open_backend(styled.backend, config.backends, styled.backend_opts)
-    others = (*map(merged, map(_read, open_paths())), *ledger())
-    taken = [str((other.get("remote") or {}).get("id")) for other in others]
-    remote = {"since": record.get("sending", ""), "taken": taken, **run.remote_ids}
+    folder = os.path.dirname(run.hidden)
+    if not os.path.isdir(folder):
+        entry.unlock()
+        message = f"{folder}: not there, and may hold the image"
+        raise Disk(message, "mount or make it, then recover again")
+    return finish(run, _resume(run, config))
+
+
+def _claimed_image(run: Run) -> Record | None:
+    # On a disk without hard links the image may have its name, and the journal not know it yet.
+    record = run.entry.record
+    claim = record.get("claim")
+    image = record.get("image")
+    if not claim or not image or not os.path.exists(claim):
+        return None
+    _, sidecar = describe(run, claim)
+    if sidecar["sha256"] != image["sha256"]:
+        return None
+    run.note_best_effort(path=claim, sidecar=sidecar)
+    return record
+
+
+def _resume(run: Run, config: Config) -> Result:
+    record = run.entry.record
+    request = styled_request(record["sidecar"])
+    backend = open_backend(request.backend, config.backends, request.backend_opts)
+    attempts = itertools.chain((row.record for row in entries()), ledger())
+    others = [str((attempt.get("remote") or {}).get("id")) for attempt in attempts]
+    remote = {"since": record.get("sending", ""), "taken": others, **run.remote_ids}
     try:
         with run.attempting(backend):
-            result = backend.resume(run, remote, styled)
+            return backend.resume(run, remote, request)
     except Ended as problem:
         if run.charged != "unknown" and type(backend).resume is not Backend.resume:
             raise
+        message = f"{problem}, sent at {record.get('sending')}"
         hint = "the backend's usage page tells whether it was charged; this entry is closed"
-        raise Unknown(
-            f"{problem}, sent at {record.get('sending')}", hint, charged=run.charged
-        ) from None
-    return finish(run, result)
+        raise Unknown(message, hint, charged=run.charged) from None
+
+
+class Runner:
+    """Makes what waits, in daemon threads, and delivers it: the one way through, for every door.
+
+    `changed` guards the lists and is notified at every step, progress included. The hooks on_… are
+    called from the pool's threads, without the lock; a door overrides those that it needs.
+    """
+
+    # After these the images still waiting would fail alike.
+    STOPPING_ERRORS: ClassVar[tuple[type[ImagenError], ...]] = (
+        BadConfig,
+        BadRequest,
+        Disk,
+        Quota,
+    )
+
+    def __init__(
+        self,
+        items: Iterable[Any],
+        config: Config,
+        timeout: float = 600.0,
+        parallel: int = 1,
+    ) -> None:
+        self.waiting = list(items)
+        self.config = config
+        self.timeout = timeout
+        self.parallel = parallel
+        self.active: dict[Run, Progress] = {}
+        self.records: list[Record] = []  # of the images, in the order in which they were made
+        self.errors: list[ImagenError] = []
+        self.stopped = ""  # why
+        self.changed = threading.Condition()
+        self._undelivered: list[tuple[Run, Record | None]] = []
+        self._making = 0  # threads
+        self._delivering = False
+
+    @property
+    def left(self) -> int:
+        """How many images are still to come."""
+        return len(self.waiting) + len(self.active)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being made or delivered."""
+        return self._making > 0 or self._delivering
+
+    def start(self) -> None:
+        """Begin, with as many threads as may work at a time."""
+        self._making = min(self.parallel, len(self.waiting))
+        for _ in range(self._making):
+            in_thread(self._pool_thread)
+
+    def stop(self, why: str) -> None:
+        """Nothing more begins, and what runs is stopped. Also from a signal handler: no lock."""
+        self.stopped = self.stopped or why
+        undelivered = [run for run, _ in self._undelivered]
+        for run in [*self.active, *undelivered]:
+            run.stop(why)
+
+    def attempt(self, item: Any, run: Run) -> Record | None:
+        """What to do with one item: make the image of a plan."""
+        return finish(run, make(item, self.config, run))
+
+    def on_warning(self, text: str) -> None:
+        """Something that a person should know."""
+
+    def on_image(self, record: Record) -> None:
+        """An image is safe on disk."""
+
+    def on_error(self, error: ImagenError) -> None:
+        """An attempt has failed."""
+
+    def on_delivered(self, record: Record | None) -> None:
+        """What was to be done after an attempt is done, or will be by `sync`; None: no image."""
+
+    def _pool_thread(self) -> None:
+        while True:
+            with self.changed:
+                if self.stopped or not self.waiting:
+                    self._making -= 1
+                    self.changed.notify_all()
+                    return
+                item = self.waiting.pop(0)
+                run = Run(self.timeout, on_warning=self.on_warning)
+                run._on_progress = functools.partial(self._progressed, run)
+                self.active[run] = Progress()
+            if self.stopped:  # a signal came between the two
+                run.stop(self.stopped)
+            self._run_one(item, run)
+
+    def _run_one(self, item: Any, run: Run) -> None:
+        record = None
+        error = None
+        try:
+            record = self.attempt(item, run)
+            if record:
+                self.on_image(record)
+        except Exception as problem:  # a bug in one attempt must not take the others along
+            error = as_error(problem)
+            self.on_error(error)
+        with self.changed:
+            if record:
+                self.records.append(record)
+            if error:
+                self.errors.append(error)
+            if isinstance(error, self.STOPPING_ERRORS):
+                self.waiting.clear()
+            del self.active[run]
+            # The cloud has a thread of its own: neither the answer nor the next image waits.
+            self._undelivered.append((run, record))
+            if not self._delivering:
+                self._delivering = True
+                in_thread(self._delivery_thread)
+            self.changed.notify_all()
+
+    def _delivery_thread(self) -> None:
+        while True:
+            with self.changed:
+                if not self._undelivered:
+                    self._delivering = False
+                    self.changed.notify_all()
+                    return
+                run, record = self._undelivered[0]
+            try:
+                deliver(run, self.config)
+            except Exception as problem:  # it stays in the journal
+                error = as_error(problem)
+                text = str(error)
+                if error.hint:
+                    text += f" ({error.hint})"
+                self.on_warning(text)
+            self.on_delivered(record)
+            with self.changed:
+                self._undelivered.pop(0)
+
+    def _progressed(self, run: Run, progress: Progress) -> None:
+        with self.changed:
+            if run in self.active:
+                self.active[run] = progress
+                self.changed.notify_all()
 
 
 # === Queue: imagen.jobs, one connection, one statement a turn ===
@@ -6388,18 +7038,19 @@ COMMANDS: dict[str, tuple[Cmd, Sequence[Flag]]] = {}
 
 
 def command(*flags: Flag) -> Callable[[Cmd], Cmd]:
-    """Decorator: `cmd_x` is the command x, with these flags; its docstring is its line in the help."""
+    """Decorator: `cmd_x` is the command x, with these flags; its docstring is its help."""
 
     def add(cmd: Cmd) -> Cmd:
-        COMMANDS[cmd.__name__.removeprefix("cmd_")] = cmd, flags
+        name = cmd.__name__.removeprefix("cmd_")
+        COMMANDS[name] = (cmd, flags)
         return cmd
 
     return add
 
 
-def flag(*names: str, **how: Any) -> Flag:
+def flag(*names: str, **options: Any) -> Flag:
     """What argparse's add_argument takes, kept until somebody needs the parser."""
-    return names, how
+    return names, options
 
 
 EVERYWHERE = (
@@ -6414,23 +7065,20 @@ EVERYWHERE = (
     ),
 )
 TIMEOUT = flag(
-    "--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)"
+    "--timeout",
+    type=float,
+    default=600.0,
+    metavar="S",
+    help="seconds for one image (600)",
 )
-
-
-REQUEST_FLAGS = (
+ORDER_FLAGS = (
     flag("prompt", nargs="?", help="what to see; - reads it from stdin"),
     flag("-b", "--backend", metavar="NAME", help="one of `imagen backends`"),
     flag("-s", "--style", metavar="NAME", help="one of `imagen styles`"),
     flag("--size", metavar="WxH", help="pixels, such as 1024x1024"),
-    *(
-        flag(
-            name,
-            type=int,
-            metavar="N",
-        )
-        for name in ("--width", "--height", "--steps")
-    ),
+    flag("--width", type=int, metavar="N"),
+    flag("--height", type=int, metavar="N"),
+    flag("--steps", type=int, metavar="N"),
     flag(
         "--seed",
         type=int,
@@ -6455,11 +7103,10 @@ REQUEST_FLAGS = (
 
 
 @command(
-    *REQUEST_FLAGS,
+    *ORDER_FLAGS,
     flag(
         "-o",
         "--output",
-        default="",
         metavar="FILE|DIR/",
         help="never overwrites: a taken name gets -2, -3, …",
     ),
@@ -6469,7 +7116,6 @@ REQUEST_FLAGS = (
         "--cloud",
         action="store_const",
         const="on",
-        default="",
         help="sync to Supabase, or say what is missing",
     ),
     flag(
@@ -6485,56 +7131,37 @@ REQUEST_FLAGS = (
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
     config = load_config(args.config)
-    request = request_from(args, config.styles)
-    if not 1 <= args.n <= 1000 or not args.timeout > 0:
-        raise BadRequest("-n is 1 to 1000, --timeout more than 0 seconds")
-    offered = not args.backend and (request.backend or config.default_backend) != "mock"
+    order = order_from(args, config.styles)
+    if not args.timeout > 0:
+        raise BadRequest("--timeout is more than 0 seconds")
+    offered = not args.backend and (order.backend or config.default_backend) != "mock"
     with offering_mock(offered):
-        first = prepare(request, config, args.output, args.cloud)
-    seeds = range(seed := first.request.seed or 0, seed + args.n)
-    plans = [
-        prepare(first.request._replace(seed=seed), config, args.output, args.cloud)
-        for seed in seeds
-    ]
+        plans = plans_of(order, config)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
-        following = "imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
+        next_step = "imagen config init, or OPENAI_API_KEY=… imagen generate … -b gpt-image"
         terminal.note(
-            f"imagen: no backend is configured, so `mock` draws a placeholder; next: {following}"
+            f"imagen: no backend is configured, so `mock` draws a placeholder; next: {next_step}"
         )
-    states = [row["state"] for row in unfinished()]
-    for state, said in {
-        "sent": "unfinished from before: imagen recover",
-        "to deliver": "to deliver: imagen sync",
-    }.items():
-        if state in states:
-            terminal.note(f"imagen: {states.count(state)} {said}")
+    tell_unfinished(terminal)
     if not terminal.live:
-        terminal.note(f"{first.request.backend}, {args.n} to make")
-
-    def attempt(plan: Plan, run: Run) -> dict[str, Any]:
-        try:
-            with offering_mock(offered):
-                record = finish(run, make(plan, config, run))
-        except (BadConfig, BadRequest, Disk, Quota):
-            plans.clear()  # the others would fail alike
-            raise
-        if ignored := sparse(request).keys() & record["sidecar"]["ignored"]:
-            run.warn(f"{plan.request.backend} cannot take {', '.join(sorted(ignored))}: ignored")
-        return record
-
-    usual = usual_seconds(first) if terminal.live else None
-    code, paths = crew(plans, attempt, config, terminal, args.timeout, first.parallel, usual)
-    show_preview(
-        paths, config.output._replace(preview=args.preview or config.output.preview), terminal.say
-    )
+        terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
+    runner = GenerateRunner(plans, config, terminal, args.timeout)
+    runner.offered = offered
+    runner.requested = sparse(order.request()).keys()
+    if terminal.live:
+        runner.usual = usual_seconds(plans[0])
+    code = runner.run()
+    paths = [record["path"] for record in runner.records]
+    preview = args.preview or config.output.preview
+    show_preview(paths, config.output._replace(preview=preview), terminal.say)
     return code
 
 
 @contextmanager
 def offering_mock(offered: bool) -> Iterator[None]:
-    """Who named no backend, and whose default one fails, is told of another."""
+    """Who named no backend, and whose default one fails, hears of another."""
     try:
         yield
     except (BadConfig, Unreachable) as error:
@@ -6543,218 +7170,245 @@ def offering_mock(offered: bool) -> Iterator[None]:
         raise
 
 
-def request_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Request:
-    """The request that the flags of `generate` ask for."""
-    base = like(args.like, styles) if args.like else Request("")
+def tell_unfinished(terminal: Terminal) -> None:
+    """One line for each kind of business left from before."""
+    states = [row.state for row in unfinished()]
+    if number := states.count("sent"):
+        terminal.note(f"imagen: {number} unfinished from before: imagen recover")
+    if number := states.count("to deliver"):
+        terminal.note(f"imagen: {number} to deliver: imagen sync")
+
+
+def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
+    """The order that the flags of `generate` and `jobs add` ask for."""
+    fields: dict[str, Any] = {"prompt": ""}
+    if args.like:
+        fields = sparse(request_like(args.like, styles))
     if args.prompt == "-":
-        try:
-            args.prompt = sys.stdin.read().strip()
-        except ValueError:
-            raise BadRequest("the prompt on stdin is no text in UTF-8") from None
+        args.prompt = prompt_from_stdin()
     if args.size is not None:
-        sized = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
-        if not sized:
-            raise BadRequest(
-                f'--size "{args.size}": not WxH', "16 to 8192 pixels each, such as --size 1024x768"
-            )
-        args.width, args.height = map(int, sized.groups())
-    options = dict(base.backend_opts) if args.backend in (None, base.backend) else {}
-    for pair in args.opt:
+        match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
+        if not match:
+            hint = "16 to 8192 pixels each, such as --size 1024x768"
+            raise BadRequest(f'--size "{args.size}": not WxH', hint)
+        args.width = int(match[1])
+        args.height = int(match[2])
+    options = {}
+    if args.backend in (None, fields.get("backend")):
+        options = dict(fields.get("backend_opts", EMPTY))
+    options.update(options_from(args.opt))
+    for name in Order._fields:
+        value = getattr(args, name, None)
+        if value is not None:
+            fields[name] = value
+    return from_mapping(Order, {**fields, "backend_opts": options}, "request", BadRequest)
+
+
+def options_from(pairs: Sequence[str]) -> dict[str, Any]:
+    """The options that `--opt KEY=VALUE` name; a VALUE that is no JSON is text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
         options[key] = value
         with suppress(ValueError):
             options[key] = json.loads(value)
-    given = {
-        key: getattr(args, key)
-        for key in Request._fields
-        if getattr(
-            args,
-            key,
-            None,
-        )
-        is not None
-    }
-    return base._replace(**given, backend_opts=options)
+    return options
 
 
-def like(what: str, styles: Mapping[str, Style]) -> Request:
-    """The request behind an image made before: its file, its sidecar, or `last`."""
-    path = os.path.abspath(os.path.expanduser(what))
-    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
-    about = about or next(
-        (image for image in made_before() if what == "last" or image["path"] == path), {}
-    )
-    if "prompt" not in about:
+def prompt_from_stdin() -> str:
+    """The text on stdin; BadRequest where it is none."""
+    try:
+        return sys.stdin.read().strip()
+    except ValueError:
+        raise BadRequest("the prompt on stdin is no text in UTF-8") from None
+
+
+def request_like(name: str, styles: Mapping[str, Style]) -> Request:
+    """The request behind an image made before: its file, its sidecar, its id, or `last`."""
+    record = find_image(name)
+    if not record:
         hint = "imagen list names them; imagen generate PROMPT makes one"
-        raise BadRequest(f"--like {what}: neither a sidecar nor an image with one beside it", hint)
-    known = {**about, **(about.get("requested") or {})}  # what was asked for, not what came of it
-    style = {**STYLES, **styles}.get(known.get("style") or "", Style())
-    known["negative_prompt"] = (
-        str(known.get("negative_prompt") or "").removesuffix(style.negative).removesuffix(", ")
-    )
-    fields = {key: known[key] for key in Request._fields if known.get(key) is not None}
-    return from_mapping(Request, fields, f"--like {what}", BadRequest)
+        message = f"--like {name}: neither a sidecar nor an image with one beside it"
+        raise BadRequest(message, hint)
+    # What was asked for, not what came of it.
+    sidecar = {**record["sidecar"], **(record["sidecar"].get("requested") or {})}
+    style = {**STYLES, **styles}.get(str(sidecar.get("style")), Style())
+    negative = str(sidecar.get("negative_prompt") or "").removesuffix(style.negative)
+    sidecar["negative_prompt"] = negative.removesuffix(", ")
+    fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
+    return from_mapping(Request, fields, f"--like {name}", BadRequest)
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     """What `generate --dry-run` says."""
-    shown = []
-    for plan in plans:
-        row = {key: getattr(plan.styled, key) for key in ("backend", "prompt", "negative_prompt")}
-        row |= {"parameters": plan.parameters, "file": plan.name, "price_usd": plan.price.usd}
-        shown.append({**row, "price_source": plan.price.source or "unknown"})
-    rows = [
-        (key, value if isinstance(value, str) else to_json(value))
-        for row in shown
-        for key, value in row.items()
-    ]
-    return terminal.result({"dry_run": True, "plans": shown}, *aligned(rows))
-
-
-def unfinished() -> list[dict[str, Any]]:
-    """What is known of the entries that nobody works on, oldest first."""
     rows = []
-    for entry in filter(None, map(Entry.take, open_paths())):
-        entry.release()
-        record = entry.record
+    for plan in plans:
         row = {
-            key: record.get(key)
-            for key in (
-                "id",
-                "at",
-                "backend",
-                "charged",
-                "path",
-                "remote",
-            )
+            "backend": plan.styled.backend,
+            "prompt": plan.styled.prompt,
+            "negative_prompt": plan.styled.negative_prompt,
+            "parameters": plan.parameters,
+            "file": plan.name,
+            "price_usd": plan.price.usd,
+            "price_source": plan.price.source or "unknown",
         }
-        state = (
-            "to deliver"
-            if row["path"] or record.get("over")
-            else "sent"
-            if row["remote"] or record.get("sending")
-            else "begun"
-        )
-        rows.append(
-            {
-                **row,
-                "state": state,
-                "prompt": record.get("request", {}).get("prompt", ""),
-            }
-        )
-    return rows
+        rows.append(row)
+    cells = []
+    for row in rows:
+        for key, value in row.items():
+            if not isinstance(value, str):
+                value = to_json(value)
+            cells.append((key, value))
+    return terminal.result({"dry_run": True, "plans": rows}, *aligned(cells))
 
 
-def crew(
-    waiting: list[Any],
-    attempt: Callable[[Any, Run], dict[str, Any] | None],
-    config: Config,
-    terminal: Terminal,
-    timeout: float,
-    parallel: int = 1,
-    usual: float | None = None,
-    why: str = "user",
-) -> tuple[int, list[str]]:
-    """The exit code and the paths that `attempt(item, run)` makes of the items that are `waiting`.
+class TerminalRunner(Runner):
+    """A Runner whose results go to stdout, whose words go to stderr, and which heeds signals."""
 
-    The attempts run in daemon threads; the main thread draws and takes signals: the first ends what is under way, the
-    second leaves at once. Who clears `waiting` lets nothing more begin.
-    """
-    import signal
+    usual: float | None = None  # seconds, learned
+    why = "user"  # what a signal stops the runs for
 
-    made: list[dict[str, Any]] = []
-    errors: list[ImagenError] = []
-    warnings: list[str] = []
-    runs: dict[Run, Progress] = {}
-    count = len(waiting)
-    stopped_at = 0.0
+    def __init__(
+        self,
+        items: Sequence[Any],
+        config: Config,
+        terminal: Terminal,
+        timeout: float,
+        parallel: int = 1,
+    ) -> None:
+        super().__init__(items, config, timeout, parallel)
+        self.terminal = terminal
+        self.count = len(items)
+        self.images: list[dict[str, Any]] = []  # for --json
+        self.warnings: list[str] = []
+        self.stopped_at = 0.0
 
-    def on_signal(*_: Any) -> None:
-        nonlocal stopped_at
-        if (
-            stopped_at and time.monotonic() > stopped_at + 0.05
-        ):  # `timeout` signals us and our group, which is one stop
+    def run(self) -> int:
+        """Do it all; the exit code. The first signal ends what is under way, a second leaves."""
+        import signal
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.on_signal)  # for good: what follows is short
+        self.start()
+        began = time.monotonic()
+        while self.busy and not (self.stopped and time.monotonic() > self.stopped_at + 5):
+            with self.changed:
+                self.changed.wait(0.1)
+            self.draw(began)
+        if self.stopped and (self.active or self.waiting):
+            text = f"{len(self.active)} did not end, {len(self.waiting)} not begun"
+            self.on_error(Interrupted(f"interrupted; {text}"))
+        return self.result()
+
+    def on_signal(self, *_: Any) -> None:
+        """`timeout` signals us and our group within a moment, which is one stop."""
+        now = time.monotonic()
+        if self.stopped and now > self.stopped_at + 0.05:
             os._exit(Interrupted.exit_code)
-        stopped_at = stopped_at or time.monotonic()
-        for run in [*runs]:
-            run.stop(why)
+        self.stopped_at = self.stopped_at or now
+        self.stop(self.why)
 
-    def warn(text: str) -> None:
-        warnings.append(printable(text))
-        terminal.say(text)
+    def draw(self, began: float) -> None:
+        """The progress line: of the run that began last."""
+        count = ""
+        if self.count > 1:
+            count = f"{len(self.records)} of {self.count}"
+        elapsed = time.monotonic() - began
+        progress = Progress("uploading")
+        for run, known in [*self.active.items()][-1:]:
+            elapsed = time.monotonic() - run.started
+            progress = known
+        self.terminal.draw(progress_line(progress, elapsed, self.usual, count))
 
-    def member() -> None:
-        with suppress(IndexError):  # nothing waits any more
-            while not stopped_at:
-                one(waiting.pop(0))
+    def result(self) -> int:
+        """Tell the outcome of all; the exit code."""
+        document: dict[str, Any] = {"images": self.images, "warnings": self.warnings}
+        if len(self.errors) > 1:
+            document["errors"] = [self.terminal.fields(error) for error in self.errors]
+        return self.terminal.result(document, error=self.worst())
 
-    def one(item: Any) -> None:
-        run: Run = Run(
-            timeout, lambda *now: runs.update({run: Progress(*now)} if run in runs else {}), warn
-        )
-        runs[run], record = Progress(), None
-        if stopped_at:
-            run.stop(why)
-        try:
-            if record := attempt(item, run):
-                made.append(image := {**record["sidecar"], "path": record["path"], "cloud": None})
-                announce(image, terminal)
-        except Exception as problem:  # a bug in one attempt must not take the others along
-            errors.append(terminal.report(problem))
-        try:
-            run.progress("uploading")
-            deliver(run, config)
-        except ImagenError as problem:
-            warn(f"{problem} ({problem.hint})" if problem.hint else str(problem))
-        finally:
-            del runs[run]
-        if record:
-            if record.get("row"):
-                image["storage_path"] = record["object"]
-                image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
-                terminal.note(
-                    f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
-                )
-            seed = "" if image["seed"] is None else f", seed {image['seed']}"
-            terminal.note(
-                f"{(image['latency_ms'] or 0) / 1000:.1f} s, {money(image['cost_usd_estimate'])}{seed}"
-            )
+    def worst(self) -> ImagenError | None:
+        """The error that decides the exit code.
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for good: what follows is short
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, on_signal)
-    for thread in [in_thread(member) for _ in waiting[:parallel]]:
-        while thread.is_alive() and not (stopped_at and time.monotonic() > stopped_at + 5):
-            thread.join(0.1)
-            for run, now in [*runs.items()][-1:]:
-                part = f"{len(made)} of {count}" * (count > 1)
-                terminal.draw(progress_line(now, time.monotonic() - run.started, usual, part))
-    if stopped_at and (runs or waiting):
-        left = f"interrupted; {len(runs)} did not end, {len(waiting)} not begun"
-        errors.append(terminal.report(Interrupted(left)))
-    # An unknown outcome comes first, else the interruption, else that some were made, else the first error.
-    worst = max(
-        errors,
-        key=lambda error: (isinstance(error, Unknown), isinstance(error, Interrupted)),
-        default=None,
-    )
-    if worst and 0 < len(made) < count and not isinstance(worst, Unknown | Interrupted):
-        worst = Partial(f"{len(made)} of {count} made; {worst}", worst.hint, charged=worst.charged)
-    document: dict[str, Any] = {"images": made, "warnings": warnings}
-    if len(errors) > 1:
-        document["errors"] = [terminal.fields(error) for error in errors]
-    code = terminal.result(document, error=worst)
-    return code, [image["path"] for image in made]
+        An unknown outcome comes first, then the interruption, then that some were made, then the
+        first error.
+        """
+        for kind in (Unknown, Interrupted):
+            for error in self.errors:
+                if isinstance(error, kind):
+                    return error
+        if not self.errors:
+            return None
+        first = self.errors[0]
+        if 0 < len(self.records) < self.count:
+            message = f"{len(self.records)} of {self.count} made; {first}"
+            return Partial(message, first.hint, charged=first.charged)
+        return first
+
+    def on_warning(self, text: str) -> None:
+        """Say it, and put it into the JSON document."""
+        self.warnings.append(redact(printable(text)))
+        self.terminal.say(text)
+
+    def on_error(self, error: ImagenError) -> None:
+        """Say it at once: other images may take long."""
+        self.terminal.report(error)
+
+    def on_image(self, record: Record) -> None:
+        """An image is safe: its path is the result, before anything is uploaded."""
+        image = {**record["sidecar"], "path": record["path"], "cloud": None}
+        self.images.append(image)
+        if not self.terminal.as_json:
+            self.terminal.write(record["path"])
+        if os.path.exists(f"{record['path']}.json"):
+            self.terminal.note(f"sidecar: {record['path']}.json")
+
+    def on_delivered(self, record: Record | None) -> None:
+        """The closing line of an image, and where it is in the cloud."""
+        if not record:
+            return
+        sidecar = record["sidecar"]
+        if record.get("row"):
+            cloud = {"id": sidecar["image_id"], "storage_path": record["object"]}
+            for image in self.images:
+                if image["image_id"] == sidecar["image_id"]:
+                    image["storage_path"] = record["object"]
+                    image["cloud"] = cloud
+            text = f"cloud: imagen.images.id={cloud['id']} storage_path={cloud['storage_path']}"
+            self.terminal.note(text)
+        seconds = (sidecar.get("latency_ms") or 0) / 1000
+        text = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
+        if sidecar.get("seed") is not None:
+            text += f", seed {sidecar['seed']}"
+        self.terminal.note(text)
 
 
-def announce(image: Mapping[str, Any], terminal: Terminal) -> None:
-    """An image is safe: its path is the result, before anything is uploaded."""
-    if not terminal.as_json:
-        terminal.write(image["path"])
-    if os.path.exists(f"{image['path']}.json"):
-        terminal.note(f"sidecar: {image['path']}.json")
+class GenerateRunner(TerminalRunner):
+    """The images of `imagen generate`."""
+
+    offered = False  # to try the mock
+    requested: Collection[str] = ()  # fields of the request that somebody set
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        config: Config,
+        terminal: Terminal,
+        timeout: float,
+    ) -> None:
+        super().__init__(plans, config, terminal, timeout, plans[0].parallel)
+
+    def attempt(self, item: Plan, run: Run) -> Record | None:
+        """Make one, and say what its backend could not honour."""
+        with offering_mock(self.offered):
+            record = super().attempt(item, run)
+        if record and (ignored := {*self.requested}.intersection(record["sidecar"]["ignored"])):
+            fields = ", ".join(sorted(ignored))
+            run.warn(f"{item.request.backend} cannot take {fields}: ignored")
+        return record
 
 
 @command(
@@ -6886,7 +7540,7 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
             (warnings if bearable else complaints).append(str(problem))
     mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
     if not complaints and mode not in ("off", False):
-        lacks = cloud_lacks(from_mapping(Config, data))
+        lacks = cloud_settings_missing(from_mapping(Config, data))
         # Who set nothing up, and asked for nothing, need not hear of variables.
         warnings += [
             f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")
@@ -6927,54 +7581,83 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     """list or end what is unfinished"""
-    wanted = args.forget or args.id
-    if not wanted and not args.all:
-        rows = unfinished()
-        help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
-        terminal.note(help_ if rows else "nothing is unfinished")
-        lines = aligned(
-            (
-                row["id"],
-                row["at"],
-                row["backend"],
-                row["state"],
-                row["prompt"][:60],
-            )
-            for row in rows
-        )
-        return terminal.result({"unfinished": rows}, *lines)
-    paths = [path for path in open_paths() if os.path.basename(path).startswith(wanted)]
-    if wanted and len(paths) != 1:
-        found = "several unfinished images begin so" if paths else "no unfinished image"
-        raise BadRequest(f"{wanted}: {found}", "imagen recover")
+    prefix = args.forget or args.id
+    if not prefix and not args.all:
+        return list_unfinished(terminal)
+    paths = [row.path for row in entries() if os.path.basename(row.path).startswith(prefix)]
+    if prefix and not paths:
+        raise BadRequest(f"{prefix}: no unfinished image", "imagen recover")
+    if prefix and len(paths) > 1:
+        raise BadRequest(f"{prefix}: several unfinished images begin so", "imagen recover")
     sweep_journal()
     config = load_config(args.config)
-    entries = [entry for entry in map(Entry.take, paths) if entry]
-    if wanted and not entries:
-        raise Busy(f"{wanted}: somebody works on it", "wait for that, then look again")
-    if len(entries) < len(paths):
-        terminal.note(f"somebody works on {len(paths) - len(entries)} more")
+    taken = [entry for entry in map(Entry.take, paths) if entry]
+    if prefix and not taken:
+        raise Busy(f"{prefix}: somebody works on it", "wait for that, then look again")
+    if len(taken) < len(paths):
+        terminal.note(f"somebody works on {len(paths) - len(taken)} more")
+    kind = RecoverRunner
+    if args.forget:
+        kind = ForgetRunner
+    return kind(taken, config, terminal, args.timeout).run()
 
-    def attempt(entry: Entry, run: Run) -> dict[str, Any] | None:
-        if args.forget:
-            run.adopt(entry)
-            if kept := run.whole():
-                entry.release()
-                raise BadRequest(
-                    f"{kept} is a complete image", f"imagen recover {run.id} gives it its name"
-                )
-            run.jot(over=True)
-            terminal.note(f"{run.id}: closed, charged: {run.charged}")
-            return None
-        record = recover(entry, config, run)
+
+def list_unfinished(terminal: Terminal) -> int:
+    """What `imagen recover` says without an id."""
+    rows = []
+    for entry in unfinished():
+        record = entry.record
+        sidecar = record.get("sidecar") or {}
+        row = {
+            "id": record["id"],
+            "at": record.get("at"),
+            "backend": sidecar.get("backend"),
+            "charged": record.get("charged"),
+            "path": record.get("path"),
+            "remote": record.get("remote"),
+            "state": entry.state,
+            "prompt": sidecar.get("prompt", ""),
+        }
+        rows.append(row)
+    help_ = "nothing is unfinished"
+    if rows:
+        help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
+    terminal.note(help_)
+    columns = ("id", "at", "backend", "state", "prompt")
+    lines = aligned([str(row[column] or "")[:60] for column in columns] for row in rows)
+    return terminal.result({"unfinished": rows}, *lines)
+
+
+class RecoverRunner(TerminalRunner):
+    """Entries that somebody left, taken to their end."""
+
+    why = "released"  # only a stop for "user" cancels at the backend, and this may be paid already
+    STOPPING_ERRORS = ()
+
+    def attempt(self, item: Entry, run: Run) -> Record | None:
+        """The image of one entry; None where it had none."""
+        record = recover(item, self.config, run)
         if not record:
-            terminal.note(
-                f"{run.id}: {'over' if entry.record.get('over') else 'nothing had been sent'}; closed"
-            )
+            reason = "nothing had been sent"
+            if item.record.get("over"):
+                reason = "over"
+            self.terminal.note(f"{run.id}: {reason}; closed")
         return record
 
-    # Only a stop for "user" cancels at the backend, and this may be paid already.
-    return crew(entries, attempt, config, terminal, args.timeout, why="released")[0]
+
+class ForgetRunner(RecoverRunner):
+    """Entries closed without a look for their images."""
+
+    def attempt(self, item: Entry, run: Run) -> Record | None:
+        """Close one, unless its image is here."""
+        run.adopt(item)
+        if place := run.complete_image_path():
+            item.unlock()
+            hint = f"imagen recover {run.id} gives it its name"
+            raise BadRequest(f"{place} is a complete image", hint)
+        run.note_best_effort(over=True)
+        self.terminal.note(f"{run.id}: closed, charged: {run.charged}")
+        return None
 
 
 @command(
@@ -6982,80 +7665,88 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
         "paths",
         nargs="*",
         metavar="PATH",
-        help="images or sidecars; without one, whatever the journal still owes",
+        help="images or sidecars; without one, whatever the journal has open",
     ),
     flag("--dry-run", action="store_true", help="list them, and what each lacks"),
 )
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     """upload what the cloud still lacks"""
     config = load_config(args.config)
-    records = [{**merged(_read(path)), "entry": path} for path in open_paths()]
+    opened = [row for row in entries() if row.state == "to deliver"]
     if args.paths:
-        records = [record_of(path, records) for path in args.paths]
+        rows = [entry_to_sync(path, opened) for path in args.paths]
+    else:
+        rows = opened
+    incomplete = [row for row in rows if missing_uploads(row.record)]
+    if args.dry_run or not rows:
+        return show_missing(incomplete, terminal)
     # Who was killed behind the last step left nothing to do but to close the entry.
-    over = [
-        row
-        for row in records
-        if "entry" in row and not owed(row) and (row.get("path") or row.get("over"))
-    ]
-    records = [*{row["id"]: row for row in records if owed(row)}.values()]
-    if args.dry_run or not records + over:
-        terminal.note(f"{len(records)} to sync" if records else "nothing to sync")
-        rows = [
-            {
-                "id": row["id"],
-                "path": row.get("path"),
-                "lacks": owed(row),
-            }
-            for row in records
-        ]
-        return terminal.result(
-            {"to_sync": rows},
-            *aligned(
-                (
-                    row["id"],
-                    ", ".join(row["lacks"]),
-                    row["path"] or "",
-                )
-                for row in rows
-            ),
-        )
-    records += over
-    total = len(records)
+    distinct = {row.record["id"]: row for row in rows}
+    return SyncRunner([*distinct.values()], config, terminal, DELIVERY_S).run()
 
-    def attempt(record: dict[str, Any], run: Run) -> dict[str, Any] | None:
-        run.progress("syncing", total - len(records) - 1, total)
-        path = record.pop("entry", "")
-        entry = Entry.take(path) if path else Entry.create(record)
+
+def show_missing(rows: Sequence[OpenEntry], terminal: Terminal) -> int:
+    """What `imagen sync --dry-run` says."""
+    summary = "nothing to sync"
+    if rows:
+        summary = f"{len(rows)} to sync"
+    terminal.note(summary)
+    documents = []
+    for row in rows:
+        document: dict[str, Any] = {
+            "id": row.record["id"],
+            "path": row.record.get("path"),
+            "lacks": missing_uploads(row.record),
+        }
+        documents.append(document)
+    lines = aligned((row["id"], ", ".join(row["lacks"]), row["path"] or "") for row in documents)
+    return terminal.result({"to_sync": documents}, *lines)
+
+
+class SyncRunner(TerminalRunner):
+    """Images that the cloud does not have yet, delivered."""
+
+    why = "released"
+    STOPPING_ERRORS = ()
+
+    def attempt(self, item: OpenEntry, run: Run) -> Record | None:
+        """Deliver one; None where another sync was faster, or it has no image."""
+        run.progress("syncing", self.count - len(self.waiting) - 1, self.count)
+        if item.path:
+            entry = Entry.take(item.path)
+        else:
+            entry = Entry.create(item.record)
         if not entry:
-            return None  # another sync was faster
+            return None
         run.adopt(entry)
-        deliver(run, config)
+        deliver(run, self.config)
         return entry.record if entry.record.get("path") else None
 
-    return crew(records, attempt, config, terminal, DELIVERY, why="released")[0]
+
+def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
+    """What is to be delivered of the image called `name`: its open entry, or one to be made."""
+    record = find_image(name)
+    if not record or not may_have_row(record["sidecar"]):
+        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
+    sidecar = record["sidecar"]
+    if record.get("private") or sidecar.get("private"):
+        raise BadRequest(f"{name} was made with --no-cloud: it stays here")
+    for row in opened:
+        if row.record["id"] == record["id"]:
+            return row
+    charged = sidecar.get("charged", "no")
+    request = Request(sidecar["prompt"], seed=sidecar.get("seed"))
+    stem = render_name("{date}/{slug}-{seed}", request, epoch(sidecar["timestamp"]))
+    anew: Record = {"paid": charged != "no", "charged": charged, **record, "storage": stem}
+    if anew.get("refused"):  # maybe for its owner's sake
+        anew.pop("owner", None)
+    for done in ("object", "row", "refused", "error"):
+        anew.pop(done, None)  # type: ignore[misc]  # each is a key of Record
+    return OpenEntry("", anew, "to deliver")
 
 
-def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the journal, or the sidecar, says of the image at `path`: a record that owes object and row."""
-    path = os.path.abspath(os.path.expanduser(path))
-    path = path.removesuffix(".json") if os.path.exists(path.removesuffix(".json")) else path
-    about = parsed(_read(f"{path}.json"))
-    known = (*unfinished, *ledger())
-    record = next(
-        (
-            one
-            for one in known
-            if one.get("path") == path
-            or one.get(
-                "image_id",
-                one["id"],
-            )
-            == about.get("image_id")
-        ),
-        {},
-    )
-    about = about or record.get("sidecar") or {}
+def may_have_row(sidecar: Mapping[str, Any]) -> bool:
+    """Whether a sidecar, which may come from anywhere, has what a row of imagen.images needs."""
     shape = {
         "image_id": str,
         "prompt": str,
@@ -7064,56 +7755,12 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
         "mime_type": str,
         "bytes": int,
     }
-    fits = all(
-        isinstance(
-            about.get(key),
-            kind,
-        )
-        for key, kind in shape.items()
-    ) and is_uuid(about["image_id"])
-    fits = (
-        fits
-        and isinstance(about.get("storage_path") or "", str)
-        and about["mime_type"] in MIME_TYPES.values()
-    )
-    if not fits:
-        raise BadRequest(f"{path}: no image with a sidecar, and none that the journal knows")
-    if record.get("private") or about.get("private"):
-        raise BadRequest(f"{path} was made with --no-cloud: it stays here")
-    if "entry" in record:
-        return {**record}
-    charged = about.get("charged") or "no"
-    base = {
-        "id": about["image_id"],
-        "at": about["timestamp"],
-        "backend": about["backend"],
-        "paid": charged != "no",
-    }
-    asked = Request(about["prompt"], seed=about.get("seed"))
-    stem = render_name("{date}/{slug}-{seed}", asked, epoch(about["timestamp"]))
-    storage = about.get("storage_path") or stem + os.path.splitext(path)[1]
-    record = {
-        **base,
-        "charged": charged,
-        **record,
-        "path": path,
-        "sidecar": {**about, "storage_path": storage},
-    }
-    again = (
-        "object",
-        "row",
-        "refused",
-        "error",
-        *(("owner",) if record.get("refused") else ()),
-    )
-    return {
-        key: value
-        for key, value in {
-            **record,
-            "storage": stem,
-        }.items()
-        if key not in again
-    }
+    for name, kind in shape.items():
+        if not isinstance(sidecar.get(name), kind):
+            return False
+    if not isinstance(sidecar.get("storage_path") or "", str):
+        return False
+    return is_uuid(sidecar["image_id"]) and sidecar["mime_type"] in MIME_TYPES.values()
 
 
 @command(
@@ -7123,45 +7770,30 @@ def record_of(path: str, unfinished: Sequence[Mapping[str, Any]]) -> dict[str, A
 def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     """an address where anybody can fetch an image of the private bucket for a while"""
     config = load_config(args.config)
-    path = os.path.abspath(os.path.expanduser(args.image))
-    found = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", args.expires)
-    if not found:
+    match = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", args.expires)
+    if not match:
         raise BadRequest(f'--expires "{args.expires}": not a time', "such as 30m, 12h, 7d")
-    seconds = (
-        int(found[1])
-        * {
-            "": 1,
-            "s": 1,
-            "m": 60,
-            "h": 3600,
-            "d": 86400,
-            "w": 604800,
-        }[found[2]]
-    )
-    cloud = Supabase(Context(DELIVERY), config.supabase)
-    about = parsed(_read(path)) or parsed(_read(f"{path}.json"))
-    about = about or next(
-        (image for image in made_before() if image["path"] == path),
-        {},
-    )
-    if about.get("private"):
-        raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
-    image_id = str(about.get("image_id") or args.image)
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    seconds = int(match[1]) * units[match[2]]
+    cloud = Supabase(Context(DELIVERY_S), config.supabase)
+    record = find_image(args.image)
+    image_id = args.image
+    if record:
+        if record.get("private") or record["sidecar"].get("private"):
+            raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
+        image_id = record["sidecar"]["image_id"]
+    path = args.image.removeprefix(f"{cloud.bucket}/")
     if is_uuid(image_id):
-        rows = cloud.images(id=image_id)
-        if not rows:
+        path = cloud.storage_path_of(image_id)
+        if not path:
             raise BadRequest(f"{args.image} is not in the cloud", "imagen sync PATH uploads it")
-        path = str(rows[0]["storage_path"])
-    else:
-        path = args.image.removeprefix(f"{cloud.bucket}/")
     try:
         url = cloud.sign(path, seconds)
     except BadConfig as problem:
         if " NoSuchKey: " not in str(problem):
             raise
-        raise BadRequest(
-            f"{path} is not in the bucket {cloud.bucket}", "imagen sync PATH uploads it"
-        ) from None
+        message = f"{path} is not in the bucket {cloud.bucket}"
+        raise BadRequest(message, "imagen sync PATH uploads it") from None
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
 
 
@@ -7204,27 +7836,23 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     """the last images"""
-    from itertools import islice
-
-    found = (
-        row
-        for row in made_before()
-        if all(word.lower() in row["prompt"].lower() for word in args.words)
-    )
     if args.n < 1:
         raise BadRequest(f"-n {args.n}: at least 1")
-    rows = list(islice(found, args.n))
-    lines = aligned(
-        (
-            row["timestamp"][:16],
-            row["backend"],
-            money(row["cost_usd_estimate"]),
-            row["path"],
-            row["prompt"][:60],
+    images = []
+    lines = []
+    for record in itertools.islice(images_made(words=args.words), args.n):
+        sidecar = record["sidecar"]
+        storage_path = record.get("object") or sidecar.get("storage_path")
+        images.append({**sidecar, "path": record["path"], "storage_path": storage_path})
+        line = (
+            str(sidecar.get("timestamp"))[:16],
+            sidecar.get("backend"),
+            money(sidecar.get("cost_usd_estimate")),
+            record["path"],
+            sidecar["prompt"][:60],
         )
-        for row in rows
-    )
-    return terminal.result({"images": rows}, *lines)
+        lines.append(line)
+    return terminal.result({"images": images}, *aligned(lines))
 
 
 @command(
@@ -7236,32 +7864,36 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.since and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.since):
         raise BadRequest(f'--since "{args.since}": not YYYY-MM-DD')
     nothing = {"images": 0, "usd": 0.0, "unknown": 0}
-    total = nothing.copy()
-    sums = dict[str, dict[str, Any]]()
-    for record in ledger():
+    total: dict[str, Any] = nothing.copy()
+    sums: dict[str, dict[str, Any]] = {}
+    delivering = [row.record for row in entries() if row.record.get("path")]
+    seen = {record["id"] for record in delivering}
+    finished = (record for record in ledger() if record["id"] not in seen)
+    for record in itertools.chain(delivering, finished):
         day = str(record.get("at"))[:10]
-        image = record.get("path")
-        if day < args.since or (not image and record.get("charged", "no") == "no"):
+        sidecar: Mapping[str, Any] = record.get("sidecar") or {}
+        charged = record.get("charged", "no")
+        if day < args.since or (not record.get("path") and charged == "no"):
             continue
-        usd = (record.get("sidecar") or {}).get("cost_usd_estimate")
-        key = day if args.by == "day" else str(record.get("backend"))
-        for row in (total, sums.setdefault(key, {args.by: key, **nothing})):
-            row["images"] += bool(image)
+        usd = None
+        if record.get("path"):
+            usd = sidecar.get("cost_usd_estimate")
+        key = day
+        if args.by == "backend":
+            key = str(sidecar.get("backend"))
+        group = sums.setdefault(key, {args.by: key, **nothing})
+        for row in (total, group):
+            row["images"] += bool(record.get("path"))
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
     rows = [sums[key] for key in sorted(sums)]
     lines = []
     for row in (*rows, total):
-        unknown = f"and {row['unknown']} of unknown cost" * bool(row["unknown"])
-        lines.append(
-            (
-                row.get(args.by, "total"),
-                row["images"],
-                "images",
-                money(row["usd"]),
-                unknown,
-            )
-        )
+        unknown = ""
+        if row["unknown"]:
+            unknown = f"and {row['unknown']} of unknown cost"
+        title = row.get(args.by, "total")
+        lines.append((title, row["images"], "images", money(row["usd"]), unknown))
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
@@ -7278,7 +7910,7 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     here = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
-    if os.path.lexists(path) and mark.encode() not in _read(path)[:200]:
+    if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
@@ -7336,7 +7968,7 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(
     flag("action", choices=("add", "list", "cancel", "retry")),
-    *REQUEST_FLAGS[1:],
+    *ORDER_FLAGS[1:],
     flag("prompt", nargs="?", metavar="PROMPT|ID", help="add: what to see; cancel, retry: the job"),
     flag(
         "--wait",
@@ -7551,15 +8183,18 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code. The only place that turns errors into words for it."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The command line; returns the exit code. The only place that turns errors into words."""
+    if argv is None:
+        argv = sys.argv[1:]
     # A stream that was closed for us: no file of ours may get its number.
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path keeps its bytes, and no letter ends a run
-        utf8 = sys.stdout.encoding.lower() == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        errors = "backslashreplace"
+        if sys.stdout.encoding.lower() == "utf-8":
+            errors = "surrogateescape"
+        sys.stdout.reconfigure(errors=errors)
     terminal = Terminal(argv)
     try:
         return dispatch(argv, terminal)
@@ -7571,29 +8206,43 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     """Run the command that `argv` names; flags may stand before it too."""
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
-        place += 2 if argv[place] == "--config" else 1
-    before, (name, *after) = argv[:place], argv[place:] or [""]
-    if not argv or name == "help" or {"-h", "--help", "--version"}.intersection(before):
-        if (
-            "--version" in before
-        ):  # copies travel without their repository, so the hash says which one this is
-            import hashlib
-
-            digest = hashlib.sha256(_read(__file__)).hexdigest()
-            return terminal.result(
-                {"version": __version__, "sha256": digest}, f"imagen {__version__} ({digest[:12]})"
-            )
-        commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
-        end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
-        text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
-        return terminal.result({"text": text}, text)
+        place += 1 + (argv[place] == "--config")
+    before = argv[:place]
+    name, *after = argv[place:] or [""]
+    if "--version" in before:
+        return show_version(terminal)
+    if not argv or name == "help" or {"-h", "--help"}.intersection(before):
+        return show_help(terminal)
     if name not in COMMANDS:
-        hint = f'imagen generate "{name}"?' if " " in name else nearest(name, COMMANDS)
-        raise BadRequest(f'command "{name}" is unknown' if name else "a command is missing", hint)
+        message = "a command is missing"
+        hint = nearest(name, COMMANDS)
+        if name:
+            message = f'command "{name}" is unknown'
+        if " " in name:
+            hint = f'imagen generate "{name}"?'
+        raise BadRequest(message, hint)
     args = parser_of(name, terminal).parse_intermixed_args([*before, *after])
     terminal.quiet = args.quiet
     terminal.verbose = args.verbose
-    return COMMANDS[name][0](args, terminal)
+    cmd, _ = COMMANDS[name]
+    return cmd(args, terminal)
+
+
+def show_version(terminal: Terminal) -> int:
+    """Release and hash of this file: copies travel without their repository."""
+    import hashlib
+
+    digest = hashlib.sha256(read_bytes(__file__)).hexdigest()
+    document = {"version": __version__, "sha256": digest}
+    return terminal.result(document, f"imagen {__version__} ({digest[:12]})")
+
+
+def show_help(terminal: Terminal) -> int:
+    """What `imagen --help` says."""
+    commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
+    end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
+    text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
+    return terminal.result({"text": text}, text)
 
 
 def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
@@ -7602,28 +8251,29 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
 
     class Strict(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            unknown = re.search(r"unrecognized arguments: (-\S+)", message)
-            known = self._option_string_actions
-            raise BadRequest(
-                message, nearest(unknown[1], known) if unknown else f"{self.prog} --help"
-            )
+            hint = f"{self.prog} --help"
+            if unknown := re.search(r"unrecognized arguments: (-\S+)", message):
+                hint = nearest(unknown[1], self._option_string_actions)
+            raise BadRequest(message, hint)
 
         def print_help(self, file: Any = None) -> None:
             text = self.format_help().rstrip()
             terminal.result({"text": text}, text)
 
     cmd, flags = COMMANDS[name]
+    usage = None
+    if name == "generate":
+        usage = f"imagen {name} …\n\n{EXAMPLES}"
     parser = Strict(
         prog=f"imagen {name}",
-        usage=f"imagen {name} …\n\n{EXAMPLES}" if name == "generate" else None,
+        usage=usage,
         description=cmd.__doc__,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, width=100
-        ),  # a width of its own would cost shutil
+        # Without a width of its own a formatter imports shutil.
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
         allow_abbrev=False,
     )
-    for names, how in (*flags, *EVERYWHERE):
-        parser.add_argument(*names, **how)
+    for names, options in (*flags, *EVERYWHERE):
+        parser.add_argument(*names, **options)
     return parser
 
 
