@@ -3677,15 +3677,18 @@ def find_image(name: str) -> Record | None:
     """
     if name == "last":
         return next(images_made(), None)
-    path = os.path.abspath(os.path.expanduser(name))
-    if path.endswith(".json") and os.path.exists(path):
-        path = path.removesuffix(".json")
-    sidecar = parsed(read_bytes(f"{path}.json"))
-    image_id = sidecar.get("image_id") or name
+    path = ""
+    sidecar: dict[str, Any] = {}
+    image_id = needle = name
+    # An id may come from anybody, over HTTP too: it never becomes a path.
+    if not is_uuid(name):
+        path = os.path.abspath(os.path.expanduser(name))
+        if path.endswith(".json") and os.path.exists(path):
+            path = path.removesuffix(".json")
+        sidecar = parsed(read_bytes(f"{path}.json"))
+        image_id = sidecar.get("image_id") or name
+        needle = image_id if sidecar else to_json(path)[1:-1]
     delivering = [row.record for row in entries()]
-    needle = image_id
-    if not sidecar and not is_uuid(name):
-        needle = to_json(path)[1:-1]
     for record in itertools.chain(delivering, ledger(needle=needle)):
         if is_image(record) and (
             record["sidecar"]["image_id"] == image_id or (not sidecar and record["path"] == path)
@@ -5844,7 +5847,11 @@ class HttpError(Exception):
     """A request that is turned away: a status, a sentence, and OpenAI's code for it."""
 
     def __init__(
-        self, status: int, message: str, code: str = "", headers: Mapping[str, str] = EMPTY
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        headers: Mapping[str, str] = EMPTY,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -5938,6 +5945,7 @@ class Server:
         self.say = say
         self.token = token
         self.parallel = parallel
+        # A link that was signed outlives a restart only where a token does.
         self.secret = token.encode() or os.urandom(32)
         self.calls = list[Call]()
         self._lock = threading.Lock()  # guards calls and connections
@@ -5955,7 +5963,7 @@ class Server:
             message = f"{host}:{port}: {problem.strerror or problem}"
             raise BadConfig(message, "another --port?") from None
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
-        self.listener.settimeout(0.5)
+        self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
     def serve(self) -> None:
         """Answer until `stop`; then finish what is under way."""
@@ -5977,6 +5985,7 @@ class Server:
                 sock.close()
             else:
                 in_thread(self._connection, sock)
+        # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
         until = time.monotonic() + SHUTDOWN_S
         while time.monotonic() < until and (self._connections or self._busy()):
@@ -6029,6 +6038,7 @@ class Server:
                     self._respond(sock, response)
                 except HttpError as problem:
                     self._turn_away(problem, response)
+                # An OSError is the connection's: there is nobody to answer any more.
                 except OSError:
                     raise
                 except Exception as problem:
@@ -6090,6 +6100,7 @@ class Server:
         if size > BODY_BYTES:
             raise HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
         self._grant(sock, BODY_S)
+        # curl waits for this before it sends a body of more than a kilobyte.
         if headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(body) < size:
@@ -6109,6 +6120,7 @@ class Server:
         # Without a token, a name that is not ours came from somebody else's DNS.
         if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
             raise HttpError(403, f"this server is not called {host[:80]}")
+        # A browser names the page that asks; no other client has an Origin.
         site = request.headers.get("origin")
         if site and request.method != "GET" and site not in (f"http://{host}", f"https://{host}"):
             raise HttpError(403, "another site's page may not write here")
@@ -6121,12 +6133,21 @@ class Server:
             return True
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
-        proofs = [(bearer, self.token), (cookies.get("imagen", ""), self.sign("cookie"))]
+        # What the client shows, and what that should be: any pair that is equal will do.
+        proofs = [
+            (bearer, self.token),
+            (cookies.get("imagen", ""), self.sign("cookie")),
+        ]
         if request.path == "/":
             proofs.append((request.query.get("token", ""), self.token))
+        # A link is for one image: whoever has it sees this one and no other.
         if image := re.fullmatch(f"/images/{IMAGE_ID}", request.path):
-            proofs.append((request.query.get("signature", ""), self.sign(image[1])))
-        return any(hmac.compare_digest(shown.encode(), proof.encode()) for shown, proof in proofs)
+            signature = request.query.get("signature", "")
+            proofs.append((signature, self.sign(image[1])))
+        # Compared in constant time, so that nobody finds the token letter by letter.
+        return any(
+            hmac.compare_digest(shown.encode(), expected.encode()) for shown, expected in proofs
+        )
 
     def sign(self, text: str) -> str:
         """A word that only this server can have said about `text`."""
@@ -6140,6 +6161,7 @@ class Server:
             cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
             response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
             return
+        # Only scripts that bear it run: what a prompt smuggles in would not.
         nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
         response.page(PAGE.replace("NONCE", nonce), nonce)
 
@@ -6194,7 +6216,7 @@ class Server:
             if call.stream:
                 self._stream(call, request, response)
             else:
-                self._answer_at_end(call, request, response)
+                self._document(call, request, response)
             call.answered = True
         finally:
             with self._lock:
@@ -6208,31 +6230,35 @@ class Server:
             raise HttpError(503, message, "rate_limit_exceeded", headers)
 
     def _plans(self, body: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
-        """The plans for a body, and the fields of it that nobody here knows."""
+        """The plans for a body, and the names of its fields that nobody here knows."""
+        # OpenAI's clients send null for what they leave open.
+        body = {key: value for key, value in body.items() if value is not None}
         backend = str(body.get("model") or "auto")
         if backend == "auto":
             backend = self.config.default_backend
         if backend not in self.config.backends:
             hint = nearest(backend, self.config.backends)
             raise HttpError(404, f'model "{backend}" is unknown: {hint}', "model_not_found")
-        size = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(body.get("size") or "auto"))
-        if not size:
+        size = str(body.get("size") or "auto")
+        pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+        if not pixels:
             raise BadRequest("size is WxH or auto")
-        fields = {key: body[key] for key in ORDER_FIELDS if body.get(key) is not None}
-        fields |= {"backend": backend, "width": int(size[1] or 0), "height": int(size[2] or 0)}
+        fields = {key: body[key] for key in ORDER_FIELDS if key in body}
+        fields["backend"] = backend
+        fields["width"] = int(pixels[1] or 0)
+        fields["height"] = int(pixels[2] or 0)
         # OpenAI's own options reach those backends that have an option of the same name.
         cls, _ = options_of(backend, self.config.backends)
-        passed = [key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS]
-        options = {key: body[key] for key in passed if body.get(key) not in (None, "auto")}
+        passed = {key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS}
+        options = {key: body[key] for key in passed & body.keys() if body[key] != "auto"}
         own = fields.get("backend_opts", {})
-        if isinstance(own, dict):
+        if isinstance(own, dict):  # else `from_mapping` complains of it
             fields["backend_opts"] = {**own, **options}
         order = from_mapping(Order, fields, "request", BadRequest)
         if not 1 <= order.n <= 10:
             raise BadRequest("n is 1 to 10")
         known = {*ORDER_FIELDS, *passed, "model", "size", "response_format", "stream"}
-        ignored = [key for key in body if key not in known and body[key] is not None]
-        return plans_of(order, self.config), ignored
+        return plans_of(order, self.config), [key for key in body if key not in known]
 
     def _wait(self, call: Call, response: ResponseWriter) -> bool:
         """Wait for a change, half a second at most; whether more is expected after it.
@@ -6243,12 +6269,13 @@ class Server:
             if call.left:
                 call.changed.wait(0.5)
             more_expected = call.left > 0
+        # As long as we wait ourselves, the client is not the slow one.
         self._grant(response.sock, WRITE_S)
         if more_expected and response.client_left():
             raise ConnectionError("the client has left")
         return more_expected
 
-    def _answer_at_end(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+    def _document(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
         """One JSON document, once all images are made or have failed."""
         while self._wait(call, response):
             pass
@@ -6258,7 +6285,7 @@ class Server:
             return
         document: dict[str, Any] = {
             "created": int(call.began),
-            "data": [self._image_fields(call, record, request) for record in call.records],
+            "data": [self._fields(call, record, request) for record in call.records],
             "usage": usage_of(call.records),
         }
         if errors:
@@ -6267,7 +6294,7 @@ class Server:
 
     def _stream(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
         """Server-sent events: progress, each image once it is made, the worst error."""
-        response.begin_stream()
+        response.begin_stream()  # from here on an error is an event, since the status is out
         sent = 0
         shown = None
         more_expected = True
@@ -6283,7 +6310,7 @@ class Server:
                 sent += 1
                 sidecar = record["sidecar"]
                 image = {
-                    **self._image_fields(call, record, request),
+                    **self._fields(call, record, request),
                     "size": f"{sidecar['width']}x{sidecar['height']}",
                     "output_format": sidecar["mime_type"].removeprefix("image/"),
                     "created_at": int(time.time()),
@@ -6293,7 +6320,7 @@ class Server:
         for error in worst_first(call.errors)[:1]:
             response.event("error", {"error": openai_fields(error)[1]})
 
-    def _image_fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
+    def _fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
         """One image as OpenAI's API shows it, and what only we know of it."""
         sidecar = record["sidecar"]
         image_id = sidecar["image_id"]
@@ -6354,6 +6381,7 @@ class Server:
         record = record_of_image(image_id)
         path = record["path"]
         mime = record["sidecar"]["mime_type"]
+        # An image never changes under its id, so a browser need not ask again.
         tag = f'"{record["sidecar"]["sha256"]}"'
         if kind == "thumbs" and (small := thumbnail(path, image_id)):
             path = small
@@ -6378,7 +6406,7 @@ class Server:
                 response.sock.sendfile(file)
 
 
-IMAGE_ID = "([0-9a-f-]{36})"
+IMAGE_ID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 GET = ("GET", "HEAD")
 ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/", Server.answer_page),
@@ -6391,7 +6419,15 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
 )
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
-ORDER_FIELDS = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n")
+ORDER_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "style",
+    "seed",
+    "steps",
+    "backend_opts",
+    "n",
+)
 OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
 
 
@@ -6409,7 +6445,8 @@ def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
     fields = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
     if not request or not all(fields):
         raise HttpError(400, "this is no HTTP request")
-    return request[1], request[2], {field[1].lower(): field[2] for field in fields if field}
+    headers = {field[1].lower(): field[2] for field in fields if field}
+    return request[1], request[2], headers
 
 
 def error_fields(
@@ -6544,7 +6581,7 @@ STATUSES = {
 
 
 def usage_of(records: Iterable[Record]) -> dict[str, Any]:
-    """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
+    """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
     total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     for record in records:
         usage = (record["sidecar"].get("metadata") or {}).get("usage")
@@ -6975,10 +7012,16 @@ def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
 
     table = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in table]
+    return [line.rstrip() for line in lines]
 
 
-def progress_line(now: Progress, elapsed: float, usual: float | None, count: str = "") -> str:
+def progress_line(
+    now: Progress,
+    elapsed: float,
+    usual: float | None,
+    count: str = "",
+) -> str:
     """One line: what happens, a bar where its length is known or learned, the time.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
@@ -6999,7 +7042,8 @@ def progress_line(now: Progress, elapsed: float, usual: float | None, count: str
         took = f"{took} of about {usual:.0f}"
     if share is not None:
         bar = f"{'━' * round(36 * share):─<36}"
-    return "  ".join(filter(None, (now.note or "waiting", bar, steps, took, count)))
+    parts = (now.note or "waiting", bar, steps, took, count)
+    return "  ".join(filter(None, parts))
 
 
 def usual_seconds(plan: Plan) -> float | None:
@@ -8112,16 +8156,24 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
     config = load_config(args.config)
-    token = secret_from(args.token_env).reveal() if os.environ.get(args.token_env) else ""
+    token = ""
+    if os.environ.get(args.token_env):
+        token = secret_from(args.token_env).reveal()
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    terminal.write(to_json({"address": server.address}) if args.json else server.address)
+    address = server.address
+    if args.json:
+        address = to_json({"address": address})
+    terminal.write(address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:  # on the terminal of whoever started it, and in no log
+    if token:
         from urllib.parse import quote
 
-        shown = quote(token, safe="") if sys.stderr.isatty() else f"${args.token_env}"
+        # On the terminal of whoever started it, and in no log.
+        shown = f"${args.token_env}"
+        if sys.stderr.isatty():
+            shown = quote(token, safe="")
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
