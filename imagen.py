@@ -6067,8 +6067,8 @@ class Server:
                 allowed += methods
         if not allowed:
             raise HttpError(404, "there is nothing here")
-        methods = ", ".join(allowed)
-        raise HttpError(405, f"only {methods} here", headers={"Allow": methods})
+        allow = ", ".join(allowed)
+        raise HttpError(405, f"only {allow} here", headers={"Allow": allow})
 
     def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
         kinds = {401: "authentication_error", 503: "server_error"}

@@ -17293,7 +17293,7 @@ SERVE_MISTAKES = """{"model": "mokc"} {"prompt": " "} {"prompt": null} {"prompt"
 {"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"}"""
 
 
-@pytest.mark.parametrize("said", re.split(r"(?<=\})\s(?=\{)", SERVE_MISTAKES))
+@pytest.mark.parametrize("text", re.split(r"(?<=\})\s(?=\{)", SERVE_MISTAKES))
 def test_server_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
     serving: Serving, text: str
 ) -> None:
