@@ -3650,7 +3650,10 @@ def images_made(
         before = ""
     elif before:
         delivering = []
-    finished = (record for record in ledger(words, before) if record["id"] not in seen)
+    needle = ""
+    if backend:  # most lines of others need not even be parsed
+        needle = f'"backend": {to_json(backend)}'
+    finished = (record for record in ledger(words, before, needle) if record["id"] not in seen)
     for record in itertools.chain(delivering, finished):
         if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
             continue

@@ -20944,9 +20944,8 @@ def test_readme_bench_a_gallery_of_many_images(bench: BenchBox, count: int) -> N
             peak = re.findall(
                 r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text()
             )[0]
-            oldest = server.images(f"?query={'fox' if images == 1 else 'fox+1234'}&limit=200")
+            assert server.images("?query=zebra") == []
             searched = time.perf_counter()
-            assert oldest
             figure = (
                 1000 * (ready - began) - floor,
                 1000 * (paged - ready),
@@ -20960,17 +20959,17 @@ def test_readme_bench_a_gallery_of_many_images(bench: BenchBox, count: int) -> N
         for images in (1, count)
     )
     rows = [
-        ("B: argparse, json, compile()", floor, floor, ""),
-        ("ready, after B", ready, 60.0, "60 ms"),
-        ("first page, after that", paged, 150.0, "150 ms"),
-        ("a search through all of it", searched, 25.0 * count / 10_000, "25 ms per 10,000"),
-    ]
-    bench_report(f"{count:,} images", "ms", rows)
-    rows = [
         ("with one image", imports, imports, ""),
         (f"with {count:,}", peak, imports + 12, "12 MB more"),
     ]
     bench_report(f"{count:,} images, peak memory", "MB", rows)
+    rows = [
+        ("B: argparse, json, compile()", floor, floor, ""),
+        ("ready, after B", ready, 60.0, "60 ms"),
+        ("first page, after that", paged, 150.0, "150 ms"),
+        ("a search that finds nothing", searched, 25.0 * count / 10_000, "25 ms per 10,000"),
+    ]
+    bench_report(f"{count:,} images", "ms", rows)
 
 
 @pytest.mark.bench
