@@ -6356,8 +6356,6 @@ class Server:
 
     def answer_images(self, request: HttpRequest, response: ResponseWriter) -> None:
         """GET /api/images?query=&backend=&before=&limit=: the newest first."""
-        from itertools import islice
-
         query = request.query
         limit = PAGE_IMAGES
         if re.fullmatch(r"[1-9]\d{0,5}", query.get("limit", "")):
@@ -6367,7 +6365,7 @@ class Server:
             words=query.get("query", "").lower().split(),
             backend=query.get("backend", ""),
         )
-        images = [shown_fields(record) for record in islice(records, limit)]
+        images = [shown_fields(record) for record in itertools.islice(records, limit)]
         following = None
         if len(images) == limit:
             following = images[-1]["id"]
@@ -8185,24 +8183,25 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
 SKILL = """\
 ---
 name: imagine
-description: Make an image from a prompt with ImaGen. Use when the user asks for a picture, an illustration, a photo
-  or a header image, or types /imagine.
+description: Make an image from a prompt with ImaGen. Use when the user asks for a picture,
+  an illustration, a photo or a header image, or types /imagine.
 ---
 # /imagine PROMPT
 
-Run this with the user's words in place of PROMPT, and give it time: an image may take minutes. Behind `<<'END'` no
-letter of the prompt means anything to the shell.
+Run this with the user's words in place of PROMPT, and give it time: an image may take minutes.
+Behind `<<'END'` no letter of the prompt means anything to the shell.
 
     COMMAND generate - --json -q <<'END'
     PROMPT
     END
 
-- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists them), `-n 4`,
-  `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them). Another backend may cost money:
-  that is the user's choice, also after an error.
+- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists
+  them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
+  Another backend may cost money: that is the user's choice, also after an error.
 - "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
-- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error` with `message`, `hint`
-  and `charged`. Show each `images[].path` to the user; never read image bytes into the conversation.
+- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
+  with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
+  bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
@@ -8216,7 +8215,7 @@ letter of the prompt means anything to the shell.
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
-| 10 | **never repeat**: it may have been charged; `COMMAND recover ID` tells (`error.hint` has the id) |
+| 10 | **never repeat**: it may be charged; `COMMAND recover ID` tells (`error.hint` has the id) |
 | 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 
