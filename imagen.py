@@ -3940,7 +3940,10 @@ def images_made(
         before = ""
     elif before:
         delivering = []
-    finished = (record for record in ledger(words, before) if record["id"] not in seen)
+    needle = ""
+    if backend:  # most lines of others need not even be parsed
+        needle = f'"backend": {to_json(backend)}'
+    finished = (record for record in ledger(words, before, needle) if record["id"] not in seen)
     for record in itertools.chain(delivering, finished):
         if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
             continue
@@ -3967,15 +3970,18 @@ def find_image(name: str) -> Record | None:
     """
     if name == "last":
         return next(images_made(), None)
-    path = os.path.abspath(os.path.expanduser(name))
-    if path.endswith(".json") and os.path.exists(path):
-        path = path.removesuffix(".json")
-    sidecar = parsed(read_bytes(f"{path}.json"))
-    image_id = sidecar.get("image_id") or name
+    path = ""
+    sidecar: dict[str, Any] = {}
+    image_id = needle = name
+    # An id may come from anybody, over HTTP too: it never becomes a path.
+    if not is_uuid(name):
+        path = os.path.abspath(os.path.expanduser(name))
+        if path.endswith(".json") and os.path.exists(path):
+            path = path.removesuffix(".json")
+        sidecar = parsed(read_bytes(f"{path}.json"))
+        image_id = sidecar.get("image_id") or name
+        needle = image_id if sidecar else to_json(path)[1:-1]
     delivering = [row.record for row in entries()]
-    needle = image_id
-    if not sidecar and not is_uuid(name):
-        needle = to_json(path)[1:-1]
     for record in itertools.chain(delivering, ledger(needle=needle)):
         if not is_image(record):
             continue
@@ -6097,23 +6103,26 @@ def sd_notify(text: str) -> None:
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
 #
-# A connection is one request, answered in a thread of its own; images are made in other threads, so that they outlive
-# whoever asked for them. Nothing that a client sends ever becomes a path: images are named by their ids.
+# A connection is one request, answered in a thread of its own (`_connection` → `_read` →
+# ROUTES). Images are made in the threads of a Call, so that they outlive whoever asked
+# for them. Nothing that a client sends ever becomes a path: images are named by their ids.
 
-CONNECTIONS = 256  # at a time; more are turned away
-HEAD_BYTES, BODY_BYTES = 16 << 10, 256 << 10  # of a request
-HEAD_TIME, BODY_TIME, WRITE_TIME, LINGER = 10.0, 20.0, 120.0, 3.0  # seconds for all of it
-ATTACH = 10.0  # seconds after which what nobody waits for, and nobody paid for, is cancelled
-REMEMBERED, CALLS = (
-    600.0,
-    1000,
-)  # seconds in which a repeat of a finished request gets its images, and of how many
-PAGE_OF = 24  # images of one answer, and of one screen
-THUMB = 512  # pixels
-DRAIN = 120.0  # seconds for what is under way once a signal says stop
+CONNECTIONS_MAX = 256  # at a time; more are turned away
+HEAD_BYTES = 16 << 10
+BODY_BYTES = 256 << 10
+HEAD_S = 10.0  # for all of a request's head; likewise the others
+BODY_S = 20.0
+WRITE_S = 120.0
+DRAIN_AFTER_ERROR_S = 3.0  # for what a client that was turned away still sends
+ABANDON_AFTER_S = 10.0  # then what nobody waits for, and nobody paid for, is cancelled
+REPLAY_WINDOW_S = 600.0  # in which a repeat of a finished request gets its images
+REPLAY_MAX = 1000  # finished requests that are remembered
+SHUTDOWN_S = 120.0  # for what is under way once a signal says stop
+PAGE_IMAGES = 24  # of one answer, and of one screen
+THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 # Where OpenAI has a status, a type and a code of its own for what our class means.
-OPENAI_WORDS = {
+OPENAI_ERRORS = {
     "usage": (400, "invalid_request_error", "invalid_value"),
     "refused": (400, "image_generation_user_error", "moderation_blocked"),
     "quota": (429, "insufficient_quota", "insufficient_quota"),
@@ -6121,7 +6130,7 @@ OPENAI_WORDS = {
 }
 
 
-class Asked(NamedTuple):
+class HttpRequest(NamedTuple):
     """One HTTP request; header names are in lower case."""
 
     method: str
@@ -6131,91 +6140,78 @@ class Asked(NamedTuple):
     body: bytes
 
 
-class Turned(Exception):
-    """A request that is turned away, with a status and OpenAI's word for it."""
+class HttpError(Exception):
+    """A request that is turned away: a status, a sentence, and OpenAI's code for it."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        headers: Mapping[str, str] = EMPTY,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers
 
 
-class Call:
-    """One request for images. It goes on when its client has left, and a repeat of the same request joins it."""
+class Call(Runner):
+    """One request for images. It goes on when its client has left; a repeat joins it.
+
+    The server's lock guards `clients`, `answered` and `lonely_since`.
+    """
 
     def __init__(
-        self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]
+        self,
+        key: str,
+        plans: list[Plan],
+        config: Config,
+        say: Callable[[str], None],
+        body: Mapping[str, Any],
+        ignored: Sequence[str],
     ) -> None:
-        self.key = key
-        self.waiting = plans
+        super().__init__(plans, config, parallel=plans[0].parallel)
+        self.key = key  # the same for the same body
         self.ignored = ignored
-        self.stream = said.get("stream") is True
-        self.links = said.get("response_format") == "url"
-        self.active = list[Run]()
-        self.threads = list[threading.Thread]()
-        self.records = list[Mapping[str, Any]]()
-        self.errors = list[ImagenError]()
-        self.progress: tuple[Any, ...] = ("waiting", None, None)
-        self.changed = threading.Condition()
+        self.stream = body.get("stream") is True
+        self.links = body.get("response_format") == "url"
+        self.began = time.time()
         self.clients = 0
         self.answered = False
-        self.began = time.time()
-        self.ended = 0.0
         self.lonely_since = time.monotonic()
+        self.replay_until = self.lonely_since + REPLAY_WINDOW_S
+        self._say = say
+
+    def on_error(self, error: ImagenError) -> None:
+        """Also for the log of whoever runs the server."""
+        self._say(str(error))
+
+    def on_warning(self, text: str) -> None:
+        """Nothing that a client could do something about."""
+        self._say(text)
 
     @property
-    def left(self) -> int:
-        """How many images are still to come."""
-        return len(self.waiting) + len(self.active)
-
-    @property
-    def joinable(self) -> bool:
-        """Whether a repeat gets what this one got; one that failed free of charge, and may pass later, is made anew."""
-        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
-
-    def tell(self, *progress: Any) -> None:
-        """How far it is."""
+    def progress(self) -> Progress:
+        """Where the image that was begun last stands."""
         with self.changed:
-            self.progress = progress
-            self.changed.notify_all()
+            return next(reversed(self.active.values()), Progress())
 
-    def work(self, config: Config, say: Callable[[str], None]) -> None:
-        """Make what waits, one after the other; several threads share the list. The cloud comes after the answer."""
-        runs = list[Run]()
-        while True:
-            with self.changed:
-                if not self.waiting:
-                    break
-                plan = self.waiting.pop(0)
-                run = Run(600.0, self.tell, say)
-                self.active.append(run)
-            runs.append(run)
-            record = None
-            error = None
-            try:
-                record = finish(run, make(plan, config, run))
-            except Exception as problem:
-                error = as_error(problem)
-                say(f"{plan.request.backend}: {error}")
-            with self.changed:
-                self.records += [record] if record else []
-                self.errors += [error] if error else []
-                if isinstance(error, BadConfig | BadRequest | Disk | Quota | Interrupted):
-                    self.waiting.clear()  # the others would fail alike
-                self.ended = time.monotonic()
-                self.active.remove(run)
-                self.changed.notify_all()
-        for run in runs:
-            try:
-                deliver(run, config)
-            except Exception as problem:  # it stays in the journal
-                say(str(as_error(problem)))
+    def answers(self, key: str) -> bool:
+        """Whether a repeat with this key gets what this call got, or will get.
+
+        One that failed free of charge, and may pass later, is made anew.
+        """
+        if key != self.key:
+            return False
+        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
 
     def abandon(self) -> None:
         """End what has cost nothing, since nobody waits for it any more."""
         with self.changed:
             self.waiting.clear()
             for run in self.active:
+                # What may have been paid goes on: the gallery shows it, a repeat gets it.
                 if run.charged == "no":
                     run.stop("user")
 
@@ -6223,111 +6219,6 @@ class Call:
 def repeatable(error: ImagenError) -> bool:
     """Whether asking again is worth a try, and cannot pay again."""
     return error.retryable and error.charged == "no"
-
-
-class Index:
-    """What was made: the ledger, followed as it grows, and open entries that have their image."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[str, str, str, str]] = []  # time, id, backend, words to search
-        self._places: dict[str, int] = {}  # by id, in the ledger
-        self._read_to = 0
-        self._lock = threading.Lock()
-        self.ledger = state_path("ledger.jsonl")
-
-    def follow(self) -> None:
-        """Take in what was written since the last look."""
-        with self._lock, suppress(OSError), open(self.ledger, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self._read_to:  # another one
-                self._rows = []
-                self._places = {}
-                self._read_to = 0
-            file.seek(self._read_to)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                start = line.find(
-                    b'"sidecar": {'
-                )  # quotes in a prompt are escaped; what stands before is of no use here
-                if start >= 0 and (row := self._row(parsed(b"{" + line[start:]))):
-                    if row[1] not in self._places:
-                        self._rows.append(row)
-                    self._places[row[1]] = self._read_to
-                self._read_to += len(line)
-
-    @staticmethod
-    def _row(record: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
-        about = record.get("sidecar")
-        if not isinstance(about, dict) or not isinstance(about.get("image_id"), str):
-            return None
-        words = f"{about.get('prompt')} {about.get('style')}".lower()
-        return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
-
-    def _opened(self) -> dict[str, dict[str, Any]]:
-        records = (merged(_read(path)) for path in open_paths())
-        return {
-            row[1]: record
-            for record in records
-            if record.get("path") and (row := self._row(record))
-        }
-
-    def page(
-        self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF
-    ) -> list[dict[str, Any]]:
-        """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
-        opened = self._opened()  # first, since from there they move to the ledger
-        self.follow()
-        more = [
-            row
-            for record in opened.values()
-            if (row := self._row(record)) and row[1] not in self._places
-        ]
-        words = query.lower().split()
-        found = list[dict[str, Any]]()
-        seen = not before
-        for _, image_id, name, text in sorted(
-            [*self._rows, *more],
-            reverse=True,
-        ):
-            if len(found) >= limit:
-                break
-            if seen and backend in ("", name) and all(word in text for word in words):
-                found.append(self.shown(self._at(image_id) or opened[image_id]))
-            seen = seen or image_id == before
-        return found
-
-    def record(self, image_id: str) -> dict[str, Any]:
-        """The journal's record of one image; {} where nobody knows it."""
-        for _ in range(2):  # an open one may move to the ledger while we look
-            self.follow()
-            if found := self._at(image_id) or self._opened().get(image_id):
-                return found
-        return {}
-
-    def _at(self, image_id: str) -> dict[str, Any]:
-        if (place := self._places.get(image_id)) is None:
-            return {}
-        with open(self.ledger, "rb") as file:
-            file.seek(place)
-            return parsed(file.readline())
-
-    @staticmethod
-    def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-        """What the page may know of an image."""
-        about = record["sidecar"]
-        path = record["path"]
-        there = record.get("object")
-        said = {
-            "id": about["image_id"],
-            "storage_path": there or about.get("storage_path"),
-            "cloud": bool(there),
-        }
-        return {
-            **about,
-            **said,
-            "there": os.path.exists(path),
-            "name": os.path.basename(path),
-        }
 
 
 class Server:
@@ -6341,7 +6232,7 @@ class Server:
         port: int,
         token: str,
         parallel: int,
-    ):
+    ) -> None:
         if host not in LOOPBACK and not token:
             raise BadConfig(
                 f"--host {host}: others could use your backends",
@@ -6351,52 +6242,54 @@ class Server:
         self.say = say
         self.token = token
         self.parallel = parallel
+        # A link that was signed outlives a restart only where a token does.
         self.secret = token.encode() or os.urandom(32)
-        self.index = Index()
         self.calls = list[Call]()
-        self._lock = threading.Lock()
-        self._connections = dict[socket.socket, float]()
+        self._lock = threading.Lock()  # guards calls and connections
+        self._connections = dict[socket.socket, float]()  # until when each may go on
         self._stopped = False
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET
+        shown = host
+        if ":" in host:
+            family = socket.AF_INET6
+            shown = f"[{host.strip('[]')}]"
+        address = (host.strip("[]"), port)
         try:
-            self.listener = socket.create_server(
-                (host.strip("[]"), port), family=family, backlog=128
-            )
+            self.listener = socket.create_server(address, family=family, backlog=128)
         except OSError as problem:
-            raise BadConfig(
-                f"{host}:{port}: {problem.strerror or problem}", "another --port?"
-            ) from None
-        shown = f"[{host}]" if ":" in host else host
+            message = f"{host}:{port}: {problem.strerror or problem}"
+            raise BadConfig(message, "another --port?") from None
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
-        self.listener.settimeout(0.5)
+        self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
     def serve(self) -> None:
         """Answer until `stop`; then finish what is under way."""
-        in_thread(self.index.follow)
         in_thread(self._janitor)
         while not self._stopped:
             try:
                 sock, _ = self.listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # out of descriptors, or a client that had left before
+            except OSError:
+                # Out of descriptors, or a client that had left before.
                 time.sleep(0.05)
                 continue
             with self._lock:
-                full = len(self._connections) >= CONNECTIONS
+                full = len(self._connections) >= CONNECTIONS_MAX
                 if not full:
-                    self._connections[sock] = time.monotonic() + HEAD_TIME
+                    self._connections[sock] = time.monotonic() + HEAD_S
             if full:
                 sock.close()
             else:
                 in_thread(self._connection, sock)
+        # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
-        until = time.monotonic() + DRAIN
+        until = time.monotonic() + SHUTDOWN_S
         while time.monotonic() < until and (self._connections or self._busy()):
             time.sleep(0.05)
 
     def _busy(self) -> bool:
-        return any(thread.is_alive() for call in [*self.calls] for thread in call.threads)
+        return any(call.busy for call in [*self.calls])
 
     def stop(self, *_: Any) -> None:
         """No more connections; the second time, no more anything."""
@@ -6405,406 +6298,385 @@ class Server:
         self._stopped = True
 
     def _janitor(self) -> None:
+        """Twice a second, what only the clock can tell."""
         while True:
             time.sleep(0.5)
             now = time.monotonic()
             with self._lock:
-                late = [sock for sock, until in self._connections.items() if now > until]
-                over = [call for call in self.calls if not call.left]
-                for number, call in enumerate(reversed(over)):
-                    if number >= CALLS or now > call.ended + REMEMBERED:
-                        self.calls.remove(call)
-            for sock in late:
+                overdue = [sock for sock, until in self._connections.items() if now > until]
+                calls = self.calls[:]
+            # 1. Cut off clients that take longer than they may: their threads end by it.
+            for sock in overdue:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-            for call in [*self.calls]:
-                if call.left and not call.clients and now > call.lonely_since + ATTACH:
+            # 2. What nobody waits for must not go on costing time or a GPU.
+            finished = list[Call]()
+            for call in calls:
+                if not call.left:
+                    finished.append(call)
+                    continue
+                call.replay_until = now + REPLAY_WINDOW_S
+                if not call.clients and now > call.lonely_since + ABANDON_AFTER_S:
                     call.abandon()
+            # 3. Forget old answers, and of too many the oldest: each holds its records.
+            with self._lock:
+                for number, call in enumerate(reversed(finished)):
+                    if number >= REPLAY_MAX or now > call.replay_until:
+                        self.calls.remove(call)
 
     def _grant(self, sock: socket.socket, seconds: float) -> None:
         self._connections[sock] = time.monotonic() + seconds
 
     def _connection(self, sock: socket.socket) -> None:
-        answer = Reply(sock)
+        response = ResponseWriter(sock)
         try:
             with sock:
                 try:
-                    asked = self._read(sock)
-                    answer.bodiless = asked.method == "HEAD"
-                    self._grant(sock, WRITE_TIME)
-                    self._answer(asked, answer)
-                except Turned as problem:
-                    kinds = {401: "authentication_error", 503: "server_error"}
-                    said = {
-                        "message": str(problem),
-                        "type": kinds.get(problem.status, "invalid_request_error"),
-                    }
-                    headers = (
-                        {"Retry-After": "5", "x-should-retry": "true"}
-                        if problem.status == 503
-                        else EMPTY
-                    )
-                    more = {
-                        "param": None,
-                        "code": problem.code or None,
-                        "hint": "",
-                        "charged": "no",
-                    }
-                    answer.json(problem.status, {"error": said | more}, headers)
-                    self._grant(sock, LINGER)
-                    sock.shutdown(socket.SHUT_WR)
-                    while sock.recv(
-                        1 << 16
-                    ):  # what nobody reads would reset the connection, and the answer with it
-                        pass
+                    self._respond(sock, response)
+                except HttpError as problem:
+                    self._turn_away(problem, response)
+                # An OSError is the connection's: there is nobody to answer any more.
                 except OSError:
                     raise
                 except Exception as problem:
-                    self.fail(answer, as_error(problem))
+                    self.fail(response, as_error(problem))
         except OSError:
             pass  # the client has left, which is its own business
         finally:
             with self._lock:
                 del self._connections[sock]
 
-    def _read(self, sock: socket.socket) -> Asked:
-        """The request; Turned for what is none."""
-        from urllib.parse import parse_qsl, unquote
+    def _respond(self, sock: socket.socket, response: ResponseWriter) -> None:
+        request = self._read(sock)
+        response.bodiless = request.method == "HEAD"
+        self._grant(sock, WRITE_S)
+        self._check_origin(request)
+        if not self._authorized(request):
+            raise HttpError(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+        # The first route that fits both path and method; a path alone is a 405.
+        allowed = list[str]()
+        for methods, pattern, handler in ROUTES:
+            match = re.fullmatch(pattern, request.path)
+            if match and request.method in methods:
+                handler(self, request, response, *match.groups())
+                return
+            if match:
+                allowed += methods
+        if not allowed:
+            raise HttpError(404, "there is nothing here")
+        allow = ", ".join(allowed)
+        raise HttpError(405, f"only {allow} here", headers={"Allow": allow})
 
-        def more() -> bytes:
-            if block := sock.recv(1 << 16):
-                return block
-            raise ConnectionError("the client has left")
+    def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
+        kinds = {401: "authentication_error", 503: "server_error"}
+        kind = kinds.get(problem.status, "invalid_request_error")
+        fields = error_fields(str(problem), kind, problem.code)
+        response.json(problem.status, {"error": fields}, problem.headers)
+        # What nobody reads would reset the connection, and the answer with it.
+        self._grant(response.sock, DRAIN_AFTER_ERROR_S)
+        response.sock.shutdown(socket.SHUT_WR)
+        while response.sock.recv(1 << 16):
+            pass
+
+    def _read(self, sock: socket.socket) -> HttpRequest:
+        """The request; HttpError for what is none."""
+        from urllib.parse import parse_qsl, unquote
 
         data = b""
         while b"\r\n\r\n" not in data and len(data) <= HEAD_BYTES:
-            data += more()
+            data += received(sock)
         head, end, body = data.partition(b"\r\n\r\n")
         if not end or len(head) > HEAD_BYTES:
-            raise Turned(431, "the head of the request is too large")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        found = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
-        named = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
-        if not found or not all(named):
-            raise Turned(400, "this is no HTTP request")
-        headers = {one[1].lower(): one[2] for one in named if one}
+            raise HttpError(431, "the head of the request is too large")
+        method, target, headers = parsed_head(head.decode("latin-1"))
+        # A body without a length could be the beginning of another request: refused.
         length = headers.get("content-length", "0")
         if "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
-            raise Turned(411, "a Content-Length is needed")
-        if int(length) > BODY_BYTES:
-            raise Turned(413, f"the body has more than {BODY_BYTES >> 10} kB")
-        self._grant(sock, BODY_TIME)
+            raise HttpError(411, "a Content-Length is needed")
+        size = int(length)
+        if size > BODY_BYTES:
+            raise HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
+        self._grant(sock, BODY_S)
+        # curl waits for this before it sends a body of more than a kilobyte.
         if headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(body) < int(length):
-            body += more()
-        path, _, query = found[2].partition("?")
-        return Asked(
-            found[1],
-            unquote(path),
-            dict(parse_qsl(query)),
-            headers,
-            body[: int(length)],
+        while len(body) < size:
+            body += received(sock)
+        path, _, query = target.partition("?")
+        return HttpRequest(
+            method=method,
+            path=unquote(path),
+            query=dict(parse_qsl(query)),
+            headers=headers,
+            body=body[:size],
         )
 
-    def _answer(self, asked: Asked, answer: Reply) -> None:
-        self._admit(asked, answer)
-        if answer.begun:
-            return
-        get = asked.method in ("GET", "HEAD")
-        place = re.fullmatch(r"/(images|thumbs|api/images)/([0-9a-f-]{36})", asked.path)
-        if asked.path == "/v1/images/generations":
-            if asked.method != "POST":
-                raise Turned(405, "POST it")
-            self._generate(asked, answer)
-        elif not get:
-            raise Turned(
-                405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404,
-                "only GET here",
-            )
-        elif asked.path == "/":
-            nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
-            answer.page(PAGE.replace("NONCE", nonce), nonce)
-        elif asked.path == "/healthz":
-            answer.json(200, {"ok": True, "version": __version__})
-        elif asked.path == "/v1/models":
-            names = ["auto", *self.config.backends]
-            data = [
-                {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
-                for name in names
-            ]
-            answer.json(200, {"object": "list", "data": data})
-        elif asked.path == "/api/options":
-            styles = [*STYLES, *self.config.styles]
-            names = [*self.config.backends]
-            answer.json(
-                200, {"backends": names, "default": self.config.default_backend, "styles": styles}
-            )
-        elif asked.path == "/api/images":
-            self._list(asked, answer)
-        elif place:
-            self._image(asked, answer, place[1], place[2])
-        else:
-            raise Turned(404, "there is nothing here")
-
-    def _admit(self, asked: Asked, answer: Reply) -> None:
-        """Turned where this client may not ask: another site's page (DNS rebinding, CSRF), or nobody with the token."""
-        import hmac
-
-        def same(given: str | None, known: str) -> bool:
-            return hmac.compare_digest((given or "").encode(), known.encode())
-
-        host = asked.headers.get("host", "")
-        origin_ = asked.headers.get("origin")
+    def _check_origin(self, request: HttpRequest) -> None:
+        """HttpError where another site's page asks: DNS rebinding, CSRF."""
+        host = request.headers.get("host", "")
+        # Without a token, a name that is not ours came from somebody else's DNS.
         if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
-            raise Turned(403, f"this server is not called {host[:80]}")
-        if (
-            origin_
-            and asked.method != "GET"
-            and origin_ not in (f"http://{host}", f"https://{host}")
-        ):
-            raise Turned(403, "another site's page may not write here")
-        if not self.token or asked.path == "/healthz":
-            return
-        if asked.path == "/" and same(asked.query.get("token"), self.token):
-            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
-            answer.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
-            return
-        place = re.fullmatch(r"/images/([0-9a-f-]{36})", asked.path)
-        if place and same(asked.query.get("signature"), self.sign(place[1])):
-            return
-        bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
-        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
-        if not same(bearer, self.token) and not same(
-            cookies.get("imagen"),
-            self.sign("cookie"),
-        ):
-            raise Turned(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+            raise HttpError(403, f"this server is not called {host[:80]}")
+        # A browser names the page that asks; no other client has an Origin.
+        site = request.headers.get("origin")
+        if site and request.method != "GET" and site not in (f"http://{host}", f"https://{host}"):
+            raise HttpError(403, "another site's page may not write here")
 
-    def sign(self, what: str) -> str:
-        """A word that only this server can have said about `what`."""
+    def _authorized(self, request: HttpRequest) -> bool:
+        """Whether the request shows the token, our cookie, or a link that we signed."""
         import hmac
 
-        return hmac.digest(self.secret, what.encode(), "sha256").hex()
+        if not self.token or request.path == "/healthz":
+            return True
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
+        # What the client shows, and what that should be: any pair that is equal will do.
+        proofs = [
+            (bearer, self.token),
+            (cookies.get("imagen", ""), self.sign("cookie")),
+        ]
+        if request.path == "/":
+            proofs.append((request.query.get("token", ""), self.token))
+        # A link is for one image: whoever has it sees this one and no other.
+        if image := re.fullmatch(f"/images/{IMAGE_ID}", request.path):
+            signature = request.query.get("signature", "")
+            proofs.append((signature, self.sign(image[1])))
+        # Compared in constant time, so that nobody finds the token letter by letter.
+        return any(
+            hmac.compare_digest(shown.encode(), expected.encode()) for shown, expected in proofs
+        )
 
-    def _generate(self, asked: Asked, answer: Reply) -> None:
-        """POST /v1/images/generations. https://platform.openai.com/docs/api-reference/images/create"""
+    def sign(self, text: str) -> str:
+        """A word that only this server can have said about `text`."""
+        import hmac
+
+        return hmac.digest(self.secret, text.encode(), "sha256").hex()
+
+    def answer_page(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """GET /: the gallery; a token in the address moves into a cookie."""
+        if self.token and "token" in request.query:
+            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
+            response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
+            return
+        # Only scripts that bear it run: what a prompt smuggles in would not.
+        nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
+        response.page(PAGE.replace("NONCE", nonce), nonce)
+
+    def answer_health(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /healthz."""
+        response.json(200, {"ok": True, "version": __version__})
+
+    def answer_models(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /v1/models: the backends, by OpenAI's name for them."""
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
+            for name in ("auto", *self.config.backends)
+        ]
+        response.json(200, {"object": "list", "data": models})
+
+    def answer_options(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /api/options: what the page's form offers."""
+        options = {
+            "backends": [*self.config.backends],
+            "default": self.config.default_backend,
+            "styles": [*STYLES, *self.config.styles],
+        }
+        response.json(200, options)
+
+    def answer_generations(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """POST /v1/images/generations.
+
+        https://platform.openai.com/docs/api-reference/images/create
+        """
         import hashlib
 
-        said = parsed(asked.body)
-        if not said:
-            raise Turned(400, "the body is no JSON object")
-        key = hashlib.sha256(asked.body).hexdigest()
-        repeated = (
-            asked.headers.get("x-stainless-retry-count", "0") != "0"
-        )  # the SDK's own, after a timeout of its own
-        plans, ignored = self._plans(said)
+        body = parsed(request.body)
+        if not body:
+            raise HttpError(400, "the body is no JSON object")
+        plans, ignored = self._plans(body)
+        key = hashlib.sha256(request.body).hexdigest()
+        # OpenAI's clients repeat by themselves, after a timeout of their own, and say so.
+        repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         with self._lock:
-            same = [
-                call
-                for call in reversed(self.calls)
-                if repeated and call.key == key and call.joinable
-            ]
-            call = min(same, key=lambda one: (one.answered, one.clients), default=None)
+            same = list[Call]()
+            if repeated:
+                same = [call for call in reversed(self.calls) if call.answers(key)]
+            # Two alike that are both repeated get an image each: the lonelier call first.
+            call = min(same, key=lambda call: (call.answered, call.clients), default=None)
             if not call:
-                if sum(one.left > 0 for one in self.calls) >= self.parallel:
-                    raise Turned(
-                        503,
-                        f"{self.parallel} requests are under way; ask again",
-                        "rate_limit_exceeded",
-                    )
-                call = Call(key, plans, said, ignored)
+                self._check_room()
+                call = Call(key, plans, self.config, self.say, body, ignored)
                 self.calls.append(call)
-                members = min(len(plans), plans[0].parallel)
-                call.threads = [
-                    in_thread(
-                        call.work,
-                        self.config,
-                        self.say,
-                    )
-                    for _ in range(members)
-                ]
+                call.start()
             call.clients += 1
         try:
-            self._follow(call, asked, answer)
+            if call.stream:
+                self._stream(call, request, response)
+            else:
+                self._document(call, request, response)
             call.answered = True
         finally:
             with self._lock:
-                call.clients = call.clients - 1
+                call.clients -= 1
                 call.lonely_since = time.monotonic()
 
-    def _plans(self, said: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
-        """What a body asks for, and the fields of it that nobody here knows."""
-        name = said.get("model") or "auto"
-        size = said.get("size") or "auto"
-        sized = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(size))
-        count = 1 if said.get("n") is None else said["n"]
-        if not sized or type(count) is not int or not 1 <= count <= 10:
-            raise Turned(400, "size is WxH or auto, n is 1 to 10", "invalid_value")
-        name = self.config.default_backend if name == "auto" else str(name)
-        if name not in self.config.backends:
-            raise Turned(
-                404,
-                f'model "{name}" is unknown: {nearest(name, self.config.backends)}',
-                "model_not_found",
-            )
-        known = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts")
-        fields = {key: said[key] for key in known if said.get(key) is not None}
-        fields |= {
-            "backend": name,
-            "width": int(sized[1] or 0),
-            "height": int(sized[2] or 0),
-        }
-        cls, _ = options_of(name, self.config.backends)
-        words = ("quality", "output_format", "background", "moderation")
-        passed = [key for key in words if key in marked(cls.Options, REQUEST)]
-        options = fields.get("backend_opts", {})
-        if isinstance(options, dict):
-            options = options | {
-                key: said[key] for key in passed if said.get(key) not in (None, "auto")
-            }
-        first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
-        read = (*known, *passed, "model", "size", "n", "response_format", "stream")
-        seed = int.from_bytes(os.urandom(4)) >> 1 if first.seed is None else first.seed
-        ignored = [key for key in said if key not in read and said[key] is not None]
-        return [
-            prepare(first._replace(seed=seed + number), self.config) for number in range(count)
-        ], ignored
+    def _check_room(self) -> None:
+        if sum(call.left > 0 for call in self.calls) >= self.parallel:
+            message = f"{self.parallel} requests are under way; ask again"
+            headers = {"Retry-After": "5", "x-should-retry": "true"}
+            raise HttpError(503, message, "rate_limit_exceeded", headers)
 
-    def _follow(self, call: Call, asked: Asked, answer: Reply) -> None:
-        """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""
-        import select
+    def _plans(self, body: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
+        """The plans for a body, and the names of its fields that nobody here knows."""
+        # OpenAI's clients send null for what they leave open.
+        body = {key: value for key, value in body.items() if value is not None}
+        backend = str(body.get("model") or "auto")
+        if backend == "auto":
+            backend = self.config.default_backend
+        if backend not in self.config.backends:
+            hint = nearest(backend, self.config.backends)
+            raise HttpError(404, f'model "{backend}" is unknown: {hint}', "model_not_found")
+        size = str(body.get("size") or "auto")
+        pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+        if not pixels:
+            raise BadRequest("size is WxH or auto")
+        fields = {key: body[key] for key in ORDER_FIELDS if key in body}
+        fields["backend"] = backend
+        fields["width"] = int(pixels[1] or 0)
+        fields["height"] = int(pixels[2] or 0)
+        # OpenAI's own options reach those backends that have an option of the same name.
+        cls, _ = options_of(backend, self.config.backends)
+        passed = {key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS}
+        options = {key: body[key] for key in passed & body.keys() if body[key] != "auto"}
+        own = fields.get("backend_opts", {})
+        if isinstance(own, dict):  # else `from_mapping` complains of it
+            fields["backend_opts"] = {**own, **options}
+        order = from_mapping(Order, fields, "request", BadRequest)
+        if not 1 <= order.n <= 10:
+            raise BadRequest("n is 1 to 10")
+        known = {*ORDER_FIELDS, *passed, "model", "size", "response_format", "stream"}
+        return plans_of(order, self.config), [key for key in body if key not in known]
 
-        sent = 0
-        progress = None
-        if call.stream:
-            answer.stream()
-        while True:
-            with call.changed:
-                if call.left:
-                    call.changed.wait(0.5)
-                records = call.records[:]
-                left = call.left
-                now = call.progress
-            self._grant(answer.sock, WRITE_TIME)
-            if (
-                left
-                and select.select([answer.sock], [], [], 0)[0]
-                and not answer.sock.recv(1, socket.MSG_PEEK)
-            ):
-                raise ConnectionError("the client has left")
-            if call.stream:
-                if now is not progress and left:
-                    progress = now
-                    answer.event(
-                        "imagen.progress", dict(zip(("note", "done", "total"), now, strict=True))
-                    )
-                for record in records[sent:]:
-                    about = record["sidecar"]
-                    size = {
-                        "size": f"{about['width']}x{about['height']}",
-                        "output_format": about["mime_type"][6:],
-                    }
-                    whole = {
-                        **self._item(call, record, asked),
-                        **size,
-                        "created_at": int(time.time()),
-                    }
-                    answer.event(
-                        "image_generation.completed", {**whole, "usage": usage_of([record])}
-                    )
-                sent = len(records)
-            if not left:
-                break
-        errors = sorted(
-            call.errors,
-            key=lambda error: (error.charged == "no", repeatable(error)),
-        )
-        if call.stream:
-            for error in errors[:1]:
-                answer.event("error", {"error": self._words(error)[1]})
-        elif not call.records:
-            self.fail(answer, errors[0])
-        else:
-            data = [self._item(call, record, asked) for record in call.records]
-            about = {"created": int(call.began), "data": data, "usage": usage_of(call.records)}
-            lacking = (
-                {"imagen": {"errors": [self._words(error)[1] for error in errors]}}
-                if errors
-                else {}
-            )
-            answer.json(200, about | lacking)
+    def _wait(self, call: Call, response: ResponseWriter) -> bool:
+        """Wait for a change, half a second at most; whether more is expected after it.
 
-    def _item(self, call: Call, record: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
-        """One image as OpenAI's API shows it, and what only we know of it."""
-        about = record["sidecar"]
-        ignored = [*about["ignored"], *call.ignored]
-        ours = {
-            "id": about["image_id"],
-            "seed": about["seed"],
-            "cost_usd": about["cost_usd_estimate"],
-            "ignored": ignored,
-        }
-        item: dict[str, Any] = {"imagen": ours}
-        if call.links:
-            signed = f"/images/{ours['id']}?signature={self.sign(ours['id'])}"
-            item["url"] = f"http://{asked.headers.get('host')}{signed}"
-        else:
-            item["b64_json"] = binascii.b2a_base64(_read(record["path"]), newline=False).decode()
-        revised = (about.get("metadata") or {}).get("revised_prompt")
-        return item | ({"revised_prompt": revised} if revised else {})
+        ConnectionError where the client has left.
+        """
+        with call.changed:
+            if call.left:
+                call.changed.wait(0.5)
+            more_expected = call.left > 0
+        # As long as we wait ourselves, the client is not the slow one.
+        self._grant(response.sock, WRITE_S)
+        if more_expected and response.client_left():
+            raise ConnectionError("the client has left")
+        return more_expected
 
-    def _words(self, error: ImagenError) -> tuple[int, dict[str, Any]]:
-        """The status of an error, and OpenAI's shape of it."""
-        status, kind, code = OPENAI_WORDS.get(
-            error.code, (error.http_status, "server_error", error.code)
-        )
-        said = {"message": str(error), "type": kind, "param": None, "code": code}
-        return status, {
-            **said,
-            "hint": error.hint,
-            "charged": error.charged,
-            "imagen_code": error.code,
-        }
-
-    def fail(self, answer: Reply, error: ImagenError) -> None:
-        """Answer with an error, and say whether a repeat is safe, since OpenAI's clients repeat by themselves."""
-        status, said = self._words(error)
-        again = {"x-should-retry": "true", "Retry-After": f"{max(1.0, error.after or 5):.0f}"}
-        answer.json(
-            status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"}
-        )
-
-    def _list(self, asked: Asked, answer: Reply) -> None:
-        limit = asked.query.get("limit", "")
-        count = min(200, int(limit)) if re.fullmatch(r"[1-9]\d{0,5}", limit) else PAGE_OF
-        words = {
-            key: asked.query.get(key, "")
-            for key in (
-                "query",
-                "backend",
-                "before",
-            )
-        }
-        found = self.index.page(**words, limit=count)
-        answer.json(
-            200,
-            {
-                "images": found,
-                "next": found[-1]["id"] if len(found) == count else None,
-            },
-        )
-
-    def _image(self, asked: Asked, answer: Reply, kind: str, image_id: str) -> None:
-        """An image, its thumbnail, or what is known of it."""
-        record = self.index.record(image_id)
-        if not record:
-            raise Turned(404, "no image has this id")
-        if kind == "api/images":
-            answer.json(200, self.index.shown(record))
+    def _document(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+        """One JSON document, once all images are made or have failed."""
+        while self._wait(call, response):
+            pass
+        errors = worst_first(call.errors)
+        if not call.records:
+            self.fail(response, errors[0])
             return
+        document: dict[str, Any] = {
+            "created": int(call.began),
+            "data": [self._fields(call, record, request) for record in call.records],
+            "usage": usage_of(call.records),
+        }
+        if errors:
+            document["imagen"] = {"errors": [openai_fields(error)[1] for error in errors]}
+        response.json(200, document)
+
+    def _stream(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+        """Server-sent events: progress, each image once it is made, the worst error."""
+        response.begin_stream()  # from here on an error is an event, since the status is out
+        sent = 0
+        shown = None
+        more_expected = True
+        while more_expected:
+            # Asked before the records are looked at, so that the last one is not missed.
+            more_expected = self._wait(call, response)
+            progress = call.progress
+            if more_expected and progress != shown:
+                shown = progress
+                fields = {**progress._asdict(), "note": progress.note or "waiting"}
+                response.event("imagen.progress", fields)
+            for record in call.records[sent:]:
+                sent += 1
+                sidecar = record["sidecar"]
+                image = {
+                    **self._fields(call, record, request),
+                    "size": f"{sidecar['width']}x{sidecar['height']}",
+                    "output_format": sidecar["mime_type"].removeprefix("image/"),
+                    "created_at": int(time.time()),
+                    "usage": usage_of([record]),
+                }
+                response.event("image_generation.completed", image)
+        for error in worst_first(call.errors)[:1]:
+            response.event("error", {"error": openai_fields(error)[1]})
+
+    def _fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
+        """One image as OpenAI's API shows it, and what only we know of it."""
+        sidecar = record["sidecar"]
+        image_id = sidecar["image_id"]
+        fields: dict[str, Any] = {
+            "imagen": {
+                "id": image_id,
+                "seed": sidecar["seed"],
+                "cost_usd": sidecar["cost_usd_estimate"],
+                "ignored": [*sidecar["ignored"], *call.ignored],
+            }
+        }
+        if call.links:
+            host = request.headers.get("host")
+            fields["url"] = f"http://{host}/images/{image_id}?signature={self.sign(image_id)}"
+        else:
+            image = read_bytes(record["path"])
+            fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
+        if revised := (sidecar.get("metadata") or {}).get("revised_prompt"):
+            fields["revised_prompt"] = revised
+        return fields
+
+    def fail(self, response: ResponseWriter, error: ImagenError) -> None:
+        """Answer with an error, and say whether OpenAI's clients may repeat by themselves."""
+        status, fields = openai_fields(error)
+        headers = {"x-should-retry": "false"}
+        if repeatable(error):
+            after = max(1.0, error.after or 5)
+            headers = {"x-should-retry": "true", "Retry-After": f"{after:.0f}"}
+        response.json(status, {"error": fields}, headers)
+
+    def answer_images(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """GET /api/images?query=&backend=&before=&limit=: the newest first."""
+        query = request.query
+        limit = PAGE_IMAGES
+        if re.fullmatch(r"[1-9]\d{0,5}", query.get("limit", "")):
+            limit = min(200, int(query["limit"]))
+        records = images_made(
+            before=query.get("before", ""),
+            words=query.get("query", "").lower().split(),
+            backend=query.get("backend", ""),
+        )
+        images = [shown_fields(record) for record in itertools.islice(records, limit)]
+        following = None
+        if len(images) == limit:
+            following = images[-1]["id"]
+        response.json(200, {"images": images, "next": following})
+
+    def answer_facts(self, _: HttpRequest, response: ResponseWriter, image_id: str) -> None:
+        """GET /api/images/ID."""
+        response.json(200, shown_fields(record_of_image(image_id)))
+
+    def answer_file(
+        self, request: HttpRequest, response: ResponseWriter, kind: str, image_id: str
+    ) -> None:
+        """GET /images/ID, /thumbs/ID: the file, for ever the same."""
+        record = record_of_image(image_id)
         path = record["path"]
         mime = record["sidecar"]["mime_type"]
+        # An image never changes under its id, so a browser need not ask again.
         tag = f'"{record["sidecar"]["sha256"]}"'
         if kind == "thumbs" and (small := thumbnail(path, image_id)):
             path = small
@@ -6815,28 +6687,114 @@ class Server:
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Type": mime,
         }
-        if asked.headers.get("if-none-match") == tag:
-            answer.send(304, b"", headers)
+        if request.headers.get("if-none-match") == tag:
+            response.send(304, b"", headers)
             return
         try:
             file = open(path, "rb")
         except OSError:
-            raise Turned(404, "the file is gone") from None
+            raise HttpError(404, "the file is gone") from None
         with file:
-            answer.send(
-                200,
-                b"",
-                {
-                    **headers,
-                    "Content-Length": str(os.fstat(file.fileno()).st_size),
-                },
-            )
-            if asked.method == "GET":
-                answer.sock.sendfile(file)
+            headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
+            response.send(200, b"", headers)
+            if request.method == "GET":
+                response.sock.sendfile(file)
 
 
-class Reply:
-    """The answer to one request, on its socket."""
+IMAGE_ID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+GET = ("GET", "HEAD")
+ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
+    (GET, "/", Server.answer_page),
+    (GET, "/healthz", Server.answer_health),
+    (GET, "/v1/models", Server.answer_models),
+    (("POST",), "/v1/images/generations", Server.answer_generations),
+    (GET, "/api/options", Server.answer_options),
+    (GET, "/api/images", Server.answer_images),
+    (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
+    (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
+)
+# Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
+ORDER_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "style",
+    "seed",
+    "steps",
+    "backend_opts",
+    "n",
+)
+OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
+
+
+def received(sock: socket.socket) -> bytes:
+    """Some bytes; ConnectionError where no more will come."""
+    if block := sock.recv(1 << 16):
+        return block
+    raise ConnectionError("the client has left")
+
+
+def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
+    """Method, target and headers of a request; HttpError for what is none."""
+    first, *lines = head.split("\r\n")
+    request = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
+    fields = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
+    if not request or not all(fields):
+        raise HttpError(400, "this is no HTTP request")
+    headers = {field[1].lower(): field[2] for field in fields if field}
+    return request[1], request[2], headers
+
+
+def error_fields(
+    message: str, kind: str, code: str, hint: str = "", charged: Charged = "no"
+) -> dict[str, Any]:
+    """OpenAI's shape of an error, and what only we say of it."""
+    return {
+        "message": message,
+        "type": kind,
+        "param": None,
+        "code": code or None,
+        "hint": hint,
+        "charged": charged,
+    }
+
+
+def openai_fields(error: ImagenError) -> tuple[int, dict[str, Any]]:
+    """The status of an error, and its fields."""
+    usual = (error.http_status, "server_error", error.code)
+    status, kind, code = OPENAI_ERRORS.get(error.code, usual)
+    fields = error_fields(str(error), kind, code, error.hint, error.charged)
+    return status, {**fields, "imagen_code": error.code}
+
+
+def worst_first(errors: Iterable[ImagenError]) -> list[ImagenError]:
+    """What may have cost money first, then what no repeat can mend."""
+    return sorted(errors, key=lambda error: (error.charged == "no", repeatable(error)))
+
+
+def record_of_image(image_id: str) -> Record:
+    """What the journal knows of an image; HttpError where that is nothing."""
+    if record := find_image(image_id):
+        return record
+    raise HttpError(404, "no image has this id")
+
+
+def shown_fields(record: Record) -> dict[str, Any]:
+    """What the page may know of an image."""
+    sidecar = record["sidecar"]
+    path = record["path"]
+    place = record.get("object")
+    return {
+        **sidecar,
+        "id": sidecar["image_id"],
+        "storage_path": place or sidecar.get("storage_path"),
+        "cloud": bool(place),
+        "exists": os.path.exists(path),
+        "name": os.path.basename(path),
+    }
+
+
+class ResponseWriter:
+    """The response to one request, on its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -6844,50 +6802,63 @@ class Reply:
         self.bodiless = False
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        """A whole answer, or the head of one whose Content-Length is among the headers."""
+        """A whole response, or the head of one whose Content-Length is among the headers."""
         self.begun = True
-        usual = {
+        fields = {
             "Content-Length": str(len(body)),
             "Connection": "close",
             "X-Content-Type-Options": "nosniff",
+            **headers,
         }
         lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
-        lines += [f"{name}: {value}" for name, value in {**usual, **headers}.items()]
-        self.sock.sendall(
-            "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
-            + (b"" if self.bodiless else body)
-        )
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
+        if not self.bodiless:
+            data += body
+        self.sock.sendall(data)
 
     def json(
-        self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
+        self, status: int, document: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
     ) -> None:
-        """A JSON document."""
+        """A JSON document; nothing where a response has begun, which it would spoil."""
         if not self.begun:
             usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            self.send(status, to_json(said).encode(), {**usual, **headers})
+            self.send(status, to_json(document).encode(), {**usual, **headers})
 
     def page(self, html: str, nonce: str) -> None:
         """Our page, which may do what it needs to, and nothing else."""
-        own = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
         policy = (
-            own + "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors 'none'"
         )
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        self.send(
-            200,
-            html.encode(),
-            {**headers, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"},
-        )
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        self.send(200, html.encode(), headers)
 
-    def stream(self) -> None:
+    def begin_stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
         self.begun = True
-        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\n"
-        self.sock.sendall(f"{head}X-Content-Type-Options: nosniff\r\n\r\n".encode())
+        self.sock.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n"
+            b"Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n"
+        )
 
-    def event(self, kind: str, said: Mapping[str, Any]) -> None:
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """One server-sent event."""
-        self.sock.sendall(f"event: {kind}\ndata: {to_json({'type': kind, **said})}\n\n".encode())
+        data = to_json({"type": kind, **fields})
+        self.sock.sendall(f"event: {kind}\ndata: {data}\n\n".encode())
+
+    def client_left(self) -> bool:
+        """Whether the client has closed the connection, without waiting for it."""
+        import select
+
+        readable, _, _ = select.select([self.sock], [], [], 0)
+        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
 
 
 STATUSES = {
@@ -6896,34 +6867,36 @@ STATUSES = {
     304: "Not Modified",
     400: "Bad Request",
     401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Content Too Large",
+    429: "Too Many Requests",
 }
-STATUSES |= {403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 429: "Too Many Requests"}
 
 
-def usage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
-    said = [(record["sidecar"].get("metadata") or {}).get("usage") for record in records]
-    known = [
-        usage for usage in said if isinstance(usage, dict)
-    ]  # compatible servers put all kinds of things there
-    total = {
-        key: sum(count for one in known if isinstance(count := one.get(key), int))
-        for key in ("input_tokens", "output_tokens", "total_tokens")
-    }
-    return {
-        **total,
-        "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]},
-    }
+def usage_of(records: Iterable[Record]) -> dict[str, Any]:
+    """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
+    total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    for record in records:
+        usage = (record["sidecar"].get("metadata") or {}).get("usage")
+        # Compatible servers put all kinds of things in its place.
+        if not isinstance(usage, dict):
+            continue
+        for key in total:
+            if isinstance(usage.get(key), int):
+                total[key] += usage[key]
+    details = {"image_tokens": 0, "text_tokens": total["input_tokens"]}
+    return {**total, "input_tokens_details": details}
 
 
 _thumbnails = threading.Lock()  # one at a time: a picture is large once it is unpacked
 
 
 def thumbnail(path: str, image_id: str) -> str:
-    """The path of a small WebP of an image, made once where Pillow happens to be installed; "" where it is not."""
-    folder = os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imagen", "thumbs"
-    )
+    """The path of a small WebP of an image, made once; "" where it cannot be made."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "imagen", "thumbs")
     small = os.path.join(folder, f"{image_id}.webp")
     if os.path.exists(small):
         return small
@@ -6931,18 +6904,19 @@ def thumbnail(path: str, image_id: str) -> str:
         from PIL import Image  # type: ignore[import-not-found,unused-ignore]
 
         with _thumbnails, Image.open(path) as picture:
-            if os.path.exists(small):  # by now
+            # Another thread may have made it while this one waited.
+            if os.path.exists(small):
                 return small
-            picture.thumbnail((THUMB, THUMB))
+            picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
             os.makedirs(folder, exist_ok=True)
-            picture.convert(
-                "RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB"
-            ).save(f"{small}.part", "WEBP", quality=80)
+            mode = "RGB"
+            if "A" in picture.mode or "transparency" in picture.info:
+                mode = "RGBA"
+            picture.convert(mode).save(f"{small}.part", "WEBP", quality=80)
             os.replace(f"{small}.part", small)
         return small
-    except (
-        Exception
-    ):  # no Pillow, no room, or a picture that it does not like: the original will do
+    # No Pillow, no room, or a picture that it does not like: the original will do.
+    except Exception:
         return ""
 
 
@@ -6951,20 +6925,25 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
-  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#cfc9be, #45413c);
+:root { color-scheme: light dark;
+  --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
+  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d);
+  --line: light-dark(#cfc9be, #45413c);
   --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
 * { box-sizing: border-box; overflow-wrap: anywhere }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
-  padding: .6rem 1rem; background: var(--paper); border-bottom: 1px solid var(--line) }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem;
+  align-items: center; padding: .6rem 1rem; background: var(--paper);
+  border-bottom: 1px solid var(--line) }
 h1 { font-size: 1.1rem; margin: 0 }
 #query { flex: 1 }
 #filter { max-width: 36vw }
-#bar, #said { flex: 1 0 100%; margin: 0; white-space: pre-line }
+#bar, #info { flex: 1 0 100%; margin: 0; white-space: pre-line }
 .error { color: light-dark(#a11212, #ff9c91) }
-input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card); padding: .35rem .6rem;
-  border: 1px solid var(--line); border-radius: .4rem; min-width: 0; text-decoration: none }
+input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card);
+  padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .4rem;
+  min-width: 0; text-decoration: none }
 button, summary { cursor: pointer }
 button:disabled { opacity: .6 }
 .main { background: var(--accent); color: var(--paper) }
@@ -6973,16 +6952,18 @@ form { display: grid; gap: .6rem; padding: 1rem }
 label { display: grid; gap: .15rem; font-size: .85rem; color: var(--soft) }
 label > * { font-size: 1rem; color: var(--ink) }
 textarea { resize: vertical }
-#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem; margin-top: .4rem }
+#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
+  gap: .6rem; margin-top: .4rem }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 main { padding: 0 1rem 1rem }
 #grid { display: flex; flex-wrap: wrap; gap: .6rem }
 #grid::after { content: ""; flex: 1e9 }
-#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide); padding: 0; border: 0;
-  max-width: calc(1.6 * var(--wide)) }
-#grid img { display: block; width: 100%; aspect-ratio: var(--ratio); object-fit: cover; border-radius: .4rem }
-dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem }
+#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
+  padding: 0; border: 0; max-width: calc(1.6 * var(--wide)) }
+#grid img { display: block; width: 100%; aspect-ratio: var(--ratio);
+  object-fit: cover; border-radius: .4rem }
+dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem;
+  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
 dialog[open] { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
 dialog > div { flex: 2 1 18rem }
 dialog::backdrop { background: #000b }
@@ -6999,7 +6980,8 @@ dd { margin: 0 }
 <header><h1>ImaGen</h1>
 <input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
 <select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
-<progress id="bar" max="1" aria-label="Progress" hidden></progress><p id="said" role="status" hidden></p></header>
+<progress id="bar" max="1" aria-label="Progress" hidden></progress>
+<p id="info" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
 <label>Prompt<textarea id="prompt" required></textarea></label>
 <details id="settings"><summary>Settings</summary><div id="fields">
@@ -7013,36 +6995,39 @@ dd { margin: 0 }
 <label>Options (JSON)<input id="opts"></label></div></details>
 <div><button class="main" id="go">Make it</button></div></form>
 <main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
-<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt=""><div><p id="text"></p>
-<div class="row"><button id="newer" aria-label="Newer">←</button><button id="older" aria-label="Older">→
-</button><button id="close">Close</button><button id="again" class="main">Again with a new seed</button>
+<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt="">
+<div><p id="text"></p>
+<div class="row"><button id="newer" aria-label="Newer">←</button>
+<button id="older" aria-label="Older">→</button><button id="close">Close</button>
+<button id="again" class="main">Again with a new seed</button>
 <button id="use">Use these settings</button><button id="copy">Copy prompt</button>
 <button id="command">Copy command line</button><a id="save">Download</a></div>
-<p id="told" role="status"></p><dl id="facts"></dl></div></dialog>
+<p id="note" role="status"></p><dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
-const $ = id => document.getElementById(id), write = (id, text) => { $(id).textContent = text }
+const $ = id => document.getElementById(id)
+const write = (id, text) => { $(id).textContent = text }
 const make = (name, more) => Object.assign(document.createElement(name), more)
 let images = [], next = "", loading = false, round = 0, open
 
 function tell(text, look = "") {
-  if ($("said").textContent !== text) write("said", text)
-  $("said").className = look
-  $("said").hidden = false
+  if ($("info").textContent !== text) write("info", text)
+  Object.assign($("info"), { className: look, hidden: false })
 }
 const complain = problem => tell(problem.message + "\n" + (problem.hint || ""), "error")
 
-async function get(path, how) {
-  const answer = await fetch(path, how).catch(() => { throw Error("The server does not answer.") })
-  if (!answer.ok) throw (await answer.json()).error
-  return how ? answer : answer.json()
+async function get(path, post) {
+  const response = await fetch(path, post)
+    .catch(() => { throw Error("The server does not answer.") })
+  if (!response.ok) throw (await response.json()).error
+  return post ? response : response.json()
 }
 
 function tile(image, first) {
-  if (images.some(one => one.id === image.id)) return
+  if (images.some(other => other.id === image.id)) return
   const button = make("button", { onclick: () => show(image) })
   const img = make("img", { loading: "lazy", alt: image.prompt })
   button.style.setProperty("--ratio", Math.max(.3, image.width / image.height))
-  if (image.there) img.src = "/thumbs/" + image.id
+  if (image.exists) img.src = "/thumbs/" + image.id
   button.append(img)
   $("grid")[first ? "prepend" : "append"](button)
   images[first ? "unshift" : "push"](image)
@@ -7051,18 +7036,20 @@ function tile(image, first) {
 async function load(fresh) {
   if (!fresh && (loading || !next)) return
   const mine = fresh ? ++round : round
-  const wanted = { query: $("query").value, backend: $("filter").value, before: fresh ? "" : next }
+  if (fresh) next = ""
+  const params = { query: $("query").value, backend: $("filter").value, before: next }
   loading = true
   try {
-    const said = await get("/api/images?" + new URLSearchParams(wanted))
+    const page = await get("/api/images?" + new URLSearchParams(params))
     if (mine !== round) return
     if (fresh) {
       images = []
       $("grid").replaceChildren()
     }
-    said.images.forEach(image => tile(image))
-    next = said.next
-    write("none", images.length ? "" : wanted.query || wanted.backend ? "Nothing found." : "No images yet.")
+    page.images.forEach(image => tile(image))
+    next = page.next
+    write("none", images.length ? ""
+      : params.query || params.backend ? "Nothing found." : "No images yet.")
   } catch (problem) {
     next = null
     complain(problem)
@@ -7072,59 +7059,62 @@ async function load(fresh) {
 }
 
 const filled = facts => Object.entries(facts).filter(([, value]) => (value ?? "") !== "")
-const optioned = ({ requested }) => requested.backend_opts ? JSON.stringify(requested.backend_opts) : ""
-const sized = ({ requested }) => requested.width ? requested.width + "x" + requested.height : ""
+const optioned = ({ requested: { backend_opts: opts } }) => opts ? JSON.stringify(opts) : ""
+const sized = ({ requested: { width, height } }) => width ? width + "x" + height : ""
 
 function show(image) {
   open = image
-  const cost = image.cost_usd_estimate, took = image.latency_ms
-  const facts = { Backend: image.backend, Model: image.model, Size: image.width + " × " + image.height,
+  const { name, prompt, width, height, exists, cost_usd_estimate: cost, latency_ms: took } = image
+  const facts = { Backend: image.backend, Model: image.model, Size: width + " × " + height,
     Seed: image.seed, Style: image.style, Avoided: image.negative_prompt, Steps: image.steps,
-    Options: optioned(image), Ignored: image.ignored.join(", "), Cost: cost == null ? "unknown" : "$" + cost,
-    Took: took == null ? "" : (took / 1000).toFixed(1) + " s", Made: new Date(image.timestamp).toLocaleString(),
-    Cloud: image.cloud ? image.storage_path : "not uploaded", File: image.name }
+    Options: optioned(image), Ignored: image.ignored.join(", "),
+    Cost: cost == null ? "unknown" : "$" + cost,
+    Took: took == null ? "" : (took / 1000).toFixed(1) + " s",
+    Made: new Date(image.timestamp).toLocaleString(),
+    Cloud: image.cloud ? image.storage_path : "not uploaded", File: name }
   $("facts").replaceChildren()
-  for (const [name, value] of filled(facts)) {
-    $("facts").append(make("dt", { textContent: name }), make("dd", { textContent: value }))
-  }
-  write("text", image.prompt)
-  write("told", "")
-  Object.assign($("big"), { alt: image.prompt, width: image.width, height: image.height, hidden: !image.there })
-  $("save").hidden = !image.there
-  if (image.there) $("big").src = $("save").href = "/images/" + image.id
-  $("save").download = image.name
+  for (const [key, value] of filled(facts))
+    $("facts").append(make("dt", { textContent: key }), make("dd", { textContent: value }))
+  write("text", prompt)
+  write("note", "")
+  Object.assign($("big"), { alt: prompt, width, height, hidden: !exists })
+  Object.assign($("save"), { download: name, hidden: !exists })
+  if (exists) $("big").src = $("save").href = "/images/" + image.id
   if (!$("detail").open) $("detail").showModal()
 }
 
 function step(by) {
-  const place = images.indexOf(open) + by
-  if (images[place]) show(images[place])
-  if (place > images.length - 3) load()
+  const at = images.indexOf(open) + by
+  if (images[at]) show(images[at])
+  if (at > images.length - 3) load()
 }
 
 function command(image) {
-  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text : "'" + String(text).replaceAll("'", "'\\''") + "'"
-  const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image), "--seed": image.seed,
-    "--steps": image.requested.steps || "", "--negative": image.negative_prompt }
-  const words = filled(flags).flat()
+  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text
+    : "'" + String(text).replaceAll("'", "'\\''") + "'"
+  const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image),
+    "--seed": image.seed, "--steps": image.requested.steps || "",
+    "--negative": image.negative_prompt }
+  const argv = filled(flags).flat()
   for (const [name, value] of Object.entries(image.requested.backend_opts || {}))
-    words.push("--opt", name + "=" + JSON.stringify(value))
-  return ["imagen generate", ...[...words, "--", image.prompt].map(quoted)].join(" ")
+    argv.push("--opt", name + "=" + JSON.stringify(value))
+  return ["imagen generate", ...[...argv, "--", image.prompt].map(quoted)].join(" ")
 }
 
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text)
-    write("told", "Copied.")
+    write("note", "Copied.")
   } catch {  // plain http from elsewhere: no clipboard
-    write("told", text)
-    getSelection().selectAllChildren($("told"))
+    write("note", text)
+    getSelection().selectAllChildren($("note"))
   }
 }
 
 function fill(seed) {
-  const values = { prompt: open.prompt, backend: open.backend, style: open.style, size: sized(open), n: 1, seed,
-    steps: open.requested.steps || "", negative: open.negative_prompt, opts: optioned(open) }
+  const values = { prompt: open.prompt, backend: open.backend, style: open.style,
+    size: sized(open), n: 1, seed, steps: open.requested.steps || "",
+    negative: open.negative_prompt, opts: optioned(open) }
   for (const id in values) $(id).value = values[id]
   $("settings").open = true
   $("detail").close()
@@ -7136,9 +7126,9 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader()
   let text = "", part
   while (!(part = await reader.read()).done) {
-    const whole = (text + part.value).split("\n\n")
-    text = whole.pop()
-    for (const event of whole) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
+    const all = (text + part.value).split("\n\n")
+    text = all.pop()
+    for (const event of all) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
   }
 }
 
@@ -7146,19 +7136,20 @@ async function generate() {
   const body = { prompt: $("prompt").value, model: $("backend").value, style: $("style").value,
     size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
     steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
-    backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }  // NaN becomes null
-  const how = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }
-  const answer = await get("/v1/images/generations", how)
+    backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
+  const response = await get("/v1/images/generations", { method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body) })  // in which NaN becomes null
   let made = 0
-  for await (const said of events(answer.body)) {
-    if (said.error) throw said.error
-    if (said.imagen) {
-      tile(await get("/api/images/" + said.imagen.id), true)
+  for await (const event of events(response.body)) {
+    if (event.error) throw event.error
+    if (event.imagen) {
+      tile(await get("/api/images/" + event.imagen.id), true)
       write("none", "")
       made++
     } else {
-      tell(`${said.note} … ${made} of ${body.n} done`)
-      if (said.total) $("bar").value = said.done / said.total
+      tell(`${event.note} … ${made} of ${body.n} done`)
+      if (event.total) $("bar").value = event.done / event.total
       else $("bar").removeAttribute("value")
     }
   }
@@ -7175,8 +7166,8 @@ $("form").onsubmit = async event => {
   $("bar").hidden = true
 }
 const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
-  copy: () => copy(open.prompt), command: () => copy(command(open)), use: () => fill(open.seed ?? ""),
-  again: () => {
+  copy: () => copy(open.prompt), command: () => copy(command(open)),
+  use: () => fill(open.seed ?? ""), again: () => {
     fill("")
     $("go").click()
   } }
@@ -7194,10 +7185,11 @@ onkeydown = event => {
   }
 }
 new IntersectionObserver(() => load(), { rootMargin: "600px" }).observe($("more"))
-get("/api/options").then(said => {
-  for (const name of said.backends) for (const id of ["backend", "filter"]) $(id).add(new Option(name))
-  for (const name of said.styles) $("style").add(new Option(name))
-  $("backend").value = said.default
+get("/api/options").then(options => {
+  for (const id of ["backend", "filter"])
+    for (const name of options.backends) $(id).add(new Option(name))
+  for (const name of options.styles) $("style").add(new Option(name))
+  $("backend").value = options.default
   $("settings").open = innerWidth > 800
   return load(true)
 }).catch(complain)
@@ -7210,18 +7202,25 @@ get("/api/options").then(said => {
 
 
 class Terminal:
-    """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
+    """stdout gets results and nothing else; stderr what a person reads.
+
+    On a terminal one progress line stands below that.
+    """
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
-        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
-        self.quiet = self.verbose = False
+        """--json holds even where the rest of `argv` is a mistake; the parser sets the others."""
+        flags = argv
+        if "--" in argv:
+            flags = argv[: argv.index("--")]
+        self.as_json = "--json" in flags
+        self.quiet = False
+        self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.RLock()
         self._drawn = False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
-        """Words for a person."""
+        """A message for a person."""
         with self._lock, suppress(OSError, ValueError):
             self.draw("")
             sys.stderr.write(f"{prefix}{redact(printable(text))}\n")
@@ -7233,8 +7232,10 @@ class Terminal:
             self.say(text, prefix="")
 
     def report(self, problem: BaseException) -> ImagenError:
-        """The error that `problem` is, told where no JSON will tell it; with -v where a bug is."""
-        error = as_error(problem) if isinstance(problem, Exception) else Interrupted("interrupted")
+        """The error that `problem` is, shown where no JSON will; with -v where a bug is."""
+        error: ImagenError = Interrupted("interrupted")
+        if isinstance(problem, Exception):
+            error = as_error(problem)
         if self.verbose and error.code == "bug":
             import traceback
 
@@ -7253,6 +7254,7 @@ class Terminal:
                 sys.stdout.writelines(f"{line}\n" for line in lines)
                 sys.stdout.flush()
             except (OSError, ValueError) as problem:
+                # What comes later, the flush at exit too, goes nowhere.
                 with suppress(OSError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
                 if not isinstance(problem, BrokenPipeError | ValueError):
@@ -7262,141 +7264,99 @@ class Terminal:
         self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None
     ) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said = (
-            {
-                "ok": False,
-                "error": self.fields(error),
-                "images": [],
-            }
-            if error
-            else {"ok": True}
-        )
-        self.write(
-            *(
-                [
-                    to_json(
-                        {
-                            **said,
-                            **document,
-                        }
-                    )
-                ]
-                if self.as_json
-                else lines
-            )
-        )
-        return error.exit_code if error else 0
+        code = 0
+        outcome: dict[str, Any] = {"ok": True}
+        if error:
+            code = error.exit_code
+            outcome = {"ok": False, "error": self.fields(error), "images": []}
+        if self.as_json:
+            lines = (to_json({**outcome, **document}),)
+        self.write(*lines)
+        return code
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
         """What JSON says of an error."""
-        said = {name: getattr(error, name) for name in ("code", "hint", "charged")}
         return {
             "message": str(error),
-            **said,
+            "code": error.code,
+            "hint": error.hint,
+            "charged": error.charged,
             "retryable": error.retryable and error.charged == "no",
         }
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and not self.quiet and (text or self._drawn):
-            with self._lock, suppress(OSError):
-                text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
-                dimmed = (
-                    f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
-                )
-                sys.stderr.write(f"\r\x1b[K{dimmed}")
-                sys.stderr.flush()
-                self._drawn = bool(text)
+        if not self.live or self.quiet or not (text or self._drawn):
+            return
+        with self._lock, suppress(OSError):
+            # A longer line would wrap, and the next one could not rewrite it.
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            line = text[: columns - 1]
+            if line and not os.environ.get("NO_COLOR"):
+                line = f"\x1b[2m{line}\x1b[0m"
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+            self._drawn = bool(text)
 
 
 def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
     """Rows as lines, cell under cell, with nothing in them that steers a terminal."""
-    cells = [
-        [
-            printable(redact(str(cell))).replace(
-                "\n",
-                " ",
-            )
-            for cell in row
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            map(
-                str.ljust,
-                row,
-                widths,
-            )
-        ).rstrip()
-        for row in cells
-    ]
+
+    def shown(cell: object) -> str:
+        return printable(redact(str(cell))).replace("\n", " ")
+
+    table = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in table]
+    return [line.rstrip() for line in lines]
 
 
-class Progress(NamedTuple):
-    """Where one attempt stands."""
-
-    note: str = ""
-    done: float | None = None
-    total: float | None = None
-
-
-def progress_line(now: Progress, elapsed: float, usual: float | None, count: str = "") -> str:
-    """One line: what happens, a bar where its length is known or learned, how long it takes.
+def progress_line(
+    now: Progress,
+    elapsed: float,
+    usual: float | None,
+    count: str = "",
+) -> str:
+    """One line: what happens, a bar where its length is known or learned, the time.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
     """
-    share = -1.0
-    told = ""
+    bar = ""
+    steps = ""
     took = f"{elapsed:.1f} s"
+    share = None
     if now.done is not None and now.total:
         share = min(1.0, now.done / now.total)
-        told = (
-            f"{now.done:.0f}/{now.total:.0f}"
-            if now.done % 1 == now.total % 1 == 0
-            else f"{share:.0%}"
-        )
+        steps = f"{share:.0%}"
+        if now.done % 1 == now.total % 1 == 0:
+            steps = f"{now.done:.0f}/{now.total:.0f}"
     elif usual:
+        # Never full: it may take longer than usual.
         share = min(0.99, elapsed / usual)
         took = f"{took} of about {usual:.0f}"
-    bar = f"{'━' * round(36 * share):─<36}" if share >= 0 else ""
-    return "  ".join(
-        filter(
-            None,
-            (now.note or "waiting", bar, told, took, count),
-        )
-    )
-
-
-def made_before() -> Iterator[dict[str, Any]]:
-    """The images of the ledger, newest first: sidecars with their `path`."""
-    for record in ledger():
-        if record.get("path") and record.get("sidecar"):
-            about = {**record["sidecar"], "path": record["path"]}
-            yield {**about, "storage_path": record.get("object") or about.get("storage_path")}
+    if share is not None:
+        bar = f"{'━' * round(36 * share):─<36}"
+    parts = (now.note or "waiting", bar, steps, took, count)
+    return "  ".join(filter(None, parts))
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size, if there were any."""
-    from itertools import islice
-
+    """The median time of the last nine images of the same backend, model and size."""
     model = plan.parameters.get("model")
     size = (plan.styled.width, plan.styled.height)
-    alike = (
-        about["latency_ms"] / 1000
-        for about in made_before()
-        if about["backend"] == plan.request.backend and model in (None, about["model"])
-        if about["latency_ms"]
-        and size
-        in (
-            (0, 0),
-            (about["width"], about["height"]),
-        )
-    )
-    times = sorted(islice(alike, 9))
-    return times[len(times) // 2] if times else None
+    times = list[float]()
+    for record in images_made(backend=plan.request.backend):
+        sidecar = record["sidecar"]
+        same_model = model in (None, sidecar["model"])
+        same_size = size in ((0, 0), (sidecar["width"], sidecar["height"]))
+        if same_model and same_size and sidecar["latency_ms"]:
+            times.append(sidecar["latency_ms"] / 1000)
+        if len(times) == 9:
+            break
+    if not times:
+        return None
+    return sorted(times)[len(times) // 2]
 
 
 def money(usd: float | None) -> str:
@@ -7404,7 +7364,9 @@ def money(usd: float | None) -> str:
     >>> money(0.003), money(0.0), money(None)
     ('$0.003', '$0', '$?')
     """
-    return "$?" if usd is None else f"${usd:.6f}".rstrip("0").rstrip(".")
+    if usd is None:
+        return "$?"
+    return f"${usd:.6f}".rstrip("0").rstrip(".")
 
 
 # === Commands: argparse and main() ===
@@ -8478,16 +8440,24 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
     config = load_config(args.config)
-    token = secret_from(args.token_env).reveal() if os.environ.get(args.token_env) else ""
+    token = ""
+    if os.environ.get(args.token_env):
+        token = secret_from(args.token_env).reveal()
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    terminal.write(to_json({"address": server.address}) if args.json else server.address)
+    address = server.address
+    if args.json:
+        address = to_json({"address": address})
+    terminal.write(address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:  # on the terminal of whoever started it, and in no log
+    if token:
         from urllib.parse import quote
 
-        shown = quote(token, safe="") if sys.stderr.isatty() else f"${args.token_env}"
+        # On the terminal of whoever started it, and in no log.
+        shown = f"${args.token_env}"
+        if sys.stderr.isatty():
+            shown = quote(token, safe="")
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
@@ -8496,24 +8466,25 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
 SKILL = """\
 ---
 name: imagine
-description: Make an image from a prompt with ImaGen. Use when the user asks for a picture, an illustration, a photo
-  or a header image, or types /imagine.
+description: Make an image from a prompt with ImaGen. Use when the user asks for a picture,
+  an illustration, a photo or a header image, or types /imagine.
 ---
 # /imagine PROMPT
 
-Run this with the user's words in place of PROMPT, and give it time: an image may take minutes. Behind `<<'END'` no
-letter of the prompt means anything to the shell.
+Run this with the user's words in place of PROMPT, and give it time: an image may take minutes.
+Behind `<<'END'` no letter of the prompt means anything to the shell.
 
     COMMAND generate - --json -q <<'END'
     PROMPT
     END
 
-- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists them), `-n 4`,
-  `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them). Another backend may cost money:
-  that is the user's choice, also after an error.
+- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists
+  them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
+  Another backend may cost money: that is the user's choice, also after an error.
 - "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
-- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error` with `message`, `hint`
-  and `charged`. Show each `images[].path` to the user; never read image bytes into the conversation.
+- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
+  with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
+  bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
@@ -8527,7 +8498,7 @@ letter of the prompt means anything to the shell.
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
-| 10 | **never repeat**: it may have been charged; `COMMAND recover ID` tells (`error.hint` has the id) |
+| 10 | **never repeat**: it may be charged; `COMMAND recover ID` tells (`error.hint` has the id) |
 | 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 
