@@ -5385,28 +5385,31 @@ class Receipt:
         self.answered = threading.Event()
 
 
-Shown = tuple[str | None, float | None]  # a note, and how much is done, from 0 to 1
+def job_uuid(job: str, name: object) -> str:
+    """The id of what belongs to a job: its image, or, by a number, the entry of an attempt."""
+    import uuid
+
+    return str(uuid.uuid5(uuid.UUID(job), str(name)))
 
 
 class Attempt(Run):
     """One claimed job at work: what its thread and the main thread share."""
 
     def __init__(self, worker: Worker, row: JobRow) -> None:
-        import uuid
-
-        super().__init__(JOB_TIMEOUT, self._show, lambda text: worker.say(f"{self.job}: {text}", 4))
+        super().__init__(JOB_TIMEOUT, self._show, self._warn)
         self.worker = worker
         self.row = row
         self.number = row["attempt"]
         self.job = row["id"]
-        job = uuid.UUID(self.job)
-        self.id = self.id_of(self.number)
-        self.image_id = str(uuid.uuid5(job, "image"))
-        fields: dict[str, Any] = {"seed": job.int & 0x7FFFFFFF}
-        fields |= {name: value for name, value in row.items() if value is not None}
-        self.order = Order(**{name: fields[name] for name in fields.keys() & Request._fields})
-        self.shown: Shown = (None, None)
-        self.written: Shown = (None, None)  # as it stands in the row
+        self.id = job_uuid(self.job, self.number)
+        self.image_id = job_uuid(self.job, "image")
+        columns: dict[str, Any] = {**row}
+        if columns["seed"] is None:
+            columns["seed"] = int(self.job[-8:], 16) & 0x7FFFFFFF
+        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        self.order = Order(**fields)
+        self.shown: dict[str, Any] = {"note": None, "progress": None}
+        self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
         self.unpaid = [self.number]  # attempts whose receipt may be written over
         self.receipt = Receipt()
@@ -5415,17 +5418,14 @@ class Attempt(Run):
         self.settled = threading.Event()
         self.was_ours = False  # once settled: the outcome was written, under the fence
 
-    def id_of(self, attempt: int) -> str:
-        """What an attempt of this job is called in the journal."""
-        import uuid
+    def _warn(self, text: str) -> None:
+        self.worker.say(f"{self.job}: {text}", 4)
 
-        return str(uuid.uuid5(uuid.UUID(self.job), str(attempt)))
-
-    def _show(self, note: str, done: float | None, total: float | None) -> None:
+    def _show(self, progress: Progress) -> None:
         share = None
-        if done is not None and total:
-            share = max(0.0, min(1.0, done / total))
-        self.shown = (note[:200], share)
+        if progress.done is not None and progress.total:
+            share = max(0.0, min(1.0, progress.done / progress.total))
+        self.shown = {"note": progress.note[:200], "progress": share}
 
     def sending(self) -> None:
         """The receipt stands in the row, under the fence, before a paid POST leaves."""
@@ -5455,8 +5455,7 @@ class Attempt(Run):
     def heartbeat(self) -> dict[str, Any]:
         """What the main thread is about to write of this job, and a receipt that waits."""
         self.written = self.shown
-        note, progress = self.written
-        fields = {"id": self.job, "attempt": self.number, "note": note, "progress": progress}
+        fields = {"id": self.job, "attempt": self.number, **self.written}
         self.receipt_sent = self.receipt
         if not self.receipt_sent.answered.is_set():
             self.receipt_sent.sent_at = time.monotonic()
@@ -5480,16 +5479,16 @@ class Attempt(Run):
 class Turn(NamedTuple):
     """What is to be done in one turn."""
 
-    parts: dict[str, Mapping[str, Any]]  # of TURN, with their parameters
+    parts: Mapping[str, Mapping[str, Any]]  # of TURN, with their parameters
     finished: Sequence[tuple[Attempt, Outcome]] = ()
     renewed: Sequence[Attempt] = ()
     free: int = 0  # slots for new jobs
 
 
-def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Turn:
-    """The turn that writes these outcomes."""
-    outcomes = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
-    return Turn({"settled": {"outcomes": to_jsonb(outcomes)}}, finished)
+def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
+    """The parameters of the part that writes these outcomes."""
+    rows = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
+    return {"outcomes": to_jsonb(rows)}
 
 
 class Worker:
@@ -5519,7 +5518,6 @@ class Worker:
         self.begun = False  # there was a database with imagen.jobs in it
         self.stops = 0
         self.stopping_at = 0.0
-        self.grace = config.worker.grace_s
         self.waiting = 0
         # A bell that `select` can watch beside the connection; it is never waited for here.
         self._bell, self._bell_rope = socket.socketpair()
@@ -5602,7 +5600,7 @@ class Worker:
 
     def must_hand_back(self) -> bool:
         """Whether the signals leave jobs no more time."""
-        grace_is_over = time.monotonic() > self.stopping_at + self.grace
+        grace_is_over = time.monotonic() > self.stopping_at + self.config.worker.grace_s
         return self.stops > 1 or (self.stops == 1 and grace_is_over)
 
     def stop_overdue(self) -> None:
@@ -5629,29 +5627,27 @@ class Worker:
         self.apply_turn(queue.turn(disowned={"mine": [*self.running]}), Turn({}))
         self.begun = True
         while not self.is_over:
-            # 1. One round trip with all that is to be done.
-            now = time.monotonic()
-            turn = self.plan_turn(now)
+            # 1. Wait for a notification, a thread of ours, or the time of the next turn.
+            can_claim = self._more_expected and len(self.running) < self.concurrency
+            if not self.outcomes and not can_claim:
+                timeout = min(5.0, self._poll_at - time.monotonic())
+                if self.running:
+                    timeout = min(tick, timeout)
+                self._more_expected |= queue.wait(timeout, self._bell)
+            # 2. One round trip with all that is to be done.
+            turn = self.plan_turn(time.monotonic())
             if turn.parts:
                 self.run_turn(queue, turn)
             elif self._more_expected:
                 # Nothing is free for what we were told of: only take in what the server sent.
                 queue.connection.run("")
                 self._more_expected = False
-            # 2. What does not need the database.
+            # 3. What does not need the database.
             self.stop_overdue()
             status = f"{len(self.running)} running, {self.waiting} pending"
             sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
             if once and not (self._more_expected or self.running or self.outcomes):
                 return
-            # 3. Wait for a notification, a thread of ours, or the time of the next turn.
-            wake_at = self._poll_at
-            if self.running:
-                wake_at = min(wake_at, now + tick)
-            can_claim = self._more_expected and len(self.running) < self.concurrency
-            if not self.outcomes and not can_claim and not self.is_over:
-                timeout = min(5.0, wake_at - time.monotonic())
-                self._more_expected |= queue.wait(timeout, self._bell)
 
     def plan_turn(self, now: float) -> Turn:
         """What is to be done now, all in one turn."""
@@ -5661,10 +5657,9 @@ class Worker:
         for run, outcome in self.outcomes[:]:
             if run.receipt.answered.is_set() or self.running.get(run.job) is not run:
                 finished.append((run, outcome))
-        turn = Turn({})
+        parts: dict[str, Mapping[str, Any]] = {}
         if finished:
-            turn = settling(finished)
-        parts = turn.parts
+            parts["settled"] = settling(finished)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
         # of those whose POST waits for its receipt.
         ended = {run for run, _ in finished}
@@ -5684,9 +5679,8 @@ class Worker:
         # late, by a statement that was given up here while it waited for a lock there.
         polling = now >= self._poll_at
         if polling:
-            steady = now - self._connected_at > settings.lease_s
             parts["disowned"] = {"mine": [*self.running]}
-            parts["rescued"] = {"steady": steady}
+            parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
             parts["waiting"] = {}
             self._poll_at = now + settings.poll_s
         # 4. The backlog of images that the cloud would not take.
@@ -5698,7 +5692,7 @@ class Worker:
         free = self.concurrency - len(busy)
         if free and not self.stops and (self._more_expected or polling or finished):
             parts["claimed"] = {"free": free}
-        return turn._replace(renewed=renewed, free=free)
+        return Turn(parts, finished, renewed, free)
 
     def run_turn(self, queue: Queue, turn: Turn) -> None:
         """Do a turn, and see to what it brought."""
@@ -5717,7 +5711,8 @@ class Worker:
                 if is_alone:
                     outcome["image"] = None
                     outcome["error"] = clipped(f"imagen.images: {reason}")
-                self.run_turn(queue, settling([(run, outcome)]))
+                alone = [(run, outcome)]
+                self.run_turn(queue, Turn({"settled": settling(alone)}, alone))
             self._last_heartbeat = 0.0
             self._more_expected = True
             return
@@ -5824,15 +5819,18 @@ class Worker:
         # 1. An earlier attempt on this host may have left it, or the way to it.
         leftovers = []
         if run.number > 1:
-            leftovers = [entry.path for entry in entries() if entry.record.get("job") == run.job]
-        for path in leftovers:
-            entry = Entry.take(path)
+            leftovers = entries()
+        for leftover in leftovers:
+            if leftover.record.get("job") != run.job:
+                continue
+            entry = Entry.take(leftover.path)
             if not entry:
                 continue
             record = self.recovered(run, entry, config)
             if record:
                 return record
-            if receipt and run.charged == "no" and run.id == run.id_of(receipt["attempt"]):
+            wrote_receipt = receipt and run.id == job_uuid(run.job, receipt["attempt"])
+            if receipt and wrote_receipt and run.charged == "no":
                 # Whoever wrote the receipt was here, and knows that it cost nothing.
                 run.unpaid.append(receipt["attempt"])
                 receipt = None
@@ -5932,18 +5930,21 @@ class Worker:
 def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     """How many attempts a job may have, after an error of one of them."""
     most = run.row["max_attempts"]
-    if run.charged == "no":
-        return most if error.retryable else 0
-    fetchable = run.resumed and os.path.exists(run.entry.path) and not run.entry.record.get("over")
-    return most + 3 if fetchable else 0
+    if run.charged == "no" and error.retryable:
+        return most
+    if run.charged == "no" or not run.resumed or not os.path.exists(run.entry.path):
+        return 0
+    if run.entry.record.get("over"):
+        return 0
+    return most + 3
 
 
 def refused_value(problem: Exception) -> str:
     """Why the database refuses a value (SQLSTATE 22 and 23); "" for any other error."""
     fields = problem.args[0]
-    if not isinstance(fields, Mapping) or str(fields.get("C"))[:2] not in ("22", "23"):
+    if fields["C"][:2] not in ("22", "23"):
         return ""
-    return f"{fields['C']} {fields.get('M')}"
+    return f"{fields['C']} {fields['M']}"
 
 
 def clipped(text: str) -> str:

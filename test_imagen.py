@@ -15366,8 +15366,8 @@ def test_queue_a_heartbeat_touches_no_index(
         )
         assert len(queue.turn(claimed={"free": 3})["claimed"]) == 3
         for step in range(50):
-            said = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
-            assert len(queue.turn(kept={"beats": json.dumps(said)})["kept"]) == 3
+            sent = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
+            assert len(queue.turn(renewed={"heartbeats": json.dumps(sent)})["renewed"]) == 3
         connection.run("select pg_stat_force_next_flush()")
         counted = "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
         (stats,) = pipeline_until(
@@ -15978,7 +15978,7 @@ def test_worker_the_unit_is_without_fault_and_starts_what_the_readme_installs(
     assert (said["Type"], said["Restart"], said["RestartSec"]) == ("notify", "always", "1")
     assert (
         int(said["TimeoutStopSec"])
-        > imagen.JOB_TIMEOUT + imagen.DELIVERY
+        > imagen.JOB_TIMEOUT + imagen.DELIVERY_S
         > imagen.WorkerConfig().grace_s
     )
     assert "~/" + said["EnvironmentFile"].removeprefix("%h/") in readme
@@ -16743,7 +16743,7 @@ def test_a_worker_frozen_before_its_paid_post_does_not_pay_after_its_job_was_res
     crew: Crew, cable: Cable, painter: Painter, written: bool
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     if written:  # the receipt is, but its worker does not learn of it in time
@@ -16812,7 +16812,7 @@ def test_worker_a_host_whose_own_journal_knows_of_no_payment_believes_the_receip
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.kill(first)
@@ -16874,7 +16874,7 @@ def test_worker_without_a_database_nothing_is_paid(
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.until(lambda: "timed out" in crew.log(first))
