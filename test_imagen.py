@@ -14239,6 +14239,77 @@ def test_queue_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
             assert rescue.result() == [["canceled"]]
 
 
+def test_queue_a_receipt_is_written_under_the_fence_and_never_over_one_that_may_be_paid(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 1)
+    with queue_workers(queue_env, database, 2) as (mine, other):
+        (job,) = mine.turn(claimed={"free": 1})["claimed"]
+
+        def renew(queue: imagen.Queue, attempt: int = 1, **fields: Any) -> list[object]:
+            """Whether the receipt stands, if the lease was renewed; and the attempt that the row names."""
+            heartbeat = {"id": job["id"], "attempt": attempt, **fields}
+            rows = queue.turn(renewed={"heartbeats": json.dumps([heartbeat])})["renewed"]
+            paid = database.one("select receipt->>'attempt' from imagen.jobs")
+            return [*(row["stands"] for row in rows), paid]
+
+        receipts = [{"attempt": number, "remote": {"id": "x"}} for number in range(4)]
+        assert renew(other, receipt=receipts[1], unpaid=[1]) == [None]
+        assert renew(mine, 2, receipt=receipts[2], unpaid=[2]) == [None]
+        assert renew(mine) == [None, None]
+        assert renew(mine, receipt=receipts[3], unpaid=[1]) == [True, "3"]
+        assert renew(mine, receipt=receipts[1], unpaid=[1]) == [False, "3"]
+        assert renew(mine) == [None, "3"]
+        assert renew(mine, receipt=receipts[1], unpaid=[1, 3]) == [True, "1"]
+        again = {**receipts[1], "remote": {"id": "y"}}
+        assert renew(mine, receipt=again, unpaid=[1]) == [True, "1"]
+        assert database.one("select receipt->'remote'->>'id' from imagen.jobs") == "y"
+
+
+def test_queue_a_turn_of_all_parts_touches_each_row_once(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    owner = database.user("anna")
+    database.sql(QUEUE_JOBS, owner, 6)
+    image = queue_image(database, owner, "a.png")
+    with queue_workers(queue_env, database, 2) as (mine, dead):
+        rows = mine.turn(claimed={"free": 3})["claimed"]
+        settled, renewed, disowned = (row["id"] for row in sorted(rows, key=lambda row: row["seq"]))
+        (lost,) = (row["id"] for row in dead.turn(claimed={"free": 1})["claimed"])
+        mine.always["slot"] = dead.always["slot"]
+        delivered = database.one(
+            "select id::text from imagen.jobs where status = 'pending' limit 1"
+        )
+        database.sql("update imagen.jobs set status = 'done' where id = $1", delivered)
+        database.sql("update imagen.jobs set cancel_requested = true where id = $1", renewed)
+        outcome = {"id": settled, "attempt": 1, "status": "pending", "error": "busy", "delay": 60}
+        turn = mine.turn(
+            disowned={"mine": [settled, renewed]},
+            settled={"outcomes": json.dumps([outcome])},
+            renewed={"heartbeats": json.dumps([{"id": renewed, "attempt": 1, "note": "drawing"}])},
+            to_cancel={"mine": [settled, renewed]},
+            rescued={"steady": False},
+            over={"undelivered": [settled, delivered]},
+            delivered={"images": json.dumps({delivered: image, settled: image})},
+            waiting={},
+            claimed={"free": 5},
+        )
+        assert len(turn.pop("woken")) == 3  # a claim, an outcome, a dead worker's job
+        assert turn.pop("waiting") == [{"number": 1}]
+        ids = {part: {row["id"] for row in rows} for part, rows in turn.items()}
+        assert ids["disowned"] == {disowned}
+        assert ids["settled"] == {settled}
+        assert ids["renewed"] == ids["to_cancel"] == {renewed}
+        assert ids["rescued"] == {lost}
+        assert ids["over"] == {delivered}
+        assert ids["delivered"] == {delivered, settled}
+        assert len(ids["claimed"]) == 1  # of those that were pending before
+    assert jobs_row(database, delivered)["image_id"] == image
+    assert jobs_row(database, settled)["image_id"] is None
+
+
 def test_queue_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
     queue_env: Env, database: Database
 ) -> None:
@@ -15898,13 +15969,17 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
 
 
 def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+    cloud.join(box, worker={"lease_s": 1})
     lost = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
     with (
         JobsSystemd() as systemd,
         JobsWorker(box, ready="next try", NOTIFY_SOCKET=systemd.path, **lost) as worker,
     ):
         systemd.until("STATUS=no database; 0 running")
+        # Who comes back later than a quarter of the lease might find its jobs taken.
+        pipeline_until(lambda: worker.log().count("next try") > 7)
+        pauses = [float(pause) for pause in re.findall(r"next try in (\S+) s", worker.log())]
+        assert 0 <= min(pauses) < max(pauses) <= 0.25
         assert worker.process.poll() is None
         assert worker.stopped() == 0
 
@@ -20790,6 +20865,25 @@ def test_readme_bench_a_worker_stays_small(bench_queue: BenchQueue) -> None:
         ("slope of the last 2,250", late - middle + 1e-9, 1, "1"),
     ]
     bench_report("Resident memory", "MB", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_readme_bench_the_processor_time_of_a_worker_s_job(bench_queue: BenchQueue) -> None:
+    def used(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    count = 1000
+    took = []
+    with bench_queue.worker("--concurrency", "4") as worker:
+        for _ in range(4):
+            before = used(worker.pid)
+            bench_queue.insert(count)
+            bench_queue.until(worker, ": done", count)
+            took.append((used(worker.pid) - before) / count)
+    rows = [("a job, its picture given", statistics.median(took), 1.2, "1.2")]
+    bench_report("Processor time, median of 4 rounds", "ms", rows)
 
 
 @pytest.mark.bench
