@@ -4887,8 +4887,7 @@ def postgres_options(dsn: str) -> dict[str, str]:
         match = re.fullmatch(form, dsn)
         if not match:
             raise BadConfig(
-                "the database's address is not "
-                "postgresql://user:password@host:port/database",
+                "the database's address is not postgresql://user:password@host:port/database",
                 "in user and password, / is %2F, @ is %40, : is %3A, % is %25",
             )
         *values, query = match.groups("")
@@ -5485,7 +5484,7 @@ class Turn(NamedTuple):
     free: int = 0  # slots for new jobs
 
 
-def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
+def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
     """The parameters of the part that writes these outcomes."""
     rows = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
     return {"outcomes": to_jsonb(rows)}
@@ -5659,7 +5658,7 @@ class Worker:
                 finished.append((run, outcome))
         parts: dict[str, Mapping[str, Any]] = {}
         if finished:
-            parts["settled"] = settling(finished)
+            parts["settled"] = settled_params(finished)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
         # of those whose POST waits for its receipt.
         ended = {run for run, _ in finished}
@@ -5712,7 +5711,7 @@ class Worker:
                     outcome["image"] = None
                     outcome["error"] = clipped(f"imagen.images: {reason}")
                 alone = [(run, outcome)]
-                self.run_turn(queue, Turn({"settled": settling(alone)}, alone))
+                self.run_turn(queue, Turn({"settled": settled_params(alone)}, alone))
             self._last_heartbeat = 0.0
             self._more_expected = True
             return
