@@ -16394,14 +16394,14 @@ def test_who_restarts_under_a_dead_workers_name_has_its_jobs_at_once_and_nobody_
 ) -> None:
     crew.worker |= {"lease_s": 60, "heartbeat_s": 20}
     first = crew.start("--name", "a")
-    lost = crew.slow(1)
+    lost = crew.slow(4)
     crew.runs(lost)
     crew.start("--name", "a")  # whose name is taken, so it is a-2
-    live = crew.slow(3)
+    live = crew.slow(6)
     crew.runs(live)
     crew.kill(first)
     crew.start("--name", "a")
-    assert crew.ends(lost, timeout=5)["attempt"] == 2
+    assert crew.ends(lost, timeout=20)["attempt"] == 2
     assert crew.ends(live)["attempt"] == 1
     crew.whole(lost, live)
 
@@ -17037,7 +17037,7 @@ def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image
         kills = kills + 1
         crew.kill(workers[name])
         workers[name] = crew.start("--name", name, host=name)
-    assert kills > 5
+    assert kills > 2
     assert len(crew.jobs("done")) == 300
     crew.whole(*crew.jobs())
 
