@@ -422,7 +422,7 @@ class Secret:
         quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
         spellings = {value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
         if value.startswith("eyJ"):  # a JWT: its payload and signature are secret by themselves
-            spellings.update(value.split(".")[1:])
+            spellings.update(part for part in value.split(".")[1:] if len(part) > 7)
         KEY_SPELLINGS[:] = sorted(spellings.union(KEY_SPELLINGS), key=len, reverse=True)
 
     def reveal(self) -> str:
@@ -3687,9 +3687,13 @@ def find_image(name: str) -> Record | None:
     if not sidecar and not is_uuid(name):
         needle = to_json(path)[1:-1]
     for record in itertools.chain(delivering, ledger(needle=needle)):
-        if is_image(record) and (
-            record["sidecar"]["image_id"] == image_id or (not sidecar and record["path"] == path)
-        ):
+        if not is_image(record):
+            continue
+        if record["sidecar"]["image_id"] == image_id:
+            if sidecar and os.path.exists(path):  # it may have been moved since
+                record["path"] = path
+            return record
+        if not sidecar and record["path"] == path:
             return record
     if isinstance(sidecar.get("prompt"), str):
         return typing.cast(
@@ -7939,11 +7943,11 @@ class ForgetRunner(RecoverRunner):
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     """upload what the cloud still lacks"""
     config = load_config(args.config)
-    opened = [row for row in entries() if row.state == "to deliver"]
+    opened = entries()
     if args.paths:
         rows = [entry_to_sync(path, opened) for path in args.paths]
-    else:
-        rows = opened
+    else:  # also attempts of unknown outcome: what they cost is reported
+        rows = [row for row in opened if row.state == "to deliver" or missing_uploads(row.record)]
     incomplete = [row for row in rows if missing_uploads(row.record)]
     if args.dry_run or not rows:
         return show_missing(incomplete, terminal)

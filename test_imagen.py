@@ -12265,6 +12265,109 @@ def test_pipeline_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
             assert files_before["fox.png"] == LIFE_IMAGE
 
 
+# What release 0.1.0 wrote: the entry of one paid image, a line a step, and the ledger's line of it.
+RELEASE_ENTRY = r"""
+{"id": "ENTRY", "at": "2026-11-28T06:03:38.644+00:00", "host": "h", "backend": "flux", "model": "black-forest-labs/flux-schnell", "price": 0.003, "private": false, "storage": "", "owner": "", "request": {"prompt": "a fox", "seed": 7, "style": "ink", "backend": "flux"}, "styled": {"prompt": "a fox, black ink drawing, varied brush line, hatching, white paper", "negative_prompt": "color, photograph, gradient", "seed": 7, "style": "ink", "backend": "flux"}, "name": "ROOT/pictures/fox.png", "paid": true, "sidecar_wanted": true}
+{"sending": "2026-11-28T06:03:39.619+00:00", "charged": "unknown"}
+{"remote": {"id": "PREDICTION"}}
+{"charged": "yes"}
+{"result": {"image": null, "mime_type": "", "model": "black-forest-labs/flux-schnell", "seed": 7, "steps": null, "cost_usd": 0.003, "ignored": ["negative_prompt"], "metadata": {"id": "PREDICTION", "version": "hidden", "metrics": {"predict_time": 0.42, "total_time": 0.52}, "created_at": "2026-11-28T06:03:39.677Z", "completed_at": "2026-11-28T06:03:40.207Z"}, "latency_ms": 1791}, "charged": "yes"}
+{"image": {"file": "ROOT/pictures/.imagen-ENTRY", "sha256": "ea2826a15634d12acef31b1b515db4ac440f1d6e476c806cce4472cebc47c4f7", "bytes": 300415}}
+{"path": "ROOT/pictures/fox.png", "sidecar": {"image_id": "ENTRY", "prompt": "a fox", "style": "ink", "styled_prompt": "a fox, black ink drawing, varied brush line, hatching, white paper", "negative_prompt": "color, photograph, gradient", "backend": "flux", "model": "black-forest-labs/flux-schnell", "seed": 7, "steps": null, "timestamp": "2026-11-28T06:03:38.644+00:00", "requested": {"width": 0, "height": 0, "steps": 0}, "width": 64, "height": 64, "mime_type": "image/png", "bytes": 300415, "sha256": "ea2826a15634d12acef31b1b515db4ac440f1d6e476c806cce4472cebc47c4f7", "latency_ms": 1791, "cost_usd_estimate": 0.003, "charged": "yes", "ignored": ["negative_prompt"], "storage_path": null, "metadata": {"id": "PREDICTION", "version": "hidden", "metrics": {"predict_time": 0.42, "total_time": 0.52}, "created_at": "2026-11-28T06:03:39.677Z", "completed_at": "2026-11-28T06:03:40.207Z"}, "imagen_version": "0.1.0"}}
+"""
+RELEASE_LEDGER = r"""
+{"backend": "flux", "id": "ENTRY", "at": "2026-11-28T06:03:43.790+00:00", "host": "h", "model": "black-forest-labs/flux-schnell", "price": 0.003, "private": false, "owner": "", "request": {"prompt": "a fox", "seed": 7, "style": "ink", "backend": "flux"}, "paid": true, "sidecar_wanted": true, "charged": "yes", "remote": {"id": "PREDICTION"}, "result": {"image": null, "mime_type": "", "model": "black-forest-labs/flux-schnell", "seed": 7, "steps": null, "cost_usd": 0.003, "ignored": ["negative_prompt"], "metadata": {"id": "PREDICTION", "version": "hidden", "metrics": {"predict_time": 0.42, "total_time": 0.52}, "created_at": "2026-11-28T06:03:44.301Z", "completed_at": "2026-11-28T06:03:44.917Z"}, "latency_ms": 1384}, "image": {"file": "ROOT/pictures/.imagen-ENTRY", "sha256": "ea2826a15634d12acef31b1b515db4ac440f1d6e476c806cce4472cebc47c4f7", "bytes": 300415}, "path": "ROOT/pictures/fox.png", "sidecar": {"image_id": "ENTRY", "prompt": "a fox", "style": "ink", "styled_prompt": "a fox, black ink drawing, varied brush line, hatching, white paper", "negative_prompt": "color, photograph, gradient", "backend": "flux", "model": "black-forest-labs/flux-schnell", "seed": 7, "steps": null, "timestamp": "2026-11-28T06:03:43.790+00:00", "requested": {"width": 0, "height": 0, "steps": 0}, "width": 64, "height": 64, "mime_type": "image/png", "bytes": 300415, "sha256": "ea2826a15634d12acef31b1b515db4ac440f1d6e476c806cce4472cebc47c4f7", "latency_ms": 1384, "cost_usd_estimate": 0.003, "charged": "yes", "ignored": ["negative_prompt"], "storage_path": null, "metadata": {"id": "PREDICTION", "version": "hidden", "metrics": {"predict_time": 0.42, "total_time": 0.52}, "created_at": "2026-11-28T06:03:44.301Z", "completed_at": "2026-11-28T06:03:44.917Z"}, "imagen_version": "0.1.0"}}
+"""
+RELEASE_ID = "b156441b-bbef-4210-9848-f230bd1da26f"
+RELEASE_LINES = {  # step of the life: how many lines its entry has, and which files there are
+    "entry": (1, ()),
+    "sending": (2, ()),
+    "post": (2, ()),
+    "remote": (3, ()),
+    "spool": (4, (".part",)),
+    "hidden": (5, ("hidden",)),
+    "image": (6, ("hidden",)),
+    "sidecar": (6, ("hidden", "hidden.json", "fox.png.json")),
+    "link": (6, ("hidden", "hidden.json", "fox.png.json", "fox.png")),
+    "path": (7, ("hidden", "hidden.json", "fox.png.json", "fox.png")),
+    "clean": (7, ("fox.png.json", "fox.png")),
+    "ledger": (0, ("fox.png.json", "fox.png")),
+}
+
+
+def release_text(text: str, box: Box, prediction: str = "p1") -> str:
+    text = text.strip().replace("ROOT", str(box.root))
+    return text.replace("ENTRY", RELEASE_ID).replace("PREDICTION", prediction)
+
+
+def release_left(box: Box, step: str, prediction: str) -> None:
+    """The journal and the folder as a kill of release 0.1.0 behind a step left them."""
+    count, names = RELEASE_LINES[step]
+    (box.state / "open").mkdir(parents=True)
+    box.out.mkdir()
+    lines = release_text(RELEASE_ENTRY, box, prediction).splitlines()
+    if count:
+        text = "".join(f"{line}\n" for line in lines[:count])
+        (box.state / "open" / f"{RELEASE_ID}.jsonl").write_text(text)
+    else:
+        text = release_text(RELEASE_LEDGER, box, prediction)
+        (box.state / "ledger.jsonl").write_text(f"{text}\n")
+    hidden = box.out / f".imagen-{RELEASE_ID}"
+    sidecar = json.dumps(json.loads(lines[-1])["sidecar"], indent=2)
+    for name in names:
+        if name == ".part":
+            Path(f"{hidden}.part").write_bytes(LIFE_IMAGE[:1000])
+        elif name == "hidden":
+            hidden.write_bytes(LIFE_IMAGE)
+        elif name == "hidden.json":
+            Path(f"{hidden}.json").write_text(sidecar)
+        elif name == "fox.png.json":
+            link = Path(f"{hidden}.json")
+            if link.exists():
+                os.link(link, box.out / name)
+            else:
+                (box.out / name).write_text(sidecar)
+        elif hidden.exists():
+            os.link(hidden, box.out / name)
+        else:
+            (box.out / name).write_bytes(LIFE_IMAGE)
+
+
+@pytest.mark.parametrize(("number", "step", "outcome"), LIFE, ids=lambda word: word)
+def test_pipeline_what_release_0_1_0_left_at_any_step_is_taken_to_its_end(
+    box: Box, number: str, step: str, outcome: str
+) -> None:
+    with output_replicate(box, LIFE_IMAGE) as server:
+        prediction = "p1"
+        if number != "1":
+            prompt = json.loads(release_text(RELEASE_ENTRY, box).splitlines()[0])["styled"]
+            inputs = {"prompt": prompt["prompt"], "seed": 7, "output_format": "png"}
+            prediction = server.plant(inputs)
+        release_left(box, step, prediction)
+        posts = server.created
+        done = box.run("recover", "--all")
+        assert server.created == posts
+        assert box.unfinished() == box.hidden() == []
+        if outcome == "closed":
+            assert (done.code, done.out) == (0, "")
+            return
+        assert done.code == 0, done.err
+        assert done.lines == ([] if outcome == "done" else [str(box.out / "fox.png")])
+        (line,) = box.ledger()
+        sidecar = box.sidecar(box.out / "fox.png")
+        assert (box.out / "fox.png").read_bytes() == LIFE_IMAGE
+        assert line["id"] == sidecar["image_id"] == RELEASE_ID
+        assert (sidecar["prompt"], sidecar["style"], sidecar["seed"]) == ("a fox", "ink", 7)
+        (image,) = box.run("list", "FOX", "--json").json["images"]
+        assert image["path"] == str(box.out / "fox.png")
+        assert image["sha256"] == hashlib.sha256(LIFE_IMAGE).hexdigest()
+        total = box.run("cost", "--json").json["total"]
+        assert total == {"images": 1, "usd": 0.003, "unknown": 0}
+        again = box.run("generate", "--like", "last", "--dry-run", "--json").json["plans"][0]
+        assert again["prompt"] == sidecar["styled_prompt"]
+        assert again["negative_prompt"] == sidecar["negative_prompt"]
+
+
 def test_pipeline_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it(box: Box) -> None:
     with output_replicate(box):
         done = output_played(box, {"count": True}, "generate", "a fox")
@@ -12595,12 +12698,23 @@ def deliver_warnings(done: Done) -> list[str]:
     return [line for line in done.err.splitlines() if line.startswith("imagen: ")]
 
 
+def deliver_place(box: Box, path: str, stem: str = "a-fox-7") -> str:
+    """Where the image of a finished entry lies in the bucket."""
+    about = box.sidecar(path)
+    (entry,) = {
+        line["id"]
+        for line in box.ledger()
+        if line.get("path") and line["sidecar"]["image_id"] == about["image_id"]
+    }
+    return f"{about['timestamp'][:10]}/{stem}-{entry[:8]}{Path(path).suffix}"
+
+
 def deliver_whole(
     cloud: Cloud, box: Box, path: str, place: str = "", owner: str = ""
 ) -> dict[str, Any]:
     """File, sidecar, object, row and ledger tell the same, and nothing is left to do. Returns the row."""
     about = box.sidecar(path)
-    place = place or f"{about['timestamp'][:10]}/a-fox-7.png"
+    place = place or deliver_place(box, path)
     (row,) = [row for row in cloud.rows() if str(row["id"]) == about["image_id"]]
     assert (row["storage_path"], str(row["owner_user_id"])) == (place, owner or cloud.anna)
     assert row["sidecar"] == {**about, "storage_path": place}
@@ -12873,7 +12987,7 @@ def test_pipeline_a_bad_key_stays_open_until_there_is_a_good_one(
 ) -> None:
     done = deliver_made(synced, SUPABASE_SERVICE_ROLE_KEY=key)
     (line,) = deliver_warnings(done)
-    assert "401" in line
+    assert re.search("401|authorization", line)
     assert key not in done.err
     assert len(synced.unfinished()) == 1
     assert synced.run("sync", env={"SUPABASE_SERVICE_ROLE_KEY": cloud.secret_key}).code == 0
@@ -12959,7 +13073,7 @@ def test_pipeline_a_project_that_says_nothing_holds_nobody_up_for_long(
         ]
         took = time.monotonic() - began
         cloud.faults.clear()
-    assert imagen.DELIVERY - 1 < took < imagen.DELIVERY + 10
+    assert imagen.DELIVERY_S - 1 < took < imagen.DELIVERY_S + 10
     for box, done in zip(boxes, made, strict=True):
         (line,) = deliver_warnings(done)
         assert "imagen: cloud sync: not done within 30 s" in line
@@ -13007,44 +13121,17 @@ def test_pipeline_two_hosts_that_make_the_same_name_have_an_object_and_a_row_eac
     paths = [deliver_made(home).lines[0] for home in two_hosts]
     for home in two_hosts:
         assert home.run("sync").code == 0
-    place = f"{two_hosts[0].sidecar(paths[0])['timestamp'][:10]}/a-fox-7"
-    about = [home.sidecar(path) for home, path in zip(two_hosts, paths, strict=True)]
-    assert {one["storage_path"] for one in about} == {f"{place}.png"}  # the one that was meant
     rows = {str(row["id"]): row for row in cloud.rows()}
-    others = set(cloud.objects()) - {f"{place}.png"}
-    assert len(rows) == 2
-    assert others <= {f"{place}-{one['image_id'][:8]}.png" for one in about}
-    assert len(others) == 1
-    for home, path, one, owner in zip(
-        two_hosts, paths, about, (cloud.anna, cloud.bert), strict=True
-    ):
-        there = rows[one["image_id"]]["storage_path"]
-        deliver_whole(cloud, home, path, there, owner)
-        assert deliver_signed(home, path) == Path(path).read_bytes() == deliver_signed(home, there)
+    assert len(rows) == len(cloud.objects()) == 2
+    for home, path, owner in zip(two_hosts, paths, (cloud.anna, cloud.bert), strict=True):
+        place = rows[home.sidecar(path)["image_id"]]["storage_path"]
+        assert home.sidecar(path)["storage_path"] == place
+        deliver_whole(cloud, home, path, owner=owner)
+        image = Path(path).read_bytes()
+        assert deliver_signed(home, path) == deliver_signed(home, place) == image
 
 
-def test_pipeline_a_path_that_is_taken_at_the_last_moment_is_left_to_its_owner(
-    cloud: Cloud, synced: Box
-) -> None:
-    def take(seen: Seen) -> None:
-        if f"{seen.method} {seen.path}".startswith(DELIVER_ROW) and not cloud.rows():
-            cloud.database.sql(
-                "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values ($1, 'mine', 'x', $2)",
-                *(cloud.bert, seen.json["storage_path"]),
-            )
-
-    cloud.fault(take, 500)  # which nobody gets, since it says no to every request
-    done = deliver_made(synced, "--json").json
-    (image,) = done["images"]
-    place = f"{image['timestamp'][:10]}/a-fox-7-{image['image_id'][:8]}.png"
-    assert image["cloud"] == {"id": image["image_id"], "storage_path": place}
-    assert image["storage_path"] == place
-    assert done["warnings"] == []
-    assert len(cloud.rows()) == 2
-    deliver_whole(cloud, synced, image["path"], place)
-
-
-def test_pipeline_the_path_in_the_bucket_has_the_number_and_the_ending_of_the_file(
+def test_pipeline_the_path_in_the_bucket_has_the_entrys_id_and_the_ending_of_the_file(
     cloud: Cloud, synced: Box
 ) -> None:
     with output_openai(synced) as server:
@@ -13064,8 +13151,7 @@ def test_pipeline_the_path_in_the_bucket_has_the_number_and_the_ending_of_the_fi
             for _ in range(4)
         ]
     assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
-    day = synced.sidecar(made[0])["timestamp"][:10]
-    places = [f"{day}/a-fox-7{end}" for end in (".png", "-2.png", ".jpg", ".webp")]
+    places = [deliver_place(synced, path) for path in made]
     assert [synced.sidecar(path)["storage_path"] for path in made] == places == [*cloud.objects()]
     assert [line["object"] for line in synced.ledger()] == places
     assert {row["storage_path"] for row in cloud.rows()} == {*places}
@@ -13378,7 +13464,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
     assert set(puts.values()) == {1}
     assert len(puts) == len(cloud.rows()) == len(homes) + 1 > 12
     for (box, path), seed in zip(homes, moments, strict=True):
-        deliver_whole(cloud, box, path, f"{box.sidecar(path)['timestamp'][:10]}/a-fox-{seed}.png")
+        deliver_whole(cloud, box, path, deliver_place(box, path, f"a-fox-{seed}"))
 
 
 def test_pipeline_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, synced: Box) -> None:
