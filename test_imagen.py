@@ -13718,8 +13718,8 @@ class QueueWire:
         self.pooled = pooled
         self.drip = drip
         self.sent = 0
-        self.kept = 0
-        self.said = bytearray()
+        self.buffered = 0
+        self.bytes_sent = bytearray()
         self.open = threading.Event()
         self.open.set()
         self._target = port
@@ -13760,19 +13760,19 @@ class QueueWire:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
                 self.sent += 1
-                self.said += data
+                self.bytes_sent += data
                 server.sendall(data)
             server.shutdown(socket.SHUT_WR)
 
     def _down(self, server: socket.socket, client: socket.socket) -> None:
         """What has come while not `open` goes on as one packet. A pooler has pids of its own."""
-        kept = b""
+        pending = b""
         with contextlib.suppress(OSError):
             while True:
                 if (data := self._message(server) if self.pooled else server.recv(1 << 16)) == b"":
                     break
-                kept += data
-                self.kept = len(kept)
+                pending += data
+                self.buffered = len(pending)
                 while (
                     not self.open.wait(0.005)
                     and not select.select(
@@ -13785,10 +13785,12 @@ class QueueWire:
                     pass
                 if not self.open.is_set():
                     continue
-                for piece in [kept[i : i + 1] for i in range(len(kept))] if self.drip else [kept]:
+                for piece in (
+                    [pending[i : i + 1] for i in range(len(pending))] if self.drip else [pending]
+                ):
                     client.sendall(piece)
-                kept = b""
-                self.kept = 0
+                pending = b""
+                self.buffered = 0
         with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
@@ -14108,10 +14110,10 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 queue.run("select 41 + 1")
                 wire.open.clear()  # in one packet with a result
                 answer = pool.submit(queue.run, "select 41 + 1")
-                queue_until(lambda: wire.kept)
-                before = wire.kept
+                queue_until(lambda: wire.buffered)
+                before = wire.buffered
                 database.sql("notify imagen_jobs, 'ü'")
-                queue_until(lambda: wire.kept > before)
+                queue_until(lambda: wire.buffered > before)
                 wire.open.set()
                 assert answer.result() == [[42]]
                 assert queue_woken(queue) < 1
@@ -15992,26 +15994,26 @@ class JobsSystemd(contextlib.ExitStack):
             tempfile.TemporaryDirectory(prefix="imagen-sd-")
         )  # its path has to be short
         self.path = f"{folder}/notify"
-        self.told = list[str]()
+        self.messages = list[str]()
         self.sock = self.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self.sock.bind(self.path)
 
-    def heard(self, seconds: float) -> list[str]:
+    def receive(self, seconds: float) -> list[str]:
         """What came since the last time, waiting that long for the first of it."""
-        before = len(self.told)
+        before = len(self.messages)
         while select.select(
             [self.sock],
             [],
             [],
-            seconds if len(self.told) == before else 0,
+            seconds if len(self.messages) == before else 0,
         )[0]:
-            self.told.append(self.sock.recv(4096).decode())
-        return self.told[before:]
+            self.messages.append(self.sock.recv(4096).decode())
+        return self.messages[before:]
 
     def until(self, text: str) -> None:
         """Until a message says so."""
         pipeline_until(
-            lambda: any(text in message.split("\n") for message in self.heard(0.1)),
+            lambda: any(text in message.split("\n") for message in self.receive(0.1)),
             40,
         )
 
@@ -16028,7 +16030,7 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
     ]
     with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
         systemd.until("STATUS=2 running, 3 pending")
-        assert "READY=1" in systemd.told[0].split("\n")
+        assert "READY=1" in systemd.messages[0].split("\n")
         assert "listening" in worker.log()
         for ident in ids:
             cloud.database.sql("select imagen.cancel_job($1::uuid)", ident)
@@ -16042,16 +16044,16 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
                 else:  # its next statement waits for this lock
                     session.sql("begin; lock table imagen.jobs in access exclusive mode")
                 # A turn that had begun before may end; after that there is silence, three times the usual interval.
-                systemd.heard(0.5)
-                systemd.heard(0.5)
-                assert systemd.heard(1.0) == [], block
+                systemd.receive(0.5)
+                systemd.receive(0.5)
+                assert systemd.receive(1.0) == [], block
                 session.sql("rollback")
             worker.process.send_signal(signal.SIGCONT)
             systemd.until("WATCHDOG=1")
-        assert "STOPPING=1" not in systemd.told
+        assert "STOPPING=1" not in systemd.messages
         assert worker.stopped() == 0
         systemd.until("STOPPING=1")
-        assert systemd.told[-1] == "STOPPING=1"
+        assert systemd.messages[-1] == "STOPPING=1"
 
 
 def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
@@ -20900,10 +20902,10 @@ def test_readme_bench_an_idle_worker_is_quiet(bench_queue: BenchQueue) -> None:
         with bench_queue.worker(dsn=dsn):
             time.sleep(2)
             before = wire.sent
-            told = len(wire.said)
+            told = len(wire.bytes_sent)
             time.sleep(30)
             trips = wire.sent - before
-            said = bytes(wire.said[told:])
+            said = bytes(wire.bytes_sent[told:])
             mine = "from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
             connections = bench_queue.database.one(f"select count(*) {mine}")
     statements = 0
