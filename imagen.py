@@ -5166,59 +5166,69 @@ class Runner:
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
+LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one connects anew
 
 
 def postgres_options(dsn: str) -> dict[str, str]:
-    """What `postgresql://user:password@host:port/database?sslmode=…` says, and the PG* variables where it is silent."""
+    """The parts of `postgresql://user:password@host:port/database?sslmode=…`.
+
+    Where the address is silent, the PG* variables count, and then libpq's defaults.
+    """
     from urllib.parse import unquote
 
     parts = ("user", "password", "host", "port", "database")
-    said = {
-        name: os.environ.get(f"PG{name.upper().replace('_', '')}", "")
-        for name in (*parts, *PG_VARIABLES)
-    }
+    options = {}
+    for name in (*parts, *PG_VARIABLES):
+        options[name] = os.environ.get(f"PG{name.upper().replace('_', '')}", "")
     if dsn:
-        who = r"(?:([^:/]*?)(?::([^/]*?))?@)?"
-        where = r"(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?"
-        form = rf"postgres(?:ql)?://{who}{where}(?:/([^?@]*))?(?:\?(.*))?"
-        if not (match := re.fullmatch(form, dsn)):
-            text = "the database's address is not postgresql://user:password@host:port/database"
-            raise BadConfig(text, "in user and password, / is %2F, @ is %40, : is %3A, % is %25")
-        *named, query = match.groups("")
-        pairs = [
-            *zip(parts, named, strict=True),
-            *(pair.partition("=")[::2] for pair in query.split("&")),
-        ]
-        said |= {
-            {"dbname": "database"}.get(name, name): unquote(value) for name, value in pairs if value
-        }
-    said["user"] = said["user"] or os.environ.get("USER", "postgres")
-    # Whoever has a name has a certificate from one of the system's authorities.
-    modes = SSL_MODES[-1:] if said["sslrootcert"] == "system" else SSL_MODES
-    usual = {
+        login = r"(?:([^:/]*?)(?::([^/]*?))?@)?"
+        place = r"(\[[^]]*\]|[^][@:/?]*)(?::(\d*))?"
+        form = rf"postgres(?:ql)?://{login}{place}(?:/([^?@]*))?(?:\?(.*))?"
+        match = re.fullmatch(form, dsn)
+        if not match:
+            raise BadConfig(
+                "the database's address is not postgresql://user:password@host:port/database",
+                "in user and password, / is %2F, @ is %40, : is %3A, % is %25",
+            )
+        *values, query = match.groups("")
+        pairs: list[tuple[str, ...]] = [*zip(parts, values, strict=True)]
+        pairs += [pair.partition("=")[::2] for pair in query.split("&")]
+        for name, value in pairs:
+            if value:
+                options[{"dbname": "database"}.get(name, name)] = unquote(value)
+    options["user"] = options["user"] or os.environ.get("USER", "postgres")
+    defaults = {
         "host": "localhost",
         "port": "5432",
-        "database": said["user"],
+        "database": options["user"],
         "connect_timeout": f"{CONNECT_TIMEOUT:.0f}",
+        "sslmode": "prefer",
     }
-    usual["sslmode"] = "prefer" if modes is SSL_MODES else "verify-full"
-    said |= {name: value for name, value in usual.items() if not said[name]}
-    said["host"] = said["host"].strip("[]")
-    if said["sslmode"] not in modes:
-        raise BadConfig(f"sslmode {said['sslmode']}: {nearest(said['sslmode'], modes)}")
-    host, *numbers = (said[name] for name in ("host", "port", "connect_timeout"))
-    if "," in host or not all(
-        number.isdecimal() and 0 < int(number) < 1 << 16 for number in numbers
-    ):
-        raise BadConfig(
-            f"no database is at {host}:{numbers[0]} (connect_timeout {numbers[1]})",
-            "one host, one port",
-        )
-    return said
+    modes: Sequence[str] = SSL_MODES
+    if options["sslrootcert"] == "system":
+        # The system's authorities certify anybody who owns a name: that has to be the right one.
+        modes = SSL_MODES[-1:]
+        defaults["sslmode"] = "verify-full"
+    for name, value in defaults.items():
+        options[name] = options[name] or value
+    options["host"] = options["host"].strip("[]")
+    if options["sslmode"] not in modes:
+        raise BadConfig(f"sslmode {options['sslmode']}: {nearest(options['sslmode'], modes)}")
+    host, port, patience = (options[name] for name in ("host", "port", "connect_timeout"))
+    for number in (port, patience):
+        if "," in host or not number.isdecimal() or not 0 < int(number) < 1 << 16:
+            raise BadConfig(
+                f"no database is at {host}:{port} (connect_timeout {patience})",
+                "one host, one port",
+            )
+    return options
 
 
 def postgres_tls(options: Mapping[str, str]) -> list[Any]:
-    """The ssl_contexts to try one after the other, as libpq's sslmode means it; False is a connection without TLS."""
+    """The ssl_contexts to try one after the other, as libpq's sslmode means it.
+
+    False is a connection without TLS.
+    """
     import ssl
 
     class Watched(ssl.SSLSocket):
@@ -5226,32 +5236,33 @@ def postgres_tls(options: Mapping[str, str]) -> list[Any]:
             return PgStream(self)
 
     mode = options["sslmode"]
-    named = options["sslrootcert"]
+    root = options["sslrootcert"]
     if mode == "disable" or options["host"].startswith("/"):
         return [False]
-    root = os.path.expanduser(named or "~/.postgresql/root.crt")
+    usual_root = os.path.expanduser("~/.postgresql/root.crt")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = Watched
     context.check_hostname = mode == "verify-full"
     try:
-        if named == "system":
+        if root == "system":
             context.load_default_certs()
-        elif mode.startswith("verify") or named or os.path.exists(root):
-            context.load_verify_locations(root)
+        elif root or mode.startswith("verify") or os.path.exists(usual_root):
+            context.load_verify_locations(os.path.expanduser(root) or usual_root)
         else:
             context.verify_mode = ssl.CERT_NONE
         if options["sslcert"]:
             context.load_cert_chain(options["sslcert"], options["sslkey"] or None)
     except OSError as problem:
         raise BadConfig(f"sslmode {mode}: the certificates cannot be read: {problem}") from None
-    return {
-        "allow": [False, context],
-        "prefer": [context, False],
-    }.get(mode, [context])
+    order = {"allow": [False, context], "prefer": [context, False]}
+    return order.get(mode, [context])
 
 
 class PgStream:
-    """What pg8000 reads and writes instead of a buffered file, which would not tell what it has read ahead."""
+    """What pg8000 reads and writes instead of a buffered file.
+
+    A file of Python's would not tell what it has read ahead.
+    """
 
     again: Callable[[], Any]  # makes another connection to the same place
 
@@ -5263,13 +5274,14 @@ class PgStream:
 
     @classmethod
     def of(cls, connection: Any) -> PgStream | None:
-        """The stream of a connection; None where a later pg8000, whose name for its socket is private, has none."""
+        """The stream of a connection; None where a later pg8000 hides its socket elsewhere."""
         return getattr(getattr(connection, "_usock", None), "stream", None)
 
     def read(self, count: int) -> bytes:
-        """Exactly `count` bytes; an OSError where the server hangs up, or is silent for longer than is borne."""
+        """Exactly `count` bytes; OSError where the server hangs up, or is silent too long."""
         while len(self._ahead) < count:
-            if not (data := self.sock.recv(1 << 16)):
+            data = self.sock.recv(1 << 16)
+            if not data:
                 raise ConnectionError("the server closed the connection")
             self._ahead += data
         data = self._ahead[:count]
@@ -5277,11 +5289,12 @@ class PgStream:
         return data
 
     def write(self, data: bytes) -> None:
-        """Kept until `flush`, so that a message is one packet."""
+        """Collected until `flush`, so that a message is one packet."""
         self._out += data
 
     def flush(self) -> None:
-        """Send what was written. Why a server would not take it stands in what it said last, which is read next."""
+        """Send what was written."""
+        # Why a server hung up stands in its last message, which is read next.
         with suppress(ConnectionError):
             self.sock.sendall(self._out)
         self._out.clear()
@@ -5290,7 +5303,7 @@ class PgStream:
         """Nothing: the socket is closed by who opened it."""
 
     def arrived(self) -> bool:
-        """Whether bytes are here that nobody has read: in this stream, or below it in the TLS layer."""
+        """Whether bytes that nobody has read are in this stream, or below it in the TLS layer."""
         return bool(self._ahead or getattr(self.sock, "pending", int)())
 
 
@@ -5306,14 +5319,17 @@ class PgSocket(socket.socket):
 
 @contextmanager
 def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
-    """A connection of pg8000.native, autocommitting, to the database that an environment variable names.
+    """A connection of pg8000.native to the database that an environment variable names.
 
-    `patience`: seconds of silence that one answer may take; None: as many as it wants. What fails inside leaves as an
-    ImagenError: Unreachable where the connection is gone. https://github.com/tlocke/pg8000
+    It commits each statement. `patience`: seconds of silence that one answer may take;
+    None: as many as it wants. What fails inside leaves as an ImagenError: Unreachable
+    where the connection is gone. https://github.com/tlocke/pg8000
     """
-    named = os.environ.get(variable) or not os.environ.get("PGHOST")
-    options = postgres_options(secret_from(variable).reveal() if named else "")
-    Secret(options["password"])
+    dsn = ""
+    if os.environ.get(variable) or not os.environ.get("PGHOST"):
+        dsn = secret_from(variable).reveal()
+    options = postgres_options(dsn)
+    Secret(options["password"])  # which no message shows from here on
     try:
         import pg8000.native as pg  # type: ignore[import-untyped]
     except ImportError:
@@ -5328,17 +5344,7 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
             stream.again = lambda: _connected(pg, options)
         yield connection
     except pg.DatabaseError as problem:
-        said = problem.args[0]
-        code = str(said.get("C", ""))
-        kind = (
-            BadConfig
-            if code[:2] in ("28", "3D", "3F", "42")
-            else Unreachable
-            if code[:2] in LOST
-            else Failed
-        )
-        hint = "imagen migrate" if code in ("42P01", "3F000") else str(said.get("H") or "")
-        raise kind(f"{place}: {said.get('M')} ({code})", hint) from None
+        raise postgres_error(place, problem.args[0]) from None
     except (pg.Error, OSError, UnicodeError) as problem:
         raise Unreachable(f"{place}: {problem}", "is it running, and the address right?") from None
     finally:
@@ -5346,294 +5352,389 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
             connection.close()
 
 
-LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one connects anew
+def postgres_error(place: str, fields: Mapping[str, Any]) -> ImagenError:
+    """What an error of the server means, by its SQLSTATE."""
+    code = str(fields.get("C", ""))
+    message = f"{place}: {fields.get('M')} ({code})"
+    hint = str(fields.get("H") or "")
+    if code in ("42P01", "3F000"):
+        hint = "imagen migrate"
+    if code[:2] in ("28", "3D", "3F", "42"):
+        return BadConfig(message, hint)
+    if code[:2] in LOST:
+        return Unreachable(message, hint)
+    return Failed(message, hint)
 
 
 def _connected(pg: Any, options: Mapping[str, str]) -> Any:
     host = options["host"]
     port = int(options["port"])
     patience = float(options["connect_timeout"])
-    who = {name: options[name] for name in ("user", "host", "database", "password")}
-    for context in (contexts := postgres_tls(options)):
-        if unix := host.startswith("/"):
+    login = {name: options[name] for name in ("user", "host", "database", "password")}
+    contexts = postgres_tls(options)
+    for context in contexts:
+        if host.startswith("/"):
             sock = PgSocket(socket.AF_UNIX)
         else:
-            sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
+            sock = _pg_socket(host, port, patience)
         try:
             sock.settimeout(patience)
-            if unix:
+            if host.startswith("/"):
                 sock.connect(f"{host}/.s.PGSQL.{port}")
-            else:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in {
-                    "TCP_KEEPIDLE": 10,
-                    "TCP_KEEPINTVL": 5,
-                    "TCP_KEEPCNT": 3,
-                }.items():
-                    if hasattr(socket, name):
-                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             return pg.Connection(
-                **who, sock=sock, ssl_context=context, application_name=f"imagen {__version__}"
+                **login,
+                sock=sock,
+                ssl_context=context,
+                application_name=f"imagen {__version__}",
             )
         except (pg.Error, OSError) as problem:
             sock.close()
+            # The other way, with TLS or without, is tried where this one was refused: by
+            # the server's TLS, or by its pg_hba.conf (28000). A wrong password stays wrong.
             final = isinstance(problem, ConnectionError | TimeoutError)
             if isinstance(problem, pg.DatabaseError):
-                final = (
-                    problem.args[0].get("C") != "28000"
-                )  # which is pg_hba.conf's no to this way of coming
+                final = problem.args[0].get("C") != "28000"
             if final or context is contexts[-1]:
                 raise
     raise AssertionError("postgres_tls gives at least one context")
 
 
-# What a turn of the worker may have to do: one statement of these parts, one round trip, one commit. `me` is the
-# process, `slot` its place on this host, `lease` seconds. `attempt` grows with each claim and never goes down, so
-# (me, id, attempt) is a token that is good for one claim alone.
+def _pg_socket(host: str, port: int, patience: float) -> PgSocket:
+    sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
+    # Without NODELAY a long prompt waits 40 ms; without keepalive a dead peer is never noticed.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
+# What a turn of the worker may have to do: one statement of these parts, one round trip,
+# one commit. `me` is the process, `slot` its place on this host, `lease` seconds. `attempt`
+# grows with each claim and never goes down, so (me, id, attempt) is a token that is good
+# for one claim alone. All parts see the rows as they were before the statement, and no two
+# of them may update the same row: each names another status, or other ids.
 TURN = {
     # claims of mine whose answer never reached me
     "disowned": """disowned AS (
-  UPDATE imagen.jobs SET status = CASE WHEN cancel_requested THEN 'canceled' ELSE 'pending' END,
-    finished_at = CASE WHEN cancel_requested THEN now() END, max_attempts = max_attempts + 1,
+  UPDATE imagen.jobs SET finished_at = CASE WHEN cancel_requested THEN now() END,
+    status = CASE WHEN cancel_requested THEN 'canceled' ELSE 'pending' END,
+    max_attempts = max_attempts + 1,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
-  WHERE status = 'running' AND claimed_by = :me::uuid AND NOT id = ANY(:mine::uuid[]) RETURNING id, status)""",
+  WHERE status = 'running' AND claimed_by = :me::uuid AND NOT id = ANY(:mine::uuid[])
+  RETURNING id, status)""",
     # outcomes; one that I wrote before, though the answer was lost, counts as written
     "settled": """outcome AS (
-  SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int, status text, image jsonb, error text,
-    error_code text, delay float8, uncounted int, charged boolean)
+  SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int,
+    status text, image jsonb, error text, error_code text, delay float8, uncounted int,
+    charged boolean)
 ), written AS (
-  UPDATE imagen.jobs j
-  SET status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled' ELSE o.status END,
-    image_id = (o.image->>'id')::uuid, error = o.error, error_code = o.error_code, note = NULL,
-    progress = CASE o.status WHEN 'done' THEN 1 END, run_after = now() + make_interval(secs => coalesce(o.delay, 0)),
+  UPDATE imagen.jobs j SET image_id = (o.image->>'id')::uuid,
+    status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled'
+      ELSE o.status END,
+    error = o.error, error_code = o.error_code, note = NULL,
+    progress = CASE o.status WHEN 'done' THEN 1 END,
+    run_after = now() + make_interval(secs => coalesce(o.delay, 0)),
     finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
     max_attempts = j.max_attempts + coalesce(o.uncounted, 0),
     receipt = CASE WHEN o.charged THEN j.receipt END,
-    claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END, claimed_slot = NULL, lease_until = NULL
-  FROM outcome o WHERE j.id = o.id AND j.attempt = o.attempt AND j.claimed_by = :me::uuid AND j.status = 'running'
+    claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END,
+    claimed_slot = NULL, lease_until = NULL
+  FROM outcome o WHERE j.id = o.id AND j.attempt = o.attempt
+    AND j.claimed_by = :me::uuid AND j.status = 'running'
   RETURNING j.id, j.attempt, j.status, o.image
 ), image AS (
-  INSERT INTO imagen.images (id, owner_user_id, prompt, prompt_hash, backend, model, seed, steps, width, height,
-    latency_ms, cost_usd_estimate, storage_path, sidecar)
-  SELECT i.id, i.owner_user_id, i.prompt, i.prompt_hash, i.backend, i.model, i.seed, i.steps, i.width, i.height,
-    i.latency_ms, i.cost_usd_estimate, i.storage_path, i.sidecar
-  FROM written, jsonb_populate_record(NULL::imagen.images, written.image) i WHERE written.image IS NOT NULL
+  INSERT INTO imagen.images (id, owner_user_id, prompt, prompt_hash, backend, model, seed,
+    steps, width, height, latency_ms, cost_usd_estimate, storage_path, sidecar)
+  SELECT i.id, i.owner_user_id, i.prompt, i.prompt_hash, i.backend, i.model, i.seed,
+    i.steps, i.width, i.height, i.latency_ms, i.cost_usd_estimate, i.storage_path, i.sidecar
+  FROM written, jsonb_populate_record(NULL::imagen.images, written.image) i
+  WHERE written.image IS NOT NULL
   ON CONFLICT (id) DO NOTHING
 ), settled AS (
   SELECT id, attempt, status FROM written UNION ALL
-  SELECT j.id, j.attempt, j.status FROM imagen.jobs j JOIN outcome o ON j.id = o.id AND j.attempt = o.attempt
+  SELECT j.id, j.attempt, j.status FROM imagen.jobs j
+  JOIN outcome o ON j.id = o.id AND j.attempt = o.attempt
   WHERE j.claimed_by = :me::uuid AND j.status = o.status AND j.status <> 'running')""",
-    # leases renewed; a job that does not come back is not mine any more
-    "kept": """kept AS (
-  UPDATE imagen.jobs j
-  SET lease_until = now() + make_interval(secs => :lease::float8), progress = b.progress, note = b.note
-  FROM jsonb_to_recordset(:beats::jsonb) AS b (id uuid, attempt int, progress real, note text)
-  WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid AND j.status = 'running'
-  RETURNING j.id, j.cancel_requested)""",
-    "asked": """asked AS (
-  SELECT id FROM imagen.jobs WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
-    # jobs of the dead: of who held my slot, for certain; of the original worker, which knew no leases; and those whose
-    # lease ran out while the server, and my connection to it, were there long enough to have seen it renewed. What was
-    # paid for may be fetched by a few attempts more.
+    # leases renewed; a job that does not come back is not mine any more. A receipt is
+    # written with it, under the same fence, and never over one that may have been paid for:
+    # `stands` says whether it is in the row now.
+    "renewed": """renewed AS (
+  UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
+    lease_until = now() + make_interval(secs => :lease::float8),
+    receipt = CASE WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
+      THEN coalesce(b.receipt, j.receipt) ELSE j.receipt END
+  FROM jsonb_to_recordset(:heartbeats::jsonb)
+    AS b (id uuid, attempt int, progress real, note text, receipt jsonb, unpaid int[])
+  WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
+    AND j.status = 'running'
+  RETURNING j.id, j.receipt = b.receipt AS stands)""",
+    "to_cancel": """to_cancel AS (
+  SELECT id FROM imagen.jobs
+  WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
+    # jobs of the dead: of who held my slot, for certain; of the original worker, which knew
+    # no leases; and those whose lease ran out while the server, and my connection to it,
+    # were there long enough to have seen it renewed. What was paid for may be fetched by a
+    # few attempts more.
     "rescued": """dead AS (
-  SELECT * FROM imagen.jobs WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
+  SELECT * FROM imagen.jobs
+  WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
     claimed_slot = :slot
-    OR (claimed_by IS NULL AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
+    OR (claimed_by IS NULL
+        AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
     OR (lease_until < now() AND :steady::boolean
         AND pg_postmaster_start_time() < now() - make_interval(secs => :lease::float8)))
   ORDER BY seq LIMIT 50 FOR UPDATE SKIP LOCKED
 ), rescued AS (
-  UPDATE imagen.jobs j SET status = next.status, finished_at = CASE WHEN next.status <> 'pending' THEN now() END,
+  UPDATE imagen.jobs j SET status = next.status,
+    finished_at = CASE WHEN next.status <> 'pending' THEN now() END,
     error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
-    error_code = CASE next.status WHEN 'failed' THEN 'failed' WHEN 'canceled' THEN 'interrupted' END,
+    error_code = CASE next.status WHEN 'failed' THEN 'failed'
+      WHEN 'canceled' THEN 'interrupted' END,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
   FROM dead, LATERAL (SELECT CASE WHEN dead.cancel_requested THEN 'canceled'
-    WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END THEN 'failed'
-    ELSE 'pending' END AS status) next
+    WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END
+    THEN 'failed' ELSE 'pending' END AS status) next
   WHERE j.id = dead.id RETURNING j.id, j.status)""",
-    "waiting": """waiting AS (SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
-    "claimed": """claimed AS (
-  UPDATE imagen.jobs j SET status = 'running', attempt = j.attempt + 1, claimed_by = :me::uuid, claimed_slot = :slot,
-    started_at = now(), lease_until = now() + make_interval(secs => :lease::float8), progress = NULL, note = NULL,
+    # of the jobs whose images wait here for the cloud: those that nobody will run again
+    "over": """over AS (
+  SELECT id FROM imagen.jobs
+  WHERE id = ANY(:undelivered::uuid[]) AND status NOT IN ('pending', 'running'))""",
+    # and those whose images the cloud has taken by now
+    "delivered": """handed_in AS (
+  UPDATE imagen.jobs j SET status = 'done', image_id = d.image_id::uuid,
     error = NULL, error_code = NULL
-  WHERE j.id = ANY(ARRAY(SELECT id FROM imagen.jobs WHERE status = 'pending' AND run_after <= now()
-      AND (:backends::text[] IS NULL OR coalesce(nullif(backend, ''), :default::text) = ANY(:backends::text[]))
+  FROM jsonb_each_text(:images::jsonb) AS d (id, image_id)
+  WHERE j.id = d.id::uuid AND j.image_id IS NULL AND j.status IN ('done', 'failed')
+    AND EXISTS (SELECT FROM imagen.images WHERE id = d.image_id::uuid)
+), delivered AS (SELECT * FROM jsonb_each_text(:images::jsonb) AS d (id, image_id))""",
+    "waiting": """waiting AS (
+  SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
+    "claimed": """claimed AS (
+  UPDATE imagen.jobs j SET status = 'running', attempt = j.attempt + 1,
+    claimed_by = :me::uuid, claimed_slot = :slot, started_at = now(),
+    lease_until = now() + make_interval(secs => :lease::float8),
+    progress = NULL, note = NULL, error = NULL, error_code = NULL
+  WHERE j.id = ANY(ARRAY(SELECT id FROM imagen.jobs
+    WHERE status = 'pending' AND run_after <= now() AND (:backends::text[] IS NULL
+      OR coalesce(nullif(backend, ''), :default::text) = ANY(:backends::text[]))
     ORDER BY priority DESC, seq LIMIT :free::int FOR UPDATE SKIP LOCKED))
   RETURNING j.*)""",
 }
-# Parts that make jobs pending, and where: no trigger tells of these.
+# Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
+
+Rows = dict[str, list[dict[str, Any]]]  # by the name of the part that gave them
+
+
+@functools.cache
+def turn_sql(*parts: str) -> str:
+    """One statement of these parts of TURN, which also rings for jobs that become pending."""
+    selects = [f"SELECT '{part}', to_jsonb({part}) FROM {part}" for part in parts]  # noqa: S608 (names of our own)
+    for part in WAKING.keys() & parts:
+        ring = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)"
+        selects.append(f"{ring} FROM {WAKING[part]} WHERE status = 'pending'")
+    return f"WITH {', '.join(TURN[part] for part in parts)} {' UNION ALL '.join(selects)}"
 
 
 class Queue:
     """imagen.jobs through one connection, which belongs to one thread."""
 
     def __init__(self, connection: Any, **always: Any) -> None:
-        """`always` are the parameters that stay: me, slot, lease, backends, default. LISTENs before anything else."""
+        """`always`: the parameters that stay: me, slot, lease, backends, default."""
         self.connection = connection
         self.always = always
-        self.told = self._claiming = False
+        self.notified = False
+        self._claiming = False
         self._prepared: dict[str, Any] = {}
-        # What we lean on of pg8000 that it does not promise: its table of handlers here, its socket in PgStream.of.
+        # pg8000 does not promise what we lean on: its table of handlers here, its socket in
+        # PgStream.of. Without them the server can only be asked, now and then.
         handlers = getattr(connection, "message_types", None)
         self.stream = PgStream.of(connection)
+        patience = 0.0
         if handlers is None or not self.stream:
-            self.stream = None  # then it can only be asked
+            self.stream = None
         else:
-            handlers[b"A"], handlers[b"2"] = self._notified, self._bound
+            patience = self.stream.sock.gettimeout() or 0.0
+            handlers[b"A"] = self._on_notification
+            handlers[b"2"] = self._on_bind_complete
+        # Before the first claim, or the jobs in between are not heard of.
         connection.run("LISTEN imagen_jobs")
         self._check()
-        patience = (
-            self.stream and self.stream.sock.gettimeout()
-        ) or 0  # nothing of ours is done after we gave up
         settings = {
+            # Nothing of ours is done after we gave up.
             "statement_timeout": f"{900 * patience:.0f}",
             "default_transaction_isolation": "'read committed'",
+            # Jobs come faster than statistics of them: without these a claim sorts all that
+            # wait, and keeps doing so.
+            "enable_seqscan": "off",
+            "enable_bitmapscan": "off",
+            "enable_sort": "off",
         }
-        # Jobs come faster than statistics of them: without these a claim sorts all that wait, and keeps doing so.
-        settings |= dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off")
         connection.run("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
 
-    def _notified(self, *_: Any) -> None:
-        self.told = True  # the stock handler dies of a payload that is not ASCII, in the middle of an answer
+    def _on_notification(self, *_: Any) -> None:
+        # The stock handler dies of a payload that is not ASCII, in the middle of an answer.
+        self.notified = True
 
-    def _bound(self, *_: Any) -> None:
-        if self._claiming:  # it sees what was told of until now
-            self.told = self._claiming = False
+    def _on_bind_complete(self, *_: Any) -> None:
+        # A claim sees the jobs of all notifications up to now.
+        if self._claiming:
+            self.notified = False
+            self._claiming = False
 
     def _check(self) -> None:
         """BadConfig where notifications do not come through."""
         key = getattr(self.connection, "_backend_key_data", None) or b""
-        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [
-            [int.from_bytes(key[:4], "big")]
-        ]:
+        pid = int.from_bytes(key[:4], "big")
+        if not self.stream or self.connection.run("SELECT pg_backend_pid()") == [[pid]]:
             return
-        other = (
-            self.stream.again()
-        )  # a pooler is in between, which may keep notifications for itself
+        # A pooler is in between, which may keep notifications for itself: ring ourselves.
+        other = self.stream.again()
         other.run("NOTIFY imagen_jobs")
         other.close()
         if not self.wait(2.0):
-            why = "the address leads to a transaction pooler (port 6543?), which forgets LISTEN"
             raise BadConfig(
-                f"notifications do not arrive: {why}",
+                "notifications do not arrive: the address leads to a transaction pooler "
+                "(port 6543?), which forgets LISTEN",
                 "use the direct connection, or the session pooler",
             )
 
-    def run(self, sql: str, **named: Any) -> list[Any]:
-        """The rows of a statement, which is prepared the first time; one round trip from then on."""
+    def run(self, sql: str, **params: Any) -> list[Any]:
+        """The rows of a statement, which is prepared once; one round trip from then on."""
         if sql not in self._prepared:
             self._prepared[sql] = self.connection.prepare(sql)
-        return list(self._prepared[sql].run(**self.always, **named) or ())
+        return list(self._prepared[sql].run(**self.always, **params) or ())
 
-    def turn(self, **parts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-        """Do these parts of TURN at once, in one transaction; the rows of each."""
-        chosen = [name for name in TURN if name in parts]
-        told = [f"SELECT '{name}', to_jsonb({name}) FROM {name}" for name in chosen]  # noqa: S608 (names of our own)
-        for name in (name for part, name in WAKING.items() if part in parts):
-            woken = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)"
-            told.append(f"{woken} FROM {name} WHERE status = 'pending'")
-        sql = f"WITH {', '.join(TURN[name] for name in chosen)} {' UNION ALL '.join(told)}"
-        named = {key: value for part in parts.values() for key, value in part.items()}
-        rows: dict[str, list[dict[str, Any]]] = {
-            name: []
-            for name in (
-                *TURN,
-                "woken",
-            )
-        }
+    def turn(self, **parts: Mapping[str, Any]) -> Rows:
+        """Do these parts of TURN, each with its parameters, in one transaction; their rows."""
+        sql = turn_sql(*[part for part in TURN if part in parts])
+        params: dict[str, Any] = {}
+        for part in parts.values():
+            params.update(part)
+        rows: Rows = {part: [] for part in (*TURN, "woken")}
         self._claiming = "claimed" in parts
-        for name, row in self.run(sql, **named):
-            rows[name].append(row)
+        for part, row in self.run(sql, **params):
+            rows[part].append(row)
         return rows
 
     def wait(self, timeout: float, *bells: socket.socket) -> bool:
-        """Wait for a notification or a bell; whether the server has something to say, or may have."""
+        """Wait for a notification or a bell; whether the server sent something, or may have."""
         import select
 
-        stream = self.stream
-        told = self.told
-        self.told = False
-        timeout = max(0.0, timeout if stream else min(timeout, 0.25))
-        heard = told or bool(stream and stream.arrived())
-        wires = [*bells, *([stream.sock] if stream else ())]
-        ready, _, _ = select.select(wires, [], [], 0 if heard else timeout)
-        for bell in set(bells).intersection(ready):
-            bell.recv(4096)
-        return heard or not stream or stream.sock in ready
+        notified = self.notified
+        self.notified = False
+        sockets = list(bells)
+        if self.stream:
+            sockets.append(self.stream.sock)
+            # What was read ahead is in no socket any more, so nothing would wake us.
+            notified = notified or self.stream.arrived()
+        else:
+            timeout = min(timeout, 0.25)
+        if notified:
+            timeout = 0
+        ready, _, _ = select.select(sockets, [], [], max(0.0, timeout))
+        for bell in bells:
+            if bell in ready:
+                bell.recv(4096)
+        return notified or not self.stream or self.stream.sock in ready
 
 
 # === Worker: takes jobs, keeps their leases, hands their images in ===
 #
-# The main thread owns the connection and does everything in the database, a turn at a time. A job runs in a thread of
-# its own, which is a door to `make`, `finish` and `deliver` like any other, and rings the bell when it wants something.
+# The main thread owns the connection and does everything in the database, a turn at a
+# time. A job runs in a thread of its own, by `make`, `finish` and `deliver` as an image of
+# any other door, and rings the bell when it wants something written.
 
 JOB_TIMEOUT = 600.0  # seconds for one attempt
-MEND = 60.0  # seconds between two looks for images that the cloud would not take
-RECEIPT = """UPDATE imagen.jobs SET receipt = :receipt::jsonb
-  WHERE id = :id::uuid AND attempt = :attempt::int AND claimed_by = :me::uuid AND status = 'running'
-    AND (receipt IS NULL OR (receipt->>'attempt')::int = ANY(:own::int[])) RETURNING id"""
-MENDED = """UPDATE imagen.jobs SET status = 'done', image_id = :image::uuid, error = NULL, error_code = NULL
-  WHERE id = :id::uuid AND image_id IS NULL AND status IN ('done', 'failed')
-    AND EXISTS (SELECT FROM imagen.images WHERE id = :image::uuid)"""
-OVER = """SELECT id::text FROM imagen.jobs WHERE id = ANY(:jobs::uuid[]) AND status NOT IN ('pending', 'running')"""
+BACKLOG_S = 60.0  # seconds between two looks for images that the cloud would not take
 
 
-class Wish:
-    """A statement that another thread wants done by the main thread; once it is `done`, its rows."""
+class JobRow(TypedDict):
+    """A row of imagen.jobs: these columns, and those that are called like fields of Order."""
 
-    def __init__(self, sql: str, named: Mapping[str, Any]) -> None:
-        self.sql = sql
-        self.named = named
-        self.rows = list[Any]()
-        self.done = threading.Event()
-        self.sent = 0.0
+    id: str
+    seq: int
+    priority: int
+    owner_user_id: str
+    attempt: int
+    max_attempts: int
+    receipt: Mapping[str, Any] | None
+
+
+class Outcome(TypedDict, total=False):
+    """What is to be written of an attempt that is over."""
+
+    status: str
+    image: Mapping[str, Any] | None  # its row of imagen.images
+    error: str
+    error_code: str
+    delay: float  # seconds until it may run again
+    uncounted: int  # attempts that shall not count
+    charged: bool  # it was, or may have been: the receipt stays
+
+
+class Receipt:
+    """A receipt on its way into the row; once `answered`, whether it `stands` there."""
+
+    def __init__(self) -> None:
+        self.sent_at = 0.0
+        self.stands = False
+        self.answered = threading.Event()
+
+
+def job_uuid(job: str, name: object) -> str:
+    """The id of what belongs to a job: its image, or, by a number, the entry of an attempt."""
+    import uuid
+
+    return str(uuid.uuid5(uuid.UUID(job), str(name)))
 
 
 class Attempt(Run):
     """One claimed job at work: what its thread and the main thread share."""
 
-    def __init__(self, worker: Worker, row: Mapping[str, Any]) -> None:
-        import uuid
-
-        super().__init__(JOB_TIMEOUT, self._show, lambda text: worker.say(f"{self.job}: {text}", 4))
+    def __init__(self, worker: Worker, row: JobRow) -> None:
+        super().__init__(JOB_TIMEOUT, self._show, self._warn)
         self.worker = worker
         self.row = row
-        self.number = int(row["attempt"])
+        self.number = row["attempt"]
         self.job = row["id"]
-        job = uuid.UUID(self.job)
-        self.id = self.id_of(self.number)
-        self.image_id = str(uuid.uuid5(job, "image"))
-        fields = {key: row[key] for key in Request._fields if row.get(key) is not None}
-        self.request = Request(**{"seed": job.int & 0x7FFFFFFF, **fields})
-        self.note: str | None = None  # for the row
-        self.share: float | None = None
-        self.safe = False  # the image exists: too late to cancel
-        self.own = [self.number]  # attempts whose receipt may be written over
-        self.kept = False  # whether the outcome is written, under the fence; once `told`
-        self.told = threading.Event()
+        self.id = job_uuid(self.job, self.number)
+        self.image_id = job_uuid(self.job, "image")
+        columns: dict[str, Any] = {**row}
+        if columns["seed"] is None:
+            columns["seed"] = int(self.job[-8:], 16) & 0x7FFFFFFF
+        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        self.order = Order(**fields)
+        self.shown: dict[str, Any] = {"note": None, "progress": None}
+        self.written = self.shown  # what of it stands in the row
+        self.image_exists = False  # too late to cancel
+        self.unpaid = [self.number]  # attempts whose receipt may be written over
+        self.receipt = Receipt()
+        self.receipt.answered.set()  # there is none yet
+        self.receipt_sent = self.receipt  # the one of the last heartbeat
+        self.settled = threading.Event()
+        self.was_ours = False  # once settled: the outcome was written, under the fence
 
-    def id_of(self, attempt: int) -> str:
-        """What an attempt of this job is called in the journal."""
-        import uuid
+    def _warn(self, text: str) -> None:
+        self.worker.say(f"{self.job}: {text}", 4)
 
-        return str(uuid.uuid5(uuid.UUID(self.job), str(attempt)))
-
-    def _show(self, note: str, done: float | None, total: float | None) -> None:
-        share = max(0.0, min(1.0, done / total)) if done is not None and total else None
-        self.note = note[:200]
-        self.share = share
+    def _show(self, progress: Progress) -> None:
+        share = None
+        if progress.done is not None and progress.total:
+            share = max(0.0, min(1.0, progress.done / progress.total))
+        self.shown = {"note": progress.note[:200], "progress": share}
 
     def sending(self) -> None:
-        """The receipt stands in the row, under the fence, before the first byte of a paid POST leaves."""
+        """The receipt stands in the row, under the fence, before a paid POST leaves."""
         self.check()
-        wish = self.receipt()
-        while not wish.done.wait(0.5):
+        receipt = self.renew_receipt()
+        while not receipt.answered.wait(0.5):
             self.check()
-        if (
-            not wish.rows or time.monotonic() > wish.sent + self.worker.config.worker.lease_s
-        ):  # or frozen since
+        # Who was frozen since it was sent may have lost the lease that it was good for.
+        lease_end = receipt.sent_at + self.worker.config.worker.lease_s
+        if not receipt.stands or time.monotonic() > lease_end:
             self.stop("lost")
         super().sending()
 
@@ -5641,30 +5742,59 @@ class Attempt(Run):
         """The remote's ids: on this disk at once, in the row with the main thread's next turn."""
         super().remote(**ids)
         if self.paid:
-            self.receipt()
+            self.renew_receipt()
 
-    def receipt(self) -> Wish:
-        """Have written what another worker needs to fetch what this one paid for."""
-        about = {
-            "attempt": self.number,
-            "at": self.entry.record["at"],
-            "host": socket.gethostname(),
-        }
-        receipt = to_jsonb({**about, "remote": self.remote_ids})
-        return self.worker.wish(
-            RECEIPT, id=self.job, attempt=self.number, own=self.own, receipt=receipt
-        )
+    def renew_receipt(self) -> Receipt:
+        """Have written what another worker needs to fetch what this one pays for."""
+        # Nobody waits for an earlier one any more, and this one says all that it said.
+        self.receipt = Receipt()
+        self.worker.ring()
+        return self.receipt
 
-    def end(self, outcome: dict[str, Any]) -> bool:
-        """Have the outcome written, however long Postgres is away; whether the row was still ours."""
+    def heartbeat(self) -> dict[str, Any]:
+        """What the main thread is about to write of this job, and a receipt that waits."""
+        self.written = self.shown
+        fields = {"id": self.job, "attempt": self.number, **self.written}
+        self.receipt_sent = self.receipt
+        if not self.receipt_sent.answered.is_set():
+            self.receipt_sent.sent_at = time.monotonic()
+            fields["unpaid"] = self.unpaid
+            fields["receipt"] = {
+                "attempt": self.number,
+                "at": self.entry.record["at"],
+                "host": socket.gethostname(),
+                "remote": dict(self.remote_ids),
+            }
+        return fields
+
+    def settle_job(self, outcome: Outcome) -> bool:
+        """Have the outcome written, however long Postgres is away; whether the row was ours."""
         self.worker.outcomes.append((self, outcome))
         self.worker.ring()
-        self.told.wait()
-        return self.kept
+        self.settled.wait()
+        return self.was_ours
+
+
+class Turn(NamedTuple):
+    """What is to be done in one turn."""
+
+    parts: Mapping[str, Mapping[str, Any]]  # of TURN, with their parameters
+    finished: Sequence[tuple[Attempt, Outcome]] = ()
+    renewed: Sequence[Attempt] = ()
+    free: int = 0  # slots for new jobs
+
+
+def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
+    """The parameters of the part that writes these outcomes."""
+    rows = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
+    return {"outcomes": to_jsonb(rows)}
 
 
 class Worker:
-    """Claims jobs, runs them, and writes what became of them. `say(text, priority)` tells of each event."""
+    """Claims jobs, runs them, and writes what became of them.
+
+    `say(text, priority)` tells of each event.
+    """
 
     def __init__(
         self,
@@ -5679,32 +5809,27 @@ class Worker:
         self.concurrency = concurrency
         self.me = new_uuid()
         self.backends = list(backends) or None
-        self.slot, self._held = take_slot(name)
+        self.slot, self._slot_lock = take_slot(name)
         self.running: dict[str, Attempt] = {}
-        self.outcomes: list[tuple[Attempt, dict[str, Any]]] = []
-        self.wishes: list[Wish] = []
+        self.outcomes: list[tuple[Attempt, Outcome]] = []
+        self.undelivered: dict[str, str] = {}  # job: its entry, whose image waits for the cloud
+        self.delivered: dict[str, str] = {}  # job: its image, which the cloud has now
         self.begun = False  # there was a database with imagen.jobs in it
         self.stops = 0
         self.stopping_at = 0.0
-        self.grace = config.worker.grace_s
         self.waiting = 0
-        self._bell, self._rope = socket.socketpair()
+        # A bell that `select` can watch beside the connection; it is never waited for here.
+        self._bell, self._bell_rope = socket.socketpair()
         self._bell.setblocking(False)
-        self._rope.setblocking(False)
+        self._bell_rope.setblocking(False)
         self._threads: list[threading.Thread] = []
-        self._mending: threading.Thread | None = None
-        self._mend_at = 0.0
+        self._backlog_thread: threading.Thread | None = None
+        self._backlog_at = 0.0
 
     def ring(self) -> None:
         """Wake the main thread."""
         with suppress(BlockingIOError):
-            self._rope.send(b"!")
-
-    def wish(self, sql: str, **named: Any) -> Wish:
-        """Ask the main thread for a statement, from any other."""
-        self.wishes.append(wish := Wish(sql, named))
-        self.ring()
-        return wish
+            self._bell_rope.send(b"!")
 
     def on_signal(self, *_: Any) -> None:
         """The first: no more claims. The second: hand back what is running."""
@@ -5712,364 +5837,413 @@ class Worker:
         self.stopping_at = self.stopping_at or time.monotonic()
         self.ring()
 
+    @property
+    def is_over(self) -> bool:
+        """Told to stop, and nothing left to do or to write."""
+        return bool(self.stops) and not self.running and not self.outcomes
+
     def serve(self, once: bool = False) -> None:
-        """Work until a signal says stop, or, with `once`, until no job waits. Postgres may come and go."""
+        """Work until a signal says stop, or, with `once`, until no job waits.
+
+        Postgres may come and go meanwhile.
+        """
         settings = self.config.worker
-        pause = 0.05
-        fixed = {
+        params = {
             "me": self.me,
             "slot": self.slot,
             "lease": settings.lease_s,
             "backends": self.backends,
+            "default": self.config.default_backend,
         }
-        while not self.stops or self.running or self.outcomes:
+        patience = settings.lease_s / 2
+        pause = 0.05
+        while not self.is_over:
+            # 1. Work for as long as there is a connection.
             try:
-                with postgres(
-                    self.config.supabase.database_url_env, patience=settings.lease_s / 2
-                ) as connection:
-                    queue = Queue(connection, **fixed, default=self.config.default_backend)
+                with postgres(self.config.supabase.database_url_env, patience) as connection:
+                    queue = Queue(connection, **params)
                     pause = 0.05
                     self.say("connected, listening")
-                    self.turns(queue, once)
+                    self.run_turns(queue, once)
                     break
             except ImagenError as problem:
                 if isinstance(problem, BadConfig) and not self.begun:
                     raise
-                self.say(f"{problem}; next try in {pause:.1f} s", 4)
-            self.release()
-            ended = [
-                *(run.job for run, _ in self.outcomes),
-                *(run.job for run in self.running.values() if run.why),
-            ]
-            over = self.stops > 1 or (
-                self.stops and time.monotonic() > self.stopping_at + self.grace
-            )
-            if over and not self.running.keys() - ended:
-                break  # the journal has what is left, and whoever takes this slot goes on with it
+                # Spread, or all workers come back in the same moment. Never longer than a
+                # quarter of the lease: once Postgres is back, ours runs out for the others.
+                wait_s = min(settings.lease_s / 4, pause * (0.5 + os.urandom(1)[0] / 255))
+                self.say(f"{problem}; next try in {wait_s:.1f} s", 4)
+            # 2. Leave, where there is nothing more to wait for. The journal has what is left,
+            # and whoever takes this slot goes on with it.
+            self.stop_overdue()
+            if self.may_leave_unwritten():
+                break
+            # 3. Wait for the next try, or for a signal.
             sd_notify(f"WATCHDOG=1\nSTATUS=no database; {len(self.running)} running")
-            self._bell.settimeout(pause * (0.5 + os.urandom(1)[0] / 255))
+            self._bell.settimeout(wait_s)
             with suppress(TimeoutError):
                 self._bell.recv(4096)
             pause = min(5.0, pause * 2)
         sd_notify("STOPPING=1")
-        until = time.monotonic() + (DELIVERY if self.stops < 2 and not self.outcomes else 1.0)
+        patience = 1.0
+        if self.stops < 2 and not self.outcomes:
+            patience = DELIVERY_S
+        until = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def turns(self, queue: Queue, once: bool) -> None:
-        """Turn after turn until nothing is left to do; an error leaves what is unwritten for the next connection."""
-        settings = self.config.worker
-        since = time.monotonic()
-        tick = min(1.0, settings.heartbeat_s)
-        poll_at = beaten = 0.0
-        heard = True
-        self.take_in(queue.turn(disowned={"mine": [*self.running]}))
+    def may_leave_unwritten(self) -> bool:
+        """Whether, without a database, all that runs is over and the time to write it is too."""
+        at_work = {*self.running.values()} - {run for run, _ in self.outcomes}
+        return self.must_hand_back() and all(run.why for run in at_work)
+
+    def must_hand_back(self) -> bool:
+        """Whether the signals leave jobs no more time."""
+        grace_is_over = time.monotonic() > self.stopping_at + self.config.worker.grace_s
+        return self.stops > 1 or (self.stops == 1 and grace_is_over)
+
+    def stop_overdue(self) -> None:
+        """Stop what has had its time since the first signal, to be handed back."""
+        for run in self.running.values():
+            overdue = self.must_hand_back()
+            # Who paid, and has no id to find it again by, has until its own deadline.
+            if self.stops == 1 and run.charged != "no" and not run.remote_ids:
+                overdue = run.left() < 0
+            if overdue:
+                run.stop("released")
+
+    def run_turns(self, queue: Queue, once: bool) -> None:
+        """Turn after turn until nothing is left to do.
+
+        An error leaves what is unwritten for the next connection.
+        """
+        tick = min(1.0, self.config.worker.heartbeat_s)
+        self._connected_at = time.monotonic()
+        self._last_heartbeat = 0.0
+        self._poll_at = 0.0
+        self._more_expected = True  # jobs that are due, as far as we know
+        # Claims whose answer was lost with the last connection go back before anything else.
+        self.apply_turn(queue.turn(disowned={"mine": [*self.running]}), Turn({}))
         self.begun = True
-        while not self.stops or self.running or self.outcomes:
-            now = time.monotonic()
-            parts = dict[str, Mapping[str, Any]]()
-            self.write(queue)
-            settling = self.outcomes[:]
-            busy = [
-                run
-                for run in self.running.values()
-                if all(run is not ended for ended, _ in settling)
-            ]
-            news = any(
-                (run.note, run.share)
-                != (
-                    run.row["note"],
-                    run.row["progress"],
-                )
-                for run in busy
-            )
-            if settling:
-                outcomes = [
-                    {"id": run.job, "attempt": run.number, **outcome} for run, outcome in settling
-                ]
-                parts["settled"] = {"outcomes": to_jsonb(outcomes)}
-            if busy and now >= beaten + (tick if news else settings.heartbeat_s):
-                parts["kept"] = {"beats": to_jsonb([self.beat(run) for run in busy])}
-            elif busy and heard:
-                parts["asked"] = {"mine": [*self.running]}
-            if polling := now >= poll_at:
-                # A claim may also come late: of a statement that was given up here, but waited on a lock there.
-                parts |= {"disowned": {"mine": [*self.running]}, "waiting": {}}
-                parts["rescued"] = {"steady": now - since > settings.lease_s}
-                poll_at = now + settings.poll_s
-            free = self.concurrency - len(busy)
-            if free and not self.stops and (heard or polling or settling):
-                parts["claimed"] = {"free": free}
-            elif heard and not parts:
-                queue.connection.run("")  # takes in what the server said
-            heard = False
-            if parts:
-                rows = self.tried(queue, parts, settling)
-                self.take_in(rows, settling, busy if "kept" in parts else ())
-                beaten = now if "kept" in parts else beaten
-                heard = bool(rows["woken"]) or 0 < free == len(rows["claimed"])  # there may be more
-                delays = [outcome["delay"] for _, outcome in settling if "delay" in outcome]
-                poll_at = min(poll_at, time.monotonic() + min([settings.poll_s, *delays]))
-            self.release()
-            sd_notify(
-                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
-            )
-            if (self.stops or (once and not heard)) and not self.running and not self.outcomes:
+        while not self.is_over:
+            # 1. Wait for a notification, a thread of ours, or the time of the next turn.
+            can_claim = self._more_expected and len(self.running) < self.concurrency
+            if not self.outcomes and not can_claim:
+                timeout = min(5.0, self._poll_at - time.monotonic())
+                if self.running:
+                    timeout = min(tick, timeout)
+                self._more_expected |= queue.wait(timeout, self._bell)
+            # 2. One round trip with all that is to be done.
+            turn = self.plan_turn(time.monotonic())
+            if turn.parts:
+                self.run_turn(queue, turn)
+            elif self._more_expected:
+                # Nothing is free for what we were told of: only take in what the server sent.
+                queue.connection.run("")
+                self._more_expected = False
+            # 3. What does not need the database.
+            self.stop_overdue()
+            status = f"{len(self.running)} running, {self.waiting} pending"
+            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
+            if once and not (self._more_expected or self.running or self.outcomes):
                 return
-            until = min(poll_at, now + tick) if self.running else poll_at
-            if (
-                not self.outcomes
-                and not self.wishes
-                and not (heard and len(self.running) < self.concurrency)
-            ):
-                heard = queue.wait(min(5.0, until - time.monotonic()), self._bell) or heard
+
+    def plan_turn(self, now: float) -> Turn:
+        """What is to be done now, all in one turn."""
+        settings = self.config.worker
+        # 1. Outcomes, each after its last receipt: what another fetches it by stands there.
+        finished = []
+        for run, outcome in self.outcomes[:]:
+            if run.receipt.answered.is_set() or self.running.get(run.job) is not run:
+                finished.append((run, outcome))
+        parts: dict[str, Mapping[str, Any]] = {}
+        if finished:
+            parts["settled"] = settled_params(finished)
+        # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
+        # of those whose POST waits for its receipt.
+        ended = {run for run, _ in finished}
+        busy = [run for run in self.running.values() if run not in ended]
+        interval = settings.heartbeat_s
+        if any(run.shown != run.written for run in busy):
+            interval = min(1.0, interval)
+        renewed = [run for run in busy if not run.receipt.answered.is_set()]
+        if busy and now >= self._last_heartbeat + interval:
+            renewed = busy
+            self._last_heartbeat = now
+        if renewed:
+            parts["renewed"] = {"heartbeats": to_jsonb([run.heartbeat() for run in renewed])}
+        if busy and (renewed or self._more_expected):
+            parts["to_cancel"] = {"mine": [*self.running]}
+        # 3. The safety poll: whatever a notification did not tell of. A claim may come true
+        # late, by a statement that was given up here while it waited for a lock there.
+        polling = now >= self._poll_at
+        if polling:
+            parts["disowned"] = {"mine": [*self.running]}
+            parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
+            parts["waiting"] = {}
+            self._poll_at = now + settings.poll_s
+        # 4. The backlog of images that the cloud would not take.
+        if self.delivered:
+            parts["delivered"] = {"images": to_jsonb(dict(self.delivered))}
+        if self.undelivered:
+            parts["over"] = {"undelivered": [*self.undelivered]}
+        # 5. New jobs, for the slots of the finished ones too.
+        free = self.concurrency - len(busy)
+        if free and not self.stops and (self._more_expected or polling or finished):
+            parts["claimed"] = {"free": free}
+        return Turn(parts, finished, renewed, free)
+
+    def run_turn(self, queue: Queue, turn: Turn) -> None:
+        """Do a turn, and see to what it brought."""
+        from pg8000.native import DatabaseError
+
+        try:
+            rows = queue.turn(**turn.parts)
+        except DatabaseError as problem:
+            reason = refused_value(problem)
+            if not reason or not any(outcome.get("image") for _, outcome in turn.finished):
+                raise
+            # imagen.images refuses a row: one outcome after the other is written, and the
+            # one that is refused alone goes without it. The rest of the turn comes again.
+            is_alone = len(turn.parts) == len(turn.finished) == 1
+            for run, outcome in turn.finished:
+                if is_alone:
+                    outcome["image"] = None
+                    outcome["error"] = clipped(f"imagen.images: {reason}")
+                alone = [(run, outcome)]
+                self.run_turn(queue, Turn({"settled": settled_params(alone)}, alone))
+            self._last_heartbeat = 0.0
+            self._more_expected = True
+            return
+        self.apply_turn(rows, turn)
+        # More may wait than there was room for, or than was there when we looked.
+        self._more_expected = bool(rows["woken"]) or 0 < turn.free == len(rows["claimed"])
+
+    def apply_turn(self, rows: Rows, turn: Turn) -> None:
+        """See to what a turn brought."""
+        # 1. Outcomes: written, or fenced off.
+        written = {(row["id"], row["attempt"]): row["status"] for row in rows["settled"]}
+        for run, outcome in turn.finished:
+            status = written.get((run.job, run.number))
+            message = "its lease was lost: not written"
+            if status:
+                message = f"{status} {outcome.get('error', '')}".strip()
+            self.say(f"{run.job}: {message}")
+            if "delay" in outcome:  # no notification tells when it is due
+                self._poll_at = min(self._poll_at, time.monotonic() + outcome["delay"])
+            self.outcomes.remove((run, outcome))
+            self.forget(run)
+            run.was_ours = status is not None
+            run.settled.set()
+        # 2. Leases: renewed, or lost; and the receipts that went with them.
+        renewed = {row["id"]: row["stands"] for row in rows["renewed"]}
+        for run in turn.renewed:
+            if run.job not in renewed:
+                self.say(f"{run.job}: its lease was lost", 4)
+                self.forget(run)
+                run.stop("lost")
+            if not run.receipt_sent.answered.is_set():
+                run.receipt_sent.stands = bool(renewed.get(run.job))
+                run.receipt_sent.answered.set()
+        # 3. Jobs that somebody wants canceled; those whose image exists are past that.
+        for row in rows["to_cancel"]:
+            canceled = self.running.get(row["id"])
+            if canceled and not canceled.image_exists:
+                canceled.stop("user")
+        # 4. News of other workers' jobs.
+        for row in (*rows["disowned"], *rows["rescued"]):
+            self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
+        for row in rows["waiting"]:
+            self.waiting = row["number"]
+        # 5. New jobs; RETURNING promises no order.
+        for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
+            self.start(typing.cast(JobRow, row))
+        # 6. The backlog.
+        for row in rows["delivered"]:
+            del self.delivered[row["id"]]
+        if "over" in turn.parts:
+            over = [self.undelivered[row["id"]] for row in rows["over"]]
+            self.undelivered = {}
+            self._backlog_thread = in_thread(self.deliver_backlog, over)
+        busy = self._backlog_thread and self._backlog_thread.is_alive()
+        if time.monotonic() > self._backlog_at and not busy and not self.undelivered:
+            self._backlog_at = time.monotonic() + BACKLOG_S
+            self._backlog_thread = in_thread(self.find_backlog)
+
+    def start(self, row: JobRow) -> None:
+        """Begin a job that was just claimed."""
+        run = Attempt(self, row)
+        self.running[run.job] = run
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(in_thread(self.work, run))
+        self.say(f"{run.job}: claimed, attempt {run.number} of {row['max_attempts']}")
+
+    def forget(self, run: Attempt) -> None:
+        """It is no longer ours; the same job may run here anew."""
+        if self.running.get(run.job) is run:
+            del self.running[run.job]
 
     def work(self, run: Attempt) -> None:
-        """One job from its request to its outcome, in a thread of its own."""
+        """One job from its row to its outcome, in a thread of its own."""
         config = self.config._replace(owner_user_id=run.row["owner_user_id"])
+        # 1. The image, and its way to the cloud: the row is written together with the outcome.
         try:
             record = self.image_of(run, config)
-            run.safe = True
-            run.why = run.why.replace("user", "")  # a wish to cancel that came too late
+            run.image_exists = True
+            if run.why == "user":
+                run.why = ""  # who wanted it canceled came too late
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
-        kept = run.end(outcome)
-        if not run.begun or run.entry.fd < 0:
+        # 2. Into the database, however long that takes.
+        was_ours = run.settle_job(outcome)
+        if not run.begun or not run.entry.is_locked:
             return
-        if kept and outcome.get("image"):
-            run.jot(row=True)
-        elif not kept and run.charged == "no":
-            run.jot(refused=True)  # the job is somebody else's by now, and so is its image
-        elif outcome["status"] == "done" and owed(run.entry.record):
-            run.entry.release()  # for `mend`
+        # 3. What is left for the journal, now that it is known whose image it is.
+        if was_ours and outcome.get("image"):
+            run.note_best_effort(row=True)
+        elif not was_ours and run.charged == "no":
+            # The job is somebody else's by now, and so is its image.
+            run.note_best_effort(refused=True)
+        elif outcome["status"] == "done" and missing_uploads(run.entry.record):
+            run.entry.unlock()  # for `deliver_backlog`
         with suppress(ImagenError):
             deliver(run, config)
 
-    def image_of(self, run: Attempt, config: Config) -> dict[str, Any]:
-        """The record of the job's image: found on this disk, fetched from where it was paid for, or made."""
-        plan = prepare(run.request, config)
-        plan = plan._replace(storage=plan.storage and f"{plan.storage}-{run.id[:8]}")
-        receipt = run.row.get("receipt")
+    def image_of(self, run: Attempt, config: Config) -> Record:
+        """The record of the job's image: found here, fetched where it was paid for, or made."""
+        (plan,) = plans_of(run.order, config)
+        receipt = run.row["receipt"]
         own_id = run.id
-        paths = (
-            [path for path in open_paths() if merged(_read(path)).get("job") == run.job]
-            if run.number > 1
-            else []
-        )
-        for entry in filter(None, map(Entry.take, paths)):
-            if record := self.recovered(run, entry, config):
+        # 1. An earlier attempt on this host may have left it, or the way to it.
+        leftovers = []
+        if run.number > 1:
+            leftovers = entries()
+        for leftover in leftovers:
+            if leftover.record.get("job") != run.job:
+                continue
+            entry = Entry.take(leftover.path)
+            if not entry:
+                continue
+            record = self.recovered(run, entry, config)
+            if record:
                 return record
-            if receipt and run.charged == "no" and run.id == run.id_of(receipt["attempt"]):
-                run.own.append(receipt["attempt"])  # by its own journal it cost nothing
+            wrote_receipt = receipt and run.id == job_uuid(run.job, receipt["attempt"])
+            if receipt and wrote_receipt and run.charged == "no":
+                # Whoever wrote the receipt was here, and knows that it cost nothing.
+                run.unpaid.append(receipt["attempt"])
                 receipt = None
             run.id = own_id
+        # 2. Another host may have paid for it: as if we had sent it, and lost the answer.
         if receipt:
             prepare_folder(os.path.dirname(plan.name))
             run.begin(plan)
             run.resumed = True
-            run.jot(
-                sending=receipt["at"],
-                charged="unknown",
-                remote=receipt.get("remote") or {},
+            run.note_best_effort(
+                sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {}
             )
-            if record := self.recovered(run, run.entry, config):
+            record = self.recovered(run, run.entry, config)
+            if record:
                 return record
+        # 3. Nobody has.
         return finish(run, make(plan, config, run))
 
-    def recovered(self, run: Attempt, entry: Entry, config: Config) -> dict[str, Any] | None:
+    def recovered(self, run: Attempt, entry: Entry, config: Config) -> Record | None:
         """The record of an earlier attempt's image, or None where it may be made anew."""
         try:
-            if record := recover(entry, config, run):
-                return record
+            record = recover(entry, config, run)
         except Ended:
             if entry.record.get("paid"):
-                raise  # what is free was lost with its server
-        entry.release()
-        return None
+                raise
+            record = None  # what is free was lost with its server
+        if not record:
+            entry.unlock()
+        return record
 
-    def uploaded(self, run: Attempt, config: Config, record: dict[str, Any]) -> dict[str, Any]:
-        """The outcome of an attempt that made an image: with its row, if the cloud has taken the file."""
-        outcome: dict[str, Any] = {"status": "done", "charged": run.charged != "no"}
+    def uploaded(self, run: Attempt, config: Config, record: Record) -> Outcome:
+        """The outcome of an attempt that made an image.
+
+        It has the image's row, if the cloud has taken the file.
+        """
+        outcome = Outcome(status="done", charged=run.charged != "no", image=None)
         try:
-            push(run, config, ("object",))
+            upload_missing(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            outcome["error"] = clipped(
-                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
-            )
-        return {**outcome, "image": image_row(record) if record.get("object") else None}
+            place = f"{record['path']} on {socket.gethostname()}"
+            outcome["error"] = clipped(f"{problem}; the image is at {place}")
+        if record.get("object"):
+            outcome["image"] = image_row(record)
+        return outcome
 
-    def failure(self, run: Attempt, error: ImagenError) -> dict[str, Any]:
+    def failure(self, run: Attempt, error: ImagenError) -> Outcome:
         """The outcome of an attempt that made none."""
-        said = {"error": clipped(f"{error}\n{error.hint}".strip()), "error_code": error.code}
         charged = run.charged != "no"
         if run.why in ("released", "lost"):
-            return {"status": "pending", "uncounted": 1, "charged": charged or run.why == "lost"}
+            # Whoever is next may have to fetch what was paid for here.
+            return Outcome(status="pending", uncounted=1, charged=charged or run.why == "lost")
+        outcome = Outcome(
+            status="failed",
+            error=clipped(f"{error}\n{error.hint}".strip()),
+            error_code=error.code,
+            charged=charged,
+        )
         if run.why == "user":
-            return {**said, "status": "canceled", "charged": charged}
-        most = run.row["max_attempts"]
-        if (
-            charged
-            and run.resumed
-            and os.path.exists(run.entry.path)
-            and not run.entry.record.get("over")
-        ):
-            most += 3  # it may still be fetched
-        elif charged or not error.retryable:
-            most = 0
-        if run.number < most:
-            delay = max(error.after, min(300.0, 2.0**run.number))
-            return {**said, "status": "pending", "delay": delay, "charged": charged}
-        return {**said, "status": "failed", "charged": charged}
+            outcome["status"] = "canceled"
+        elif run.number < attempts_allowed(run, error):
+            outcome["status"] = "pending"
+            outcome["delay"] = max(error.after, min(300.0, 2.0**run.number))
+        return outcome
 
-    def write(self, queue: Queue) -> None:
-        """What other threads have wished for, each in a statement of its own."""
-        while self.wishes:
-            wish = self.wishes[0]
-            wish.sent = time.monotonic()
-            wish.rows = queue.run(wish.sql, **wish.named)
-            self.wishes.pop(0).done.set()
+    def find_backlog(self) -> None:
+        """Look for images of jobs that the cloud would not take at their time."""
+        undelivered = {}
+        for entry in entries():
+            job = entry.record.get("job")
+            if job and entry.record.get("path") and missing_uploads(entry.record):
+                undelivered[job] = entry.path
+        # A job that is to run again will find the image by itself: the database has to say.
+        self.undelivered = undelivered
+        self.ring()
 
-    def beat(self, run: Attempt) -> dict[str, Any]:
-        """What a heartbeat writes of a job."""
-        run.row = {**run.row, "note": run.note, "progress": run.share}
-        return {
-            "id": run.job,
-            "attempt": run.number,
-            "note": run.note,
-            "progress": run.share,
-        }
-
-    def tried(
-        self, queue: Queue, parts: dict[str, Any], settling: Sequence[Any]
-    ) -> dict[str, list[Any]]:
-        """The rows of a turn. Where the database refuses one outcome, the others are written without it."""
-        from pg8000.native import DatabaseError
-
-        def refused(problem: DatabaseError) -> str:
-            said = problem.args[0] if isinstance(problem.args[0], Mapping) else {}
-            return (
-                f"{said.get('C')} {said.get('M')}" if str(said.get("C"))[:2] in ("22", "23") else ""
-            )
-
-        try:
-            return queue.turn(**parts)
-        except DatabaseError as problem:
-            if not settling or not refused(problem):
-                raise
-        parts.clear()
-        rows: dict[str, list[Any]] = {
-            name: []
-            for name in (
-                *TURN,
-                "woken",
-            )
-        }
-        for run, outcome in settling:
-            said = {"id": run.job, "attempt": run.number}
-            try:
-                made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
-            except DatabaseError as problem:
-                if not (why := refused(problem)):
-                    raise
-                outcome |= {"image": None, "error": clipped(f"imagen.images: {why}")}
-                made = queue.turn(settled={"outcomes": to_jsonb([{**said, **outcome}])})
-            rows["settled"] += made["settled"]
-        return {**rows, "woken": [{}]}
-
-    def take_in(
-        self,
-        rows: Mapping[str, list[Any]],
-        settling: Sequence[Any] = (),
-        busy: Sequence[Attempt] = (),
-    ) -> None:
-        """What a turn has brought: outcomes written or fenced off, leases lost, wishes to cancel, new jobs."""
-        written = {
-            (
-                row["id"],
-                row["attempt"],
-            ): row["status"]
-            for row in rows["settled"]
-        }
-        for run, outcome in settling:
-            status = written.get((run.job, run.number))
-            said = (
-                f"{status} {outcome.get('error') or ''}".strip()
-                if status
-                else "its lease was lost: not written"
-            )
-            self.say(f"{run.job}: {said}")
-            self.outcomes.remove((run, outcome))
-            self.forget(run)
-            run.kept = status is not None
-            run.told.set()
-        kept = {row["id"] for row in rows["kept"]}
-        for run in busy:
-            if run.job not in kept:
-                self.say(f"{run.job}: its lease was lost", 4)
-                self.forget(run)
-                run.stop("lost")
-        for row in (*rows["kept"], *rows["asked"]):
-            wished = self.running.get(row["id"]) if row.get("cancel_requested", True) else None
-            if wished and not wished.safe:
-                wished.stop("user")
-        for row in (*rows["disowned"], *rows["rescued"]):
-            self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
-        for row in sorted(
-            rows["claimed"],
-            key=lambda row: (-row["priority"], row["seq"]),
-        ):
-            self.running[row["id"]] = run = Attempt(self, row)
-            self._threads = [
-                *filter(threading.Thread.is_alive, self._threads),
-                in_thread(self.work, run),
-            ]
-            self.say(f"{run.job}: claimed, attempt {run.number} of {row['max_attempts']}")
-        if rows["waiting"]:
-            self.waiting = rows["waiting"][0]["number"]
-        if time.monotonic() > self._mend_at and not (self._mending and self._mending.is_alive()):
-            self._mend_at = time.monotonic() + MEND
-            self._mending = in_thread(self.mend)
-
-    def forget(self, run: Attempt) -> None:
-        """It is no longer ours to keep, also where the same job runs here anew."""
-        if self.running.get(run.job) is run:
-            del self.running[run.job]
-
-    def release(self) -> None:
-        """Once stopping: end what has had its time, to be handed back. Who paid and cannot come back has more of it."""
-        for run in self.running.values() if self.stops else ():
-            given = (
-                run.deadline
-                if run.charged != "no" and not run.remote_ids
-                else self.stopping_at + self.grace
-            )
-            if self.stops > 1 or time.monotonic() > given:
-                run.stop("released")
-
-    def mend(self) -> None:
-        """Deliver the images of jobs that the cloud would not take at their time."""
-        paths = {
-            record["job"]: path for path in open_paths() if mendable(record := merged(_read(path)))
-        }
-        if not paths:
-            return
-        over = self.wish(OVER, jobs=[*paths])  # who has such a job now finds the image by itself
-        over.done.wait()
-        for (job,) in over.rows:
-            if entry := Entry.take(paths[job]):
-                run = Run(DELIVERY)
+    def deliver_backlog(self, paths: Sequence[str]) -> None:
+        """Deliver the images of these entries, whose jobs are over."""
+        for path in paths:
+            if entry := Entry.take(path):
+                run = Run(DELIVERY_S)
                 run.adopt(entry)
                 with suppress(ImagenError):  # then it stays open
                     deliver(run, self.config)
                 if entry.record.get("row"):
-                    self.wish(MENDED, id=job, image=run.image_id)
+                    self.delivered[run.job] = run.image_id
+                    self.ring()
 
 
-def mendable(record: Mapping[str, Any]) -> bool:
-    """Whether it is a job's image that waits for the cloud."""
-    return bool(record.get("job") and record.get("path") and owed(record))
+# May a job that failed run again? So many attempts are allowed:
+#
+#   charged  fetchable  retryable
+#   no       -          no         none: it would fail the same way
+#   no       -          yes        max_attempts
+#   yes      no         -          none: asking again might be paying twice
+#   yes      yes        -          three more: what was paid for may still be fetched
+def attempts_allowed(run: Attempt, error: ImagenError) -> int:
+    """How many attempts a job may have, after an error of one of them."""
+    most = run.row["max_attempts"]
+    if run.charged == "no" and error.retryable:
+        return most
+    if run.charged == "no" or not run.resumed or not os.path.exists(run.entry.path):
+        return 0
+    if run.entry.record.get("over"):
+        return 0
+    return most + 3
+
+
+def refused_value(problem: Exception) -> str:
+    """Why the database refuses a value (SQLSTATE 22 and 23); "" for any other error."""
+    fields = problem.args[0]
+    if fields["C"][:2] not in ("22", "23"):
+        return ""
+    return f"{fields['C']} {fields['M']}"
 
 
 def clipped(text: str) -> str:
@@ -6078,27 +6252,37 @@ def clipped(text: str) -> str:
 
 
 def take_slot(name: str) -> tuple[str, int]:
-    """A place on this host that one living process holds, and the lock that says so; after a taken one the next number.
+    """A place on this host that one living process holds, and the lock that says so.
 
-    Who gets it knows that whoever had it before is dead: the kernel says so.
+    After a taken name, the next number. Who gets it knows that whoever had it before is
+    dead: the kernel says so.
     """
     for number in range(1, 1000):
+        file = f"worker-{name}-{number}.lock"
+        if number == 1:
+            file = f"worker-{name}.lock"
         with suppress(BlockingIOError):
-            held = locked(
-                state_path(f"worker-{name}{f'-{number}' if number > 1 else ''}.lock"), os.O_CREAT
-            )
-            place = os.fstat(held)
-            boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
-            return f"{boot}:{place.st_dev}:{place.st_ino}", held
+            lock = locked(state_path(file), os.O_CREAT)
+            place = os.fstat(lock)
+            # A reboot frees all slots without killing anybody: then the lease decides.
+            boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
+            return f"{boot}:{place.st_dev}:{place.st_ino}", lock
     raise Busy(f"a thousand workers are called {name}")
 
 
 def sd_notify(text: str) -> None:
-    """Tell systemd, where it listens. https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            systemd.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
-            systemd.send(text.encode())
+    """Tell systemd, where it listens.
+
+    https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket
+        address = f"\0{address[1:]}"
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.connect(address)
+        systemd.send(text.encode())
 
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
@@ -8137,24 +8321,21 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     """set up or upgrade the database"""
-    path = args.file or os.path.join(
-        os.path.dirname(os.path.abspath(__file__)),
-        "migrations.sql",
-    )
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "migrations.sql")
+    path = args.file or beside
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            sql = file.read()
     except (OSError, ValueError) as problem:
-        raise BadConfig(
-            f"{path}: {problem}", "it stands beside imagen.py, or is named by --file"
-        ) from None
+        hint = "it stands beside imagen.py, or is named by --file"
+        raise BadConfig(f"{path}: {problem}", hint) from None
+    expose = {True: "on", False: "off"}[args.expose]
     with postgres(load_config(args.config).supabase.database_url_env) as database:
-        database.run(
-            f"set local imagen.expose = '{'on' if args.expose else 'off'}';{text}"
-        )  # a pooler may part two queries
-        said = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
-    by_hand = [text for text in said if text.startswith("by hand: ")]
-    parts = dict(text.split(": ", 1) for text in said if text.startswith("imagen_"))
+        # One text: a pooler may send two queries to two sessions.
+        database.run(f"set local imagen.expose = '{expose}';{sql}")
+        notices = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
+    by_hand = [text for text in notices if text.startswith("by hand: ")]
+    parts = dict(text.split(": ", 1) for text in notices if text.startswith("imagen_"))
     for text in by_hand:
         terminal.say(text)
     return terminal.result({"parts": parts, "by_hand": by_hand}, *aligned(parts.items()))
@@ -8273,17 +8454,20 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config(args.config)
     for name in args.backend:
         options_of(name, config.backends)
-    concurrency = config.worker.concurrency if args.concurrency is None else args.concurrency
+    concurrency = config.worker.concurrency
+    if args.concurrency is not None:
+        concurrency = args.concurrency
     if not 1 <= concurrency <= 64 or not re.fullmatch(r"[\w.-]{1,64}", args.name):
         raise BadRequest("--concurrency is 1 to 64, --name letters, digits, dots and dashes")
-    to_journal = (
-        "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty()
-    )  # terminals inherit the variable
+    # systemd's journal reads a priority, and has times of its own. Terminals inherit the variable.
+    to_journal = "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty()
 
     def say(text: str, priority: int = 6) -> None:
-        text = " ".join(text.split())
+        prefix = f"{now_iso()[:19]} "
+        if to_journal:
+            prefix = f"<{priority}>"
         if priority < 6 or not args.quiet:
-            terminal.say(text, prefix=f"<{priority}>" if to_journal else f"{now_iso()[:19]} ")
+            terminal.say(" ".join(text.split()), prefix=prefix)
 
     worker = Worker(config, say, concurrency, args.name, args.backend)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -8312,114 +8496,105 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
     """add, list, cancel or retry jobs of imagen.jobs"""
     config = load_config(args.config)
-    wanted = list[dict[str, Any]]()
+    job = args.prompt or ""
+    requests = []
     if args.action == "add":
-        wanted = requests_for(args, config)
-    elif args.action != "list" and not is_uuid(args.prompt or ""):
-        raise BadRequest(
-            f'{args.action} "{args.prompt or ""}": not the id of a job', "imagen jobs list"
-        )
-    with postgres(config.supabase.database_url_env, patience=DELIVERY) as database:
+        requests = job_requests(order_from(args, config.styles), config)
+    elif args.action != "list" and not is_uuid(job):
+        raise BadRequest(f'{args.action} "{job}": not the id of a job', "imagen jobs list")
+    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         if args.action == "list":
-            rows = [row for (row,) in database.run(LIST, status=args.status)]
-            lines = [
-                (
-                    row["id"],
-                    str(row["created_at"])[:16],
-                    row["status"],
-                    row["error"] or row["prompt"],
-                )
-                for row in rows
-            ]
-            return terminal.result(
-                {"jobs": rows},
-                *aligned(
-                    (
-                        *cells,
-                        said[:70],
-                    )
-                    for *cells, said in lines
-                ),
-            )
+            return list_jobs(database.run(LIST, status=args.status), terminal)
         if args.action == "cancel":
-            ((became,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=args.prompt)
-            if not became:
-                raise BadRequest(f"{args.prompt}: no job that waits or runs", "imagen jobs list")
-            return terminal.result(
-                {"jobs": [{"id": args.prompt, "status": became}]}, f"{args.prompt}  {became}"
-            )
+            ((status,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=job)
+            if not status:
+                raise BadRequest(f"{job}: no job that waits or runs", "imagen jobs list")
+            return terminal.result({"jobs": [{"id": job, "status": status}]}, f"{job}  {status}")
         if args.action == "add":
-            made = database.run(ADD, owner=config.owner_user_id, wanted=to_jsonb(wanted))
-        elif not (made := database.run(RETRY, job=args.prompt)):
-            raise BadRequest(f"{args.prompt}: no such job", "imagen jobs list")
-        ids = [str(ident) for (ident,) in made]
+            added = database.run(ADD, owner=config.owner_user_id, requests=to_jsonb(requests))
+        else:
+            added = database.run(RETRY, job=job)
+        if not added:
+            raise BadRequest(f"{job}: no such job", "imagen jobs list")
+        ids = [str(ident) for (ident,) in added]
         if args.wait:
             return follow_jobs(ids, terminal, database)
-    return terminal.result(
-        {"jobs": [{"id": ident, "status": "pending"} for ident in ids]},
-        *ids,
-    )
+    return terminal.result({"jobs": [{"id": ident, "status": "pending"} for ident in ids]}, *ids)
 
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
-RETRY = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS)
-  SELECT owner_user_id, COLUMNS FROM imagen.jobs WHERE id = :job::uuid RETURNING id""".replace(
-    "COLUMNS", _COLUMNS
-)
-ADD = """INSERT INTO imagen.jobs (owner_user_id, COLUMNS) SELECT :owner::uuid, COLUMNS
-  FROM jsonb_populate_recordset(NULL::imagen.jobs, :wanted::jsonb) RETURNING id""".replace(
-    "COLUMNS", _COLUMNS
-)
-LIST = """SELECT to_jsonb(j) FROM imagen.jobs j WHERE :status::text IS NULL OR status = :status::text
-  ORDER BY seq DESC LIMIT 50"""
+RETRY = f"""INSERT INTO imagen.jobs (owner_user_id, {_COLUMNS})
+  SELECT owner_user_id, {_COLUMNS} FROM imagen.jobs WHERE id = :job::uuid RETURNING id"""  # noqa: S608 (names of our own)
+ADD = f"""INSERT INTO imagen.jobs (owner_user_id, {_COLUMNS}) SELECT :owner::uuid, {_COLUMNS}
+  FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb) RETURNING id"""  # noqa: S608 (as above)
+LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
+  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
 
 
-def requests_for(args: argparse.Namespace, config: Config) -> list[dict[str, Any]]:
-    """As many requests as -n asks for, as rows."""
+def job_requests(order: Order, config: Config) -> list[dict[str, Any]]:
+    """The columns of an order's jobs, one for each image."""
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
-    if not 1 <= args.n <= 1000:
-        raise BadRequest("-n is 1 to 1000")
-    check_request(first := request_from(args, config.styles))
-    seeds = [None if first.seed is None else first.seed + number for number in range(args.n)]
-    return [
-        {key: value for key, value in sparse(first._replace(seed=seed)).items() if value != ""}
-        for seed in seeds
-    ]
+    plans_of(order, config)
+    request = {key: value for key, value in sparse(order.request()).items() if value != ""}
+    requests = []
+    for number in range(order.n):
+        requests.append(dict(request))
+        # Without a seed a job has one of its own, which its worker makes from its id.
+        if order.seed is not None:
+            requests[-1]["seed"] = order.seed + number
+    return requests
+
+
+def list_jobs(rows: Sequence[Sequence[Any]], terminal: Terminal) -> int:
+    """What `jobs list` says."""
+    jobs = [job for (job,) in rows]
+    lines = []
+    for job in jobs:
+        text = job["error"] or job["prompt"]
+        lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
+    return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
 def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
-    """Show the jobs' progress until they are over; the outcome of the first that failed is ours."""
+    """Show the jobs' progress until they are over; the first that failed gives the exit code."""
     began = time.monotonic()
-    rows = list[dict[str, Any]]()
-    while not rows or any(row["status"] in ("pending", "running") for row in rows):
-        if rows:
-            time.sleep(0.5)
-        rows = [row for (row,) in database.run(FOLLOW, ids=list(ids))]
-        if len(rows) < len(ids):
+    while True:
+        jobs = [job for (job,) in database.run(FOLLOW, ids=list(ids))]
+        if len(jobs) < len(ids):
             raise Failed("a job was deleted before it was over")
-        now = next((row for row in rows if row["status"] == "running"), rows[0])
-        shown = Progress(
-            f"{now['status']} {now['note'] or ''}".strip(), now["progress"], now["progress"] and 1.0
-        )
-        done = sum(row["status"] == "done" for row in rows)
-        terminal.draw(
-            progress_line(
-                shown, time.monotonic() - began, None, f"{done} of {len(ids)}" * (len(ids) > 1)
-            )
-        )
+        running = [job for job in jobs if job["status"] == "running"]
+        shown = (running or jobs)[0]
+        note = f"{shown['status']} {shown['note'] or ''}".strip()
+        progress = Progress(note, shown["progress"], shown["progress"] and 1.0)
+        done = sum(job["status"] == "done" for job in jobs)
+        count = ""
+        if len(ids) > 1:
+            count = f"{done} of {len(ids)}"
+        terminal.draw(progress_line(progress, time.monotonic() - began, None, count))
+        if not any(job["status"] in ("pending", "running") for job in jobs):
+            break
+        time.sleep(0.5)
     error = None
-    if bad := next((row for row in rows if row["status"] != "done"), None):
-        kind = ERRORS.get(
-            "interrupted" if bad["status"] == "canceled" else bad["error_code"], Failed
-        )
-        said, _, hint = (bad["error"] or bad["status"]).partition("\n")
-        error = terminal.report(
-            kind(f"{bad['id']}: {said}", hint, charged="unknown" if bad["receipt"] else "no")
-        )
-    lines = [f"{row['id']}  {row['status']}  {row['image_id'] or ''}".rstrip() for row in rows]
-    return terminal.result({"jobs": rows}, *lines, error=error)
+    unsuccessful = [job for job in jobs if job["status"] != "done"]
+    if unsuccessful:
+        error = terminal.report(job_error(unsuccessful[0]))
+    lines = [f"{job['id']}  {job['status']}  {job['image_id'] or ''}".rstrip() for job in jobs]
+    return terminal.result({"jobs": jobs}, *lines, error=error)
+
+
+def job_error(job: Mapping[str, Any]) -> ImagenError:
+    """Why a job has no image, as an error of the kind that its worker met."""
+    code = job["error_code"]
+    if job["status"] == "canceled":
+        code = "interrupted"
+    charged: Charged = "no"
+    if job["receipt"]:
+        charged = "unknown"
+    message, _, hint = (job["error"] or job["status"]).partition("\n")
+    kind = ERRORS.get(code, Failed)
+    return kind(f"{job['id']}: {message}", hint, charged=charged)
 
 
 @command(

@@ -13730,8 +13730,8 @@ class QueueWire:
         self.pooled = pooled
         self.drip = drip
         self.sent = 0
-        self.kept = 0
-        self.said = bytearray()
+        self.buffered = 0
+        self.bytes_sent = bytearray()
         self.open = threading.Event()
         self.open.set()
         self._target = port
@@ -13772,19 +13772,19 @@ class QueueWire:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
                 self.sent += 1
-                self.said += data
+                self.bytes_sent += data
                 server.sendall(data)
             server.shutdown(socket.SHUT_WR)
 
     def _down(self, server: socket.socket, client: socket.socket) -> None:
         """What has come while not `open` goes on as one packet. A pooler has pids of its own."""
-        kept = b""
+        pending = b""
         with contextlib.suppress(OSError):
             while True:
                 if (data := self._message(server) if self.pooled else server.recv(1 << 16)) == b"":
                     break
-                kept += data
-                self.kept = len(kept)
+                pending += data
+                self.buffered = len(pending)
                 while (
                     not self.open.wait(0.005)
                     and not select.select(
@@ -13797,10 +13797,12 @@ class QueueWire:
                     pass
                 if not self.open.is_set():
                     continue
-                for piece in [kept[i : i + 1] for i in range(len(kept))] if self.drip else [kept]:
+                for piece in (
+                    [pending[i : i + 1] for i in range(len(pending))] if self.drip else [pending]
+                ):
                     client.sendall(piece)
-                kept = b""
-                self.kept = 0
+                pending = b""
+                self.buffered = 0
         with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
@@ -14120,10 +14122,10 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 queue.run("select 41 + 1")
                 wire.open.clear()  # in one packet with a result
                 answer = pool.submit(queue.run, "select 41 + 1")
-                queue_until(lambda: wire.kept)
-                before = wire.kept
+                queue_until(lambda: wire.buffered)
+                before = wire.buffered
                 database.sql("notify imagen_jobs, 'ü'")
-                queue_until(lambda: wire.kept > before)
+                queue_until(lambda: wire.buffered > before)
                 wire.open.set()
                 assert answer.result() == [[42]]
                 assert queue_woken(queue) < 1
@@ -14335,6 +14337,77 @@ def test_queue_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
             database.sql("update imagen.jobs set cancel_requested = true")
             session.sql("select pg_advisory_unlock(1)")
             assert rescue.result() == [["canceled"]]
+
+
+def test_queue_a_receipt_is_written_under_the_fence_and_never_over_one_that_may_be_paid(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 1)
+    with queue_workers(queue_env, database, 2) as (mine, other):
+        (job,) = mine.turn(claimed={"free": 1})["claimed"]
+
+        def renew(queue: imagen.Queue, attempt: int = 1, **fields: Any) -> list[object]:
+            """Whether the receipt stands, if the lease was renewed; and the attempt that the row names."""
+            heartbeat = {"id": job["id"], "attempt": attempt, **fields}
+            rows = queue.turn(renewed={"heartbeats": json.dumps([heartbeat])})["renewed"]
+            paid = database.one("select receipt->>'attempt' from imagen.jobs")
+            return [*(row["stands"] for row in rows), paid]
+
+        receipts = [{"attempt": number, "remote": {"id": "x"}} for number in range(4)]
+        assert renew(other, receipt=receipts[1], unpaid=[1]) == [None]
+        assert renew(mine, 2, receipt=receipts[2], unpaid=[2]) == [None]
+        assert renew(mine) == [None, None]
+        assert renew(mine, receipt=receipts[3], unpaid=[1]) == [True, "3"]
+        assert renew(mine, receipt=receipts[1], unpaid=[1]) == [False, "3"]
+        assert renew(mine) == [None, "3"]
+        assert renew(mine, receipt=receipts[1], unpaid=[1, 3]) == [True, "1"]
+        again = {**receipts[1], "remote": {"id": "y"}}
+        assert renew(mine, receipt=again, unpaid=[1]) == [True, "1"]
+        assert database.one("select receipt->'remote'->>'id' from imagen.jobs") == "y"
+
+
+def test_queue_a_turn_of_all_parts_touches_each_row_once(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    owner = database.user("anna")
+    database.sql(QUEUE_JOBS, owner, 6)
+    image = queue_image(database, owner, "a.png")
+    with queue_workers(queue_env, database, 2) as (mine, dead):
+        rows = mine.turn(claimed={"free": 3})["claimed"]
+        settled, renewed, disowned = (row["id"] for row in sorted(rows, key=lambda row: row["seq"]))
+        (lost,) = (row["id"] for row in dead.turn(claimed={"free": 1})["claimed"])
+        mine.always["slot"] = dead.always["slot"]
+        delivered = database.one(
+            "select id::text from imagen.jobs where status = 'pending' limit 1"
+        )
+        database.sql("update imagen.jobs set status = 'done' where id = $1", delivered)
+        database.sql("update imagen.jobs set cancel_requested = true where id = $1", renewed)
+        outcome = {"id": settled, "attempt": 1, "status": "pending", "error": "busy", "delay": 60}
+        turn = mine.turn(
+            disowned={"mine": [settled, renewed]},
+            settled={"outcomes": json.dumps([outcome])},
+            renewed={"heartbeats": json.dumps([{"id": renewed, "attempt": 1, "note": "drawing"}])},
+            to_cancel={"mine": [settled, renewed]},
+            rescued={"steady": False},
+            over={"undelivered": [settled, delivered]},
+            delivered={"images": json.dumps({delivered: image, settled: image})},
+            waiting={},
+            claimed={"free": 5},
+        )
+        assert len(turn.pop("woken")) == 3  # a claim, an outcome, a dead worker's job
+        assert turn.pop("waiting") == [{"number": 1}]
+        ids = {part: {row["id"] for row in rows} for part, rows in turn.items()}
+        assert ids["disowned"] == {disowned}
+        assert ids["settled"] == {settled}
+        assert ids["renewed"] == ids["to_cancel"] == {renewed}
+        assert ids["rescued"] == {lost}
+        assert ids["over"] == {delivered}
+        assert ids["delivered"] == {delivered, settled}
+        assert len(ids["claimed"]) == 1  # of those that were pending before
+    assert jobs_row(database, delivered)["image_id"] == image
+    assert jobs_row(database, settled)["image_id"] is None
 
 
 def test_queue_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
@@ -15434,8 +15507,8 @@ def test_queue_a_heartbeat_touches_no_index(
         )
         assert len(queue.turn(claimed={"free": 3})["claimed"]) == 3
         for step in range(50):
-            said = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
-            assert len(queue.turn(kept={"beats": json.dumps(said)})["kept"]) == 3
+            sent = [{**beat, "progress": step / 50, "note": f"step {step}"} for beat in beats]
+            assert len(queue.turn(renewed={"heartbeats": json.dumps(sent)})["renewed"]) == 3
         connection.run("select pg_stat_force_next_flush()")
         counted = "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
         (stats,) = pipeline_until(
@@ -15933,26 +16006,26 @@ class JobsSystemd(contextlib.ExitStack):
             tempfile.TemporaryDirectory(prefix="imagen-sd-")
         )  # its path has to be short
         self.path = f"{folder}/notify"
-        self.told = list[str]()
+        self.messages = list[str]()
         self.sock = self.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self.sock.bind(self.path)
 
-    def heard(self, seconds: float) -> list[str]:
+    def receive(self, seconds: float) -> list[str]:
         """What came since the last time, waiting that long for the first of it."""
-        before = len(self.told)
+        before = len(self.messages)
         while select.select(
             [self.sock],
             [],
             [],
-            seconds if len(self.told) == before else 0,
+            seconds if len(self.messages) == before else 0,
         )[0]:
-            self.told.append(self.sock.recv(4096).decode())
-        return self.told[before:]
+            self.messages.append(self.sock.recv(4096).decode())
+        return self.messages[before:]
 
     def until(self, text: str) -> None:
         """Until a message says so."""
         pipeline_until(
-            lambda: any(text in message.split("\n") for message in self.heard(0.1)),
+            lambda: any(text in message.split("\n") for message in self.receive(0.1)),
             40,
         )
 
@@ -15969,7 +16042,7 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
     ]
     with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
         systemd.until("STATUS=2 running, 3 pending")
-        assert "READY=1" in systemd.told[0].split("\n")
+        assert "READY=1" in systemd.messages[0].split("\n")
         assert "listening" in worker.log()
         for ident in ids:
             cloud.database.sql("select imagen.cancel_job($1::uuid)", ident)
@@ -15983,26 +16056,30 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
                 else:  # its next statement waits for this lock
                     session.sql("begin; lock table imagen.jobs in access exclusive mode")
                 # A turn that had begun before may end; after that there is silence, three times the usual interval.
-                systemd.heard(0.5)
-                systemd.heard(0.5)
-                assert systemd.heard(1.0) == [], block
+                systemd.receive(0.5)
+                systemd.receive(0.5)
+                assert systemd.receive(1.0) == [], block
                 session.sql("rollback")
             worker.process.send_signal(signal.SIGCONT)
             systemd.until("WATCHDOG=1")
-        assert "STOPPING=1" not in systemd.told
+        assert "STOPPING=1" not in systemd.messages
         assert worker.stopped() == 0
         systemd.until("STOPPING=1")
-        assert systemd.told[-1] == "STOPPING=1"
+        assert systemd.messages[-1] == "STOPPING=1"
 
 
 def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+    cloud.join(box, worker={"lease_s": 1})
     lost = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
     with (
         JobsSystemd() as systemd,
         JobsWorker(box, ready="next try", NOTIFY_SOCKET=systemd.path, **lost) as worker,
     ):
         systemd.until("STATUS=no database; 0 running")
+        # Who comes back later than a quarter of the lease might find its jobs taken.
+        pipeline_until(lambda: worker.log().count("next try") > 7)
+        pauses = [float(pause) for pause in re.findall(r"next try in (\S+) s", worker.log())]
+        assert 0 <= min(pauses) < max(pauses) <= 0.25
         assert worker.process.poll() is None
         assert worker.stopped() == 0
 
@@ -16046,7 +16123,7 @@ def test_worker_the_unit_is_without_fault_and_starts_what_the_readme_installs(
     assert (said["Type"], said["Restart"], said["RestartSec"]) == ("notify", "always", "1")
     assert (
         int(said["TimeoutStopSec"])
-        > imagen.JOB_TIMEOUT + imagen.DELIVERY
+        > imagen.JOB_TIMEOUT + imagen.DELIVERY_S
         > imagen.WorkerConfig().grace_s
     )
     assert "~/" + said["EnvironmentFile"].removeprefix("%h/") in readme
@@ -16417,14 +16494,14 @@ def test_who_restarts_under_a_dead_workers_name_has_its_jobs_at_once_and_nobody_
 ) -> None:
     crew.worker |= {"lease_s": 60, "heartbeat_s": 20}
     first = crew.start("--name", "a")
-    lost = crew.slow(1)
+    lost = crew.slow(4)
     crew.runs(lost)
     crew.start("--name", "a")  # whose name is taken, so it is a-2
-    live = crew.slow(3)
+    live = crew.slow(6)
     crew.runs(live)
     crew.kill(first)
     crew.start("--name", "a")
-    assert crew.ends(lost, timeout=5)["attempt"] == 2
+    assert crew.ends(lost, timeout=20)["attempt"] == 2
     assert crew.ends(live)["attempt"] == 1
     crew.whole(lost, live)
 
@@ -16811,7 +16888,7 @@ def test_a_worker_frozen_before_its_paid_post_does_not_pay_after_its_job_was_res
     crew: Crew, cable: Cable, painter: Painter, written: bool
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     if written:  # the receipt is, but its worker does not learn of it in time
@@ -16880,7 +16957,7 @@ def test_worker_a_host_whose_own_journal_knows_of_no_payment_believes_the_receip
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.kill(first)
@@ -16942,7 +17019,7 @@ def test_worker_without_a_database_nothing_is_paid(
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b"SET receipt", cable.freeze)
+    cable.when(b'"receipt": {', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.until(lambda: "timed out" in crew.log(first))
@@ -17060,7 +17137,7 @@ def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image
         kills = kills + 1
         crew.kill(workers[name])
         workers[name] = crew.start("--name", name, host=name)
-    assert kills > 5
+    assert kills > 2
     assert len(crew.jobs("done")) == 300
     crew.whole(*crew.jobs())
 
@@ -20856,10 +20933,10 @@ def test_readme_bench_an_idle_worker_is_quiet(bench_queue: BenchQueue) -> None:
         with bench_queue.worker(dsn=dsn):
             time.sleep(2)
             before = wire.sent
-            told = len(wire.said)
+            told = len(wire.bytes_sent)
             time.sleep(30)
             trips = wire.sent - before
-            said = bytes(wire.said[told:])
+            said = bytes(wire.bytes_sent[told:])
             mine = "from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
             connections = bench_queue.database.one(f"select count(*) {mine}")
     statements = 0
@@ -20907,6 +20984,25 @@ def test_readme_bench_a_worker_stays_small(bench_queue: BenchQueue) -> None:
         ("slope of the last 2,250", late - middle + 1e-9, 1, "1"),
     ]
     bench_report("Resident memory", "MB", rows)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(300)
+def test_readme_bench_the_processor_time_of_a_worker_s_job(bench_queue: BenchQueue) -> None:
+    def used(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    count = 1000
+    took = []
+    with bench_queue.worker("--concurrency", "4") as worker:
+        for _ in range(4):
+            before = used(worker.pid)
+            bench_queue.insert(count)
+            bench_queue.until(worker, ": done", count)
+            took.append((used(worker.pid) - before) / count)
+    rows = [("a job, its picture given", statistics.median(took), 1.2, "1.2")]
+    bench_report("Processor time, median of 4 rounds", "ms", rows)
 
 
 @pytest.mark.bench
