@@ -65,16 +65,7 @@ import typing
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import (
-    Annotated,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypedDict,
-    TypeVar,
-)
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypedDict, TypeVar
 
 if typing.TYPE_CHECKING:
     import argparse
@@ -138,12 +129,7 @@ class ImagenError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(
-        self,
-        message: str,
-        hint: str = "",
-        *,
-        charged: Charged = "no",
-        after: float = 0.0,
+        self, message: str, hint: str = "", *, charged: Charged = "no", after: float = 0.0
     ) -> None:
         super().__init__(printable(redact(message)))
         self.hint = printable(redact(hint))
@@ -275,10 +261,7 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 
 def from_mapping(
-    cls: type[T],
-    data: Any,
-    where: str = "",
-    error: type[ImagenError] = BadConfig,
+    cls: type[T], data: Any, where: str = "", error: type[ImagenError] = BadConfig
 ) -> T:
     """The NamedTuple `cls` out of a mapping from outside (file, environment, job row, HTTP body).
 
@@ -323,9 +306,10 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
 
 def _quoted(where: str, value: Any) -> str:
     # Somebody may have pasted a key where its variable's name belongs.
-    if re.search(r"(?i)key|token|secret|password|_env$|url$", where):
+    text = repr(value)
+    if re.search(r"(?i)key|token|secret|password|_env$", where) or re.search(r"://[^/@]*@", text):
         return "the value"
-    return repr(value)
+    return text
 
 
 def _shape_literal(choices: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
@@ -333,7 +317,7 @@ def _shape_literal(choices: tuple[Any, ...], value: Any, where: str, complaints:
         return "on" if value else "off"
     if value not in choices:
         names = ", ".join(map(str, choices))
-        complaints.append(f"{where}: {value!r} is not one of {names}")
+        complaints.append(f"{where}: {_quoted(where, value)} is not one of {names}")
     return value
 
 
@@ -369,11 +353,11 @@ def schema(hint: Any) -> dict[str, Any]:
     kind = typing.get_origin(hint)
     args = typing.get_args(hint)
     if kind is Annotated:
-        limits = {}
+        result = schema(args[0])
         for mark in args:
             if isinstance(mark, Between):
-                limits = {"minimum": mark.low, "maximum": mark.high}
-        return schema(args[0]) | limits
+                result.update(minimum=mark.low, maximum=mark.high)
+        return result
     if types.NoneType in args:
         return {"anyOf": [schema(args[0]), {"type": "null"}]}
     if kind is Literal:
@@ -381,18 +365,16 @@ def schema(hint: Any) -> dict[str, Any]:
     if kind is tuple:
         return {"type": "array", "items": schema(args[0])}
     if hasattr(hint, "_fields"):
-        hints = hints_of(hint)
+        fields = hints_of(hint)
         return {
             "type": "object",
-            "properties": {name: schema(field) for name, field in hints.items()},
-            "required": [name for name in hints if name not in hint._field_defaults],
+            "properties": {name: schema(field) for name, field in fields.items()},
+            "required": [*fields.keys() - hint._field_defaults],
             "additionalProperties": False,
         }
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return {"type": "object"}
-    if hint in TYPE_NAMES:
-        return {"type": TYPE_NAMES[hint][1]}
-    return {}
+    if hint is Any:
+        return {}
+    return {"type": TYPE_NAMES.get(hint, ("", "object"))[1]}
 
 
 def marked(cls: Any, mark: str) -> list[str]:
@@ -507,12 +489,7 @@ def now_iso() -> str:
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # By file ending.
-MIME_TYPES = {
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "webp": "image/webp",
-    "gif": "image/gif",
-}
+MIME_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "gif": "image/gif"}
 
 
 class Sniffed(NamedTuple):
@@ -917,9 +894,7 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
 
 
 def options_of(
-    name: str,
-    blocks: Mapping[str, Any],
-    opts: Mapping[str, Any] = EMPTY,
+    name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY
 ) -> tuple[type[Backend], Any]:
     """The adapter class of the backend called `name`, and its checked Options.
 
@@ -944,11 +919,7 @@ def options_of(
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
-def open_backend(
-    name: str,
-    blocks: Mapping[str, Any],
-    opts: Mapping[str, Any] = EMPTY,
-) -> Backend:
+def open_backend(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
     with _complaints_about(name, opts):
@@ -1250,35 +1221,29 @@ STYLES: Mapping[str, Style] = {
         height=1024,
     ),
     "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, grain",
-        "flat light, text",
+        "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
     ),
     "illustration": Style(
-        "editorial illustration, confident shapes, limited palette, paper texture",
-        "photograph",
+        "editorial illustration, confident shapes, limited palette, paper texture", "photograph"
     ),
     "watercolor": Style(
         "loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"
     ),
     "ink": Style(
-        "black ink drawing, varied brush line, hatching, white paper",
-        "color, photograph, gradient",
+        "black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"
     ),
     "pixel-art": Style(
         "pixel art, 16-bit palette, crisp square pixels, no anti-aliasing",
         "blur, photograph, smooth",
     ),
     "isometric": Style(
-        "isometric view, small diorama, clean geometry, soft shadows",
-        "perspective, clutter",
+        "isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"
     ),
     "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background",
-        "shading, color, photo",
+        "clean vector line art, even thin lines, no fill, white background", "shading, color, photo"
     ),
     "3d-render": Style(
-        "3d render, soft studio light, matte materials, gentle global illumination",
-        "flat, sketch",
+        "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
     ),
     "icon": Style(
         suffix="app icon, one centered symbol, bold simple shape, flat color",
@@ -2275,10 +2240,7 @@ def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGra
     if flux and not (split and schnell):
         positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
     latent = node(
-        latent_kind,
-        width=request.width or edge,
-        height=request.height or edge,
-        batch_size=1,
+        latent_kind, width=request.width or edge, height=request.height or edge, batch_size=1
     )
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
@@ -2368,10 +2330,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
     # 3. Without a place for the prompt every image would be the same.
     if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
         raise comfy_misplaced(
-            path,
-            "prompt",
-            places,
-            "no place for the prompt: put {prompt} there, or name one",
+            path, "prompt", places, "no place for the prompt: put {prompt} there, or name one"
         )
     return graph, usual
 
@@ -2808,11 +2767,7 @@ def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tup
             steps = 0
     if request.width:
         size = replicate_size(known, request.width, request.height)
-    optional = {
-        "num_inference_steps": steps,
-        "negative_prompt": negative,
-        "output_format": ending,
-    }
+    optional = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
     inputs = {
         "prompt": request.prompt,
         "seed": request.seed,
@@ -3332,11 +3287,7 @@ def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
 
 
 def publish(
-    hidden: str,
-    name: str,
-    ending: str,
-    sidecar: str | None,
-    claiming: Callable[[str], object],
+    hidden: str, name: str, ending: str, sidecar: str | None, claiming: Callable[[str], object]
 ) -> str:
     """Give the complete image at `hidden` the first free name; its path.
 
@@ -3537,13 +3488,7 @@ def _show(paths: Sequence[str], command: str) -> None:
     if tmux:
         script += "; printf '\\n[Enter]'; read -r _"
         shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", script]
-    done = subprocess.run(
-        shell,
-        capture_output=True,
-        text=True,
-        timeout=5,
-        start_new_session=True,
-    )
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
     if done.returncode:
         raise Failed(done.stderr)
 
@@ -3674,13 +3619,13 @@ class Entry:
             entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), Record())
             try:
                 entry.note(**record)
-                _take_entry_name(hidden, path)
-            except FileExistsError:
-                entry.unlock()
-                raise Busy(f"{record['id']}: somebody works on it") from None
+                named = _take_names([(hidden, path)], str)
             finally:
                 unlink_quietly(hidden)
-            return entry
+        if not named:
+            entry.unlock()
+            raise Busy(f"{record['id']}: somebody works on it")
+        return entry
 
     @classmethod
     def take(cls, path: str) -> Entry | None:
@@ -3725,17 +3670,6 @@ class Entry:
         self.fd = -1
 
 
-def _take_entry_name(hidden: str, path: str) -> None:
-    try:
-        os.link(hidden, path)
-    except OSError as problem:
-        if problem.errno not in NO_LINKS:
-            raise
-        if os.path.exists(path):
-            raise FileExistsError(path) from None
-        os.rename(hidden, path)
-
-
 def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the lock."""
     size = os.fstat(fd).st_size
@@ -3773,34 +3707,51 @@ def merged(text: bytes) -> Record:
 def from_release_before(record: dict[str, Any]) -> Record:
     """A record of release 0.1.0, which kept request and result beside the sidecar, as it is now."""
     if "request" in record:
-        request = record.pop("request") or {}
-        styled = record.pop("styled", request)
-        result = record.pop("result", None)
-        sidecar = {
-            "image_id": record.pop("image_id", record.get("id")),
-            "prompt": request.get("prompt", ""),
-            "style": request.get("style", ""),
-            "styled_prompt": styled.get("prompt", ""),
-            "negative_prompt": styled.get("negative_prompt", ""),
-            "backend": record.pop("backend", ""),
-            "model": record.pop("model", None),
-            "seed": request.get("seed"),
-            "steps": None,
-            "timestamp": record.get("at"),
-            "requested": {
-                "width": request.get("width", 0),
-                "height": request.get("height", 0),
-                "steps": request.get("steps", 0),
-                "backend_opts": request.get("backend_opts", {}),
-            },
-            "width": styled.get("width", 0),
-            "height": styled.get("height", 0),
-            "cost_usd_estimate": record.get("price"),
-        }
-        if result:
-            sidecar.update(result_fields(result, request.get("seed")))
-        record["sidecar"] = {**sidecar, **(record.get("sidecar") or {})}
+        request = _request_of(record.pop("request"), Request(""))
+        styled = _request_of(record.pop("styled", None), request)
+        sidecar = first_sidecar(request, styled, record.pop("model", None), record.get("price"))
+        sidecar["image_id"] = record.pop("image_id", record.get("id"))
+        sidecar["timestamp"] = record.get("at", "")
+        fields = typing.cast(dict[str, Any], sidecar)
+        if result := record.pop("result", None):
+            fields.update(result_fields(result, request.seed))
+        fields.update(record.get("sidecar") or {})
+        record["sidecar"] = sidecar
+        record.pop("backend", None)
     return typing.cast(Record, record)
+
+
+def _request_of(fields: Any, default: Request) -> Request:
+    if not isinstance(fields, dict):
+        return default
+    known = {name: fields[name] for name in Request._fields if name in fields}
+    return Request("")._replace(**known)
+
+
+def first_sidecar(
+    request: Request, styled: Request, model: str | None, usd: float | None
+) -> Sidecar:
+    """What is known of an image before anything is sent, but for its id and time."""
+    requested = {name: getattr(request, name) for name in ("width", "height", "steps")}
+    if request.backend_opts:
+        requested["backend_opts"] = dict(request.backend_opts)
+    sidecar: Sidecar = {
+        "prompt": request.prompt,
+        "style": request.style,
+        "styled_prompt": styled.prompt,
+        "negative_prompt": styled.negative_prompt,
+        "backend": request.backend,
+        "model": model,
+        "seed": request.seed,
+        "steps": request.steps or None,
+        "requested": requested,
+        "cost_usd_estimate": usd,
+        "imagen_version": __version__,
+    }
+    if styled.width:
+        sidecar["width"] = styled.width
+        sidecar["height"] = styled.height
+    return sidecar
 
 
 def result_fields(result: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
@@ -3868,27 +3819,33 @@ def sweep_journal() -> None:
             entry.unlock()
 
 
-def ledger(
-    words: Sequence[str] = (),
-    before: str = "",
-    needle: str = "",
-) -> Iterator[Record]:
-    """Finished attempts, newest first, each once: the newest line of an id counts.
+def attempts(terms: Sequence[str] = (), before: str = "", needle: str = "") -> Iterator[Record]:
+    """Attempts, newest first, each once: open entries that have their image, then the ledger.
 
-    `words`: only those whose line holds all of them, in any case. `before`: only what stands
-    above the newest line with this id. `needle`: only lines with this in them, letter by letter.
+    `terms`: only lines that hold all of them, in lower case. `before`: only what is older than the
+    image with this id. `needle`: only lines of the ledger with this in them, letter by letter.
     """
-    spelled = [to_json(word)[1:-1].lower() for word in words]
+    opened = [row.record for row in reversed(entries()) if is_image(row.record)]
+    ids = [record["sidecar"]["image_id"] for record in opened]
+    if before in ids:
+        opened = opened[ids.index(before) + 1 :]
+        before = ""
+    elif before:
+        opened = []
+    lines = _ledger_lines(before.encode(), needle.encode())
+    if terms:
+        spelled = [to_json(term)[1:-1] for term in terms]
+        lines = (line for line in lines if _holds_all(line, spelled))
     seen = set()
-    for line in _ledger_lines(before.encode(), needle.encode()):
-        if spelled:
-            text = line.decode("utf-8", "replace").lower()
-            if not all(word in text for word in spelled):
-                continue
-        record = from_release_before(parsed(line))
+    for record in itertools.chain(opened, (from_release_before(parsed(line)) for line in lines)):
         if isinstance(record.get("id"), str) and record["id"] not in seen:
             seen.add(record["id"])
             yield record
+
+
+def _holds_all(line: bytes, terms: Sequence[str]) -> bool:
+    text = line.decode("utf-8", "replace").lower()
+    return all(term in text for term in terms)
 
 
 def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
@@ -3901,54 +3858,41 @@ def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
     try:
         end = os.fstat(fd).st_size
         begun = b""  # the end of a line that begins further up
-        skipping = bool(before)
         while end > 0:
             start = max(0, end - LEDGER_BLOCK)
             block = os.pread(fd, end - start, start) + begun
             end = start
-            if (before if skipping else needle) not in block and start:
+            if start and (before or needle) not in block:
                 begun = block.partition(b"\n")[0]
                 continue
             begun, *lines = block.split(b"\n")
             if not start:
                 lines.insert(0, begun)
             for line in reversed(lines):
-                if skipping:
-                    skipping = before not in line
+                if before:
+                    if before in line:
+                        before = b""
                 elif needle in line:
                     yield line
     finally:
         os.close(fd)
 
 
-def images_made(
-    before: str = "",
-    words: Sequence[str] = (),
-    backend: str = "",
-) -> Iterator[Record]:
-    """The records of images, newest first: open entries that have one, then the ledger.
+def images_made(before: str = "", terms: Sequence[str] = (), backend: str = "") -> Iterator[Record]:
+    """The records of images, newest first.
 
-    `before`: only what was made before the image with this id. `words` must all stand in prompt or
+    `before`: only what was made before the image with this id. `terms` must all stand in prompt or
     style, in any case; `backend` must have made it.
     """
-    words = [word.lower() for word in words]
-    delivering = [row.record for row in reversed(entries()) if is_image(row.record)]
-    ids = [record["sidecar"]["image_id"] for record in delivering]
-    seen = {record["id"] for record in delivering}
-    if before in ids:
-        delivering = delivering[ids.index(before) + 1 :]
-        before = ""
-    elif before:
-        delivering = []
+    terms = [term.lower() for term in terms]
     needle = ""
     if backend:  # most lines of others need not even be parsed
         needle = f'"backend": {to_json(backend)}'
-    finished = (record for record in ledger(words, before, needle) if record["id"] not in seen)
-    for record in itertools.chain(delivering, finished):
+    for record in attempts(terms, before, needle):
         if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
             continue
         text = f"{record['sidecar']['prompt']} {record['sidecar'].get('style')}".lower()
-        if all(word in text for word in words):
+        if all(term in text for term in terms):
             yield record
 
 
@@ -3981,25 +3925,21 @@ def find_image(name: str) -> Record | None:
         sidecar = parsed(read_bytes(f"{path}.json"))
         image_id = sidecar.get("image_id") or name
         needle = image_id if sidecar else to_json(path)[1:-1]
-    delivering = [row.record for row in entries()]
-    for record in itertools.chain(delivering, ledger(needle=needle)):
+    for record in attempts(needle=needle):
         if not is_image(record):
             continue
         if record["sidecar"]["image_id"] == image_id:
             if sidecar and os.path.exists(path):  # it may have been moved since
                 record["path"] = path
             return record
-        if not sidecar and record["path"] == path:
+        if record["path"] == path and not sidecar:
             return record
     if isinstance(sidecar.get("prompt"), str):
-        return typing.cast(
-            Record,
-            {
-                "id": str(sidecar.get("image_id")),
-                "at": str(sidecar.get("timestamp")),
-                "path": path,
-                "sidecar": sidecar,
-            },
+        return Record(
+            id=str(image_id),
+            at=str(sidecar.get("timestamp")),
+            path=path,
+            sidecar=typing.cast(Sidecar, sidecar),
         )
     return None
 
@@ -4007,16 +3947,7 @@ def find_image(name: str) -> Record | None:
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
 # Codes of what no repeat can mend.
-FINAL_CODES = (
-    "InvalidKey",
-    "PGRST102",
-    "22003",
-    "22P02",
-    "22P05",
-    "23502",
-    "23503",
-    "23514",
-)
+FINAL_CODES = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
 
 
 def cloud_settings_missing(config: Config) -> list[str]:
@@ -4229,15 +4160,7 @@ def image_row(record: Record) -> dict[str, Any]:
 def usage_row(record: Record) -> dict[str, Any]:
     """The row of mai.imagen_usage for an attempt that cost money or may have; no prompt in it."""
     sidecar: Mapping[str, Any] = record.get("sidecar") or {}
-    columns = (
-        "model",
-        "width",
-        "height",
-        "steps",
-        "latency_ms",
-        "cost_usd_estimate",
-        "backend",
-    )
+    columns = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate", "backend")
     image_id = None
     if record.get("path"):
         image_id = sidecar.get("image_id")
@@ -4276,16 +4199,10 @@ class Plan(NamedTuple):
 
     request: Request  # as written, its backend named and its seed drawn
     styled: Request  # what the adapter sees
-    name: str  # absolute; {ext} may still be open
     price: Price
     parameters: Mapping[str, Any]  # what would be sent, as far as it is known
-    model: str | None
-    paid: bool
-    sidecar_wanted: bool
     parallel: int
-    private: bool  # never to leave this machine, also not by a later sync
-    storage: str  # date/slug-seed: how the object's name will begin; "": no cloud
-    owner: str
+    record: Record  # how the journal entry will begin
 
 
 def plans_of(order: Order, config: Config) -> list[Plan]:
@@ -4305,24 +4222,30 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     now = time.time()  # one moment for the file's name and the object's
     plans = []
     for number in range(order.n):
-        numbered_request = request._replace(seed=seed + number)
-        styled = apply_style(numbered_request, config.styles)
+        request = request._replace(seed=seed + number)
+        styled = apply_style(request, config.styles)
+        price = cls.price(options, styled)
         storage = ""
         if synced:
-            storage = render_name("{date}/{slug}-{seed}", numbered_request, now)
+            storage = render_name("{date}/{slug}-{seed}", request, now)
+        model = getattr(options, "model", None)
+        record: Record = {
+            "name": image_name(order.output, request, config.output, now),
+            "paid": cls.paid,
+            "price": price.usd,
+            "owner": config.owner_user_id,
+            "private": order.cloud == "off",
+            "storage": storage,
+            "sidecar_wanted": config.output.write_metadata_json,
+            "sidecar": first_sidecar(request, styled, model, price.usd),
+        }
         plan = Plan(
-            request=numbered_request,
+            request=request,
             styled=styled,
-            name=image_name(order.output, numbered_request, config.output, now),
-            price=cls.price(options, styled),
+            price=price,
             parameters=cls.plan(options, styled),
-            model=getattr(options, "model", None),
-            paid=cls.paid,
-            sidecar_wanted=config.output.write_metadata_json,
             parallel=getattr(options, "parallel", 1),
-            private=order.cloud == "off",
-            storage=storage,
-            owner=config.owner_user_id,
+            record=record,
         )
         plans.append(plan)
     return plans
@@ -4421,14 +4344,8 @@ class Run(Context):
             "id": self.id,
             "at": at,
             "host": socket.gethostname(),
-            "name": plan.name,
-            "paid": plan.paid,
-            "price": plan.price.usd,
-            "owner": plan.owner,
-            "private": plan.private,
-            "storage": plan.storage,
-            "sidecar_wanted": plan.sidecar_wanted,
-            "sidecar": first_sidecar(plan, self.image_id, at),
+            **plan.record,
+            "sidecar": {"image_id": self.image_id, "timestamp": at, **plan.record["sidecar"]},
         }
         if self.job:
             record["job"] = self.job
@@ -4626,39 +4543,6 @@ class Run(Context):
         return True
 
 
-def first_sidecar(plan: Plan, image_id: str, at: str) -> Sidecar:
-    """The sidecar as far as it is known before anything is sent."""
-    request = plan.request
-    requested: dict[str, Any] = {
-        "width": request.width,
-        "height": request.height,
-        "steps": request.steps,
-    }
-    if request.backend_opts:
-        requested["backend_opts"] = dict(request.backend_opts)
-    sidecar: Sidecar = {
-        "image_id": image_id,
-        "prompt": request.prompt,
-        "style": request.style,
-        "styled_prompt": plan.styled.prompt,
-        "negative_prompt": plan.styled.negative_prompt,
-        "backend": request.backend,
-        "model": plan.model,
-        "seed": request.seed,
-        "steps": request.steps or None,
-        "timestamp": at,
-        "requested": requested,
-        "cost_usd_estimate": plan.price.usd,
-        "imagen_version": __version__,
-    }
-    if plan.styled.width:
-        sidecar["width"] = plan.styled.width
-        sidecar["height"] = plan.styled.height
-    if plan.private:
-        sidecar["private"] = True
-    return sidecar
-
-
 def styled_request(sidecar: Sidecar) -> Request:
     """What an adapter was asked for, by the sidecar of an attempt that has no image yet."""
     requested = sidecar["requested"]
@@ -4687,7 +4571,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     What can be checked is checked before the entry is opened.
     """
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
-    prepare_folder(os.path.dirname(plan.name))
+    prepare_folder(os.path.dirname(plan.record["name"]))
     run.begin(plan)
     with run.attempting(backend):
         run.check()
@@ -4803,24 +4687,14 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     if record.get("storage"):
         storage_path = object_path(record["storage"], run.id, sniffed.format)
     sidecar: Sidecar = {
-        "image_id": run.image_id,
-        "prompt": known["prompt"],
-        "style": known["style"],
-        "styled_prompt": known["styled_prompt"],
-        "negative_prompt": known["negative_prompt"],
-        "backend": known["backend"],
-        "model": known.get("model"),
+        **known,
         "seed": seed,
-        "steps": known.get("steps"),
-        "timestamp": known["timestamp"],
-        "requested": known["requested"],
         "width": sniffed.width,
         "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
         "latency_ms": known.get("latency_ms"),
-        "cost_usd_estimate": known.get("cost_usd_estimate"),
         "charged": run.charged,
         "ignored": known.get("ignored", []),
         "storage_path": storage_path,
@@ -5007,9 +4881,14 @@ def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
-    attempts = itertools.chain((row.record for row in entries()), ledger())
-    others = [str((attempt.get("remote") or {}).get("id")) for attempt in attempts]
-    remote = {"since": record.get("sending", ""), "taken": others, **run.remote_ids}
+    others = []
+    if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
+        others = [row.record for row in entries()] + [*attempts()]
+    remote = {
+        "since": record.get("sending", ""),
+        "taken": [str((other.get("remote") or {}).get("id")) for other in others],
+        **run.remote_ids,
+    }
     try:
         with run.attempting(backend):
             return backend.resume(run, remote, request)
@@ -5029,19 +4908,10 @@ class Runner:
     """
 
     # After these the images still waiting would fail alike.
-    STOPPING_ERRORS: ClassVar[tuple[type[ImagenError], ...]] = (
-        BadConfig,
-        BadRequest,
-        Disk,
-        Quota,
-    )
+    STOPPING_ERRORS: ClassVar[tuple[type[ImagenError], ...]] = (BadConfig, BadRequest, Disk, Quota)
 
     def __init__(
-        self,
-        items: Iterable[Any],
-        config: Config,
-        timeout: float = 600.0,
-        parallel: int = 1,
+        self, items: Iterable[Any], config: Config, timeout: float = 600.0, parallel: int = 1
     ) -> None:
         self.waiting = list(items)
         self.config = config
@@ -5382,10 +5252,7 @@ def _connected(pg: Any, options: Mapping[str, str]) -> Any:
             if host.startswith("/"):
                 sock.connect(f"{host}/.s.PGSQL.{port}")
             return pg.Connection(
-                **login,
-                sock=sock,
-                ssl_context=context,
-                application_name=f"imagen {__version__}",
+                **login, sock=sock, ssl_context=context, application_name=f"imagen {__version__}"
             )
         except (pg.Error, OSError) as problem:
             sock.close()
@@ -6136,7 +6003,7 @@ class Worker:
             run.id = own_id
         # 2. Another host may have paid for it: as if we had sent it, and lost the answer.
         if receipt:
-            prepare_folder(os.path.dirname(plan.name))
+            prepare_folder(os.path.dirname(plan.record["name"]))
             run.begin(plan)
             run.resumed = True
             run.note_best_effort(
@@ -6328,11 +6195,7 @@ class HttpError(Exception):
     """A request that is turned away: a status, a sentence, and OpenAI's code for it."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str = "",
-        headers: Mapping[str, str] = EMPTY,
+        self, status: int, message: str, code: str = "", headers: Mapping[str, str] = EMPTY
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -6615,10 +6478,7 @@ class Server:
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
         # What the client shows, and what that should be: any pair that is equal will do.
-        proofs = [
-            (bearer, self.token),
-            (cookies.get("imagen", ""), self.sign("cookie")),
-        ]
+        proofs = [(bearer, self.token), (cookies.get("imagen", ""), self.sign("cookie"))]
         if request.path == "/":
             proofs.append((request.query.get("token", ""), self.token))
         # A link is for one image: whoever has it sees this one and no other.
@@ -6840,7 +6700,7 @@ class Server:
             limit = min(200, int(query["limit"]))
         records = images_made(
             before=query.get("before", ""),
-            words=query.get("query", "").lower().split(),
+            terms=query.get("query", "").lower().split(),
             backend=query.get("backend", ""),
         )
         images = [shown_fields(record) for record in itertools.islice(records, limit)]
@@ -6898,15 +6758,7 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
 )
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
-ORDER_FIELDS = (
-    "prompt",
-    "negative_prompt",
-    "style",
-    "seed",
-    "steps",
-    "backend_opts",
-    "n",
-)
+ORDER_FIELDS = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n")
 OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
 
 
@@ -7495,12 +7347,7 @@ def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def progress_line(
-    now: Progress,
-    elapsed: float,
-    usual: float | None,
-    count: str = "",
-) -> str:
+def progress_line(now: Progress, elapsed: float, usual: float | None, count: str = "") -> str:
     """One line: what happens, a bar where its length is known or learned, the time.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
@@ -7588,11 +7435,7 @@ EVERYWHERE = (
     ),
 )
 TIMEOUT = flag(
-    "--timeout",
-    type=float,
-    default=600.0,
-    metavar="S",
-    help="seconds for one image (600)",
+    "--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)"
 )
 ORDER_FLAGS = (
     flag("prompt", nargs="?", help="what to see; - reads it from stdin"),
@@ -7628,18 +7471,12 @@ ORDER_FLAGS = (
 @command(
     *ORDER_FLAGS,
     flag(
-        "-o",
-        "--output",
-        metavar="FILE|DIR/",
-        help="never overwrites: a taken name gets -2, -3, …",
+        "-o", "--output", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"
     ),
     flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
     flag("--no-preview", dest="preview", action="store_const", const="off"),
     flag(
-        "--cloud",
-        action="store_const",
-        const="on",
-        help="sync to Supabase, or say what is missing",
+        "--cloud", action="store_const", const="on", help="sync to Supabase, or say what is missing"
     ),
     flag(
         "--no-cloud",
@@ -7670,7 +7507,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     tell_unfinished(terminal)
     if not terminal.live:
         terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
-    runner = GenerateRunner(plans, config, terminal, args.timeout)
+    runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()
     if terminal.live:
@@ -7773,7 +7610,7 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
             "prompt": plan.styled.prompt,
             "negative_prompt": plan.styled.negative_prompt,
             "parameters": plan.parameters,
-            "file": plan.name,
+            "file": plan.record["name"],
             "price_usd": plan.price.usd,
             "price_source": plan.price.source or "unknown",
         }
@@ -7804,7 +7641,7 @@ class TerminalRunner(Runner):
         super().__init__(items, config, timeout, parallel)
         self.terminal = terminal
         self.count = len(items)
-        self.images: list[dict[str, Any]] = []  # for --json
+        self.images: dict[str, dict[str, Any]] = {}  # by id, for --json
         self.warnings: list[str] = []
         self.stopped_at = 0.0
 
@@ -7848,7 +7685,7 @@ class TerminalRunner(Runner):
 
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
-        document: dict[str, Any] = {"images": self.images, "warnings": self.warnings}
+        document: dict[str, Any] = {"images": [*self.images.values()], "warnings": self.warnings}
         if len(self.errors) > 1:
             document["errors"] = [self.terminal.fields(error) for error in self.errors]
         return self.terminal.result(document, error=self.worst())
@@ -7859,17 +7696,12 @@ class TerminalRunner(Runner):
         An unknown outcome comes first, then the interruption, then that some were made, then the
         first error.
         """
-        for kind in (Unknown, Interrupted):
-            for error in self.errors:
-                if isinstance(error, kind):
-                    return error
-        if not self.errors:
-            return None
-        first = self.errors[0]
-        if 0 < len(self.records) < self.count:
-            message = f"{len(self.records)} of {self.count} made; {first}"
-            return Partial(message, first.hint, charged=first.charged)
-        return first
+        ranks = {Unknown: 2, Interrupted: 1}
+        error = max(self.errors, key=lambda error: ranks.get(type(error), 0), default=None)
+        if error and type(error) not in ranks and 0 < len(self.records) < self.count:
+            message = f"{len(self.records)} of {self.count} made; {error}"
+            return Partial(message, error.hint, charged=error.charged)
+        return error
 
     def on_warning(self, text: str) -> None:
         """Say it, and put it into the JSON document."""
@@ -7883,7 +7715,7 @@ class TerminalRunner(Runner):
     def on_image(self, record: Record) -> None:
         """An image is safe: its path is the result, before anything is uploaded."""
         image = {**record["sidecar"], "path": record["path"], "cloud": None}
-        self.images.append(image)
+        self.images[record["sidecar"]["image_id"]] = image
         if not self.terminal.as_json:
             self.terminal.write(record["path"])
         if os.path.exists(f"{record['path']}.json"):
@@ -7895,12 +7727,10 @@ class TerminalRunner(Runner):
             return
         sidecar = record["sidecar"]
         if record.get("row"):
-            cloud = {"id": sidecar["image_id"], "storage_path": record["object"]}
-            for image in self.images:
-                if image["image_id"] == sidecar["image_id"]:
-                    image["storage_path"] = record["object"]
-                    image["cloud"] = cloud
-            text = f"cloud: imagen.images.id={cloud['id']} storage_path={cloud['storage_path']}"
+            image = self.images[sidecar["image_id"]]
+            image["storage_path"] = record["object"]
+            image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
+            text = f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
             self.terminal.note(text)
         seconds = (sidecar.get("latency_ms") or 0) / 1000
         text = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
@@ -7914,15 +7744,6 @@ class GenerateRunner(TerminalRunner):
 
     offered = False  # to try the mock
     requested: Collection[str] = ()  # fields of the request that somebody set
-
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        config: Config,
-        terminal: Terminal,
-        timeout: float,
-    ) -> None:
-        super().__init__(plans, config, terminal, timeout, plans[0].parallel)
 
     def attempt(self, item: Plan, run: Run) -> Record | None:
         """Make one, and say what its backend could not honour."""
@@ -8120,15 +7941,10 @@ def list_unfinished(terminal: Terminal) -> int:
     """What `imagen recover` says without an id."""
     rows = []
     for entry in unfinished():
-        record = entry.record
-        sidecar = record.get("sidecar") or {}
+        sidecar: Mapping[str, Any] = entry.record.get("sidecar") or {}
         row = {
-            "id": record["id"],
-            "at": record.get("at"),
+            **{key: entry.record.get(key) for key in ("id", "at", "charged", "path", "remote")},
             "backend": sidecar.get("backend"),
-            "charged": record.get("charged"),
-            "path": record.get("path"),
-            "remote": record.get("remote"),
             "state": entry.state,
             "prompt": sidecar.get("prompt", ""),
         }
@@ -8342,7 +8158,7 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("words", nargs="*", help="that the prompt must hold, all of them"),
+    flag("terms", nargs="*", metavar="WORD", help="that prompt or style must hold, all of them"),
     flag("-n", type=int, default=20, metavar="N", help="at most that many (20)"),
 )
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -8351,7 +8167,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f"-n {args.n}: at least 1")
     images = []
     lines = []
-    for record in itertools.islice(images_made(words=args.words), args.n):
+    for record in itertools.islice(images_made(terms=args.terms), args.n):
         sidecar = record["sidecar"]
         storage_path = record.get("object") or sidecar.get("storage_path")
         images.append({**sidecar, "path": record["path"], "storage_path": storage_path})
@@ -8374,37 +8190,33 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent"""
     if args.since and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.since):
         raise BadRequest(f'--since "{args.since}": not YYYY-MM-DD')
-    nothing = {"images": 0, "usd": 0.0, "unknown": 0}
-    total: dict[str, Any] = nothing.copy()
-    sums: dict[str, dict[str, Any]] = {}
-    delivering = [row.record for row in entries() if row.record.get("path")]
-    seen = {record["id"] for record in delivering}
-    finished = (record for record in ledger() if record["id"] not in seen)
-    for record in itertools.chain(delivering, finished):
-        day = str(record.get("at"))[:10]
+    total: dict[str, Any] = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
+    groups: dict[str, dict[str, Any]] = {}
+    for record in attempts():
         sidecar: Mapping[str, Any] = record.get("sidecar") or {}
-        charged = record.get("charged", "no")
-        if day < args.since or (not record.get("path") and charged == "no"):
+        made = bool(record.get("path"))
+        day = str(record.get("at"))[:10]
+        if day < args.since or (not made and record.get("charged", "no") == "no"):
             continue
-        usd = None
-        if record.get("path"):
-            usd = sidecar.get("cost_usd_estimate")
+        usd = sidecar.get("cost_usd_estimate")
+        if not made:
+            usd = None
         key = day
         if args.by == "backend":
             key = str(sidecar.get("backend"))
-        group = sums.setdefault(key, {args.by: key, **nothing})
+        group = groups.setdefault(key, {**dict.fromkeys(total, 0), args.by: key})
         for row in (total, group):
-            row["images"] += bool(record.get("path"))
+            row["images"] += made
             row["usd"] = round(row["usd"] + (usd or 0.0), 6)
             row["unknown"] += usd is None
-    rows = [sums[key] for key in sorted(sums)]
+    rows = [groups[key] for key in sorted(groups)]
     lines = []
     for row in (*rows, total):
         unknown = ""
         if row["unknown"]:
             unknown = f"and {row['unknown']} of unknown cost"
-        title = row.get(args.by, "total")
-        lines.append((title, row["images"], "images", money(row["usd"]), unknown))
+        lines.append((row[args.by], row["images"], "images", money(row["usd"]), unknown))
+    del total[args.by]
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
