@@ -4210,8 +4210,10 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
 
     Nothing is opened or sent. BadRequest or BadConfig for what can be known to fail before.
     """
+    # 1. What no backend could mean.
     check_order(order)
     refuse_keys(order, config)
+    # 2. What was left open: seed, backend, cloud.
     seed = order.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4)) >> 1
@@ -4219,7 +4221,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
     mode = order.cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
-    now = time.time()  # one moment for the file's name and the object's
+    # 3. A plan for each image. One moment for all names: of the files, and of the objects.
+    now = time.time()
     plans = []
     for number in range(order.n):
         request = request._replace(seed=seed + number)
@@ -4372,6 +4375,8 @@ class Run(Context):
         self.part = f"{self.hidden}.part"
         self.fallback = state_path("open", f"{self.id}.part")
 
+    # Every paid POST passes here, whoever asked for it. What may forbid it stands before the note:
+    # once that is on disk, the attempt counts as sent.
     def sending(self) -> None:
         """On disk before the first byte of a paid POST leaves: the one gate to money.
 
@@ -4435,8 +4440,10 @@ class Run(Context):
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.image_id)
         self._keep_paid_bytes()
+        # Hidden files go before the entry does: without it nobody would find them. A complete image
+        # stays until the entry is safely in the ledger.
         if not self.complete_image_path():
-            self.clean()  # before the entry goes, since nobody would find it then
+            self.clean()
         self.entry.record["charged"] = self.charged
         try:
             self.entry.finish()
@@ -4473,11 +4480,13 @@ class Run(Context):
             raise error from cause
 
     def _record_failure(self, error: ImagenError, backend: Backend | None) -> ImagenError:
+        # 1. Stop what goes on: the file here, the job there.
         if self._spool:
             self._spool.close()
         cancelled = False
         if backend and self.why == "user" and self.remote_ids:
             cancelled = self._cancel(backend)
+        # 2. The error as the person will read it.
         ended = self._nothing_left(error, cancelled)
         message = self._failure_message(error, cancelled)
         hint = error.hint
@@ -4485,6 +4494,7 @@ class Run(Context):
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         kind = self._failure_kind(error, ended)
         error = kind(message, hint, charged=self.charged, after=error.after)
+        # 3. The entry: kept for `recover`, kept for `deliver`, or closed.
         self.note_best_effort(
             charged=self.charged, error={"code": error.code, "message": str(error)}
         )
@@ -4570,6 +4580,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
 
     What can be checked is checked before the entry is opened.
     """
+    # All that needs no network fails here, while nothing is on record and nothing is paid.
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.record["name"]))
     run.begin(plan)
@@ -4624,6 +4635,7 @@ def save(run: Run, place: str) -> Record:
 
     The same steps after a kill at any of them.
     """
+    # 1. Complete, durable and hidden, in the folder where it belongs.
     if place == run.fallback:
         prepare_folder(os.path.dirname(run.hidden))
         with open(place, "rb") as source, Spool(run.part, run.part) as spool:
@@ -4632,6 +4644,7 @@ def save(run: Run, place: str) -> Record:
         with open(run.part, "rb") as file:
             os.fsync(file.fileno())
         os.rename(run.part, run.hidden)
+    # 2. On record, before it has a name: a kill from here on is mended without the backend.
     record = run.entry.record
     if claim := record.get("claim"):
         release_claim(claim, run.image_id)
@@ -4640,6 +4653,7 @@ def save(run: Run, place: str) -> Record:
         image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
     warn_of_size(run, record["sidecar"], sidecar)
+    # 3. Named, its sidecar first, and on record under that name.
     text = None
     if record.get("sidecar_wanted", True):
         text = to_json(sidecar, indent=2) + "\n"
@@ -4734,6 +4748,7 @@ def deliver(run: Run, config: Config) -> None:
     try:
         upload_missing(run, config, ("object", "row", "usage"))
     finally:
+        # An attempt of unknown outcome stays open: `recover` may still find its image.
         over = record.get("path") or record.get("over")
         if over and not missing_uploads(record):
             run.close()
@@ -4742,6 +4757,7 @@ def deliver(run: Run, config: Config) -> None:
 
 def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
     """Upload what is missing of `parts`, each on record once it is there; raises the first error."""
+    # Asked anew after each step, since a step may find out that more, or less, is to be done.
     uploads = {"object": upload_object, "row": upload_row, "usage": upload_usage}
     record = run.entry.record
     record["charged"] = run.charged
@@ -4838,6 +4854,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
     Bytes that are here come first, then the backend's memory. Unknown, with the entry closed, where
     nobody keeps it.
     """
+    # 1. What only waits to be delivered.
     run.adopt(entry)
     record = entry.record
     if record.get("over"):
@@ -4845,6 +4862,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
     if record.get("path"):
         run.clean()
         return record
+    # 2. Bytes that are here, under a hidden name or under one that was being taken.
     if place := run.complete_image_path():
         with run.attempting():
             if run.paid:
@@ -4852,6 +4870,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
             return save(run, place)
     if claimed := _claimed_image(run):
         return claimed
+    # 3. What never left; then the backend, if the image has a folder to go to.
     if run.charged == "no" and not run.remote_ids:
         run.close()
         return None
@@ -4900,6 +4919,8 @@ def _resume(run: Run, config: Config) -> Result:
         raise Unknown(message, hint, charged=run.charged) from None
 
 
+# A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
+# has it. Both lists change under `changed`, so whoever waits on that sees every step.
 class Runner:
     """Makes what waits, in daemon threads, and delivers it: the one way through, for every door.
 
@@ -4944,6 +4965,7 @@ class Runner:
 
     def stop(self, why: str) -> None:
         """Nothing more begins, and what runs is stopped. Also from a signal handler: no lock."""
+        # Who holds the lock may be the very thread that the signal has interrupted.
         self.stopped = self.stopped or why
         undelivered = [run for run, _ in self._undelivered]
         for run in [*self.active, *undelivered]:
@@ -4966,6 +4988,7 @@ class Runner:
         """What was to be done after an attempt is done, or will be by `sync`; None: no image."""
 
     def _pool_thread(self) -> None:
+        # Several threads share the list: who finds it empty, or the work stopped, is the last to go.
         while True:
             with self.changed:
                 if self.stopped or not self.waiting:
@@ -5012,6 +5035,7 @@ class Runner:
                     self._delivering = False
                     self.changed.notify_all()
                     return
+                # It stays in the list meanwhile, where `stop` finds it.
                 run, record = self._undelivered[0]
             try:
                 deliver(run, self.config)
