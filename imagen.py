@@ -506,12 +506,13 @@ def now_iso() -> str:
 # === Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# By file ending.
 MIME_TYPES = {
     "png": "image/png",
     "jpg": "image/jpeg",
     "webp": "image/webp",
     "gif": "image/gif",
-}  # by file ending
+}
 
 
 class Sniffed(NamedTuple):
@@ -524,17 +525,21 @@ class Sniffed(NamedTuple):
 
 
 def sniff(file: BinaryIO) -> Sniffed | None:
-    """Format, size and completeness of the image in `file`, whose body is skipped, not read; None: no image."""
+    """What image `file` holds, None where it is none; its body is skipped, not read."""
     file.seek(0)
-    magic = rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
-    found = re.match(magic, file.read(16))
-    if not found:
+    magic = (
+        rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpg>\xff\xd8\xff)"
+        rb"|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)"
+    )
+    match = re.match(magic, file.read(16))
+    if not match:
         return None
-    ending = found.lastgroup or ""
-    measure = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}[ending]
-    with suppress(struct.error):  # it breaks off
-        width, height = measure(file)
-        return Sniffed(ending, width, height, width > 0 < height)
+    ending = match.lastgroup or ""
+    measures = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}
+    # A struct.error says that the file breaks off.
+    with suppress(struct.error):
+        width, height = measures[ending](file)
+        return Sniffed(ending, width, height, complete=width > 0 < height)
     return Sniffed(ending)
 
 
@@ -542,7 +547,8 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these returns width and height of an image that is there to its end; else 0 and 0, or struct.error.
+# Each of these returns width and height of an image that is there to its end;
+# else 0 and 0, or struct.error.
 def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     file.seek(16)
     size = _unpack(file, ">II9x")
@@ -550,7 +556,8 @@ def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     while kind != b"IEND":
         length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
-        _unpack(file, ">I")  # the CRC: this chunk is there to its last byte
+        # The CRC: this chunk is there to its last byte.
+        _unpack(file, ">I")
     return size
 
 
@@ -558,15 +565,17 @@ def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
+        # Fill bytes may stand before a marker.
         while (marker := _unpack(file, "B")[0]) == 0xFF:
-            pass  # fill bytes may stand before a marker
+            pass
         place = file.tell()
         (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = _unpack(file, ">xHH")
         file.seek(place + length)
+    # From here on FF D9 means nothing but the end.
     last = b""
-    while block := file.read(1 << 16):  # from here on FF D9 means nothing but the end
+    while block := file.read(1 << 16):
         if b"\xff\xd9" in last + block:
             return width, height
         last = block[-1:]
@@ -585,15 +594,9 @@ def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
         height = 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
-    return (
-        (width, height)
-        if file.seek(
-            0,
-            os.SEEK_END,
-        )
-        >= size + 8
-        else (0, 0)
-    )
+    if file.seek(0, os.SEEK_END) < size + 8:
+        return 0, 0
+    return width, height
 
 
 def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
@@ -601,17 +604,21 @@ def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
     width, height, flags = _unpack(file, "<HHBxx")
     file.seek(_gif_colors(flags), os.SEEK_CUR)
     while (kind := _unpack(file, "c")[0]) in b",!":
-        file.seek(
-            1 + (_gif_colors(_unpack(file, "8xB")[0]) if kind == b"," else 0),
-            os.SEEK_CUR,
-        )
+        skipped = 1
+        if kind == b",":
+            skipped += _gif_colors(_unpack(file, "8xB")[0])
+        file.seek(skipped, os.SEEK_CUR)
         while size := _unpack(file, "B")[0]:
             file.seek(size, os.SEEK_CUR)
-    return (width, height) if kind == b";" else (0, 0)
+    if kind != b";":
+        return 0, 0
+    return width, height
 
 
 def _gif_colors(flags: int) -> int:
-    return 3 * 2 << (flags & 7) if flags & 0x80 else 0
+    if not flags & 0x80:
+        return 0
+    return 3 * 2 << (flags & 7)
 
 
 def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
@@ -620,17 +627,21 @@ def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
 
 
 def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
-    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool` a megabyte at a time; Unknown if broken."""
+    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
+
+    A megabyte at a time; Unknown where it is broken.
+    """
     pending = b""
     step = 1 << 20
     for start in range(0, len(text), step):
         piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
-        whole = (
-            (len(piece) - 1) // 4 * 4 if start + step < len(text) else len(piece)
-        )  # an escape cut in two waits
-        pending = piece[whole:]
+        end = len(piece)
+        if start + step < len(text):
+            # Four characters at a time; and the last waits, which may be half an escape.
+            end = (end - 1) // 4 * 4
+        pending = piece[end:]
         try:
-            spool.write(binascii.a2b_base64(piece[:whole]))
+            spool.write(binascii.a2b_base64(piece[:end]))
         except binascii.Error as problem:
             raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
     spool.seek(0)
@@ -640,29 +651,29 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
 def png_encode(
     width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
 ) -> bytes:
-    """An 8-bit palette PNG: `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks."""
-    lines = b"".join(
-        b"\0" + rows[start : start + width] for start in range(0, width * height, width)
-    )
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-    ]
-    chunks += [
+    """An 8-bit palette PNG.
+
+    `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
+    """
+    starts = range(0, width * height, width)
+    # Each line begins with its filter: none.
+    lines = b"".join(b"\0" + rows[start : start + width] for start in starts)
+    texts = [
         (b"iTXt", f"{key}\0\0\0\0\0{value}".encode("utf-8", "replace"))
         for key, value in text.items()
     ]
-    chunks += [(b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")]
-    return PNG_MAGIC + b"".join(
-        struct.pack(">I", len(body))
-        + kind
-        + body
-        + struct.pack(
-            ">I",
-            zlib.crc32(kind + body),
-        )
-        for kind, body in chunks
-    )
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+        *texts,
+        (b"IDAT", zlib.compress(lines, 1)),
+        (b"IEND", b""),
+    ]
+    png = PNG_MAGIC
+    for kind, body in chunks:
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    return png
 
 
 # === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
@@ -991,7 +1002,7 @@ class WorkerConfig(NamedTuple):
 
 
 class Style(NamedTuple):
-    """A way to dress a prompt: words behind it, words against it, and a size where the style means one."""
+    """What a style adds to a prompt and to its negative, and a size where it means one."""
 
     suffix: str = ""
     negative: str = ""
@@ -1021,7 +1032,8 @@ worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
-# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own are laid over them by name.
+# The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
+# are laid over them by name.
 _COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
 BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
@@ -1055,8 +1067,8 @@ def sample_text() -> str:
 def config_path(flag: str = "", new: bool = False) -> str:
     """The config file in force, "" for none; or the place for a `new` one."""
     named = flag or os.environ.get("IMAGEN_CONFIG", "")
-    path = named or os.path.join(os.environ.get("XDG_CONFIG_HOME") or "~/.config", "imagen.yaml")
-    path = os.path.abspath(os.path.expanduser(path))
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    path = os.path.abspath(os.path.expanduser(named or f"{folder}/imagen.yaml"))
     if new or os.path.isfile(path):
         return path
     if named:
@@ -1065,71 +1077,90 @@ def config_path(flag: str = "", new: bool = False) -> str:
 
 
 def load_config(flag: str = "") -> Config:
-    """The configuration in force. Raises BadConfig with every complaint at once, one a line."""
+    """The configuration in force; BadConfig with every complaint at once, one a line."""
     data = config_data(flag)
-    if complaints := config_complaints(flag, data):
-        raise BadConfig("\n".join(complaints))
+    errors, _ = complaints(data, flag)
+    if errors:
+        raise BadConfig("\n".join(errors))
     return from_mapping(Config, data)
 
 
 def config_data(flag: str = "") -> dict[str, Any]:
     """The file's values with the environment's over them, not yet checked."""
-    path = config_path(flag)
-    data = read_yaml(path) if path else {}
+    data = {}
+    if path := config_path(flag):
+        data = read_yaml(path)
     if isinstance(file := data.get("env_file"), str) and file:
         load_env_file(os.path.expanduser(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
             data[key] = os.environ[name]
-        elif isinstance(known := data.get(section), Mapping | None):
-            data[section] = {**(known or {}), key: os.environ[name]}
-    if isinstance(data.get("styles"), Mapping):
-        styles = data["styles"].items()
-        data["styles"] = {
-            name: {"suffix": style} if isinstance(style, str) else style for name, style in styles
-        }
+        elif isinstance(values := data.get(section), Mapping | None):
+            data[section] = {**(values or {}), key: os.environ[name]}
+    styles = data.get("styles")
+    if isinstance(styles, dict):
+        for name, style in styles.items():
+            if isinstance(style, str):
+                styles[name] = {"suffix": style}
     if isinstance(data.get("backends", {}), Mapping | None):
         data["backends"] = {**BUILTIN_BACKENDS, **(data.get("backends") or {})}
-    hide_pasted_keys(data)
     return data
 
 
-def hide_pasted_keys(data: Mapping[str, Any]) -> None:
-    """A key that somebody pasted into the file is an error, and will not be shown where the error is told."""
-    named = (
-        r"""(?:(?:key|token|secret|password)[^'"]*|_env)['"]: ['"](?![A-Z][A-Z0-9_]*['"])([^'"]+)"""
-    )
-    shaped = r"""((?:sk-|r8_|sb_secret_|eyJ)[\w.-]{8,})|:([^/:@'"]+)@"""
-    for found in re.finditer(f"{named}|{shaped}", str(data)):
-        Secret(found[found.lastindex or 0])
+def complaints(
+    data: Mapping[str, Any], flag: str = "", thorough: bool = False
+) -> tuple[list[str], list[str]]:
+    """What is wrong with `config_data`: errors, and warnings.
 
-
-def config_complaints(flag: str, data: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with `config_data`, each with the file or variable that it comes from."""
-    lines = []
+    `thorough`: also what not every run needs, which are the naming and each backend. A key
+    that a backend other than the default lacks is a warning.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    blocks = data["backends"]
     default = data.get("default_backend", "mock")
     owner = data.get("owner_user_id", "")
+    # 1. What the schema says, and two things that it cannot say.
     try:
         from_mapping(Config, data)
     except BadConfig as problem:
-        lines = str(problem).split("\n")
-    if (
-        isinstance(data["backends"], Mapping)
-        and isinstance(default, str)
-        and default not in data["backends"]
-    ):
-        lines.append(
-            f'default_backend: "{default}" is unknown, {nearest(default, data["backends"])}'
-        )
+        errors = str(problem).split("\n")
+    if isinstance(blocks, Mapping) and isinstance(default, str) and default not in blocks:
+        errors.append(f'default_backend: "{default}" is unknown, {nearest(default, blocks)}')
     if owner and not is_uuid(str(owner)):
-        lines.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+        errors.append(f'owner_user_id: "{owner}" is no UUID: yours stands in auth.users')
+    # 2. Each begins with the variable or the file that it comes from.
+    path = config_path(flag)
     origins = {field: name for name, field in overrides().items()}
-    return [f"{origins.get(line.split(':')[0], config_path(flag))}: {line}" for line in lines]
+    errors = [f"{origins.get(line.split(':')[0], path)}: {line}" for line in errors]
+    if not thorough:
+        return errors, warnings
+    # 3. What fails by itself where it is used, and would hold up those who do not use it.
+    output = data.get("output")
+    if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
+        try:
+            check_template(output["naming"])
+        except BadConfig as problem:
+            errors.append(str(problem))
+    if isinstance(blocks, Mapping):
+        for name, block in blocks.items():
+            if not isinstance(block, Mapping | None):
+                continue
+            try:
+                open_backend(name, blocks)
+            except KeyMissing as problem:
+                if name == default:
+                    errors.append(str(problem))
+                else:
+                    warnings.append(str(problem))
+            except BadConfig as problem:
+                errors.append(str(problem))
+    return errors, warnings
 
 
 def overrides() -> dict[str, str]:
-    """The environment variables that override the file just now, and which field each stands for."""
+    """The environment variables that override the file, and the field of each."""
     fields = {
         "IMAGEN_BACKEND": "default_backend",
         "IMAGEN_OUTPUT_DIR": "output.directory",
@@ -1138,6 +1169,18 @@ def overrides() -> dict[str, str]:
         "IMAGEN_OWNER_USER_ID": "owner_user_id",
     }
     return {name: field for name, field in fields.items() if os.environ.get(name)}
+
+
+def check_template(template: str) -> None:
+    """BadConfig where `template` cannot name a file inside its folder."""
+    # {ext} is known too late for a folder.
+    field = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"
+    parts = re.sub(field, "x", template).split("/")
+    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
+        raise BadConfig(
+            f"output.naming: {template!r} does not name a file inside the folder; known are "
+            "{date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
+        )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -1154,15 +1197,15 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = yaml.safe_load(raw)
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
-    except (
-        Exception
-    ) as problem:  # a date in February 30, 5,000 digits: what yaml cannot build is no YAMLError
-        mark = getattr(problem, "problem_mark", None)
-        place = mark.index if mark else getattr(problem, "position", 0)
+    # A date in February 30, 5,000 digits: what yaml cannot build is no YAMLError.
+    except Exception as problem:
+        place = getattr(problem, "position", 0)
+        if mark := getattr(problem, "problem_mark", None):
+            place = mark.index
         before = raw.decode("utf-8", "replace")[:place].split("\n")
-        what = getattr(problem, "problem", "") or getattr(problem, "reason", "") or repr(problem)
+        reason = getattr(problem, "problem", "") or getattr(problem, "reason", "")
         raise BadConfig(
-            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {what}"
+            f"{path}, line {len(before)}, column {len(before[-1]) + 1}: {reason or repr(problem)}"
         ) from None
     if not isinstance(data, dict | None):
         raise BadConfig(
@@ -1172,7 +1215,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def load_env_file(path: str) -> None:
-    """KEY=VALUE lines become environment variables where none is set; nobody but the owner may read the file."""
+    """KEY=VALUE lines become environment variables where none is set.
+
+    BadConfig where anybody but the owner may read the file.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -1180,14 +1226,13 @@ def load_env_file(path: str) -> None:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
+    form = r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?"
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(
-            r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?", line
-        )
-        if not found:
+        match = re.fullmatch(form, line)
+        if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        if found[1]:
-            os.environ.setdefault(found[1], found[3])
+        if match[1]:
+            os.environ.setdefault(match[1], match[3])
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1198,53 +1243,63 @@ STYLES: Mapping[str, Style] = {
         "illustration, cartoon, 3d render",
     ),
     "blog-header": Style(
-        "wide editorial header image, one clear subject, generous empty space, soft light, calm palette",
-        *("text, letters, watermark, clutter", 1536, 1024),
+        suffix="wide editorial header image, one clear subject, generous empty space, "
+        "soft light, calm palette",
+        negative="text, letters, watermark, clutter",
+        width=1536,
+        height=1024,
     ),
     "cinematic": Style(
-        "cinematic film still, anamorphic framing, dramatic rim light, grain", "flat light, text"
+        "cinematic film still, anamorphic framing, dramatic rim light, grain",
+        "flat light, text",
     ),
     "illustration": Style(
-        "editorial illustration, confident shapes, limited palette, paper texture", "photograph"
+        "editorial illustration, confident shapes, limited palette, paper texture",
+        "photograph",
     ),
     "watercolor": Style(
         "loose watercolor on cold-pressed paper, wet edges, visible pigment", "photograph"
     ),
     "ink": Style(
-        "black ink drawing, varied brush line, hatching, white paper", "color, photograph, gradient"
+        "black ink drawing, varied brush line, hatching, white paper",
+        "color, photograph, gradient",
     ),
     "pixel-art": Style(
         "pixel art, 16-bit palette, crisp square pixels, no anti-aliasing",
         "blur, photograph, smooth",
     ),
     "isometric": Style(
-        "isometric view, small diorama, clean geometry, soft shadows", "perspective, clutter"
+        "isometric view, small diorama, clean geometry, soft shadows",
+        "perspective, clutter",
     ),
     "line-art": Style(
-        "clean vector line art, even thin lines, no fill, white background", "shading, color, photo"
+        "clean vector line art, even thin lines, no fill, white background",
+        "shading, color, photo",
     ),
     "3d-render": Style(
-        "3d render, soft studio light, matte materials, gentle global illumination", "flat, sketch"
+        "3d render, soft studio light, matte materials, gentle global illumination",
+        "flat, sketch",
     ),
     "icon": Style(
-        "app icon, one centered symbol, bold simple shape, flat color",
-        "text, photograph",
-        1024,
-        1024,
+        suffix="app icon, one centered symbol, bold simple shape, flat color",
+        negative="text, photograph",
+        width=1024,
+        height=1024,
     ),
     "poster": Style(
-        "screen-printed poster, strong composition, three spot colors",
-        "photograph, clutter",
-        1024,
-        1536,
+        suffix="screen-printed poster, strong composition, three spot colors",
+        negative="photograph, clutter",
+        width=1024,
+        height=1536,
     ),
 }
 
 
 def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
-    """`request` with its style worked in once: prompt, negative prompt and, where none is asked for, size.
+    """`request` with its style worked in once.
 
-    `own` are the config's styles, which win.
+    That is prompt, negative prompt and, where the request has none, the size. `own` are the
+    config's styles, which win.
 
     >>> apply_style(Request("a fox", style="ink")).prompt
     'a fox, black ink drawing, varied brush line, hatching, white paper'
@@ -1255,33 +1310,36 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt = _with(request.prompt, style.suffix)
-    negative = _with(request.negative_prompt, style.negative)
+    prompt = _extended(request.prompt, style.suffix)
+    negative = _extended(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(prompt=prompt, negative_prompt=negative)
 
 
-def _with(text: str, words: str) -> str:
-    if not words or re.search(rf"(^|\W){re.escape(words)}$", text):
+def _extended(text: str, addition: str) -> str:
+    # What ends so already was dressed before: by a job's first attempt, or in a sidecar.
+    if not addition or re.search(rf"(^|\W){re.escape(addition)}$", text):
         return text
-    return f"{text.rstrip(' ,')}, {words}" if text else words
+    if not text:
+        return addition
+    return f"{text.rstrip(' ,')}, {addition}"
 
 
 # === HTTP: the only way out, and what may be sent twice ===
 #
 # A paid POST is repeated only where the remote cannot have accepted it:
 #
-#   what happened                                      charged   then
-#   not connected (refused, no route, TLS, backlog)    no        repeated a few times, then Unreachable
-#   429; 503 with Retry-After or a word of overload    no        repeated until the deadline, then Busy
-#   any other 4xx but 408 and 409                      no        raised as what it is
-#   anything else after the first byte                 unknown   raised as Unknown, never repeated
+#   what happened                                     charged  repeated
+#   not connected (refused, no route, TLS, backlog)   no       a few times, then Unreachable
+#   429; 503 with Retry-After or a word of overload   no       until the deadline, then Busy
+#   any other 4xx but 408 and 409                     no       never; raised as what it is
+#   anything else after the first byte                unknown  never; raised as Unknown
 
 CONNECT_TIMEOUT = 10.0  # seconds until TCP and TLS stand
-JSON_LIMIT = 64 << 20  # bytes of an ordinary answer
+JSON_LIMIT = 64 << 20  # bytes of an ordinary response
 IMAGE_LIMIT = 384 << 20  # bytes of an image, maybe in base64
-ERROR_LIMIT = 64 << 10  # bytes kept of an answer that is an error
+ERROR_LIMIT = 64 << 10  # bytes read of a response that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
@@ -1289,7 +1347,7 @@ OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE
 
 
 class HttpResponse(NamedTuple):
-    """What a server said. A redirect is an answer too."""
+    """What a server answered. A redirect is a response too."""
 
     status: int
     headers: Any  # email.message.Message: get() knows no case
@@ -1304,12 +1362,13 @@ class HttpResponse(NamedTuple):
 
     def mapping(self) -> dict[str, Any]:
         """The body as a JSON object; Failed where it is none."""
-        said = self.json()
-        if not isinstance(said, dict):
+        document = self.json()
+        if not isinstance(document, dict):
             raise Failed(
-                f"the server answered {self.status} with {self.excerpt()}, which is not the JSON it should be"
+                f"the server answered {self.status} with {self.excerpt()}, "
+                "which is not the JSON it should be"
             )
-        return said
+        return document
 
     def excerpt(self) -> str:
         """The body as one short line for a person."""
@@ -1317,58 +1376,58 @@ class HttpResponse(NamedTuple):
 
 
 class TransportError(Exception):
-    """No answer, or not all of it; `sent` says whether a byte of the request had left."""
+    """No response, or not all of it; `sent` says whether a byte of the request had left."""
 
     def __init__(self, reason: BaseException | str, sent: bool) -> None:
-        inner = getattr(reason, "reason", reason)  # urllib wraps the real error
-        super().__init__(
-            getattr(
-                inner,
-                "strerror",
-                None,
-            )
-            or str(inner)
-            or type(inner).__name__
-        )
+        # urllib wraps the real error.
+        cause = getattr(reason, "reason", reason)
+        text = getattr(cause, "strerror", None) or str(cause)
+        super().__init__(text or type(cause).__name__)
         self.sent = sent
 
 
-def explain_status(answer: HttpResponse, said: str = "") -> ImagenError:
+def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     """The error that an HTTP status means by itself; adapters look into the body first."""
-    said = f"{answer.status}: {said or answer.excerpt()}"
-    status = answer.status
-    if status in (401, 403, 404):
-        return BadConfig(
-            said,
-            "check base_url and model" if status == 404 else "check the key and what it may do",
-        )
+    status = response.status
+    message = f"{status}: {detail or response.excerpt()}"
+    if status == 404:
+        return BadConfig(message, "check base_url and model")
+    if status in (401, 403):
+        return BadConfig(message, "check the key and what it may do")
     if status == 402:
-        return Quota(said)
+        return Quota(message)
     if 300 <= status < 400:
-        return BadConfig(
-            f"{status}: redirects to {answer.headers.get('Location')}", "put that into base_url"
-        )
-    if not not_accepted(answer):
-        return Failed(said)
-    return Busy(said, after=retry_after(answer)) if status in (429, 503) else BadRequest(said)
+        location = response.headers.get("Location")
+        return BadConfig(f"{status}: redirects to {location}", "put that into base_url")
+    if not not_accepted(response):
+        return Failed(message)
+    if status in (429, 503):
+        return Busy(message, after=retry_after(response))
+    return BadRequest(message)
 
 
-def not_accepted(answer: HttpResponse) -> bool:
-    """Whether this answer proves that a paid POST was turned away."""
-    if answer.status == 503:
-        return bool(answer.headers.get("Retry-After") or OVERLOADED.search(answer.excerpt()))
-    return 400 <= answer.status < 500 and answer.status not in (408, 409)
+def not_accepted(response: HttpResponse) -> bool:
+    """Whether this response proves that a paid POST was turned away."""
+    if response.status == 503:
+        return bool(response.headers.get("Retry-After") or OVERLOADED.search(response.excerpt()))
+    return 400 <= response.status < 500 and response.status not in (408, 409)
 
 
-def retry_after(answer: HttpResponse) -> float:
-    """Seconds that the remote asks us to wait: retry-after-ms, Retry-After (seconds or date), `~30s` in its words."""
+def retry_after(response: HttpResponse) -> float:
+    """Seconds that the remote asks us to wait.
+
+    From retry-after-ms, Retry-After (seconds or a date), or `~30s` in its body.
+    """
     for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         with suppress(ValueError):
-            return max(0.0, float(answer.headers.get(name, "")) * unit)
-    if date := answer.headers.get("Retry-After"):
+            return max(0.0, float(response.headers.get(name, "")) * unit)
+    if date := response.headers.get("Retry-After"):
         return max(0.0, epoch(date) - time.time())
-    in_words = re.search(rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]', answer.body[:2000])
-    return float(in_words[1]) if in_words else 0.0
+    form = rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
+    match = re.search(form, response.body[:2000])
+    if not match:
+        return 0.0
+    return float(match[1])
 
 
 def epoch(text: str) -> float:
@@ -1376,17 +1435,18 @@ def epoch(text: str) -> float:
     from datetime import datetime
     from email.utils import parsedate_to_datetime
 
-    for read in (datetime.fromisoformat, parsedate_to_datetime):
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
         with suppress(TypeError, ValueError, OverflowError):
-            return read(text).timestamp()
+            return parse(text).timestamp()
     return 0.0
 
 
 class Http:
-    """One remote as one adapter sees it: a base URL, its keys, how its errors read, and the context's deadline.
+    """One remote as one adapter sees it: base URL, keys, how its errors read, the deadline.
 
-    Every method raises what `explain` makes of an error answer, Unreachable where there was none, and whatever
-    `ctx.check()` raises. `keys` are headers that go to the base URL's own origin and nowhere else.
+    Every method raises what `explain` makes of an error response, Unreachable where there
+    was none, and whatever `ctx.check()` raises. `keys` are headers that go to the base URL's
+    own origin and nowhere else.
     """
 
     def __init__(
@@ -1403,86 +1463,93 @@ class Http:
         self._explain = explain
         self.read_timeout = read_timeout
 
-    def explain(self, answer: HttpResponse) -> ImagenError:
-        """What an error answer means; a body too odd for the adapter leaves the status to speak."""
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error means; a body too odd for the adapter leaves the status to speak."""
         try:
-            return self._explain(answer)
+            return self._explain(response)
         except (AttributeError, KeyError, TypeError, ValueError):
-            return explain_status(answer)
+            return explain_status(response)
 
     def get(self, path: str) -> HttpResponse:
-        """The answer to a GET, repeated after 429, 5xx and broken connections; redirects are followed."""
-        return self._tried(lambda: self._followed(path))
+        """The response to a GET, repeated after 429, 5xx and broken connections.
+
+        Redirects are followed.
+        """
+        return self._repeated(lambda: self._followed(path))
 
     def get_json(self, path: str) -> dict[str, Any]:
         """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
     def download(self, url: str) -> BinaryIO:
-        """The image at `url` (absolute, or below the base) in a file of ctx.spool(), at its start."""
+        """The image at `url` (absolute, or below the base) in a ctx.spool(), at its start."""
         spool: BinaryIO
 
-        def once() -> HttpResponse:
+        def attempt() -> HttpResponse:
             nonlocal spool
             spool = self.ctx.spool()
-            answer = self._followed(url, spool)
+            response = self._followed(url, spool)
             sniffed = sniff(spool)
-            if sniffed and not sniffed.complete:  # often only its own end tells
+            # Where no length was announced, only the image's own end tells.
+            if sniffed and not sniffed.complete:
                 raise TransportError("the image breaks off", sent=True)
-            return answer
+            return response
 
-        self._tried(once)
+        self._repeated(attempt)
         spool.seek(0)
         return spool
 
     def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
-        """The 2xx answer to a free POST; Unknown where it was lost, for the adapter to look if the POST arrived."""
-        return self._tried(
-            lambda: self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-            ),
-            post=True,
-        )
+        """The 2xx response to a free POST.
+
+        Unknown where it was lost, for the adapter to look if the POST arrived.
+        """
+        data = json.dumps(body).encode()
+        return self._repeated(lambda: self._exchange(self.base + path, data), post=True)
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
-        """The 2xx answer to a request that may be made twice without harm; `data` is streamed, and its size told."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        named["Content-Length"] = str(data.seek(0, os.SEEK_END))
+        """The 2xx response to a request that may be made twice without harm.
 
-        def once() -> HttpResponse:
+        `data` is streamed, and its size announced.
+        """
+        dashed = {name.replace("_", "-"): value for name, value in headers.items()}
+        dashed["Content-Length"] = str(data.seek(0, os.SEEK_END))
+
+        def attempt() -> HttpResponse:
             data.seek(0)
-            return self._exchange(self.base + path, data, method=method, headers=named)
+            return self._exchange(self.base + path, data, method=method, headers=dashed)
 
-        return self._tried(once)
+        return self._repeated(attempt)
 
     def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
-        """The 2xx answer to a POST that costs money: sent once, and again only after an answer that proves `no`."""
+        """The 2xx response to a POST that costs money.
 
-        def once() -> HttpResponse:
-            answer = self._exchange(
-                self.base + path,
-                json.dumps(body).encode(),
-                paid=True,
-            )
-            if not_accepted(answer):
-                self.ctx.settle(self.explain(answer).charged)
-            return answer
+        Sent once, and again only after a response that proves `no`.
+        """
+        data = json.dumps(body).encode()
 
-        return self._tried(once, post=True)
+        def attempt() -> HttpResponse:
+            response = self._exchange(self.base + path, data, paid=True)
+            if not_accepted(response):
+                self.ctx.settle(self.explain(response).charged)
+            return response
 
-    def _tried(self, once: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
-        """The first 2xx answer of `once`, which is called again as long as the table above allows."""
+        return self._repeated(attempt, post=True)
+
+    def _repeated(self, attempt: Callable[[], HttpResponse], post: bool = False) -> HttpResponse:
+        """The first 2xx response of `attempt`, called as often as the table above allows."""
         tries = 0
         began = time.monotonic()
         while True:
             tries += 1
+            # 1. One attempt. What is not a 2xx becomes the error to be raised in the end.
             try:
-                answer = once()
-                if answer.status < 300:
-                    return answer
-                error = self.explain(answer)
-                again = (answer.status >= 500 or isinstance(error, Unreachable)) and not post
+                response = attempt()
+                if response.status < 300:
+                    return response
+                error = self.explain(response)
+                transient = response.status >= 500 or isinstance(error, Unreachable)
+                again = transient and not post
                 if post and self.ctx.charged == "unknown" and not isinstance(error, Refused):
                     raise Unknown(f"sent, and answered {error}")
             except TransportError as problem:
@@ -1492,25 +1559,30 @@ class Http:
                     f"{self.base}: {problem}", "is it running, and the address right?"
                 )
                 again = True
+            # 2. Is there another? After Busy until the deadline; after trouble a few, and a
+            # GET goes on for a while once a remote job, and maybe money, depends on it.
             patient = not post and self.ctx.remote_ids and time.monotonic() - began < PATIENCE
             if not isinstance(error, Busy) and not (again and (tries < TRIES or patient)):
                 raise error
-            wait = (error.after or min(30.0, 0.2 * 2.0**tries)) * (
-                1 + os.urandom(1)[0] / 1000
-            )  # not all in step
-            if wait > self.ctx.left():
+            # 3. Wait, each client a little longer or shorter, or all would come back at once.
+            pause = error.after or min(30.0, 0.2 * 2.0**tries)
+            pause *= 1 + os.urandom(1)[0] / 1000
+            if pause > self.ctx.left():
                 raise error
-            if wait > 2:
-                self.ctx.progress(f"{error.code}, again in {wait:.0f} s")
-            self.ctx.sleep(wait)
+            if pause > 2:
+                self.ctx.progress(f"{error.code}, again in {pause:.0f} s")
+            self.ctx.sleep(pause)
 
     def _followed(self, path: str, sink: BinaryIO | None = None) -> HttpResponse:
-        url = path if "://" in path else self.base + path
+        url = path
+        if "://" not in path:
+            url = self.base + path
         for _ in range(REDIRECTS + 1):
-            answer = self._exchange(url, sink=sink)
-            location = answer.headers.get("Location")
-            if answer.status // 100 != 3 or not location:
-                return answer
+            response = self._exchange(url, sink=sink)
+            location = response.headers.get("Location")
+            if response.status // 100 != 3 or not location:
+                return response
+            # http.client reads headers as Latin-1; those who send umlauts send UTF-8.
             url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
@@ -1523,20 +1595,25 @@ class Http:
         method: str | None = None,
         headers: Mapping[str, str] = EMPTY,
     ) -> HttpResponse:
-        """One request, a POST if it has a body; a 2xx answer goes into `sink`. TransportError where it is not all there."""
+        """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
+
+        TransportError where the response is not all there.
+        """
         import http.client
         import urllib.parse
         import urllib.request
 
+        # 1. The request. Keys go to the base URL's own origin, and along no redirect.
         url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        usual = {"User-Agent": f"imagen/{__version__}"}
+        if body is not None:
+            usual["Content-Type"] = "application/json"
         ours = origin(url) == origin(self.base)
-        self.ctx.check()
-        usual = {"User-Agent": f"imagen/{__version__}"} | (
-            {} if body is None else {"Content-Type": "application/json"}
-        )
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
-        for name, value in self._keys.items() if ours else ():
-            request.add_unredirected_header(name, value)
+        if ours:
+            for name, value in self._keys.items():
+                request.add_unredirected_header(name, value)
+        self.ctx.check()
         sent: list[bool] = []
 
         def first_byte() -> None:
@@ -1548,51 +1625,64 @@ class Http:
             try:
                 return call()
             except (OSError, http.client.HTTPException, EOFError) as problem:
+                # Our own shutdown of the socket looks like a server that hung up.
                 if sent or self.ctx.why not in ("", "deadline"):
-                    self.ctx.check()  # our own shutdown looks like a server that hung up
+                    self.ctx.check()
                 raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
-            stack.enter_context(_Deadlines.kept(self.ctx))
+            # 2. Its exchange for a status and headers.
+            stack.enter_context(_Deadlines.enforced(self.ctx))
             opener = _opener(self.ctx, stack, first_byte)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
+            # 3. The body, no more of it than its kind may have.
             fine = response.status < 300
+            received = bytearray()
+            keep: Callable[[bytes], Any] = received.extend
+            limit = ERROR_LIMIT
+            length = None  # not announced
+            if fine:
+                length = response.length
+                limit = JSON_LIMIT
+                if sink or paid:
+                    limit = IMAGE_LIMIT
+                if sink:
+                    keep = sink.write
             size = 0
-            kept = bytearray()
-            length = response.length if fine else None  # None: not announced
-            limit = ERROR_LIMIT if not fine else IMAGE_LIMIT if sink or paid else JSON_LIMIT
-            keep: Callable[[bytes], Any] = sink.write if fine and sink else kept.extend
-            with suppress(*() if fine else (TransportError,)):  # of an error what has come will do
+            try:
                 while max(size, length or 0) <= limit and (
                     block := guarded(lambda: response.read1(1 << 16))
                 ):
                     keep(block)
                     size += len(block)
+            except TransportError:
+                # Of an error, what has come will do.
+                if fine:
+                    raise
             self.ctx.check()
             if fine and max(size, length or 0) > limit:
                 raise Failed(f"the answer is larger than {limit >> 20} MB")
             if length not in (None, size):
                 raise TransportError(f"the answer breaks off after {size} of {length} bytes", True)
-            return HttpResponse(response.status, response.headers, kept)
+            return HttpResponse(response.status, response.headers, received)
 
 
 class _Deadlines:
-    """Stops contexts at their deadline: a server that gives a byte now and then keeps a reader from the clock.
+    """Stops contexts at their deadline.
 
-    One thread does it for all requests; a timer for each would cost more than the request.
+    A server that gives a byte now and then keeps a reader from the clock. One thread looks
+    for all requests; a timer for each would cost more than the request.
     """
 
     _contexts: ClassVar[dict[object, Context]] = {}
-    _changed, _until = (
-        threading.Condition(),
-        0.0,
-    )  # _until: when the thread looks next; 0.0: there is none yet
+    _changed = threading.Condition()
+    _until = 0.0  # when the thread looks next; 0.0: there is none yet
 
     @classmethod
     @contextmanager
-    def kept(cls, ctx: Context) -> Iterator[None]:
-        """While inside, the deadline of `ctx` is kept."""
+    def enforced(cls, ctx: Context) -> Iterator[None]:
+        """While inside, `ctx` is stopped at its deadline."""
         with cls._changed:
             cls._contexts[key := object()] = ctx
             if not cls._until:
@@ -1619,35 +1709,38 @@ class _Deadlines:
 
 
 def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
-    """urllib's opener, but a stop can shut its sockets, and `first_byte` is called before one leaves.
+    """urllib's opener, but a stop can shut its sockets.
 
-    Without urllib's error and redirect processors every status comes back as an answer, for us to decide.
+    `first_byte` is called before one leaves. Without urllib's error and redirect processors
+    every status comes back as a response, for us to decide.
     """
     import http.client
     import urllib.request
 
     class Final(http.client.HTTPResponse):
-        def _read_status(self) -> Any:  # http.client itself passes over 100 alone
-            while 101 < (said := super()._read_status())[1] < 200:  # type: ignore[misc]
+        # http.client itself passes over 100 alone.
+        def _read_status(self) -> Any:
+            while 101 < (line := super()._read_status())[1] < 200:  # type: ignore[misc]
                 http.client.parse_headers(self.fp)
-            return said
+            return line
 
     class Watched(http.client.HTTPConnection):
         response_class = Final
 
         def connect(self) -> None:
-            self._create_connection = connecting
-            super().connect()  # a tunnel through a proxy and TLS stand when this returns: nothing of ours has left
+            self._create_connection = connected
+            # A tunnel through a proxy and TLS stand when this returns: nothing of ours has left.
+            super().connect()
             self.sock.settimeout(self.timeout)
             first_byte()
 
-        def request(self, *args: Any, **named: Any) -> None:
+        def request(self, *args: Any, **options: Any) -> None:
             try:
-                super().request(*args, **named)
+                super().request(*args, **options)
             except (BrokenPipeError, ConnectionResetError):
+                # Who refuses a large body says why before hanging up: the response may be here.
                 if not self.sock:
                     raise
-                # who refuses a large body says why before hanging up: the answer may be there already
 
     class WatchedTLS(Watched, http.client.HTTPSConnection):
         pass
@@ -1661,23 +1754,21 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
         def https_open(self, request: Any) -> Any:
             return self.do_open(WatchedTLS, request, blocksize=1 << 17)
 
-    def connecting(address: tuple[str, int], *_: Any) -> socket.socket:
+    def connected(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
-        for family, kind, protocol, _name, place in socket.getaddrinfo(
-            *address, 0, socket.SOCK_STREAM
-        ):
+        candidates = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _name, place in candidates:
             sock = socket.socket(family, kind, protocol)
-            twin = stack.enter_context(
-                sock.dup()
-            )  # TLS takes the socket apart while it shakes hands; this one stays
+            # TLS takes the socket apart while it shakes hands; its twin can be shut all the while.
+            twin = stack.enter_context(sock.dup())
             stack.enter_context(ctx.watching(twin))
             sock.settimeout(max(0.01, min(CONNECT_TIMEOUT, ctx.left())))
             try:
                 sock.connect(place)
                 return sock
-            except OSError as failed:
+            except OSError as failure:
                 sock.close()
-                problem = failed
+                problem = failure
                 if ctx.why:
                     break
         raise problem
@@ -1689,17 +1780,17 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port, as a prefix would take api.example.com.evil.net for api.example.com; Failed for none."""
+    """Scheme, host and port; Failed where `url` is no http address.
+
+    A comparison of prefixes would take api.example.com.evil.net for api.example.com.
+    """
     from urllib.parse import urlsplit
 
     with suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return (
-                parts.scheme,
-                parts.hostname,
-                parts.port or (443 if parts.scheme == "https" else 80),
-            )
+        port = {"http": 80, "https": 443}.get(parts.scheme)
+        if port and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname, parts.port or port
     raise Failed(f"{url.split(':')[0][:20]}:… is no http address")
 
 
@@ -1714,12 +1805,18 @@ def joined(base: str, link: str) -> str:
 
 
 def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
-    """`base` without its last slash; `path` is added to a bare host. BadConfig where it is no http address."""
+    """`base` without its last slash; `path` is added to a bare host.
+
+    BadConfig where it is no http address.
+    """
     with suppress(Failed):
         origin(base)
         if base.isprintable() and not re.search(r"[ @?#]", base):
             base = base.rstrip("/")
-            return base if "/" in base.partition("://")[2] else base + path
+            if "/" not in base.partition("://")[2]:
+                base += path
+            return base
+    # A key may stand in what was pasted here, so it is not quoted.
     raise BadConfig(
         f"{name}: not an address such as https://host/path", "keys stand in environment variables"
     )
@@ -1730,15 +1827,16 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 @register("mock")
 class Mock(Backend):
-    """A placeholder drawn here: the same prompt, seed and size give the same bytes, and nothing is called."""
+    """A placeholder drawn here: the same prompt, seed and size give the same bytes."""
 
     paid = False
 
     class Options(NamedTuple):
-        """`delay_s` and `fail` (a code of section Errors) are for trying out one's own scripts."""
+        """`delay_s` and `fail` (a code of section Errors) are for trying out one's scripts."""
 
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
-        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]  # mypy wants them spelled out
+        # mypy wants the codes spelled out.
+        fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]
         width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
         parallel: Annotated[int, Between(1, 64)] = 4
@@ -1762,48 +1860,54 @@ class Mock(Backend):
         size = self.plan(options, request)
         seed = request.seed or 0
         image = mock_picture(request.prompt, seed, size["width"], size["height"])
-        ignored = tuple(name for name in ("negative_prompt", "steps") if getattr(request, name))
-        return Result(io.BytesIO(image), "image/png", "mock", seed, cost_usd=0.0, ignored=ignored)
+        return Result(
+            image=io.BytesIO(image),
+            mime_type="image/png",
+            model="mock",
+            seed=seed,
+            cost_usd=0.0,
+            ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
+        )
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed, and the prompt in letters below."""
+    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
     import hashlib
 
-    # A row is painted as a few runs of one palette index, so a megapixel takes some thousand steps, not a million.
-    # Indices 0 … 253 go from light to dark (sun, sky, three layers of hills); 254 paper, 255 ink.
+    # A row is painted as a few runs of one palette index, so a megapixel takes some
+    # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
+    # three layers of hills); 254 is paper, 255 ink.
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
-    for disc in range(10):  # the first is the sun, the others are three hills a layer
-        (
-            layer,
-            (
-                a,
-                b,
-                c,
-            ),
-        ) = (disc + 2) // 3, dice[disc * 3 : disc * 3 + 3]
-        shade, size = (52 + 52 * layer, 60) if layer else (0, 10)
-        x = width * a // 255
-        top = height * (10 + 13 * layer + b % 18) // 100
-        radius = height * (size + c % size) // 100
+    # The first disc is the sun, the others are three hills a layer.
+    for disc in range(10):
+        layer = (disc + 2) // 3
+        across, down, wide = dice[disc * 3 : disc * 3 + 3]
+        shade = 0
+        size = 10
+        if layer:
+            shade = 52 + 52 * layer
+            size = 60
+        x = width * across // 255
+        top = height * (10 + 13 * layer + down % 18) // 100
+        radius = height * (size + wide % size) // 100
         for y in range(top, min(height, top + 2 * radius)):
             half = int((radius**2 - (top + radius - y) ** 2) ** 0.5)
             left = max(0, x - half)
             right = min(width, x + half)
-            rows[y][left:right] = bytes((shade + 45 * (y - top) // height,)) * (right - left)
+            index = shade + 45 * (y - top) // height
+            rows[y][left:right] = bytes((index,)) * (right - left)
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
-    palette = (
-        bytes(255 - i * part // 254 for i in range(254) for part in tint) + b"\xff\xff\xff\0\0\0"
-    )
+    palette = bytes(255 - i * part // 254 for i in range(254) for part in tint)
+    palette += b"\xff\xff\xff\0\0\0"
     text = {"Title": prompt, "Comment": f"seed {seed}"}
     return png_encode(width, height, palette, b"".join(rows), text)
 
 
 def mock_write(rows: list[bytearray], prompt: str) -> None:
-    """Write the prompt on a strip of paper at the foot of the picture, as large as fits."""
+    """Write the prompt on a strip of paper at the picture's foot, as large as fits."""
     import textwrap
     import unicodedata
 
@@ -1814,50 +1918,54 @@ def mock_write(rows: list[bytearray], prompt: str) -> None:
     most = min(4, (height // 2 // scale - 4) // 11)
     if columns < 5 or most < 1:
         return
-    lines = textwrap.wrap(
-        printable(unicodedata.normalize("NFC", prompt)), columns, max_lines=most, placeholder="…"
-    )
-    strip = [
-        b"",
-        b"",
-        *(row for line in lines for row in glyph_rows(line)),
-        b"",
-        b"",
-    ]
+    text = printable(unicodedata.normalize("NFC", prompt))
+    strip = [b"", b""]
+    for line in textwrap.wrap(text, columns, max_lines=most, placeholder="…"):
+        strip += glyph_rows(line)
+    strip += [b"", b""]
     for place, row in enumerate(rows[height - len(strip) * scale :]):
-        row[:] = bytes(index for index in strip[place // scale] for _ in range(scale)).ljust(
-            width, b"\xfe"
-        )
+        pixels = bytes(index for index in strip[place // scale] for _ in range(scale))
+        row[:] = pixels.ljust(width, b"\xfe")
 
 
-# Five columns a glyph, its top in bit 0: the printable ASCII characters from the space on, then ß and …
+# Five columns a glyph, its top in bit 0.
 GLYPHS = zlib.decompress(
     binascii.a2b_base64(
-        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd1"
-        "7ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokbFnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3C"
-        "PD+069ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVSCBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/o"
-        "BlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItxEYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1Un"
-        "PF8y0H09sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
+        "eNodUU1PwzAMdUpgrsRhjB6KVI0wKhg7TRyqIk1tAtm0IA5MKhyQ+OYHjAuaUDfvwA/ZYT9zB5w9"
+        "y1Zix+85CcAWr+wNtojY0h71WqeH+PWRuUd17ysASccAmE4CvYSSHmKBCMspAHrA2xuAaqIMiokb"
+        "FnBNGj4mzo06xrksjlrUPB8Oh1eDW+f64jvc3ckcF/acu2hDljH98oepItaIPFgowkBMwr3CPD+0"
+        "69ZBqybfURhjOsSh8FtDYRiKgjV+iacgMGRAaVMK8lykGRTsB0QSm1Rs27iDSScnLxQeXYzOmOVS"
+        "CBKi5LPlsdLquNS5Lj8jjD4bOMXGO9/oBlgTAmZRYAyBDEQglx7AC1BVVc1obG2eW2sVhzHlnItx"
+        "EYogXq/XNaGUM7BzDXr5Nwdqdi0/Jz9TLWM5q33V9+abNE3jmH3jczhmFiVLq9VAa1UnPF8y0H09"
+        "sF1mSFarVW2/qjsLmPH3ALGbDAF5UlwI96RYD/Q/DBpfkA=="
     )
 )
+GLYPH_ORDER = "".join(map(chr, range(32, 127))) + "ß…"
 
 
 def glyph_rows(line: str) -> Iterator[bytes]:
-    """The eleven rows of a line of text, top first, in paper and ink; a mark over a letter is two dots or one."""
+    """The eleven rows of a line of text, top first, in paper and ink.
+
+    A mark over a letter is two dots or one.
+    """
     import unicodedata
 
     columns = [0, 0]
     for char in line:
         base, *marks = [*unicodedata.normalize("NFD", char)]
-        index = {"ß": 95, "…": 96}.get(
-            base,
-            ord(base if " " <= base <= "~" else "?") - 32,
-        )
-        glyph = [bits << 3 for bits in GLYPHS[index * 5 : index * 5 + 5]]
-        for column in (1, 3) if "\u0308" in marks else (2,) if marks else ():
-            glyph[column] |= (
-                8 if base.islower() else 2
-            )  # capitals fill their cell, so the mark stands above it
+        # Capitals fill their cell, so the mark stands above it.
+        dot = 2
+        if base.islower():
+            dot = 8
+        if base not in GLYPH_ORDER:
+            base = "?"
+        start = 5 * GLYPH_ORDER.index(base)
+        glyph = [bits << 3 for bits in GLYPHS[start : start + 5]]
+        if "\u0308" in marks:
+            glyph[1] |= dot
+            glyph[3] |= dot
+        elif marks:
+            glyph[2] |= dot
         columns += [*glyph, 0]
     return (bytes(0xFE | bits >> y & 1 for bits in columns) for y in range(11))
 
@@ -1875,15 +1983,17 @@ class ComfyUI(Backend):
     paid = False
 
     class Options(NamedTuple):
-        """`model` is a checkpoint or a diffusion model as the server lists it; `workflow` (API format) replaces it."""
+        """`model` is a checkpoint or a diffusion model, as the server lists it.
+
+        `workflow` (a file in API format) replaces it.
+        """
 
         base_url: str = "http://127.0.0.1:8188"
         model: str = ""
         default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
-        workflow: str = ""  # a file
-        nodes: Mapping[str, str] = (
-            EMPTY  # where values go in it: {prompt: "6.text", seed: "31.seed"}
-        )
+        workflow: str = ""
+        # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
+        nodes: Mapping[str, str] = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Annotated[str, REQUEST] = ""
@@ -1892,7 +2002,7 @@ class ComfyUI(Backend):
         guidance: Annotated[float, REQUEST, Between(0, 100)] = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
-        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
     def __init__(self, name: str, options: Options) -> None:
@@ -1902,72 +2012,91 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow = (
-            comfy_workflow(options.workflow, options.nodes) if options.workflow else None
-        )
+        self.workflow: tuple[Graph, dict[str, Any]] | None = None
+        if options.workflow:
+            self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
         """What is known before the server has been asked what `model` is."""
-        what = "workflow" if options.workflow else "model"
+        source = {"model": options.model}
+        if options.workflow:
+            source = {"workflow": options.workflow}
         steps = request.steps or options.default_steps
-        return {
-            what: getattr(options, what),
-            **super().plan(options, request),
-            "steps": steps,
-        }
+        return {**source, **super().plan(options, request), "steps": steps}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
         http = self._http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
+        # It also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
         client_id = new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
-        prefix = {"filename_prefix": f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")}
+        prefix = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         for spec in graph.values():
-            spec["inputs"] |= prefix if "filename_prefix" in spec["inputs"] else {}
+            if "filename_prefix" in spec["inputs"]:
+                spec["inputs"]["filename_prefix"] = prefix
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
+        body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
-            # A client_id also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
             try:
-                self._submit(
-                    http, {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-                )
+                self._submit(http, body)
             except (Unreachable, Busy):
-                ctx.remote_ids.clear()  # it never arrived, so nothing is there to be fetched
+                # It never arrived, so nothing is there to be fetched.
+                ctx.remote_ids.clear()
                 raise
             return self.resume(ctx, ctx.remote_ids, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """Wait for a prompt that was posted, and fetch its result, as long as the server has its history."""
+        """Wait for a prompt that was posted, and fetch its result.
+
+        That works as long as the server has its history.
+        """
         from urllib.parse import urlencode
 
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        ignored = tuple(remote.get("ignored") or ())
-        while (state := comfy_state(http, prompt_id))[0] in ("pending", "running"):
-            ctx.progress("queued") if state[0] == "pending" else None
+        while True:
+            place, entry = comfy_state(http, prompt_id)
+            if place not in ("pending", "running"):
+                break
+            if place == "pending":
+                ctx.progress("queued")
             ctx.sleep(0.25)
-        file = comfy_outcome(state[1], ctx)
+        file = comfy_outcome(entry, ctx)
+        query = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
         try:
-            query = urlencode(
-                {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
-            )
-            image = http.download(f"/view?{query}")
+            image = http.download(f"/view?{urlencode(query)}")
         except (BadConfig, BadRequest) as problem:
-            gone = f"the result {file['filename']} is gone from the server's folder ({problem})"
-            raise Ended(gone, "ask again, with another seed") from None
-        seed = None if "seed" in ignored else request.seed
-        steps = remote.get("steps") or None
-        about = {"prompt_id": prompt_id, "file": file}
-        return Result(image, "image/png", remote.get("model"), seed, steps, 0.0, ignored, about)
+            raise Ended(
+                f"the result {file['filename']} is gone from the server's folder ({problem})",
+                "ask again, with another seed",
+            ) from None
+        ignored = tuple(remote.get("ignored") or ())
+        seed = request.seed
+        if "seed" in ignored:
+            seed = None
+        return Result(
+            image=image,
+            mime_type="image/png",
+            model=remote.get("model"),
+            seed=seed,
+            steps=remote.get("steps") or None,
+            cost_usd=0.0,
+            ignored=ignored,
+            metadata={"prompt_id": prompt_id, "file": file},
+        )
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Take our prompt, and no other, out of the queue or off the GPU; returns once it is gone from both."""
+        """Take our prompt, and no other, out of the queue or off the GPU.
+
+        Returns once it is gone from both.
+        """
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
-        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless ours is what runs.
+        # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless
+        # ours is what runs.
         ways = {
             "running": ("/interrupt", {"prompt_id": prompt_id}),
             "pending": ("/queue", {"delete": [prompt_id]}),
@@ -1979,11 +2108,11 @@ class ComfyUI(Backend):
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
         http = self._http(ctx)
-        options = self.options
-        version = http.get_json("/system_stats")["system"].get(
-            "comfyui_version", "of unknown version"
-        )
-        model = options.workflow or " in ".join(comfy_find(http, options.model, *COMFY_MODELS))
+        system = http.get_json("/system_stats")["system"]
+        version = system.get("comfyui_version", "of unknown version")
+        model = self.options.workflow
+        if not model:
+            model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
     def _http(self, ctx: Context) -> Http:
@@ -1995,26 +2124,28 @@ class ComfyUI(Backend):
         if self.workflow:
             return comfy_filled(*self.workflow, request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
+        options = options._replace(model=model)
         if folder == "checkpoints":
-            return comfy_graph(options._replace(model=model), request)
-        clip = [comfy_find(http, name, "text_encoders")[0] for name in options.clip]
-        parts = {
-            "model": model,
-            "clip": clip,
-            "vae": comfy_find(http, options.vae, "vae")[0],
-        }
-        return comfy_graph(options._replace(**parts), request, split=True)
+            return comfy_graph(options, request)
+        options = options._replace(
+            clip=[comfy_find(http, name, "text_encoders")[0] for name in options.clip],
+            vae=comfy_find(http, options.vae, "vae")[0],
+        )
+        return comfy_graph(options, request, split=True)
 
     def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
-        # The same id posted twice runs twice, so after a lost answer the server is asked before posting again.
+        # The same id posted twice runs twice, so after a lost response the server is asked
+        # before posting again.
         for _ in range(TRIES):
             with suppress(Unknown):
-                answer = http.post("/prompt", body)
-                if not isinstance(said := answer.json(), dict):
+                response = http.post("/prompt", body)
+                document = response.json()
+                if not isinstance(document, dict):
                     raise Failed("/prompt answered something that is no JSON: is that a ComfyUI?")
-                if said.get("node_errors"):
-                    self.cancel(http.ctx, body)  # what is left of the graph would run
-                    raise comfy_error(answer)
+                if document.get("node_errors"):
+                    # What is left of the graph would run.
+                    self.cancel(http.ctx, body)
+                    raise comfy_error(response)
                 return
             try:
                 if comfy_state(http, body["prompt_id"])[0]:
@@ -2027,7 +2158,8 @@ class ComfyUI(Backend):
         )
 
 
-# What a model is (in one file, or without its other parts, or one of these) → the node that knows all of them.
+# What a model is (in one file, or without its other parts, or one of these) → the
+# node that knows all of them.
 COMFY_LOADERS = {
     "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
     "diffusion_models": ("UNETLoader", "unet_name"),
@@ -2037,32 +2169,46 @@ COMFY_LOADERS = {
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 
 
-def comfy_find(http: Http, wanted: str, *folders: str) -> tuple[str, str]:
-    """The name of a model on the server, and which of `folders` has it; BadConfig with near names."""
+def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
+    """The name of a model on the server, and which of `folders` has it.
+
+    BadConfig, with near names, where none has.
+    """
     installed: list[str] = []
     for folder in folders:
         node, field = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
         names = comfy_choices(known["input"]["required"].get(field))
-        if name := comfy_match(wanted, names, begins=folder not in COMFY_MODELS):
+        if name := comfy_match(model, names, begins=folder not in COMFY_MODELS):
             return name, folder
         installed += names
-    cure = nearest(wanted, installed).replace("known: ", "installed: ", 1)
-    raise BadConfig(f'model "{wanted}" is not on {http.base}: {cure}')
+    cure = nearest(model, installed).replace("known: ", "installed: ", 1)
+    raise BadConfig(f'model "{model}" is not on {http.base}: {cure}')
 
 
-def comfy_match(wanted: str, installed: Sequence[str], begins: bool = False) -> str:
-    """The installed name that `wanted` means: itself, or the only file called so, or the first that begins so."""
-    pattern = r"(.*[\\/])?" + re.escape(wanted) + r"[^\\/]*" * begins
+def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> str:
+    """The installed name that `model` means, or "".
+
+    Itself, or the only file called so, or, if `begins`, the first that begins so.
+    """
+    if model in installed:
+        return model
+    pattern = r"(.*[\\/])?" + re.escape(model)
+    if begins:
+        pattern += r"[^\\/]*"
     alike = [name for name in installed if re.fullmatch(pattern, name, re.IGNORECASE)]
-    return (
-        wanted if wanted in installed else alike[0] if len(alike) == 1 or (alike and begins) else ""
-    )
+    if len(alike) == 1 or (alike and begins):
+        return alike[0]
+    return ""
 
 
 def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
-    """Where our prompt is: pending, running, done (then with its history entry), or "" where nobody knows of it."""
-    for _ in range(2):  # between two looks it may move from the queue into history
+    """Where our prompt is: pending, running, done, or "" where nobody knows of it.
+
+    With its history entry, once it is done.
+    """
+    # Two looks: between them it may move from the queue into history.
+    for _ in range(2):
         if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
             return "done", entry
         for key, jobs in http.get_json("/queue").items():
@@ -2072,89 +2218,126 @@ def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
-ComfyGraph = tuple[
-    Graph, str | None, int, tuple[str, ...]
-]  # to be posted; model, steps, ignored of the Result
+
+
+class ComfyGraph(NamedTuple):
+    """A graph to be posted, and what its Result will say."""
+
+    graph: Graph
+    model: str | None
+    steps: int
+    ignored: tuple[str, ...]
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, or SD and SDXL), or for a FLUX that is `split` into its parts."""
-    name = options.model.lower()
+    """Our graph for a checkpoint (FLUX, SD, SDXL), or for a FLUX `split` into its parts."""
     graph = Graph()
-    flux = split or "flux" in name
-    cfg, sampler, scheduler, steps = (
-        (1.0, "euler", "simple", 20) if flux else (7.0, "dpmpp_2m", "karras", 25)
-    )
-    cfg = options.cfg or cfg
-    steps = request.steps or (4 if "schnell" in name else steps)
-    edge = (
-        512
-        if not flux and "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name)
-        else 1024
-    )
 
     def node(kind: str, **inputs: Any) -> list[Any]:
         graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
-        return [str(len(graph)), 0]  # the link to its first output
+        # The link to its first output.
+        return [str(len(graph)), 0]
 
+    # 1. What this kind of model wants, where neither request nor options say.
+    name = options.model.lower()
+    flux = split or "flux" in name
+    schnell = "schnell" in name
+    cfg = 7.0
+    sampler = "dpmpp_2m"
+    scheduler = "karras"
+    steps = 25
+    edge = 1024
+    latent_kind = "EmptyLatentImage"
+    if flux:
+        cfg = 1.0
+        sampler = "euler"
+        scheduler = "simple"
+        steps = 20
+        latent_kind = "EmptySD3LatentImage"
+    elif "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
+        edge = 512
+    if schnell:
+        steps = 4
+    cfg = options.cfg or cfg
+    steps = request.steps or steps
+    # 2. The parts of the model.
     if split:
         model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
-        clip = node(
-            "DualCLIPLoader", clip_name1=options.clip[0], clip_name2=options.clip[1], type="flux"
-        )
+        first, second = options.clip
+        clip = node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="flux")
         vae = node("VAELoader", vae_name=options.vae)
     else:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
         clip = [model[0], 1]
         vae = [model[0], 2]
+    # 3. What guides it, and where it starts.
     positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
-    if flux and not (split and "schnell" in name):
+    if flux and not (split and schnell):
         positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
-    size = {"width": request.width or edge, "height": request.height or edge, "batch_size": 1}
-    latent = node("EmptySD3LatentImage" if flux else "EmptyLatentImage", **size)
-    sampler = options.sampler or sampler
-    scheduler = options.scheduler or scheduler
-    how = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    latent = node(
+        latent_kind,
+        width=request.width or edge,
+        height=request.height or edge,
+        batch_size=1,
+    )
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
         guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
+    # 4. The sampling, and the image.
+    sampler = options.sampler or sampler
+    schedule = {
+        "model": model,
+        "scheduler": options.scheduler or scheduler,
+        "steps": steps,
+        "denoise": 1.0,
+    }
     if split:
-        basic = {"model": model, "conditioning": positive}
-        guider = (
-            node("CFGGuider", model=model, **guide) if cfg > 1 else node("BasicGuider", **basic)
+        if cfg > 1:
+            guider = node("CFGGuider", model=model, **guide)
+        else:
+            guider = node("BasicGuider", model=model, conditioning=positive)
+        samples = node(
+            "SamplerCustomAdvanced",
+            noise=node("RandomNoise", noise_seed=request.seed),
+            guider=guider,
+            latent_image=latent,
+            sampler=node("KSamplerSelect", sampler_name=sampler),
+            sigmas=node("BasicScheduler", **schedule),
         )
-        parts = {
-            "noise": node("RandomNoise", noise_seed=request.seed),
-            "guider": guider,
-            "latent_image": latent,
-        }
-        parts |= {
-            "sampler": node("KSamplerSelect", sampler_name=sampler),
-            "sigmas": node("BasicScheduler", **how),
-        }
-        samples = node("SamplerCustomAdvanced", **parts)
     else:
         samples = node(
-            "KSampler", seed=request.seed, sampler_name=sampler, latent_image=latent, **guide, **how
+            "KSampler",
+            seed=request.seed,
+            sampler_name=sampler,
+            latent_image=latent,
+            **guide,
+            **schedule,
         )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
+    ignored: tuple[str, ...] = ()
     # At cfg 1 a negative prompt has no effect at all.
-    return (
-        graph,
-        options.model,
-        steps,
-        ("negative_prompt",) if request.negative_prompt and cfg <= 1 else (),
-    )
+    if request.negative_prompt and cfg <= 1:
+        ignored = ("negative_prompt",)
+    return ComfyGraph(graph=graph, model=options.model, steps=steps, ignored=ignored)
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
-COMFY_FIELDS = {name: name for name in ("prompt", "seed", "width", "height", "steps")} | {
-    "negative": "negative_prompt"
+COMFY_FIELDS = {
+    "prompt": "prompt",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "negative": "negative_prompt",
 }
 
 
 def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
-    """The graph in a file, with placeholders at `nodes` too, and what to fill in where nothing is asked; BadConfig."""
+    """The graph in a file, with placeholders at `nodes` too, and its own values for them.
+
+    BadConfig where it is no such graph, or has no place for the prompt.
+    """
+    # 1. Read it; a place is "6.text".
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             graph: Graph = json.load(file)
@@ -2169,142 +2352,173 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
-    usual = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
-    for name, place in (*nodes.items(), ("prompt", "")):
+    # 2. Put the placeholders where `nodes` says.
+    usual: Graph = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
-        if place in places:
-            key = place.partition(".")[2]
-            usual[name], places[place][key] = places[place][key], f"{{{name}}}"
-        elif place or not any(
-            "{prompt}" in str(inputs.get(key)) for inputs in places.values() for key in inputs
-        ):
-            pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-            likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
-            missed = (
-                f'it has no "{place}"'
-                if place
-                else "no place for the prompt: put {prompt} there, or name one"
-            )
-            raise BadConfig(f"workflow {path}: nodes.{name}: {missed}", f"candidates: {likely}")
+        if not place:
+            continue
+        if place not in places:
+            raise comfy_misplaced(path, name, places, f'it has no "{place}"')
+        inputs = places[place]
+        key = place.partition(".")[2]
+        usual[name] = inputs[key]
+        inputs[key] = f"{{{name}}}"
+    # 3. Without a place for the prompt every image would be the same.
+    if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
+        raise comfy_misplaced(
+            path,
+            "prompt",
+            places,
+            "no place for the prompt: put {prompt} there, or name one",
+        )
     return graph, usual
 
 
+def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -> BadConfig:
+    """The error of a workflow without a place for `name`, with those that may be meant."""
+    pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
+    likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
+    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
+
+
 def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
-    """The workflow with what was asked, or is `usual`, at its placeholders."""
+    """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
-    asked = {name: getattr(request, field) for name, field in COMFY_FIELDS.items()}
-    asked = {name: value for name, value in asked.items() if value or name == "seed"}
-    marks = {f"{{{name}}}": value for name, value in {**usual, **asked}.items()}
+    values = {}
+    for name, field in COMFY_FIELDS.items():
+        value = getattr(request, field)
+        if value or name == "seed":
+            values[name] = value
+    marks = {f"{{{name}}}": value for name, value in {**usual, **values}.items()}
     for spec in graph.values():
         for key, old in spec["inputs"].items():
-            if isinstance(old, str):  # a number alone in its field stays a number
-                filled = re.sub(
-                    r"\{\w+\}",
-                    lambda hit: str(marks.get(hit[0], hit[0])),
-                    old,
-                )
-                spec["inputs"][key] = marks.get(old, filled)
-    ignored = tuple(COMFY_FIELDS[name] for name in asked if f"{{{name}}}" not in text)
-    steps = marks["{steps}"] if "{steps}" in text else 0
-    return graph, None, steps if isinstance(steps, int) else 0, ignored
+            if not isinstance(old, str):
+                continue
+            filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
+            # A number alone in its field stays a number.
+            spec["inputs"][key] = marks.get(old, filled)
+    steps = 0
+    if "{steps}" in text and isinstance(marks["{steps}"], int):
+        steps = marks["{steps}"]
+    return ComfyGraph(
+        graph=graph,
+        model=None,
+        steps=steps,
+        ignored=tuple(COMFY_FIELDS[name] for name in values if f"{{{name}}}" not in text),
+    )
 
 
 def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-    """The image file that a history entry names: {filename, subfolder, type}. Ended where it names none."""
+    """The image file that a history entry names: {filename, subfolder, type}.
+
+    Ended where it names none.
+    """
     if not entry:
         raise Ended(
             "the job is gone from queue and history: cancelled there, or the server restarted"
         )
     status = entry.get("status") or {}
-    event, said = [
-        ("", {}),
-        *(status.get("messages") or ()),
-    ][-1]
+    messages = status.get("messages") or [("", {})]
+    event, details = messages[-1]
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
-        reason = " ".join(str(said.get("exception_message", "no reason given")).split())
-        memory = "OutOfMemory" in str(said.get("exception_type"))
-        hint = (
-            "out of GPU memory: ask for a smaller size"
-            if memory
-            else "the server's log has the traceback"
-        )
-        raise Ended(f"{said.get('node_type', 'a node')} failed: {reason}", hint)
-    lists = [value for output in (entry.get("outputs") or {}).values() for value in output.values()]
-    items = (item for value in lists if isinstance(value, list) for item in value)
-    files = [item for item in items if isinstance(item, dict) and item.get("filename")]
+        reason = " ".join(str(details.get("exception_message", "no reason given")).split())
+        hint = "the server's log has the traceback"
+        if "OutOfMemory" in str(details.get("exception_type")):
+            hint = "out of GPU memory: ask for a smaller size"
+        raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
+    files = [*comfy_files(entry)]
     if not files:
         raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
     if len(files) > 1:
         ctx.warn(
-            f"the workflow made {len(files)} images; the first is kept, the others stay on the server"
+            f"the workflow made {len(files)} images; "
+            "the first is kept, the others stay on the server"
         )
+    # The first that was saved for good, rather than a preview.
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_error(answer: HttpResponse) -> ImagenError:
-    """What an answer complains of; its node_errors, which a 200 may have too, say more than the rest."""
-    said = answer.json()
+def comfy_files(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The files in a history entry, under whatever key its nodes have listed them."""
+    for output in (entry.get("outputs") or {}).values():
+        for items in output.values():
+            if not isinstance(items, list):
+                continue
+            for item in items:
+                if isinstance(item, dict) and item.get("filename"):
+                    yield item
+
+
+def comfy_error(response: HttpResponse) -> ImagenError:
+    """What a response complains of.
+
+    Its node_errors, which a 200 may have too, say more than the rest.
+    """
+    document = response.json()
+    if not isinstance(document, dict):
+        return explain_status(response)
     lines = []
     kinds = set()
-    said = said if isinstance(said, dict) else {}
-    for node, spec in (said.get("node_errors") or {}).items():
+    for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
-            kind = str(error.get("type"))
-            text = error.get("message")
-            extra = error.get("extra_info") or {}
-            if kind == "value_not_in_list":
-                value = str(extra.get("received_value"))
-                known = comfy_choices(extra.get("input_config"))
-                text = f'"{value}" is not installed' + (
-                    f", {nearest(value, known)}" if known else ""
-                )
-            elif (
-                "exception" not in kind
-            ):  # there the details are a traceback with the server's paths
-                text = f"{text} ({error.get('details')})"
-            lines.append(
-                f"node {node} ({spec.get('class_type')}) {extra.get('input_name', '')}: {text}"
-            )
-            kinds.add(kind)
+            kinds.add(str(error.get("type")))
+            field = (error.get("extra_info") or {}).get("input_name", "")
+            text = comfy_node_error(error)
+            lines.append(f"node {node} ({spec.get('class_type')}) {field}: {text}")
+    if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
+        return BadRequest("; ".join(lines))
     if lines:
-        numbers = kinds <= {"value_smaller_than_min", "value_bigger_than_max"}
-        return (BadRequest if numbers else BadConfig)("; ".join(lines))
-    if not isinstance(error := said.get("error"), dict):
-        return explain_status(answer)
+        return BadConfig("; ".join(lines))
+    error = document.get("error")
+    if not isinstance(error, dict):
+        return explain_status(response)
     text = f"{error.get('message', '')} {error.get('details', '')}"
-    hint = "install the custom node, or change the workflow" if "node" in text.lower() else ""
-    return BadConfig(f"{answer.status}: {text}", hint)
+    hint = ""
+    if "node" in text.lower():
+        hint = "install the custom node, or change the workflow"
+    return BadConfig(f"{response.status}: {text}", hint)
+
+
+def comfy_node_error(error: Mapping[str, Any]) -> str:
+    """What one of a node's errors says, for a person."""
+    kind = str(error.get("type"))
+    if kind == "value_not_in_list":
+        extra = error.get("extra_info") or {}
+        value = str(extra.get("received_value"))
+        text = f'"{value}" is not installed'
+        if known := comfy_choices(extra.get("input_config")):
+            text += f", {nearest(value, known)}"
+        return text
+    # Details of an exception are a traceback with the server's paths.
+    if "exception" in kind:
+        return str(error.get("message"))
+    return f"{error.get('message')} ({error.get('details')})"
 
 
 def comfy_choices(spec: Any) -> list[str]:
-    """The values an enum input takes, in its old or new shape; [] where the server left them out."""
-    return (
-        list(
-            spec[0]
-            if isinstance(
-                spec[0],
-                list,
-            )
-            else spec[1].get("options", ())
-        )
-        if spec
-        else []
-    )
+    """The values an enum input takes, in its old or new shape; [] where there are none."""
+    if not spec:
+        return []
+    if isinstance(spec[0], list):
+        return spec[0]
+    return list(spec[1].get("options", ()))
 
 
 @contextmanager
 def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
-    """While inside, ctx.progress gets the sampler's steps from the server's websocket; losing it does no harm."""
-    ear = Context()
+    """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
+    listening = Context()
     greeted = threading.Event()
 
     def listen() -> None:
-        with suppress(Exception):  # progress is a courtesy: /history is what counts
-            for text in websocket_texts(ear, url):
+        # Progress is a courtesy, and losing it does no harm: /history is what counts.
+        with suppress(Exception):
+            for text in websocket_texts(listening, url):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
@@ -2312,41 +2526,47 @@ def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
         greeted.set()
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    greeted.wait(2)  # what happens before the server has said hello is not told
+    listener = in_thread(listen)
+    # The server sends nothing of what happens before it has said hello.
+    greeted.wait(2)
     try:
         yield
     finally:
-        ear.stop("over")
+        listening.stop("over")
         listener.join(0.5)
 
 
-def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
-    """The JSON messages of a websocket, read only (RFC 6455), until the server closes it or `ear` is stopped."""
+def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
+    """The JSON messages of a websocket, read only (RFC 6455).
+
+    Until the server closes it or `ctx` is stopped.
+    """
     import http.client
     from contextlib import closing
 
     scheme, host, port = origin(url)
-    connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
+    connect: Any = http.client.HTTPConnection
+    if scheme == "https":
+        connect = http.client.HTTPSConnection
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": key,
+        "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
-    with closing(connection(host, port, timeout=2)) as server:
+    with closing(connect(host, port, timeout=2)) as server:
         server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
-        with ear.watching(server.sock), server.getresponse() as answer:
+        with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
-            read = answer.fp.read
-            while answer.status == 101 and len(head := read(2)) == 2:
+            read = response.fp.read
+            while response.status == 101 and len(head := read(2)) == 2:
+                # Above 125 the size follows, in 2 bytes or in 8.
                 size = head[1] & 127
-                body = read(int.from_bytes(read(2 if size == 126 else 8)) if size > 125 else size)
-                if (
-                    head[0] == 0x81
-                ):  # text in one frame, as all of ComfyUI's are; previews are binary
+                if size > 125:
+                    size = int.from_bytes(read({126: 2, 127: 8}[size]))
+                body = read(size)
+                # Text in one frame, as all of ComfyUI's are; previews are binary.
+                if head[0] == 0x81:
                     yield body
 
 
@@ -2354,7 +2574,10 @@ def websocket_texts(ear: Context, url: str) -> Iterator[bytes]:
 
 
 class ReplicateModel(NamedTuple):
-    """What is known of a model's inputs; others get width, height, steps and negative prompt as asked."""
+    """What is known of a model's inputs.
+
+    Others get width, height, steps and negative prompt as the request has them.
+    """
 
     usd: float | None  # one image, in the table of PRICED
     steps: bool = False  # whether it takes num_inference_steps
@@ -2370,7 +2593,8 @@ REPLICATE_MODELS = {
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
     "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
 }
-# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking for either finds it.
+# Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
+# for either finds it.
 REPLICATE_ASPECTS = {
     (1, 1): 1.0,
     (5, 4): 1.22,
@@ -2383,13 +2607,16 @@ REPLICATE_ASPECTS = {
 
 @register("replicate")
 class Replicate(Backend):
-    """Create without waiting, so that the id is on record at once; poll; download before the hour is over.
+    """Create without waiting, so that the id is on record at once; poll; download.
 
-    https://replicate.com/docs/reference/http
+    Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
     class Options(NamedTuple):
-        """`model` is owner/name, or owner/name:version for community models; `extra` are further inputs of it."""
+        """`model` is owner/name, or owner/name:version for community models.
+
+        `extra` are further inputs of it.
+        """
 
         model: str
         api_token_env: Annotated[str, KEY] = "REPLICATE_API_TOKEN"
@@ -2398,7 +2625,7 @@ class Replicate(Backend):
         output_format: Annotated[str, REQUEST] = ""
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
-        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one answer
+        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
@@ -2420,29 +2647,35 @@ class Replicate(Backend):
         if options.cost_usd is not None:
             return Price(options.cost_usd, "config")
         known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-        return Price(known.usd, PRICED) if known and known.usd is not None else Price()
+        if not known or known.usd is None:
+            return Price()
+        return Price(known.usd, PRICED)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
         http = self._http(ctx)
-        version = {"version": self.version} if self.version else {}
-        path = "/predictions" if version else f"/models/{self.model}/predictions"
-        answer = http.pay(
-            path,
-            {**version, "input": self.plan(self.options, request)},
-        )
-        prediction = answer.json()
+        path = f"/models/{self.model}/predictions"
+        body: dict[str, Any] = {"input": self.plan(self.options, request)}
+        if self.version:
+            path = "/predictions"
+            body["version"] = self.version
+        response = http.pay(path, body)
+        prediction = response.json()
         if not isinstance(prediction, dict) or not prediction.get("id"):
-            raise Unknown(f"sent, and answered {answer.status} with {answer.excerpt()}")
+            raise Unknown(f"sent, and answered {response.status} with {response.excerpt()}")
         ctx.remote(id=prediction["id"])
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
-        """The result of an earlier attempt: by its id, or, where the answer to the create was lost, from the list."""
+        """The result of an earlier attempt, by its id.
+
+        Where the response to the create was lost, the id is looked for in the list.
+        """
         http = self._http(ctx)
         prediction_id = remote.get("id") or self._listed(http, request, remote)
+        # Its POST may still have been on its way.
         if not prediction_id and time.time() - epoch(str(remote.get("since"))) < 30:
-            ctx.sleep(2)  # its POST may still have been on its way
+            ctx.sleep(2)
             prediction_id = self._listed(http, request, remote)
         if not prediction_id:
             ctx.settle("no")
@@ -2454,98 +2687,106 @@ class Replicate(Backend):
             if str(problem).startswith("404"):
                 raise Ended(f"prediction {prediction_id} is not known there any more") from None
             raise
-        return self._settled(http, prediction, request)
+        return self._result(http, prediction, request)
 
     def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
-        """Cancel the prediction and see it end; Unknown where there is no id yet, or it had succeeded before."""
+        """Cancel the prediction and see it end.
+
+        Unknown where there is no id yet, or it had succeeded before.
+        """
         if "id" not in remote:
             raise Unknown("the prediction has no id yet")
         http = self._http(ctx)
-        state = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
-        if self._ended(http, state).get("status") == "succeeded":
+        prediction = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
+        if self._ended(http, prediction).get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        said = self._http(ctx).get_json(f"/models/{self.model}") or {}
-        return f"{self.model}, {said.get('visibility', 'found')}"
+        page = self._http(ctx).get_json(f"/models/{self.model}")
+        return f"{self.model}, {page.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
         keys = {"Authorization": f"Bearer {self.token.reveal()}"}
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout)
 
-    def _ended(self, http: Http, state: Any) -> Any:
+    def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
         pause = 0.5
-        while state.get("status") in ("starting", "processing"):
-            http.ctx.progress(state["status"], *replicate_progress(state.get("logs") or ""))
+        while prediction.get("status") in ("starting", "processing"):
+            steps = replicate_progress(prediction.get("logs") or "")
+            http.ctx.progress(prediction["status"], *steps)
             http.ctx.sleep(pause)
             pause = min(2.0, pause * 1.1)
-            state = http.get_json(f"/predictions/{state['id']}")
-        http.ctx.settle(replicate_charged(state))
-        return state
+            prediction = http.get_json(f"/predictions/{prediction['id']}")
+        http.ctx.settle(replicate_charged(prediction))
+        return prediction
 
-    def _settled(self, http: Http, state: Any, request: Request) -> Result:
-        state = self._ended(http, state)
-        url = replicate_image(state)
+    def _result(self, http: Http, prediction: Any, request: Request) -> Result:
+        prediction = self._ended(http, prediction)
+        url = replicate_image(prediction)
         http.ctx.progress("downloading")
-        wanted, ignored = replicate_input(self.options, request)
-        seed = re.search(r"Using seed: (\d+)", state.get("logs") or "")
+        if url.startswith("data:"):
+            image = data_uri(url, http.ctx.spool())
+        else:
+            image = http.download(url)
+        seed = request.seed
+        if match := re.search(r"Using seed: (\d+)", prediction.get("logs") or ""):
+            seed = int(match[1])
+        inputs, ignored = replicate_input(self.options, request)
+        details = ("id", "version", "metrics", "created_at", "completed_at")
         return Result(
-            image=data_uri(url, http.ctx.spool())
-            if url.startswith("data:")
-            else http.download(url),
+            image=image,
             mime_type="",
             model=self.options.model,
-            seed=int(seed[1]) if seed else request.seed,
-            steps=wanted.get("num_inference_steps"),
+            seed=seed,
+            steps=inputs.get("num_inference_steps"),
             cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
-            metadata={
-                key: state.get(key)
-                for key in ("id", "version", "metrics", "created_at", "completed_at")
-            },
+            metadata={key: prediction.get(key) for key in details},
         )
 
     def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
-        """The id of the prediction that a lost create made, or "": same model and input, the first since then."""
+        """The id of the prediction that a lost create made, or "".
 
-        def drawn(words: Any) -> Any:  # the rest of the input may have been configured anew since
-            return [(words or {}).get(key) for key in ("prompt", "seed")]
+        Same model and input, the first since then.
+        """
 
-        ours = [
-            item
-            for item in replicate_list(http, remote.get("since", ""))
-            if item.get("model") == self.model
-            and self.version in ("", item.get("version"))
-            and item["id"] not in remote.get("taken", ())
-        ]
-        wanted = drawn(self.plan(self.options, request))
-        found = [item["id"] for item in ours if drawn(item.get("input")) == wanted]
-        if not found and any(item.get("data_removed") for item in ours):
+        # The rest of the input may have been configured anew since.
+        def drawn(inputs: Any) -> Any:
+            return [(inputs or {}).get(key) for key in ("prompt", "seed")]
+
+        requested = drawn(self.plan(self.options, request))
+        match = ""
+        removed = False
+        for item in replicate_list(http, remote.get("since", "")):
+            if item.get("model") != self.model or item["id"] in remote.get("taken", ()):
+                continue
+            if self.version not in ("", item.get("version")):
+                continue
+            removed = removed or bool(item.get("data_removed"))
+            # The list goes back in time, so the last of them is the first since then.
+            if drawn(item.get("input")) == requested:
+                match = str(item["id"])
+        if removed and not match:
             raise Ended(
-                "it may be one of those there whose inputs are gone: Replicate keeps them for one hour"
+                "it may be one of those there whose inputs are gone: "
+                "Replicate keeps them for one hour"
             )
-        return str(found[-1]) if found else ""
+        return match
 
 
 def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
-    """The predictions there are, newest first, back to a time by our clock; theirs may be minutes off."""
+    """The predictions there are, newest first, back to a time by our clock."""
     url = "/predictions"
     while url:
-        answer = http.get(url)
-        ahead = (
-            epoch(
-                answer.headers.get(
-                    "Date",
-                    "",
-                )
-            )
-            or time.time()
-        ) - time.time()
-        page = answer.mapping()
+        response = http.get(url)
+        # Their clock may be minutes off.
+        date = epoch(response.headers.get("Date", "")) or time.time()
+        ahead = date - time.time()
+        page = response.mapping()
         if not isinstance(page.get("results"), list):
-            raise Failed(f"the list of predictions cannot be read: {answer.excerpt()}")
+            raise Failed(f"the list of predictions cannot be read: {response.excerpt()}")
         for prediction in page["results"]:
             if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
                 return
@@ -2554,24 +2795,46 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
 
 
 def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The request in the model's words, and the fields it has no word for."""
+    """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-    steps = (request.steps or options.default_steps) if known is None or known.steps else 0
-    negative = "" if known else request.negative_prompt
-    ending = (options.output_format or ("png" if known else "")).replace("jpeg", "jpg")
-    named = {"num_inference_steps": steps, "negative_prompt": negative, "output_format": ending}
-    wanted: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
-    wanted |= {name: value for name, value in named.items() if value}
-    wanted |= replicate_size(known, request.width, request.height) if request.width else {}
-    wanted |= options.extra
-    if wanted.get("num_outputs", 1) != 1:
+    steps = request.steps or options.default_steps
+    negative = request.negative_prompt
+    ending = options.output_format.replace("jpeg", "jpg")
+    size = {}
+    if known:
+        negative = ""
+        ending = ending or "png"
+        if not known.steps:
+            steps = 0
+    if request.width:
+        size = replicate_size(known, request.width, request.height)
+    optional = {
+        "num_inference_steps": steps,
+        "negative_prompt": negative,
+        "output_format": ending,
+    }
+    inputs = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        **{name: value for name, value in optional.items() if value},
+        **size,
+        **options.extra,
+    }
+    if inputs.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
-    taken = {"steps": steps, "negative_prompt": negative}
-    return wanted, tuple(field for field in taken if getattr(request, field) and not taken[field])
+    ignored = []
+    if request.steps and not steps:
+        ignored.append("steps")
+    if request.negative_prompt and not negative:
+        ignored.append("negative_prompt")
+    return inputs, tuple(ignored)
 
 
 def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
-    """The inputs that ask for a size; BadRequest, with the nearest size, where the model cannot make it."""
+    """The inputs that ask for a size.
+
+    BadRequest, with the nearest size, where the model cannot make it.
+    """
     if known is None:
         return {"width": width, "height": height}
     if known.longest:
@@ -2584,8 +2847,12 @@ def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dic
         return {"aspect_ratio": "custom", "width": width, "height": height}
     shape = max(width, height) / min(width, height)
     long, short = min(REPLICATE_ASPECTS, key=lambda ratio: abs(REPLICATE_ASPECTS[ratio] - shape))
-    aspect = {"aspect_ratio": f"{long}:{short}" if width > height else f"{short}:{long}"}
-    return aspect | ({"megapixels": "0.25"} if width * height <= 512 * 1024 else {})
+    inputs = {"aspect_ratio": f"{long}:{short}"}
+    if width < height:
+        inputs["aspect_ratio"] = f"{short}:{long}"
+    if width * height <= 512 * 1024:
+        inputs["megapixels"] = "0.25"
+    return inputs
 
 
 def replicate_progress(logs: str) -> tuple[float | None, float | None]:
@@ -2595,77 +2862,93 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     (3.0, 4.0)
     """
     bars = re.findall(r"\d+%\|.*?\| *(\d+)/(\d+)", logs)
-    return (
-        (
-            float(bars[-1][0]),
-            float(bars[-1][1]),
-        )
-        if bars
-        else (None, None)
-    )
+    if not bars:
+        return None, None
+    done, total = bars[-1]
+    return float(done), float(total)
 
 
-def replicate_charged(state: Mapping[str, Any]) -> Charged:
+def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
     """Whether a prediction that has ended costs money."""
-    if state.get("status") == "aborted":
+    status = prediction.get("status")
+    if status == "aborted":
         return "no"
-    worked = state.get("status") == "succeeded" or (state.get("metrics") or {}).get("predict_time")
-    return "yes" if worked else "unknown"
+    if status == "succeeded" or (prediction.get("metrics") or {}).get("predict_time"):
+        return "yes"
+    return "unknown"
 
 
-def replicate_image(state: Mapping[str, Any]) -> str:
+def replicate_image(prediction: Mapping[str, Any]) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
-    status = state.get("status")
-    said = str(state.get("error") or "")
-    name = f"prediction {state.get('id')}"
+    status = prediction.get("status")
+    message = str(prediction.get("error") or "")
+    name = f"prediction {prediction.get('id')}"
     if status not in ("succeeded", "failed", "canceled", "aborted"):
         raise Unknown(f'{name} is "{status}", whatever that means')
     if status != "succeeded":
-        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", said):
-            raise Refused(said, "reword the prompt")
-        raise Ended(f"{name} ended as {status}{said and ': '}{said}")
-    if state.get("data_removed"):
+        if re.search(r"(?i)nsfw|sensitive|safety|moderat|content policy|E005", message):
+            raise Refused(message, "reword the prompt")
+        raise Ended(f"{name} ended as {status}: {message}".removesuffix(": "))
+    if prediction.get("data_removed"):
         raise Ended(
             "the result is gone: Replicate keeps it for one hour",
             "ask for the image again; that costs again",
         )
-    output = json.dumps(state.get("output"))  # a string, a list of them, or an object
-    if not (found := re.search(r'"(?:https?|data):[^"]+"', output)):
+    # A string, a list of them, or an object.
+    output = json.dumps(prediction.get("output"))
+    match = re.search(r'"(?:https?|data):[^"]+"', output)
+    if not match:
         raise Ended(
             "the prediction succeeded without an image: its safety filter drops images one by one"
         )
-    return str(json.loads(found[0]))
+    return str(json.loads(match[0]))
 
 
-def replicate_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer of Replicate means (application/problem+json)."""
-    said = answer.json()
-    detail = str(said.get("detail") or said.get("title") or "")
-    error = explain_status(answer, detail.replace("\n", "; ").strip("; "))
-    if answer.status == 404 or (answer.status == 422 and "version" in detail):
+def replicate_error(response: HttpResponse) -> ImagenError:
+    """What an error of Replicate means (application/problem+json)."""
+    problem = response.json()
+    detail = str(problem.get("detail") or problem.get("title") or "")
+    error = explain_status(response, detail.replace("\n", "; ").strip("; "))
+    if response.status == 404 or (response.status == 422 and "version" in detail):
         return BadConfig(str(error), "check the model; community models need owner/name:version")
     return error
 
 
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
-# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of the model's name.
+# USD per million tokens: text in, image in, image out; in PRICED. By the beginning of
+# the model's name.
 OPENAI_TOKENS = {
     "gpt-image-1-mini": (2.0, 2.5, 8.0),
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
+# Of a response, what the sidecar keeps.
+OPENAI_METADATA = (
+    "created",
+    "size",
+    "quality",
+    "background",
+    "usage",
+    "id",
+    "x_request_id",
+    "revised_prompt",
+)
 
 
 @register("openai")
 class OpenAI(Backend):
     """One POST that answers with the image: no job id, no second look, no cancel.
 
-    https://developers.openai.com/api/reference/resources/images; others: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
+    https://developers.openai.com/api/reference/resources/images
+    Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
     class Options(NamedTuple):
-        """`extra` are further fields; "{seed}", "{steps}" and "{negative}" in it stand for the request's values."""
+        """`extra` are further fields.
+
+        "{seed}", "{steps}" and "{negative}" in it stand for the request's values.
+        """
 
         model: str
         api_key_env: Annotated[str, KEY] = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
@@ -2677,18 +2960,20 @@ class OpenAI(Backend):
         extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
-        cost_usd: float | None = None  # of one image, where the answer counts no tokens
-        timeout: Annotated[float, Between(1, 7200)] = (
-            600.0  # seconds of silence: an image may take minutes
-        )
+        cost_usd: float | None = None  # of one image, where the response counts no tokens
+        # Seconds of silence: an image may take minutes.
+        timeout: Annotated[float, Between(1, 7200)] = 600.0
         parallel: Annotated[int, Between(1, 64)] = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
         self.base = checked_url(options.base_url, path="/v1")
-        at_openai = origin(self.base)[1] == "api.openai.com"
-        variable = options.api_key_env or ("OPENAI_API_KEY" if at_openai else "")
-        self.key = secret_from(variable) if variable else None
+        variable = options.api_key_env
+        if not variable and origin(self.base)[1] == "api.openai.com":
+            variable = "OPENAI_API_KEY"
+        self.key: Secret | None = None
+        if variable:
+            self.key = secret_from(variable)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
@@ -2697,119 +2982,108 @@ class OpenAI(Backend):
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
-        """The config's price; the tokens that decide are counted in the answer alone."""
-        counted = (
-            f"by the answer's tokens, {PRICED}"
-            if options.model.startswith(tuple(OPENAI_TOKENS))
-            else ""
-        )
-        return Price(options.cost_usd, counted if options.cost_usd is None else "config")
+        """The config's price; the tokens that decide are counted in the response alone."""
+        if options.cost_usd is not None:
+            return Price(options.cost_usd, "config")
+        if options.model.startswith(tuple(OPENAI_TOKENS)):
+            return Price(None, f"by the answer's tokens, {PRICED}")
+        return Price()
 
     def generate(self, ctx: Context, request: Request) -> Result:
-        """Pay, and take the image out of the answer."""
-        body, ignored = openai_body(self.options, request)
+        """Pay, and take the image out of the response."""
+        options = self.options
         http = self._http(ctx)
+        body, ignored = openai_body(options, request)
         ctx.progress("waiting for the image")
-        answer = http.pay("/images/generations", body)
-        said, image = openai_answer(answer, ctx)
-        usage, (item, *_) = said.get("usage"), openai_data(said) or [{}]
-        usage = usage if isinstance(usage, dict) else {}
+        response = http.pay("/images/generations", body)
+        # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
+        document, image = openai_answer(response, ctx)
+        item = (openai_data(document) or [{}])[0]
+        usage = document.get("usage")
+        if not isinstance(usage, dict):
+            usage = {}
         if image or item.get("url") or usage.get("output_tokens"):
             ctx.settle("yes")
+        # 2. The image, from the response or behind its link.
         if not image and not item.get("url"):
             raise Unknown(
-                f"sent, and answered {answer.status} without an image: {answer.excerpt()[:200]}"
+                f"sent, and answered {response.status} without an image: {response.excerpt()[:200]}"
             )
         try:
             image = image or http.download(joined(self.base + "/", str(item["url"])))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
-        cost = openai_cost(self.options.model, usage)
-        kept = {**item, **said, "x_request_id": answer.headers.get("x-request-id")}
-        words = (
-            "created",
-            "size",
-            "quality",
-            "background",
-            "usage",
-            "id",
-            "x_request_id",
-            "revised_prompt",
-        )
+        # 3. What is known of it.
+        cost = openai_cost(options.model, usage)
+        if cost is None:
+            cost = options.cost_usd
+        steps = request.steps or None
+        if "steps" in ignored:
+            steps = None
+        request_id = response.headers.get("x-request-id")
+        details = {**item, **document, "x_request_id": request_id}
         return Result(
             image=image,
-            mime_type=f"image/{said.get('output_format') or 'png'}",
-            model=self.options.model,
-            steps=None if "steps" in ignored else request.steps or None,
-            cost_usd=self.options.cost_usd if cost is None else cost,
+            mime_type=f"image/{document.get('output_format') or 'png'}",
+            model=options.model,
+            steps=steps,
+            cost_usd=cost,
             ignored=ignored,
-            metadata={word: kept[word] for word in words if kept.get(word)},
+            metadata={key: details[key] for key in OPENAI_METADATA if details.get(key)},
         )
 
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
-        known = [
-            item.get(
-                "id",
-                "",
-            )
-            for item in openai_data(self._http(ctx).get_json("/models"))
-        ]
-        if known and self.options.model not in known:
-            raise BadConfig(
-                f'model "{self.options.model}" is not there: {nearest(self.options.model, known)}'
-            )
-        return f"{self.options.model}{'' if known else ' (the server lists no models)'}"
+        model = self.options.model
+        listed = openai_data(self._http(ctx).get_json("/models"))
+        known = [item.get("id", "") for item in listed]
+        if not known:
+            return f"{model} (the server lists no models)"
+        if model not in known:
+            raise BadConfig(f'model "{model}" is not there: {nearest(model, known)}')
+        return str(model)
 
     def _http(self, ctx: Context) -> Http:
-        keys = {"Authorization": f"Bearer {self.key.reveal()}"} if self.key else {}
+        keys = {}
+        if self.key:
+            keys["Authorization"] = f"Bearer {self.key.reveal()}"
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
 def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The body for this model, and the request's fields it has no word for. BadRequest for what is sure to be refused.
+    """The body for this model, and the request's fields that it has no word for.
 
-    OpenAI's own models reject unknown fields; the servers that speak its dialect want a seed, or use a constant one.
+    BadRequest for what is sure to be refused.
     """
-    own = options.model.startswith(("gpt-image", "chatgpt-image"))
-    asked = {
+    optional = {
         "seed": request.seed,
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    body: dict[str, Any] = {
-        "model": options.model,
-        "prompt": request.prompt,
-        "n": 1,
-    }
+    values = {field: value for field, value in optional.items() if value is not None}
+    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
+    # seed, or use a constant one.
+    if not options.model.startswith(("gpt-image", "chatgpt-image")):
+        body |= {**values, "steps": None, "response_format": "b64_json"}
     if request.width:
         openai_check_size(options.model, request.width, request.height)
-        size = {"width": request.width, "height": request.height}
-        body |= (
-            size
-            if options.size_as == "width_height"
-            else {"size": "{width}x{height}".format(**size)}
-        )
-    if not own:
-        body |= {**asked, "steps": None, "response_format": "b64_json"}
+        if options.size_as == "width_height":
+            body["width"] = request.width
+            body["height"] = request.height
+        else:
+            body["size"] = f"{request.width}x{request.height}"
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
-            body[field] = "jpeg" if value == "jpg" else value
+            body[field] = {"jpg": "jpeg"}.get(value, value)
+    # `extra` may place a value of the request under a name of its own.
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = {
-        key: marks.get(
-            str(value),
-            "",
-        )
-        for key, value in options.extra.items()
-    }
-    body |= {
-        key: asked.get(
-            placed[key],
-            value,
-        )
-        for key, value in options.extra.items()
-    }
+    placed = set()
+    for key, value in options.extra.items():
+        body[key] = value
+        if mark := marks.get(str(value)):
+            body[key] = values.get(mark)
+            placed.add(mark)
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -2817,18 +3091,15 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    return body, tuple(
-        field
-        for field in asked
-        if asked[field] is not None and field not in {*body, *placed.values()}
-    )
+    return body, tuple(field for field in values if field not in {*body, *placed})
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
-    """BadRequest, with the rule, where an OpenAI model is known to refuse this size; others measured the pixels."""
+    """BadRequest, with the rule, where an OpenAI model is known to refuse this size.
+
+    The rules of gpt-image-2 were measured by others, to the pixel.
+    """
     short, long = sorted((width, height))
-    fine = True
-    rule = ""
     if model.startswith("gpt-image-1"):
         fine = short == 1024 and long in (1024, 1536)
         rule = "1024x1024, 1536x1024 or 1024x1536"
@@ -2838,76 +3109,92 @@ def openai_check_size(model: str, width: int, height: int) -> None:
             and long <= min(3840, 3 * short)
             and 655_360 <= short * long <= 8_294_400
         )
-        rule = "multiples of 16, at most 3840 and three times the other edge; 655,360 to 8,294,400 pixels"
+        rule = (
+            "multiples of 16, at most 3840 and three times the other edge; "
+            "655,360 to 8,294,400 pixels"
+        )
+    else:
+        return
     if not fine:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
-def openai_data(said: Any) -> list[Mapping[str, Any]]:
+def openai_data(document: Any) -> list[Mapping[str, Any]]:
     """The entries of `data`, which the schema lets be absent."""
-    data = said.get("data") if isinstance(said, dict) else None
-    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        return []
+    return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(answer: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
-    """The JSON of an answer without its image, and the image, decoded piece by piece into a spool; None: only a link.
+def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+    """The JSON of a response without its image, and the image; None: there is only a link.
 
-    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be held four times.
+    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
+    memory four times, so it is cut out and decoded piece by piece.
     """
-    found = re.search(
-        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
-        answer.body,
+    body = response.body
+    match = re.search(
+        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"'
+        rb'|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
+        body,
     )
-    start, end = found.span(found.lastindex or 1) if found else (0, 0)
-    said = answer._replace(body=answer.body[:start] + answer.body[end:]).json()
-    if not isinstance(said, dict):
+    start = end = 0
+    if match:
+        start, end = match.span(match.lastindex or 1)
+    document = response._replace(body=body[:start] + body[end:]).json()
+    if not isinstance(document, dict):
         raise Unknown(
-            f"sent, and answered {answer.status} with {answer.excerpt()[:200]}, which is no JSON"
+            f"sent, and answered {response.status} with {response.excerpt()[:200]}, "
+            "which is no JSON"
         )
-    if not found:
-        return said, None
-    text = memoryview(answer.body)[start:end]
-    if answer.body.find(b"\\u", start, end) >= 0:  # some write + as \\u002B; they pay with memory
+    if not match:
+        return document, None
+    text = memoryview(body)[start:end]
+    # Some write + as \u002B; they pay with memory.
+    if body.find(b"\\u", start, end) >= 0:
         text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
-    return said, decode_base64(text, ctx.spool())
+    return document, decode_base64(text, ctx.spool())
 
 
 def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
-    """USD by the answer's token counts; None where model or counts are unknown (compatible servers say zero)."""
-    price = next((OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name)), None)
-    with suppress(AttributeError, TypeError):  # compatible servers put all kinds of things there
+    """USD by the response's token counts; None where model or counts are unknown.
+
+    Compatible servers say zero, or put all kinds of things there.
+    """
+    prices = (OPENAI_TOKENS[name] for name in OPENAI_TOKENS if model.startswith(name))
+    price = next(prices, None)
+    with suppress(AttributeError, TypeError):
         images = (usage.get("input_tokens_details") or {}).get("image_tokens") or 0
         text = (usage.get("input_tokens") or 0) - images
         out = usage.get("output_tokens")
         if price and out:
-            return round(
-                float(text * price[0] + images * price[1] + out * price[2]) / 1e6,
-                6,
-            )
+            total = text * price[0] + images * price[1] + out * price[2]
+            return round(float(total) / 1e6, 6)
     return None
 
 
-def openai_error(answer: HttpResponse) -> ImagenError:
-    """What an error answer means: moderation and money first, whatever the status says."""
-    said = answer.json() or {}
-    error = said.get("error", said)
+def openai_error(response: HttpResponse) -> ImagenError:
+    """What an error means: moderation and money first, whatever the status says."""
+    document = response.json() or {}
+    error = document.get("error", document)
     code = error.get("code") or error.get("type")
-    request_id = answer.headers.get("x-request-id")
-    text = excerpt(
-        str(error.get("message") or answer.excerpt()).encode(),
-        1000,
-    )
-    text += f" ({error['param']})" if error.get("param") else ""
-    text += f" [{request_id}]" if request_id else ""
-    said = f"{answer.status}: {text}"
+    text = excerpt(str(error.get("message") or response.excerpt()).encode(), 1000)
+    if error.get("param"):
+        text += f" ({error['param']})"
+    if request_id := response.headers.get("x-request-id"):
+        text += f" [{request_id}]"
+    message = f"{response.status}: {text}"
     if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
-        stage = (error.get("moderation_details") or {}).get("moderation_stage")
-        return Refused(said, "reword the prompt", charged="yes" if stage == "output" else "no")
+        refused = Refused(message, "reword the prompt")
+        # At the stage of output the image had been made.
+        if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
+            refused.charged = "yes"
+        return refused
     if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(said, "https://platform.openai.com/settings/organization/billing")
+        return Quota(message, "https://platform.openai.com/settings/organization/billing")
     if code == "model_not_found":
-        return BadConfig(said, "imagen backends --check names what is there")
-    return explain_status(answer, text)
+        return BadConfig(message, "imagen backends --check names what is there")
+    return explain_status(response, text)
 
 
 # === Output: names, and files that are never half there ===
@@ -2933,44 +3220,26 @@ def slug(text: str) -> str:
     """
     import unicodedata
 
-    spelled = str.maketrans(
-        dict(re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth"))
-    )
+    pairs = re.findall(r"(\w)(\w+)", "äae öoe üue ßss æae œoe øo łl đd ðd þth")
+    spelled = str.maketrans(dict(pairs))
     letters = unicodedata.normalize("NFC", text.lower()).translate(spelled)
-    bare = "".join(
-        char for char in unicodedata.normalize("NFKD", letters) if not unicodedata.combining(char)
-    )
-    return (
-        re.sub(
-            r"[^a-z0-9]+",
-            "-",
-            bare.lower(),
-        )
-        .strip("-")[:40]
-        .strip("-")
-        or "image"
-    )
-
-
-def check_template(template: str) -> None:
-    """BadConfig where `template` cannot name a file inside its folder."""
-    known = (
-        r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"  # {ext} is known too late for a folder
-    )
-    parts = re.sub(known, "x", template).split("/")
-    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
-        fields = "known are {date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
-        raise BadConfig(
-            f"output.naming: {template!r} does not name a file inside the folder; {fields}"
-        )
+    decomposed = unicodedata.normalize("NFKD", letters)
+    bare = "".join(char for char in decomposed if not unicodedata.combining(char))
+    dashed = re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")
+    return dashed[:40].strip("-") or "image"
 
 
 def render_name(template: str, request: Request, at: float) -> str:
-    """The relative name that a checked `template` gives; {ext} stays until the bytes are known."""
+    """The relative name that a checked `template` gives; {ext} stays for the real bytes."""
     date, clock = time.strftime("%Y-%m-%d %H%M%S", time.localtime(at)).split()
-    backend = re.sub(r"[^\w.-]|^\.+", "-", request.backend)
-    words = {"slug": slug(request.prompt), "seed": request.seed, "backend": backend}
-    return template.format(date=date, time=clock, ext="{ext}", **words)
+    return template.format(
+        date=date,
+        time=clock,
+        slug=slug(request.prompt),
+        seed=request.seed,
+        backend=re.sub(r"[^\w.-]|^\.+", "-", request.backend),
+        ext="{ext}",
+    )
 
 
 def numbered(name: str, ending: str, number: int) -> str:
@@ -2980,22 +3249,28 @@ def numbered(name: str, ending: str, number: int) -> str:
     '2026/fox-2.jpg'
     """
     folder, last = os.path.split(name.replace("{ext}", ending))
-    stem, given = os.path.splitext(last)
-    known = given[1:].lower().replace("jpeg", "jpg")
-    stem = stem if known in MIME_TYPES else last
+    stem, suffix = os.path.splitext(last)
+    known = suffix[1:].lower().replace("jpeg", "jpg")
+    if known not in MIME_TYPES:
+        stem = last
+    if known != ending:
+        suffix = f".{ending}"
     stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
-    stem += f"-{number}" * (number > 1)
-    return os.path.join(folder, stem + (given if known == ending else f".{ending}"))
+    if number > 1:
+        stem += f"-{number}"
+    return os.path.join(folder, stem + suffix)
 
 
 def prepare_folder(folder: str) -> None:
-    """Make the folder if need be; Disk where it cannot be written, or is as good as full."""
+    """Make the folder if need be; Disk where it cannot be written, or has hardly room."""
     cure = "make room, or name another folder with --output DIR/ or output.directory"
     with or_disk(folder, cure):
-        os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Disk(f"{folder}: not writable", cure)
+    # Some file systems of the network count no blocks.
     if room.f_blocks and room.f_bavail * room.f_frsize < FREE_BYTES:
         raise Disk(f"{folder}: less than {FREE_BYTES >> 20} MB free", cure)
 
@@ -3010,7 +3285,10 @@ def or_disk(path: str, cure: str) -> Iterator[None]:
 
 
 class Spool(io.FileIO):
-    """A new file that an image arrives in. When its disk fills, what is there moves to `fallback` and goes on."""
+    """A new file that an image arrives in.
+
+    When its disk fills, what has come moves to `fallback` and goes on there.
+    """
 
     def __init__(self, path: str, fallback: str) -> None:
         unlink_quietly(path)
@@ -3031,20 +3309,23 @@ class Spool(io.FileIO):
         return len(data)
 
     def _move(self) -> None:
-        with Spool(self.fallback, self.fallback) as there:
-            os.fchmod(there.fileno(), 0o600)
-            copy_into(self, there)
-            os.dup2(there.fileno(), self.fileno(), inheritable=False)  # which stands at its end
+        with Spool(self.fallback, self.fallback) as moved:
+            os.fchmod(moved.fileno(), 0o600)
+            copy_into(self, moved)
+            # Our descriptor becomes the other file's, which stands at its end.
+            os.dup2(moved.fileno(), self.fileno(), inheritable=False)
         unlink_quietly(self.path)
         self.path = self.fallback
 
 
 def unlink_quietly(path: str) -> None:
+    """Remove the file at `path`, if it is there and can be removed."""
     with suppress(OSError):
         os.unlink(path)
 
 
 def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
+    """All of `source`, appended to `spool` a megabyte at a time."""
     source.seek(0)
     while block := source.read(1 << 20):
         spool.write(block)
@@ -3057,40 +3338,45 @@ def publish(
     sidecar: str | None,
     claiming: Callable[[str], object],
 ) -> str:
-    """Give the complete image at `hidden` the first free name, its sidecar first, which holds the name meanwhile.
+    """Give the complete image at `hidden` the first free name; its path.
 
-    `sidecar`: the text to stand beside it. On a disk without hard links `claiming(path)` is told a name before
-    it is taken. What an earlier, killed call linked is used. The hidden names are the caller's to unlink.
+    Its sidecar, of which `sidecar` is the text, goes first and holds the name meanwhile. On
+    a disk without hard links `claiming(path)` is called before a name is taken. What an
+    earlier, killed call linked is used. The hidden names are the caller's to unlink.
     """
     number = 1
     note = f"{hidden}.json"
     while not same_file(hidden, path := numbered(name, ending, number)):
-        number = number + 1
+        number += 1
         beside = f"{path}.json"
-        ours = same_file(note, beside)  # from an earlier, killed call
+        # Ours is what an earlier, killed call has linked.
+        ours = same_file(note, beside)
         if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
             if ours:
-                os.unlink(beside)  # somebody took the image's name since
+                # Somebody took the image's name since.
+                os.unlink(beside)
             continue
         try:
             if sidecar and not ours:
                 write_file(note, sidecar)
-        except (
-            OSError
-        ):  # an image without its sidecar is better than none; the caller sees that it is missing
+        except OSError:
+            # An image alone is better than none; the caller sees that its sidecar is missing.
             sidecar = None
-        if _take_names(
-            [(note, beside), (hidden, path)] if sidecar else [(hidden, path)],
-            claiming,
-        ):
+        pairs = [(hidden, path)]
+        if sidecar:
+            pairs.insert(0, (note, beside))
+        if _take_names(pairs, claiming):
             break
     sync_folder(os.path.dirname(path))
     return path
 
 
 def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
-    """Give all files their names, the image last; False, and nothing left of ours, where one is taken."""
-    held: list[str] = []
+    """Give all files their names, the image last.
+
+    False, and nothing left of ours, where one is taken.
+    """
+    taken: list[str] = []
     locks: list[int] = []
     try:
         for own, name in pairs:
@@ -3100,19 +3386,21 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
             except OSError as problem:
                 if problem.errno not in NO_LINKS:
                     raise
-                # FAT, some network disks: an empty file holds the name, and one's own is moved over it.
+                # FAT, some network disks: an empty file holds the name, and one's own is
+                # moved over it. Its lock says that we are alive.
                 claiming(pairs[-1][1])
-                locks.append(locked(name, os.O_CREAT | os.O_EXCL))  # which says that we are alive
-            held.append(name)
+                locks.append(locked(name, os.O_CREAT | os.O_EXCL))
+            taken.append(name)
     except OSError as problem:
-        for name in held:
+        for name in taken:
             os.unlink(name)
         if isinstance(problem, FileExistsError):
             return False
         raise
     else:
-        for own, name in pairs if locks else ():
-            os.replace(own, name)
+        if locks:
+            for own, name in pairs:
+                os.replace(own, name)
         return True
     finally:
         for fd in locks:
@@ -3120,7 +3408,10 @@ def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], obje
 
 
 def release_claim(path: str, image_id: str) -> None:
-    """Undo what a killed call left of a claim on `path` without hard links: empty files, and its own sidecar."""
+    """Undo what a killed call left of a claim on `path` without hard links.
+
+    That is empty files, and its own sidecar.
+    """
     beside = f"{path}.json"
     for name in (path, beside):
         with suppress(OSError), open(locked(name), "rb") as file:
@@ -3131,21 +3422,28 @@ def release_claim(path: str, image_id: str) -> None:
 
 
 def locked(path: str, flags: int = 0, wait: bool = False) -> int:
-    """A descriptor of the file at `path` that holds its lock until closed; OSError where somebody else has it."""
+    """A descriptor of the file at `path` that holds its lock until closed.
+
+    OSError where somebody else has it.
+    """
     import fcntl
 
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     fd = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, operation)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def same_file(one: str | int, other: str) -> bool:
+def same_file(first: str | int, second: str) -> bool:
+    """Whether both are one file; False where either is not there."""
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(first, second)
     except OSError:
         return False
 
@@ -3153,15 +3451,8 @@ def same_file(one: str | int, other: str) -> bool:
 def write_file(path: str, text: str, mode: int = 0o666) -> None:
     """`text` in a new file at `path`, durable."""
     unlink_quietly(path)
-    with open(
-        os.open(
-            path,
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-            mode,
-        ),
-        "w",
-        encoding="utf-8",
-    ) as file:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -3179,12 +3470,14 @@ def sync_folder(folder: str) -> None:
 def parsed(text: bytes) -> dict[str, Any]:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
-        said = json.loads(text)
-        return said if isinstance(said, dict) else {}
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
     return {}
 
 
 def read_bytes(path: str) -> bytes:
+    """The file at `path`; b"" where it cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
         return file.read()
     return b""
@@ -3194,19 +3487,19 @@ def read_bytes(path: str) -> bytes:
 
 
 def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
-    """Show finished images to a person: in a tmux window, inline, or by the user's own command.
+    """Show finished images: in a tmux window, inline, or by the user's own command.
 
-    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns where nothing can.
+    `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns
+    where nothing can.
     """
-    if (
-        output.preview == "off"
-        or not paths
-        or (output.preview == "auto" and not sys.stderr.isatty())
-    ):
+    if output.preview == "off" or not paths:
+        return
+    if output.preview == "auto" and not sys.stderr.isatty():
         return
     try:
         _show(paths, output.preview_command)
-    except Exception as problem:  # no preview fails a generation
+    # No preview fails a generation.
+    except Exception as problem:
         if output.preview == "on":
             warn(f"preview: {problem}")
 
@@ -3216,60 +3509,57 @@ def _show(paths: Sequence[str], command: str) -> None:
     import shutil
     import subprocess
 
+    # 1. Inline, where the terminal shows images and tmux does not stand between.
     tmux = os.environ.get("TMUX")
     terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    kitty = os.environ.get("KITTY_WINDOW_ID") or terminal & {
-        "xterm-kitty",
-        "xterm-ghostty",
-        "ghostty",
-    }
-    if not tmux and sys.stderr.isatty() and (kitty or terminal & {"iTerm.app", "WezTerm"}):
+    encode: Callable[[bytes], bytes] | None = None
+    if terminal & {"iTerm.app", "WezTerm"}:
+        encode = iterm_image
+    kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
+    if os.environ.get("KITTY_WINDOW_ID") or terminal & kitty:
+        encode = kitty_image
+    if encode and not tmux and sys.stderr.isatty():
         for path in paths:
-            sys.stderr.buffer.write(
-                (kitty_image if kitty else iterm_image)(read_bytes(path)) + b"\n"
-            )
+            sys.stderr.buffer.write(encode(read_bytes(path)) + b"\n")
         sys.stderr.buffer.flush()
         return
+    # 2. By a command: in a window of tmux, or in the background.
     if not tmux and not command:
         raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
-    if not shutil.which(program := shlex.split(command)[0]):
+    program = shlex.split(command)[0]
+    if not shutil.which(program):
         raise Failed(f"{program} is not installed; set output.preview_command")
-    command = command if "{path}" in command else f"{command} {{path}}"
+    if "{path}" not in command:
+        command += " {path}"
     script = "; ".join(command.replace("{path}", shlex.quote(path)) for path in paths)
     shell = ["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"]
     if tmux:
-        shell = [
-            "tmux",
-            "new-window",
-            "-d",
-            "-n",
-            "imagen",
-            "sh",
-            "-c",
-            f"{script}; printf '\\n[Enter]'; read -r _",
-        ]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
+        script += "; printf '\\n[Enter]'; read -r _"
+        shell = ["tmux", "new-window", "-d", "-n", "imagen", "sh", "-c", script]
+    done = subprocess.run(
+        shell,
+        capture_output=True,
+        text=True,
+        timeout=5,
+        start_new_session=True,
+    )
     if done.returncode:
         raise Failed(done.stderr)
 
 
 def kitty_image(png: bytes) -> bytes:
-    """https://sw.kovidgoyal.net/kitty/graphics-protocol/: base64 in pieces of 4096, m=1 on all but the last."""
+    """https://sw.kovidgoyal.net/kitty/graphics-protocol/
+
+    Base64 in pieces of 4096, m=1 on all but the last.
+    """
     if not png.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
     text = binascii.b2a_base64(png, newline=False)
-    pieces = [
-        b";%b\x1b\\" % text[start : start + 4096]
-        for start in range(
-            0,
-            len(text),
-            4096,
-        )
-    ]
-    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(
-        (*(b"m=1" + piece for piece in pieces[:-1]), b"m=0" + pieces[-1])
-    )
+    starts = range(0, len(text), 4096)
+    pieces = [b"m=1;%b\x1b\\" % text[start : start + 4096] for start in starts]
+    pieces[-1] = pieces[-1].replace(b"m=1", b"m=0", 1)
+    return b"\x1b_Ga=T,f=100,q=2," + b"\x1b_G".join(pieces)
 
 
 def iterm_image(data: bytes) -> bytes:
@@ -3650,7 +3940,10 @@ def images_made(
         before = ""
     elif before:
         delivering = []
-    finished = (record for record in ledger(words, before) if record["id"] not in seen)
+    needle = ""
+    if backend:  # most lines of others need not even be parsed
+        needle = f'"backend": {to_json(backend)}'
+    finished = (record for record in ledger(words, before, needle) if record["id"] not in seen)
     for record in itertools.chain(delivering, finished):
         if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
             continue
@@ -3677,15 +3970,18 @@ def find_image(name: str) -> Record | None:
     """
     if name == "last":
         return next(images_made(), None)
-    path = os.path.abspath(os.path.expanduser(name))
-    if path.endswith(".json") and os.path.exists(path):
-        path = path.removesuffix(".json")
-    sidecar = parsed(read_bytes(f"{path}.json"))
-    image_id = sidecar.get("image_id") or name
+    path = ""
+    sidecar: dict[str, Any] = {}
+    image_id = needle = name
+    # An id may come from anybody, over HTTP too: it never becomes a path.
+    if not is_uuid(name):
+        path = os.path.abspath(os.path.expanduser(name))
+        if path.endswith(".json") and os.path.exists(path):
+            path = path.removesuffix(".json")
+        sidecar = parsed(read_bytes(f"{path}.json"))
+        image_id = sidecar.get("image_id") or name
+        needle = image_id if sidecar else to_json(path)[1:-1]
     delivering = [row.record for row in entries()]
-    needle = image_id
-    if not sidecar and not is_uuid(name):
-        needle = to_json(path)[1:-1]
     for record in itertools.chain(delivering, ledger(needle=needle)):
         if not is_image(record):
             continue
@@ -5991,23 +6287,26 @@ def sd_notify(text: str) -> None:
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
 #
-# A connection is one request, answered in a thread of its own; images are made in other threads, so that they outlive
-# whoever asked for them. Nothing that a client sends ever becomes a path: images are named by their ids.
+# A connection is one request, answered in a thread of its own (`_connection` → `_read` →
+# ROUTES). Images are made in the threads of a Call, so that they outlive whoever asked
+# for them. Nothing that a client sends ever becomes a path: images are named by their ids.
 
-CONNECTIONS = 256  # at a time; more are turned away
-HEAD_BYTES, BODY_BYTES = 16 << 10, 256 << 10  # of a request
-HEAD_TIME, BODY_TIME, WRITE_TIME, LINGER = 10.0, 20.0, 120.0, 3.0  # seconds for all of it
-ATTACH = 10.0  # seconds after which what nobody waits for, and nobody paid for, is cancelled
-REMEMBERED, CALLS = (
-    600.0,
-    1000,
-)  # seconds in which a repeat of a finished request gets its images, and of how many
-PAGE_OF = 24  # images of one answer, and of one screen
-THUMB = 512  # pixels
-DRAIN = 120.0  # seconds for what is under way once a signal says stop
+CONNECTIONS_MAX = 256  # at a time; more are turned away
+HEAD_BYTES = 16 << 10
+BODY_BYTES = 256 << 10
+HEAD_S = 10.0  # for all of a request's head; likewise the others
+BODY_S = 20.0
+WRITE_S = 120.0
+DRAIN_AFTER_ERROR_S = 3.0  # for what a client that was turned away still sends
+ABANDON_AFTER_S = 10.0  # then what nobody waits for, and nobody paid for, is cancelled
+REPLAY_WINDOW_S = 600.0  # in which a repeat of a finished request gets its images
+REPLAY_MAX = 1000  # finished requests that are remembered
+SHUTDOWN_S = 120.0  # for what is under way once a signal says stop
+PAGE_IMAGES = 24  # of one answer, and of one screen
+THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 # Where OpenAI has a status, a type and a code of its own for what our class means.
-OPENAI_WORDS = {
+OPENAI_ERRORS = {
     "usage": (400, "invalid_request_error", "invalid_value"),
     "refused": (400, "image_generation_user_error", "moderation_blocked"),
     "quota": (429, "insufficient_quota", "insufficient_quota"),
@@ -6015,7 +6314,7 @@ OPENAI_WORDS = {
 }
 
 
-class Asked(NamedTuple):
+class HttpRequest(NamedTuple):
     """One HTTP request; header names are in lower case."""
 
     method: str
@@ -6025,91 +6324,78 @@ class Asked(NamedTuple):
     body: bytes
 
 
-class Turned(Exception):
-    """A request that is turned away, with a status and OpenAI's word for it."""
+class HttpError(Exception):
+    """A request that is turned away: a status, a sentence, and OpenAI's code for it."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        headers: Mapping[str, str] = EMPTY,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers
 
 
-class Call:
-    """One request for images. It goes on when its client has left, and a repeat of the same request joins it."""
+class Call(Runner):
+    """One request for images. It goes on when its client has left; a repeat joins it.
+
+    The server's lock guards `clients`, `answered` and `lonely_since`.
+    """
 
     def __init__(
-        self, key: str, plans: list[Plan], said: Mapping[str, Any], ignored: Sequence[str]
+        self,
+        key: str,
+        plans: list[Plan],
+        config: Config,
+        say: Callable[[str], None],
+        body: Mapping[str, Any],
+        ignored: Sequence[str],
     ) -> None:
-        self.key = key
-        self.waiting = plans
+        super().__init__(plans, config, parallel=plans[0].parallel)
+        self.key = key  # the same for the same body
         self.ignored = ignored
-        self.stream = said.get("stream") is True
-        self.links = said.get("response_format") == "url"
-        self.active = list[Run]()
-        self.threads = list[threading.Thread]()
-        self.records = list[Mapping[str, Any]]()
-        self.errors = list[ImagenError]()
-        self.progress: tuple[Any, ...] = ("waiting", None, None)
-        self.changed = threading.Condition()
+        self.stream = body.get("stream") is True
+        self.links = body.get("response_format") == "url"
+        self.began = time.time()
         self.clients = 0
         self.answered = False
-        self.began = time.time()
-        self.ended = 0.0
         self.lonely_since = time.monotonic()
+        self.replay_until = self.lonely_since + REPLAY_WINDOW_S
+        self._say = say
+
+    def on_error(self, error: ImagenError) -> None:
+        """Also for the log of whoever runs the server."""
+        self._say(str(error))
+
+    def on_warning(self, text: str) -> None:
+        """Nothing that a client could do something about."""
+        self._say(text)
 
     @property
-    def left(self) -> int:
-        """How many images are still to come."""
-        return len(self.waiting) + len(self.active)
-
-    @property
-    def joinable(self) -> bool:
-        """Whether a repeat gets what this one got; one that failed free of charge, and may pass later, is made anew."""
-        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
-
-    def tell(self, *progress: Any) -> None:
-        """How far it is."""
+    def progress(self) -> Progress:
+        """Where the image that was begun last stands."""
         with self.changed:
-            self.progress = progress
-            self.changed.notify_all()
+            return next(reversed(self.active.values()), Progress())
 
-    def work(self, config: Config, say: Callable[[str], None]) -> None:
-        """Make what waits, one after the other; several threads share the list. The cloud comes after the answer."""
-        runs = list[Run]()
-        while True:
-            with self.changed:
-                if not self.waiting:
-                    break
-                plan = self.waiting.pop(0)
-                run = Run(600.0, self.tell, say)
-                self.active.append(run)
-            runs.append(run)
-            record = None
-            error = None
-            try:
-                record = finish(run, make(plan, config, run))
-            except Exception as problem:
-                error = as_error(problem)
-                say(f"{plan.request.backend}: {error}")
-            with self.changed:
-                self.records += [record] if record else []
-                self.errors += [error] if error else []
-                if isinstance(error, BadConfig | BadRequest | Disk | Quota | Interrupted):
-                    self.waiting.clear()  # the others would fail alike
-                self.ended = time.monotonic()
-                self.active.remove(run)
-                self.changed.notify_all()
-        for run in runs:
-            try:
-                deliver(run, config)
-            except Exception as problem:  # it stays in the journal
-                say(str(as_error(problem)))
+    def answers(self, key: str) -> bool:
+        """Whether a repeat with this key gets what this call got, or will get.
+
+        One that failed free of charge, and may pass later, is made anew.
+        """
+        if key != self.key:
+            return False
+        return bool(self.left or self.records or not all(map(repeatable, self.errors)))
 
     def abandon(self) -> None:
         """End what has cost nothing, since nobody waits for it any more."""
         with self.changed:
             self.waiting.clear()
             for run in self.active:
+                # What may have been paid goes on: the gallery shows it, a repeat gets it.
                 if run.charged == "no":
                     run.stop("user")
 
@@ -6117,111 +6403,6 @@ class Call:
 def repeatable(error: ImagenError) -> bool:
     """Whether asking again is worth a try, and cannot pay again."""
     return error.retryable and error.charged == "no"
-
-
-class Index:
-    """What was made: the ledger, followed as it grows, and open entries that have their image."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[str, str, str, str]] = []  # time, id, backend, words to search
-        self._places: dict[str, int] = {}  # by id, in the ledger
-        self._read_to = 0
-        self._lock = threading.Lock()
-        self.ledger = state_path("ledger.jsonl")
-
-    def follow(self) -> None:
-        """Take in what was written since the last look."""
-        with self._lock, suppress(OSError), open(self.ledger, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self._read_to:  # another one
-                self._rows = []
-                self._places = {}
-                self._read_to = 0
-            file.seek(self._read_to)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                start = line.find(
-                    b'"sidecar": {'
-                )  # quotes in a prompt are escaped; what stands before is of no use here
-                if start >= 0 and (row := self._row(parsed(b"{" + line[start:]))):
-                    if row[1] not in self._places:
-                        self._rows.append(row)
-                    self._places[row[1]] = self._read_to
-                self._read_to += len(line)
-
-    @staticmethod
-    def _row(record: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
-        about = record.get("sidecar")
-        if not isinstance(about, dict) or not isinstance(about.get("image_id"), str):
-            return None
-        words = f"{about.get('prompt')} {about.get('style')}".lower()
-        return str(about.get("timestamp")), about["image_id"], str(about.get("backend")), words
-
-    def _opened(self) -> dict[str, dict[str, Any]]:
-        records = (merged(_read(path)) for path in open_paths())
-        return {
-            row[1]: record
-            for record in records
-            if record.get("path") and (row := self._row(record))
-        }
-
-    def page(
-        self, query: str = "", backend: str = "", before: str = "", limit: int = PAGE_OF
-    ) -> list[dict[str, Any]]:
-        """The newest images whose prompt has all words of the query, as `shown`; `before`: an id."""
-        opened = self._opened()  # first, since from there they move to the ledger
-        self.follow()
-        more = [
-            row
-            for record in opened.values()
-            if (row := self._row(record)) and row[1] not in self._places
-        ]
-        words = query.lower().split()
-        found = list[dict[str, Any]]()
-        seen = not before
-        for _, image_id, name, text in sorted(
-            [*self._rows, *more],
-            reverse=True,
-        ):
-            if len(found) >= limit:
-                break
-            if seen and backend in ("", name) and all(word in text for word in words):
-                found.append(self.shown(self._at(image_id) or opened[image_id]))
-            seen = seen or image_id == before
-        return found
-
-    def record(self, image_id: str) -> dict[str, Any]:
-        """The journal's record of one image; {} where nobody knows it."""
-        for _ in range(2):  # an open one may move to the ledger while we look
-            self.follow()
-            if found := self._at(image_id) or self._opened().get(image_id):
-                return found
-        return {}
-
-    def _at(self, image_id: str) -> dict[str, Any]:
-        if (place := self._places.get(image_id)) is None:
-            return {}
-        with open(self.ledger, "rb") as file:
-            file.seek(place)
-            return parsed(file.readline())
-
-    @staticmethod
-    def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-        """What the page may know of an image."""
-        about = record["sidecar"]
-        path = record["path"]
-        there = record.get("object")
-        said = {
-            "id": about["image_id"],
-            "storage_path": there or about.get("storage_path"),
-            "cloud": bool(there),
-        }
-        return {
-            **about,
-            **said,
-            "there": os.path.exists(path),
-            "name": os.path.basename(path),
-        }
 
 
 class Server:
@@ -6235,7 +6416,7 @@ class Server:
         port: int,
         token: str,
         parallel: int,
-    ):
+    ) -> None:
         if host not in LOOPBACK and not token:
             raise BadConfig(
                 f"--host {host}: others could use your backends",
@@ -6245,52 +6426,54 @@ class Server:
         self.say = say
         self.token = token
         self.parallel = parallel
+        # A link that was signed outlives a restart only where a token does.
         self.secret = token.encode() or os.urandom(32)
-        self.index = Index()
         self.calls = list[Call]()
-        self._lock = threading.Lock()
-        self._connections = dict[socket.socket, float]()
+        self._lock = threading.Lock()  # guards calls and connections
+        self._connections = dict[socket.socket, float]()  # until when each may go on
         self._stopped = False
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET
+        shown = host
+        if ":" in host:
+            family = socket.AF_INET6
+            shown = f"[{host.strip('[]')}]"
+        address = (host.strip("[]"), port)
         try:
-            self.listener = socket.create_server(
-                (host.strip("[]"), port), family=family, backlog=128
-            )
+            self.listener = socket.create_server(address, family=family, backlog=128)
         except OSError as problem:
-            raise BadConfig(
-                f"{host}:{port}: {problem.strerror or problem}", "another --port?"
-            ) from None
-        shown = f"[{host}]" if ":" in host else host
+            message = f"{host}:{port}: {problem.strerror or problem}"
+            raise BadConfig(message, "another --port?") from None
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
-        self.listener.settimeout(0.5)
+        self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
     def serve(self) -> None:
         """Answer until `stop`; then finish what is under way."""
-        in_thread(self.index.follow)
         in_thread(self._janitor)
         while not self._stopped:
             try:
                 sock, _ = self.listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # out of descriptors, or a client that had left before
+            except OSError:
+                # Out of descriptors, or a client that had left before.
                 time.sleep(0.05)
                 continue
             with self._lock:
-                full = len(self._connections) >= CONNECTIONS
+                full = len(self._connections) >= CONNECTIONS_MAX
                 if not full:
-                    self._connections[sock] = time.monotonic() + HEAD_TIME
+                    self._connections[sock] = time.monotonic() + HEAD_S
             if full:
                 sock.close()
             else:
                 in_thread(self._connection, sock)
+        # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
-        until = time.monotonic() + DRAIN
+        until = time.monotonic() + SHUTDOWN_S
         while time.monotonic() < until and (self._connections or self._busy()):
             time.sleep(0.05)
 
     def _busy(self) -> bool:
-        return any(thread.is_alive() for call in [*self.calls] for thread in call.threads)
+        return any(call.busy for call in [*self.calls])
 
     def stop(self, *_: Any) -> None:
         """No more connections; the second time, no more anything."""
@@ -6299,406 +6482,385 @@ class Server:
         self._stopped = True
 
     def _janitor(self) -> None:
+        """Twice a second, what only the clock can tell."""
         while True:
             time.sleep(0.5)
             now = time.monotonic()
             with self._lock:
-                late = [sock for sock, until in self._connections.items() if now > until]
-                over = [call for call in self.calls if not call.left]
-                for number, call in enumerate(reversed(over)):
-                    if number >= CALLS or now > call.ended + REMEMBERED:
-                        self.calls.remove(call)
-            for sock in late:
+                overdue = [sock for sock, until in self._connections.items() if now > until]
+                calls = self.calls[:]
+            # 1. Cut off clients that take longer than they may: their threads end by it.
+            for sock in overdue:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-            for call in [*self.calls]:
-                if call.left and not call.clients and now > call.lonely_since + ATTACH:
+            # 2. What nobody waits for must not go on costing time or a GPU.
+            finished = list[Call]()
+            for call in calls:
+                if not call.left:
+                    finished.append(call)
+                    continue
+                call.replay_until = now + REPLAY_WINDOW_S
+                if not call.clients and now > call.lonely_since + ABANDON_AFTER_S:
                     call.abandon()
+            # 3. Forget old answers, and of too many the oldest: each holds its records.
+            with self._lock:
+                for number, call in enumerate(reversed(finished)):
+                    if number >= REPLAY_MAX or now > call.replay_until:
+                        self.calls.remove(call)
 
     def _grant(self, sock: socket.socket, seconds: float) -> None:
         self._connections[sock] = time.monotonic() + seconds
 
     def _connection(self, sock: socket.socket) -> None:
-        answer = Reply(sock)
+        response = ResponseWriter(sock)
         try:
             with sock:
                 try:
-                    asked = self._read(sock)
-                    answer.bodiless = asked.method == "HEAD"
-                    self._grant(sock, WRITE_TIME)
-                    self._answer(asked, answer)
-                except Turned as problem:
-                    kinds = {401: "authentication_error", 503: "server_error"}
-                    said = {
-                        "message": str(problem),
-                        "type": kinds.get(problem.status, "invalid_request_error"),
-                    }
-                    headers = (
-                        {"Retry-After": "5", "x-should-retry": "true"}
-                        if problem.status == 503
-                        else EMPTY
-                    )
-                    more = {
-                        "param": None,
-                        "code": problem.code or None,
-                        "hint": "",
-                        "charged": "no",
-                    }
-                    answer.json(problem.status, {"error": said | more}, headers)
-                    self._grant(sock, LINGER)
-                    sock.shutdown(socket.SHUT_WR)
-                    while sock.recv(
-                        1 << 16
-                    ):  # what nobody reads would reset the connection, and the answer with it
-                        pass
+                    self._respond(sock, response)
+                except HttpError as problem:
+                    self._turn_away(problem, response)
+                # An OSError is the connection's: there is nobody to answer any more.
                 except OSError:
                     raise
                 except Exception as problem:
-                    self.fail(answer, as_error(problem))
+                    self.fail(response, as_error(problem))
         except OSError:
             pass  # the client has left, which is its own business
         finally:
             with self._lock:
                 del self._connections[sock]
 
-    def _read(self, sock: socket.socket) -> Asked:
-        """The request; Turned for what is none."""
-        from urllib.parse import parse_qsl, unquote
+    def _respond(self, sock: socket.socket, response: ResponseWriter) -> None:
+        request = self._read(sock)
+        response.bodiless = request.method == "HEAD"
+        self._grant(sock, WRITE_S)
+        self._check_origin(request)
+        if not self._authorized(request):
+            raise HttpError(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+        # The first route that fits both path and method; a path alone is a 405.
+        allowed = list[str]()
+        for methods, pattern, handler in ROUTES:
+            match = re.fullmatch(pattern, request.path)
+            if match and request.method in methods:
+                handler(self, request, response, *match.groups())
+                return
+            if match:
+                allowed += methods
+        if not allowed:
+            raise HttpError(404, "there is nothing here")
+        allow = ", ".join(allowed)
+        raise HttpError(405, f"only {allow} here", headers={"Allow": allow})
 
-        def more() -> bytes:
-            if block := sock.recv(1 << 16):
-                return block
-            raise ConnectionError("the client has left")
+    def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
+        kinds = {401: "authentication_error", 503: "server_error"}
+        kind = kinds.get(problem.status, "invalid_request_error")
+        fields = error_fields(str(problem), kind, problem.code)
+        response.json(problem.status, {"error": fields}, problem.headers)
+        # What nobody reads would reset the connection, and the answer with it.
+        self._grant(response.sock, DRAIN_AFTER_ERROR_S)
+        response.sock.shutdown(socket.SHUT_WR)
+        while response.sock.recv(1 << 16):
+            pass
+
+    def _read(self, sock: socket.socket) -> HttpRequest:
+        """The request; HttpError for what is none."""
+        from urllib.parse import parse_qsl, unquote
 
         data = b""
         while b"\r\n\r\n" not in data and len(data) <= HEAD_BYTES:
-            data += more()
+            data += received(sock)
         head, end, body = data.partition(b"\r\n\r\n")
         if not end or len(head) > HEAD_BYTES:
-            raise Turned(431, "the head of the request is too large")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        found = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
-        named = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
-        if not found or not all(named):
-            raise Turned(400, "this is no HTTP request")
-        headers = {one[1].lower(): one[2] for one in named if one}
+            raise HttpError(431, "the head of the request is too large")
+        method, target, headers = parsed_head(head.decode("latin-1"))
+        # A body without a length could be the beginning of another request: refused.
         length = headers.get("content-length", "0")
         if "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
-            raise Turned(411, "a Content-Length is needed")
-        if int(length) > BODY_BYTES:
-            raise Turned(413, f"the body has more than {BODY_BYTES >> 10} kB")
-        self._grant(sock, BODY_TIME)
+            raise HttpError(411, "a Content-Length is needed")
+        size = int(length)
+        if size > BODY_BYTES:
+            raise HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
+        self._grant(sock, BODY_S)
+        # curl waits for this before it sends a body of more than a kilobyte.
         if headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(body) < int(length):
-            body += more()
-        path, _, query = found[2].partition("?")
-        return Asked(
-            found[1],
-            unquote(path),
-            dict(parse_qsl(query)),
-            headers,
-            body[: int(length)],
+        while len(body) < size:
+            body += received(sock)
+        path, _, query = target.partition("?")
+        return HttpRequest(
+            method=method,
+            path=unquote(path),
+            query=dict(parse_qsl(query)),
+            headers=headers,
+            body=body[:size],
         )
 
-    def _answer(self, asked: Asked, answer: Reply) -> None:
-        self._admit(asked, answer)
-        if answer.begun:
-            return
-        get = asked.method in ("GET", "HEAD")
-        place = re.fullmatch(r"/(images|thumbs|api/images)/([0-9a-f-]{36})", asked.path)
-        if asked.path == "/v1/images/generations":
-            if asked.method != "POST":
-                raise Turned(405, "POST it")
-            self._generate(asked, answer)
-        elif not get:
-            raise Turned(
-                405 if asked.path in ("/", "/healthz", "/v1/models", "/api/images") else 404,
-                "only GET here",
-            )
-        elif asked.path == "/":
-            nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
-            answer.page(PAGE.replace("NONCE", nonce), nonce)
-        elif asked.path == "/healthz":
-            answer.json(200, {"ok": True, "version": __version__})
-        elif asked.path == "/v1/models":
-            names = ["auto", *self.config.backends]
-            data = [
-                {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
-                for name in names
-            ]
-            answer.json(200, {"object": "list", "data": data})
-        elif asked.path == "/api/options":
-            styles = [*STYLES, *self.config.styles]
-            names = [*self.config.backends]
-            answer.json(
-                200, {"backends": names, "default": self.config.default_backend, "styles": styles}
-            )
-        elif asked.path == "/api/images":
-            self._list(asked, answer)
-        elif place:
-            self._image(asked, answer, place[1], place[2])
-        else:
-            raise Turned(404, "there is nothing here")
-
-    def _admit(self, asked: Asked, answer: Reply) -> None:
-        """Turned where this client may not ask: another site's page (DNS rebinding, CSRF), or nobody with the token."""
-        import hmac
-
-        def same(given: str | None, known: str) -> bool:
-            return hmac.compare_digest((given or "").encode(), known.encode())
-
-        host = asked.headers.get("host", "")
-        origin_ = asked.headers.get("origin")
+    def _check_origin(self, request: HttpRequest) -> None:
+        """HttpError where another site's page asks: DNS rebinding, CSRF."""
+        host = request.headers.get("host", "")
+        # Without a token, a name that is not ours came from somebody else's DNS.
         if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
-            raise Turned(403, f"this server is not called {host[:80]}")
-        if (
-            origin_
-            and asked.method != "GET"
-            and origin_ not in (f"http://{host}", f"https://{host}")
-        ):
-            raise Turned(403, "another site's page may not write here")
-        if not self.token or asked.path == "/healthz":
-            return
-        if asked.path == "/" and same(asked.query.get("token"), self.token):
-            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
-            answer.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
-            return
-        place = re.fullmatch(r"/images/([0-9a-f-]{36})", asked.path)
-        if place and same(asked.query.get("signature"), self.sign(place[1])):
-            return
-        bearer = asked.headers.get("authorization", "").removeprefix("Bearer ")
-        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", asked.headers.get("cookie", "")))
-        if not same(bearer, self.token) and not same(
-            cookies.get("imagen"),
-            self.sign("cookie"),
-        ):
-            raise Turned(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+            raise HttpError(403, f"this server is not called {host[:80]}")
+        # A browser names the page that asks; no other client has an Origin.
+        site = request.headers.get("origin")
+        if site and request.method != "GET" and site not in (f"http://{host}", f"https://{host}"):
+            raise HttpError(403, "another site's page may not write here")
 
-    def sign(self, what: str) -> str:
-        """A word that only this server can have said about `what`."""
+    def _authorized(self, request: HttpRequest) -> bool:
+        """Whether the request shows the token, our cookie, or a link that we signed."""
         import hmac
 
-        return hmac.digest(self.secret, what.encode(), "sha256").hex()
+        if not self.token or request.path == "/healthz":
+            return True
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
+        # What the client shows, and what that should be: any pair that is equal will do.
+        proofs = [
+            (bearer, self.token),
+            (cookies.get("imagen", ""), self.sign("cookie")),
+        ]
+        if request.path == "/":
+            proofs.append((request.query.get("token", ""), self.token))
+        # A link is for one image: whoever has it sees this one and no other.
+        if image := re.fullmatch(f"/images/{IMAGE_ID}", request.path):
+            signature = request.query.get("signature", "")
+            proofs.append((signature, self.sign(image[1])))
+        # Compared in constant time, so that nobody finds the token letter by letter.
+        return any(
+            hmac.compare_digest(shown.encode(), expected.encode()) for shown, expected in proofs
+        )
 
-    def _generate(self, asked: Asked, answer: Reply) -> None:
-        """POST /v1/images/generations. https://platform.openai.com/docs/api-reference/images/create"""
+    def sign(self, text: str) -> str:
+        """A word that only this server can have said about `text`."""
+        import hmac
+
+        return hmac.digest(self.secret, text.encode(), "sha256").hex()
+
+    def answer_page(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """GET /: the gallery; a token in the address moves into a cookie."""
+        if self.token and "token" in request.query:
+            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
+            response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
+            return
+        # Only scripts that bear it run: what a prompt smuggles in would not.
+        nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
+        response.page(PAGE.replace("NONCE", nonce), nonce)
+
+    def answer_health(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /healthz."""
+        response.json(200, {"ok": True, "version": __version__})
+
+    def answer_models(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /v1/models: the backends, by OpenAI's name for them."""
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
+            for name in ("auto", *self.config.backends)
+        ]
+        response.json(200, {"object": "list", "data": models})
+
+    def answer_options(self, _: HttpRequest, response: ResponseWriter) -> None:
+        """GET /api/options: what the page's form offers."""
+        options = {
+            "backends": [*self.config.backends],
+            "default": self.config.default_backend,
+            "styles": [*STYLES, *self.config.styles],
+        }
+        response.json(200, options)
+
+    def answer_generations(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """POST /v1/images/generations.
+
+        https://platform.openai.com/docs/api-reference/images/create
+        """
         import hashlib
 
-        said = parsed(asked.body)
-        if not said:
-            raise Turned(400, "the body is no JSON object")
-        key = hashlib.sha256(asked.body).hexdigest()
-        repeated = (
-            asked.headers.get("x-stainless-retry-count", "0") != "0"
-        )  # the SDK's own, after a timeout of its own
-        plans, ignored = self._plans(said)
+        body = parsed(request.body)
+        if not body:
+            raise HttpError(400, "the body is no JSON object")
+        plans, ignored = self._plans(body)
+        key = hashlib.sha256(request.body).hexdigest()
+        # OpenAI's clients repeat by themselves, after a timeout of their own, and say so.
+        repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         with self._lock:
-            same = [
-                call
-                for call in reversed(self.calls)
-                if repeated and call.key == key and call.joinable
-            ]
-            call = min(same, key=lambda one: (one.answered, one.clients), default=None)
+            same = list[Call]()
+            if repeated:
+                same = [call for call in reversed(self.calls) if call.answers(key)]
+            # Two alike that are both repeated get an image each: the lonelier call first.
+            call = min(same, key=lambda call: (call.answered, call.clients), default=None)
             if not call:
-                if sum(one.left > 0 for one in self.calls) >= self.parallel:
-                    raise Turned(
-                        503,
-                        f"{self.parallel} requests are under way; ask again",
-                        "rate_limit_exceeded",
-                    )
-                call = Call(key, plans, said, ignored)
+                self._check_room()
+                call = Call(key, plans, self.config, self.say, body, ignored)
                 self.calls.append(call)
-                members = min(len(plans), plans[0].parallel)
-                call.threads = [
-                    in_thread(
-                        call.work,
-                        self.config,
-                        self.say,
-                    )
-                    for _ in range(members)
-                ]
+                call.start()
             call.clients += 1
         try:
-            self._follow(call, asked, answer)
+            if call.stream:
+                self._stream(call, request, response)
+            else:
+                self._document(call, request, response)
             call.answered = True
         finally:
             with self._lock:
-                call.clients = call.clients - 1
+                call.clients -= 1
                 call.lonely_since = time.monotonic()
 
-    def _plans(self, said: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
-        """What a body asks for, and the fields of it that nobody here knows."""
-        name = said.get("model") or "auto"
-        size = said.get("size") or "auto"
-        sized = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", str(size))
-        count = 1 if said.get("n") is None else said["n"]
-        if not sized or type(count) is not int or not 1 <= count <= 10:
-            raise Turned(400, "size is WxH or auto, n is 1 to 10", "invalid_value")
-        name = self.config.default_backend if name == "auto" else str(name)
-        if name not in self.config.backends:
-            raise Turned(
-                404,
-                f'model "{name}" is unknown: {nearest(name, self.config.backends)}',
-                "model_not_found",
-            )
-        known = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts")
-        fields = {key: said[key] for key in known if said.get(key) is not None}
-        fields |= {
-            "backend": name,
-            "width": int(sized[1] or 0),
-            "height": int(sized[2] or 0),
-        }
-        cls, _ = options_of(name, self.config.backends)
-        words = ("quality", "output_format", "background", "moderation")
-        passed = [key for key in words if key in marked(cls.Options, REQUEST)]
-        options = fields.get("backend_opts", {})
-        if isinstance(options, dict):
-            options = options | {
-                key: said[key] for key in passed if said.get(key) not in (None, "auto")
-            }
-        first = from_mapping(Request, {**fields, "backend_opts": options}, "request", BadRequest)
-        read = (*known, *passed, "model", "size", "n", "response_format", "stream")
-        seed = int.from_bytes(os.urandom(4)) >> 1 if first.seed is None else first.seed
-        ignored = [key for key in said if key not in read and said[key] is not None]
-        return [
-            prepare(first._replace(seed=seed + number), self.config) for number in range(count)
-        ], ignored
+    def _check_room(self) -> None:
+        if sum(call.left > 0 for call in self.calls) >= self.parallel:
+            message = f"{self.parallel} requests are under way; ask again"
+            headers = {"Retry-After": "5", "x-should-retry": "true"}
+            raise HttpError(503, message, "rate_limit_exceeded", headers)
 
-    def _follow(self, call: Call, asked: Asked, answer: Reply) -> None:
-        """Wait with the client until the call is over, and answer; ConnectionError where the client leaves before."""
-        import select
+    def _plans(self, body: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
+        """The plans for a body, and the names of its fields that nobody here knows."""
+        # OpenAI's clients send null for what they leave open.
+        body = {key: value for key, value in body.items() if value is not None}
+        backend = str(body.get("model") or "auto")
+        if backend == "auto":
+            backend = self.config.default_backend
+        if backend not in self.config.backends:
+            hint = nearest(backend, self.config.backends)
+            raise HttpError(404, f'model "{backend}" is unknown: {hint}', "model_not_found")
+        size = str(body.get("size") or "auto")
+        pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+        if not pixels:
+            raise BadRequest("size is WxH or auto")
+        fields = {key: body[key] for key in ORDER_FIELDS if key in body}
+        fields["backend"] = backend
+        fields["width"] = int(pixels[1] or 0)
+        fields["height"] = int(pixels[2] or 0)
+        # OpenAI's own options reach those backends that have an option of the same name.
+        cls, _ = options_of(backend, self.config.backends)
+        passed = {key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS}
+        options = {key: body[key] for key in passed & body.keys() if body[key] != "auto"}
+        own = fields.get("backend_opts", {})
+        if isinstance(own, dict):  # else `from_mapping` complains of it
+            fields["backend_opts"] = {**own, **options}
+        order = from_mapping(Order, fields, "request", BadRequest)
+        if not 1 <= order.n <= 10:
+            raise BadRequest("n is 1 to 10")
+        known = {*ORDER_FIELDS, *passed, "model", "size", "response_format", "stream"}
+        return plans_of(order, self.config), [key for key in body if key not in known]
 
-        sent = 0
-        progress = None
-        if call.stream:
-            answer.stream()
-        while True:
-            with call.changed:
-                if call.left:
-                    call.changed.wait(0.5)
-                records = call.records[:]
-                left = call.left
-                now = call.progress
-            self._grant(answer.sock, WRITE_TIME)
-            if (
-                left
-                and select.select([answer.sock], [], [], 0)[0]
-                and not answer.sock.recv(1, socket.MSG_PEEK)
-            ):
-                raise ConnectionError("the client has left")
-            if call.stream:
-                if now is not progress and left:
-                    progress = now
-                    answer.event(
-                        "imagen.progress", dict(zip(("note", "done", "total"), now, strict=True))
-                    )
-                for record in records[sent:]:
-                    about = record["sidecar"]
-                    size = {
-                        "size": f"{about['width']}x{about['height']}",
-                        "output_format": about["mime_type"][6:],
-                    }
-                    whole = {
-                        **self._item(call, record, asked),
-                        **size,
-                        "created_at": int(time.time()),
-                    }
-                    answer.event(
-                        "image_generation.completed", {**whole, "usage": usage_of([record])}
-                    )
-                sent = len(records)
-            if not left:
-                break
-        errors = sorted(
-            call.errors,
-            key=lambda error: (error.charged == "no", repeatable(error)),
-        )
-        if call.stream:
-            for error in errors[:1]:
-                answer.event("error", {"error": self._words(error)[1]})
-        elif not call.records:
-            self.fail(answer, errors[0])
-        else:
-            data = [self._item(call, record, asked) for record in call.records]
-            about = {"created": int(call.began), "data": data, "usage": usage_of(call.records)}
-            lacking = (
-                {"imagen": {"errors": [self._words(error)[1] for error in errors]}}
-                if errors
-                else {}
-            )
-            answer.json(200, about | lacking)
+    def _wait(self, call: Call, response: ResponseWriter) -> bool:
+        """Wait for a change, half a second at most; whether more is expected after it.
 
-    def _item(self, call: Call, record: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
-        """One image as OpenAI's API shows it, and what only we know of it."""
-        about = record["sidecar"]
-        ignored = [*about["ignored"], *call.ignored]
-        ours = {
-            "id": about["image_id"],
-            "seed": about["seed"],
-            "cost_usd": about["cost_usd_estimate"],
-            "ignored": ignored,
-        }
-        item: dict[str, Any] = {"imagen": ours}
-        if call.links:
-            signed = f"/images/{ours['id']}?signature={self.sign(ours['id'])}"
-            item["url"] = f"http://{asked.headers.get('host')}{signed}"
-        else:
-            item["b64_json"] = binascii.b2a_base64(_read(record["path"]), newline=False).decode()
-        revised = (about.get("metadata") or {}).get("revised_prompt")
-        return item | ({"revised_prompt": revised} if revised else {})
+        ConnectionError where the client has left.
+        """
+        with call.changed:
+            if call.left:
+                call.changed.wait(0.5)
+            more_expected = call.left > 0
+        # As long as we wait ourselves, the client is not the slow one.
+        self._grant(response.sock, WRITE_S)
+        if more_expected and response.client_left():
+            raise ConnectionError("the client has left")
+        return more_expected
 
-    def _words(self, error: ImagenError) -> tuple[int, dict[str, Any]]:
-        """The status of an error, and OpenAI's shape of it."""
-        status, kind, code = OPENAI_WORDS.get(
-            error.code, (error.http_status, "server_error", error.code)
-        )
-        said = {"message": str(error), "type": kind, "param": None, "code": code}
-        return status, {
-            **said,
-            "hint": error.hint,
-            "charged": error.charged,
-            "imagen_code": error.code,
-        }
-
-    def fail(self, answer: Reply, error: ImagenError) -> None:
-        """Answer with an error, and say whether a repeat is safe, since OpenAI's clients repeat by themselves."""
-        status, said = self._words(error)
-        again = {"x-should-retry": "true", "Retry-After": f"{max(1.0, error.after or 5):.0f}"}
-        answer.json(
-            status, {"error": said}, again if repeatable(error) else {"x-should-retry": "false"}
-        )
-
-    def _list(self, asked: Asked, answer: Reply) -> None:
-        limit = asked.query.get("limit", "")
-        count = min(200, int(limit)) if re.fullmatch(r"[1-9]\d{0,5}", limit) else PAGE_OF
-        words = {
-            key: asked.query.get(key, "")
-            for key in (
-                "query",
-                "backend",
-                "before",
-            )
-        }
-        found = self.index.page(**words, limit=count)
-        answer.json(
-            200,
-            {
-                "images": found,
-                "next": found[-1]["id"] if len(found) == count else None,
-            },
-        )
-
-    def _image(self, asked: Asked, answer: Reply, kind: str, image_id: str) -> None:
-        """An image, its thumbnail, or what is known of it."""
-        record = self.index.record(image_id)
-        if not record:
-            raise Turned(404, "no image has this id")
-        if kind == "api/images":
-            answer.json(200, self.index.shown(record))
+    def _document(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+        """One JSON document, once all images are made or have failed."""
+        while self._wait(call, response):
+            pass
+        errors = worst_first(call.errors)
+        if not call.records:
+            self.fail(response, errors[0])
             return
+        document: dict[str, Any] = {
+            "created": int(call.began),
+            "data": [self._fields(call, record, request) for record in call.records],
+            "usage": usage_of(call.records),
+        }
+        if errors:
+            document["imagen"] = {"errors": [openai_fields(error)[1] for error in errors]}
+        response.json(200, document)
+
+    def _stream(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+        """Server-sent events: progress, each image once it is made, the worst error."""
+        response.begin_stream()  # from here on an error is an event, since the status is out
+        sent = 0
+        shown = None
+        more_expected = True
+        while more_expected:
+            # Asked before the records are looked at, so that the last one is not missed.
+            more_expected = self._wait(call, response)
+            progress = call.progress
+            if more_expected and progress != shown:
+                shown = progress
+                fields = {**progress._asdict(), "note": progress.note or "waiting"}
+                response.event("imagen.progress", fields)
+            for record in call.records[sent:]:
+                sent += 1
+                sidecar = record["sidecar"]
+                image = {
+                    **self._fields(call, record, request),
+                    "size": f"{sidecar['width']}x{sidecar['height']}",
+                    "output_format": sidecar["mime_type"].removeprefix("image/"),
+                    "created_at": int(time.time()),
+                    "usage": usage_of([record]),
+                }
+                response.event("image_generation.completed", image)
+        for error in worst_first(call.errors)[:1]:
+            response.event("error", {"error": openai_fields(error)[1]})
+
+    def _fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
+        """One image as OpenAI's API shows it, and what only we know of it."""
+        sidecar = record["sidecar"]
+        image_id = sidecar["image_id"]
+        fields: dict[str, Any] = {
+            "imagen": {
+                "id": image_id,
+                "seed": sidecar["seed"],
+                "cost_usd": sidecar["cost_usd_estimate"],
+                "ignored": [*sidecar["ignored"], *call.ignored],
+            }
+        }
+        if call.links:
+            host = request.headers.get("host")
+            fields["url"] = f"http://{host}/images/{image_id}?signature={self.sign(image_id)}"
+        else:
+            image = read_bytes(record["path"])
+            fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
+        if revised := (sidecar.get("metadata") or {}).get("revised_prompt"):
+            fields["revised_prompt"] = revised
+        return fields
+
+    def fail(self, response: ResponseWriter, error: ImagenError) -> None:
+        """Answer with an error, and say whether OpenAI's clients may repeat by themselves."""
+        status, fields = openai_fields(error)
+        headers = {"x-should-retry": "false"}
+        if repeatable(error):
+            after = max(1.0, error.after or 5)
+            headers = {"x-should-retry": "true", "Retry-After": f"{after:.0f}"}
+        response.json(status, {"error": fields}, headers)
+
+    def answer_images(self, request: HttpRequest, response: ResponseWriter) -> None:
+        """GET /api/images?query=&backend=&before=&limit=: the newest first."""
+        query = request.query
+        limit = PAGE_IMAGES
+        if re.fullmatch(r"[1-9]\d{0,5}", query.get("limit", "")):
+            limit = min(200, int(query["limit"]))
+        records = images_made(
+            before=query.get("before", ""),
+            words=query.get("query", "").lower().split(),
+            backend=query.get("backend", ""),
+        )
+        images = [shown_fields(record) for record in itertools.islice(records, limit)]
+        following = None
+        if len(images) == limit:
+            following = images[-1]["id"]
+        response.json(200, {"images": images, "next": following})
+
+    def answer_facts(self, _: HttpRequest, response: ResponseWriter, image_id: str) -> None:
+        """GET /api/images/ID."""
+        response.json(200, shown_fields(record_of_image(image_id)))
+
+    def answer_file(
+        self, request: HttpRequest, response: ResponseWriter, kind: str, image_id: str
+    ) -> None:
+        """GET /images/ID, /thumbs/ID: the file, for ever the same."""
+        record = record_of_image(image_id)
         path = record["path"]
         mime = record["sidecar"]["mime_type"]
+        # An image never changes under its id, so a browser need not ask again.
         tag = f'"{record["sidecar"]["sha256"]}"'
         if kind == "thumbs" and (small := thumbnail(path, image_id)):
             path = small
@@ -6709,28 +6871,114 @@ class Server:
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Type": mime,
         }
-        if asked.headers.get("if-none-match") == tag:
-            answer.send(304, b"", headers)
+        if request.headers.get("if-none-match") == tag:
+            response.send(304, b"", headers)
             return
         try:
             file = open(path, "rb")
         except OSError:
-            raise Turned(404, "the file is gone") from None
+            raise HttpError(404, "the file is gone") from None
         with file:
-            answer.send(
-                200,
-                b"",
-                {
-                    **headers,
-                    "Content-Length": str(os.fstat(file.fileno()).st_size),
-                },
-            )
-            if asked.method == "GET":
-                answer.sock.sendfile(file)
+            headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
+            response.send(200, b"", headers)
+            if request.method == "GET":
+                response.sock.sendfile(file)
 
 
-class Reply:
-    """The answer to one request, on its socket."""
+IMAGE_ID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+GET = ("GET", "HEAD")
+ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
+    (GET, "/", Server.answer_page),
+    (GET, "/healthz", Server.answer_health),
+    (GET, "/v1/models", Server.answer_models),
+    (("POST",), "/v1/images/generations", Server.answer_generations),
+    (GET, "/api/options", Server.answer_options),
+    (GET, "/api/images", Server.answer_images),
+    (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
+    (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
+)
+# Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
+ORDER_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "style",
+    "seed",
+    "steps",
+    "backend_opts",
+    "n",
+)
+OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
+
+
+def received(sock: socket.socket) -> bytes:
+    """Some bytes; ConnectionError where no more will come."""
+    if block := sock.recv(1 << 16):
+        return block
+    raise ConnectionError("the client has left")
+
+
+def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
+    """Method, target and headers of a request; HttpError for what is none."""
+    first, *lines = head.split("\r\n")
+    request = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
+    fields = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
+    if not request or not all(fields):
+        raise HttpError(400, "this is no HTTP request")
+    headers = {field[1].lower(): field[2] for field in fields if field}
+    return request[1], request[2], headers
+
+
+def error_fields(
+    message: str, kind: str, code: str, hint: str = "", charged: Charged = "no"
+) -> dict[str, Any]:
+    """OpenAI's shape of an error, and what only we say of it."""
+    return {
+        "message": message,
+        "type": kind,
+        "param": None,
+        "code": code or None,
+        "hint": hint,
+        "charged": charged,
+    }
+
+
+def openai_fields(error: ImagenError) -> tuple[int, dict[str, Any]]:
+    """The status of an error, and its fields."""
+    usual = (error.http_status, "server_error", error.code)
+    status, kind, code = OPENAI_ERRORS.get(error.code, usual)
+    fields = error_fields(str(error), kind, code, error.hint, error.charged)
+    return status, {**fields, "imagen_code": error.code}
+
+
+def worst_first(errors: Iterable[ImagenError]) -> list[ImagenError]:
+    """What may have cost money first, then what no repeat can mend."""
+    return sorted(errors, key=lambda error: (error.charged == "no", repeatable(error)))
+
+
+def record_of_image(image_id: str) -> Record:
+    """What the journal knows of an image; HttpError where that is nothing."""
+    if record := find_image(image_id):
+        return record
+    raise HttpError(404, "no image has this id")
+
+
+def shown_fields(record: Record) -> dict[str, Any]:
+    """What the page may know of an image."""
+    sidecar = record["sidecar"]
+    path = record["path"]
+    place = record.get("object")
+    return {
+        **sidecar,
+        "id": sidecar["image_id"],
+        "storage_path": place or sidecar.get("storage_path"),
+        "cloud": bool(place),
+        "exists": os.path.exists(path),
+        "name": os.path.basename(path),
+    }
+
+
+class ResponseWriter:
+    """The response to one request, on its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -6738,50 +6986,63 @@ class Reply:
         self.bodiless = False
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        """A whole answer, or the head of one whose Content-Length is among the headers."""
+        """A whole response, or the head of one whose Content-Length is among the headers."""
         self.begun = True
-        usual = {
+        fields = {
             "Content-Length": str(len(body)),
             "Connection": "close",
             "X-Content-Type-Options": "nosniff",
+            **headers,
         }
         lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
-        lines += [f"{name}: {value}" for name, value in {**usual, **headers}.items()]
-        self.sock.sendall(
-            "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
-            + (b"" if self.bodiless else body)
-        )
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
+        if not self.bodiless:
+            data += body
+        self.sock.sendall(data)
 
     def json(
-        self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
+        self, status: int, document: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
     ) -> None:
-        """A JSON document."""
+        """A JSON document; nothing where a response has begun, which it would spoil."""
         if not self.begun:
             usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            self.send(status, to_json(said).encode(), {**usual, **headers})
+            self.send(status, to_json(document).encode(), {**usual, **headers})
 
     def page(self, html: str, nonce: str) -> None:
         """Our page, which may do what it needs to, and nothing else."""
-        own = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
         policy = (
-            own + "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors 'none'"
         )
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        self.send(
-            200,
-            html.encode(),
-            {**headers, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"},
-        )
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        self.send(200, html.encode(), headers)
 
-    def stream(self) -> None:
+    def begin_stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
         self.begun = True
-        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\n"
-        self.sock.sendall(f"{head}X-Content-Type-Options: nosniff\r\n\r\n".encode())
+        self.sock.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n"
+            b"Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n"
+        )
 
-    def event(self, kind: str, said: Mapping[str, Any]) -> None:
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """One server-sent event."""
-        self.sock.sendall(f"event: {kind}\ndata: {to_json({'type': kind, **said})}\n\n".encode())
+        data = to_json({"type": kind, **fields})
+        self.sock.sendall(f"event: {kind}\ndata: {data}\n\n".encode())
+
+    def client_left(self) -> bool:
+        """Whether the client has closed the connection, without waiting for it."""
+        import select
+
+        readable, _, _ = select.select([self.sock], [], [], 0)
+        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
 
 
 STATUSES = {
@@ -6790,34 +7051,36 @@ STATUSES = {
     304: "Not Modified",
     400: "Bad Request",
     401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Content Too Large",
+    429: "Too Many Requests",
 }
-STATUSES |= {403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 429: "Too Many Requests"}
 
 
-def usage_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tokens that the backend counted; OpenAI's clients expect the numbers in any case."""
-    said = [(record["sidecar"].get("metadata") or {}).get("usage") for record in records]
-    known = [
-        usage for usage in said if isinstance(usage, dict)
-    ]  # compatible servers put all kinds of things there
-    total = {
-        key: sum(count for one in known if isinstance(count := one.get(key), int))
-        for key in ("input_tokens", "output_tokens", "total_tokens")
-    }
-    return {
-        **total,
-        "input_tokens_details": {"image_tokens": 0, "text_tokens": total["input_tokens"]},
-    }
+def usage_of(records: Iterable[Record]) -> dict[str, Any]:
+    """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
+    total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    for record in records:
+        usage = (record["sidecar"].get("metadata") or {}).get("usage")
+        # Compatible servers put all kinds of things in its place.
+        if not isinstance(usage, dict):
+            continue
+        for key in total:
+            if isinstance(usage.get(key), int):
+                total[key] += usage[key]
+    details = {"image_tokens": 0, "text_tokens": total["input_tokens"]}
+    return {**total, "input_tokens_details": details}
 
 
 _thumbnails = threading.Lock()  # one at a time: a picture is large once it is unpacked
 
 
 def thumbnail(path: str, image_id: str) -> str:
-    """The path of a small WebP of an image, made once where Pillow happens to be installed; "" where it is not."""
-    folder = os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imagen", "thumbs"
-    )
+    """The path of a small WebP of an image, made once; "" where it cannot be made."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "imagen", "thumbs")
     small = os.path.join(folder, f"{image_id}.webp")
     if os.path.exists(small):
         return small
@@ -6825,18 +7088,19 @@ def thumbnail(path: str, image_id: str) -> str:
         from PIL import Image  # type: ignore[import-not-found,unused-ignore]
 
         with _thumbnails, Image.open(path) as picture:
-            if os.path.exists(small):  # by now
+            # Another thread may have made it while this one waited.
+            if os.path.exists(small):
                 return small
-            picture.thumbnail((THUMB, THUMB))
+            picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
             os.makedirs(folder, exist_ok=True)
-            picture.convert(
-                "RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB"
-            ).save(f"{small}.part", "WEBP", quality=80)
+            mode = "RGB"
+            if "A" in picture.mode or "transparency" in picture.info:
+                mode = "RGBA"
+            picture.convert(mode).save(f"{small}.part", "WEBP", quality=80)
             os.replace(f"{small}.part", small)
         return small
-    except (
-        Exception
-    ):  # no Pillow, no room, or a picture that it does not like: the original will do
+    # No Pillow, no room, or a picture that it does not like: the original will do.
+    except Exception:
         return ""
 
 
@@ -6845,20 +7109,25 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
-  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d); --line: light-dark(#cfc9be, #45413c);
+:root { color-scheme: light dark;
+  --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
+  --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d);
+  --line: light-dark(#cfc9be, #45413c);
   --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
 * { box-sizing: border-box; overflow-wrap: anywhere }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
-  padding: .6rem 1rem; background: var(--paper); border-bottom: 1px solid var(--line) }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem;
+  align-items: center; padding: .6rem 1rem; background: var(--paper);
+  border-bottom: 1px solid var(--line) }
 h1 { font-size: 1.1rem; margin: 0 }
 #query { flex: 1 }
 #filter { max-width: 36vw }
-#bar, #said { flex: 1 0 100%; margin: 0; white-space: pre-line }
+#bar, #info { flex: 1 0 100%; margin: 0; white-space: pre-line }
 .error { color: light-dark(#a11212, #ff9c91) }
-input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card); padding: .35rem .6rem;
-  border: 1px solid var(--line); border-radius: .4rem; min-width: 0; text-decoration: none }
+input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card);
+  padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .4rem;
+  min-width: 0; text-decoration: none }
 button, summary { cursor: pointer }
 button:disabled { opacity: .6 }
 .main { background: var(--accent); color: var(--paper) }
@@ -6867,16 +7136,18 @@ form { display: grid; gap: .6rem; padding: 1rem }
 label { display: grid; gap: .15rem; font-size: .85rem; color: var(--soft) }
 label > * { font-size: 1rem; color: var(--ink) }
 textarea { resize: vertical }
-#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem; margin-top: .4rem }
+#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
+  gap: .6rem; margin-top: .4rem }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 main { padding: 0 1rem 1rem }
 #grid { display: flex; flex-wrap: wrap; gap: .6rem }
 #grid::after { content: ""; flex: 1e9 }
-#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide); padding: 0; border: 0;
-  max-width: calc(1.6 * var(--wide)) }
-#grid img { display: block; width: 100%; aspect-ratio: var(--ratio); object-fit: cover; border-radius: .4rem }
-dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem }
+#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
+  padding: 0; border: 0; max-width: calc(1.6 * var(--wide)) }
+#grid img { display: block; width: 100%; aspect-ratio: var(--ratio);
+  object-fit: cover; border-radius: .4rem }
+dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem;
+  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
 dialog[open] { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
 dialog > div { flex: 2 1 18rem }
 dialog::backdrop { background: #000b }
@@ -6893,7 +7164,8 @@ dd { margin: 0 }
 <header><h1>ImaGen</h1>
 <input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
 <select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
-<progress id="bar" max="1" aria-label="Progress" hidden></progress><p id="said" role="status" hidden></p></header>
+<progress id="bar" max="1" aria-label="Progress" hidden></progress>
+<p id="info" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
 <label>Prompt<textarea id="prompt" required></textarea></label>
 <details id="settings"><summary>Settings</summary><div id="fields">
@@ -6907,36 +7179,39 @@ dd { margin: 0 }
 <label>Options (JSON)<input id="opts"></label></div></details>
 <div><button class="main" id="go">Make it</button></div></form>
 <main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
-<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt=""><div><p id="text"></p>
-<div class="row"><button id="newer" aria-label="Newer">←</button><button id="older" aria-label="Older">→
-</button><button id="close">Close</button><button id="again" class="main">Again with a new seed</button>
+<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt="">
+<div><p id="text"></p>
+<div class="row"><button id="newer" aria-label="Newer">←</button>
+<button id="older" aria-label="Older">→</button><button id="close">Close</button>
+<button id="again" class="main">Again with a new seed</button>
 <button id="use">Use these settings</button><button id="copy">Copy prompt</button>
 <button id="command">Copy command line</button><a id="save">Download</a></div>
-<p id="told" role="status"></p><dl id="facts"></dl></div></dialog>
+<p id="note" role="status"></p><dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
-const $ = id => document.getElementById(id), write = (id, text) => { $(id).textContent = text }
+const $ = id => document.getElementById(id)
+const write = (id, text) => { $(id).textContent = text }
 const make = (name, more) => Object.assign(document.createElement(name), more)
 let images = [], next = "", loading = false, round = 0, open
 
 function tell(text, look = "") {
-  if ($("said").textContent !== text) write("said", text)
-  $("said").className = look
-  $("said").hidden = false
+  if ($("info").textContent !== text) write("info", text)
+  Object.assign($("info"), { className: look, hidden: false })
 }
 const complain = problem => tell(problem.message + "\n" + (problem.hint || ""), "error")
 
-async function get(path, how) {
-  const answer = await fetch(path, how).catch(() => { throw Error("The server does not answer.") })
-  if (!answer.ok) throw (await answer.json()).error
-  return how ? answer : answer.json()
+async function get(path, post) {
+  const response = await fetch(path, post)
+    .catch(() => { throw Error("The server does not answer.") })
+  if (!response.ok) throw (await response.json()).error
+  return post ? response : response.json()
 }
 
 function tile(image, first) {
-  if (images.some(one => one.id === image.id)) return
+  if (images.some(other => other.id === image.id)) return
   const button = make("button", { onclick: () => show(image) })
   const img = make("img", { loading: "lazy", alt: image.prompt })
   button.style.setProperty("--ratio", Math.max(.3, image.width / image.height))
-  if (image.there) img.src = "/thumbs/" + image.id
+  if (image.exists) img.src = "/thumbs/" + image.id
   button.append(img)
   $("grid")[first ? "prepend" : "append"](button)
   images[first ? "unshift" : "push"](image)
@@ -6945,18 +7220,20 @@ function tile(image, first) {
 async function load(fresh) {
   if (!fresh && (loading || !next)) return
   const mine = fresh ? ++round : round
-  const wanted = { query: $("query").value, backend: $("filter").value, before: fresh ? "" : next }
+  if (fresh) next = ""
+  const params = { query: $("query").value, backend: $("filter").value, before: next }
   loading = true
   try {
-    const said = await get("/api/images?" + new URLSearchParams(wanted))
+    const page = await get("/api/images?" + new URLSearchParams(params))
     if (mine !== round) return
     if (fresh) {
       images = []
       $("grid").replaceChildren()
     }
-    said.images.forEach(image => tile(image))
-    next = said.next
-    write("none", images.length ? "" : wanted.query || wanted.backend ? "Nothing found." : "No images yet.")
+    page.images.forEach(image => tile(image))
+    next = page.next
+    write("none", images.length ? ""
+      : params.query || params.backend ? "Nothing found." : "No images yet.")
   } catch (problem) {
     next = null
     complain(problem)
@@ -6966,59 +7243,62 @@ async function load(fresh) {
 }
 
 const filled = facts => Object.entries(facts).filter(([, value]) => (value ?? "") !== "")
-const optioned = ({ requested }) => requested.backend_opts ? JSON.stringify(requested.backend_opts) : ""
-const sized = ({ requested }) => requested.width ? requested.width + "x" + requested.height : ""
+const optioned = ({ requested: { backend_opts: opts } }) => opts ? JSON.stringify(opts) : ""
+const sized = ({ requested: { width, height } }) => width ? width + "x" + height : ""
 
 function show(image) {
   open = image
-  const cost = image.cost_usd_estimate, took = image.latency_ms
-  const facts = { Backend: image.backend, Model: image.model, Size: image.width + " × " + image.height,
+  const { name, prompt, width, height, exists, cost_usd_estimate: cost, latency_ms: took } = image
+  const facts = { Backend: image.backend, Model: image.model, Size: width + " × " + height,
     Seed: image.seed, Style: image.style, Avoided: image.negative_prompt, Steps: image.steps,
-    Options: optioned(image), Ignored: image.ignored.join(", "), Cost: cost == null ? "unknown" : "$" + cost,
-    Took: took == null ? "" : (took / 1000).toFixed(1) + " s", Made: new Date(image.timestamp).toLocaleString(),
-    Cloud: image.cloud ? image.storage_path : "not uploaded", File: image.name }
+    Options: optioned(image), Ignored: image.ignored.join(", "),
+    Cost: cost == null ? "unknown" : "$" + cost,
+    Took: took == null ? "" : (took / 1000).toFixed(1) + " s",
+    Made: new Date(image.timestamp).toLocaleString(),
+    Cloud: image.cloud ? image.storage_path : "not uploaded", File: name }
   $("facts").replaceChildren()
-  for (const [name, value] of filled(facts)) {
-    $("facts").append(make("dt", { textContent: name }), make("dd", { textContent: value }))
-  }
-  write("text", image.prompt)
-  write("told", "")
-  Object.assign($("big"), { alt: image.prompt, width: image.width, height: image.height, hidden: !image.there })
-  $("save").hidden = !image.there
-  if (image.there) $("big").src = $("save").href = "/images/" + image.id
-  $("save").download = image.name
+  for (const [key, value] of filled(facts))
+    $("facts").append(make("dt", { textContent: key }), make("dd", { textContent: value }))
+  write("text", prompt)
+  write("note", "")
+  Object.assign($("big"), { alt: prompt, width, height, hidden: !exists })
+  Object.assign($("save"), { download: name, hidden: !exists })
+  if (exists) $("big").src = $("save").href = "/images/" + image.id
   if (!$("detail").open) $("detail").showModal()
 }
 
 function step(by) {
-  const place = images.indexOf(open) + by
-  if (images[place]) show(images[place])
-  if (place > images.length - 3) load()
+  const at = images.indexOf(open) + by
+  if (images[at]) show(images[at])
+  if (at > images.length - 3) load()
 }
 
 function command(image) {
-  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text : "'" + String(text).replaceAll("'", "'\\''") + "'"
-  const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image), "--seed": image.seed,
-    "--steps": image.requested.steps || "", "--negative": image.negative_prompt }
-  const words = filled(flags).flat()
+  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text
+    : "'" + String(text).replaceAll("'", "'\\''") + "'"
+  const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image),
+    "--seed": image.seed, "--steps": image.requested.steps || "",
+    "--negative": image.negative_prompt }
+  const argv = filled(flags).flat()
   for (const [name, value] of Object.entries(image.requested.backend_opts || {}))
-    words.push("--opt", name + "=" + JSON.stringify(value))
-  return ["imagen generate", ...[...words, "--", image.prompt].map(quoted)].join(" ")
+    argv.push("--opt", name + "=" + JSON.stringify(value))
+  return ["imagen generate", ...[...argv, "--", image.prompt].map(quoted)].join(" ")
 }
 
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text)
-    write("told", "Copied.")
+    write("note", "Copied.")
   } catch {  // plain http from elsewhere: no clipboard
-    write("told", text)
-    getSelection().selectAllChildren($("told"))
+    write("note", text)
+    getSelection().selectAllChildren($("note"))
   }
 }
 
 function fill(seed) {
-  const values = { prompt: open.prompt, backend: open.backend, style: open.style, size: sized(open), n: 1, seed,
-    steps: open.requested.steps || "", negative: open.negative_prompt, opts: optioned(open) }
+  const values = { prompt: open.prompt, backend: open.backend, style: open.style,
+    size: sized(open), n: 1, seed, steps: open.requested.steps || "",
+    negative: open.negative_prompt, opts: optioned(open) }
   for (const id in values) $(id).value = values[id]
   $("settings").open = true
   $("detail").close()
@@ -7030,9 +7310,9 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader()
   let text = "", part
   while (!(part = await reader.read()).done) {
-    const whole = (text + part.value).split("\n\n")
-    text = whole.pop()
-    for (const event of whole) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
+    const all = (text + part.value).split("\n\n")
+    text = all.pop()
+    for (const event of all) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
   }
 }
 
@@ -7040,19 +7320,20 @@ async function generate() {
   const body = { prompt: $("prompt").value, model: $("backend").value, style: $("style").value,
     size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
     steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
-    backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }  // NaN becomes null
-  const how = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }
-  const answer = await get("/v1/images/generations", how)
+    backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
+  const response = await get("/v1/images/generations", { method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body) })  // in which NaN becomes null
   let made = 0
-  for await (const said of events(answer.body)) {
-    if (said.error) throw said.error
-    if (said.imagen) {
-      tile(await get("/api/images/" + said.imagen.id), true)
+  for await (const event of events(response.body)) {
+    if (event.error) throw event.error
+    if (event.imagen) {
+      tile(await get("/api/images/" + event.imagen.id), true)
       write("none", "")
       made++
     } else {
-      tell(`${said.note} … ${made} of ${body.n} done`)
-      if (said.total) $("bar").value = said.done / said.total
+      tell(`${event.note} … ${made} of ${body.n} done`)
+      if (event.total) $("bar").value = event.done / event.total
       else $("bar").removeAttribute("value")
     }
   }
@@ -7069,8 +7350,8 @@ $("form").onsubmit = async event => {
   $("bar").hidden = true
 }
 const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
-  copy: () => copy(open.prompt), command: () => copy(command(open)), use: () => fill(open.seed ?? ""),
-  again: () => {
+  copy: () => copy(open.prompt), command: () => copy(command(open)),
+  use: () => fill(open.seed ?? ""), again: () => {
     fill("")
     $("go").click()
   } }
@@ -7088,10 +7369,11 @@ onkeydown = event => {
   }
 }
 new IntersectionObserver(() => load(), { rootMargin: "600px" }).observe($("more"))
-get("/api/options").then(said => {
-  for (const name of said.backends) for (const id of ["backend", "filter"]) $(id).add(new Option(name))
-  for (const name of said.styles) $("style").add(new Option(name))
-  $("backend").value = said.default
+get("/api/options").then(options => {
+  for (const id of ["backend", "filter"])
+    for (const name of options.backends) $(id).add(new Option(name))
+  for (const name of options.styles) $("style").add(new Option(name))
+  $("backend").value = options.default
   $("settings").open = innerWidth > 800
   return load(true)
 }).catch(complain)
@@ -7104,18 +7386,25 @@ get("/api/options").then(said => {
 
 
 class Terminal:
-    """stdout gets results and nothing else; stderr gets words, and on a terminal one progress line below them."""
+    """stdout gets results and nothing else; stderr what a person reads.
+
+    On a terminal one progress line stands below that.
+    """
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """--json holds even where the rest of `argv` is a mistake; -q and -v are set once they are parsed."""
-        self.as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
-        self.quiet = self.verbose = False
+        """--json holds even where the rest of `argv` is a mistake; the parser sets the others."""
+        flags = argv
+        if "--" in argv:
+            flags = argv[: argv.index("--")]
+        self.as_json = "--json" in flags
+        self.quiet = False
+        self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.RLock()
         self._drawn = False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
-        """Words for a person."""
+        """A message for a person."""
         with self._lock, suppress(OSError, ValueError):
             self.draw("")
             sys.stderr.write(f"{prefix}{redact(printable(text))}\n")
@@ -7127,8 +7416,10 @@ class Terminal:
             self.say(text, prefix="")
 
     def report(self, problem: BaseException) -> ImagenError:
-        """The error that `problem` is, told where no JSON will tell it; with -v where a bug is."""
-        error = as_error(problem) if isinstance(problem, Exception) else Interrupted("interrupted")
+        """The error that `problem` is, shown where no JSON will; with -v where a bug is."""
+        error: ImagenError = Interrupted("interrupted")
+        if isinstance(problem, Exception):
+            error = as_error(problem)
         if self.verbose and error.code == "bug":
             import traceback
 
@@ -7147,6 +7438,7 @@ class Terminal:
                 sys.stdout.writelines(f"{line}\n" for line in lines)
                 sys.stdout.flush()
             except (OSError, ValueError) as problem:
+                # What comes later, the flush at exit too, goes nowhere.
                 with suppress(OSError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
                 if not isinstance(problem, BrokenPipeError | ValueError):
@@ -7156,141 +7448,99 @@ class Terminal:
         self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None
     ) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
-        said = (
-            {
-                "ok": False,
-                "error": self.fields(error),
-                "images": [],
-            }
-            if error
-            else {"ok": True}
-        )
-        self.write(
-            *(
-                [
-                    to_json(
-                        {
-                            **said,
-                            **document,
-                        }
-                    )
-                ]
-                if self.as_json
-                else lines
-            )
-        )
-        return error.exit_code if error else 0
+        code = 0
+        outcome: dict[str, Any] = {"ok": True}
+        if error:
+            code = error.exit_code
+            outcome = {"ok": False, "error": self.fields(error), "images": []}
+        if self.as_json:
+            lines = (to_json({**outcome, **document}),)
+        self.write(*lines)
+        return code
 
     def fields(self, error: ImagenError) -> dict[str, Any]:
         """What JSON says of an error."""
-        said = {name: getattr(error, name) for name in ("code", "hint", "charged")}
         return {
             "message": str(error),
-            **said,
+            "code": error.code,
+            "hint": error.hint,
+            "charged": error.charged,
             "retryable": error.retryable and error.charged == "no",
         }
 
     def draw(self, text: str) -> None:
         """Show `text` in place of the last progress line; nothing leaves none."""
-        if self.live and not self.quiet and (text or self._drawn):
-            with self._lock, suppress(OSError):
-                text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
-                dimmed = (
-                    f"\x1b[2m{text}\x1b[0m" if text and not os.environ.get("NO_COLOR") else text
-                )
-                sys.stderr.write(f"\r\x1b[K{dimmed}")
-                sys.stderr.flush()
-                self._drawn = bool(text)
+        if not self.live or self.quiet or not (text or self._drawn):
+            return
+        with self._lock, suppress(OSError):
+            # A longer line would wrap, and the next one could not rewrite it.
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            line = text[: columns - 1]
+            if line and not os.environ.get("NO_COLOR"):
+                line = f"\x1b[2m{line}\x1b[0m"
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+            self._drawn = bool(text)
 
 
 def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
     """Rows as lines, cell under cell, with nothing in them that steers a terminal."""
-    cells = [
-        [
-            printable(redact(str(cell))).replace(
-                "\n",
-                " ",
-            )
-            for cell in row
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            map(
-                str.ljust,
-                row,
-                widths,
-            )
-        ).rstrip()
-        for row in cells
-    ]
+
+    def shown(cell: object) -> str:
+        return printable(redact(str(cell))).replace("\n", " ")
+
+    table = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in table]
+    return [line.rstrip() for line in lines]
 
 
-class Progress(NamedTuple):
-    """Where one attempt stands."""
-
-    note: str = ""
-    done: float | None = None
-    total: float | None = None
-
-
-def progress_line(now: Progress, elapsed: float, usual: float | None, count: str = "") -> str:
-    """One line: what happens, a bar where its length is known or learned, how long it takes.
+def progress_line(
+    now: Progress,
+    elapsed: float,
+    usual: float | None,
+    count: str = "",
+) -> str:
+    """One line: what happens, a bar where its length is known or learned, the time.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
     """
-    share = -1.0
-    told = ""
+    bar = ""
+    steps = ""
     took = f"{elapsed:.1f} s"
+    share = None
     if now.done is not None and now.total:
         share = min(1.0, now.done / now.total)
-        told = (
-            f"{now.done:.0f}/{now.total:.0f}"
-            if now.done % 1 == now.total % 1 == 0
-            else f"{share:.0%}"
-        )
+        steps = f"{share:.0%}"
+        if now.done % 1 == now.total % 1 == 0:
+            steps = f"{now.done:.0f}/{now.total:.0f}"
     elif usual:
+        # Never full: it may take longer than usual.
         share = min(0.99, elapsed / usual)
         took = f"{took} of about {usual:.0f}"
-    bar = f"{'━' * round(36 * share):─<36}" if share >= 0 else ""
-    return "  ".join(
-        filter(
-            None,
-            (now.note or "waiting", bar, told, took, count),
-        )
-    )
-
-
-def made_before() -> Iterator[dict[str, Any]]:
-    """The images of the ledger, newest first: sidecars with their `path`."""
-    for record in ledger():
-        if record.get("path") and record.get("sidecar"):
-            about = {**record["sidecar"], "path": record["path"]}
-            yield {**about, "storage_path": record.get("object") or about.get("storage_path")}
+    if share is not None:
+        bar = f"{'━' * round(36 * share):─<36}"
+    parts = (now.note or "waiting", bar, steps, took, count)
+    return "  ".join(filter(None, parts))
 
 
 def usual_seconds(plan: Plan) -> float | None:
-    """The median time of the last nine images of the same backend, model and size, if there were any."""
-    from itertools import islice
-
+    """The median time of the last nine images of the same backend, model and size."""
     model = plan.parameters.get("model")
     size = (plan.styled.width, plan.styled.height)
-    alike = (
-        about["latency_ms"] / 1000
-        for about in made_before()
-        if about["backend"] == plan.request.backend and model in (None, about["model"])
-        if about["latency_ms"]
-        and size
-        in (
-            (0, 0),
-            (about["width"], about["height"]),
-        )
-    )
-    times = sorted(islice(alike, 9))
-    return times[len(times) // 2] if times else None
+    times = list[float]()
+    for record in images_made(backend=plan.request.backend):
+        sidecar = record["sidecar"]
+        same_model = model in (None, sidecar["model"])
+        same_size = size in ((0, 0), (sidecar["width"], sidecar["height"]))
+        if same_model and same_size and sidecar["latency_ms"]:
+            times.append(sidecar["latency_ms"] / 1000)
+        if len(times) == 9:
+            break
+    if not times:
+        return None
+    return sorted(times)[len(times) // 2]
 
 
 def money(usd: float | None) -> str:
@@ -7298,7 +7548,9 @@ def money(usd: float | None) -> str:
     >>> money(0.003), money(0.0), money(None)
     ('$0.003', '$0', '$?')
     """
-    return "$?" if usd is None else f"${usd:.6f}".rstrip("0").rstrip(".")
+    if usd is None:
+        return "$?"
+    return f"${usd:.6f}".rstrip("0").rstrip(".")
 
 
 # === Commands: argparse and main() ===
@@ -7688,49 +7940,29 @@ class GenerateRunner(TerminalRunner):
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config = load_config(args.config)
-    rows = []
+    rows = [backend_row(name, config) for name in config.backends]
     errors = []
-    for name, block in config.backends.items():
-        wrong = fault(name, config)
-        model = str(block.get("model") or block.get("workflow") or "")
-        fields = () if wrong else marked(BACKENDS[block["type"]].Options, KEY)
-        variable = next((block[field] for field in fields if block.get(field)), "")
-        there = bool(os.environ.get(variable, "").strip())
-        said = wrong or (variable and f"{variable} {'set' if there else 'not set'}")
-        row = {
-            "name": name,
-            "type": str(block.get("type") or ""),
-            "default": name == config.default_backend,
-        }
-        rows.append({**row, "model": model, "variable": variable, "set": there, "said": said})
 
     def check(row: dict[str, Any]) -> None:
         try:
-            row |= {
-                "said": f"ok: {open_backend(row['name'], config.backends).check(Context(15.0))}",
-                "ok": True,
-            }
+            ready = open_backend(row["name"], config.backends).check(Context(15.0))
+            row |= {"said": f"ok: {ready}", "ok": True}
         except Exception as problem:
-            errors.append(error := as_error(problem))
+            error = as_error(problem)
+            errors.append(error)
             row |= {"said": f"{error.code}: {error}", "ok": False}
 
-    for thread in [in_thread(check, row) for row in rows if args.check]:
-        thread.join()
-    lines = aligned(
-        [
-            row[key]
-            for key in (
-                "name",
-                "type",
-                "model",
-                "said",
-            )
-        ]
-        for row in rows
-    )
-    lines = [
-        f"{'*' if row['default'] else ' '} {line}" for row, line in zip(rows, lines, strict=True)
-    ]
+    if args.check:
+        for thread in [in_thread(check, row) for row in rows]:
+            thread.join()
+    lines = []
+    cells = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    for row, line in zip(rows, cells, strict=True):
+        mark = " "
+        if row["default"]:
+            mark = "*"
+        lines.append(f"{mark} {line}")
+    # Of several errors the one that its reader can do something about decides the exit code.
     worst = max(
         errors,
         key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code),
@@ -7739,12 +7971,38 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
+def backend_row(name: str, config: Config) -> dict[str, Any]:
+    """What is known of a backend before it is asked."""
+    block = config.backends[name]
+    state = fault(name, config)
+    variable = ""
+    if not state:
+        for field in marked(BACKENDS[block["type"]].Options, KEY):
+            variable = variable or block.get(field, "")
+    is_set = bool(os.environ.get(variable, "").strip())
+    if is_set:
+        state = f"{variable} set"
+    elif variable:
+        state = f"{variable} not set"
+    return {
+        "name": name,
+        "type": str(block.get("type") or ""),
+        "default": name == config.default_backend,
+        "model": str(block.get("model") or block.get("workflow") or ""),
+        "variable": variable,
+        "set": is_set,
+        "said": state,
+    }
+
+
 def fault(name: str, config: Config) -> str:
-    """What is wrong with a backend's block, in words that show no key pasted into it; a key not set is no fault."""
+    """What is wrong with a backend's block; a key that is not set is no fault."""
     try:
         open_backend(name, config.backends)
+    except KeyMissing:
+        return ""
     except BadConfig as problem:
-        return "" if isinstance(problem, KeyMissing) else str(problem)
+        return str(problem)
     return ""
 
 
@@ -7754,13 +8012,14 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     styles = {**STYLES, **load_config(args.config).styles}
     rows = []
     for name, style in styles.items():
-        against = f" / not: {style.negative}" * bool(style.negative)
-        rows.append(
-            (name, style.suffix + against + f" [{style.width}x{style.height}]" * bool(style.width))
-        )
-    return terminal.result(
-        {"styles": {name: style._asdict() for name, style in styles.items()}}, *aligned(rows)
-    )
+        text = style.suffix
+        if style.negative:
+            text += f" / not: {style.negative}"
+        if style.width:
+            text += f" [{style.width}x{style.height}]"
+        rows.append((name, text))
+    document = {"styles": {name: style._asdict() for name, style in styles.items()}}
+    return terminal.result(document, *aligned(rows))
 
 
 @command(
@@ -7769,9 +8028,8 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
-    return {"init": config_init, "validate": config_validate, "show": config_show}[args.action](
-        args, terminal
-    )
+    actions = {"init": config_init, "validate": config_validate, "show": config_show}
+    return actions[args.action](args, terminal)
 
 
 NO_FILE = "no config file; the built-in defaults"
@@ -7784,64 +8042,49 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
     with or_disk(path, ""):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        # What was there stays until the new one stands.
         write_file(f"{path}.new", sample_text(), 0o600)
-        os.replace(f"{path}.new", path)  # what was there stays until the new one stands
+        os.replace(f"{path}.new", path)
     return terminal.result({"path": path}, path)
 
 
 def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     """Every complaint at once; what only another backend or the cloud lacks is a warning."""
-    warnings: list[str] = []
     path = config_path(args.config)
     data = config_data(args.config)
-    complaints = config_complaints(args.config, data)
-    output = data.get("output")
-    blocks = data["backends"] if isinstance(data["backends"], Mapping) else {}
-    naming = output.get("naming") if isinstance(output, Mapping) else None
-    for name in ("", *blocks):
-        try:
-            if name and isinstance(blocks[name], Mapping | None):
-                open_backend(name, blocks)
-            elif not name and isinstance(naming, str):
-                check_template(naming)
-        except BadConfig as problem:
-            bearable = isinstance(problem, KeyMissing) and name != data.get(
-                "default_backend", "mock"
-            )
-            (warnings if bearable else complaints).append(str(problem))
-    mode = output.get("cloud_sync", "auto") if isinstance(output, Mapping) else "auto"
-    if not complaints and mode not in ("off", False):
-        lacks = cloud_settings_missing(from_mapping(Config, data))
-        # Who set nothing up, and asked for nothing, need not hear of variables.
-        warnings += [
-            f"{said}: no cloud sync" for said in lacks if mode != "auto" or said.startswith("owner")
-        ]
+    errors, warnings = complaints(data, args.config, thorough=True)
+    if not errors:
+        config = from_mapping(Config, data)
+        mode = config.output.cloud_sync
+        for missing in cloud_settings_missing(config):
+            # Who set nothing up, and asked for nothing, need not hear of variables.
+            if mode == "on" or (mode == "auto" and missing.startswith("owner")):
+                warnings.append(f"{missing}: no cloud sync")
     for line in warnings:
         terminal.say(f"warning: {line}")
-    error = terminal.report(BadConfig("\n".join(complaints))) if complaints else None
-    fine = [f"{path or NO_FILE}: fine"] * (not error)
-    return terminal.result(
-        {"path": path or None, "errors": complaints, "warnings": warnings}, *fine, error=error
-    )
+    document = {"path": path or None, "errors": errors, "warnings": warnings}
+    if errors:
+        return terminal.result(document, error=terminal.report(BadConfig("\n".join(errors))))
+    return terminal.result(document, f"{path or NO_FILE}: fine")
 
 
 def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The file in force and the merged values (JSON is YAML), with those that the environment overrides. No keys."""
+    """The file in force and the merged values, with those that the environment overrides."""
     config = load_config(args.config)
     path = config_path(args.config)
-    shown = {
-        key: value._asdict() if hasattr(value, "_asdict") else value
-        for key, value in config._asdict().items()
-    }
+    shown = config._asdict()
+    for section in ("output", "supabase", "worker"):
+        shown[section] = shown[section]._asdict()
     shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
     }
+    # JSON is YAML, so that the lines may become a file.
     origins = (f"# {field} comes from {name}" for name, field in overrides().items())
     lines = (f"# {path or NO_FILE}", *origins, to_json(shown, indent=2))
-    return terminal.result(
-        {"path": path or None, "config": shown, "environment": overrides()}, *lines
-    )
+    document = {"path": path or None, "config": shown, "environment": overrides()}
+    return terminal.result(document, *lines)
 
 
 @command(
@@ -8173,20 +8416,18 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     import shlex
 
     folder = os.path.abspath(os.path.expanduser(args.folder))
-    mark = "# the launcher of imagen.py"
     path = os.path.join(folder, "imagen")
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
     cure = "name another folder: imagen install DIR"
+    # The mark tells a launcher of ours, which may be replaced, from a program of that name.
+    mark = "# the launcher of imagen.py"
     if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
         raise BadRequest(f"{path} exists and is not ours", cure)
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
-        write_file(
-            path,
-            f'#!/bin/sh\n{mark}\nexec {shlex.join((sys.executable, "-P", "-c", code))} "$@"\n',
-            0o755,
-        )
+        write_file(path, f'#!/bin/sh\n{mark}\nexec {start} "$@"\n', 0o755)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         terminal.note(f"{folder} is not on PATH yet")
     return terminal.result({"path": path}, path)
@@ -8374,16 +8615,24 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
     config = load_config(args.config)
-    token = secret_from(args.token_env).reveal() if os.environ.get(args.token_env) else ""
+    token = ""
+    if os.environ.get(args.token_env):
+        token = secret_from(args.token_env).reveal()
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    terminal.write(to_json({"address": server.address}) if args.json else server.address)
+    address = server.address
+    if args.json:
+        address = to_json({"address": address})
+    terminal.write(address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:  # on the terminal of whoever started it, and in no log
+    if token:
         from urllib.parse import quote
 
-        shown = quote(token, safe="") if sys.stderr.isatty() else f"${args.token_env}"
+        # On the terminal of whoever started it, and in no log.
+        shown = f"${args.token_env}"
+        if sys.stderr.isatty():
+            shown = quote(token, safe="")
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
@@ -8392,24 +8641,25 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
 SKILL = """\
 ---
 name: imagine
-description: Make an image from a prompt with ImaGen. Use when the user asks for a picture, an illustration, a photo
-  or a header image, or types /imagine.
+description: Make an image from a prompt with ImaGen. Use when the user asks for a picture,
+  an illustration, a photo or a header image, or types /imagine.
 ---
 # /imagine PROMPT
 
-Run this with the user's words in place of PROMPT, and give it time: an image may take minutes. Behind `<<'END'` no
-letter of the prompt means anything to the shell.
+Run this with the user's words in place of PROMPT, and give it time: an image may take minutes.
+Behind `<<'END'` no letter of the prompt means anything to the shell.
 
     COMMAND generate - --json -q <<'END'
     PROMPT
     END
 
-- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists them), `-n 4`,
-  `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them). Another backend may cost money:
-  that is the user's choice, also after an error.
+- Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists
+  them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
+  Another backend may cost money: that is the user's choice, also after an error.
 - "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
-- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error` with `message`, `hint`
-  and `charged`. Show each `images[].path` to the user; never read image bytes into the conversation.
+- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
+  with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
+  bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
@@ -8423,7 +8673,7 @@ letter of the prompt means anything to the shell.
 | 6 | **never repeat**: the account is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
-| 10 | **never repeat**: it may have been charged; `COMMAND recover ID` tells (`error.hint` has the id) |
+| 10 | **never repeat**: it may be charged; `COMMAND recover ID` tells (`error.hint` has the id) |
 | 130 | it was stopped; where `error.charged` is not `no`, as with 10 |
 """
 

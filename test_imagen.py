@@ -72,6 +72,14 @@ import imagen
 HERE = Path(imagen.__file__).resolve()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_reach_children() -> None:
+    """What we ignore (under nohup, or behind `&`) our children would ignore; what we handle not."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 class Done:
     """What a finished command said: exit code, stdout lines, stderr, and stdout as JSON."""
 
@@ -198,29 +206,14 @@ def png(
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
-            len(data).to_bytes(
-                4,
-                "big",
-            )
-            + kind
-            + data
-            + zlib.crc32(kind + data).to_bytes(4, "big")
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
         )
 
     colours = random.Random(content).randbytes(3 * height)
     rows = b"".join(b"\0" + colours[3 * y : 3 * y + 3] * width for y in range(height))
-    parts = [
-        chunk(
-            b"IHDR",
-            struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
-        )
-    ]
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
     parts += [
-        chunk(
-            b"tEXt",
-            f"{key}\0{value}".encode("latin-1"),
-        )
-        for key, value in (text or {}).items()
+        chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in (text or {}).items()
     ]
     parts += [chunk(b"paDd", random.Random(pad).randbytes(pad))] if pad else []
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -232,16 +225,7 @@ def jpeg(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
     """A baseline grey JPEG: one Huffman code per table, so a block is two zero bits; `content` is its comment."""
 
     def segment(marker: int, data: bytes) -> bytes:
-        return (
-            bytes(
-                [
-                    0xFF,
-                    marker,
-                ]
-            )
-            + (len(data) + 2).to_bytes(2, "big")
-            + data
-        )
+        return bytes([0xFF, marker]) + (len(data) + 2).to_bytes(2, "big") + data
 
     bits = 2 * ((width + 7) // 8) * ((height + 7) // 8)
     scan = bytes(bits // 8) + (bytes([0xFF >> bits % 8]) if bits % 8 else b"")
@@ -252,10 +236,7 @@ def jpeg(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
             + segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")
             + segment(0xFE, content.hex().encode()),
             segment(0xDB, b"\0" + b"\1" * 64)
-            + segment(
-                0xC0,
-                struct.pack(">BHHBBBB", 8, height, width, 1, 1, 0x11, 0),
-            ),
+            + segment(0xC0, struct.pack(">BHHBBBB", 8, height, width, 1, 1, 0x11, 0)),
             segment(0xC4, b"\0" + one_code + b"\x10" + one_code)
             + segment(0xDA, b"\1\1\0\0\x3f\0")
             + scan
@@ -269,36 +250,15 @@ def webp(width: int = 8, height: int = 8, content: bytes = b"") -> bytes:
     green, red, blue = hashlib.sha256(content).digest()[:3]
     bits = 0
     at = 0
-    fields = [
-        (width - 1, 14),
-        (height - 1, 14),
-        (0, 1 + 3),
-        (0, 1 + 1 + 1),
-    ]
+    fields = [(width - 1, 14), (height - 1, 14), (0, 1 + 3), (0, 1 + 1 + 1)]
     fields += [
-        field
-        for symbol in (green, red, blue, 255)
-        for field in (
-            (0b101, 3),
-            (symbol, 8),
-        )
-    ] + [
-        (0b001, 3),
-        (0, 1),
-    ]
+        field for symbol in (green, red, blue, 255) for field in ((0b101, 3), (symbol, 8))
+    ] + [(0b001, 3), (0, 1)]
     for value, size in fields:
         bits = bits | value << at
         at = at + size
     data = b"\x2f" + bits.to_bytes((at + 7) // 8, "little")
-    chunk = (
-        b"VP8L"
-        + len(data).to_bytes(
-            4,
-            "little",
-        )
-        + data
-        + bytes(len(data) % 2)
-    )
+    chunk = b"VP8L" + len(data).to_bytes(4, "little") + data + bytes(len(data) % 2)
     return b"RIFF" + (len(chunk) + 4).to_bytes(4, "little") + b"WEBP" + chunk
 
 
@@ -329,12 +289,7 @@ def _gif_file(width: int, height: int, codes: Sequence[tuple[int, int]], palette
         at = at + size
     data = bits.to_bytes((at + 7) // 8, "little")
     blocks = b"".join(
-        bytes([len(data[i : i + 255])]) + data[i : i + 255]
-        for i in range(
-            0,
-            len(data),
-            255,
-        )
+        bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255)
     )
     screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + palette
     return (
@@ -361,12 +316,7 @@ class Seen(NamedTuple):
 
     @property
     def query(self) -> dict[str, str]:
-        return dict(
-            urllib.parse.parse_qsl(
-                self.path.partition("?")[2],
-                keep_blank_values=True,
-            )
-        )
+        return dict(urllib.parse.parse_qsl(self.path.partition("?")[2], keep_blank_values=True))
 
 
 class Wire:
@@ -387,24 +337,10 @@ class Wire:
         parts = [self.buffer]
         have = len(self.buffer)
         while have < size:
-            if not (
-                data := self.sock.recv(
-                    min(
-                        1 << 20,
-                        max(size - have, 4096),
-                    )
-                )
-            ):
+            if not (data := self.sock.recv(min(1 << 20, max(size - have, 4096)))):
                 self.buffer = b"".join(parts)
                 raise ConnectionError("the client left in the middle of its request")
-            parts = (
-                [*parts, data]
-                if len(parts) < 64
-                else [
-                    b"".join(parts),
-                    data,
-                ]
-            )
+            parts = [*parts, data] if len(parts) < 64 else [b"".join(parts), data]
             have = have + len(data)
         whole = b"".join(parts)
         self.buffer = whole[size:]
@@ -503,11 +439,7 @@ def status(code: int, body: object = b"", headers: Mapping[str, str] | None = No
 
 def ok(body: object = b"", **headers: str) -> Answer:
     """200; `retry_after="3"` becomes the header Retry-After."""
-    return status(
-        200,
-        body,
-        {name.replace("_", "-"): value for name, value in headers.items()},
-    )
+    return status(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def html(
@@ -548,13 +480,7 @@ def cut(body: object, keep: int, *, rst: bool = False) -> Answer:
     data, kind = _encoded(body)
 
     def play(wire: Wire) -> None:
-        wire.send(
-            _head(
-                200,
-                {"Content-Type": kind, "Content-Length": len(data)},
-            )
-            + data[:keep]
-        )
+        wire.send(_head(200, {"Content-Type": kind, "Content-Length": len(data)}) + data[:keep])
         if rst:
             _linger_zero(wire)
 
@@ -564,28 +490,13 @@ def cut(body: object, keep: int, *, rst: bool = False) -> Answer:
 def close_delimited(body: object, keep: int | None = None) -> Answer:
     """No Content-Length: the end of the connection ends the body, after `keep` bytes if given."""
     data, kind = _encoded(body)
-    return Answer(
-        lambda wire: wire.send(
-            _head(
-                200,
-                {"Content-Type": kind},
-            )
-            + data[:keep]
-        )
-    )
+    return Answer(lambda wire: wire.send(_head(200, {"Content-Type": kind}) + data[:keep]))
 
 
 def chunked(body: object, size: int = 1000, *, keep: int | None = None) -> Answer:
     """Chunked; with `keep` cut off after that many bytes of the body, without the last chunk."""
     data, kind = _encoded(body)
-    pieces = [
-        data[i : i + size]
-        for i in range(
-            0,
-            len(data[:keep]),
-            size,
-        )
-    ]
+    pieces = [data[i : i + size] for i in range(0, len(data[:keep]), size)]
     coded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + (
         b"0\r\n\r\n" if keep is None else b""
     )
@@ -713,11 +624,7 @@ class Server:
             raise self.bugs[0]
 
     def _accept(self) -> None:
-        while select.select(
-            [self._listener, self._wake],
-            [],
-            [],
-        )[0] == [self._listener]:
+        while select.select([self._listener, self._wake], [], [])[0] == [self._listener]:
             try:
                 sock, _ = self._listener.accept()
             except OSError:
@@ -907,10 +814,7 @@ def flux_graph(
                 "latent_image": ["27", 0],
             },
         },
-        "8": {
-            "class_type": "VAEDecode",
-            "inputs": {"samples": ["31", 0], "vae": ["30", 2]},
-        },
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["31", 0], "vae": ["30", 2]}},
         "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix, "images": ["8", 0]}},
     }
 
@@ -945,22 +849,10 @@ def _signature(graph: Graph, node: str, picture: bool = False) -> str:
         ]:
             inputs.pop(name, None)
     parts = {
-        k: [
-            _signature(graph, v[0], picture),
-            v[1],
-        ]
-        if _is_link(v)
-        else v
+        k: [_signature(graph, v[0], picture), v[1]] if _is_link(v) else v
         for k, v in sorted(inputs.items())
     }
-    return hashlib.sha256(
-        json.dumps(
-            [
-                graph[node]["class_type"],
-                parts,
-            ]
-        ).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps([graph[node]["class_type"], parts]).encode()).hexdigest()
 
 
 class Job:
@@ -1065,13 +957,7 @@ class Comfy(Server):
         with self.changed:
             extra = {"client_id": client_id} if client_id else {}
             graph = flux_graph(f"theirs {self._number}", self._number)
-            ident = self._enqueue(
-                graph,
-                str(uuid.uuid4()),
-                extra,
-                ["9"],
-                "",
-            ).id
+            ident = self._enqueue(graph, str(uuid.uuid4()), extra, ["9"], "").id
             if not self.running and len(self.pending) == 1:
                 self.wait(lambda: not any(job.id == ident for job in self.pending))
         return ident
@@ -1277,15 +1163,7 @@ class Comfy(Server):
             for node in _reach(graph, output)
             if (found := self._faults(graph, node))
         }
-        good = [
-            output
-            for output in outputs
-            if not faults.keys()
-            & _reach(
-                graph,
-                output,
-            ).keys()
-        ]
+        good = [output for output in outputs if not faults.keys() & _reach(graph, output).keys()]
         fate = self._fates.pop(0) if self._fates else ""
         if fate == "node_errors_in_200":
             faults[outputs[0]] = [
@@ -1320,14 +1198,7 @@ class Comfy(Server):
             {"client_id": body["client_id"]} if "client_id" in body else {}
         )
         self.submitted.append(body)
-        job = self._enqueue(
-            graph,
-            ident,
-            extra,
-            good,
-            fate,
-            -1 if body.get("front") else 1,
-        )
+        job = self._enqueue(graph, ident, extra, good, fate, -1 if body.get("front") else 1)
         return {"prompt_id": job.id, "number": job.number, "node_errors": node_errors}
 
     def _faults(self, graph: Graph, node: str) -> list[dict[str, Any]]:
@@ -1529,10 +1400,7 @@ class Comfy(Server):
                 {"clip_name1": clips, "clip_name2": clips, "type": [CLIP_TYPES], "device": device},
                 ["CLIP"],
             ),
-            "VAELoader": (
-                {"vae_name": [[*self.models["vae"], "pixel_space"]]},
-                ["VAE"],
-            ),
+            "VAELoader": ({"vae_name": [[*self.models["vae"], "pixel_space"]]}, ["VAE"]),
             "CLIPTextEncode": ({"text": text, "clip": clip}, ["CONDITIONING"]),
             "FluxGuidance": ({"conditioning": cond, "guidance": cfg}, ["CONDITIONING"]),
             "EmptyLatentImage": (size, ["LATENT"]),
@@ -1663,17 +1531,7 @@ class Comfy(Server):
         self._tell(job, "execution_start", {})
         self._tell(job, "execution_cached", {"nodes": cached})
         for node in cached:
-            amnesia = (
-                (
-                    0,
-                    18,
-                    1,
-                )
-                <= self.release_of
-                <= (0, 27, 0)
-                and not client
-                and not todo
-            )
+            amnesia = (0, 18, 1) <= self.release_of <= (0, 27, 0) and not client and not todo
             if node in job.outputs and not amnesia:
                 outputs[node] = self._cache[keys[node]]
                 self._tell(
@@ -1732,26 +1590,9 @@ class Comfy(Server):
         """Write the images of an output node; {} where the prefix climbs out of the folder."""
         graph = job.graph
         spec = job.graph[node]
-        sizes = [
-            s["inputs"]
-            for n in _reach(
-                graph,
-                node,
-            )
-            if "width" in (s := graph[n])["inputs"]
-        ]
+        sizes = [s["inputs"] for n in _reach(graph, node) if "width" in (s := graph[n])["inputs"]]
         size = sizes[-1] if sizes else {"width": 512, "height": 512}
-        grid = (
-            1
-            if any(
-                graph[n]["class_type"] == "EmptyImage"
-                for n in _reach(
-                    graph,
-                    node,
-                )
-            )
-            else 8
-        )
+        grid = 1 if any(graph[n]["class_type"] == "EmptyImage" for n in _reach(graph, node)) else 8
         width = size["width"] // grid * grid
         height = size["height"] // grid * grid
         prefix = str(spec["inputs"].get("filename_prefix", "ComfyUI_temp"))
@@ -1854,14 +1695,7 @@ class Comfy(Server):
                     {"node_id": node, "prompt_id": job.id, "image_type": "image/png"}
                 ).encode()
                 head = (
-                    struct.pack(
-                        ">II",
-                        4,
-                        len(meta),
-                    )
-                    + meta
-                    if flags
-                    else struct.pack(">II", 1, 2)
+                    struct.pack(">II", 4, len(meta)) + meta if flags else struct.pack(">II", 1, 2)
                 )
                 self._send_frame(client, head + image, 2)
 
@@ -1963,10 +1797,7 @@ _OPEN: dict[str, Any] = _FLUX | {
     "num_outputs": (1, 4),
     "megapixels": ["1", "0.25"],
 }
-_PRO: dict[str, Any] = _FLUX | {
-    "aspect_ratio": ["custom", *RATIOS],
-    "safety_tolerance": (1, 6),
-}
+_PRO: dict[str, Any] = _FLUX | {"aspect_ratio": ["custom", *RATIOS], "safety_tolerance": (1, 6)}
 FLUX_INPUTS = {  # model: input: type, choices or limits
     "black-forest-labs/flux-schnell": _OPEN | {"num_inference_steps": (1, 4)},
     "black-forest-labs/flux-dev": _OPEN | {"num_inference_steps": (1, 50), "guidance": (0, 10)},
@@ -2040,16 +1871,7 @@ class ReplicateServer(Server):
         """An error of the API, such as 402 "Insufficient credit" or 429 "… resets in ~30s."."""
         self.answer_next(
             self._problem(
-                code,
-                title,
-                detail,
-                headers={
-                    k.replace(
-                        "_",
-                        "-",
-                    ): v
-                    for k, v in headers.items()
-                },
+                code, title, detail, headers={k.replace("_", "-"): v for k, v in headers.items()}
             )
         )
 
@@ -2062,31 +1884,16 @@ class ReplicateServer(Server):
     ) -> str:
         """A finished prediction that somebody else made, that long ago; its id."""
         with self.changed:
-            made = self._create(
-                model,
-                "hidden",
-                input,
-                Fate(**{"polls": 0, **fate}),
-                age_s,
-            )
+            made = self._create(model, "hidden", input, Fate(**{"polls": 0, **fate}), age_s)
             self.predictions = dict(
-                sorted(
-                    self.predictions.items(),
-                    key=lambda item: str(item[1]["created_at"]),
-                )
+                sorted(self.predictions.items(), key=lambda item: str(item[1]["created_at"]))
             )
             return str(made["id"])
 
     def finish(self) -> None:
         """Every running prediction ends with its next GET."""
         with self.changed:
-            self._left = {
-                ident: (
-                    0,
-                    fate,
-                )
-                for ident, (_, fate) in self._left.items()
-            }
+            self._left = {ident: (0, fate) for ident, (_, fate) in self._left.items()}
 
     def expire(self) -> None:
         """An hour later: inputs, outputs, logs and files of what has ended are gone."""
@@ -2319,27 +2126,18 @@ class ReplicateServer(Server):
     def _output(self, made: Mapping[str, Any], fate: Fate) -> object:
         given = made["input"]
         width, height = RATIOS.get(
-            given.get("aspect_ratio", "1:1"),
-            (
-                given.get("width", 1024),
-                given.get("height", 1024),
-            ),
+            given.get("aspect_ratio", "1:1"), (given.get("width", 1024), given.get("height", 1024))
         )
         if given.get("megapixels") == "0.25":
             width = width // 2
             height = height // 2
         ending = given.get("output_format", "webp")
-        draw: Callable[[int, int, bytes], bytes] = {
-            "jpg": jpeg,
-            "webp": webp,
-        }.get(ending, lambda w, h, c: png(w, h, content=c))
+        draw: Callable[[int, int, bytes], bytes] = {"jpg": jpeg, "webp": webp}.get(
+            ending, lambda w, h, c: png(w, h, content=c)
+        )
         asked = given.get("num_outputs", 1) if fate.images is None else fate.images
         contents = [
-            json.dumps(
-                [made["model"], given, i],
-                sort_keys=True,
-            ).encode()
-            for i in range(asked)
+            json.dumps([made["model"], given, i], sort_keys=True).encode() for i in range(asked)
         ]
         images = [fate.image or draw(width, height, content) for content in contents]
         if fate.output == "data":
@@ -2613,13 +2411,7 @@ class OpenAIServer(Server):
         return (
             one_of(
                 "quality",
-                [
-                    "low",
-                    "medium",
-                    "high",
-                    "auto",
-                    *(["xhigh", "max"] if "2.5" in model else []),
-                ],
+                ["low", "medium", "high", "auto", *(["xhigh", "max"] if "2.5" in model else [])],
             )
             or one_of("output_format", ["png", "jpeg", "webp", *preview])
             or one_of("background", ["auto", "opaque", "transparent"])
@@ -2665,12 +2457,7 @@ class OpenAIServer(Server):
                 )
             )
         detail = [
-            {
-                "type": kind,
-                "loc": ["body", name],
-                "msg": text,
-                "input": body.get(name),
-            }
+            {"type": kind, "loc": ["body", name], "msg": text, "input": body.get(name)}
             for name, kind, text in faults
         ]
         return status(422, {"detail": detail}) if faults else None
@@ -2686,13 +2473,7 @@ class OpenAIServer(Server):
         prompt = str(body.get("prompt", ""))
         negative = str(body.get("negative_prompt", ""))
         width, height = self._pixels(
-            str(
-                body.get(
-                    "size",
-                    "",
-                )
-            ),
-            (512, 512) if dialect == "localai" else (1024, 1024),
+            str(body.get("size", "")), (512, 512) if dialect == "localai" else (1024, 1024)
         )
         if dialect == "together":
             width = int(body.get("width", 1024))
@@ -2720,25 +2501,10 @@ class OpenAIServer(Server):
         data = []
         for i in range(count):
             link = self._link(
-                self._draw(
-                    kind,
-                    width,
-                    height,
-                    json.dumps([made, i]).encode(),
-                ),
-                kind,
-                as_url,
+                self._draw(kind, width, height, json.dumps([made, i]).encode()), kind, as_url
             )
             data.append(
-                link
-                | (
-                    {
-                        "index": i,
-                        "type": next(iter(link)),
-                    }
-                    if dialect == "together"
-                    else {}
-                )
+                link | ({"index": i, "type": next(iter(link))} if dialect == "together" else {})
             )
             data[-1] |= {"file_path": f"outputs/{i}.{kind}"} if dialect == "sglang" else {}
         if dialect == "together":
@@ -2798,14 +2564,7 @@ class OpenAIServer(Server):
     @staticmethod
     def _pixels(size: str, default: tuple[int, int]) -> tuple[int, int]:
         width, _, height = size.partition("x")
-        return (
-            (
-                int(width),
-                int(height),
-            )
-            if width.isdecimal() and height.isdecimal()
-            else default
-        )
+        return (int(width), int(height)) if width.isdecimal() and height.isdecimal() else default
 
     @staticmethod
     def _model(name: str) -> dict[str, Any]:
@@ -2825,18 +2584,8 @@ class OpenAIServer(Server):
         more: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        error = {
-            "message": text,
-            "type": group,
-            "param": param,
-            "code": name,
-            **(more or {}),
-        }
-        return status(
-            code,
-            {"error": error},
-            {**self._headers(), **(headers or {})},
-        )
+        error = {"message": text, "type": group, "param": param, "code": name, **(more or {})}
+        return status(code, {"error": error}, {**self._headers(), **(headers or {})})
 
     def _reply(self, body: object) -> Answer:
         return status(200, body, self._headers())
@@ -3054,14 +2803,7 @@ class Kept:
         self._log = tempfile.TemporaryFile()
         ids = [str(n) for n in who] if who else ["", ""]
         self._keeper = subprocess.Popen(
-            [
-                sys.executable,
-                "-ISc",
-                KEEPER,
-                str(folder),
-                *ids,
-                *map(str, command),
-            ],
+            [sys.executable, "-ISc", KEEPER, str(folder), *ids, *map(str, command)],
             env={"PATH": os.environ["PATH"], "LC_ALL": "C", **env},
             cwd="/",
             stdin=subprocess.PIPE,
@@ -3182,15 +2924,7 @@ class Database:
 
     def one(self, text: str, *params: object, role: str = "", user: str = "") -> Any:
         """The only value of the only row."""
-        ((value,),) = (
-            row.values()
-            for row in self.sql(
-                text,
-                *params,
-                role=role,
-                user=user,
-            )
-        )
+        ((value,),) = (row.values() for row in self.sql(text, *params, role=role, user=user))
         return value
 
     @contextlib.contextmanager
@@ -3350,14 +3084,7 @@ class Postgres:
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         kept = Kept(
-            self.folder,
-            [
-                self._bin / "postgres",
-                "-D",
-                self.folder / "data",
-                *settings,
-            ],
-            self._who,
+            self.folder, [self._bin / "postgres", "-D", self.folder / "data", *settings], self._who
         )
 
         def ready() -> bool:
@@ -3458,11 +3185,7 @@ def _base64url(data: bytes) -> str:
 def jwt(claims: Mapping[str, object], secret: str = JWT_SECRET) -> str:
     """A token with HS256."""
     parts = [
-        _base64url(json.dumps(part).encode())
-        for part in (
-            {"alg": "HS256", "typ": "JWT"},
-            claims,
-        )
+        _base64url(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)
     ]
     signed = hmac.digest(secret.encode(), ".".join(parts).encode(), "sha256")
     return ".".join([*parts, _base64url(signed)])
@@ -3804,12 +3527,7 @@ class Storage:
                 times = {
                     k: row[k].isoformat() for k in ("created_at", "updated_at", "last_accessed_at")
                 }
-                entry = {
-                    "name": name,
-                    "id": str(row["id"]),
-                    **times,
-                    "metadata": row["metadata"],
-                }
+                entry = {"name": name, "id": str(row["id"]), **times, "metadata": row["metadata"]}
                 found[name] = dict.fromkeys(entry) | {"name": name} if deeper else entry
         start = int(body.get("offset") or 0)
         return list(found.values())[start : start + int(body.get("limit") or 100)]
@@ -3829,14 +3547,7 @@ class Storage:
             )
         for row in gone:
             self.bytes.pop((bucket, row["name"]), None)
-        return [
-            {
-                "name": row["name"],
-                "bucket_id": bucket,
-                "id": str(row["id"]),
-            }
-            for row in gone
-        ]
+        return [{"name": row["name"], "bucket_id": bucket, "id": str(row["id"])} for row in gone]
 
     def _buckets(self, seen: Seen, claims: dict[str, Any], name: str) -> Answer:
         columns = ("public", "file_size_limit", "allowed_mime_types")
@@ -4011,10 +3722,7 @@ class PostgrestStandIn:
                 "23503": 409,
                 "23505": 409,
             }
-            known = code.get(
-                err.code,
-                400 if err.code[:2] in ("22", "23", "42") else 500,
-            )
+            known = code.get(err.code, 400 if err.code[:2] in ("22", "23", "42") else 500)
             return self._error(known, err.code, err.message, err.detail, err.hint)
 
     @staticmethod
@@ -4183,17 +3891,7 @@ class Cloud(Server):
                 else:
                     hit = match(seen)
                 if hit:
-                    self.faults[i : i + 1] = (
-                        [
-                            (
-                                match,
-                                answer,
-                                times - 1,
-                            )
-                        ]
-                        if times > 1
-                        else []
-                    )
+                    self.faults[i : i + 1] = [(match, answer, times - 1)] if times > 1 else []
                     return answer
         return None
 
@@ -4329,22 +4027,9 @@ def test_file_everything_public_has_a_docstring() -> None:
 def test_file_pyyaml_and_pg8000_are_all_it_needs_and_only_where_it_needs_them() -> None:
     block = re.match(r"(?:#!.*\n)?# /// script\n((?:#(?: .*)?\n)+?)# ///\n", head_source())
     assert block
-    header = tomllib.loads(
-        re.sub(
-            r"^# ?",
-            "",
-            block[1],
-            flags=re.MULTILINE,
-        )
-    )
+    header = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
     assert header["requires-python"] == ">=3.11"
-    assert {
-        re.split(
-            r"[^\w-]",
-            need,
-        )[0]
-        for need in header["dependencies"]
-    } == {"pyyaml", "pg8000"}
+    assert {re.split(r"[^\w-]", need)[0] for need in header["dependencies"]} == {"pyyaml", "pg8000"}
 
     def outside(nodes: list[Any]) -> set[str]:
         names = [
@@ -4429,11 +4114,7 @@ def test_errors_no_error_steers_a_terminal(text: str) -> None:
     assert [char for char in str(error) if char.isalnum()] == [
         char for char in text if char.isalnum()
     ]
-    assert (
-        error.charged,
-        error.after,
-        imagen.Failed("x").charged,
-    ) == ("yes", 3, "no")
+    assert (error.charged, error.after, imagen.Failed("x").charged) == ("yes", 3, "no")
 
 
 # === Shapes: outside data becomes NamedTuples; keys that never show ===
@@ -4471,11 +4152,7 @@ SHAPES_JUNK = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(SHAPES_NAMES | st.text(), inner, max_size=5)
-        | st.dictionaries(
-            st.none() | st.integers() | st.tuples(st.text()),
-            inner,
-            max_size=2,
-        )
+        | st.dictionaries(st.none() | st.integers() | st.tuples(st.text()), inner, max_size=2)
     ),
     max_leaves=15,
 )
@@ -4495,17 +4172,7 @@ def test_shapes_data_that_fits_becomes_the_shape() -> None:
         ShapesOuter, {**data, "limit": None, "plain": True, "whatever": [1]}
     )
     own = ShapesInner(3, "MY_KEY")
-    assert shaped == ShapesOuter(
-        "Größe",
-        own,
-        "off",
-        1.0,
-        ("a", "b"),
-        {"x": own},
-        None,
-        True,
-        [1],
-    )
+    assert shaped == ShapesOuter("Größe", own, "off", 1.0, ("a", "b"), {"x": own}, None, True, [1])
     assert isinstance(shaped.share, float)
     assert imagen.from_mapping(
         ShapesOuter, {"name": "x", "inner": None, "many": None}
@@ -4543,13 +4210,7 @@ def test_shapes_a_complaint_names_the_place_and_the_cure(
 def test_shapes_all_complaints_come_at_once() -> None:
     with pytest.raises(imagen.BadConfig) as caught:
         imagen.from_mapping(
-            ShapesOuter,
-            {
-                "inner": {"level": 0},
-                "words": [1, 2],
-                "switch": "x",
-                "nmae": "",
-            },
+            ShapesOuter, {"inner": {"level": 0}, "words": [1, 2], "switch": "x", "nmae": ""}
         )
     places = {line.partition(":")[0] for line in str(caught.value).split("\n")}
     assert places == {"nmae", "name", "inner.level", "words[0]", "words[1]", "switch"}
@@ -4619,10 +4280,7 @@ def test_shapes_a_secret_never_shows_by_itself() -> None:
 def test_shapes_a_key_is_taken_out_however_it_is_spelled_and_nested(spelled: str) -> None:
     imagen.Secret(SHAPES_ODD_KEY)
     said = f"Bearer {spelled}!"
-    document = {
-        "a": [said, {said: {"b": (said, 1, None)}}],
-        "c": "harmless ü\ud800",
-    }
+    document = {"a": [said, {said: {"b": (said, 1, None)}}], "c": "harmless ü\ud800"}
     text = imagen.to_json(imagen.cleaned(document), indent=2)
     assert "canary" not in text
     assert text.count("***") == 3
@@ -4679,13 +4337,7 @@ def test_shapes_a_uuid_and_the_nearest_name() -> None:
     assert imagen.is_uuid(uuid)
     assert [
         text
-        for text in (
-            uuid[:-1],
-            uuid + "\n",
-            uuid.replace("-", ""),
-            "",
-            f"x{uuid}",
-        )
+        for text in (uuid[:-1], uuid + "\n", uuid.replace("-", ""), "", f"x{uuid}")
         if imagen.is_uuid(text)
     ] == []
     assert "poster" in imagen.nearest("postr", ["photo", "poster"])
@@ -4708,18 +4360,7 @@ IMAGES_SENT: list[
     tuple[str, str, dict[str, Any]]
 ] = [  # what a backend may send: ending, Pillow's mode and options
     *((ending, "", {}) for ending in IMAGES_STAND_INS),
-    *(
-        ("png", mode, {})
-        for mode in (
-            "1",
-            "L",
-            "LA",
-            "P",
-            "RGB",
-            "RGBA",
-            "I;16",
-        )
-    ),
+    *(("png", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
     ("png", "RGB", {"save_all": True}),
     *(("jpg", mode, {}) for mode in ("L", "RGB", "CMYK")),
     ("jpg", "RGB", {"progressive": True, "quality": 95, "comment": b"\xff\xd9 is no end here"}),
@@ -4752,11 +4393,7 @@ def images_make(ending: str, mode: str, size: tuple[int, int], **options: Any) -
     noise = random.Random(f"{mode}{size}").randbytes(4 * size[0] * size[1])
     picture = pillow.frombytes("RGBA", size, noise)
     if mode == "I;16":
-        picture = pillow.frombytes(
-            mode,
-            size,
-            noise[: 2 * size[0] * size[1]],
-        )
+        picture = pillow.frombytes(mode, size, noise[: 2 * size[0] * size[1]])
     elif mode != "RGBA":
         picture = picture.convert("RGB").convert(mode)
     if options.get("save_all"):
@@ -4766,17 +4403,7 @@ def images_make(ending: str, mode: str, size: tuple[int, int], **options: Any) -
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        (1, 1),
-        (3, 2),
-        (17, 9),
-        (640, 33),
-        (70, 1030),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (17, 9), (640, 33), (70, 1030)], ids=str)
 @pytest.mark.parametrize(("ending", "mode", "options"), IMAGES_SENT)
 def test_images_an_image_says_its_format_and_size(
     ending: str, mode: str, options: Any, size: tuple[int, int]
@@ -4796,24 +4423,12 @@ def test_images_an_image_cut_at_any_byte_is_not_complete(
     for cut in range(len(data)):
         sniffed = imagen.sniff(io.BytesIO(data[:cut]))
         assert sniffed is None or not sniffed.complete, f"cut at {cut} of {len(data)}"
-        assert sniffed is None or (
-            sniffed.format == ending
-            and sniffed[1:3]
-            in (
-                (0, 0),
-                (17, 9),
-            )
-        )
+        assert sniffed is None or (sniffed.format == ending and sniffed[1:3] in ((0, 0), (17, 9)))
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(
-        [
-            *IMAGES_MAGIC,
-            *(maker(9, 5) for maker in IMAGES_STAND_INS.values()),
-        ]
-    ),
+    st.sampled_from([*IMAGES_MAGIC, *(maker(9, 5) for maker in IMAGES_STAND_INS.values())]),
     st.data(),
 )
 def test_images_random_bytes_never_raise(start: bytes, data: st.DataObject) -> None:
@@ -4844,11 +4459,7 @@ def test_images_other_formats_are_no_image_of_ours(kind: str) -> None:
     assert imagen.sniff(io.BytesIO(images_make(kind, "RGB", (16, 16)))) is None
 
 
-@pytest.mark.parametrize(
-    "size",
-    [(1, 1), (3, 2), (300, 7)],
-    ids=str,
-)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (300, 7)], ids=str)
 @pytest.mark.parametrize(
     "text", ["a fox", "Größe & café", "日本 🦊 “ß”", "two\nlines", "", "x" * 5000, "lone \ud800"]
 )
@@ -4931,11 +4542,7 @@ def test_contract_an_adapter_of_ones_own_makes_an_image(contract_tiny: Any, here
         5,
         7,
     )
-    assert (
-        here.unfinished(),
-        here.hidden(),
-        len(here.ledger()),
-    ) == ([], [], 1)
+    assert (here.unfinished(), here.hidden(), len(here.ledger())) == ([], [], 1)
 
 
 @pytest.mark.parametrize(
@@ -5041,11 +4648,7 @@ def test_contract_a_context_has_a_deadline_and_knows_what_was_sent() -> None:
     ctx = imagen.Context(timeout=0.05)
     with pytest.raises(imagen.Failed, match=r"0\.05 s"):
         ctx.sleep(90)
-    assert (
-        ctx.why,
-        ctx.charged,
-        ctx.spool().read(),
-    ) == ("deadline", "no", b"")
+    assert (ctx.why, ctx.charged, ctx.spool().read()) == ("deadline", "no", b"")
     ctx.sending()
     assert ctx.charged == "unknown"
 
@@ -5067,7 +4670,7 @@ backends:
   flux-dev-replicate: {type: replicate, model: black-forest-labs/flux-dev, api_token_env: REPLICATE_API_TOKEN}
   gpt-image: {type: openai, model: gpt-image-1-mini, api_key_env: OPENAI_API_KEY}
   mock: {type: mock}
-"""  # noqa: E501
+"""
 CONFIG_MISTAKES = """
 outptu: {}
 output: {preview: maybe, naming: "../{slug}"}
@@ -5178,10 +4781,7 @@ def test_config_environment_beats_file_beats_default(
 
     monkeypatch.setenv(variable, "")  # the same as not being set
     assert value() == default
-    config_write(
-        here,
-        json.dumps({section: {key: in_file}} if section else {key: in_file}),
-    )
+    config_write(here, json.dumps({section: {key: in_file}} if section else {key: in_file}))
     assert value() == in_file
     monkeypatch.setenv(variable, in_environment)
     assert value() == in_environment
@@ -5198,19 +4798,19 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
         "IMAGEN_OUTPUT_DIR": "/in/environment",
         "IMAGEN_PREVIEW": "on",
     }
-    said = box.run("generate", "a fox", "--dry-run", env=environ).out
-    assert "gpt-image" in said
-    assert "/in/environment/" in said
-    said = box.run(
+    output = box.run("generate", "a fox", "--dry-run", env=environ).out
+    assert "gpt-image" in output
+    assert "/in/environment/" in output
+    output = box.run(
         "generate", "a fox", "--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ
     ).out
-    assert "mock" in said
-    assert "/in/flag/" in said
-    assert "gpt-image" not in said
-    assert "/in/environment" not in said
+    assert "mock" in output
+    assert "/in/flag/" in output
+    assert "gpt-image" not in output
+    assert "/in/environment" not in output
     make = ("generate", "a fox", "-b", "mock", "--size", "64x64", "-o", f"{box.out}/")
     assert "preview" in box.run(*make, env=environ).err  # `on` says so where nothing can show it
-    assert "preview" not in box.run(*make, "--no-preview", env=environ).err
+    assert "preview: " not in box.run(*make, "--no-preview", env=environ).err
 
 
 def test_config_on_and_off_may_be_booleans(here: Box) -> None:
@@ -5284,19 +4884,43 @@ def test_config_validate_says_every_complaint_at_once(box: Box, kind: str) -> No
     path = config_write(box, CONFIG_MISTAKES)
     done = box.run("config", "validate")
     document = box.run("config", "validate", "--json")
-    assert (
-        done.code,
-        document.code,
-        document.json["ok"],
-        str(path) in done.err,
-    ) == (
+    assert (done.code, document.code, document.json["ok"], str(path) in done.err) == (
         3,
         3,
         False,
         True,
     )
-    for said in (done.err, "\n".join(document.json["errors"])):
-        assert [place for place in CONFIG_PLACES[kind] if f"{place}: " not in said] == []
+    for output in (done.err, "\n".join(document.json["errors"])):
+        assert [place for place in CONFIG_PLACES[kind] if f"{place}: " not in output] == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            "/x",
+            "../x",
+            "a/../b",
+            "a/..",
+            "a//b",
+            "x/",
+            "./x",
+            "{slug}/",
+            "{slug",
+            "slug}",
+            "{}",
+        ),
+        *("{slug!r}", "{slug.__class__}", "{seed:>99}", "{{slug}}", "{slgu}", "a\0b"),
+    ],
+)
+def test_config_a_template_that_names_no_file_inside_is_refused(template: str) -> None:
+    with pytest.raises(
+        imagen.BadConfig, match="naming.*slug" if template == "{slgu}" else "naming"
+    ):
+        imagen.check_template(template)
 
 
 @pytest.mark.parametrize("section", ["output", "worker", "styles", "backends"])
@@ -5431,16 +5055,7 @@ def test_config_without_pyyaml_the_error_says_how_to_get_it(box: Box) -> None:
 def test_config_a_default_backend_that_fails_offers_the_mock(
     box: Box, block: dict[str, Any]
 ) -> None:
-    box.configure(
-        {
-            "mine": json.loads(
-                json.dumps(block).replace(
-                    "{port}",
-                    str(refused_port()),
-                )
-            )
-        }
-    )
+    box.configure({"mine": json.loads(json.dumps(block).replace("{port}", str(refused_port())))})
     done = box.run("generate", "a fox", "--timeout", "2")
     assert done.code in (3, 4)
     assert "-b mock" in done.err
@@ -5503,8 +5118,8 @@ def test_config_an_owner_that_is_no_uuid_is_an_error(
         {"mine": {"type": "mock"}}, **({"owner_user_id": owner} if by == "owner_user_id" else {})
     )
     monkeypatch.setenv(by, owner)
-    for words in (["config", "validate"], ["sign", SUPABASE_PATH]):
-        assert imagen.main(words) == 3
+    for args in (["config", "validate"], ["sign", SUPABASE_PATH]):
+        assert imagen.main(args) == 3
         err = capsys.readouterr().err
         assert by in err
         assert owner in err
@@ -5568,13 +5183,13 @@ def test_the_config_s_styles_win(box: Box) -> None:
         "mine": {"suffix": "in oil", "negative": "frame", "width": 96, "height": 64},
     }
     box.configure({"mock": {"type": "mock"}}, styles=styles)
-    said = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
-    assert "a fox, in violet ink" in said
-    assert imagen.STYLES["ink"].suffix not in said
-    said = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
-    assert "a fox, in oil" in said
-    assert "frame" in said
-    assert "96" in said
+    response = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
+    assert "a fox, in violet ink" in response
+    assert imagen.STYLES["ink"].suffix not in response
+    response = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
+    assert "a fox, in oil" in response
+    assert "frame" in response
+    assert "96" in response
     listed = box.run("styles").out
     assert "in violet ink" in listed
     assert "in oil" in listed
@@ -5639,9 +5254,11 @@ class HttpProxy(Server):
         try:
             headers = {name: value for name, value in seen.headers.items() if name != "connection"}
             connection.request(seen.method, url.path, seen.body or None, headers)
-            with connection.getresponse() as said:
+            with connection.getresponse() as response:
                 return status(
-                    said.status, said.read(), {"Content-Type": said.headers["Content-Type"]}
+                    response.status,
+                    response.read(),
+                    {"Content-Type": response.headers["Content-Type"]},
                 )
         finally:
             connection.close()
@@ -5649,12 +5266,7 @@ class HttpProxy(Server):
     def _tunnel(self, wire: Wire, port: int) -> None:
         with socket.create_connection(("127.0.0.1", port), 10) as far:
             wire.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            while ready := select.select(
-                [wire.sock, far],
-                [],
-                [],
-                10,
-            )[0]:
+            while ready := select.select([wire.sock, far], [], [], 10)[0]:
                 for source, target in ((wire.sock, far), (far, wire.sock)):
                     if source in ready:
                         if not (data := source.recv(65536)):
@@ -5738,10 +5350,7 @@ class HttpReplicate(HttpFaults, ReplicateServer):
 
     def respond(self, seen: Seen) -> object:
         answer = as_answer(super().respond(seen))
-        date = email.utils.formatdate(
-            time.time() + self.ahead_s,
-            usegmt=True,
-        ).encode()
+        date = email.utils.formatdate(time.time() + self.ahead_s, usegmt=True).encode()
 
         class Dated(Wire):
             def send(self, data: bytes) -> None:
@@ -5846,11 +5455,11 @@ def http_stopped(
     return ended - stopped[0]
 
 
-def http_answer(code: int, headers: Mapping[str, str], body: bytes = b"") -> imagen.Answer:
+def http_answer(code: int, headers: Mapping[str, str], body: bytes = b"") -> imagen.HttpResponse:
     message = email.message.Message()
     for name, value in headers.items():
         message[name] = value
-    return imagen.Answer(code, message, body)
+    return imagen.HttpResponse(code, message, body)
 
 
 @pytest.mark.parametrize(
@@ -5886,18 +5495,15 @@ def http_waits() -> dict[str, tuple[Callable[[], Answer], float]]:
         return lambda: status(429, {"detail": "Slow down."}, {name: value})
 
     def date() -> Answer:
-        return busy(
-            "Retry-After",
-            email.utils.formatdate(time.time() + 2, usegmt=True),
-        )()
+        return busy("Retry-After", email.utils.formatdate(time.time() + 2, usegmt=True))()
 
-    words = {"detail": "Request was throttled. Your rate limit resets in ~1s."}
+    text = {"detail": "Request was throttled. Your rate limit resets in ~1s."}
     return {
         "seconds": (busy("Retry-After", "1"), 1),
         "float": (busy("Retry-After", "0.3"), 0.3),
         "date": (date, 0.9),
         "milliseconds": (busy("retry-after-ms", "300"), 0.3),
-        "words": (lambda: status(429, words), 1),
+        "words": (lambda: status(429, text), 1),
     }
 
 
@@ -5920,11 +5526,7 @@ def test_http_contract_every_kind_of_wait_is_honoured_and_the_request_repeated(
         with http_lasts(seconds, seconds + 3):
             backend.generate(ctx, http_wanted()).image.close()
         first, second = server.seen[:2]
-        assert (
-            first.method,
-            first.path,
-            first.body,
-        ) == (second.method, second.path, second.body)
+        assert (first.method, first.path, first.body) == (second.method, second.path, second.body)
         assert ctx.charged == ("no" if kind == "comfyui" else "yes")
 
 
@@ -5987,10 +5589,7 @@ def test_http_a_get_gives_up_after_a_few_tries(
         assert 2 <= len(remote.seen) <= 4
 
 
-@pytest.mark.parametrize(
-    "code",
-    [400, 401, 402, 403, 404, 405, 410, 422],
-)
+@pytest.mark.parametrize("code", [400, 401, 402, 403, 404, 405, 410, 422])
 def test_http_a_get_is_not_repeated_after_a_refusal(wired: Box, code: int) -> None:
     with Remote(status(code), repeat=True) as remote:
         with pytest.raises(imagen.ImagenError):
@@ -6013,10 +5612,7 @@ def test_http_every_request_says_who_asks(wired: Box) -> None:
 def test_http_100_continue_is_no_answer(wired: Box) -> None:
     with Remote(continue_first({"a": 1}), continue_first({"b": 2})) as remote:
         gate = http_gate(HttpContext(), remote.base)
-        assert (
-            gate.get_json("/x"),
-            gate.pay("/y", {}).json(),
-        ) == ({"a": 1}, {"b": 2})
+        assert (gate.get_json("/x"), gate.pay("/y", {}).json()) == ({"a": 1}, {"b": 2})
 
 
 @pytest.mark.parametrize("answer", [html(), ok("done"), ok(b"")])
@@ -6110,23 +5706,14 @@ def test_http_a_slow_drip_is_ended_by_the_deadline(wired: Box, head: bool) -> No
 
 
 @pytest.mark.parametrize("verb", ["get", "download", "post", "pay"])
-@pytest.mark.parametrize(
-    "answer",
-    [silent(), drip("x" * 10_000, 0.05)],
-    ids=["silent", "drip"],
-)
+@pytest.mark.parametrize("answer", [silent(), drip("x" * 10_000, 0.05)], ids=["silent", "drip"])
 def test_http_a_stop_from_another_thread_ends_a_blocked_read(
     wired: Box, verb: str, answer: Answer
 ) -> None:
     with Remote(answer) as remote:
         ctx = HttpContext(30)
         call = functools.partial(
-            getattr(
-                http_gate(ctx, remote.base),
-                verb,
-            ),
-            "/x",
-            *([{}] if verb[0] == "p" else []),
+            getattr(http_gate(ctx, remote.base), verb), "/x", *([{}] if verb[0] == "p" else [])
         )
         assert http_stopped(ctx, call, remote.wait_seen) < 0.5
 
@@ -6136,14 +5723,7 @@ def test_http_a_stop_ends_a_blocked_connect(wired: Box) -> None:
         ctx = HttpContext(30)
         gate = http_gate(ctx, f"http://127.0.0.1:{port}")
         # Nobody can see a connect that waits, so this one is given time to begin.
-        assert (
-            http_stopped(
-                ctx,
-                lambda: gate.pay("/x", {}),
-                lambda: time.sleep(0.3),
-            )
-            < 1
-        )
+        assert http_stopped(ctx, lambda: gate.pay("/x", {}), lambda: time.sleep(0.3)) < 1
         assert ctx.charged == "no"
 
 
@@ -6155,9 +5735,9 @@ def test_http_a_stop_ends_a_handshake_that_nobody_answers(
         if through_a_proxy:
             monkeypatch.setenv("https_proxy", proxy.base)
         ctx = HttpContext(30)
-        heard = proxy if through_a_proxy else mute
+        relay = proxy if through_a_proxy else mute
         gate = http_gate(ctx, f"https://127.0.0.1:{mute.port}")
-        assert http_stopped(ctx, lambda: gate.pay("/x", {}), heard.wait_seen) < 1
+        assert http_stopped(ctx, lambda: gate.pay("/x", {}), relay.wait_seen) < 1
         assert ctx.charged == "no"
 
 
@@ -6291,11 +5871,7 @@ def test_http_contract_the_key_goes_to_the_api_and_never_to_where_its_files_lie(
         else:
             server.urls_base = f"{elsewhere.base}/v1"  # an answer whose `urls` lead to another host
             server.script(polls=2)
-        http_adapter(
-            kind,
-            server.base,
-            **more,
-        ).generate(HttpContext(), http_wanted()).image.close()
+        http_adapter(kind, server.base, **more).generate(HttpContext(), http_wanted()).image.close()
         assert all(seen.headers["authorization"] == f"Bearer {HTTP_KEY}" for seen in server.seen)
         assert len(server.files.seen) == 1
         assert server.files.leaked == []
@@ -6303,14 +5879,7 @@ def test_http_contract_the_key_goes_to_the_api_and_never_to_where_its_files_lie(
 
 
 def test_http_proxy_variables_are_honoured(wired: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        HttpProxy() as proxy,
-        Remote(
-            {"a": 1},
-            {"b": 2},
-            {"c": 3},
-        ) as remote,
-    ):
+    with HttpProxy() as proxy, Remote({"a": 1}, {"b": 2}, {"c": 3}) as remote:
         monkeypatch.setenv("http_proxy", proxy.base)
         gate = http_gate(HttpContext(), remote.base)
         assert gate.get_json("/x") == {"a": 1}
@@ -6329,14 +5898,7 @@ def test_http_tls_through_a_tunnel_keeps_the_key_from_the_proxy(
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
         ctx = HttpContext()
         gate = http_gate(ctx, remote.base)
-        assert (
-            gate.get_json("/x")
-            == gate.pay(
-                "/y",
-                {},
-            ).json()
-            == {"a": 1}
-        )
+        assert gate.get_json("/x") == gate.pay("/y", {}).json() == {"a": 1}
         assert [seen.headers["authorization"] for seen in remote.seen] == [f"Bearer {HTTP_KEY}"] * 2
         assert {seen.method for seen in proxy.seen} == {"CONNECT"}
         assert HTTP_KEY not in str(proxy.seen)
@@ -6355,14 +5917,7 @@ def test_http_a_certificate_that_nobody_vouches_for_is_refused_before_anything_i
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        status(403),
-        hangup(),
-        status(200),
-        not_http(),
-    ],
-    ids=["403", "end", "200", "noise"],
+    "answer", [status(403), hangup(), status(200), not_http()], ids=["403", "end", "200", "noise"]
 )
 def test_http_the_bytes_of_connect_are_not_the_first_paid_byte(
     wired: Box, monkeypatch: pytest.MonkeyPatch, answer: Answer
@@ -6379,36 +5934,8 @@ def test_http_the_bytes_of_connect_are_not_the_first_paid_byte(
 @pytest.mark.parametrize(
     ("code", "headers", "body", "proved"),
     [
-        *(
-            (code, {}, b"", True)
-            for code in (
-                400,
-                401,
-                402,
-                403,
-                404,
-                405,
-                413,
-                422,
-                429,
-                451,
-            )
-        ),
-        *(
-            (code, {}, b"", False)
-            for code in (
-                200,
-                302,
-                408,
-                409,
-                500,
-                501,
-                502,
-                503,
-                504,
-                520,
-            )
-        ),
+        *((code, {}, b"", True) for code in (400, 401, 402, 403, 404, 405, 413, 422, 429, 451)),
+        *((code, {}, b"", False) for code in (200, 302, 408, 409, 500, 501, 502, 503, 504, 520)),
         (503, {"Retry-After": "1"}, b"", True),
         (503, {}, b'{"error": {"message": "The engine is currently overloaded."}}', True),
         (503, {}, b'{"error": {"message": "Busy.", "code": "overloaded"}}', True),
@@ -6436,14 +5963,10 @@ def test_http_nothing_is_sent_where_the_journal_refuses(wired: Box) -> None:
 
 
 def test_http_a_free_post_is_repeated_only_where_it_was_turned_away(wired: Box) -> None:
-    with Remote(
-        status(429, headers={"retry-after-ms": "10"}),
-        {"a": 1},
-        reset(),
-    ) as remote:
+    with Remote(status(429, headers={"retry-after-ms": "10"}), {"a": 1}, reset()) as remote:
         gate = http_gate(HttpContext(), remote.base)
         assert gate.post("/x", {}).json() == {"a": 1}
-        with pytest.raises((imagen.Unknown, imagen.Broken)):
+        with pytest.raises((imagen.Unknown, imagen.TransportError)):
             gate.post("/y", {})
         assert [seen.path for seen in remote.seen] == ["/x", "/x", "/y"]
 
@@ -6453,25 +5976,14 @@ HTTP_SOON = {"retry-after-ms": "10"}  # so that no test has to wait
 
 def http_sent(
     remote: Server, data: Any, timeout: float = 10, ctx: imagen.Context | None = None
-) -> imagen.Answer:
+) -> imagen.HttpResponse:
     """The answer to a request that may be made twice."""
     gate = http_gate(ctx or HttpContext(timeout), remote.base, explain=imagen.supabase_error)
     return gate.send("PUT", "/x", data, Content_Type="image/png", x_upsert="true")
 
 
 HTTP_MENDS = {  # what happens in the middle of an upload, or instead of its answer
-    **{
-        str(code): status(code, b"", HTTP_SOON)
-        for code in (
-            423,
-            429,
-            500,
-            502,
-            503,
-            504,
-            544,
-        )
-    },
+    **{str(code): status(code, b"", HTTP_SOON) for code in (423, 429, 500, 502, 503, 504, 544)},
     "429 unread": early(429, b"", HTTP_SOON),
     "503 unread": early(503, b"", HTTP_SOON),
     "reset": reset(),
@@ -6490,22 +6002,13 @@ def test_http_what_may_be_sent_twice_is_sent_again_from_its_start(
 ) -> None:
     file = tmp_path / "x.png"
     file.write_bytes(png(pad=3 << 20))
-    with (
-        Remote(
-            HTTP_MENDS[fault],
-            {"fine": 1},
-        ) as remote,
-        file.open("rb") as data,
-    ):
+    with Remote(HTTP_MENDS[fault], {"fine": 1}) as remote, file.open("rb") as data:
         data.seek(100)
         assert http_sent(remote, data).json() == {"fine": 1}
     assert len(remote.seen) == 2
     assert remote.seen[-1].body == file.read_bytes()
     for seen in remote.seen:
-        assert (seen.method, seen.headers["content-length"]) == (
-            "PUT",
-            str(file.stat().st_size),
-        )
+        assert (seen.method, seen.headers["content-length"]) == ("PUT", str(file.stat().st_size))
         assert (seen.headers["content-type"], seen.headers["x-upsert"]) == ("image/png", "true")
         assert "transfer-encoding" not in seen.headers
         assert seen.headers["authorization"] == f"Bearer {HTTP_KEY}"
@@ -6523,11 +6026,7 @@ def test_http_a_connection_that_is_refused_is_tried_again(wired: Box) -> None:
         remote._listener.close()
         remote._listener = socket.socket()
         remote._listener.bind(("127.0.0.1", remote.port))
-        assert http_sent(
-            remote,
-            io.BytesIO(b"x"),
-            ctx=Late(),
-        ).json() == {"fine": 1}
+        assert http_sent(remote, io.BytesIO(b"x"), ctx=Late()).json() == {"fine": 1}
         assert [seen.body for seen in remote.seen] == [b"x"]
     with pytest.raises(imagen.Unreachable), http_lasts(0.3, 9):
         http_gate(HttpContext(), f"http://127.0.0.1:{refused_port()}").send(
@@ -6565,21 +6064,12 @@ def test_http_the_early_answer_to_a_body_that_is_too_large_is_read(wired: Box, t
 
 def test_http_a_stop_ends_an_upload_that_nobody_reads(wired: Box) -> None:
     stuck = threading.Event()
-    nobody = Answer(
-        lambda wire: (stuck.set(), wire.stop.wait(20)),
-        reads=False,
-    )
+    nobody = Answer(lambda wire: (stuck.set(), wire.stop.wait(20)), reads=False)
     with Remote(nobody) as remote:
         ctx = HttpContext()
         assert (
             http_stopped(
-                ctx,
-                lambda: http_sent(
-                    remote,
-                    io.BytesIO(bytes(40 << 20)),
-                    ctx=ctx,
-                ),
-                stuck.wait,
+                ctx, lambda: http_sent(remote, io.BytesIO(bytes(40 << 20)), ctx=ctx), stuck.wait
             )
             < 1
         )
@@ -6588,15 +6078,7 @@ def test_http_a_stop_ends_an_upload_that_nobody_reads(wired: Box) -> None:
 def test_http_contract_every_adapter_has_its_stand_in() -> None:
     code = "import imagen; print(*sorted(imagen.BACKENDS))"
     names = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-        ],
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True
     )
     assert names.stdout.split() == sorted({"mock", *HTTP_BLOCKS})
 
@@ -6621,10 +6103,10 @@ def test_http_contract_seed_size_and_progress(wired: Box, kind: str, size: tuple
         request = http_wanted(seed=4711, width=size[0], height=size[1])
         result = imagen.open_backend("x", blocks).generate(ctx, request)
         with result.image as image:
-            found = imagen.sniff(image)
-            assert found
-            assert found.complete
-            assert (found.width, found.height) == size
+            match = imagen.sniff(image)
+            assert match
+            assert match.complete
+            assert (match.width, match.height) == size
         assert ctx.told
         if "seed" not in result.ignored:
             assert result.seed == 4711
@@ -6638,12 +6120,7 @@ HTTP_CONTRACT = {  # fault, error of a free adapter, error of a paid one and its
     "quota": (status(402, "no"), imagen.Quota, imagen.Quota, "no"),
     "500": (status(500, "no"), imagen.Failed, imagen.Unknown, "unknown"),
     "html": (html(), imagen.Failed, imagen.Unknown, "unknown"),
-    "cut": (
-        cut({"a": "b" * 100}, 20),
-        imagen.Unreachable,
-        imagen.Unknown,
-        "unknown",
-    ),
+    "cut": (cut({"a": "b" * 100}, 20), imagen.Unreachable, imagen.Unknown, "unknown"),
     "reset": (reset(), imagen.Unreachable, imagen.Unknown, "unknown"),
     "not http": (not_http(), imagen.Unreachable, imagen.Unknown, "unknown"),
 }
@@ -6712,26 +6189,12 @@ def test_http_contract_an_image_cut_off_is_fetched_again_not_paid_again(
             .generate(HttpContext(), http_wanted())
             .image as image
         ):
-            found = imagen.sniff(image)
-        assert found
-        assert found.complete
+            match = imagen.sniff(image)
+        assert match
+        assert match.complete
         assert len(server.creates) == 1
         fetched = server.seen if kind == "comfyui" else server.files.seen
-        assert (
-            len(
-                [
-                    seen
-                    for seen in fetched
-                    if seen.path.startswith(
-                        (
-                            "/view",
-                            "/out",
-                        )
-                    )
-                ]
-            )
-            == 2
-        )
+        assert len([seen for seen in fetched if seen.path.startswith(("/view", "/out"))]) == 2
 
 
 HTTP_ODD: list[tuple[str, str, object]] = [
@@ -6746,13 +6209,7 @@ HTTP_ODD: list[tuple[str, str, object]] = [
     ),
     *(
         ("openai", "POST", ok({"data": data}))
-        for data in (
-            "x",
-            [1],
-            [{"url": 1}],
-            [{"b64_json": 1}],
-            {"url": "x"},
-        )
+        for data in ("x", [1], [{"url": 1}], [{"b64_json": 1}], {"url": "x"})
     ),
     ("openai", "POST", ok({"data": [], "usage": "x"})),
 ]
@@ -6816,11 +6273,7 @@ HTTP_UNCLEAR = {
     "503 that hopes": status(503, "Something went wrong. Please try again."),
     "504": status(504, "upstream request timeout"),
     "truncated": cut(
-        {
-            "created": 1,
-            "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}],
-        },
-        60,
+        {"created": 1, "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}]}, 60
     ),
     "truncated chunks": chunked({"created": 1, "data": []}, 10, keep=10),
     "200 with HTML": html(),
@@ -6884,25 +6337,14 @@ def test_http_tokens_that_were_counted_were_charged(box: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    "usage",
-    [
-        "x",
-        [1],
-        {"output_tokens": "many"},
-        {"output_tokens": 9, "input_tokens": [2]},
-    ],
+    "usage", ["x", [1], {"output_tokens": "many"}, {"output_tokens": 9, "input_tokens": [2]}]
 )
 def test_http_an_image_in_hand_is_kept_whatever_else_the_answer_says(
     box: Box, usage: object
 ) -> None:
     with http_server("openai") as server:
         server.script(
-            ok(
-                {
-                    "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}],
-                    "usage": usage,
-                }
-            )
+            ok({"data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}], "usage": usage})
         )
         done = http_fox(box, server, "openai")
         assert done.code == 0, done.out
@@ -6960,8 +6402,8 @@ def test_http_the_journal_says_before_each_try_that_the_last_one_was_not_charged
         assert process.returncode == 10
         assert "imagen recover" in err
         assert "maybe charged" in err.lower()
-        said = [line["charged"] for line in lines if "charged" in line]
-        assert said == ["unknown", "no", "unknown"]
+        output = [line["charged"] for line in lines if "charged" in line]
+        assert output == ["unknown", "no", "unknown"]
         assert ["sending" in line for line in lines if "charged" in line] == [True, False, True]
 
 
@@ -6984,16 +6426,8 @@ def http_refusals() -> Iterator[tuple[str, str, object, int, str]]:
     kinds = {"insufficient_quota": 6, "billing_hard_limit": 6, "verify_org": 3, "content_policy": 5}
     for name, code in {**kinds, "moderation_input": 5, "moderation_output": 5}.items():
         yield "openai", name, name, code, "yes" if name == "moderation_output" else "no"
-    for status_code, code in {
-        400: 2,
-        401: 3,
-        402: 6,
-        403: 3,
-        404: 3,
-        413: 2,
-        422: 2,
-    }.items():
-        said = {
+    for status_code, code in {400: 2, 401: 3, 402: 6, 403: 3, 404: 3, 413: 2, 422: 2}.items():
+        output = {
             "error": {
                 "message": "No.",
                 "type": "invalid_request_error",
@@ -7001,21 +6435,14 @@ def http_refusals() -> Iterator[tuple[str, str, object, int, str]]:
                 "code": "invalid_value",
             }
         }
-        yield "openai", str(status_code), status(status_code, said), code, "no"
+        yield "openai", str(status_code), status(status_code, output), code, "no"
         problem = {"title": "No", "detail": "- input.steps: too many", "status": status_code}
         yield "replicate", str(status_code), status(status_code, problem), code, "no"
 
 
 @pytest.mark.parametrize(
     ("kind", "answer", "code", "charged"),
-    [
-        pytest.param(
-            kind,
-            *rest,
-            id=f"{kind}-{name}",
-        )
-        for kind, name, *rest in http_refusals()
-    ],
+    [pytest.param(kind, *rest, id=f"{kind}-{name}") for kind, name, *rest in http_refusals()],
 )
 def test_http_a_refusal_is_final_and_says_what_it_cost(
     box: Box, kind: str, answer: object, code: int, charged: str
@@ -7028,10 +6455,7 @@ def test_http_a_refusal_is_final_and_says_what_it_cost(
         done = http_fox(box, server, kind)
         assert done.code == code
         assert len(server.creates) == 1
-        assert (
-            done.json["error"]["charged"],
-            done.json["error"]["retryable"],
-        ) == (charged, False)
+        assert (done.json["error"]["charged"], done.json["error"]["retryable"]) == (charged, False)
         assert box.unfinished() == []
         assert box.ledger()[-1]["charged"] == charged
 
@@ -7111,13 +6535,7 @@ def test_http_recover_finds_a_lost_create_and_takes_no_older_equal_one(
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        html(),
-        ok([]),
-        ok({"detail": "Maintenance."}),
-    ],
-    ids=["html", "list", "object"],
+    "answer", [html(), ok([]), ok({"detail": "Maintenance."})], ids=["html", "list", "object"]
 )
 def test_http_recover_closes_nothing_while_the_list_cannot_be_read(
     box: Box, answer: Answer
@@ -7173,7 +6591,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "output": [f"data:image/png;base64,{image}"],
         "logs": f"Authorization: {key}\n",
     }
-    kept = {
+    extra = {
         "id": key,
         "size": key,
         "quality": f"x{key}",
@@ -7186,10 +6604,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "server error": ("openai", status(500, f"boom Authorization: Bearer {key}")),
         "page": ("openai", ok(f"Authorization: Bearer {key}")),
         "html": ("openai", html(502, f"<html>{key}</html>")),
-        "metadata": (
-            "openai",
-            ok({"data": [{"b64_json": image, "revised_prompt": key}], **kept}),
-        ),
+        "metadata": ("openai", ok({"data": [{"b64_json": image, "revised_prompt": key}], **extra})),
         "link": ("openai", ok({"data": [{"url": f"file:///{key}"}]})),
         "no image": (
             "openai",
@@ -7214,28 +6629,14 @@ def test_http_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str)
     with Remote(answer, repeat=True) as remote:
         path = box.configure({kind: http_block(kind, remote.base)})
         env = {"HTTP_TEST_KEY": HTTP_CANARY}
-        said = [
-            box.run(
-                "generate",
-                "a fox",
-                flag,
-                env=env,
-            )
-            for flag in ("-v", "--json")
-        ]
-        said.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
+        output = [box.run("generate", "a fox", flag, env=env) for flag in ("-v", "--json")]
+        output.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
         assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
-    shown = "".join(done.out + done.err for done in said).encode()
+    shown = "".join(done.out + done.err for done in output).encode()
     files = [file for file in box.root.rglob("*") if file.is_file() and file != path]
     assert files
-    for where, data in [
-        ("output", shown),
-        *((file.name, file.read_bytes()) for file in files),
-    ]:
-        for part in (
-            HTTP_CANARY[:12],
-            urllib.parse.quote(HTTP_CANARY[:16], safe=""),
-        ):
+    for where, data in [("output", shown), *((file.name, file.read_bytes()) for file in files)]:
+        for part in (HTTP_CANARY[:12], urllib.parse.quote(HTTP_CANARY[:16], safe="")):
             assert part.encode() not in data, where
 
 
@@ -7263,24 +6664,13 @@ def test_http_exit_codes_of_n_images_and_what_stops_the_rest(box: Box, case: str
             else:
                 server.script(status(401, "bad key") if answer == "bad" else answer)
         done = http_fox(box, server, "openai", "-n", "4", parallel=1)
-        assert (
-            done.code,
-            len(done.json["images"]),
-            len(server.creates),
-        ) == (code, images, posts)
+        assert (done.code, len(done.json["images"]), len(server.creates)) == (code, images, posts)
         assert all(Path(image["path"]).exists() for image in done.json["images"])
         assert done.json["ok"] is False
         assert done.json["error"]["code"]
 
 
-@pytest.mark.parametrize(
-    ("more", "most"),
-    [
-        ({"parallel": 1}, 1),
-        ({"parallel": 3}, 3),
-        ({}, 4),
-    ],
-)
+@pytest.mark.parametrize(("more", "most"), [({"parallel": 1}, 1), ({"parallel": 3}, 3), ({}, 4)])
 def test_http_as_many_at_a_time_as_the_option_says_with_seeds_in_a_row(
     box: Box, more: dict[str, int], most: int
 ) -> None:
@@ -7321,14 +6711,7 @@ def mock_pixels(data: bytes) -> list[list[tuple[int, int, int]]]:
     with pillow.open(io.BytesIO(data)) as picture:
         raw = picture.convert("RGB").tobytes()
         width = picture.width
-    pixels = list(
-        zip(
-            raw[::3],
-            raw[1::3],
-            raw[2::3],
-            strict=True,
-        )
-    )
+    pixels = list(zip(raw[::3], raw[1::3], raw[2::3], strict=True))
     return [pixels[start : start + width] for start in range(0, len(pixels), width)]
 
 
@@ -7341,10 +6724,7 @@ def mock_strip(prompt: str, edge: int = 256) -> tuple[list[list[bool]], Any, Any
     while rows[top - 1][0] == rows[top - 1][-1] == paper and len(set(rows[top - 1])) <= 2:
         top -= 1
     assert edge // 2 <= top < edge  # most of the picture stays a picture
-    ink = next(
-        (color for row in rows[top:] for color in row if color != paper),
-        None,
-    )
+    ink = next((color for row in rows[top:] for color in row if color != paper), None)
     return [[color == ink for color in row] for row in rows[top:]], paper, ink
 
 
@@ -7352,10 +6732,7 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
     """The letters of the strip: the free columns before each, and its ink as (column, row)."""
     glyphs = []
     free = 0
-    for inked, run in itertools.groupby(
-        zip(*mock_strip(prompt)[0], strict=True),
-        any,
-    ):
+    for inked, run in itertools.groupby(zip(*mock_strip(prompt)[0], strict=True), any):
         shape = list(run)
         if inked:
             ink = frozenset(
@@ -7367,15 +6744,8 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 
 
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
-    wanted = [
-        *itertools.product(
-            ("a fox", "a fax"),
-            (7, 8),
-            (64, 96),
-            (64, 96),
-        )
-    ]
-    assert len({imagen.mock_picture(*one) for one in wanted * 2}) == len(wanted)
+    expected = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
+    assert len({imagen.mock_picture(*one) for one in expected * 2}) == len(expected)
     made = [
         box.run("generate", "a fox", "--size", "64x64", "--seed", seed).lines[0]
         for seed in ("7", "7", "8")
@@ -7385,11 +6755,7 @@ def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
     assert first == same != other
 
 
-@pytest.mark.parametrize(
-    "size",
-    [(64, 64), (1024, 1024)],
-    ids=str,
-)
+@pytest.mark.parametrize("size", [(64, 64), (1024, 1024)], ids=str)
 def test_a_mock_picture_has_many_colors(size: tuple[int, int]) -> None:
     for prompt in MOCK_PROMPTS[:3]:
         rows = mock_pixels(imagen.mock_picture(prompt, 7, *size))
@@ -7404,18 +6770,10 @@ def test_mock_two_prompts_differ_in_layout() -> None:
             :128
         ]  # above the strip; colors do not count
         edges.append(
-            {
-                (
-                    x,
-                    y,
-                )
-                for y, row in enumerate(upper)
-                for x in range(1, 256)
-                if row[x] != row[x - 1]
-            }
+            {(x, y) for y, row in enumerate(upper) for x in range(1, 256) if row[x] != row[x - 1]}
         )
-    for one, other in itertools.combinations(edges, 2):
-        assert len(one ^ other) > 300  # of 32,640
+    for first, other in itertools.combinations(edges, 2):
+        assert len(first ^ other) > 300  # of 32,640
 
 
 def test_mock_text_chunks_hold_prompt_and_seed(box: Box) -> None:
@@ -7451,12 +6809,7 @@ def test_mock_every_letter_has_a_shape_of_its_own() -> None:
 
 @pytest.mark.parametrize("pair", ["äa", "öo", "üu", "ÄA", "ÖO", "ÜU"])
 def test_mock_an_umlaut_is_its_letter_with_two_dots_above(pair: str) -> None:
-    ((_, umlaut),), ((_, plain),) = (
-        mock_glyphs(pair[0]),
-        mock_glyphs(
-            pair[1],
-        ),
-    )
+    ((_, umlaut),), ((_, plain),) = (mock_glyphs(pair[0]), mock_glyphs(pair[1]))
     dots = umlaut - plain
     assert plain < umlaut
     assert max(y for _, y in dots) < min(y for _, y in plain)
@@ -7540,19 +6893,13 @@ def test_mock_a_delay_shows_progress_and_can_be_stopped() -> None:
     assert {step[2] for step in ctx.heard} == {3000}
     assert all(step[0] for step in ctx.heard)
     with pytest.raises(imagen.Failed):
-        backend.generate(
-            MockWatch(10**9, timeout=0.2),
-            imagen.Request("a fox", seed=7),
-        )
+        backend.generate(MockWatch(10**9, timeout=0.2), imagen.Request("a fox", seed=7))
 
 
 def test_mock_a_delay_is_waited_for_and_what_was_ignored_is_named() -> None:
     backend = imagen.open_backend("m", {"m": {"type": "mock"}}, {"delay_s": 0.25})
     began = time.monotonic()
-    result = backend.generate(
-        imagen.Context(),
-        imagen.Request("a fox", "rain", 64, 96, 4, 7),
-    )
+    result = backend.generate(imagen.Context(), imagen.Request("a fox", "rain", 64, 96, 4, 7))
     assert 0.25 <= time.monotonic() - began < 20
     assert result.image.read() == imagen.mock_picture("a fox", 7, 64, 96)
     assert (result.mime_type, result.seed, result.cost_usd) == ("image/png", 7, 0.0)
@@ -7570,22 +6917,14 @@ def test_mock_a_signal_ends_a_delay_and_leaves_nothing(box: Box, number: int) ->
     assert (process.returncode, out) == (130, "")
     assert "interrupted" in err.lower()
     assert "Traceback" not in err
-    assert (
-        box.hidden(),
-        box.unfinished(),
-        list(box.out.iterdir()),
-    ) == ([], [], [])
+    assert (box.hidden(), box.unfinished(), list(box.out.iterdir())) == ([], [], [])
 
 
 @pytest.mark.parametrize(("code", "number"), [*ERRORS_EXITS.items()])
 def test_mock_every_code_can_be_tried_out(box: Box, code: str, number: int) -> None:
     done = box.run("generate", "a fox", "--json", "--opt", f"fail={code}", "--size", "64x64")
     error = done.json["error"]
-    assert (
-        done.code,
-        done.json["ok"],
-        done.json["images"],
-    ) == (number, False, [])
+    assert (done.code, done.json["ok"], done.json["images"]) == (number, False, [])
     assert (error["code"], error["charged"], error["retryable"]) == (
         code,
         "no",
@@ -7645,13 +6984,13 @@ def adapter_rows(text: str) -> list[list[str]]:
 
 def adapter_values(text: str) -> dict[str, Any]:
     """`a=1 b=x` as a mapping; what is JSON is taken as that."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, _, value in (word.partition("=") for word in text.split()):
         try:
-            found[name] = json.loads(value)
+            values[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def adapter_told(error: imagen.ImagenError) -> str:
@@ -7660,8 +6999,8 @@ def adapter_told(error: imagen.ImagenError) -> str:
 
 def adapter_charged(err: str) -> set[str]:
     """What the messages say about money: no, unknown, yes."""
-    said = {"not ": "no", "maybe ": "unknown", "": "yes"}
-    return {said[word] for word in re.findall(r"(not |maybe )?charged", err.lower())}
+    output = {"not ": "no", "maybe ": "unknown", "": "yes"}
+    return {output[word] for word in re.findall(r"(not |maybe )?charged", err.lower())}
 
 
 @contextlib.contextmanager
@@ -7680,29 +7019,14 @@ def adapter_ended(process: subprocess.Popen[str]) -> Done:
 
 
 def comfy_block(comfy: Comfy, **block: Any) -> dict[str, dict[str, Any]]:
-    return {
-        "gpu": {
-            "type": "comfyui",
-            "base_url": comfy.base,
-            "model": CHECKPOINTS[1],
-            **block,
-        }
-    }
+    return {"gpu": {"type": "comfyui", "base_url": comfy.base, "model": CHECKPOINTS[1], **block}}
 
 
 def comfy_make(
     comfy: Comfy, wanted: Mapping[str, Any] = imagen.EMPTY, ctx: Any = None, **block: Any
 ) -> imagen.Result:
     """One generation in this process."""
-    request = imagen.Request(
-        **{
-            "prompt": "fox",
-            "seed": 7,
-            "width": 64,
-            "height": 64,
-            **wanted,
-        }
-    )
+    request = imagen.Request(**{"prompt": "fox", "seed": 7, "width": 64, "height": 64, **wanted})
     return imagen.open_backend("gpu", comfy_block(comfy, **block)).generate(
         ctx or AdapterContext(), request
     )
@@ -7807,15 +7131,9 @@ def test_comfyui_a_negative_prompt_without_effect_counts_as_ignored(
 COMFY_ENUMS: list[
     tuple[list[Any] | None, list[str]]
 ] = [  # inputs of /object_info, and `input_config` of 0.33.0
-    (
-        [["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "…"}],
-        [*CHECKPOINTS[::2]],
-    ),
+    ([["broken.safetensors", "sd_xl_base_1.0.safetensors"], {"tooltip": "…"}], [*CHECKPOINTS[::2]]),
     ([["ae.safetensors", "pixel_space"]], ["ae.safetensors", "pixel_space"]),
-    (
-        ["COMBO", {"multiselect": False, "options": ["euler", "heun"]}],
-        ["euler", "heun"],
-    ),
+    (["COMBO", {"multiselect": False, "options": ["euler", "heun"]}], ["euler", "heun"]),
     ([[], {}], []),
     (None, []),
 ]
@@ -7862,18 +7180,13 @@ def test_comfyui_model_text_encoders_and_vae_are_posted_by_the_names_the_server_
         diffusion_models=["a\\parts.sft"], clips=clips, vaes=["sdxl_vae.safetensors", "flux/ae.sft"]
     ) as comfy:
         comfy_make(comfy, model="parts.sft")
-        comfy_make(
-            comfy,
-            model="parts.sft",
-            clip=[clips[3], clips[0]],
-            vae="sdxl_vae.safetensors",
-        )
+        comfy_make(comfy, model="parts.sft", clip=[clips[3], clips[0]], vae="sdxl_vae.safetensors")
         paths = str.split(
             "UNETLoader.unet_name DualCLIPLoader.clip_name1 DualCLIPLoader.clip_name2 VAELoader.vae_name"
         )
-        found = [[comfy_at(graph, path) for path in paths] for graph in comfy_posted(comfy)]
-    assert found[0] == ["a\\parts.sft", clips[2], clips[1], "flux/ae.sft"]
-    assert found[1] == ["a\\parts.sft", clips[3], clips[0], "sdxl_vae.safetensors"]
+        values = [[comfy_at(graph, path) for path in paths] for graph in comfy_posted(comfy)]
+    assert values[0] == ["a\\parts.sft", clips[2], clips[1], "flux/ae.sft"]
+    assert values[1] == ["a\\parts.sft", clips[3], clips[0], "sdxl_vae.safetensors"]
     with Comfy(clips=["clip_l.safetensors"]) as comfy, pytest.raises(imagen.BadConfig) as caught:
         comfy_make(comfy, model=COMFY_SCHNELL)
     assert '"t5xxl"' in adapter_told(caught.value)
@@ -7906,7 +7219,7 @@ def test_comfyui_placeholders_of_a_workflow_are_filled_once_and_numbers_stay_num
     graph["31"]["inputs"] |= {"seed": "{seed}", "steps": "{steps}"}
     graph["27"]["inputs"] |= {"width": "{width}", "height": "{height}"}
     prompt = 'a "fox"\n{seed} {negative} 🦊 (red:1.2) {a|b} embedding:x'
-    wanted = {
+    expected = {
         "prompt": prompt,
         "negative_prompt": "blur",
         "width": 72,
@@ -7915,17 +7228,12 @@ def test_comfyui_placeholders_of_a_workflow_are_filled_once_and_numbers_stay_num
         "seed": 2**53 + 1,
     }
     with Comfy() as comfy:
-        result = comfy_make(comfy, wanted, workflow=comfy_file(tmp_path, graph))
+        result = comfy_make(comfy, expected, workflow=comfy_file(tmp_path, graph))
         (posted,) = comfy_posted(comfy)
     places = "KSampler.positive.conditioning.text KSampler.negative.text KSampler.seed KSampler.latent_image.width"
-    found = [comfy_at(posted, path) for path in places.split()]
-    assert found == [prompt, "not blur, {other}", 2**53 + 1, 72]
-    assert (
-        result.ignored,
-        result.steps,
-        result.seed,
-        result.model,
-    ) == ((), 5, 2**53 + 1, None)
+    values = [comfy_at(posted, path) for path in places.split()]
+    assert values == [prompt, "not blur, {other}", 2**53 + 1, 72]
+    assert (result.ignored, result.steps, result.seed, result.model) == ((), 5, 2**53 + 1, None)
 
 
 def test_comfyui_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_path: Path) -> None:
@@ -7938,17 +7246,17 @@ def test_comfyui_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_
     }
     workflow = comfy_file(tmp_path, flux_graph(text="old {prompt}", seed=1, steps=3))
     with Comfy() as comfy:
-        wanted = {"width": 0, "height": 0, "negative_prompt": "x"}
-        assert comfy_make(comfy, wanted, workflow=workflow, nodes=nodes).ignored == (
+        expected = {"width": 0, "height": 0, "negative_prompt": "x"}
+        assert comfy_make(comfy, expected, workflow=workflow, nodes=nodes).ignored == (
             "negative_prompt",
         )
         result = comfy_make(comfy, {"steps": 9}, workflow=workflow)
-        one, two = comfy_posted(comfy)
+        first, second = comfy_posted(comfy)
     places = str.split(
         "KSampler.positive.conditioning.text KSampler.seed KSampler.steps KSampler.latent_image.width"
     )
-    assert [comfy_at(one, path) for path in places] == ["fox", 7, 3, 64]
-    assert [comfy_at(two, path) for path in places] == ["old fox", 1, 3, 64]
+    assert [comfy_at(first, path) for path in places] == ["fox", 7, 3, 64]
+    assert [comfy_at(second, path) for path in places] == ["old fox", 1, 3, 64]
     assert set(result.ignored) == {"seed", "width", "height", "steps"}
     assert result.seed is None
     assert result.steps is None
@@ -7957,11 +7265,7 @@ def test_comfyui_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_
 COMFY_MISTAKES: list[tuple[object, str, str]] = [
     ("{", "", "workflow.json"),
     ("[1]", "", "API format"),
-    (
-        {"nodes": [{"id": 6, "type": "CLIPTextEncode"}], "links": []},
-        "",
-        "API format;Export (API)",
-    ),
+    ({"nodes": [{"id": 6, "type": "CLIPTextEncode"}], "links": []}, "", "API format;Export (API)"),
     (flux_graph(), "", "no place for the prompt;6.text, 33.text"),
     (flux_graph(), "prompt=99.text", '"99.text";6.text, 33.text'),
     (flux_graph(), "prompt=6.txt", '"6.txt";6.text'),
@@ -8007,18 +7311,10 @@ def test_comfyui_each_way_to_fail_has_its_exit_code_and_its_words(
     with Comfy(version) as comfy:
         comfy.fail_next(fate)
         done = comfy_run(box, comfy)
-    assert (
-        done.code,
-        done.out,
-        len(comfy.submitted),
-    ) == (int(code), "", 1), done.err
+    assert (done.code, done.out, len(comfy.submitted)) == (int(code), "", 1), done.err
     assert all(word in done.err for word in words.split(";")), done.err
     assert not any(word in done.err for word in ("/srv/", "Traceback", "a red fox"))
-    assert (
-        box.unfinished(),
-        box.hidden(),
-        len(box.ledger()),
-    ) == ([], [], 1)
+    assert (box.unfinished(), box.hidden(), len(box.ledger())) == ([], [], 1)
 
 
 def comfy_refusal(kind: str, message: str, details: str = "", node_errors: object = None) -> Answer:
@@ -8045,11 +7341,7 @@ def comfy_success(outputs: object) -> Callable[[Seen], object]:
     """GET /history/<id> of a prompt that ended well."""
     state = {"status_str": "success", "completed": True, "messages": [["execution_success", {}]]}
     return lambda seen: {
-        seen.path.rpartition("/")[2]: {
-            "outputs": outputs,
-            "status": state,
-            "meta": {},
-        }
+        seen.path.rpartition("/")[2]: {"outputs": outputs, "status": state, "meta": {}}
     }
 
 
@@ -8159,9 +7451,11 @@ def test_comfyui_each_recorded_answer_ends_as_it_should(
     with ComfyWith() as comfy, pytest.raises(imagen.ImagenError) as caught:
         comfy.instead[route] = [answer]
         comfy_make(comfy)
-    told = adapter_told(caught.value)
-    assert caught.value.exit_code == code and all(word in told for word in words.split(";")), told
-    assert "/srv/" not in told
+    messages = adapter_told(caught.value)
+    assert caught.value.exit_code == code and all(word in messages for word in words.split(";")), (
+        messages
+    )
+    assert "/srv/" not in messages
 
 
 @pytest.mark.parametrize("version", COMFY_VERSIONS)
@@ -8199,17 +7493,17 @@ def test_comfyui_every_version_makes_an_image_twice_though_the_first_file_is_gon
             assert done.code == 0 and done.lines[0].endswith(name), done.err
             assert Path(done.lines[0]).read_bytes() == comfy.files.popitem()[1]
             assert not comfy.files
-        one, two = comfy.submitted
-        about = box.sidecar(done.lines[0])
-    told = [
-        about[k]
+        first, second = comfy.submitted
+        sidecar = box.sidecar(done.lines[0])
+    messages = [
+        sidecar[k]
         for k in ("model", "seed", "steps", "width", "cost_usd_estimate", "charged", "ignored")
     ]
-    assert told == [CHECKPOINTS[1], 7, 4, 64, 0, "no", []]
-    assert about["metadata"]["prompt_id"] == two["prompt_id"]
-    assert one["prompt_id"] != two["prompt_id"]
-    assert one["client_id"]
-    assert two["client_id"]
+    assert messages == [CHECKPOINTS[1], 7, 4, 64, 0, "no", []]
+    assert sidecar["metadata"]["prompt_id"] == second["prompt_id"]
+    assert first["prompt_id"] != second["prompt_id"]
+    assert first["client_id"]
+    assert second["client_id"]
 
 
 def test_comfyui_a_prompt_has_ids_and_a_prefix_of_its_own_and_its_socket_the_same_client_id() -> (
@@ -8271,10 +7565,10 @@ def test_comfyui_a_size_that_the_server_changes_is_reported(box: Box, size: str,
         assert comfy_run(box, comfy, "--size", "8x8").code == 2
         assert len(comfy.submitted) == 1
     assert done.code == 0 and (f"asked {size}, got {made}" in done.err) == bool(made), done.err
-    about = box.sidecar(done.lines[0])
-    assert f"{about['width']}x{about['height']}" == (made or size)
+    sidecar = box.sidecar(done.lines[0])
+    assert f"{sidecar['width']}x{sidecar['height']}" == (made or size)
     assert "cannot take negative_prompt" in done.err
-    assert about["ignored"] == ["negative_prompt"]
+    assert sidecar["ignored"] == ["negative_prompt"]
 
 
 def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
@@ -8295,21 +7589,12 @@ def test_comfyui_n_images_are_n_prompts_with_seeds_one_after_the_other(box: Box)
     with Comfy() as comfy:
         done = comfy_run(box, comfy, "-n", "3", "--seed", str(2**53 + 1))
     seeds = [comfy_at(graph, "KSampler.seed") for graph in comfy_posted(comfy)]
-    assert (done.code, seeds) == (
-        0,
-        [2**53 + 1, 2**53 + 2, 2**53 + 3],
-    )
+    assert (done.code, seeds) == (0, [2**53 + 1, 2**53 + 2, 2**53 + 3])
     assert [box.sidecar(path)["seed"] for path in done.lines] == seeds
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        reset(),
-        hangup(),
-        cut({"prompt_id": "x" * 50}, 9),
-    ],
-    ids=["reset", "bye", "cut"],
+    "answer", [reset(), hangup(), cut({"prompt_id": "x" * 50}, 9)], ids=["reset", "bye", "cut"]
 )
 @pytest.mark.parametrize("when", ["after", "instead"])
 def test_comfyui_a_lost_answer_to_post_prompt_runs_nothing_twice(when: str, answer: Answer) -> None:
@@ -8396,14 +7681,8 @@ def test_comfyui_ctrl_c_cancels_our_own_prompt_and_no_other(
                 theirs = comfy.foreign_job()
             process.send_signal(signal.SIGINT)
             done = adapter_ended(process)
-        assert (
-            done.code,
-            done.out,
-        ) == (130, "") and mine in done.err, done.err
-        ours = {
-            "pending": ([mine], []),
-            "running": ([], [mine]),
-        }[place]
+        assert (done.code, done.out) == (130, "") and mine in done.err, done.err
+        ours = {"pending": ([mine], []), "running": ([], [mine])}[place]
         assert (comfy.canceled, comfy.interrupted) == ours
         assert comfy.status_of(mine) in ("", "cancelled")
         assert comfy.status_of(theirs) in ("pending", "in_progress")
@@ -8424,15 +7703,7 @@ def test_comfyui_ctrl_c_works_whichever_thread_the_kernel_hands_it_to(box: Box) 
                 f"/proc/{process.pid}/task"
             )  # on Linux a signal to a thread's id goes to that thread first
             os.kill(
-                max(
-                    map(
-                        int,
-                        os.listdir(tasks),
-                    )
-                )
-                if tasks.exists()
-                else process.pid,
-                signal.SIGINT,
+                max(map(int, os.listdir(tasks))) if tasks.exists() else process.pid, signal.SIGINT
             )
             assert (adapter_ended(process).code, comfy.interrupted) == (130, [mine])
 
@@ -8473,17 +7744,13 @@ def test_comfyui_a_prompt_that_was_left_runs_on_and_recover_fetches_it_or_says_t
         comfy.restart() if end == "restarted" else comfy.resume()
         done = box.run("recover", "--all")
     assert done.code == (11 if end == "restarted" else 0) and len(comfy.submitted) == 1, done.err
-    assert (
-        box.unfinished(),
-        box.hidden(),
-        len(box.ledger()),
-    ) == ([], [], 1)
+    assert (box.unfinished(), box.hidden(), len(box.ledger())) == ([], [], 1)
     if end == "restarted":
         assert "restarted" in done.err
         assert done.out == ""
     else:
-        about = box.sidecar(done.lines[0])
-        assert [about[k] for k in ("prompt", "seed", "steps", "model")] == [
+        sidecar = box.sidecar(done.lines[0])
+        assert [sidecar[k] for k in ("prompt", "seed", "steps", "model")] == [
             "a red fox",
             7,
             4,
@@ -8605,13 +7872,13 @@ def test_replicate_a_model_with_a_version_and_one_without_have_their_own_path_an
     assert create.json == {"input": REPLICATE_FOX, **({"version": version} if version else {})}
     assert create.headers["authorization"] == "Bearer r8_stand_in"
     assert "prefer" not in create.headers
-    about = box.sidecar(done.lines[0])
-    assert (
-        about["model"],
-        about["seed"],
-        about["charged"],
-        done.code,
-    ) == (model, 7, "yes", 0)
+    sidecar = box.sidecar(done.lines[0])
+    assert (sidecar["model"], sidecar["seed"], sidecar["charged"], done.code) == (
+        model,
+        7,
+        "yes",
+        0,
+    )
 
 
 def test_replicate_a_community_model_without_its_version_is_a_config_error_that_says_so(
@@ -8662,21 +7929,13 @@ def test_replicate_each_end_of_a_prediction_has_its_exit_code_and_says_whether_i
     with ReplicateServer() as server:
         server.script(polls=0, **fate)
         done = replicate_run(box, server)
-        assert (
-            done.code,
-            [seen.method for seen in server.seen],
-            server.files.leaked,
-        ) == (
+        assert (done.code, [seen.method for seen in server.seen], server.files.leaked) == (
             code,
             ["POST"],
             [],
         ), done.err
     assert words in done.err and len(done.lines) == (code == 0), done.err
-    assert (
-        box.unfinished(),
-        box.hidden(),
-        [line["charged"] for line in box.ledger()],
-    ) == (
+    assert (box.unfinished(), box.hidden(), [line["charged"] for line in box.ledger()]) == (
         [],
         [],
         [charged],
@@ -8704,11 +7963,9 @@ def test_replicate_the_status_counts_and_not_the_http_code_and_the_seed_is_that_
         ident = replicate_plant(server, code=202, status="starting", output=None, polls=1)
         server.predictions[ident]["logs"] = "Using seed: 41823\n"
         done = replicate_run(box, server)
-    assert done.code == 0 and [seen.method for seen in server.seen] == [
-        "POST",
-        "GET",
-        "GET",
-    ], done.err
+    assert done.code == 0 and [seen.method for seen in server.seen] == ["POST", "GET", "GET"], (
+        done.err
+    )
     assert box.sidecar(done.lines[0])["seed"] == 41823
 
 
@@ -8830,11 +8087,7 @@ def test_replicate_a_custom_size_outside_the_rules_costs_nothing_and_the_nearest
     model, size = f"black-forest-labs/flux-{case}".split()
     with ReplicateServer() as server:
         done = replicate_run(box, server, "--size", size, model=model)
-    assert (
-        done.code,
-        server.seen,
-        box.ledger(),
-    ) == (2, [], []) and size in done.err, done.err
+    assert (done.code, server.seen, box.ledger()) == (2, [], []) and size in done.err, done.err
     ((width, height),) = re.findall(r"nearest: (\d+)x(\d+)", done.err)
     assert replicate_words(f"model={model}", width=int(width), height=int(height))[0][
         "width"
@@ -8926,19 +8179,13 @@ def test_replicate_ctrl_c_cancels_the_prediction_unless_it_has_succeeded_which_i
             process.send_signal(signal.SIGINT)
             done = adapter_ended(process)
         (ident,) = server.predictions
-        assert (
-            done.code,
-            done.out,
-            server.canceled,
-        ) == (130, "", [ident]) and ident in done.err, done.err
+        assert (done.code, done.out, server.canceled) == (130, "", [ident]) and ident in done.err, (
+            done.err
+        )
         assert len(box.unfinished()) == late == ("imagen recover" in done.err)
         server.get_faults.clear()
         done = box.run("recover", "--all")
-    assert (
-        done.code,
-        len(done.lines),
-        box.unfinished(),
-    ) == (0, late, []), done.err
+    assert (done.code, len(done.lines), box.unfinished()) == (0, late, []), done.err
 
 
 @pytest.mark.parametrize("expired", [False, True])
@@ -8955,11 +8202,7 @@ def test_replicate_recover_fetches_by_id_and_says_when_the_hour_is_over(
         server.get_faults.clear()
         server.expire() if expired else None
         done = box.run("recover", "--all")
-    assert (
-        done.code,
-        box.unfinished(),
-        server.created,
-    ) == (11 if expired else 0, [], 0), done.err
+    assert (done.code, box.unfinished(), server.created) == (11 if expired else 0, [], 0), done.err
     assert ("one hour" in done.err) == expired == (not done.lines)
     assert [line["charged"] for line in box.ledger()] == ["yes"]
 
@@ -9007,15 +8250,9 @@ def test_replicate_a_lost_create_whose_input_was_removed_after_the_hour_is_not_c
         assert replicate_run(box, server).code == 10
         server.expire()  # its prompt and seed are gone too: nothing tells it from others any more
         done = box.run("recover", "--all")
-    assert (
-        done.code
-        in (
-            10,
-            11,
-        )
-        and "no" not in adapter_charged(done.err)
-        and "hour" in done.err
-    ), done.err
+    assert done.code in (10, 11) and "no" not in adapter_charged(done.err) and "hour" in done.err, (
+        done.err
+    )
     assert "no" not in [line["charged"] for line in box.ledger()]
 
 
@@ -9133,24 +8370,19 @@ def test_openai_every_model_of_today_makes_an_image_with_all_that_can_be_asked(
         )
         (seen,) = server.seen
     assert done.code == 0 and seen.headers["authorization"] == f"Bearer {server.key}", done.err
-    about = box.sidecar(done.lines[0])
-    assert (about["seed"], about["steps"], about["charged"], about["width"]) == (
+    sidecar = box.sidecar(done.lines[0])
+    assert (sidecar["seed"], sidecar["steps"], sidecar["charged"], sidecar["width"]) == (
         None,
         None,
         "yes",
         1024,
     )
-    assert about["ignored"] == ["seed", "steps", "negative_prompt"]
+    assert sidecar["ignored"] == ["seed", "steps", "negative_prompt"]
     assert "negative_prompt, seed, steps" in done.err
-    assert about["metadata"]["x_request_id"].startswith("req_")
-    assert about["metadata"]["usage"]["output_tokens"] == 1056
-    assert about["cost_usd_estimate"] == pytest.approx(
-        1056e-6
-        * {"-1-": 8, "1.5": 32}.get(
-            model[9:12],
-            30,
-        ),
-        rel=0.1,
+    assert sidecar["metadata"]["x_request_id"].startswith("req_")
+    assert sidecar["metadata"]["usage"]["output_tokens"] == 1056
+    assert sidecar["cost_usd_estimate"] == pytest.approx(
+        1056e-6 * {"-1-": 8, "1.5": 32}.get(model[9:12], 30), rel=0.1
     )
 
 
@@ -9190,11 +8422,7 @@ def test_openai_what_is_sure_to_be_refused_is_refused_before_paying(
 ) -> None:
     with OpenAIServer() as server:
         done = openai_run(box, server, *flags.split(), model=model)
-    assert (
-        done.code,
-        server.seen,
-        box.ledger(),
-    ) == (2, [], []) and words in done.err, done.err
+    assert (done.code, server.seen, box.ledger()) == (2, [], []) and words in done.err, done.err
 
 
 OPENAI_ERRORS = adapter_rows("""
@@ -9218,11 +8446,7 @@ def test_openai_each_error_has_its_exit_code_says_whether_it_cost_and_is_not_rep
     with OpenAIServer() as server:
         server.script(kind)
         done = openai_run(box, server)
-    assert (
-        done.code,
-        server.posts,
-        done.out,
-    ) == (int(code), 1, "") and words in done.err, done.err
+    assert (done.code, server.posts, done.out) == (int(code), 1, "") and words in done.err, done.err
     assert [record["charged"] for record in box.ledger() or box.unfinished()] == [charged], done.err
     assert adapter_charged(done.err) == {charged} and ("imagen recover" in done.err) == (
         code == "10"
@@ -9237,12 +8461,7 @@ def test_openai_a_rate_limit_and_an_overload_are_repeated_and_cost_nothing(
     with OpenAIServer() as server:
         server.script(kind, kind, retry_after_ms="40")
         done = openai_run(box, server)
-    assert (
-        done.code,
-        server.posts,
-        server.billed,
-        box.ledger()[0]["charged"],
-    ) == (
+    assert (done.code, server.posts, server.billed, box.ledger()[0]["charged"]) == (
         0,
         3,
         1,
@@ -9256,12 +8475,7 @@ def test_openai_a_wrong_key_model_or_field_names_itself_and_the_request(box: Box
         field = openai_run(box, server, "--opt", "quality=hd")
         openai_setup(box, server)
         key = box.run("generate", "a fox", env={"OPENAI_API_KEY": "sk-mistaken-0003"})
-    assert (
-        wrong.code,
-        field.code,
-        key.code,
-        server.billed,
-    ) == (3, 2, 3, 0), (
+    assert (wrong.code, field.code, key.code, server.billed) == (3, 2, 3, 0), (
         wrong.err,
         field.err,
         key.err,
@@ -9270,12 +8484,7 @@ def test_openai_a_wrong_key_model_or_field_names_itself_and_the_request(box: Box
     assert "(quality)" in field.err
     assert "Incorrect API key" in key.err
     assert all(
-        "[req_" in done.err and adapter_charged(done.err) == {"no"}
-        for done in (
-            wrong,
-            field,
-            key,
-        )
+        "[req_" in done.err and adapter_charged(done.err) == {"no"} for done in (wrong, field, key)
     )
     assert "sk-mistaken-0003" not in key.err
 
@@ -9308,14 +8517,14 @@ def test_openai_each_dialect_is_spoken_with_a_few_options(
         "steps": 9,
     }
     assert made == expected
-    about = box.sidecar(done.lines[0])
-    assert (about["seed"], about["steps"], about["width"], about["cost_usd_estimate"]) == (
+    sidecar = box.sidecar(done.lines[0])
+    assert (sidecar["seed"], sidecar["steps"], sidecar["width"], sidecar["cost_usd_estimate"]) == (
         7,
         9,
         640,
         0.01,
     )
-    assert about["ignored"] == ([] if negative else ["negative_prompt"])
+    assert sidecar["ignored"] == ([] if negative else ["negative_prompt"])
 
 
 def test_openai_complaints_of_fastapi_name_the_field(box: Box) -> None:
@@ -9415,10 +8624,10 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
         )
         assert box.run("generate", "a fox").code == 10
     done = box.run("recover", "--all")
-    (kept,) = box.out.iterdir()
+    (file,) = box.out.iterdir()
     assert done.code == 10
-    assert str(kept) in done.err
-    assert kept.read_bytes() == avif
+    assert str(file) in done.err
+    assert file.read_bytes() == avif
     assert box.unfinished() == []
 
 
@@ -9485,10 +8694,10 @@ def test_openai_a_revised_prompt_is_kept_in_the_sidecar(box: Box) -> None:
             )
         )
         done = openai_run(box, server)
-    about = box.sidecar(done.lines[0])
-    assert about["metadata"]["revised_prompt"] == "a red fox"
-    assert about["mime_type"] == "image/jpeg"
-    assert about["cost_usd_estimate"] is None
+    sidecar = box.sidecar(done.lines[0])
+    assert sidecar["metadata"]["revised_prompt"] == "a red fox"
+    assert sidecar["mime_type"] == "image/jpeg"
+    assert sidecar["cost_usd_estimate"] is None
     assert "$?" in done.err
     assert done.lines[0].endswith(".jpg")
 
@@ -9550,13 +8759,7 @@ def test_openai_check_asks_for_the_models_and_names_the_nearest(
             other.check(AdapterContext())
         server.models.clear()
         assert "no models" in other.check(AdapterContext())
-        assert {
-            (
-                seen.method,
-                seen.path,
-            )
-            for seen in server.seen
-        } == {("GET", "/v1/models")}
+        assert {(seen.method, seen.path) for seen in server.seen} == {("GET", "/v1/models")}
     timeout = imagen.from_mapping(imagen.BACKENDS["openai"].Options, {"model": "x"}).timeout
     assert timeout >= 600  # one image may take minutes, and the answer comes in one piece
 
@@ -9572,16 +8775,8 @@ def test_live_openai_makes_an_image(box: Box) -> None:
 
 
 # === Output: names, and files that are never half there ===
-OUTPUT_ENDINGS = {
-    "png": {"png"},
-    "jpg": {"jpg", "jpeg"},
-    "webp": {"webp"},
-    "gif": {"gif"},
-}
-OUTPUT_TEXT = st.text(
-    st.characters(),
-    max_size=80,
-) | st.text("aÄß -_.é日🦊'½", max_size=80)
+OUTPUT_ENDINGS = {"png": {"png"}, "jpg": {"jpg", "jpeg"}, "webp": {"webp"}, "gif": {"gif"}}
+OUTPUT_TEXT = st.text(st.characters(), max_size=80) | st.text("aÄß -_.é日🦊'½", max_size=80)
 OUTPUT_FIELDS = ("{date}", "{time}", "{slug}", "{seed}", "{backend}", "{ext}")
 OUTPUT_PARTS = [*OUTPUT_FIELDS, *"-_/. aü~", "..", "日" * 20, "x" * 90, ".png", ".JPEG"]
 
@@ -9633,42 +8828,9 @@ def test_output_a_template_s_fields_are_filled_in() -> None:
     assert imagen.numbered(imagen.render_name("x.{ext}", request, at), "webp", 1) == "x.webp"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        *(
-            "",
-            ".",
-            "..",
-            "/x",
-            "../x",
-            "a/../b",
-            "a/..",
-            "a//b",
-            "x/",
-            "./x",
-            "{slug}/",
-            "{slug",
-            "slug}",
-            "{}",
-        ),
-        *("{slug!r}", "{slug.__class__}", "{seed:>99}", "{{slug}}", "{slgu}", "a\0b"),
-    ],
-)
-def test_output_a_template_that_names_no_file_inside_is_refused(template: str) -> None:
-    with pytest.raises(
-        imagen.BadConfig, match="naming.*slug" if template == "{slgu}" else "naming"
-    ):
-        imagen.check_template(template)
-
-
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
-    st.lists(
-        st.sampled_from(OUTPUT_PARTS),
-        min_size=1,
-        max_size=8,
-    ).map("".join),
+    st.lists(st.sampled_from(OUTPUT_PARTS), min_size=1, max_size=8).map("".join),
     OUTPUT_TEXT,
     st.sampled_from(["mock", "..", "a/b", "/", ".hidden", "ü" * 200])
     | st.text(st.characters(), min_size=1, max_size=9),
@@ -9679,7 +8841,7 @@ def test_output_a_name_never_climbs_out_and_always_fits(
     template: str, prompt: str, backend: str, end: str, number: int
 ) -> None:
     literal = re.sub(r"{\w+}", "x", template).split("/")
-    if {"", ".", ".."} & {*literal}:
+    if {"", ".", ".."} & {*literal} or "{ext}" in template.rpartition("/")[0]:
         with pytest.raises(imagen.BadConfig):
             imagen.check_template(template)
         return
@@ -9720,14 +8882,11 @@ def test_output_a_name_has_the_true_ending_and_a_number(
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.text("ab.ü日-2", min_size=1, max_size=300),
-    st.sampled_from(sorted(OUTPUT_ENDINGS)),
-)
+@given(st.text("ab.ü日-2", min_size=1, max_size=300), st.sampled_from(sorted(OUTPUT_ENDINGS)))
 def test_output_numbers_make_names_different(name: str, ending: str) -> None:
     names = [imagen.numbered(name, ending, number) for number in range(1, 30)]
     assert len(set(names)) == len(names)
-    assert max(len(f"{one}.json".encode()) for one in names) <= 255
+    assert max(len(f"{name}.json".encode()) for name in names) <= 255
 
 
 @pytest.mark.parametrize(
@@ -9740,17 +8899,7 @@ def test_output_numbers_make_names_different(name: str, ending: str) -> None:
 )
 def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, path: str) -> None:
     box.configure({"mock": {"type": "mock"}}, output={"naming": naming})
-    made = [
-        box.run(
-            "generate",
-            "a fox",
-            "--seed",
-            "7",
-            "--size",
-            "64x64",
-        )
-        for _ in range(2)
-    ]
+    made = [box.run("generate", "a fox", "--seed", "7", "--size", "64x64") for _ in range(2)]
     assert [done.code for done in made] == [0, 0], made[0].err
     first, second = (Path(done.out.removesuffix("\n")) for done in made)
     assert first.suffix == ".png"
@@ -9764,10 +8913,7 @@ def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, pa
 def test_an_output_file_gets_its_true_ending(box: Box, given: str) -> None:
     done = box.run("generate", "a fox", "--size", "64x64", "-n", "2", "-o", given)
     assert done.code == 0
-    assert sorted(done.lines) == [
-        str(box.root / "fox-2.png"),
-        str(box.root / "fox.png"),
-    ]
+    assert sorted(done.lines) == [str(box.root / "fox-2.png"), str(box.root / "fox.png")]
 
 
 OUTPUT_SIDECAR = str.split(
@@ -9841,26 +8987,13 @@ OUTPUT_UNLINKED = {"fault": ["os.link", "", errno.EPERM]}
 
 
 def output_started(box: Box, plan: Mapping[str, Any], *args: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-c",
-        OUTPUT_RUNNER,
-        str(HERE.parent),
-        json.dumps(plan),
-        *args,
-    ]
+    command = [sys.executable, "-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan), *args]
     pipes: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     }
-    return subprocess.Popen(
-        command,
-        env=box.environ,
-        cwd=box.root,
-        text=True,
-        **pipes,
-    )
+    return subprocess.Popen(command, env=box.environ, cwd=box.root, text=True, **pipes)
 
 
 def output_ended(process: subprocess.Popen[str], timeout: float = 60) -> Done:
@@ -9946,12 +9079,7 @@ def output_replicate(
             "model": "black-forest-labs/flux-schnell",
             **options,
         }
-        box.configure(
-            {
-                "flux": block,
-                "mock": {"type": "mock", "width": 64, "height": 64},
-            }
-        )
+        box.configure({"flux": block, "mock": {"type": "mock", "width": 64, "height": 64}})
         box.environ["REPLICATE_API_TOKEN"] = server.token
         yield server
 
@@ -9972,12 +9100,7 @@ def test_output_the_extension_tells_the_truth_about_the_bytes(
     image = {"jpeg": jpeg, "png": png, "webp": webp}[given]()
     with output_openai(box) as server:  # which says png, whatever it sends
         server.script(
-            ok(
-                {
-                    "data": [{"b64_json": base64.b64encode(image).decode()}],
-                    "output_format": "png",
-                }
-            )
+            ok({"data": [{"b64_json": base64.b64encode(image).decode()}], "output_format": "png"})
         )
         done = box.run("generate", "a fox", "-o", str(box.out / output))
     assert done.lines == [str(box.out / named)]
@@ -10007,11 +9130,7 @@ def test_output_a_taken_name_gets_a_number_and_nothing_is_overwritten(
 
 @pytest.mark.parametrize(
     ("count", "plan"),
-    [
-        (20, {}),
-        (10, OUTPUT_UNLINKED),
-        (10, {"fault": ["os.link", "", errno.ENOTSUP]}),
-    ],
+    [(20, {}), (10, OUTPUT_UNLINKED), (10, {"fault": ["os.link", "", errno.ENOTSUP]})],
     ids=str,
 )
 def test_output_processes_with_one_name_make_a_file_each(
@@ -10030,8 +9149,8 @@ def test_output_processes_with_one_name_make_a_file_each(
     )
     processes = [output_started(box, plan, *args) for _ in range(count)]
     done = [output_ended(process) for process in processes]
-    assert [one.err for one in done if one.code] == []
-    paths = [one.lines[0] for one in done]
+    assert [run.err for run in done if run.code] == []
+    paths = [run.lines[0] for run in done]
     numbers = ["", *(f"-{n}" for n in range(2, count + 1))]
     assert sorted(paths) == sorted(str(box.out / f"same{number}.png") for number in numbers)
     assert len({box.sidecar(path)["image_id"] for path in paths}) == count
@@ -10058,18 +9177,18 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
         "3",
     )
     path = box.run("generate", "Größe", *asked).lines[0]
-    about = box.sidecar(path)
+    sidecar = box.sidecar(path)
     image = Path(path).read_bytes()
-    assert list(about) == OUTPUT_SIDECAR
-    assert imagen.is_uuid(about.pop("image_id"))
-    assert about.pop("latency_ms") >= 0
+    assert list(sidecar) == OUTPUT_SIDECAR
+    assert imagen.is_uuid(sidecar.pop("image_id"))
+    assert sidecar.pop("latency_ms") >= 0
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d:\d\d", about.pop("timestamp")
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?[+-]\d\d:\d\d", sidecar.pop("timestamp")
     )
-    styled = about.pop("styled_prompt"), about.pop("negative_prompt")
+    styled = sidecar.pop("styled_prompt"), sidecar.pop("negative_prompt")
     assert all(word in styled[0] for word in ("Größe", "in red"))
     assert all(w in styled[1] for w in ("cats", "grey"))
-    assert sorted(about.pop("ignored")) == ["negative_prompt", "steps"]
+    assert sorted(sidecar.pop("ignored")) == ["negative_prompt", "steps"]
     expected = {
         "prompt": "Größe",
         "style": "loud",
@@ -10095,42 +9214,20 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
         "storage_path": None,
         "imagen_version": imagen.__version__,
     }
-    assert about == expected
+    assert sidecar == expected
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
 def test_output_the_umask_is_respected(box: Box, umask: int) -> None:
-    path = Path(
-        box.run(
-            "generate",
-            "a fox",
-            "--size",
-            "64x64",
-            umask=umask,
-        ).lines[0]
-    )
-    assert {
-        stat.S_IMODE(os.stat(p).st_mode)
-        for p in (
-            path,
-            f"{path}.json",
-        )
-    } == {0o666 & ~umask}
+    path = Path(box.run("generate", "a fox", "--size", "64x64", umask=umask).lines[0])
+    assert {stat.S_IMODE(os.stat(p).st_mode) for p in (path, f"{path}.json")} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("letter", ["x", "ä", "🦊"])
 def test_output_no_name_is_longer_than_255_bytes(box: Box, letter: str) -> None:
-    wanted = letter * (250 // len(letter.encode())) + ".jpg"
+    expected = letter * (250 // len(letter.encode())) + ".jpg"
     paths = [
-        box.run(
-            "generate",
-            "x",
-            "--size",
-            "64x64",
-            "-q",
-            "-o",
-            str(box.out / wanted),
-        ).lines[0]
+        box.run("generate", "x", "--size", "64x64", "-q", "-o", str(box.out / expected)).lines[0]
         for _ in "12"
     ]
     assert paths[0] != paths[1]
@@ -10198,22 +9295,16 @@ def test_output_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble:
 
 
 def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box) -> None:
-    with (
-        output_disk(
-            box.out,
-            10 << 20,
-        ) as folder,
-        output_openai(box, pad=11 << 20) as server,
-    ):
+    with output_disk(box.out, 10 << 20) as folder, output_openai(box, pad=11 << 20) as server:
         done = box.run("generate", "a fox")
         (entry,) = box.unfinished()
         assert done.code == 8
         assert done.lines == []
         assert entry["id"] in done.err
         assert "harged" in done.err
-        (kept,) = box.state.rglob("*.part")
-        assert kept.stat().st_size > 11 << 20
-        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        (file,) = box.state.rglob("*.part")
+        assert file.stat().st_size > 11 << 20
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert not output_files(folder)
         assert box.run("recover", entry["id"]).code == 8  # still no room: nothing changes
         assert [entry["id"] for entry in box.unfinished()] == [entry["id"]]
@@ -10222,11 +9313,11 @@ def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box
         again = box.run("recover", entry["id"])
         assert again.code == 0
         assert server.posts == 1
-        about = box.sidecar(again.lines[0])
-        assert about["sha256"] == hashlib.sha256(Path(again.lines[0]).read_bytes()).hexdigest()
-        assert about["bytes"] > 11 << 20
-        assert about["charged"] == "yes"
-        assert about["cost_usd_estimate"] > 0
+        sidecar = box.sidecar(again.lines[0])
+        assert sidecar["sha256"] == hashlib.sha256(Path(again.lines[0]).read_bytes()).hexdigest()
+        assert sidecar["bytes"] > 11 << 20
+        assert sidecar["charged"] == "yes"
+        assert sidecar["cost_usd_estimate"] > 0
         assert box.hidden() == []
         assert box.unfinished() == []
         assert list(box.state.rglob("*.part")) == []
@@ -10248,13 +9339,7 @@ def test_output_when_both_disks_are_full_the_message_says_what_it_may_have_cost(
 
 def test_output_a_disk_full_to_the_last_page_costs_the_sidecar_and_not_the_image(box: Box) -> None:
     size = 10 << 20
-    with (
-        output_disk(box.out, size),
-        output_replicate(
-            box,
-            png(pad=size - 2000),
-        ) as server,
-    ):
+    with output_disk(box.out, size), output_replicate(box, png(pad=size - 2000)) as server:
         done = box.run("generate", "a fox", "-o", str(box.out / "fox.png"))
         assert (done.code, done.lines) == (0, [str(box.out / "fox.png")])
         assert "sidecar" in done.err
@@ -10300,12 +9385,9 @@ class Tty:
         end = time.monotonic() + timeout
         raw = self.drawn.encode("utf-8", "surrogateescape")
         while not condition(self.drawn):
-            assert select.select(
-                [self.master],
-                [],
-                [],
-                max(0.0, end - time.monotonic()),
-            )[0], f"in vain: {self.drawn!r}"
+            assert select.select([self.master], [], [], max(0.0, end - time.monotonic()))[0], (
+                f"in vain: {self.drawn!r}"
+            )
             try:
                 data = os.read(self.master, 65536)
             except (
@@ -10398,15 +9480,7 @@ def test_preview_in_tmux_a_window_named_imagen_shows_the_image_without_taking_th
         preview_tmux.bin / "show", 'printf "%s|" "$@" >"$HOME/shown"; tmux wait-for -S shown'
     )
     path = box.root / 'it\'s $(a) "folder" & more; #{odd}' / "fox.png"
-    command = shlex.join(
-        [
-            sys.executable,
-            str(HERE),
-            *SMALL,
-            "-o",
-            str(path),
-        ]
-    )
+    command = shlex.join([sys.executable, str(HERE), *SMALL, "-o", str(path)])
     preview_tmux.begin(f"{command}; tmux wait-for -S done; exec cat")
     preview_tmux("wait-for", "done")
     preview_tmux("wait-for", "shown")
@@ -10435,7 +9509,7 @@ def test_preview_without_tmux_img_auto_is_silent_and_on_warns(
     silent = on_tty(box, *SMALL, env=inside)
     warned = on_tty(box, *SMALL, "--preview", "on", env=inside)
     assert (silent.code, warned.code) == (0, 0)
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert "tmux-img" not in silent.err
     assert "imagen: preview: tmux-img is not installed" in warned.err
     assert preview_tmux.windows() == ["work 1"]
@@ -10462,23 +9536,11 @@ def test_preview_without_a_terminal_only_on_shows_anything(
     ["KITTY_WINDOW_ID=1", "TERM=xterm-kitty", "TERM=xterm-ghostty", "TERM_PROGRAM=ghostty"],
 )
 def test_preview_kitty_and_ghostty_get_the_exact_png_in_pieces(box: Box, shown_as: str) -> None:
-    done = on_tty(
-        box,
-        "generate",
-        "a fox",
-        "--size",
-        "640x640",
-        env=dict([shown_as.split("=")]),
-    )
+    done = on_tty(box, "generate", "a fox", "--size", "640x640", env=dict([shown_as.split("=")]))
     pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", done.err)
     keys = [dict(pair.split("=") for pair in head.split(",")) for head, _ in pieces]
     assert (
-        keys[0].items()
-        >= {
-            "a": "T",
-            "f": "100",
-            "q": "2",
-        }.items()
+        keys[0].items() >= {"a": "T", "f": "100", "q": "2"}.items()
     )  # transmit and show, PNG, no answers
     assert [key["m"] for key in keys] == ["1"] * (len(pieces) - 1) + ["0"]
     assert len(pieces) > 1
@@ -10492,12 +9554,12 @@ def test_preview_kitty_and_ghostty_get_the_exact_png_in_pieces(box: Box, shown_a
 @pytest.mark.parametrize("program", ["iTerm.app", "WezTerm"])
 def test_preview_iterm_and_wezterm_get_the_exact_png(box: Box, program: str) -> None:
     done = on_tty(box, *SMALL, env={"TERM_PROGRAM": program})
-    (found,) = re.findall(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", done.err)
-    keys = dict(pair.split("=") for pair in found[0].split(";"))
+    (match,) = re.findall(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", done.err)
+    keys = dict(pair.split("=") for pair in match[0].split(";"))
     image = Path(done.lines[0]).read_bytes()
     assert keys["inline"] == "1"
     assert keys["size"] == str(len(image))
-    assert base64.b64decode(found[1], validate=True) == image
+    assert base64.b64decode(match[1], validate=True) == image
 
 
 def test_preview_kitty_is_sent_no_jpeg(box: Box) -> None:
@@ -10511,7 +9573,7 @@ def test_preview_kitty_is_sent_no_jpeg(box: Box) -> None:
         )
     assert silent.code == warned.code == 0
     assert "\x1b_G" not in silent.err + warned.err
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert "imagen: preview: " in warned.err
 
 
@@ -10519,7 +9581,7 @@ def test_preview_on_warns_where_nothing_can_show_an_image_and_auto_does_not(box:
     silent = on_tty(box, *SMALL)
     warned = box.run(*SMALL, "--preview", "on")
     assert silent.code == warned.code == 0
-    assert "preview" not in silent.err
+    assert "preview: " not in silent.err
     assert re.search(r"^imagen: preview: .*preview_command", warned.err, re.MULTILINE)
 
 
@@ -10700,13 +9762,7 @@ def test_journal_ledger_lines_stay_whole_beside_seven_other_writers(here: Box) -
             imagen.Entry.create({"id": f"{sys.argv[1]}-{i}", "prompt": sys.argv[1] * 20_000}).finish()
     """
     command = [sys.executable, "-c", code]
-    processes = [
-        subprocess.Popen(
-            [*command, str(number)],
-            cwd=HERE.parent,
-        )
-        for number in range(8)
-    ]
+    processes = [subprocess.Popen([*command, str(number)], cwd=HERE.parent) for number in range(8)]
     assert [process.wait(60) for process in processes] == [0] * 8
     assert {line["id"] for line in here.ledger()} == {
         f"{n}-{i}" for n in range(8) for i in range(25)
@@ -10759,21 +9815,11 @@ def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
         assert len(done.lines) == 3
         assert "\x1b" not in done.out
         for line, words in zip(
-            done.lines,
-            [
-                (begun, "fox"),
-                (sent, "cat"),
-                (known, "dog"),
-            ],
-            strict=True,
+            done.lines, [(begun, "fox"), (sent, "cat"), (known, "dog")], strict=True
         ):
             assert all(word in line for word in (*words, "flux"))
         rows = here.run("recover", "--json").json["unfinished"]
-        expected = [
-            (begun, "no", {}),
-            (sent, "unknown", {}),
-            (known, "unknown", {"id": "p123"}),
-        ]
+        expected = [(begun, "no", {}), (sent, "unknown", {}), (known, "unknown", {"id": "p123"})]
         assert [
             (row["id"], row["charged"] or "no", row["remote"] or {}) for row in rows
         ] == expected
@@ -10787,13 +9833,7 @@ def test_journal_recover_takes_the_beginning_of_an_id(here: Box) -> None:
         for ident in idents:
             made = server.plant({"prompt": ident, "seed": 7}, image=png())
             journal_entry(ident, ident=ident, id=made)
-        assert [
-            here.run(
-                "recover",
-                word,
-            ).code
-            for word in ("aaaa", "b")
-        ] == [2, 2]
+        assert [here.run("recover", word).code for word in ("aaaa", "b")] == [2, 2]
         assert len(here.unfinished()) == 2
         done = here.run("recover", "aaaa2")
         assert done.code == 0
@@ -10819,13 +9859,7 @@ def test_journal_forget_closes_without_looking(here: Box) -> None:
         assert here.unfinished() == []
         assert here.hidden() == []
         assert server.seen == []
-        assert [
-            (
-                line["id"],
-                line["charged"],
-            )
-            for line in here.ledger()
-        ] == [(ident, "unknown")]
+        assert [(line["id"], line["charged"]) for line in here.ledger()] == [(ident, "unknown")]
 
 
 def test_journal_forget_keeps_an_image_that_is_whole(here: Box) -> None:
@@ -10895,12 +9929,7 @@ def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(b
 def output_vanished(box: Box) -> Answer:
     """The answer of a server that takes the folder away first."""
     shutil.rmtree(box.out)
-    return ok(
-        {
-            "created": 1,
-            "data": [{"b64_json": base64.b64encode(png()).decode()}],
-        }
-    )
+    return ok({"created": 1, "data": [{"b64_json": base64.b64encode(png()).decode()}]})
 
 
 def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
@@ -10935,34 +9964,12 @@ def test_journal_list_finds_words_newest_first(box: Box) -> None:
     paths = [
         box.run("generate", prompt).lines[0] for prompt in ("a red fox", "a cat", "a blue Fox")
     ]
-    assert [
-        row["path"]
-        for row in box.run(
-            "list",
-            "--json",
-        ).json["images"]
-    ] == paths[::-1]
-    assert [
-        row["path"]
-        for row in box.run(
-            "list",
-            "FOX",
-            "a",
-            "--json",
-        ).json["images"]
-    ] == [
+    assert [row["path"] for row in box.run("list", "--json").json["images"]] == paths[::-1]
+    assert [row["path"] for row in box.run("list", "FOX", "a", "--json").json["images"]] == [
         paths[2],
         paths[0],
     ]
-    assert [
-        row["path"]
-        for row in box.run(
-            "list",
-            "-n",
-            "1",
-            "--json",
-        ).json["images"]
-    ] == paths[2:]
+    assert [row["path"] for row in box.run("list", "-n", "1", "--json").json["images"]] == paths[2:]
     lines = box.run("list", "fox").lines
     assert len(lines) == 2
     assert paths[2] in lines[0]
@@ -10981,39 +9988,16 @@ def test_journal_cost_counts_the_unknown_apart_and_never_as_nothing(box: Box) ->
         for name in ("plain", "priced", "priced", "toy"):
             assert box.run("generate", "a fox", "-b", name).code == 0
         priced.script(hangup(), "moderation_input")
-        assert [
-            box.run(
-                "generate",
-                "a fox",
-                "-b",
-                "priced",
-            ).code
-            for _ in "12"
-        ] == [10, 5]
+        assert [box.run("generate", "a fox", "-b", "priced").code for _ in "12"] == [10, 5]
         assert box.run("recover", "--all").code == 10  # closed, maybe charged
     said = box.run("cost", "--by", "backend", "--json").json
     rows = {row["backend"]: row for row in said["rows"]}
     usd = sum(row["sidecar"]["cost_usd_estimate"] or 0 for row in box.ledger() if "path" in row)
-    counts = {
-        name: (
-            row["images"],
-            row["unknown"],
-        )
-        for name, row in rows.items()
-    }
-    assert counts == {
-        "plain": (1, 1),
-        "priced": (2, 1),
-        "toy": (1, 0),
-    }
+    counts = {name: (row["images"], row["unknown"]) for name, row in rows.items()}
+    assert counts == {"plain": (1, 1), "priced": (2, 1), "toy": (1, 0)}
     assert rows["priced"]["usd"] == pytest.approx(usd)
     assert usd > 0
-    assert {
-        **said["total"],
-        "images": 4,
-        "unknown": 2,
-        "usd": pytest.approx(usd),
-    } == said["total"]
+    assert {**said["total"], "images": 4, "unknown": 2, "usd": pytest.approx(usd)} == said["total"]
     assert "2 of unknown cost" in box.run("cost").lines[-1]
     assert box.run("cost", "--since", "2999-01-01").code == 0
     assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
@@ -11039,28 +10023,16 @@ def test_journal_like_repeats_an_image_and_flags_override(box: Box, style: str) 
     for source in ("last", first["path"], f"{first['path']}.json"):
         again = box.run("generate", "--like", source, "--json").json["images"][0]
         assert {key: again[key] for key in same} == {key: first[key] for key in same}
-    other = box.run(
-        "generate",
-        "a cat",
-        "--like",
-        "last",
-        "--seed",
-        "8",
-        "--json",
-    ).json["images"][0]
+    other = box.run("generate", "a cat", "--like", "last", "--seed", "8", "--json").json["images"][
+        0
+    ]
     assert (other["prompt"], other["seed"], other["style"], other["width"]) == (
         "a cat",
         8,
         style,
         96,
     )
-    assert [
-        box.run("generate", "--like", what).code
-        for what in (
-            "nowhere.png",
-            str(HERE),
-        )
-    ] == [
+    assert [box.run("generate", "--like", what).code for what in ("nowhere.png", str(HERE))] == [
         2,
         2,
     ]
@@ -11351,14 +10323,7 @@ def test_supabase_each_error_is_refused_for_good_stays_open_or_is_tried_again(
 def test_supabase_trouble_that_does_not_end_ends_within_the_budget_and_stays_open(
     supabase: SupabaseAt, answer: Answer, error: type[imagen.ImagenError], tries: int
 ) -> None:
-    with (
-        Remote(
-            answer,
-            repeat=True,
-        ) as remote,
-        http_lasts(0, 2),
-        pytest.raises(error),
-    ):
+    with Remote(answer, repeat=True) as remote, http_lasts(0, 2), pytest.raises(error):
         SUPABASE_CALLS["row"].call(supabase(remote.base, timeout=1))
     assert len(remote.seen) == tries
 
@@ -11500,11 +10465,7 @@ def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
     ]
     for name in (*names, ident.upper(), stored, f"imagen-generated/{stored}"):
         done = signing.sign(name)
-        assert (
-            done.code,
-            done.err,
-            len(done.lines),
-        ) == (0, "", 1), done.err
+        assert (done.code, done.err, len(done.lines)) == (0, "", 1), done.err
         assert supabase_get(done.lines[0]) == Path(signing.path).read_bytes()
     said = signing.sign(ident, "--json").json
     assert supabase_get(said.pop("url"))
@@ -11518,26 +10479,12 @@ def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
 
 
 def test_supabase_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseHome) -> None:
-    days = {
-        "1": 1,
-        "90s": 90,
-        "30m": 1800,
-        "12h": 43200,
-        "7d": 604800,
-        "2w": 1209600,
-    }
+    days = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
     for args, seconds in [
         ((), 86400),
         *((("--expires", time_), seconds) for time_, seconds in days.items()),
     ]:
-        token = (
-            signing.sign(
-                signing.about["image_id"],
-                *args,
-            )
-            .lines[0]
-            .partition("?token=")[2]
-        )
+        token = signing.sign(signing.about["image_id"], *args).lines[0].partition("?token=")[2]
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         assert claims["exp"] - claims["iat"] == seconds
 
@@ -11624,12 +10571,7 @@ SUPABASE_PROMPT = (
 
 def supabase_echo(seen: Seen) -> dict[str, tuple[int, object]]:
     """How a server shows us what we sent: with which status, and in which body."""
-    head = " ".join(
-        [
-            seen.path,
-            *(f"{name}: {value}" for name, value in seen.headers.items()),
-        ]
-    )
+    head = " ".join([seen.path, *(f"{name}: {value}" for name, value in seen.headers.items())])
     body = seen.body[:3000].decode("utf-8", "replace")
     token = seen.headers["apikey"].split(".")
     about = {"details": f"{head} {body}", "hint": f"{head} {body}", "code": "23514"}
@@ -11637,18 +10579,11 @@ def supabase_echo(seen: Seen) -> dict[str, tuple[int, object]]:
         "body": (400, {**about, "message": body}),
         "body cut": (
             409,
-            {
-                **about,
-                "code": "",
-                "message": "x" * 60 + body[body.find('"prompt"') :][:150],
-            },
+            {**about, "code": "", "message": "x" * 60 + body[body.find('"prompt"') :][:150]},
         ),
         "body decoded": (
             400,
-            {
-                **about,
-                "message": str(seen.json.get("prompt")) if body[:1] == "{" else "",
-            },
+            {**about, "message": str(seen.json.get("prompt")) if body[:1] == "{" else ""},
         ),
         "head": (401, {**about, "statusCode": "401", "message": head}),
         "head cut": (403, {**about, "message": "x" * 270 + seen.headers["apikey"]}),
@@ -11693,26 +10628,11 @@ def test_supabase_what_a_server_echoes_shows_neither_key_nor_prompt(
         told = box.run("sync", *made.lines, "-v", "--json")
         assert {seen.headers["apikey"] for seen in remote.seen} == {key}
     said = (
-        made.err
-        + made.out
-        + told.err
-        + json.dumps(
-            [
-                told.json["warnings"],
-                told.json.get("error"),
-            ]
-        )
+        made.err + made.out + told.err + json.dumps([told.json["warnings"], told.json.get("error")])
     )
     assert "canary" not in said
     assert "Failing" not in said
-    assert not [
-        part
-        for part in [
-            key,
-            *key.split("."),
-        ]
-        if part[:20] in said + told.out
-    ]
+    assert not [part for part in [key, *key.split(".")] if part[:20] in said + told.out]
 
 
 @pytest.mark.parametrize("address", ["closed", "wrong password", "no port", "no scheme", "query"])
@@ -11768,18 +10688,7 @@ def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
         assert (kept["owner_user_id"], kept["prompt"], kept["width"]) == (owner, "a red fox", 64)
         assert asked("GET", SUPABASE_AT + stored) == image
         done = box.run("sync", made["path"])
-        assert (
-            done.code == 0
-            and len(
-                json.loads(
-                    asked(
-                        "GET",
-                        row,
-                    )
-                )
-            )
-            == 1
-        ), done.err
+        assert done.code == 0 and len(json.loads(asked("GET", row))) == 1, done.err
         url = box.run("sign", made["path"], "--expires", "2m").lines[0]
         with urllib.request.urlopen(url, timeout=30) as answer:
             assert answer.read() == image
@@ -11853,12 +10762,7 @@ def test_pipeline_four_images_have_four_names_and_four_seeds(box: Box) -> None:
     assert set(done.lines) == {
         str(box.out / f"fox{number}.png") for number in ("", "-2", "-3", "-4")
     }
-    assert sorted(box.sidecar(path)["seed"] for path in done.lines) == [
-        7,
-        8,
-        9,
-        10,
-    ]
+    assert sorted(box.sidecar(path)["seed"] for path in done.lines) == [7, 8, 9, 10]
     assert len({Path(path).read_bytes() for path in done.lines}) == 4
 
 
@@ -11878,11 +10782,7 @@ def test_pipeline_one_of_four_that_fails(
     with output_openai(box, parallel=1) as server:
         server.script(*script)
         done = box.run("generate", "a fox", "-n", "4", "--json")
-        assert (
-            done.code,
-            server.posts,
-            len(done.json["images"]),
-        ) == (code, posts, images)
+        assert (done.code, server.posts, len(done.json["images"])) == (code, posts, images)
         assert all(Path(about["path"]).exists() for about in done.json["images"])
     assert len(box.unfinished()) == (code == 10)  # what is known to have ended is closed
 
@@ -11904,11 +10804,7 @@ def test_pipeline_failure_as_json_has_these_fields(box: Box, code: str) -> None:
     assert set(error) == {"code", "message", "hint", "retryable", "charged"}
     assert error["message"]
     assert (done.json["ok"], done.json["images"]) == (False, [])
-    assert (
-        done.code,
-        error["code"],
-        error["retryable"],
-    ) == (cls.exit_code, code, cls.retryable)
+    assert (done.code, error["code"], error["retryable"]) == (cls.exit_code, code, cls.retryable)
 
 
 def test_pipeline_a_deadline_that_passed_is_made_good_by_recover_and_not_paid_again(
@@ -11991,14 +10887,7 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
 ) -> None:
     with full_backlog() as port:
         address = {"base_url": f"http://127.0.0.1:{port}/v1", "model": "x"}
-        box.configure(
-            {
-                "x": {
-                    "type": kind,
-                    **(address if kind == "openai" else {"delay_s": 600}),
-                }
-            }
-        )
+        box.configure({"x": {"type": kind, **(address if kind == "openai" else {"delay_s": 600})}})
         process = box.start("generate", "a fox", "--json")
         pipeline_until(box.unfinished)
         process.send_signal(number)
@@ -12066,10 +10955,7 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
 
 def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
     with output_openai(box, parallel=1) as server:
-        server.script(
-            ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]}),
-            silent(),
-        )
+        server.script(ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]}), silent())
         process = box.start("generate", "a fox", "-n", "4")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
@@ -12187,14 +11073,7 @@ LIFE_NEXT = {  # step: what is true as soon as it is done
 
 
 def life_killed(box: Box, when: str) -> None:
-    done = output_played(
-        box,
-        {"when": when},
-        "generate",
-        "a fox",
-        "-o",
-        str(box.out / "fox.png"),
-    )
+    done = output_played(box, {"when": when}, "generate", "a fox", "-o", str(box.out / "fox.png"))
     assert done.code == -signal.SIGKILL, done.err
 
 
@@ -12228,12 +11107,7 @@ def test_pipeline_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
         made = list(server.predictions)
         fetched = len(server.files.seen) - asked_before
         if outcome == "closed":
-            assert (
-                done.code,
-                done.out,
-                asked,
-                made,
-            ) == (0, "", [], [])
+            assert (done.code, done.out, asked, made) == (0, "", [], [])
             assert box.ledger()[0]["id"]
             assert output_files(box.out) == {}
             assert box.run("cost", "--json").json["total"]["unknown"] == 0
@@ -12403,14 +11277,9 @@ def test_pipeline_a_kill_without_hard_links_and_sidecars_still_leaves_a_record(b
         == -signal.SIGKILL
     )
     assert box.run("recover", "--all").lines == [str(box.out / "fox.png")]
-    assert [
-        row["path"]
-        for row in box.run(
-            "list",
-            "fox",
-            "--json",
-        ).json["images"]
-    ] == [str(box.out / "fox.png")]
+    assert [row["path"] for row in box.run("list", "fox", "--json").json["images"]] == [
+        str(box.out / "fox.png")
+    ]
 
 
 @pytest.mark.parametrize("step", ["sending", "post"])
@@ -12506,14 +11375,7 @@ class KillsVictims:
         return box
 
     def generate(self, box: Box, kind: KillsKind, **plan: Any) -> Done:
-        args = (
-            "generate",
-            box.root.name,
-            "-b",
-            kind.backend,
-            "-o",
-            str(box.out / "fox.png"),
-        )
+        args = ("generate", box.root.name, "-b", kind.backend, "-o", str(box.out / "fox.png"))
         return output_played(box, {**plan, **kind.fault}, *args)
 
     def paid(self, box: Box) -> list[str]:
@@ -12534,10 +11396,7 @@ class KillsVictims:
         """Let a generation die at a step (False: it had fewer steps this time) and check what is left to be seen."""
         done = self.generate(box, kind, at=at)
         assert done.code == -signal.SIGKILL or (done.code == 0 and at > len(steps) - 4), done.err
-        answered = next(
-            (i for i, step in enumerate(steps) if step.startswith("recv")),
-            len(steps),
-        )
+        answered = next((i for i, step in enumerate(steps) if step.startswith("recv")), len(steps))
         if kind.backend != "mock" and "sendall done" not in steps[at:answered]:
             (self.replicate if kind.backend == "flux" else self.openai).wait(lambda: self.paid(box))
         files = output_files(box.out)
@@ -12581,18 +11440,7 @@ class KillsVictims:
 
 
 @pytest.mark.parametrize(
-    (
-        "name",
-        "part",
-    ),
-    [
-        (
-            name,
-            part,
-        )
-        for name, kind in KILLS.items()
-        for part in range(kind.parts)
-    ],
+    ("name", "part"), [(name, part) for name, kind in KILLS.items() for part in range(kind.parts)]
 )
 def test_pipeline_a_kill_at_every_step_loses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, part: int
@@ -12616,12 +11464,7 @@ def test_pipeline_a_kill_at_every_step_loses_nothing(
             return steps[at - 1], is_open
 
         kills = [
-            kill
-            for kill in pool.map(
-                one,
-                range(part + 1, len(steps) + 1, kind.parts),
-            )
-            if kill[0]
+            kill for kill in pool.map(one, range(part + 1, len(steps) + 1, kind.parts)) if kill[0]
         ]
     histogram = ", ".join(
         f"{step} {count}" for step, count in collections.Counter(s for s, _ in kills).most_common()
@@ -12651,20 +11494,10 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
             dice = random.Random(f"{name} {number}")
             victims.killed(box, kind, steps, dice.randrange(5, len(steps)))
             ends = [
-                output_played(
-                    box,
-                    {"at": dice.randrange(2, 30), **kind.fault},
-                    "recover",
-                    "--all",
-                )
+                output_played(box, {"at": dice.randrange(2, 30), **kind.fault}, "recover", "--all")
                 for _ in range(3)
             ]
-            assert {done.code for done in ends} <= {
-                -signal.SIGKILL,
-                0,
-                10,
-                11,
-            }, ends[-1].err
+            assert {done.code for done in ends} <= {-signal.SIGKILL, 0, 10, 11}, ends[-1].err
             output_played(box, kind.fault, "recover", "--all")
             victims.check(box, kind)
             return sum(done.code < 0 for done in ends)
@@ -12678,10 +11511,7 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
 @pytest.fixture
 def synced(box: Box, cloud: Cloud) -> Box:
     """A home that delivers to `cloud` as anna."""
-    cloud.join(
-        box,
-        backends={"mock": {"type": "mock", "width": 64, "height": 64}},
-    )
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
     return box
 
 
@@ -12788,16 +11618,8 @@ def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> Non
 @pytest.mark.parametrize(
     ("mode", "variable", "flag", "requests"),
     [
-        *(
-            ("auto", "", "", True),
-            ("on", "", "", True),
-            ("off", "", "", False),
-        ),
-        *(
-            ("off", "on", "", True),
-            ("on", "off", "", False),
-            ("off", "auto", "", True),
-        ),
+        *(("auto", "", "", True), ("on", "", "", True), ("off", "", "", False)),
+        *(("off", "on", "", True), ("on", "off", "", False), ("off", "auto", "", True)),
         *(
             ("off", "", "--cloud", True),
             ("on", "off", "--cloud", True),
@@ -12849,12 +11671,7 @@ def test_pipeline_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(
     assert synced.run("sync").code == 0
     deliver_whole(cloud, synced, done.lines[0])
     assert (
-        synced.run(
-            "sync",
-            silent_one.lines[0],
-        ).code
-        == 0
-        and len(cloud.rows()) == 2
+        synced.run("sync", silent_one.lines[0]).code == 0 and len(cloud.rows()) == 2
     )  # made before all was there
 
 
@@ -12870,11 +11687,7 @@ def deliver_postgrest(http: int, code: str, message: str, **headers: str) -> Ans
         "details": "Failing row contains (a fox, …).",
         "hint": None,
     }
-    return status(
-        http,
-        body,
-        {name.replace("_", "-"): value for name, value in headers.items()},
-    )
+    return status(http, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 DELIVER_RETRYABLE = {
@@ -12949,10 +11762,7 @@ def test_pipeline_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(
     assert line.startswith("imagen: cloud sync: ")
     assert "Failing row" not in line
     assert ("imagen sync" in line) == (not final)
-    assert (
-        len(synced.unfinished()),
-        len(synced.ledger()),
-    ) == ((0, 1) if final else (1, 0))
+    assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
     cloud.faults.clear()
     assert synced.run("sync").code == 0
     assert bool(cloud.rows()) == (not final)
@@ -13015,22 +11825,9 @@ def test_pipeline_a_prompt_of_any_letters_comes_to_one_end(
     """On stdin, or with a dash before it as an argument."""
     stdin = {} if prompt[0] == "-" else {"input": prompt}
     words = {"encoding": "utf-8", "errors": "surrogateescape"}
-    done = synced.run(
-        "generate",
-        "-" if stdin else prompt[1:],
-        "--seed",
-        "7",
-        **stdin,
-        **words,
-    )
+    done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **words)
     assert (
-        done.code
-        in (
-            0,
-            2,
-        )
-        and bool(done.lines) == (done.code == 0)
-        and synced.unfinished() == []
+        done.code in (0, 2) and bool(done.lines) == (done.code == 0) and synced.unfinished() == []
     ), done.err
     assert len(deliver_warnings(done)) == (not cloud.rows())
     assert cloud.rows() or "ö" not in prompt
@@ -13057,20 +11854,11 @@ def test_pipeline_a_project_that_says_nothing_holds_nobody_up_for_long(
     boxes = [Box(tmp_path / name) for name in ("put", "row")]
     for box, match in zip(boxes, (DELIVER_PUT, DELIVER_ROW), strict=True):
         box.root.mkdir()
-        cloud.join(
-            box,
-            backends={"mock": {"type": "mock", "width": 64, "height": 64}},
-        )
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
         cloud.fault(match, silent(), times=math.inf)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         began = time.monotonic()
-        made = [
-            *pool.map(
-                lambda box, seed: deliver_made(box, seed=seed),
-                boxes,
-                (7, 8),
-            )
-        ]
+        made = [*pool.map(lambda box, seed: deliver_made(box, seed=seed), boxes, (7, 8))]
         took = time.monotonic() - began
         cloud.faults.clear()
     assert imagen.DELIVERY_S - 1 < took < imagen.DELIVERY_S + 10
@@ -13090,12 +11878,7 @@ def test_pipeline_a_project_that_says_nothing_holds_nobody_up_for_long(
 def two_hosts(cloud: Cloud, tmp_path: Path) -> tuple[Box, Box]:
     """anna's home and bert's, where the same prompt gives an image of another size."""
     homes = Box(tmp_path / "anna"), Box(tmp_path / "bert")
-    for home, owner, size in zip(
-        homes,
-        (cloud.anna, cloud.bert),
-        (64, 80),
-        strict=True,
-    ):
+    for home, owner, size in zip(homes, (cloud.anna, cloud.bert), (64, 80), strict=True):
         home.root.mkdir()
         cloud.join(
             home, owner=owner, backends={"mock": {"type": "mock", "width": size, "height": size}}
@@ -13135,21 +11918,9 @@ def test_pipeline_the_path_in_the_bucket_has_the_entrys_id_and_the_ending_of_the
     cloud: Cloud, synced: Box
 ) -> None:
     with output_openai(synced) as server:
-        for image in (
-            png(8, 8),
-            png(9, 9),
-            jpeg(),
-            webp(),
-        ):
+        for image in (png(8, 8), png(9, 9), jpeg(), webp()):
             server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}]}))
-        made = [
-            deliver_made(
-                synced,
-                "-o",
-                str(synced.out / "any"),
-            ).lines[0]
-            for _ in range(4)
-        ]
+        made = [deliver_made(synced, "-o", str(synced.out / "any")).lines[0] for _ in range(4)]
     assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
     places = [deliver_place(synced, path) for path in made]
     assert [synced.sidecar(path)["storage_path"] for path in made] == places == [*cloud.objects()]
@@ -13177,13 +11948,7 @@ def test_pipeline_what_the_owner_wrote_survives_a_second_delivery(
         "sync with the sidecar": [f"{path}.json"],
     }
     puts = cloud.count("PUT")
-    assert (
-        synced.run(
-            "sync",
-            *what.get(how, [path, f"{path}.json", path]),
-        ).code
-        == 0
-    )
+    assert synced.run("sync", *what.get(how, [path, f"{path}.json", path])).code == 0
     assert cloud.rows() == [before]
     assert before["tags"] == ["mine"]
     assert len(cloud.objects()) == 1
@@ -13287,13 +12052,7 @@ def test_pipeline_a_sidecar_that_was_tampered_with_is_refused_in_words(
     Path(f"{path}.json").write_text(json.dumps({**synced.sidecar(path), **damage}))
     done = synced.run("sync", path, "--json")
     assert (
-        done.code
-        in (
-            0,
-            2,
-        )
-        and synced.unfinished() == []
-        and bool(cloud.rows()) == (done.code == 0)
+        done.code in (0, 2) and synced.unfinished() == [] and bool(cloud.rows()) == (done.code == 0)
     ), done.out
     assert done.code == 0 or done.json["error"]["code"] == "usage"
 
@@ -13331,13 +12090,7 @@ def test_pipeline_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) 
         for i, n in zip(images, lacks, strict=True)
     ]
     listed = synced.run("sync", "--dry-run", images[1]["path"]).lines
-    assert [line.split() for line in listed] == [
-        [
-            images[1]["image_id"],
-            "row",
-            images[1]["path"],
-        ]
-    ]
+    assert [line.split() for line in listed] == [[images[1]["image_id"], "row", images[1]["path"]]]
     assert len(cloud.seen) == asked
     assert len(synced.unfinished()) == 2
     assert "2 to deliver: imagen sync\n" in synced.run("generate", "a cat", "--no-cloud").err
@@ -13389,25 +12142,11 @@ def test_pipeline_two_syncs_at_once_deliver_two_hundred_images_once(
         cloud.wait(lambda: cloud.count("PUT") == 2, 30)
         both.set()
         done = [output_ended(process) for process in (one, other)]
-    assert [
-        (
-            end.code,
-            end.err,
-        )
-        for end in done
-    ] == [(0, "")] * 2
+    assert [(end.code, end.err) for end in done] == [(0, "")] * 2
     assert all(end.lines for end in done)
     assert sorted(done[0].lines + done[1].lines) == sorted(paths)
     assert synced.unfinished() == []
-    assert (
-        cloud.count("PUT")
-        == cloud.count(
-            "POST",
-            "/rest/v1/images",
-        )
-        == len(cloud.rows())
-        == 200
-    )
+    assert cloud.count("PUT") == cloud.count("POST", "/rest/v1/images") == len(cloud.rows()) == 200
     objects = cloud.objects()
     places = {line["path"]: line["object"] for line in synced.ledger()}
     assert len(objects) == 200
@@ -13420,20 +12159,11 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
     def home(seed: int) -> tuple[Box, str]:
         box = Box(tmp_path / str(seed))
         box.root.mkdir()
-        cloud.join(
-            box,
-            backends={"mock": {"type": "mock", "width": 64, "height": 64}},
-        )
+        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
         return box, deliver_later(box, seed=seed)[0]
 
     steps = (
-        output_played(
-            home(0)[0],
-            {"count": True},
-            "sync",
-        )
-        .err.partition("STEPS\n")[2]
-        .splitlines()
+        output_played(home(0)[0], {"count": True}, "sync").err.partition("STEPS\n")[2].splitlines()
     )
     moments = sorted(
         {
@@ -13453,13 +12183,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         homes = [*pool.map(one, moments)]
         cloud.wait(lambda: not cloud._wires)  # what had left before a kill has arrived
-        assert {
-            done.code
-            for done in pool.map(
-                lambda made: made[0].run("sync"),
-                homes,
-            )
-        } == {0}
+        assert {done.code for done in pool.map(lambda made: made[0].run("sync"), homes)} == {0}
     puts = collections.Counter(seen.path for seen in cloud.seen if seen.method == "PUT")
     assert set(puts.values()) == {1}
     assert len(puts) == len(cloud.rows()) == len(homes) + 1 > 12
@@ -13661,10 +12385,7 @@ class QueuePostgres(Postgres):
         ]
         if not found or not shutil.which("openssl"):
             missing("no PostgreSQL of Debian's from 15 on, or no openssl")
-        super().__init__(
-            int(found[-1].parts[-3]),
-            found[-1].parent,
-        )
+        super().__init__(int(found[-1].parts[-3]), found[-1].parent)
 
     def __enter__(self) -> Self:
         """With an authority, a stranger to it, the server's certificate, and users who may come one way alone."""
@@ -13750,10 +12471,7 @@ class QueueWire:
                 for sock in pair:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._socks += pair
-                for work, way in (
-                    (self._up, pair),
-                    (self._down, pair[::-1]),
-                ):
+                for work, way in ((self._up, pair), (self._down, pair[::-1])):
                     imagen.in_thread(work, *way)
 
     def _up(self, client: socket.socket, server: socket.socket) -> None:
@@ -13773,15 +12491,7 @@ class QueueWire:
                     break
                 pending += data
                 self.buffered = len(pending)
-                while (
-                    not self.open.wait(0.005)
-                    and not select.select(
-                        [server],
-                        [],
-                        [],
-                        0,
-                    )[0]
-                ):
+                while not self.open.wait(0.005) and not select.select([server], [], [], 0)[0]:
                     pass
                 if not self.open.is_set():
                     continue
@@ -13987,10 +12697,7 @@ def test_queue_allow_and_prefer_try_the_other_way_where_this_one_is_forbidden(
 ) -> None:
     queue_env.setenv("PGSSLROOTCERT", str(queue_tls.folder / "ca.crt"))
     dsn = f"postgresql://{user}:postgres@localhost:{queue_tls.port}/supabase?sslmode={mode}"
-    open_to = {
-        "tls_only": imagen.SSL_MODES[1:],
-        "bare_only": imagen.SSL_MODES[:3],
-    }[user]
+    open_to = {"tls_only": imagen.SSL_MODES[1:], "bare_only": imagen.SSL_MODES[:3]}[user]
     refused = pytest.raises(imagen.BadConfig, match="pg_hba")
     with (
         contextlib.nullcontext() if mode in open_to else refused,
@@ -14063,10 +12770,7 @@ def test_queue_a_server_that_falls_silent_in_the_middle_is_given_up(
     queue_env: Env, database: Database, statement: str
 ) -> None:
     with QueueWire(database.server.port) as wire:
-        dsn = database.dsn().replace(
-            str(database.server.port),
-            str(wire.port),
-        )
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
         with (
             http_lasts(0, 10),
             pytest.raises(imagen.Unreachable, match=r"timed out|statement timeout"),
@@ -14101,10 +12805,7 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 timer.start()
                 assert queue_woken(queue) >= 0.05
                 timer.join()
-                assert queue.turn(
-                    claimed={"free": 1},
-                    waiting={},
-                )["waiting"] == [{"number": 0}]
+                assert queue.turn(claimed={"free": 1}, waiting={})["waiting"] == [{"number": 0}]
                 assert queue.wait(0.0) is False  # the claim has seen what was told of
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 queue.run("select 41 + 1")
@@ -14150,10 +12851,7 @@ def test_queue_a_pooler_that_keeps_notifications_for_itself_is_refused(
     queue_env: Env, database: Database, pooled: str
 ) -> None:
     with QueueWire(database.server.port, pooled) as wire:
-        dsn = database.dsn().replace(
-            str(database.server.port),
-            str(wire.port),
-        )
+        dsn = database.dsn().replace(str(database.server.port), str(wire.port))
         with (
             pytest.raises(imagen.BadConfig, match="6543")
             if pooled == "transaction"
@@ -14195,15 +12893,7 @@ def test_queue_a_pg8000_that_we_do_not_know_is_asked_every_quarter_of_a_second(
 @contextlib.contextmanager
 def queue_workers(queue_env: Env, database: Database, count: int) -> Iterator[list[imagen.Queue]]:
     with contextlib.ExitStack() as stack:
-        links = [
-            stack.enter_context(
-                queue_opened(
-                    queue_env,
-                    database.dsn(),
-                )
-            )
-            for _ in range(count)
-        ]
+        links = [stack.enter_context(queue_opened(queue_env, database.dsn())) for _ in range(count)]
         yield [
             imagen.Queue(link, **queue_always(slot=f"slot {number}"))
             for number, link in enumerate(links)
@@ -14269,16 +12959,7 @@ def test_queue_of_rescue_and_finish_exactly_one_wins(queue_env: Env, database: D
                 (other, {"rescued": {"steady": False}}),
             ]
             random.shuffle(race)
-            results = {
-                id(q): future
-                for q, p in race
-                for future in [
-                    pool.submit(
-                        q.turn,
-                        **p,
-                    )
-                ]
-            }
+            results = {id(q): future for q, p in race for future in [pool.submit(q.turn, **p)]}
             settled = results[id(mine)].result()["settled"]
             rescued = results[id(other)].result()["rescued"]
             if (
@@ -14428,11 +13109,7 @@ def test_queue_statements_are_prepared_once(queue_env: Env, database: Database) 
     database.sql(QUEUE_JOBS, database.user("anna"), 50)
     with queue_workers(queue_env, database, 1) as (queue,):
         for number in range(50):
-            queue.turn(
-                claimed={"free": number % 3},
-                waiting={},
-                rescued={"steady": True},
-            )
+            queue.turn(claimed={"free": number % 3}, waiting={}, rescued={"steady": True})
             queue.turn(claimed={"free": 1})
             queue.run("select :x::int", x=number)
         assert queue.connection.run("select count(*) from pg_prepared_statements") == [[3]]
@@ -14529,11 +13206,7 @@ def queue_object(
 def queue_migrate(
     box: Box, database: Database, *args: str, role: str = "imagen_migrator", **env: str
 ) -> Done:
-    return box.run(
-        "migrate",
-        *args,
-        env={"IMAGEN_DATABASE_URL": database.dsn(role), **env},
-    )
+    return box.run("migrate", *args, env={"IMAGEN_DATABASE_URL": database.dsn(role), **env})
 
 
 @pytest.fixture(params=[16, 18])
@@ -14669,14 +13342,7 @@ def test_queue_a_project_whose_new_functions_are_for_nobody_keeps_its_reads(
     queue_object(database, "anna.png")
     queue_image(database, database.user("anna"), "anna.png")
     read = "select 1 from storage.objects"
-    assert [
-        queue_tried(
-            database,
-            who,
-            read,
-        )
-        for who in ("anna", "bert", "anon")
-    ] == [1, 0, 0]
+    assert [queue_tried(database, who, read) for who in ("anna", "bert", "anon")] == [1, 0, 0]
 
 
 def queue_ask(
@@ -14717,13 +13383,7 @@ def test_queue_over_http_an_object_is_for_its_owner_once_its_row_is_there(cloud:
             n: queue_ask(cloud, f"{objects}/sign/{name}", {"expiresIn": 60}, **w)
             for n, w in everybody.items()
         }
-        return {
-            name: body.get(
-                "code",
-                code,
-            )
-            for name, (code, body) in said.items()
-        }
+        return {name: body.get("code", code) for name, (code, body) in said.items()}
 
     objects = "/storage/v1/object"
     name = "imagen-generated/a.png"
@@ -14871,13 +13531,7 @@ QUEUE_EXPOSE = "alter role authenticator {} set pgrst.db_schemas = '{}'"
             "",
             id="none, but asked for",
         ),
-        pytest.param(
-            [("", "public,api")],
-            [],
-            [(0, "public,api, imagen, mai")],
-            "",
-            id="role",
-        ),
+        pytest.param([("", "public,api")], [], [(0, "public,api, imagen, mai")], "", id="role"),
         pytest.param(
             [("", "mai , public")], [], [(0, "mai , public, imagen")], "", id="one of them"
         ),
@@ -14897,13 +13551,7 @@ QUEUE_EXPOSE = "alter role authenticator {} set pgrst.db_schemas = '{}'"
             "",
             id="database over role",
         ),
-        pytest.param(
-            [("elsewhere", "api")],
-            [],
-            [(2, "api")],
-            "Dashboard",
-            id="another database",
-        ),
+        pytest.param([("elsewhere", "api")], [], [(2, "api")], "Dashboard", id="another database"),
         pytest.param(
             [("", "public"), ("refused", "")],
             [],
@@ -14933,13 +13581,7 @@ def test_queue_exposed_schemas_stay_exposed_and_ours_join_them(
     finally:
         database.sql("alter role authenticator in database supabase reset pgrst.db_schemas")
     where = {None: 0, database.name: 1, "supabase": 2}
-    assert [
-        (
-            where[row["datname"]],
-            row["value"].partition("=")[2],
-        )
-        for row in found
-    ] == after
+    assert [(where[row["datname"]], row["value"].partition("=")[2]) for row in found] == after
     assert done.code == 0
     assert len(done.json["by_hand"]) == bool(by_hand)
     assert by_hand in "".join(done.json["by_hand"])
@@ -15037,14 +13679,7 @@ def test_queue_the_newest_of_two_hundred_thousand_come_by_index(database: Databa
     assert "Seq Scan" not in text
     assert "Sort" not in text
     found = database.sql(f"select storage_path {newest}", user=people[0])
-    assert [row["storage_path"] for row in found] == [
-        f"{n}.png"
-        for n in range(
-            2,
-            101,
-            2,
-        )
-    ]
+    assert [row["storage_path"] for row in found] == [f"{n}.png" for n in range(2, 101, 2)]
 
 
 def test_queue_a_second_migration_takes_no_lock_that_stops_a_reader(
@@ -15061,12 +13696,7 @@ def test_queue_a_second_migration_takes_no_lock_that_stops_a_reader(
 
 def test_queue_migrations_at_once_take_turns(box: Box, database: Database) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        done = list(
-            pool.map(
-                lambda _: queue_migrate(box, database, "--json"),
-                range(4),
-            )
-        )
+        done = list(pool.map(lambda _: queue_migrate(box, database, "--json"), range(4)))
     assert [d.code for d in done] == [0] * 4
     assert sorted(d.json["parts"]["imagen_schema_init"] == "was there" for d in done) == [
         False,
@@ -15214,10 +13844,7 @@ def test_queue_what_keeps_a_migration_from_starting_is_told_without_the_password
     url = {"IMAGEN_DATABASE_URL": env.get("IMAGEN_DATABASE_URL", dsn)}
     done = box.run("migrate", "--json", *args, env=url)
     error = done.json["error"]
-    assert (done.code, error["code"]) == (
-        code,
-        {3: "config", 4: "unreachable"}[code],
-    )
+    assert (done.code, error["code"]) == (code, {3: "config", 4: "unreachable"}[code])
     assert words in error["message"] + error["hint"]
     assert [
         text for text in ("Passw0rd", "12345", "Traceback") if text in done.out + done.err
@@ -15569,10 +14196,7 @@ def test_queue_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own
     cases = [(text, {"user": anna}, "permission denied") for text in denied]
     others = ("select from imagen.jobs", "insert into imagen.jobs (prompt) values ('x')")
     cases += [(text, {"role": "anon"}, "permission denied") for text in others]
-    values = [
-        *(("status", status) for status in ("running", *JOBS_OVER)),
-        ("owner_user_id", bert),
-    ]
+    values = [*(("status", status) for status in ("running", *JOBS_OVER)), ("owner_user_id", bert)]
     for name, value in values:
         text = f"insert into imagen.jobs (prompt, {name}) values ('x', '{value}')"
         cases.append((text, {"user": anna}, "row-level security"))
@@ -15583,10 +14207,7 @@ def test_queue_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own
     assert database.one("select count(*)::int from imagen.jobs", user=anna) == 2
     assert database.one("select count(*)::int from imagen.jobs", role="service_role") == 3
     database.sql("update imagen.jobs set priority = 5 where id = $1", own, role="service_role")
-    assert (
-        jobs_row(database, own)["priority"],
-        jobs_row(database, foreign)["priority"],
-    ) == (5, 0)
+    assert (jobs_row(database, own)["priority"], jobs_row(database, foreign)["priority"]) == (5, 0)
 
 
 def test_queue_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database: Database) -> None:
@@ -15638,10 +14259,7 @@ class JobsWorker:
         return self.path.read_text()
 
     def __enter__(self) -> Self:
-        pipeline_until(
-            lambda: self.ready in self.log() or self.process.poll() is not None,
-            60,
-        )
+        pipeline_until(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -15773,15 +14391,7 @@ def test_worker_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
         "'; drop table imagen.jobs; --", "\\'; delete from imagen.images; --", "$$; select 1; $$", ":me::uuid = :slot",
         "%s %(x)s {0} {prompt}", "E'\\x00'", 'a "quoted" fox\nin two lines', "Größe 🦊 \u202e", "NULL", "\ufeff\ufffd",
     ]  # fmt: skip
-    ids = {
-        jobs_add(
-            cloud.database,
-            cloud.anna,
-            prompt,
-            style="ink",
-        ): prompt
-        for prompt in prompts
-    }
+    ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
     assert box.run("worker", "--once").code == 0
     rows = {str(row["id"]): row for row in cloud.rows()}
     for ident, prompt in ids.items():
@@ -15797,14 +14407,7 @@ def test_worker_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
 def test_worker_once_leaves_when_no_job_is_due(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={"poll_s": 30})
     later = jobs_add(cloud.database, cloud.anna, run_after="2999-01-01T00:00:00+00:00")
-    low, high = (
-        jobs_add(
-            cloud.database,
-            cloud.anna,
-            priority=priority,
-        )
-        for priority in (0, 1)
-    )
+    low, high = (jobs_add(cloud.database, cloud.anna, priority=priority) for priority in (0, 1))
     done = box.run("worker", "--once", "--json")
     assert (done.code, done.json) == (0, {"ok": True})
     claims = [
@@ -15818,11 +14421,7 @@ def test_worker_once_leaves_when_no_job_is_due(box: Box, cloud: Cloud) -> None:
 
 
 def test_worker_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
-    cloud.join(
-        box,
-        backends={"mock": {"type": "mock"}, "other": {"type": "mock"}},
-        worker={},
-    )
+    cloud.join(box, backends={"mock": {"type": "mock"}, "other": {"type": "mock"}}, worker={})
     ids = [
         jobs_add(cloud.database, cloud.anna, backend=name)
         for name in ("other", None, "", "mock", "elsewhere")
@@ -15850,14 +14449,7 @@ def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
-        ids = [
-            jobs_add(
-                cloud.database,
-                cloud.anna,
-                backend_opts={"delay_s": 600},
-            )
-            for _ in "12"
-        ]
+        ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in "12"]
         rows = [jobs_until(cloud.database, ident, "running") for ident in ids]
     assert (
         len({row["claimed_slot"] for row in rows}) == len({row["claimed_by"] for row in rows}) == 2
@@ -15877,13 +14469,7 @@ def test_worker_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects
         cloud.join(box, worker={})
     with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
         ids = [
-            jobs_add(
-                cloud.database,
-                cloud.anna,
-                seed=7,
-                backend_opts={"delay_s": 2},
-            )
-            for _ in "12"
+            jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"
         ]
         rows = [jobs_until(cloud.database, ident) for ident in ids]
     assert [row["status"] for row in rows] == ["done", "done"]
@@ -16001,33 +14587,20 @@ class JobsSystemd(contextlib.ExitStack):
     def receive(self, seconds: float) -> list[str]:
         """What came since the last time, waiting that long for the first of it."""
         before = len(self.messages)
-        while select.select(
-            [self.sock],
-            [],
-            [],
-            seconds if len(self.messages) == before else 0,
-        )[0]:
+        while select.select([self.sock], [], [], seconds if len(self.messages) == before else 0)[0]:
             self.messages.append(self.sock.recv(4096).decode())
         return self.messages[before:]
 
     def until(self, text: str) -> None:
         """Until a message says so."""
         pipeline_until(
-            lambda: any(text in message.split("\n") for message in self.receive(0.1)),
-            40,
+            lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40
         )
 
 
 def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={"poll_s": 0.3, "concurrency": 2})
-    ids = [
-        jobs_add(
-            cloud.database,
-            cloud.anna,
-            backend_opts={"delay_s": 600},
-        )
-        for _ in range(5)
-    ]
+    ids = [jobs_add(cloud.database, cloud.anna, backend_opts={"delay_s": 600}) for _ in range(5)]
     with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
         systemd.until("STATUS=2 running, 3 pending")
         assert "READY=1" in systemd.messages[0].split("\n")
@@ -16231,10 +14804,7 @@ class Cable:
         self.cut()
         for thread in self._threads:
             thread.join(10)
-        for sock in (
-            self._listener,
-            *(end for pair in self.pairs for end in pair.ends),
-        ):
+        for sock in (self._listener, *(end for pair in self.pairs for end in pair.ends)):
             sock.close()
 
     def freeze(self, *_: Pair) -> None:
@@ -16317,13 +14887,7 @@ class Crew:
         """A worker that listens."""
         env |= {"IMAGEN_DATABASE_URL": via.dsn} if via else {}
         with open(self.root / f"{len(self.started)}.log", "w") as log:
-            process = self.host(host).start(
-                "worker",
-                *args,
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
+            process = self.host(host).start("worker", *args, env=env, stdout=log, stderr=log)
         self.started.append(process)
         self.until(lambda: "listening" in self.log(process) or process.poll() is not None)
         assert process.poll() is None, self.log(process)
@@ -16661,14 +15225,8 @@ def test_a_job_that_kills_its_worker_each_time_fails_after_its_last_attempt(crew
 
 
 def test_jobs_that_the_original_worker_left_running_are_run_again(crew: Crew) -> None:
-    job = crew.add(
-        status="running",
-        started_at=datetime.now(UTC) - timedelta(hours=1),
-    )
-    never = crew.add(
-        status="running",
-        created_at=datetime.now(UTC) - timedelta(hours=1),
-    )
+    job = crew.add(status="running", started_at=datetime.now(UTC) - timedelta(hours=1))
+    never = crew.add(status="running", created_at=datetime.now(UTC) - timedelta(hours=1))
     crew.start()
     assert crew.ends(job)["attempt"] == crew.ends(never)["attempt"] == 1
     crew.whole(job, never)
@@ -16792,12 +15350,7 @@ def test_the_workers_clock_and_the_databases_isolation_have_no_part_in_it(crew: 
     for name, hours in (("early", -30), ("late", 30)):
         (crew.root / name).mkdir()
         (crew.root / name / "sitecustomize.py").write_text(wrong.format(hours * 3600))
-        crew.start(
-            "--concurrency",
-            "2",
-            host=name[::-1],
-            PYTHONPATH=str(crew.root / name),
-        )
+        crew.start("--concurrency", "2", host=name[::-1], PYTHONPATH=str(crew.root / name))
     jobs = [crew.slow(n % 3, priority=n % 2) for n in range(12)]
     for job in jobs:
         assert crew.ends(job)["attempt"] == 1
@@ -16827,18 +15380,7 @@ class Painter(NamedTuple):
 
     def hesitate(self) -> threading.Event:
         """OpenAI's next answer is an image, once the event is set."""
-        body = {
-            "data": [
-                {
-                    "b64_json": base64.b64encode(
-                        png(
-                            64,
-                            64,
-                        )
-                    ).decode()
-                }
-            ]
-        }
+        body = {"data": [{"b64_json": base64.b64encode(png(64, 64)).decode()}]}
         self.server.script(hold(event := threading.Event(), ok(body)))
         return event
 
@@ -16974,11 +15516,7 @@ def test_worker_what_was_turned_away_is_paid_by_the_same_attempt_or_its_successo
         crew.kill(first)
         crew.start()
     row = crew.ends(job)
-    assert (
-        painter.posts,
-        row["attempt"],
-        row["receipt"]["attempt"],
-    ) == (2, attempt, attempt)
+    assert (painter.posts, row["attempt"], row["receipt"]["attempt"]) == (2, attempt, attempt)
     crew.whole(job)
 
 
@@ -17146,7 +15684,7 @@ SERVE_KEY = "sk-stand-in-0001"
 SERVE_TOKEN = "token of the tests & more: +%?".replace(" ", "_")
 
 
-class Heard(NamedTuple):
+class Response(NamedTuple):
     """An answer of the server; header names in lower case."""
 
     status: int
@@ -17181,43 +15719,34 @@ class Serving:
         assert self.process.stdout
         self.process.stdout.close()
         if kind is None:
-            said = self.log.read_text()
-            assert code == 0 and "Traceback" not in said, said
-            assert SERVE_KEY not in said
-            assert SERVE_TOKEN not in said
+            log = self.log.read_text()
+            assert code == 0 and "Traceback" not in log, log
+            assert SERVE_KEY not in log
+            assert SERVE_TOKEN not in log
 
-    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Heard:
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Response:
         """One request, and what came back; a body that is no bytes goes as JSON."""
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(link):
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             link.request(
-                method,
-                path,
-                data,
-                {
-                    key.replace(
-                        "_",
-                        "-",
-                    ): value
-                    for key, value in headers.items()
-                },
+                method, path, data, {key.replace("_", "-"): value for key, value in headers.items()}
             )
-            with link.getresponse() as said:
-                return Heard(
-                    said.status,
-                    {key.lower(): value for key, value in said.getheaders()},
-                    said.read(),
+            with link.getresponse() as response:
+                return Response(
+                    response.status,
+                    {key.lower(): value for key, value in response.getheaders()},
+                    response.read(),
                 )
 
-    def get(self, path: str, **headers: str) -> Heard:
+    def get(self, path: str, **headers: str) -> Response:
         return self.ask("GET", path, **headers)
 
-    def make(self, said: Mapping[str, Any], **headers: str) -> Heard:
+    def make(self, fields: Mapping[str, Any], **headers: str) -> Response:
         return self.ask(
             "POST",
             "/v1/images/generations",
-            {"prompt": "a fox", "size": "64x64", **said},
+            {"prompt": "a fox", "size": "64x64", **fields},
             **headers,
         )
 
@@ -17231,9 +15760,9 @@ class Serving:
             sock.sendall(data)
         return sock
 
-    def post(self, said: Mapping[str, Any], *lines: str) -> socket.socket:
+    def post(self, fields: Mapping[str, Any], *lines: str) -> socket.socket:
         """A request for images, whose answer nobody has read yet."""
-        body = json.dumps({"prompt": "a fox", "size": "64x64", **said}).encode()
+        body = json.dumps({"prompt": "a fox", "size": "64x64", **fields}).encode()
         head = [
             "POST /v1/images/generations HTTP/1.1",
             "Host: localhost",
@@ -17245,13 +15774,7 @@ class Serving:
     def usage(self) -> tuple[int, int, float]:
         """Descriptors, threads, and MB of memory."""
         proc = Path(f"/proc/{self.process.pid}")
-        status = dict(
-            line.split(
-                ":",
-                1,
-            )
-            for line in (proc / "status").read_text().splitlines()
-        )
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         return (
             len([*(proc / "fd").iterdir()]),
             int(status["Threads"]),
@@ -17290,16 +15813,8 @@ def serve_plant(box: Box, count: int, **more: Any) -> list[dict[str, Any]]:
     (first,) = box.ledger()
     records = []
     for number in range(count):
-        stamp = (
-            datetime(
-                2026,
-                1,
-                1,
-                tzinfo=UTC,
-            )
-            + timedelta(seconds=number)
-        ).isoformat()
-        about = {
+        stamp = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)).isoformat()
+        sidecar = {
             "image_id": str(uuid.UUID(int=number)),
             "prompt": f"fox {number}",
             "timestamp": stamp,
@@ -17308,8 +15823,8 @@ def serve_plant(box: Box, count: int, **more: Any) -> list[dict[str, Any]]:
         records.append(
             {
                 **first,
-                "id": about["image_id"],
-                "sidecar": {**first["sidecar"], **about},
+                "id": sidecar["image_id"],
+                "sidecar": {**first["sidecar"], **sidecar},
                 "path": path,
             }
         )
@@ -17344,14 +15859,11 @@ def test_server_openais_client_gets_images_from_any_backend(box: Box, remotes: A
                 prompt="a fox", model=name, size="1024x1024", response_format="url"
             )
             url = urllib.parse.urlsplit(linked.data[0].url)
-            whole = [
+            files = [
                 base64.b64decode(plain.data[0].b64_json),
                 server.get(f"{url.path}?{url.query}").body,
             ]
-            assert [bool(imagen.sniff(io.BytesIO(data)).complete) for data in whole] == [
-                True,
-                True,
-            ]  # type: ignore[union-attr]
+            assert [bool(imagen.sniff(io.BytesIO(data)).complete) for data in files] == [True, True]  # type: ignore[union-attr]
             assert plain.data[0].url is None
             assert linked.data[0].b64_json is None
             assert plain.created > 1.7e9
@@ -17379,37 +15891,23 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
             "quality": "low",
             "extra_body": {**extra, "sparkle": [1]},
         }
-        said = client.images.generate(
-            prompt="Größe",
-            model="auto",
-            n=3,
-            size="96x64",
-            **more,
-        )
-        made = {image.imagen["seed"]: image for image in said.data}
+        answer = client.images.generate(prompt="Größe", model="auto", n=3, size="96x64", **more)
+        made = {image.imagen["seed"]: image for image in answer.data}
         assert sorted(made) == [7, 8, 9]
         assert {"sparkle", "user", "quality", "background", "steps"} <= set(
             made[7].imagen["ignored"]
         )
         for seed, image in made.items():
-            about = server.get(f"/api/images/{image.imagen['id']}").json
-            assert (about["seed"], about["width"], about["height"], about["backend"]) == (
+            facts = server.get(f"/api/images/{image.imagen['id']}").json
+            assert (facts["seed"], facts["width"], facts["height"], facts["backend"]) == (
                 seed,
                 96,
                 64,
                 "mock",
             )
-            assert about["styled_prompt"] == "Größe, in ink"
-            assert about["requested"]["steps"] == 3
-        assert (
-            client.images.generate(
-                prompt="x",
-                model="other",
-            )
-            .data[0]
-            .imagen["ignored"]
-            == []
-        )
+            assert facts["styled_prompt"] == "Größe, in ink"
+            assert facts["requested"]["steps"] == 3
+        assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
         assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
     assert len(box.ledger()) == 4
 
@@ -17419,19 +15917,19 @@ SERVE_MISTAKES = """{"model": "mokc"} {"prompt": " "} {"prompt": null} {"prompt"
 {"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"}"""
 
 
-@pytest.mark.parametrize("said", re.split(r"(?<=\})\s(?=\{)", SERVE_MISTAKES))
+@pytest.mark.parametrize("text", re.split(r"(?<=\})\s(?=\{)", SERVE_MISTAKES))
 def test_server_a_request_that_cannot_be_meant_is_refused_before_anything_begins(
-    serving: Serving, said: str
+    serving: Serving, text: str
 ) -> None:
     before = serving.box.ledger()
-    heard = serving.make(json.loads(said))
-    error = heard.json["error"]
-    known = (404, "model_not_found") if "model" in said else (400, "invalid_value")
-    assert (heard.status, error["code"], error["type"]) == (*known, "invalid_request_error")
+    response = serving.make(json.loads(text))
+    error = response.json["error"]
+    known = (404, "model_not_found") if "model" in text else (400, "invalid_value")
+    assert (response.status, error["code"], error["type"]) == (*known, "invalid_request_error")
     assert error["charged"] == "no"
     assert error["message"]
     assert set(error) >= {"param", "hint"}
-    assert heard.headers.get("x-should-retry") != "true"
+    assert response.headers.get("x-should-retry") != "true"
     assert serving.box.ledger() == before
 
 
@@ -17484,10 +15982,10 @@ def test_server_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one
     openai.script("server_error")
     with Serving(box) as server:
         for _ in range(3):
-            heard = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
-            assert (heard.status, heard.json["error"]["charged"]) == (502, "unknown")
-            assert heard.headers["x-should-retry"] == "false"
-            assert "recover" in heard.json["error"]["hint"]
+            response = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
+            assert (response.status, response.json["error"]["charged"]) == (502, "unknown")
+            assert response.headers["x-should-retry"] == "false"
+            assert "recover" in response.json["error"]["hint"]
         assert openai.posts == 1
         for number in (1, 2, 3):
             assert (
@@ -17520,12 +16018,7 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
     remote = remotes[2]
     let_go = threading.Event()
     counts = list[str]()
-    remote.script(
-        hold(
-            let_go,
-            {"data": [{"b64_json": base64.b64encode(png()).decode()}]},
-        )
-    )
+    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
 
     def sending(request: Any) -> None:
         counts.append(request.headers["x-stainless-retry-count"])
@@ -17537,51 +16030,37 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
         server = stack.enter_context(Serving(box))
         transport = httpx(event_hooks={"request": [sending]})
         client = stack.enter_context(server.client(http_client=transport))
-        asked = {"prompt": "a fox", "model": "openai", "timeout": 0.4}
+        params = {"prompt": "a fox", "model": "openai", "timeout": 0.4}
         if stream:  # the client's patience ends between the events, so it is the caller who repeats
             with pytest.raises(Exception, match=r"(?i)timed? ?out"):
-                [*client.images.generate(**asked, stream=True)]
+                [*client.images.generate(**params, stream=True)]
             sending(types.SimpleNamespace(headers={"x-stainless-retry-count": "1"}))
             again = {"x-stainless-retry-count": "1"}
-            events = [*client.images.generate(**asked, stream=True, extra_headers=again)]
+            events = [*client.images.generate(**params, stream=True, extra_headers=again)]
             assert events[-1].type == "image_generation.completed"
         else:
-            assert client.images.generate(**asked).data[0].b64_json
+            assert client.images.generate(**params).data[0].b64_json
         assert "1" in counts
         assert remote.posts == 1
-        client.images.generate(**asked | {"timeout": 30})  # the same body, but not a repeat
+        client.images.generate(**params | {"timeout": 30})  # the same body, but not a repeat
     assert remote.posts == 2
 
 
 def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
     let_go = threading.Event()
-    answers = [
-        {
-            "data": [
-                {
-                    "b64_json": base64.b64encode(
-                        png(
-                            8 * i,
-                            8,
-                        )
-                    ).decode()
-                }
-            ]
-        }
-        for i in (1, 2)
-    ]
+    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
     remotes[2].script(*(hold(let_go, answer) for answer in answers))
-    asked = {"model": "openai", "size": "auto"}
+    params = {"model": "openai", "size": "auto"}
     with Serving(box) as server:
-        first = [server.post(asked) for _ in range(2)]
+        first = [server.post(params) for _ in range(2)]
         remotes[2].wait(lambda: remotes[2].posts == 2)
-        assert server.make(asked).status == 503
+        assert server.make(params).status == 503
         for sock in first:
             sock.close()
-        again = [server.post(asked, "x-stainless-retry-count: 1") for _ in range(2)]
+        again = [server.post(params, "x-stainless-retry-count: 1") for _ in range(2)]
         let_go.set()
-        found = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
-        assert len({json.loads(body)["data"][0]["b64_json"] for body in found}) == 2
+        bodies = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
+        assert len({json.loads(body)["data"][0]["b64_json"] for body in bodies}) == 2
     assert remotes[2].posts == 2
 
 
@@ -17590,14 +16069,7 @@ def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error
     openai = pytest.importorskip("openai")
     with Serving(box) as server, server.client() as client:
         slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
-        events = [
-            *client.images.generate(
-                prompt="a fox",
-                n=2,
-                stream=True,
-                extra_body=slow,
-            )
-        ]
+        events = [*client.images.generate(prompt="a fox", n=2, stream=True, extra_body=slow)]
         kinds = [event.type for event in events]
         assert kinds[-2:] == 2 * ["image_generation.completed"]
         assert len(kinds) >= 4
@@ -17620,15 +16092,15 @@ def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error
             client.images.generate(prompt="", stream=True)
 
 
-def test_server_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
+def test_server_the_gallery_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
     serve_plant(box, 60)
     with Serving(box) as server:
         pages = []
         before = ""
         while before is not None:
-            said = server.get(f"/api/images?before={before}").json
-            pages = [*pages, [image["prompt"] for image in said["images"]]]
-            before = said["next"]
+            page = server.get(f"/api/images?before={before}").json
+            pages = [*pages, [image["prompt"] for image in page["images"]]]
+            before = page["next"]
         assert [len(page) for page in pages] == [24, 24, 12]
         assert [*itertools.chain(*pages)] == [f"fox {number}" for number in reversed(range(60))]
         assert [image["prompt"] for image in server.images("?limit=2")] == ["fox 59", "fox 58"]
@@ -17647,26 +16119,31 @@ def test_server_the_index_has_the_newest_first_and_follows_the_ledger(box: Box) 
         assert server.images("?limit=1&query=photo")[0]["prompt"] == "a newcomer"
         (box.state / "ledger.jsonl").write_text("")
         assert server.images() == []
+        (box.state / "ledger.jsonl").unlink()
+        assert server.images() == []
 
 
-def test_server_what_is_still_to_be_delivered_is_among_the_images_where_its_time_puts_it(
-    box: Box,
-) -> None:
+def test_server_what_is_still_to_be_delivered_comes_before_what_the_ledger_has(box: Box) -> None:
     records = serve_plant(box, 90)
     late = records[20:60]  # more than a page
-    kept = [record for record in records if record not in late]
-    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+    for record in late:
+        record["at"] = record["sidecar"]["timestamp"]
+    finished = [record for record in records if record not in late]
+    (box.state / "ledger.jsonl").write_text(
+        "".join(f"{json.dumps(record)}\n" for record in finished)
+    )
     for record in late:
         (box.state / "open" / f"{record['id']}.jsonl").write_text(f"{json.dumps(record)}\n")
     (box.state / "open" / "0.jsonl").write_text('{"path": "/nothing"}\n{"sidecar": {"image')
     with Serving(box) as server:
-        found = list[str]()
+        prompts = list[str]()
         before = ""
         while before is not None:
-            said = server.get(f"/api/images?before={before}").json
-            found = found + [image["prompt"] for image in said["images"]]
-            before = said["next"]
-        assert found == [f"fox {number}" for number in reversed(range(90))]
+            page = server.get(f"/api/images?before={before}").json
+            prompts = prompts + [image["prompt"] for image in page["images"]]
+            before = page["next"]
+        in_order = [*late[::-1], *finished[::-1]]
+        assert prompts == [record["sidecar"]["prompt"] for record in in_order]
         assert server.get(f"/api/images/{late[0]['id']}").json["prompt"] == "fox 20"
         assert server.get(f"/images/{late[0]['id']}").status == 200
 
@@ -17675,33 +16152,33 @@ def test_server_an_image_is_fetched_once_and_kept(box: Box) -> None:
     (record,) = serve_plant(box, 1)
     with Serving(box) as server:
         path = f"/images/{record['id']}"
-        whole = server.get(path)
-        assert whole.body == Path(record["path"]).read_bytes()
-        assert whole.headers["content-type"] == "image/png"
-        assert "immutable" in whole.headers["cache-control"]
-        assert whole.headers["x-content-type-options"] == "nosniff"
-        again = server.get(path, If_None_Match=whole.headers["etag"])
+        first = server.get(path)
+        assert first.body == Path(record["path"]).read_bytes()
+        assert first.headers["content-type"] == "image/png"
+        assert "immutable" in first.headers["cache-control"]
+        assert first.headers["x-content-type-options"] == "nosniff"
+        again = server.get(path, If_None_Match=first.headers["etag"])
         assert (again.status, again.body) == (304, b"")
         head = server.ask("HEAD", path)
-        assert (head.body, head.headers["content-length"]) == (
-            b"",
-            str(len(whole.body)),
-        )
-        about = server.get(f"/api/images/{record['id']}").json
-        assert (
-            about["id"],
-            about["there"],
-            about["cloud"],
-        ) == (record["id"], True, False)
+        assert (head.body, head.headers["content-length"]) == (b"", str(len(first.body)))
+        facts = server.get(f"/api/images/{record['id']}").json
+        assert (facts["id"], facts["exists"], facts["cloud"]) == (record["id"], True, False)
+        # What lies about where the server was started is none of its images.
+        stranger = str(uuid.uuid4())
+        (box.root / stranger).write_bytes(png())
+        sidecar = {**record["sidecar"], "image_id": stranger}
+        (box.root / f"{stranger}.json").write_text(json.dumps(sidecar))
+        assert server.get(f"/images/{stranger}").status == 404
         os.unlink(record["path"])
         assert server.get(path).status == 404
-        assert not server.images()[0]["there"]
+        assert not server.images()[0]["exists"]
         for odd in (
             path.upper(),
             path[:-1],
             f"{path}/",
             f"{path}.png",
             f"/images/{uuid.uuid4()}",
+            f"/images/{'-' * 36}",
             "/images/",
         ):
             assert server.get(odd).status == 404
@@ -17724,41 +16201,30 @@ def test_server_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_doe
         assert not cache.exists()
     with Serving(box) as server:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
-        assert {heard.headers["content-type"] for heard in found} == {"image/webp"}
-        with pillow.open(io.BytesIO(found[0].body)) as small:
+            thumbs = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
+        assert {response.headers["content-type"] for response in thumbs} == {"image/webp"}
+        with pillow.open(io.BytesIO(thumbs[0].body)) as small:
             assert small.size == (512, 256)
-            assert {heard.body for heard in found} == {found[0].body}
+            assert {response.body for response in thumbs} == {thumbs[0].body}
         made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
         large.unlink()
-        assert server.get(f"/thumbs/{record['id']}").body == found[0].body
+        assert server.get(f"/thumbs/{record['id']}").body == thumbs[0].body
         assert server.get(f"/thumbs/{broken['id']}").body == png()[:60]
-        assert [
-            (
-                path.name,
-                path.stat().st_mtime_ns,
-            )
-            for path in cache.iterdir()
-        ] == made
-        assert found[0].headers["etag"] != bare.headers["etag"]
+        assert [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()] == made
+        assert thumbs[0].headers["etag"] != bare.headers["etag"]
 
 
 def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
     box: Box, remotes: Any
 ) -> None:
     let_go = threading.Event()
-    remotes[2].script(
-        hold(
-            let_go,
-            {"data": [{"b64_json": base64.b64encode(png()).decode()}]},
-        )
-    )
+    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
     remotes[0].pause()
     with Serving(box, "--parallel", "4") as server:
         paid = server.post({"model": "openai", "size": "auto"})
         free = server.post({"model": "comfyui", "n": 3})
         left = server.post({"backend_opts": {"delay_s": 3600}, "stream": True})
-        held = server.post({"backend_opts": {"delay_s": 13}})
+        patient = server.post({"backend_opts": {"delay_s": 13}})
         remotes[2].wait(lambda: remotes[2].posts)
         remotes[0].wait_running()
         for sock in (paid, free, left):
@@ -17768,7 +16234,7 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
         assert len(remotes[0].submitted) == 1
         assert remotes[2].posts == 1
         let_go.set()
-        assert serve_read(held).startswith(b"HTTP/1.1 200")
+        assert serve_read(patient).startswith(b"HTTP/1.1 200")
         made = serve_wait(lambda: len(images := server.images()) == 2 and images)
         assert {image["backend"] for image in made} == {"openai", "mock"}
     assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {
@@ -17781,13 +16247,13 @@ def test_server_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> N
     with Serving(box, "--parallel", "1") as server:
         slow = server.post({"backend_opts": {"delay_s": 1}})
         serve_wait(lambda: box.unfinished())
-        heard = server.make({})
-        assert (heard.status, heard.headers["retry-after"], heard.headers["x-should-retry"]) == (
-            503,
-            "5",
-            "true",
-        )
-        assert heard.json["error"]["code"] == "rate_limit_exceeded"
+        response = server.make({})
+        assert (
+            response.status,
+            response.headers["retry-after"],
+            response.headers["x-should-retry"],
+        ) == (503, "5", "true")
+        assert response.json["error"]["code"] == "rate_limit_exceeded"
         assert server.get("/healthz").json["ok"] is True
         assert serve_read(slow).startswith(b"HTTP/1.1 200")
         assert server.make({}).status == 200
@@ -17823,16 +16289,13 @@ def test_server_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_
 def test_server_the_answer_does_not_wait_for_the_cloud_and_the_end_does(
     box: Box, cloud: Cloud
 ) -> None:
-    cloud.join(
-        box,
-        backends={"mock": {"type": "mock", "width": 64, "height": 64, "parallel": 1}},
-    )
+    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64, "parallel": 1}})
     let_go = threading.Event()
     cloud.fault("PUT /storage/v1/object/", hold(let_go, through()))
     cloud.fault("POST /rest/v1/images", status(403, {"code": "42501", "message": "denied"}))
     with Serving(box) as server:
-        heard = server.make({"n": 2, "seed": 7})
-        assert len(heard.json["data"]) == 2
+        response = server.make({"n": 2, "seed": 7})
+        assert len(response.json["data"]) == 2
         assert cloud.objects() == {}
         cloud.wait(lambda: cloud.count("PUT", "/storage/v1/object/"))
         assert [image["cloud"] for image in server.images()] == [False, False]
@@ -17933,10 +16396,10 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
     assert serving.ask(
         "OPTIONS", "/v1/images/generations", Origin="http://evil.example"
     ).status in (403, 405)
-    heard = serving.make(
+    response = serving.make(
         {"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}"
     )
-    assert heard.json["error"]["code"] == "moderation_blocked"
+    assert response.json["error"]["code"] == "moderation_blocked"
     page = serving.get("/")
     other = serving.get("/")
     policy = page.headers["content-security-policy"]
@@ -17944,23 +16407,24 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
     assert "default-src 'none'" in policy
     assert f'nonce="{nonce}"'.encode() in page.body
     assert nonce not in str(other)
-    assert [heard.headers["x-content-type-options"] for heard in (page, heard)] == [
+    assert [response.headers["x-content-type-options"] for response in (page, response)] == [
         "nosniff",
         "nosniff",
     ]
-    assert not any(name.startswith("access-control") for name in (*page.headers, *heard.headers))
+    assert not any(name.startswith("access-control") for name in (*page.headers, *response.headers))
 
 
 def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
-    for method, path, code in (
-        ("GET", "/v1/images/generations", 405),
-        ("PUT", "/healthz", 405),
-        ("DELETE", f"/images/{uuid.uuid4()}", 404),
-        ("OPTIONS", "/", 405),
-        ("GET", "/v1/images/edits", 404),
-        ("POST", "/v1/images/edits", 404),
+    for method, path, code, allow in (
+        ("GET", "/v1/images/generations", 405, "POST"),
+        ("PUT", "/healthz", 405, "GET, HEAD"),
+        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD"),
+        ("OPTIONS", "/", 405, "GET, HEAD"),
+        ("GET", "/v1/images/edits", 404, None),
+        ("POST", "/v1/images/edits", 404, None),
     ):
-        assert serving.ask(method, path).status == code, (method, path)
+        response = serving.ask(method, path)
+        assert (response.status, response.headers.get("allow")) == (code, allow), (method, path)
     assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
 
 
@@ -18000,22 +16464,11 @@ def test_server_who_sends_a_byte_a_second_is_cut_off(serving: Serving) -> None:
         for sock in slow:
             with contextlib.suppress(OSError):
                 sock.send(b"x" if sock is not slow[2] else b"")
-        for sock in select.select(
-            [sock for sock in slow if sock not in ended],
-            [],
-            [],
-            1,
-        )[0]:
+        for sock in select.select([sock for sock in slow if sock not in ended], [], [], 1)[0]:
             with contextlib.suppress(ConnectionError):
                 assert sock.recv(100) == b""
             ended[sock] = time.monotonic() - began
-    assert [
-        8 < ended[sock] < 14
-        for sock in (
-            slow[0],
-            slow[2],
-        )
-    ] == [True, True]
+    assert [8 < ended[sock] < 14 for sock in (slow[0], slow[2])] == [True, True]
     assert 18 < ended[slow[1]] < 25
     for sock in slow:
         sock.close()
@@ -18039,10 +16492,7 @@ def serve_malformed(dice: random.Random) -> bytes:
         ]
     )
     path += dice.choice(
-        [
-            f"{dots}/" * dice.randrange(4) + "etc/passwd",
-            str(uuid.UUID(int=0))[: dice.randrange(37)],
-        ]
+        [f"{dots}/" * dice.randrange(4) + "etc/passwd", str(uuid.UUID(int=0))[: dice.randrange(37)]]
     )
     junk = [
         None,
@@ -18071,26 +16521,11 @@ def serve_malformed(dice: random.Random) -> bytes:
         "quality",
         "stream",
     ]
-    said = {
-        dice.choice(fields): dice.choice(junk)
-        for _ in range(
-            dice.randrange(
-                1,
-                5,
-            )
-        )
-    }
-    body = json.dumps({"prompt": " ", **said}).encode()[
+    fields = {dice.choice(fields): dice.choice(junk) for _ in range(dice.randrange(1, 5))}
+    body = json.dumps({"prompt": " ", **fields}).encode()[
         : dice.choice([None, None, dice.randrange(60)])
     ]
-    length = dice.choice(
-        [len(body)] * 4
-        + [
-            len(body) + 5,
-            0,
-            10**9,
-        ]
-    )
+    length = dice.choice([len(body)] * 4 + [len(body) + 5, 0, 10**9])
     post = SERVE_HEAD + f"Content-Length: {length}\r\n\r\n".encode() + body
     lines = f"{dice.choice(['GET', 'HEAD', 'PUT', 'get', ''])} {path} HTTP/1.1\r\nHost: localhost:{dice.randrange(9)}\r\n"
     lines += dice.choice(
@@ -18103,22 +16538,11 @@ def serve_malformed(dice: random.Random) -> bytes:
             "Cookie: =;\r\n",
         ]
     )
-    whole = dice.choice([post, lines.encode() + b"\r\n"])
+    data = dice.choice([post, lines.encode() + b"\r\n"])
     if dice.random() < 0.3:
-        place = dice.randrange(len(whole))
-        whole = (
-            whole[:place] + dice.randbytes(dice.randrange(9)) + whole[place + dice.randrange(3) :]
-        )
-    return whole[
-        : dice.choice(
-            [
-                None,
-                None,
-                None,
-                dice.randrange(len(whole)),
-            ]
-        )
-    ]
+        place = dice.randrange(len(data))
+        data = data[:place] + dice.randbytes(dice.randrange(9)) + data[place + dice.randrange(3) :]
+    return data[: dice.choice([None, None, None, dice.randrange(len(data))])]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
@@ -18135,7 +16559,7 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
     before_all = files()
     with Serving(box, "--parallel", "64") as server:
 
-        def one(seed: int) -> bytes:
+        def exchange(seed: int) -> bytes:
             dice = random.Random(seed)
             sock = server.raw(serve_malformed(dice))
             if dice.random() < 0.1:  # gone without a word, half of them with a reset
@@ -18147,33 +16571,22 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
             return serve_read(sock)
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = collections.Counter(
-                said[:12]
-                for said in pool.map(
-                    one,
-                    range(1000),
-                )
+            codes_seen = collections.Counter(
+                answer[:12] for answer in pool.map(exchange, range(1000))
             )
             serve_wait(lambda: server.usage()[1] <= 2)
             before = server.usage()
-            found += collections.Counter(
-                said[:12]
-                for said in pool.map(
-                    one,
-                    range(1000, 5000),
-                )
+            codes_seen += collections.Counter(
+                answer[:12] for answer in pool.map(exchange, range(1000, 5000))
             )
         serve_wait(lambda: server.usage()[1] <= before[1])
         after = server.usage()
-        assert after[0] <= before[0] and after[2] < before[2] + 6, (
-            before,
-            after,
-        )
-        codes = {code[9:].decode() for code in found if code}
+        assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
+        codes = {code[9:].decode() for code in codes_seen if code}
         assert codes >= {"400", "404", "405", "413"} and not [
             code for code in codes if code >= "500"
-        ], found
-        assert b"root:" not in b"".join(found)
+        ], codes_seen
+        assert b"root:" not in b"".join(codes_seen)
         assert server.get("/healthz").status == 200
     assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
     assert (
@@ -18201,20 +16614,7 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
             server.raw(b"GET") for _ in range(300)
         ]  # more than it takes: the rest are turned away at once
         assert serve_wait(
-            lambda: (
-                sum(
-                    bool(
-                        select.select(
-                            [sock],
-                            [],
-                            [],
-                            0,
-                        )[0]
-                    )
-                    for sock in crowd
-                )
-                >= 40
-            )
+            lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40
         )
         for sock in crowd:
             sock.close()
@@ -18263,25 +16663,25 @@ class Chromium:
     def _read(self) -> None:
         rest = b""
         while block := self._back.read(1 << 20):
-            *whole, rest = (rest + block).split(b"\0")
+            *complete, rest = (rest + block).split(b"\0")
             with self.changed:
-                for said in map(json.loads, whole):
-                    if "id" in said:
-                        self.answers[said["id"]] = said
+                for message in map(json.loads, complete):
+                    if "id" in message:
+                        self.answers[message["id"]] = message
                     else:
-                        self.events.append(said)
+                        self.events.append(message)
                 self.changed.notify_all()
 
     def __call__(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
         """One command of https://chromedevtools.github.io/devtools-protocol/, and its result."""
         number = next(self.numbers)
-        said = {
+        message = {
             "id": number,
             "method": method,
             "params": params,
             **({"sessionId": session} if session else {}),
         }
-        self._pipe.write(json.dumps(said).encode() + b"\0")
+        self._pipe.write(json.dumps(message).encode() + b"\0")
         with self.changed:
             assert self.changed.wait_for(lambda: number in self.answers, 30), f"{method}: no answer"
             answer = self.answers.pop(number)
@@ -18348,17 +16748,17 @@ class Tab:
 
     def js(self, expression: str) -> Any:
         """The value of an expression (a promise's too), evaluated in the page."""
-        asked = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
-        said = self("Runtime.evaluate", expression=expression, **asked)
-        assert "exceptionDetails" not in said, said["exceptionDetails"]
-        return said["result"].get("value")
+        params = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        result = self("Runtime.evaluate", expression=expression, **params)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
     def until(self, condition: str, timeout: float = 20) -> Any:
         """Wait until an expression holds; its value."""
         deadline = time.monotonic() + timeout
         while not (value := self.js(condition)):
             assert time.monotonic() < deadline, (
-                f"waited in vain for {condition}; {self.text('#said')}"
+                f"waited in vain for {condition}; {self.text('#info')}"
             )
             time.sleep(0.02)
         return value
@@ -18385,14 +16785,9 @@ class Tab:
         self("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
-        code = {
-            "Escape": 27,
-            "ArrowLeft": 37,
-            "ArrowRight": 39,
-            "/": 191,
-            "Tab": 9,
-            "Enter": 13,
-        }[key]
+        code = {"Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "/": 191, "Tab": 9, "Enter": 13}[
+            key
+        ]
         text = {"/": "/", "Enter": "\r"}.get(key, "")
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
@@ -18409,14 +16804,14 @@ class Tab:
         choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
         self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
 
-    def heard(self, *kinds: str) -> list[dict[str, Any]]:
+    def reported(self, *kinds: str) -> list[dict[str, Any]]:
         """What the browser reported of this page."""
         with self.browser.changed:
             events = self.browser.events[self.since :]
         return [
-            one["params"]
-            for one in events
-            if one.get("sessionId") == self.session and one["method"] in kinds
+            event["params"]
+            for event in events
+            if event.get("sessionId") == self.session and event["method"] in kinds
         ]
 
     def shot(self, name: str) -> None:
@@ -18434,13 +16829,13 @@ class Tab:
     def check(self) -> None:
         """Nothing went to the console, and nothing was asked of anybody else."""
         logged = [
-            one["entry"] for one in self.heard("Log.entryAdded")
+            event["entry"] for event in self.reported("Log.entryAdded")
         ]  # info: that images load lazily, as they should
-        assert [one for one in logged if one["level"] not in ("info", "verbose")] == []
-        assert self.heard("Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
-        asked = [one["request"]["url"] for one in self.heard("Network.requestWillBeSent")]
-        assert asked
-        assert [url for url in asked if not url.startswith((self.address, "data:"))] == []
+        assert [event for event in logged if event["level"] not in ("info", "verbose")] == []
+        assert self.reported("Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
+        urls = [event["request"]["url"] for event in self.reported("Network.requestWillBeSent")]
+        assert urls
+        assert [url for url in urls if not url.startswith((self.address, "data:"))] == []
 
 
 class Gallery:
@@ -18486,6 +16881,8 @@ class Gallery:
     def close(self) -> None:
         for tab in self.tabs:
             tab.close()
+        if "server" not in vars(self):  # the test was skipped before it needed one
+            return
         self.server.terminate()
         out, err = self.server.communicate(timeout=30)
         assert (self.server.returncode, out) == (0, ""), err
@@ -18516,8 +16913,8 @@ def test_server_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_t
     gallery.make("a wide hill", size="192x64")
     gallery.make("a tall tower", "-n", "2", size="64x128")
     tab = gallery.open(24, height=400)
-    asked = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
-    assert (len(tab.tiles()), tab.js(asked)) == (24, 1)
+    requests = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
+    assert (len(tab.tiles()), tab.js(requests)) == (24, 1)
     assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
     tab.js("scrollTo(0, document.body.scrollHeight)")
     tab.until("images.length === 30")
@@ -18528,8 +16925,8 @@ def test_server_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_t
     ratios = "[img.clientWidth / img.clientHeight, img.naturalWidth / img.naturalHeight]"
     sizes = tab.js(f"[...document.querySelectorAll('#grid img')].map(img => {ratios})")
     assert {round(true, 1) for _, true in sizes} == {0.5, 1.0, 3.0}
-    assert [one for one in sizes if abs(one[0] / one[1] - 1) > 0.03] == []
-    assert tab.js(asked) == 2
+    assert [size for size in sizes if abs(size[0] / size[1] - 1) > 0.03] == []
+    assert tab.js(requests) == 2
 
 
 @in_chromium
@@ -18591,24 +16988,21 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     tab.click("#go")
     far = tab.until("$('bar').value > 0.1 && $('bar').value")
     assert 0.1 < far < 1
-    assert tab.text("#said") == "drawing … 0 of 2 done"
+    assert tab.text("#info") == "drawing … 0 of 2 done"
     assert tab.js("$('go').disabled")
-    tab.until("$('said').textContent === 'Done.'")
+    tab.until("$('info').textContent === 'Done.'")
     assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
     assert tab.js("$('bar').hidden && !$('go').disabled")
     keys = ("seed", "style", "backend", "width", "height")
     made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
-    assert made == {
-        (41, "ink", "slow", 96, 64),
-        (42, "ink", "slow", 96, 64),
-    }
+    assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
     tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
     tab.until("images.length === 3")
 
 
 @in_chromium
 def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> None:
-    said = 'it\'s -n "5" $HOME,\n  größe'
+    prompt = 'it\'s -n "5" $HOME,\n  größe'
     flags = (
         "-s",
         "ink",
@@ -18621,43 +17015,35 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
         "--seed",
         "7",
     )
-    (path,) = gallery.make(said, *flags, "-b", "mock", size="80x64")
-    about = gallery.box.sidecar(path)
+    (path,) = gallery.make(prompt, *flags, "-b", "mock", size="80x64")
+    sidecar = gallery.box.sidecar(path)
     tab = gallery.open(1)
     both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
     tab.click("#grid button")
     rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
     facts = dict(tab.js(rows))
-    assert about["timestamp"][:4] in facts.pop("Made")
+    assert sidecar["timestamp"][:4] in facts.pop("Made")
     assert facts == {
         "Backend": "mock", "Model": "mock", "Size": "80 × 64", "Seed": "7", "Style": "ink", "Cost": "$0",
-        "Avoided": about["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(about["ignored"]),
-        "Took": f"{about['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
+        "Avoided": sidecar["negative_prompt"], "Options": '{"delay_s":0.01}', "Ignored": ", ".join(sidecar["ignored"]),
+        "Took": f"{sidecar['latency_ms'] / 1000:.1f} s", "Cloud": "not uploaded", "File": Path(path).name,
     }  # fmt: skip
-    assert (tab.text("#text"), tab.js("$('big').alt")) == (said, said)
+    assert (tab.text("#text"), tab.js("$('big').alt")) == (prompt, prompt)
     tab.click("#copy")
-    tab.until("$('told').textContent === 'Copied.'")
-    assert tab.js("navigator.clipboard.readText()") == said
+    tab.until("$('note').textContent === 'Copied.'")
+    assert tab.js("navigator.clipboard.readText()") == prompt
     tab.click("#command")
     command = tab.until(
         "navigator.clipboard.readText().then(text => text.startsWith('imagen ') && text)"
     )
     shell = f'imagen() {{ {shlex.join((sys.executable, str(HERE)))} "$@"; }}; {command}'
     again = subprocess.run(
-        [
-            "sh",
-            "-c",
-            shell,
-        ],
-        env=gallery.box.environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        ["sh", "-c", shell], env=gallery.box.environ, capture_output=True, text=True, timeout=60
     )
     assert again.returncode == 0, again.stderr
-    own = {key: about[key] for key in ("image_id", "timestamp", "latency_ms")}
-    assert {**gallery.box.sidecar(again.stdout.strip()), **own} == about
+    own = {key: sidecar[key] for key in ("image_id", "timestamp", "latency_ms")}
+    assert {**gallery.box.sidecar(again.stdout.strip()), **own} == sidecar
     folder = gallery.box.root / "downloads"
     gallery.browser(
         "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose
@@ -18716,16 +17102,16 @@ def test_server_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Ga
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "broken")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "broken: failing with `refused`, as its options ask"
+    tab.until("$('info').className === 'error'")
+    assert tab.text("#info").strip() == "broken: failing with `refused`, as its options ask"
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    assert "REPLICATE_API_TOKEN" in tab.until("$('said').innerText.split('\\n')[1]")
+    assert "REPLICATE_API_TOKEN" in tab.until("$('info').innerText.split('\\n')[1]")
     tab.choose("#backend", "mock")
     tab.type("#size", "64x64")
     tab.click("#go")
     tab.until("images.length === 1")
-    assert tab.js("$('said').className") == ""
+    assert tab.js("$('info').className") == ""
 
 
 @in_chromium
@@ -18736,12 +17122,12 @@ def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
     gallery.server.wait(30)
     tab.type("#prompt", "a fox")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    assert tab.text("#said").strip() == "The server does not answer."
+    tab.until("$('info').className === 'error'")
+    assert tab.text("#info").strip() == "The server does not answer."
     logged = [
-        one["entry"]["text"]
-        for one in tab.heard("Log.entryAdded")
-        if one["entry"]["level"] == "error"
+        event["entry"]["text"]
+        for event in tab.reported("Log.entryAdded")
+        if event["entry"]["level"] == "error"
     ]
     assert len(logged) == 1 and "ERR_CONNECTION_REFUSED" in logged[0]  # by the browser, not by us
     gallery.tabs.remove(tab)
@@ -18767,8 +17153,8 @@ def test_server_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_n
     assert tab.js("window.ran") is None
     refused = {
         word
-        for one in tab.heard("Log.entryAdded")
-        for word in re.findall(r"\w+-src", one["entry"]["text"])
+        for event in tab.reported("Log.entryAdded")
+        for word in re.findall(r"\w+-src", event["entry"]["text"])
     }
     assert refused >= {"script-src", "img-src", "connect-src"}
     gallery.tabs.remove(tab)
@@ -18786,7 +17172,7 @@ def test_server_a_phone_scrolls_down_only(gallery: Gallery) -> None:
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
+    tab.until("$('info').className === 'error'")
     assert tab.js(fits)
     for tile in ("#grid button:nth-child(2)", "#grid button"):
         tab.click(tile)
@@ -18827,10 +17213,7 @@ def test_server_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gal
 
 
 @in_chromium
-@pytest.mark.parametrize(
-    ("scheme", "width"),
-    [("light", 1280), ("dark", 390)],
-)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_server_axe_finds_nothing_to_complain_about(
     gallery: Gallery, scheme: str, width: int
 ) -> None:
@@ -18842,40 +17225,35 @@ def test_server_axe_finds_nothing_to_complain_about(
         "Füchse": "640x640",
     }.items():
         gallery.make(prompt, "-n", "3", size=size)
-    tab = gallery.open(
-        1,
-        width=width,
-        height=900 if width > 390 else 844,
-        scheme=scheme,
-    )
+    tab = gallery.open(1, width=width, height=900 if width > 390 else 844, scheme=scheme)
     tab.js(AXE.read_text() + "; 0")
 
     def complaints(where: str) -> list[str]:
         tab.shot(f"{scheme}-{width}-{where}")
-        found = tab.js("axe.run(document, { resultTypes: ['violations'] })")
-        assert found["passes"], "axe looked at nothing"
+        report = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+        assert report["passes"], "axe looked at nothing"
         return [
-            f"{where}: {one['id']}: {node['html']}"
-            for one in found["violations"]
-            for node in one["nodes"]
+            f"{where}: {violation['id']}: {node['html']}"
+            for violation in report["violations"]
+            for node in violation["nodes"]
         ]
 
-    found = complaints("gallery")
+    violations = complaints("gallery")
     tab.js("$('settings').open = true")
     tab.choose("#backend", "slow")
     tab.type("#prompt", "a slow fox")
     tab.click("#go")
     tab.until("$('bar').value > 0.3")
-    found += complaints("form")
+    violations += complaints("form")
     tab.until("!$('go').disabled")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('said').className === 'error'")
-    found += complaints("error")
+    tab.until("$('info').className === 'error'")
+    violations += complaints("error")
     tab.click("#grid button:nth-child(2)")
     tab.until("$('big').complete")
-    found += complaints("detail")
-    assert found == []
+    violations += complaints("detail")
+    assert violations == []
 
 
 def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
@@ -18895,43 +17273,28 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
 
     skill = shell(f"{own} skill").stdout
     _, head, text = skill.split("---\n", 2)
-    about = yaml.safe_load(head)
-    assert about.keys() == {"name", "description"}
-    assert about["name"] == "imagine"
-    assert "/imagine" in about["description"]
+    head_fields = yaml.safe_load(head)
+    assert head_fields.keys() == {"name", "description"}
+    assert head_fields["name"] == "imagine"
+    assert "/imagine" in head_fields["description"]
     rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
-    advice = {int(code): said for codes, said in rows for code in codes.split(", ")}
+    advice = {int(code): text for codes, text in rows for code in codes.split(", ")}
     assert advice.keys() == {0, *EXIT_CODES.values()}
-    assert {code for code, said in advice.items() if "never repeat" in said} == {
-        5,
-        6,
-        10,
-    }
+    assert {code for code, text in advice.items() if "never repeat" in text} == {5, 6, 10}
 
     (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
     block = textwrap.dedent(block)
     prompt = 'it\'s "$HOME" `id` -n größe'
     made = shell(block.replace("PROMPT", prompt))
     answer = json.loads(made.stdout)
-    assert (
-        made.returncode,
-        answer["ok"],
-        made.stderr,
-    ) == (0, True, ""), made.stderr
+    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
     assert answer["images"][0]["prompt"] == prompt
     assert Path(answer["images"][0]["path"]).exists()
     flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
     assert len(flags) == 6
     for more in flags:
         assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
-    *commands, recover = [
-        word
-        for word in re.findall(
-            r"`([^`]+)`",
-            text,
-        )
-        if word.startswith(own)
-    ]
+    *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
     assert [word.removeprefix(own).split()[0] for word in commands] == [
         "styles",
         "backends",
@@ -18947,9 +17310,9 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
         error = json.loads(lost.stdout)["error"]
         assert (lost.returncode, error["charged"]) == (10, "unknown")
         assert error["message"]
-        (found,) = re.findall(r"recover (\S+)", error["hint"])
+        (lost_id,) = re.findall(r"recover (\S+)", error["hint"])
         assert recover.endswith(" ID")
-        assert shell(recover.replace("ID", found)).returncode == 10
+        assert shell(recover.replace("ID", lost_id)).returncode == 10
         assert [seen.method for seen in remote.seen] == ["POST"]
 
 
@@ -18961,11 +17324,11 @@ def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) 
     with box.start("serve", "--port", "0") as server:
         try:
             address = server.stdout.readline().strip().rstrip("/")  # type: ignore[union-attr]
-            words = shlex.split(curl.replace("\\\n", ""))
-            url = words[2].replace("http://127.0.0.1:8765", address)
-            body = words[words.index("-d") + 1].encode()
-            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=30) as answer:
+            argv = shlex.split(curl.replace("\\\n", ""))
+            url = argv[2].replace("http://127.0.0.1:8765", address)
+            body = argv[argv.index("-d") + 1].encode()
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 link = json.load(answer)["data"][0]["url"]
             with urllib.request.urlopen(link, timeout=30) as image:
                 assert image.read(8) == b"\x89PNG\r\n\x1a\n"
@@ -18976,10 +17339,10 @@ def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) 
             done = subprocess.run(
                 [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
             )
-            said = sorted(
+            lines = sorted(
                 line.split()[:2] for line in done.stdout.splitlines()
             )  # as they were finished
-            assert said == [["7", "0.0"], ["8", "0.0"]], done.stderr
+            assert lines == [["7", "0.0"], ["8", "0.0"]], done.stderr
         finally:
             server.terminate()
             server.communicate(timeout=30)
@@ -19062,11 +17425,7 @@ def test_terminal_how_long_it_will_take_is_learned_from_the_ledger(box: Box) -> 
 def test_terminal_of_several_images_the_number_made_is_shown(box: Box) -> None:
     box.configure({"mock": {"type": "mock", "parallel": 1}})
     done = on_tty(box, *SMALL, "-n", "3", "--opt", "delay_s=0.4")
-    assert {frame[-6:] for frame in terminal_frames(done.err)} >= {
-        "0 of 3",
-        "1 of 3",
-        "2 of 3",
-    }
+    assert {frame[-6:] for frame in terminal_frames(done.err)} >= {"0 of 3", "1 of 3", "2 of 3"}
     assert len(done.lines) == 3
     assert all(Path(line).is_file() for line in done.lines)
 
@@ -19076,15 +17435,7 @@ def test_terminal_where_no_line_can_rewrite_itself_there_is_one_at_the_start_and
     box: Box, terminal: bool
 ) -> None:
     args = (*SMALL, "--opt", "delay_s=0.4")
-    done = (
-        on_tty(
-            box,
-            *args,
-            env={"TERM": "dumb"},
-        )
-        if terminal
-        else box.run(*args)
-    )
+    done = on_tty(box, *args, env={"TERM": "dumb"}) if terminal else box.run(*args)
     assert "\x1b" not in done.err
     assert "\r" not in done.err.replace("\r\n", "")
     start, sidecar, closing = done.err.splitlines()
@@ -19094,13 +17445,7 @@ def test_terminal_where_no_line_can_rewrite_itself_there_is_one_at_the_start_and
 
 
 @pytest.mark.parametrize(
-    ("flag", "terminal"),
-    [
-        ("-q", True),
-        ("-q", False),
-        ("--quiet", False),
-        ("-qv", False),
-    ],
+    ("flag", "terminal"), [("-q", True), ("-q", False), ("--quiet", False), ("-qv", False)]
 )
 def test_terminal_quiet_says_nothing_but_the_path(box: Box, flag: str, terminal: bool) -> None:
     args = ("generate", "a fox", "--size", "64x64", "--opt", "delay_s=0.3", flag)
@@ -19112,10 +17457,7 @@ def test_terminal_quiet_says_nothing_but_the_path(box: Box, flag: str, terminal:
     assert failed.err.startswith("imagen: ")
 
 
-@pytest.mark.parametrize(
-    ("value", "colored"),
-    [("1", False), ("", True)],
-)
+@pytest.mark.parametrize(("value", "colored"), [("1", False), ("", True)])
 def test_terminal_no_color_takes_the_color_and_leaves_the_line(
     box: Box, value: str, colored: bool
 ) -> None:
@@ -19215,11 +17557,7 @@ def commands_box(
 ) -> Path:
     """A config in which every built-in backend is a mock, so that nothing reaches out, with further ones."""
     return box.configure(
-        {
-            **(blocks or {}),
-            **{name: {"type": "mock"} for name in BUILT_IN},
-        },
-        **more,
+        {**(blocks or {}), **{name: {"type": "mock"} for name in BUILT_IN}}, **more
     )
 
 
@@ -19228,11 +17566,7 @@ def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]
     done = box.run("generate", *args, "--dry-run", "--json", **options)
     assert done.code == 0, done.err
     return [
-        (
-            plan["parameters"]["width"],
-            plan["parameters"]["height"],
-        )
-        for plan in done.json["plans"]
+        (plan["parameters"]["width"], plan["parameters"]["height"]) for plan in done.json["plans"]
     ]
 
 
@@ -19252,15 +17586,7 @@ def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
 def test_commands_ctrl_c_while_it_reads_the_prompt_is_no_traceback(box: Box) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"a fox")
-    with (
-        box.start(
-            "generate",
-            "-",
-            stdin=reader,
-        ) as process,
-        open(reader),
-        open(writer),
-    ):
+    with box.start("generate", "-", stdin=reader) as process, open(reader), open(writer):
         preview_wait(
             lambda: not select.select([reader], [], [], 0)[0]
         )  # it has read that, and waits for more
@@ -19289,10 +17615,7 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
     )
     made = box.run(*SMALL[:4], "--opt", "width=48", "--opt", "height=32")
     assert box.sidecar(made.lines[0])["width"] == 48
-    assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {
-        "width": 48,
-        "height": 32,
-    }
+    assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
 
 
 def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
@@ -19303,44 +17626,18 @@ def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
         (again,) = box.run("generate", "--like", what).lines
         assert again != first
         assert Path(again).read_bytes() == Path(first).read_bytes()
-    (other,) = box.run(
-        "generate",
-        "a hen",
-        "--like",
-        first,
-        "--seed",
-        "9",
-        "--size",
-        "32x32",
-    ).lines
+    (other,) = box.run("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
     kept = box.sidecar(first)
     changed = box.sidecar(other)
-    assert [
-        changed[key]
-        for key in (
-            "prompt",
-            "seed",
-            "width",
-            "style",
-        )
-    ] == ["a hen", 9, 32, "ink"]
+    assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
     assert changed["negative_prompt"] == kept["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
 
 
 def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
     cat = box.root / "cats" / "cat.jpg"
-    first, second = box.run(
-        *SMALL[:6],
-        "-n",
-        "2",
-        "-o",
-        str(cat),
-    ).lines
-    assert {first, second} == {
-        str(cat.with_suffix(".png")),
-        str(cat.with_name("cat-2.png")),
-    }
+    first, second = box.run(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
+    assert {first, second} == {str(cat.with_suffix(".png")), str(cat.with_name("cat-2.png"))}
     (filed,) = box.run(*SMALL, "-o", f"{box.root}/dogs/").lines
     assert Path(filed).parent == box.root / "dogs"
     assert Path(filed).name.endswith("-a-fox-7.png")
@@ -19350,12 +17647,7 @@ def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
 
 def test_commands_n_images_have_n_seeds(box: Box) -> None:
     paths = box.run(*SMALL, "-n", "4").lines
-    assert sorted(box.sidecar(path)["seed"] for path in paths) == [
-        7,
-        8,
-        9,
-        10,
-    ]
+    assert sorted(box.sidecar(path)["seed"] for path in paths) == [7, 8, 9, 10]
     assert len({Path(path).read_bytes() for path in paths}) == 4
 
 
@@ -19431,11 +17723,7 @@ def test_commands_with_json_a_command_answers_with_one_document(
         assert done.json.keys() == {"ok", "images", "warnings"}
         assert done.json["warnings"] == []
         for image in done.json["images"]:
-            assert image == {
-                **box.sidecar(image["path"]),
-                "path": image["path"],
-                "cloud": None,
-            }
+            assert image == {**box.sidecar(image["path"]), "path": image["path"], "cloud": None}
 
 
 JSON_FAILED = [
@@ -19516,13 +17804,7 @@ MISTAKES = [  # what was typed; the exit code; a word of the next step
 
 
 @pytest.mark.parametrize(
-    (
-        "args",
-        "code",
-        "step",
-    ),
-    MISTAKES,
-    ids=[" ".join(row[0]) for row in MISTAKES],
+    ("args", "code", "step"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES]
 )
 def test_commands_an_error_is_one_line_and_the_next_step(
     box: Box, args: tuple[str, ...], code: int, step: str
@@ -19537,10 +17819,7 @@ def test_commands_an_error_is_one_line_and_the_next_step(
 
 
 def test_commands_an_unknown_key_of_the_config_names_the_nearest(box: Box) -> None:
-    for wrong, near in (
-        ({"outptu": {}}, '"output"'),
-        ({"output": {"nameing": "x"}}, '"naming"'),
-    ):
+    for wrong, near in (({"outptu": {}}, '"output"'), ({"output": {"nameing": "x"}}, '"naming"')):
         commands_box(box, None, **wrong)
         done = box.run("styles")
         assert done.code == 3
@@ -19596,10 +17875,7 @@ def test_commands_no_command_line_is_a_bug(here: Box, words: list[str], command:
         code = helped.code
     finally:
         sys.stdin = before
-    assert code in {
-        0,
-        *EXIT_CODES.values(),
-    } - {EXIT_CODES["bug"]}, err.getvalue()
+    assert code in {0, *EXIT_CODES.values()} - {EXIT_CODES["bug"]}, err.getvalue()
     assert "\x1b" not in err.getvalue() + out.getvalue()
 
 
@@ -19677,10 +17953,7 @@ def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
         block = {"type": "openai", "model": "m"}
         commands_box(
             box,
-            {
-                "one": {**block, "base_url": one.base},
-                "other": {**block, "base_url": other.base},
-            },
+            {"one": {**block, "base_url": one.base}, "other": {**block, "base_url": other.base}},
         )
         done = box.run("backends", "--check")
     assert done.code == 0, done.out
@@ -19809,11 +18082,7 @@ def test_commands_config_show_names_the_file_and_what_the_environment_overrides_
     secrets = box.root / "secrets"
     secrets.write_text("REPLICATE_API_TOKEN=r8_canary_in_a_file\n")
     secrets.chmod(0o600)
-    path = commands_box(
-        box,
-        {"ai": {"type": "openai", "model": "m"}},
-        env_file=str(secrets),
-    )
+    path = commands_box(box, {"ai": {"type": "openai", "model": "m"}}, env_file=str(secrets))
     env = {
         "OPENAI_API_KEY": "sk-canary",
         "SUPABASE_SERVICE_ROLE_KEY": "canary",
@@ -19871,10 +18140,7 @@ def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box)
     with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
         block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
         box.configure(
-            {
-                "ai": block,
-                "local": {**block, "base_url": local.v1, "model": local.models[0]},
-            }
+            {"ai": block, "local": {**block, "base_url": local.v1, "model": local.models[0]}}
         )
         known = [
             box.sidecar(box.run("generate", "a fox").lines[0])["cost_usd_estimate"]
@@ -19887,20 +18153,10 @@ def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box)
             box.run("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
     assert known[0] > 0
-    total = {
-        "images": 3,
-        "usd": pytest.approx(sum(known), abs=2e-6),
-        "unknown": 2,
-    }
+    total = {"images": 3, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
     by_backend = box.run("cost", "--by", "backend", "--json").json
     assert {key: by_backend["total"][key] for key in total} == total
-    rows = {
-        row["backend"]: (
-            row["images"],
-            row["unknown"],
-        )
-        for row in by_backend["rows"]
-    }
+    rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
     assert rows == {"ai": (2, 1), "local": (1, 1)}
     records = box.ledger()
     records[0]["at"] = "2001-02-03T04:05:06+00:00"
@@ -19936,15 +18192,7 @@ def test_commands_the_launcher_runs_this_copy_from_anywhere_and_nothing_of_the_c
 
     def launched(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [
-                launcher,
-                *args,
-            ],
-            cwd=trap,
-            env=box.environ,
-            capture_output=True,
-            text=True,
-            timeout=60,
+            [launcher, *args], cwd=trap, env=box.environ, capture_output=True, text=True, timeout=60
         )
 
     made = launched("generate", "a  'fox'", "--size", "64x64")
@@ -19973,13 +18221,7 @@ def test_commands_install_replaces_its_own_launcher_and_nobody_elses_file(box: B
 def jobs_listed(box: Box, *args: str) -> dict[str, str]:
     """Ids and statuses, newest first."""
     return {
-        row["id"]: row["status"]
-        for row in box.run(
-            "jobs",
-            "list",
-            *args,
-            "--json",
-        ).json["jobs"]
+        row["id"]: row["status"] for row in box.run("jobs", "list", *args, "--json").json["jobs"]
     }
 
 
@@ -20019,13 +18261,7 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert wanted.items() <= first.items()
     assert wanted.items() <= second.items()
     assert (first["seed"], second["seed"]) == (7, 8)
-    (added,) = box.run(
-        "jobs",
-        "add",
-        "-",
-        "--json",
-        input="from stdin",
-    ).json["jobs"]
+    (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
     row = jobs_row(cloud.database, added["id"])
     assert (row["prompt"], row["seed"], added["status"]) == ("from stdin", None, "pending")
     assert [*jobs_listed(box)] == [added["id"], *reversed(done.lines)]
@@ -20044,23 +18280,9 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert told[0].split()[0] == again
     assert "done" in told[0]
     assert "a fox" in told[0]
-    like = box.run(
-        "jobs",
-        "add",
-        "--like",
-        "last",
-        "--seed",
-        "9",
-        "-b",
-        "mock",
-    ).lines[0]
+    like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
     row = jobs_row(cloud.database, like)
-    assert (
-        row["prompt"],
-        row["width"],
-        row["style"],
-        row["seed"],
-    ) == ("a fox", 64, "ink", 9)
+    assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
 
 
 def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
@@ -20068,10 +18290,9 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
     wait = ("jobs", "add", "--wait", "a fox", "--size", "64x64")
     with JobsWorker(box):
         done = box.run(*wait, "-n", "2")
-        assert done.code == 0 and [line.split()[1] for line in done.lines] == [
-            "done",
-            "done",
-        ], done.err
+        assert done.code == 0 and [line.split()[1] for line in done.lines] == ["done", "done"], (
+            done.err
+        )
         assert {line.split()[2] for line in done.lines} == {str(row["id"]) for row in cloud.rows()}
         for code in ("refused", "bug", "unknown"):
             done = box.run(*wait, "--opt", f"fail={code}", "--json")
@@ -20115,10 +18336,9 @@ def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
     ]  # fmt: skip
     for args, env, code, text in cases:
         done = box.run("jobs", *args, "--json", env=env)
-        assert (
-            done.code,
-            done.json["ok"],
-        ) == (code, False) and text in done.json["error"]["message"], args
+        assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"][
+            "message"
+        ], args
     assert cloud.rows("imagen.jobs") == []
 
 
@@ -20173,10 +18393,7 @@ def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
     known = re.findall(r"^  (\w+) +\S", box.run("--help").out, re.MULTILINE)
     assert len(commands) >= 10
     for words in commands:
-        name, *rest = next(
-            (words[i:] for i, word in enumerate(words) if word in known),
-            ["help"],
-        )
+        name, *rest = next((words[i:] for i, word in enumerate(words) if word in known), ["help"])
         if name == "generate":
             args = [made if rest[i - 1] == "--like" else word for i, word in enumerate(rest)]
             done = box.run("generate", "--dry-run", *args, input="a fox")
@@ -20208,16 +18425,7 @@ def test_the_backend_in_the_readme_makes_an_image(box: Box, readme: str, linked:
     shutil.copy(HERE, box.root / "imagen.py")
     (box.root / "my_imagen.py").write_text(source)
     by_link = {"image_url": "/made/fox.png"} if linked else png(64, 48)
-    with Remote(
-        handler=lambda seen: (
-            by_link
-            if seen.method == "POST"
-            else png(
-                64,
-                48,
-            )
-        )
-    ) as server:
+    with Remote(handler=lambda seen: by_link if seen.method == "POST" else png(64, 48)) as server:
         box.configure(MOCK).write_text(re.sub(r"https?://[^\s\"',}]+", server.base, block))
         kind = re.findall(r"""register\(["']([\w-]+)["']\)""", source)[0]
         name = re.findall(rf"([\w-]+): *\{{?\s*type: *{kind}\b", block)[0]
@@ -20379,17 +18587,8 @@ MOCK_1024 = (*MOCK_64[:-1], "1024x1024")
 @pytest.mark.bench
 @pytest.mark.timeout(300)
 def test_readme_bench_starting(bench: BenchBox) -> None:
-    cases = [
-        bench.floor_a,
-        bench.floor_b,
-        (*bench.script, "--help"),
-        (*bench.module, "--help"),
-    ]
-    cases += [
-        (*bench.script, *MOCK_64),
-        (*bench.module, *MOCK_64),
-        (*bench.module, *MOCK_1024),
-    ]
+    cases = [bench.floor_a, bench.floor_b, (*bench.script, "--help"), (*bench.module, "--help")]
+    cases += [(*bench.script, *MOCK_64), (*bench.module, *MOCK_64), (*bench.module, *MOCK_1024)]
     timed = [lambda case=case: 1000 * bench.run(*case).seconds for case in cases]
     a, b, *rest = bench.medians(21, *timed)
     script, module, mock_script, mock_module, mock_large = rest
@@ -20451,14 +18650,7 @@ def test_readme_bench_memory(bench: BenchBox) -> None:
     home = Box(bench.root)
     peaks: dict[str, list[float]] = {"replicate": [], "openai": []}
     floor, helped = bench.medians(
-        5,
-        lambda: bench.run(*bench.floor_b).peak,
-        lambda: (
-            bench.run(
-                *bench.script,
-                "--help",
-            ).peak
-        ),
+        5, lambda: bench.run(*bench.floor_b).peak, lambda: bench.run(*bench.script, "--help").peak
     )
     for pad in (1 << 10, 40 << 20):
         with ReplicateServer() as replicate, OpenAIServer(pad=pad) as openai:
@@ -20694,13 +18886,7 @@ class BenchQueue:
     @contextlib.contextmanager
     def floor(self, jobs: int = 0) -> Iterator[subprocess.Popen[str]]:
         server = self.database.server
-        picture = imagen.png_encode(
-            64,
-            64,
-            b"abc",
-            bytes(64 * 64),
-            {},
-        ).hex()
+        picture = imagen.png_encode(64, 64, b"abc", bytes(64 * 64), {}).hex()
         words = (
             "imagen_migrator",
             "postgres",
@@ -20866,11 +19052,7 @@ def test_readme_bench_a_job_is_picked_up_at_once(bench_queue: BenchQueue) -> Non
 @pytest.mark.bench
 @pytest.mark.timeout(600)
 def test_readme_bench_a_backlog_is_drained(bench_queue: BenchQueue) -> None:
-    columns: dict[str, list[float]] = {
-        "floor": [],
-        "1": [],
-        "8": [],
-    }
+    columns: dict[str, list[float]] = {"floor": [], "1": [], "8": []}
     count = 150
     for _ in range(5):
         for name, column in columns.items():
@@ -21054,22 +19236,8 @@ def test_readme_bench_the_server_beside_pythons_own(bench: BenchBox) -> None:
         with plain:
             serve_wait(up)
             paths = [("/healthz", "/healthz", 100), (f"/images/{record['id']}", "/image.png", 40)]
-            cases = [
-                lambda a=a, n=n: took(
-                    server.port,
-                    a,
-                    n,
-                )
-                for a, _, n in paths
-            ]
-            cases += [
-                lambda b=b, n=n: took(
-                    port,
-                    b,
-                    n,
-                )
-                for _, b, n in paths
-            ]
+            cases = [lambda a=a, n=n: took(server.port, a, n) for a, _, n in paths]
+            cases += [lambda b=b, n=n: took(port, b, n) for _, b, n in paths]
             health, picture, plain_health, plain_picture = bench.medians(15, *cases)
             plain.terminate()
     rows = [("http.server, as small a file", plain_health, plain_health, "")]
@@ -21082,39 +19250,50 @@ def test_readme_bench_the_server_beside_pythons_own(bench: BenchBox) -> None:
 @pytest.mark.bench
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
-def test_readme_bench_ten_thousand_images(bench: BenchBox) -> None:
+@pytest.mark.parametrize("count", [10_000, 100_000])
+def test_readme_bench_a_gallery_of_many_images(bench: BenchBox, count: int) -> None:
     home = Box(bench.root)
-    serve_plant(home, 10_000)
+    serve_plant(home, count)
     ledger = home.state / "ledger.jsonl"
-    whole = ledger.read_bytes()
-    figures = dict[int, list[tuple[float, float, float, float]]]()
-    for count in (1, 10_000) * 7:
-        ledger.write_bytes(whole if count > 1 else whole[: whole.index(b"\n") + 1])
+    many = ledger.read_bytes()
+    figures = dict[int, list[tuple[float, ...]]]()
+    for images in (1, count) * 7:
+        ledger.write_bytes(many if images > 1 else many[: many.index(b"\n") + 1])
         floor = 1000 * bench.run(*bench.floor_b).seconds
         began = time.perf_counter()
         with Serving(home) as server:
             ready = time.perf_counter()
-            assert len(server.images()) == min(count, 24)
+            assert len(server.images()) == min(images, 24)
             paged = time.perf_counter()
             peak = re.findall(
                 r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text()
             )[0]
-            figure = 1000 * (ready - began) - floor, 1000 * (paged - ready), int(peak) / 1024, floor
-            figures.setdefault(count, []).append(figure)
-    (_, _, imports, _), (ready, paged, peak, floor) = (
-        [statistics.median(column) for column in zip(*figures[count], strict=True)]
-        for count in (1, 10_000)
+            assert server.images("?query=zebra") == []
+            searched = time.perf_counter()
+            figure = (
+                1000 * (ready - began) - floor,
+                1000 * (paged - ready),
+                1000 * (searched - paged),
+                int(peak) / 1024,
+                floor,
+            )
+            figures.setdefault(images, []).append(figure)
+    (*_, imports, _), (ready, paged, searched, peak, floor) = (
+        [statistics.median(column) for column in zip(*figures[images], strict=True)]
+        for images in (1, count)
     )
+    rows = [
+        ("with one image", imports, imports, ""),
+        (f"with {count:,}", peak, imports + 12, "12 MB more"),
+    ]
+    bench_report(f"{count:,} images, peak memory", "MB", rows)
     rows = [
         ("B: argparse, json, compile()", floor, floor, ""),
         ("ready, after B", ready, 60.0, "60 ms"),
+        ("first page, after that", paged, 150.0, "150 ms"),
+        ("a search that finds nothing", searched, 25.0 * count / 10_000, "25 ms per 10,000"),
     ]
-    bench_report("10,000 images", "ms", [*rows, ("first page, after that", paged, 150.0, "150 ms")])
-    rows = [
-        ("with one image", imports, imports, ""),
-        ("with 10,000", peak, imports + 12, "12 MB more"),
-    ]
-    bench_report("10,000 images, peak memory", "MB", rows)
+    bench_report(f"{count:,} images", "ms", rows)
 
 
 @pytest.mark.bench
@@ -21129,24 +19308,15 @@ def test_readme_bench_the_first_screen(bench: BenchBox) -> None:
         """Noise with the spectrum of a photograph: every octave is half as strong as the one below."""
         layer = image.new("L", (1024, 1024), 128)
         for octave in range(2, 11):
-            noise = image.effect_noise(
-                (1 << octave, 1 << octave),
-                140 / 2 ** (octave - 2),
-            )
-            layer = chops.add(
-                layer,
-                noise.resize((1024, 1024), image.Resampling.BICUBIC),
-                1,
-                -128,
-            )
+            noise = image.effect_noise((1 << octave, 1 << octave), 140 / 2 ** (octave - 2))
+            layer = chops.add(layer, noise.resize((1024, 1024), image.Resampling.BICUBIC), 1, -128)
         return layer
 
     for number, record in enumerate(records):
         record["path"] = str(home.out / f"photo-{number}.png")
-        image.merge(
-            "RGB",
-            (luma := channel(), chops.add(luma, channel(), 2), luma),
-        ).save(record["path"])
+        image.merge("RGB", (luma := channel(), chops.add(luma, channel(), 2), luma)).save(
+            record["path"]
+        )
     (home.state / "ledger.jsonl").write_text(
         "".join(f"{json.dumps(record)}\n" for record in records)
     )
@@ -21161,9 +19331,5 @@ def test_readme_bench_the_first_screen(bench: BenchBox) -> None:
         ("page and list", page / 1000, 1500.0, ""),
         ("with 24 thumbnails", (page + sum(thumbs)) / 1000, 1500.0, ""),
     ]
-    bench_report(
-        "First screen",
-        "kB",
-        [*rows[:1], (*rows[1][:3], "1.5 MB")],
-    )
+    bench_report("First screen", "kB", [*rows[:1], (*rows[1][:3], "1.5 MB")])
     bench_report("A thumbnail, made", "ms", [("1024x1024", took, took, "")])
