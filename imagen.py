@@ -5813,6 +5813,8 @@ class Worker:
         self._last_heartbeat = 0.0
         self._poll_at = 0.0
         self._more_expected = True  # jobs that are due, as far as we know
+        # Who was away with Postgres may take now what it would not take then.
+        self._backlog_at = min(self._backlog_at, self._connected_at + 2.0)
         # Claims whose answer was lost with the last connection go back before anything else.
         self.apply_turn(queue.turn(disowned={"mine": [*self.running]}), Turn({}))
         self.begun = True
