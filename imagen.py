@@ -112,8 +112,9 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[31m red\\nb")
     'a [31m red\\nb'
     """
-    letters = (char if char.isprintable() or char == "\n" else " " for char in text)
-    return "".join(letters).strip()
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    return text.strip()
 
 
 class ImagenError(Exception):
@@ -4320,6 +4321,7 @@ class Run(Context):
     resumed = True  # somebody else began it, and knows how long it took
     _spool: Spool | None = None
     _delivery: Context | None = None
+    _cleaned = False  # of hidden names
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -4415,6 +4417,7 @@ class Run(Context):
         """A new spool in the target folder, in place of an earlier one."""
         if self._spool:
             self._spool.close()
+        self._cleaned = False
         try:
             self._spool = Spool(self.part, self.fallback)
         except OSError:  # the folder has gone since it was checked, but its image has been paid
@@ -4431,9 +4434,11 @@ class Run(Context):
         return ""
 
     def clean(self) -> None:
-        """Unlink the hidden names."""
-        for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
-            unlink_quietly(path)
+        """Unlink the hidden names, unless that was done."""
+        if not self._cleaned:
+            for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
+                unlink_quietly(path)
+        self._cleaned = True
 
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open and loses nothing."""
@@ -4442,7 +4447,7 @@ class Run(Context):
         self._keep_paid_bytes()
         # Hidden files go before the entry does: without it nobody would find them. A complete image
         # stays until the entry is safely in the ledger.
-        if not self.complete_image_path():
+        if self._cleaned or not self.complete_image_path():
             self.clean()
         self.entry.record["charged"] = self.charged
         try:
@@ -4454,7 +4459,7 @@ class Run(Context):
 
     def _keep_paid_bytes(self) -> None:
         # An image of a kind that we do not know, but paid.
-        if self.charged != "yes":
+        if self.charged != "yes" or self._cleaned:
             return
         with suppress(OSError), open(self.part, "rb") as file:
             unknown = sniff(file) is None
