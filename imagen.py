@@ -4365,6 +4365,7 @@ class Run(Context):
         record.setdefault("sidecar", {})
         self.entry = entry
         self.begun = True
+        self._cleaned = False
         self.id = record["id"]
         self.image_id = record["sidecar"].get("image_id") or self.id
         self.job = record.get("job") or ""
