@@ -1116,7 +1116,7 @@ def complaints(
     `thorough`: also what not every run needs, which are the naming and each backend. A key
     that a backend other than the default lacks is a warning.
     """
-    errors: list[str] = []
+    errors = []
     warnings: list[str] = []
     blocks = data["backends"]
     default = data.get("default_backend", "mock")
@@ -1614,7 +1614,7 @@ class Http:
             for name, value in self._keys.items():
                 request.add_unredirected_header(name, value)
         self.ctx.check()
-        sent: list[bool] = []
+        sent = []
 
         def first_byte() -> None:
             if paid:
@@ -2174,7 +2174,7 @@ def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
 
     BadConfig, with near names, where none has.
     """
-    installed: list[str] = []
+    installed = []
     for folder in folders:
         node, field = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
@@ -6494,7 +6494,7 @@ class Server:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
             # 2. What nobody waits for must not go on costing time or a GPU.
-            finished = list[Call]()
+            finished = []
             for call in calls:
                 if not call.left:
                     finished.append(call)
@@ -7529,7 +7529,7 @@ def usual_seconds(plan: Plan) -> float | None:
     """The median time of the last nine images of the same backend, model and size."""
     model = plan.parameters.get("model")
     size = (plan.styled.width, plan.styled.height)
-    times = list[float]()
+    times = []
     for record in images_made(backend=plan.request.backend):
         sidecar = record["sidecar"]
         same_model = model in (None, sidecar["model"])
