@@ -82,7 +82,10 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Charged = Literal["no", "unknown", "yes"]
-EMPTY: Mapping[str, Any] = types.MappingProxyType({})
+# What has named values of any kind: to be read, and to be written.
+Fields = Mapping[str, Any]
+JsonObject = dict[str, Any]
+EMPTY: Fields = types.MappingProxyType({})
 
 
 # === Errors: what can go wrong, and what each door makes of it ===
@@ -1036,7 +1039,7 @@ backends:
 # are laid over them by name.
 _COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
-BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
+BUILTIN_BACKENDS: Mapping[str, Fields] = {
     "flux-schnell-local": {**_COMFYUI, "model": "flux1-schnell.safetensors", "default_steps": 4},
     "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
     "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
@@ -1055,7 +1058,7 @@ class Config(NamedTuple):
     supabase: SupabaseConfig = SupabaseConfig()
     worker: WorkerConfig = WorkerConfig()
     styles: Mapping[str, Style] = EMPTY
-    backends: Mapping[str, Mapping[str, Any]] = BUILTIN_BACKENDS
+    backends: Mapping[str, Fields] = BUILTIN_BACKENDS
 
 
 def sample_text() -> str:
@@ -1085,7 +1088,7 @@ def load_config(flag: str = "") -> Config:
     return from_mapping(Config, data)
 
 
-def config_data(flag: str = "") -> dict[str, Any]:
+def config_data(flag: str = "") -> JsonObject:
     """The file's values with the environment's over them, not yet checked."""
     data = {}
     if path := config_path(flag):
@@ -1108,9 +1111,7 @@ def config_data(flag: str = "") -> dict[str, Any]:
     return data
 
 
-def complaints(
-    data: Mapping[str, Any], flag: str = "", thorough: bool = False
-) -> tuple[list[str], list[str]]:
+def complaints(data: Fields, flag: str = "", thorough: bool = False) -> tuple[list[str], list[str]]:
     """What is wrong with `config_data`: errors, and warnings.
 
     `thorough`: also what not every run needs, which are the naming and each backend. A key
@@ -1183,7 +1184,7 @@ def check_template(template: str) -> None:
         )
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> JsonObject:
     """The mapping in a YAML file; BadConfig with file, line and column where it is none."""
     try:
         import yaml
@@ -1360,7 +1361,7 @@ class HttpResponse(NamedTuple):
         except (ValueError, RecursionError):
             return None
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> JsonObject:
         """The body as a JSON object; Failed where it is none."""
         document = self.json()
         if not isinstance(document, dict):
@@ -1477,7 +1478,7 @@ class Http:
         """
         return self._repeated(lambda: self._followed(path))
 
-    def get_json(self, path: str) -> dict[str, Any]:
+    def get_json(self, path: str) -> JsonObject:
         """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
@@ -1499,7 +1500,7 @@ class Http:
         spool.seek(0)
         return spool
 
-    def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+    def post(self, path: str, body: Fields) -> HttpResponse:
         """The 2xx response to a free POST.
 
         Unknown where it was lost, for the adapter to look if the POST arrived.
@@ -1521,7 +1522,7 @@ class Http:
 
         return self._repeated(attempt)
 
-    def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+    def pay(self, path: str, body: Fields) -> HttpResponse:
         """The 2xx response to a POST that costs money.
 
         Sent once, and again only after a response that proves `no`.
@@ -1842,7 +1843,7 @@ class Mock(Backend):
         parallel: Annotated[int, Between(1, 64)] = 4
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The size that will be drawn."""
         width = request.width or options.width
         height = request.height or options.height
@@ -2012,12 +2013,12 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow: tuple[Graph, dict[str, Any]] | None = None
+        self.workflow: tuple[Graph, JsonObject] | None = None
         if options.workflow:
             self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """What is known before the server has been asked what `model` is."""
         source = {"model": options.model}
         if options.workflow:
@@ -2048,7 +2049,7 @@ class ComfyUI(Backend):
                 raise
             return self.resume(ctx, ctx.remote_ids, request)
 
-    def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """Wait for a prompt that was posted, and fetch its result.
 
         That works as long as the server has its history.
@@ -2088,7 +2089,7 @@ class ComfyUI(Backend):
             metadata={"prompt_id": prompt_id, "file": file},
         )
 
-    def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
+    def cancel(self, ctx: Context, remote: Fields) -> None:
         """Take our prompt, and no other, out of the queue or off the GPU.
 
         Returns once it is gone from both.
@@ -2133,7 +2134,7 @@ class ComfyUI(Backend):
         )
         return comfy_graph(options, request, split=True)
 
-    def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
+    def _submit(self, http: Http, body: Fields) -> None:
         # The same id posted twice runs twice, so after a lost response the server is asked
         # before posting again.
         for _ in range(TRIES):
@@ -2202,7 +2203,7 @@ def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> s
     return ""
 
 
-def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
+def comfy_state(http: Http, prompt_id: str) -> tuple[str, Fields]:
     """Where our prompt is: pending, running, done, or "" where nobody knows of it.
 
     With its history entry, once it is done.
@@ -2332,7 +2333,7 @@ COMFY_FIELDS = {
 }
 
 
-def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
+def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, JsonObject]:
     """The graph in a file, with placeholders at `nodes` too, and its own values for them.
 
     BadConfig where it is no such graph, or has no place for the prompt.
@@ -2383,7 +2384,7 @@ def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -
     return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
 
 
-def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
+def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph:
     """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
@@ -2411,7 +2412,7 @@ def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) ->
     )
 
 
-def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
     """The image file that a history entry names: {filename, subfolder, type}.
 
     Ended where it names none.
@@ -2443,7 +2444,7 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_files(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def comfy_files(entry: Fields) -> Iterator[Fields]:
     """The files in a history entry, under whatever key its nodes have listed them."""
     for output in (entry.get("outputs") or {}).values():
         for items in output.values():
@@ -2484,7 +2485,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     return BadConfig(f"{response.status}: {text}", hint)
 
 
-def comfy_node_error(error: Mapping[str, Any]) -> str:
+def comfy_node_error(error: Fields) -> str:
     """What one of a node's errors says, for a person."""
     kind = str(error.get("type"))
     if kind == "value_not_in_list":
@@ -2623,7 +2624,7 @@ class Replicate(Backend):
         base_url: str = "https://api.replicate.com/v1"
         default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
         output_format: Annotated[str, REQUEST] = ""
-        extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
+        extra: Annotated[Fields, REQUEST] = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
         timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 64)] = 4
@@ -2637,7 +2638,7 @@ class Replicate(Backend):
         self.token = secret_from(options.api_token_env)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The `input` of the prediction."""
         return replicate_input(options, request)[0]
 
@@ -2655,7 +2656,7 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        body: dict[str, Any] = {"input": self.plan(self.options, request)}
+        body: JsonObject = {"input": self.plan(self.options, request)}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -2666,7 +2667,7 @@ class Replicate(Backend):
         ctx.remote(id=prediction["id"])
         return self._result(http, prediction, request)
 
-    def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The result of an earlier attempt, by its id.
 
         Where the response to the create was lost, the id is looked for in the list.
@@ -2689,7 +2690,7 @@ class Replicate(Backend):
             raise
         return self._result(http, prediction, request)
 
-    def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
+    def cancel(self, ctx: Context, remote: Fields) -> None:
         """Cancel the prediction and see it end.
 
         Unknown where there is no id yet, or it had succeeded before.
@@ -2746,7 +2747,7 @@ class Replicate(Backend):
             metadata={key: prediction.get(key) for key in details},
         )
 
-    def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
+    def _listed(self, http: Http, request: Request, remote: Fields) -> str:
         """The id of the prediction that a lost create made, or "".
 
         Same model and input, the first since then.
@@ -2776,7 +2777,7 @@ class Replicate(Backend):
         return match
 
 
-def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
+def replicate_list(http: Http, since: str) -> Iterator[Fields]:
     """The predictions there are, newest first, back to a time by our clock."""
     url = "/predictions"
     while url:
@@ -2794,7 +2795,7 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
         url = page.get("next") or ""
 
 
-def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
+def replicate_input(options: Any, request: Request) -> tuple[JsonObject, tuple[str, ...]]:
     """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     steps = request.steps or options.default_steps
@@ -2830,7 +2831,7 @@ def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tup
     return inputs, tuple(ignored)
 
 
-def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
+def replicate_size(known: ReplicateModel | None, width: int, height: int) -> JsonObject:
     """The inputs that ask for a size.
 
     BadRequest, with the nearest size, where the model cannot make it.
@@ -2868,7 +2869,7 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     return float(done), float(total)
 
 
-def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
+def replicate_charged(prediction: Fields) -> Charged:
     """Whether a prediction that has ended costs money."""
     status = prediction.get("status")
     if status == "aborted":
@@ -2878,7 +2879,7 @@ def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
     return "unknown"
 
 
-def replicate_image(prediction: Mapping[str, Any]) -> str:
+def replicate_image(prediction: Fields) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
     status = prediction.get("status")
     message = str(prediction.get("error") or "")
@@ -2957,7 +2958,7 @@ class OpenAI(Backend):
         background: Annotated[str, REQUEST] = ""
         output_format: Annotated[str, REQUEST] = ""
         moderation: Annotated[str, REQUEST] = ""
-        extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
+        extra: Annotated[Fields, REQUEST] = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
         cost_usd: float | None = None  # of one image, where the response counts no tokens
@@ -2976,7 +2977,7 @@ class OpenAI(Backend):
             self.key = secret_from(variable)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The body that will be posted."""
         return openai_body(options, request)[0]
 
@@ -3050,7 +3051,7 @@ class OpenAI(Backend):
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
-def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
+def openai_body(options: Any, request: Request) -> tuple[JsonObject, tuple[str, ...]]:
     """The body for this model, and the request's fields that it has no word for.
 
     BadRequest for what is sure to be refused.
@@ -3061,7 +3062,7 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
         "negative_prompt": request.negative_prompt or None,
     }
     values = {field: value for field, value in optional.items() if value is not None}
-    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    body: JsonObject = {"model": options.model, "prompt": request.prompt, "n": 1}
     # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
     # seed, or use a constant one.
     if not options.model.startswith(("gpt-image", "chatgpt-image")):
@@ -3119,14 +3120,14 @@ def openai_check_size(model: str, width: int, height: int) -> None:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
-def openai_data(document: Any) -> list[Mapping[str, Any]]:
+def openai_data(document: Any) -> list[Fields]:
     """The entries of `data`, which the schema lets be absent."""
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         return []
     return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+def openai_answer(response: HttpResponse, ctx: Context) -> tuple[JsonObject, BinaryIO | None]:
     """The JSON of a response without its image, and the image; None: there is only a link.
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
@@ -3156,7 +3157,7 @@ def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any],
     return document, decode_base64(text, ctx.spool())
 
 
-def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
+def openai_cost(model: str, usage: Fields) -> float | None:
     """USD by the response's token counts; None where model or counts are unknown.
 
     Compatible servers say zero, or put all kinds of things there.
@@ -3467,7 +3468,7 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def parsed(text: bytes) -> dict[str, Any]:
+def parsed(text: bytes) -> JsonObject:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
@@ -5352,7 +5353,7 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
             connection.close()
 
 
-def postgres_error(place: str, fields: Mapping[str, Any]) -> ImagenError:
+def postgres_error(place: str, fields: Fields) -> ImagenError:
     """What an error of the server means, by its SQLSTATE."""
     code = str(fields.get("C", ""))
     message = f"{place}: {fields.get('M')} ({code})"
@@ -5525,7 +5526,7 @@ TURN = {
 # Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
 
-Rows = dict[str, list[dict[str, Any]]]  # by the name of the part that gave them
+Rows = dict[str, list[JsonObject]]  # by the name of the part that gave them
 
 
 @functools.cache
@@ -5547,7 +5548,7 @@ class Queue:
         self.always = always
         self.notified = False
         self._claiming = False
-        self._prepared: dict[str, Any] = {}
+        self._prepared: JsonObject = {}
         # pg8000 does not promise what we lean on: its table of handlers here, its socket in
         # PgStream.of. Without them the server can only be asked, now and then.
         handlers = getattr(connection, "message_types", None)
@@ -5607,10 +5608,10 @@ class Queue:
             self._prepared[sql] = self.connection.prepare(sql)
         return list(self._prepared[sql].run(**self.always, **params) or ())
 
-    def turn(self, **parts: Mapping[str, Any]) -> Rows:
+    def turn(self, **parts: Fields) -> Rows:
         """Do these parts of TURN, each with its parameters, in one transaction; their rows."""
         sql = turn_sql(*[part for part in TURN if part in parts])
-        params: dict[str, Any] = {}
+        params: JsonObject = {}
         for part in parts.values():
             params.update(part)
         rows: Rows = {part: [] for part in (*TURN, "woken")}
@@ -5660,14 +5661,14 @@ class JobRow(TypedDict):
     owner_user_id: str
     attempt: int
     max_attempts: int
-    receipt: Mapping[str, Any] | None
+    receipt: Fields | None
 
 
 class Outcome(TypedDict, total=False):
     """What is to be written of an attempt that is over."""
 
     status: str
-    image: Mapping[str, Any] | None  # its row of imagen.images
+    image: Fields | None  # its row of imagen.images
     error: str
     error_code: str
     delay: float  # seconds until it may run again
@@ -5702,12 +5703,12 @@ class Attempt(Run):
         self.job = row["id"]
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
-        columns: dict[str, Any] = {**row}
+        columns: JsonObject = {**row}
         if columns["seed"] is None:
             columns["seed"] = int(self.job[-8:], 16) & 0x7FFFFFFF
         fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
         self.order = Order(**fields)
-        self.shown: dict[str, Any] = {"note": None, "progress": None}
+        self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
         self.unpaid = [self.number]  # attempts whose receipt may be written over
@@ -5751,7 +5752,7 @@ class Attempt(Run):
         self.worker.ring()
         return self.receipt
 
-    def heartbeat(self) -> dict[str, Any]:
+    def heartbeat(self) -> JsonObject:
         """What the main thread is about to write of this job, and a receipt that waits."""
         self.written = self.shown
         fields = {"id": self.job, "attempt": self.number, **self.written}
@@ -5778,7 +5779,7 @@ class Attempt(Run):
 class Turn(NamedTuple):
     """What is to be done in one turn."""
 
-    parts: Mapping[str, Mapping[str, Any]]  # of TURN, with their parameters
+    parts: Mapping[str, Fields]  # of TURN, with their parameters
     finished: Sequence[tuple[Attempt, Outcome]] = ()
     renewed: Sequence[Attempt] = ()
     free: int = 0  # slots for new jobs
@@ -5956,7 +5957,7 @@ class Worker:
         for run, outcome in self.outcomes[:]:
             if run.receipt.answered.is_set() or self.running.get(run.job) is not run:
                 finished.append((run, outcome))
-        parts: dict[str, Mapping[str, Any]] = {}
+        parts: dict[str, Fields] = {}
         if finished:
             parts["settled"] = settled_params(finished)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
@@ -6352,7 +6353,7 @@ class Call(Runner):
         plans: list[Plan],
         config: Config,
         say: Callable[[str], None],
-        body: Mapping[str, Any],
+        body: Fields,
         ignored: Sequence[str],
     ) -> None:
         super().__init__(plans, config, parallel=plans[0].parallel)
@@ -6710,7 +6711,7 @@ class Server:
             headers = {"Retry-After": "5", "x-should-retry": "true"}
             raise HttpError(503, message, "rate_limit_exceeded", headers)
 
-    def _plans(self, body: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
+    def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
         # OpenAI's clients send null for what they leave open.
         body = {key: value for key, value in body.items() if value is not None}
@@ -6764,7 +6765,7 @@ class Server:
         if not call.records:
             self.fail(response, errors[0])
             return
-        document: dict[str, Any] = {
+        document: JsonObject = {
             "created": int(call.began),
             "data": [self._fields(call, record, request) for record in call.records],
             "usage": usage_of(call.records),
@@ -6801,11 +6802,11 @@ class Server:
         for error in worst_first(call.errors)[:1]:
             response.event("error", {"error": openai_fields(error)[1]})
 
-    def _fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
+    def _fields(self, call: Call, record: Record, request: HttpRequest) -> JsonObject:
         """One image as OpenAI's API shows it, and what only we know of it."""
         sidecar = record["sidecar"]
         image_id = sidecar["image_id"]
-        fields: dict[str, Any] = {
+        fields: JsonObject = {
             "imagen": {
                 "id": image_id,
                 "seed": sidecar["seed"],
@@ -6930,7 +6931,7 @@ def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
 
 def error_fields(
     message: str, kind: str, code: str, hint: str = "", charged: Charged = "no"
-) -> dict[str, Any]:
+) -> JsonObject:
     """OpenAI's shape of an error, and what only we say of it."""
     return {
         "message": message,
@@ -6942,7 +6943,7 @@ def error_fields(
     }
 
 
-def openai_fields(error: ImagenError) -> tuple[int, dict[str, Any]]:
+def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
     """The status of an error, and its fields."""
     usual = (error.http_status, "server_error", error.code)
     status, kind, code = OPENAI_ERRORS.get(error.code, usual)
@@ -6962,7 +6963,7 @@ def record_of_image(image_id: str) -> Record:
     raise HttpError(404, "no image has this id")
 
 
-def shown_fields(record: Record) -> dict[str, Any]:
+def shown_fields(record: Record) -> JsonObject:
     """What the page may know of an image."""
     sidecar = record["sidecar"]
     path = record["path"]
@@ -7001,9 +7002,7 @@ class ResponseWriter:
             data += body
         self.sock.sendall(data)
 
-    def json(
-        self, status: int, document: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
-    ) -> None:
+    def json(self, status: int, document: Fields, headers: Mapping[str, str] = EMPTY) -> None:
         """A JSON document; nothing where a response has begun, which it would spoil."""
         if not self.begun:
             usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -7032,7 +7031,7 @@ class ResponseWriter:
             b"Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n"
         )
 
-    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def event(self, kind: str, fields: Fields) -> None:
         """One server-sent event."""
         data = to_json({"type": kind, **fields})
         self.sock.sendall(f"event: {kind}\ndata: {data}\n\n".encode())
@@ -7059,7 +7058,7 @@ STATUSES = {
 }
 
 
-def usage_of(records: Iterable[Record]) -> dict[str, Any]:
+def usage_of(records: Iterable[Record]) -> JsonObject:
     """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
     total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     for record in records:
@@ -7444,12 +7443,10 @@ class Terminal:
                 if not isinstance(problem, BrokenPipeError | ValueError):
                     self.say(f"stdout: {problem}; it would have said: {' '.join(lines)}")
 
-    def result(
-        self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None
-    ) -> int:
+    def result(self, document: Fields, *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
         code = 0
-        outcome: dict[str, Any] = {"ok": True}
+        outcome: JsonObject = {"ok": True}
         if error:
             code = error.exit_code
             outcome = {"ok": False, "error": self.fields(error), "images": []}
@@ -7458,7 +7455,7 @@ class Terminal:
         self.write(*lines)
         return code
 
-    def fields(self, error: ImagenError) -> dict[str, Any]:
+    def fields(self, error: ImagenError) -> JsonObject:
         """What JSON says of an error."""
         return {
             "message": str(error),
@@ -7943,7 +7940,7 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     rows = [backend_row(name, config) for name in config.backends]
     errors = []
 
-    def check(row: dict[str, Any]) -> None:
+    def check(row: JsonObject) -> None:
         try:
             ready = open_backend(row["name"], config.backends).check(Context(15.0))
             row |= {"said": f"ok: {ready}", "ok": True}
@@ -7971,7 +7968,7 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
-def backend_row(name: str, config: Config) -> dict[str, Any]:
+def backend_row(name: str, config: Config) -> JsonObject:
     """What is known of a backend before it is asked."""
     block = config.backends[name]
     state = fault(name, config)
@@ -8532,7 +8529,7 @@ LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
 
 
-def job_requests(order: Order, config: Config) -> list[dict[str, Any]]:
+def job_requests(order: Order, config: Config) -> list[JsonObject]:
     """The columns of an order's jobs, one for each image."""
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
@@ -8584,7 +8581,7 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
     return terminal.result({"jobs": jobs}, *lines, error=error)
 
 
-def job_error(job: Mapping[str, Any]) -> ImagenError:
+def job_error(job: Fields) -> ImagenError:
     """Why a job has no image, as an error of the kind that its worker met."""
     code = job["error_code"]
     if job["status"] == "canceled":
