@@ -624,12 +624,7 @@ def _gif_colors(flags: int) -> int:
     return 3 * 2 << (flags & 7)
 
 
-def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
-    """The image in a `data:` URI, in `spool`, at its start."""
-    return decode_base64(memoryview(uri.partition(",")[2].encode()), spool)
-
-
-def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
+def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
 
     A megabyte at a time; Unknown where it is broken.
@@ -973,6 +968,8 @@ def _complaints_about(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
 
 # === Config: imagen.yaml: flag > environment > file > default ===
 
+KeyName = Annotated[str, KEY]  # of an environment variable
+
 
 class OutputConfig(NamedTuple):
     """Where images go and what is shown of them."""
@@ -988,9 +985,9 @@ class OutputConfig(NamedTuple):
 class SupabaseConfig(NamedTuple):
     """Which variables lead to the cloud."""
 
-    url_env: Annotated[str, KEY] = "SUPABASE_URL"
-    service_key_env: Annotated[str, KEY] = "SUPABASE_SERVICE_ROLE_KEY"
-    database_url_env: Annotated[str, KEY] = "IMAGEN_DATABASE_URL"
+    url_env: KeyName = "SUPABASE_URL"
+    service_key_env: KeyName = "SUPABASE_SERVICE_ROLE_KEY"
+    database_url_env: KeyName = "IMAGEN_DATABASE_URL"
     bucket: str = "imagen-generated"
 
 
@@ -1037,10 +1034,14 @@ backends:
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
 # are laid over them by name.
-_COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
 BUILTIN_BACKENDS: Mapping[str, Fields] = {
-    "flux-schnell-local": {**_COMFYUI, "model": "flux1-schnell.safetensors", "default_steps": 4},
+    "flux-schnell-local": {
+        "type": "comfyui",
+        "base_url": "http://localhost:8188",
+        "model": "flux1-schnell.safetensors",
+        "default_steps": 4,
+    },
     "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
     "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
     "gpt-image": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"},
@@ -1150,13 +1151,11 @@ def complaints(data: Fields, flag: str = "", thorough: bool = False) -> tuple[li
                 continue
             try:
                 open_backend(name, blocks)
-            except KeyMissing as problem:
-                if name == default:
-                    errors.append(str(problem))
-                else:
-                    warnings.append(str(problem))
             except BadConfig as problem:
-                errors.append(str(problem))
+                lines = errors
+                if isinstance(problem, KeyMissing) and name != default:
+                    lines = warnings
+                lines.append(str(problem))
     return errors, warnings
 
 
@@ -1311,11 +1310,12 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt = _extended(request.prompt, style.suffix)
-    negative = _extended(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
-    return request._replace(prompt=prompt, negative_prompt=negative)
+    return request._replace(
+        prompt=_extended(request.prompt, style.suffix),
+        negative_prompt=_extended(request.negative_prompt, style.negative),
+    )
 
 
 def _extended(text: str, addition: str) -> str:
@@ -1825,6 +1825,14 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 # === Mock: pictures out of thin air, free and without a network ===
 
+# What options of several kinds of backend are. A request may set all but the last.
+Text = Annotated[str, REQUEST]
+Extra = Annotated[Fields, REQUEST]
+Pixels = Annotated[int, REQUEST, Between(16, 8192)]
+Steps = Annotated[int, REQUEST, Between(0, 500)]
+Strength = Annotated[float, REQUEST, Between(0, 100)]
+Parallel = Annotated[int, Between(1, 64)]
+
 
 @register("mock")
 class Mock(Backend):
@@ -1838,9 +1846,9 @@ class Mock(Backend):
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
         # mypy wants the codes spelled out.
         fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]
-        width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
-        height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
-        parallel: Annotated[int, Between(1, 64)] = 4
+        width: Pixels = 1024
+        height: Pixels = 1024
+        parallel: Parallel = 4
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -1991,16 +1999,16 @@ class ComfyUI(Backend):
 
         base_url: str = "http://127.0.0.1:8188"
         model: str = ""
-        default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
+        default_steps: Steps = 0
         workflow: str = ""
         # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
         nodes: Mapping[str, str] = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
-        sampler: Annotated[str, REQUEST] = ""
-        scheduler: Annotated[str, REQUEST] = ""
-        cfg: Annotated[float, REQUEST, Between(0, 100)] = 0.0  # 0: what the kind of model wants
-        guidance: Annotated[float, REQUEST, Between(0, 100)] = 3.5
+        sampler: Text = ""
+        scheduler: Text = ""
+        cfg: Strength = 0.0  # 0: what the kind of model wants
+        guidance: Strength = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
         timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
@@ -2354,7 +2362,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, JsonObje
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
     # 2. Put the placeholders where `nodes` says.
-    usual: Graph = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    usual: Graph = {"{negative}": "", "{width}": 1024, "{height}": 1024, "{steps}": 20}
     for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
@@ -2364,8 +2372,9 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, JsonObje
             raise comfy_misplaced(path, name, places, f'it has no "{place}"')
         inputs = places[place]
         key = place.partition(".")[2]
-        usual[name] = inputs[key]
-        inputs[key] = f"{{{name}}}"
+        mark = f"{{{name}}}"
+        usual[mark] = inputs[key]
+        inputs[key] = mark
     # 3. Without a place for the prompt every image would be the same.
     if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
         raise comfy_misplaced(
@@ -2388,28 +2397,29 @@ def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph
     """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
-    values = {}
+    marks = dict(usual)
+    ignored = []
     for name, field in COMFY_FIELDS.items():
         value = getattr(request, field)
-        if value or name == "seed":
-            values[name] = value
-    marks = {f"{{{name}}}": value for name, value in {**usual, **values}.items()}
+        if not value and name != "seed":
+            continue
+        mark = f"{{{name}}}"
+        marks[mark] = value
+        if mark not in text:
+            ignored.append(field)
     for spec in graph.values():
         for key, old in spec["inputs"].items():
             if not isinstance(old, str):
                 continue
-            filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
             # A number alone in its field stays a number.
-            spec["inputs"][key] = marks.get(old, filled)
+            filled = marks.get(old)
+            if old not in marks:
+                filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
+            spec["inputs"][key] = filled
     steps = 0
     if "{steps}" in text and isinstance(marks["{steps}"], int):
         steps = marks["{steps}"]
-    return ComfyGraph(
-        graph=graph,
-        model=None,
-        steps=steps,
-        ignored=tuple(COMFY_FIELDS[name] for name in values if f"{{{name}}}" not in text),
-    )
+    return ComfyGraph(graph=graph, model=None, steps=steps, ignored=tuple(ignored))
 
 
 def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
@@ -2468,9 +2478,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
             kinds.add(str(error.get("type")))
-            field = (error.get("extra_info") or {}).get("input_name", "")
-            text = comfy_node_error(error)
-            lines.append(f"node {node} ({spec.get('class_type')}) {field}: {text}")
+            lines.append(f"node {node} ({spec.get('class_type')}) {comfy_node_error(error)}")
     if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
         return BadRequest("; ".join(lines))
     if lines:
@@ -2486,19 +2494,19 @@ def comfy_error(response: HttpResponse) -> ImagenError:
 
 
 def comfy_node_error(error: Fields) -> str:
-    """What one of a node's errors says, for a person."""
+    """What one of a node's errors says, for a person: the input, and what is wrong with it."""
     kind = str(error.get("type"))
+    extra = error.get("extra_info") or {}
+    text = f"{error.get('message')}"
     if kind == "value_not_in_list":
-        extra = error.get("extra_info") or {}
         value = str(extra.get("received_value"))
         text = f'"{value}" is not installed'
         if known := comfy_choices(extra.get("input_config")):
             text += f", {nearest(value, known)}"
-        return text
     # Details of an exception are a traceback with the server's paths.
-    if "exception" in kind:
-        return str(error.get("message"))
-    return f"{error.get('message')} ({error.get('details')})"
+    elif "exception" not in kind:
+        text += f" ({error.get('details')})"
+    return f"{extra.get('input_name', '')}: {text}"
 
 
 def comfy_choices(spec: Any) -> list[str]:
@@ -2574,6 +2582,10 @@ def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
 # === Replicate: predictions at api.replicate.com ===
 
 
+# The input or body of a request, and the request's fields that it has no word for.
+Prepared = tuple[JsonObject, tuple[str, ...]]
+
+
 class ReplicateModel(NamedTuple):
     """What is known of a model's inputs.
 
@@ -2620,14 +2632,14 @@ class Replicate(Backend):
         """
 
         model: str
-        api_token_env: Annotated[str, KEY] = "REPLICATE_API_TOKEN"
+        api_token_env: KeyName = "REPLICATE_API_TOKEN"
         base_url: str = "https://api.replicate.com/v1"
-        default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
-        output_format: Annotated[str, REQUEST] = ""
-        extra: Annotated[Fields, REQUEST] = EMPTY
+        default_steps: Steps = 0
+        output_format: Text = ""
+        extra: Extra = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
         timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
-        parallel: Annotated[int, Between(1, 64)] = 4
+        parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
@@ -2728,7 +2740,7 @@ class Replicate(Backend):
         url = replicate_image(prediction)
         http.ctx.progress("downloading")
         if url.startswith("data:"):
-            image = data_uri(url, http.ctx.spool())
+            image = decode_base64(url.partition(",")[2].encode(), http.ctx.spool())
         else:
             image = http.download(url)
         seed = request.seed
@@ -2761,7 +2773,8 @@ class Replicate(Backend):
         match = ""
         removed = False
         for item in replicate_list(http, remote.get("since", "")):
-            if item.get("model") != self.model or item["id"] in remote.get("taken", ()):
+            is_taken = item["id"] in remote.get("taken", ())
+            if is_taken or item.get("model") != self.model:
                 continue
             if self.version not in ("", item.get("version")):
                 continue
@@ -2795,7 +2808,7 @@ def replicate_list(http: Http, since: str) -> Iterator[Fields]:
         url = page.get("next") or ""
 
 
-def replicate_input(options: Any, request: Request) -> tuple[JsonObject, tuple[str, ...]]:
+def replicate_input(options: Any, request: Request) -> Prepared:
     """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     steps = request.steps or options.default_steps
@@ -2952,19 +2965,19 @@ class OpenAI(Backend):
         """
 
         model: str
-        api_key_env: Annotated[str, KEY] = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
+        api_key_env: KeyName = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
         base_url: str = "https://api.openai.com/v1"
-        quality: Annotated[str, REQUEST] = ""
-        background: Annotated[str, REQUEST] = ""
-        output_format: Annotated[str, REQUEST] = ""
-        moderation: Annotated[str, REQUEST] = ""
-        extra: Annotated[Fields, REQUEST] = EMPTY
+        quality: Text = ""
+        background: Text = ""
+        output_format: Text = ""
+        moderation: Text = ""
+        extra: Extra = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
         cost_usd: float | None = None  # of one image, where the response counts no tokens
         # Seconds of silence: an image may take minutes.
         timeout: Annotated[float, Between(1, 7200)] = 600.0
-        parallel: Annotated[int, Between(1, 64)] = 4
+        parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
@@ -3051,17 +3064,16 @@ class OpenAI(Backend):
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
-def openai_body(options: Any, request: Request) -> tuple[JsonObject, tuple[str, ...]]:
+def openai_body(options: Any, request: Request) -> Prepared:
     """The body for this model, and the request's fields that it has no word for.
 
     BadRequest for what is sure to be refused.
     """
-    optional = {
+    values = {
         "seed": request.seed,
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    values = {field: value for field, value in optional.items() if value is not None}
     body: JsonObject = {"model": options.model, "prompt": request.prompt, "n": 1}
     # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
     # seed, or use a constant one.
@@ -3092,7 +3104,9 @@ def openai_body(options: Any, request: Request) -> tuple[JsonObject, tuple[str, 
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    return body, tuple(field for field in values if field not in {*body, *placed})
+    sent = {*body, *placed}
+    ignored = (field for field in values if values[field] is not None and field not in sent)
+    return body, tuple(ignored)
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
@@ -3179,7 +3193,8 @@ def openai_error(response: HttpResponse) -> ImagenError:
     document = response.json() or {}
     error = document.get("error", document)
     code = error.get("code") or error.get("type")
-    text = excerpt(str(error.get("message") or response.excerpt()).encode(), 1000)
+    message = str(error.get("message") or response.excerpt())
+    text = excerpt(message.encode(), 1000)
     if error.get("param"):
         text += f" ({error['param']})"
     if request_id := response.headers.get("x-request-id"):
