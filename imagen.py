@@ -968,7 +968,10 @@ def _complaints_about(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
 
 # === Config: imagen.yaml: flag > environment > file > default ===
 
+# What several blocks have.
 KeyName = Annotated[str, KEY]  # of an environment variable
+Seconds = Annotated[float, Between(1, 3600)]
+Parallel = Annotated[int, Between(1, 64)]
 
 
 class OutputConfig(NamedTuple):
@@ -994,9 +997,9 @@ class SupabaseConfig(NamedTuple):
 class WorkerConfig(NamedTuple):
     """How a worker takes jobs; seconds."""
 
-    concurrency: Annotated[int, Between(1, 64)] = 1
+    concurrency: Parallel = 1
     poll_s: Annotated[float, Between(0.1, 3600)] = 5.0
-    lease_s: Annotated[float, Between(1, 3600)] = 45.0
+    lease_s: Seconds = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
 
@@ -1825,13 +1828,12 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 # === Mock: pictures out of thin air, free and without a network ===
 
-# What options of several kinds of backend are. A request may set all but the last.
+# Options that several kinds of backend have, and that a request may set.
 Text = Annotated[str, REQUEST]
 Extra = Annotated[Fields, REQUEST]
 Pixels = Annotated[int, REQUEST, Between(16, 8192)]
 Steps = Annotated[int, REQUEST, Between(0, 500)]
 Strength = Annotated[float, REQUEST, Between(0, 100)]
-Parallel = Annotated[int, Between(1, 64)]
 
 
 @register("mock")
@@ -2011,7 +2013,7 @@ class ComfyUI(Backend):
         guidance: Strength = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
-        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
+        timeout: Seconds = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
     def __init__(self, name: str, options: Options) -> None:
@@ -2638,7 +2640,7 @@ class Replicate(Backend):
         output_format: Text = ""
         extra: Extra = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
-        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
+        timeout: Seconds = 60.0  # seconds of silence in one response
         parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
@@ -3074,7 +3076,11 @@ def openai_body(options: Any, request: Request) -> Prepared:
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    body: JsonObject = {"model": options.model, "prompt": request.prompt, "n": 1}
+    body: JsonObject = {
+        "model": options.model,
+        "prompt": request.prompt,
+        "n": 1,
+    }
     # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
     # seed, or use a constant one.
     if not options.model.startswith(("gpt-image", "chatgpt-image")):
@@ -3367,7 +3373,8 @@ def publish(
         beside = f"{path}.json"
         # Ours is what an earlier, killed call has linked.
         ours = same_file(note, beside)
-        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
+        beside_taken = sidecar and not ours and os.path.lexists(beside)
+        if beside_taken or os.path.lexists(path):
             if ours:
                 # Somebody took the image's name since.
                 os.unlink(beside)
@@ -3387,7 +3394,10 @@ def publish(
     return path
 
 
-def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
+def _take_names(
+    pairs: Sequence[tuple[str, str]],
+    claiming: Callable[[str], object],
+) -> bool:
     """Give all files their names, the image last.
 
     False, and nothing left of ours, where one is taken.
@@ -3433,7 +3443,8 @@ def release_claim(path: str, image_id: str) -> None:
         with suppress(OSError), open(locked(name), "rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-    if not os.path.exists(path) and parsed(read_bytes(beside)).get("image_id") == image_id:
+    sidecar = parsed(read_bytes(beside))
+    if not os.path.exists(path) and sidecar.get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -3502,7 +3513,11 @@ def read_bytes(path: str) -> bytes:
 # === Preview: tmux, kitty, iTerm2 ===
 
 
-def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
+def show_preview(
+    paths: Sequence[str],
+    output: OutputConfig,
+    warn: Callable[[str], None],
+) -> None:
     """Show finished images: in a tmux window, inline, or by the user's own command.
 
     `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns
@@ -3528,7 +3543,7 @@ def _show(paths: Sequence[str], command: str) -> None:
     # 1. Inline, where the terminal shows images and tmux does not stand between.
     tmux = os.environ.get("TMUX")
     terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    encode: Callable[[bytes], bytes] | None = None
+    encode = None
     if terminal & {"iTerm.app", "WezTerm"}:
         encode = iterm_image
     kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
@@ -3564,14 +3579,14 @@ def _show(paths: Sequence[str], command: str) -> None:
         raise Failed(done.stderr)
 
 
-def kitty_image(png: bytes) -> bytes:
+def kitty_image(data: bytes) -> bytes:
     """https://sw.kovidgoyal.net/kitty/graphics-protocol/
 
     Base64 in pieces of 4096, m=1 on all but the last.
     """
-    if not png.startswith(PNG_MAGIC):
+    if not data.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
-    text = binascii.b2a_base64(png, newline=False)
+    text = binascii.b2a_base64(data, newline=False)
     starts = range(0, len(text), 4096)
     pieces = [b"m=1;%b\x1b\\" % text[start : start + 4096] for start in starts]
     pieces[-1] = pieces[-1].replace(b"m=1", b"m=0", 1)
@@ -5578,17 +5593,14 @@ class Queue:
         # Before the first claim, or the jobs in between are not heard of.
         connection.run("LISTEN imagen_jobs")
         self._check()
-        settings = {
+        connection.run(
             # Nothing of ours is done after we gave up.
-            "statement_timeout": f"{900 * patience:.0f}",
-            "default_transaction_isolation": "'read committed'",
+            f"SET statement_timeout = {900 * patience:.0f}; "
+            "SET default_transaction_isolation = 'read committed'; "
             # Jobs come faster than statistics of them: without these a claim sorts all that
             # wait, and keeps doing so.
-            "enable_seqscan": "off",
-            "enable_bitmapscan": "off",
-            "enable_sort": "off",
-        }
-        connection.run("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off"
+        )
 
     def _on_notification(self, *_: Any) -> None:
         # The stock handler dies of a payload that is not ASCII, in the middle of an answer.
@@ -5719,9 +5731,8 @@ class Attempt(Run):
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
         columns: JsonObject = {**row}
-        if columns["seed"] is None:
-            columns["seed"] = int(self.job[-8:], 16) & 0x7FFFFFFF
         fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
         self.order = Order(**fields)
         self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
@@ -5771,9 +5782,9 @@ class Attempt(Run):
         """What the main thread is about to write of this job, and a receipt that waits."""
         self.written = self.shown
         fields = {"id": self.job, "attempt": self.number, **self.written}
-        self.receipt_sent = self.receipt
-        if not self.receipt_sent.answered.is_set():
-            self.receipt_sent.sent_at = time.monotonic()
+        self.receipt_sent = receipt = self.receipt
+        if not receipt.answered.is_set():
+            receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
             fields["receipt"] = {
                 "attempt": self.number,
@@ -5849,7 +5860,7 @@ class Worker:
 
     def on_signal(self, *_: Any) -> None:
         """The first: no more claims. The second: hand back what is running."""
-        self.stops = self.stops + 1
+        self.stops += 1
         self.stopping_at = self.stopping_at or time.monotonic()
         self.ring()
 
@@ -5863,21 +5874,21 @@ class Worker:
 
         Postgres may come and go meanwhile.
         """
-        settings = self.config.worker
-        params = {
-            "me": self.me,
-            "slot": self.slot,
-            "lease": settings.lease_s,
-            "backends": self.backends,
-            "default": self.config.default_backend,
-        }
-        patience = settings.lease_s / 2
+        lease_s = self.config.worker.lease_s
+        url_env = self.config.supabase.database_url_env
         pause = 0.05
         while not self.is_over:
             # 1. Work for as long as there is a connection.
             try:
-                with postgres(self.config.supabase.database_url_env, patience) as connection:
-                    queue = Queue(connection, **params)
+                with postgres(url_env, patience=lease_s / 2) as connection:
+                    queue = Queue(
+                        connection,
+                        me=self.me,
+                        slot=self.slot,
+                        lease=lease_s,
+                        backends=self.backends,
+                        default=self.config.default_backend,
+                    )
                     pause = 0.05
                     self.say("connected, listening")
                     self.run_turns(queue, once)
@@ -5887,7 +5898,8 @@ class Worker:
                     raise
                 # Spread, or all workers come back in the same moment. Never longer than a
                 # quarter of the lease: once Postgres is back, ours runs out for the others.
-                wait_s = min(settings.lease_s / 4, pause * (0.5 + os.urandom(1)[0] / 255))
+                spread = 0.5 + os.urandom(1)[0] / 255
+                wait_s = min(lease_s / 4, pause * spread)
                 self.say(f"{problem}; next try in {wait_s:.1f} s", 4)
             # 2. Leave, where there is nothing more to wait for. The journal has what is left,
             # and whoever takes this slot goes on with it.
@@ -5939,7 +5951,8 @@ class Worker:
         self._poll_at = 0.0
         self._more_expected = True  # jobs that are due, as far as we know
         # Claims whose answer was lost with the last connection go back before anything else.
-        self.apply_turn(queue.turn(disowned={"mine": [*self.running]}), Turn({}))
+        rows = queue.turn(disowned={"mine": [*self.running]})
+        self.apply_turn(rows, Turn({}))
         self.begun = True
         while not self.is_over:
             # 1. Wait for a notification, a thread of ours, or the time of the next turn.
@@ -6038,7 +6051,9 @@ class Worker:
     def apply_turn(self, rows: Rows, turn: Turn) -> None:
         """See to what a turn brought."""
         # 1. Outcomes: written, or fenced off.
-        written = {(row["id"], row["attempt"]): row["status"] for row in rows["settled"]}
+        written = {}
+        for row in rows["settled"]:
+            written[row["id"], row["attempt"]] = row["status"]
         for run, outcome in turn.finished:
             status = written.get((run.job, run.number))
             message = "its lease was lost: not written"
@@ -6072,7 +6087,8 @@ class Worker:
         for row in rows["waiting"]:
             self.waiting = row["number"]
         # 5. New jobs; RETURNING promises no order.
-        for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
+        rows["claimed"].sort(key=lambda row: (-row["priority"], row["seq"]))
+        for row in rows["claimed"]:
             self.start(typing.cast(JobRow, row))
         # 6. The backlog.
         for row in rows["delivered"]:
@@ -6144,8 +6160,7 @@ class Worker:
             record = self.recovered(run, entry, config)
             if record:
                 return record
-            wrote_receipt = receipt and run.id == job_uuid(run.job, receipt["attempt"])
-            if receipt and wrote_receipt and run.charged == "no":
+            if receipt and run.charged == "no" and run.id == job_uuid(run.job, receipt["attempt"]):
                 # Whoever wrote the receipt was here, and knows that it cost nothing.
                 run.unpaid.append(receipt["attempt"])
                 receipt = None
@@ -6474,14 +6489,13 @@ class Server:
                 # Out of descriptors, or a client that had left before.
                 time.sleep(0.05)
                 continue
-            with self._lock:
-                full = len(self._connections) >= CONNECTIONS_MAX
-                if not full:
-                    self._connections[sock] = time.monotonic() + HEAD_S
-            if full:
+            # Only this thread adds connections, so there are never more than that.
+            if len(self._connections) >= CONNECTIONS_MAX:
                 sock.close()
-            else:
-                in_thread(self._connection, sock)
+                continue
+            with self._lock:
+                self._grant(sock, HEAD_S)
+            in_thread(self._connection, sock)
         # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
         until = time.monotonic() + SHUTDOWN_S
@@ -6569,8 +6583,14 @@ class Server:
 
     def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
         kinds = {401: "authentication_error", 503: "server_error"}
-        kind = kinds.get(problem.status, "invalid_request_error")
-        fields = error_fields(str(problem), kind, problem.code)
+        fields = {
+            "message": str(problem),
+            "type": kinds.get(problem.status, "invalid_request_error"),
+            "param": None,
+            "code": problem.code or None,
+            "hint": "",
+            "charged": "no",
+        }
         response.json(problem.status, {"error": fields}, problem.headers)
         # What nobody reads would reset the connection, and the answer with it.
         self._grant(response.sock, DRAIN_AFTER_ERROR_S)
@@ -6658,9 +6678,21 @@ class Server:
             cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
             response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
             return
-        # Only scripts that bear it run: what a prompt smuggles in would not.
+        # Only scripts that bear it run: what a prompt smuggles in would not. Nor may the
+        # page do anything else that it does not need to.
         nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
-        response.page(PAGE.replace("NONCE", nonce), nonce)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors 'none'"
+        )
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        response.send(200, PAGE.replace("NONCE", nonce).encode(), headers)
 
     def answer_health(self, _: HttpRequest, response: ResponseWriter) -> None:
         """GET /healthz."""
@@ -6676,12 +6708,12 @@ class Server:
 
     def answer_options(self, _: HttpRequest, response: ResponseWriter) -> None:
         """GET /api/options: what the page's form offers."""
-        options = {
+        document = {
             "backends": [*self.config.backends],
             "default": self.config.default_backend,
             "styles": [*STYLES, *self.config.styles],
         }
-        response.json(200, options)
+        response.json(200, document)
 
     def answer_generations(self, request: HttpRequest, response: ResponseWriter) -> None:
         """POST /v1/images/generations.
@@ -6746,8 +6778,9 @@ class Server:
         fields["height"] = int(pixels[2] or 0)
         # OpenAI's own options reach those backends that have an option of the same name.
         cls, _ = options_of(backend, self.config.backends)
-        passed = {key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS}
-        options = {key: body[key] for key in passed & body.keys() if body[key] != "auto"}
+        passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
+        present = passed & body.keys()
+        options = {key: body[key] for key in present if body[key] != "auto"}
         own = fields.get("backend_opts", {})
         if isinstance(own, dict):  # else `from_mapping` complains of it
             fields["backend_opts"] = {**own, **options}
@@ -6944,26 +6977,19 @@ def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
     return request[1], request[2], headers
 
 
-def error_fields(
-    message: str, kind: str, code: str, hint: str = "", charged: Charged = "no"
-) -> JsonObject:
-    """OpenAI's shape of an error, and what only we say of it."""
-    return {
-        "message": message,
-        "type": kind,
-        "param": None,
-        "code": code or None,
-        "hint": hint,
-        "charged": charged,
-    }
-
-
 def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
-    """The status of an error, and its fields."""
+    """The status of an error, its fields in OpenAI's shape, and what only we say of it."""
     usual = (error.http_status, "server_error", error.code)
     status, kind, code = OPENAI_ERRORS.get(error.code, usual)
-    fields = error_fields(str(error), kind, code, error.hint, error.charged)
-    return status, {**fields, "imagen_code": error.code}
+    return status, {
+        "message": str(error),
+        "type": kind,
+        "param": None,
+        "code": code,
+        "hint": error.hint,
+        "charged": error.charged,
+        "imagen_code": error.code,
+    }
 
 
 def worst_first(errors: Iterable[ImagenError]) -> list[ImagenError]:
@@ -7003,6 +7029,8 @@ class ResponseWriter:
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A whole response, or the head of one whose Content-Length is among the headers."""
+        from http.client import responses
+
         self.begun = True
         fields = {
             "Content-Length": str(len(body)),
@@ -7010,7 +7038,7 @@ class ResponseWriter:
             "X-Content-Type-Options": "nosniff",
             **headers,
         }
-        lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
+        lines = [f"HTTP/1.1 {status} {responses.get(status, 'Error')}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
         data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
         if not self.bodiless:
@@ -7022,21 +7050,6 @@ class ResponseWriter:
         if not self.begun:
             usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
             self.send(status, to_json(document).encode(), {**usual, **headers})
-
-    def page(self, html: str, nonce: str) -> None:
-        """Our page, which may do what it needs to, and nothing else."""
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
-            "frame-ancestors 'none'"
-        )
-        headers = {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": policy,
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-        }
-        self.send(200, html.encode(), headers)
 
     def begin_stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
@@ -7057,20 +7070,6 @@ class ResponseWriter:
 
         readable, _, _ = select.select([self.sock], [], [], 0)
         return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
-
-
-STATUSES = {
-    200: "OK",
-    303: "See Other",
-    304: "Not Modified",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    413: "Content Too Large",
-    429: "Too Many Requests",
-}
 
 
 def usage_of(records: Iterable[Record]) -> JsonObject:
@@ -7477,7 +7476,7 @@ class Terminal:
             "code": error.code,
             "hint": error.hint,
             "charged": error.charged,
-            "retryable": error.retryable and error.charged == "no",
+            "retryable": repeatable(error),
         }
 
     def draw(self, text: str) -> None:
@@ -7968,7 +7967,8 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
         for thread in [in_thread(check, row) for row in rows]:
             thread.join()
     lines = []
-    cells = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    columns = ("name", "type", "model", "said")
+    cells = aligned([row[column] for column in columns] for row in rows)
     for row, line in zip(rows, cells, strict=True):
         mark = " "
         if row["default"]:
@@ -8087,7 +8087,8 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     shown = config._asdict()
     for section in ("output", "supabase", "worker"):
         shown[section] = shown[section]._asdict()
-    shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    styles = config.styles.items()
+    shown["styles"] = {name: style._asdict() for name, style in styles}
     # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
@@ -8323,6 +8324,9 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
 @command(
     flag("--file", default="", help="instead of the migrations.sql beside imagen.py"),
     flag(
@@ -8333,8 +8337,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     """set up or upgrade the database"""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "migrations.sql")
-    path = args.file or beside
+    path = args.file or os.path.join(HERE, "migrations.sql")
     try:
         with open(path, encoding="utf-8") as file:
             sql = file.read()
@@ -8432,10 +8435,10 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     cure = "name another folder: imagen install DIR"
     # The mark tells a launcher of ours, which may be replaced, from a program of that name.
     mark = "# the launcher of imagen.py"
-    if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
+    beginning = read_bytes(path)[:200]
+    if os.path.lexists(path) and mark.encode() not in beginning:
         raise BadRequest(f"{path} exists and is not ours", cure)
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import imagen; sys.exit(imagen.main())"
     start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
@@ -8482,12 +8485,18 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
             terminal.say(" ".join(text.split()), prefix=prefix)
 
     worker = Worker(config, say, concurrency, args.name, args.backend)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, worker.on_signal)
+    handle_stops(worker.on_signal)
     worker.serve(args.once)
-    for number in (signal.SIGTERM, signal.SIGINT):  # what is left is to leave
-        signal.signal(number, signal.SIG_IGN)
+    handle_stops(signal.SIG_IGN)  # what is left is to leave
     return terminal.result({})
+
+
+def handle_stops(handler: Any) -> None:
+    """From now on, what the signals SIGTERM and SIGINT do."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 @command(
@@ -8531,7 +8540,8 @@ def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
         ids = [str(ident) for (ident,) in added]
         if args.wait:
             return follow_jobs(ids, terminal, database)
-    return terminal.result({"jobs": [{"id": ident, "status": "pending"} for ident in ids]}, *ids)
+    jobs = [{"id": ident, "status": "pending"} for ident in ids]
+    return terminal.result({"jobs": jobs}, *ids)
 
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
@@ -8549,7 +8559,8 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
     plans_of(order, config)
-    request = {key: value for key, value in sparse(order.request()).items() if value != ""}
+    fields = sparse(order.request())
+    request = {key: value for key, value in fields.items() if value != ""}
     requests = []
     for number in range(order.n):
         requests.append(dict(request))
@@ -8564,8 +8575,9 @@ def list_jobs(rows: Sequence[Sequence[Any]], terminal: Terminal) -> int:
     jobs = [job for (job,) in rows]
     lines = []
     for job in jobs:
+        created = job["created_at"][:16]
         text = job["error"] or job["prompt"]
-        lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
+        lines.append((job["id"], created, job["status"], text[:70]))
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
@@ -8622,8 +8634,6 @@ def job_error(job: Fields) -> ImagenError:
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     """the OpenAI-compatible API and the gallery, over HTTP"""
-    import signal
-
     if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
     config = load_config(args.config)
@@ -8631,8 +8641,7 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if os.environ.get(args.token_env):
         token = secret_from(args.token_env).reveal()
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.stop)
+    handle_stops(server.stop)
     address = server.address
     if args.json:
         address = to_json({"address": address})
