@@ -82,8 +82,9 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Charged = Literal["no", "unknown", "yes"]
-# What has named values of any kind: to be read, and to be written.
+# What has named values: of any kind, all text, and to be written.
 Fields = Mapping[str, Any]
+Strings = Mapping[str, str]
 JsonObject = dict[str, Any]
 EMPTY: Fields = types.MappingProxyType({})
 
@@ -646,9 +647,7 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
-def png_encode(
-    width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
-) -> bytes:
+def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Strings) -> bytes:
     """An 8-bit palette PNG.
 
     `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
@@ -1115,7 +1114,11 @@ def config_data(flag: str = "") -> JsonObject:
     return data
 
 
-def complaints(data: Fields, flag: str = "", thorough: bool = False) -> tuple[list[str], list[str]]:
+def complaints(
+    data: Fields,
+    flag: str = "",
+    thorough: bool = False,
+) -> tuple[list[str], list[str]]:
     """What is wrong with `config_data`: errors, and warnings.
 
     `thorough`: also what not every run needs, which are the naming and each backend. A key
@@ -1401,8 +1404,8 @@ def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     if status == 402:
         return Quota(message)
     if 300 <= status < 400:
-        location = response.headers.get("Location")
-        return BadConfig(f"{status}: redirects to {location}", "put that into base_url")
+        message = f"{status}: redirects to {response.headers.get('Location')}"
+        return BadConfig(message, "put that into base_url")
     if not not_accepted(response):
         return Failed(message)
     if status in (429, 503):
@@ -1457,7 +1460,7 @@ class Http:
         self,
         ctx: Context,
         base: str,
-        keys: Mapping[str, str] = EMPTY,
+        keys: Strings = EMPTY,
         explain: Callable[[HttpResponse], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
@@ -1597,7 +1600,7 @@ class Http:
         sink: BinaryIO | None = None,
         paid: bool = False,
         method: str | None = None,
-        headers: Mapping[str, str] = EMPTY,
+        headers: Strings = EMPTY,
     ) -> HttpResponse:
         """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
 
@@ -1679,7 +1682,7 @@ class _Deadlines:
     for all requests; a timer for each would cost more than the request.
     """
 
-    _contexts: ClassVar[dict[object, Context]] = {}
+    _contexts: ClassVar[list[Context]] = []
     _changed = threading.Condition()
     _until = 0.0  # when the thread looks next; 0.0: there is none yet
 
@@ -1688,7 +1691,7 @@ class _Deadlines:
     def enforced(cls, ctx: Context) -> Iterator[None]:
         """While inside, `ctx` is stopped at its deadline."""
         with cls._changed:
-            cls._contexts[key := object()] = ctx
+            cls._contexts.append(ctx)
             if not cls._until:
                 cls._until = time.monotonic()
                 in_thread(cls._watch)
@@ -1698,16 +1701,16 @@ class _Deadlines:
             yield
         finally:
             with cls._changed:
-                del cls._contexts[key]
+                cls._contexts.remove(ctx)
 
     @classmethod
     def _watch(cls) -> None:
         with cls._changed:
             while True:
-                for ctx in [*cls._contexts.values()]:
+                for ctx in cls._contexts:
                     if ctx.left() <= 0:
                         ctx.stop("deadline")
-                ahead = [ctx.deadline for ctx in cls._contexts.values() if not ctx.why]
+                ahead = [ctx.deadline for ctx in cls._contexts if not ctx.why]
                 cls._until = min([time.monotonic() + 3600.0, *ahead])
                 cls._changed.wait(max(0.01, cls._until - time.monotonic()))
 
@@ -2004,7 +2007,7 @@ class ComfyUI(Backend):
         default_steps: Steps = 0
         workflow: str = ""
         # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
-        nodes: Mapping[str, str] = EMPTY
+        nodes: Strings = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Text = ""
@@ -2343,7 +2346,7 @@ COMFY_FIELDS = {
 }
 
 
-def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, JsonObject]:
+def comfy_workflow(path: str, nodes: Strings) -> tuple[Graph, JsonObject]:
     """The graph in a file, with placeholders at `nodes` too, and its own values for them.
 
     BadConfig where it is no such graph, or has no place for the prompt.
@@ -2409,15 +2412,17 @@ def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph
         marks[mark] = value
         if mark not in text:
             ignored.append(field)
+
+    def value_of(match: re.Match[str]) -> str:
+        return str(marks.get(match[0], match[0]))
+
     for spec in graph.values():
         for key, old in spec["inputs"].items():
             if not isinstance(old, str):
                 continue
+            filled = re.sub(r"\{\w+\}", value_of, old)
             # A number alone in its field stays a number.
-            filled = marks.get(old)
-            if old not in marks:
-                filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
-            spec["inputs"][key] = filled
+            spec["inputs"][key] = marks.get(old, filled)
     steps = 0
     if "{steps}" in text and isinstance(marks["{steps}"], int):
         steps = marks["{steps}"]
@@ -2742,7 +2747,8 @@ class Replicate(Backend):
         url = replicate_image(prediction)
         http.ctx.progress("downloading")
         if url.startswith("data:"):
-            image = decode_base64(url.partition(",")[2].encode(), http.ctx.spool())
+            _, _, text = url.partition(",")
+            image = decode_base64(text.encode(), http.ctx.spool())
         else:
             image = http.download(url)
         seed = request.seed
@@ -5255,7 +5261,7 @@ def postgres_options(dsn: str) -> dict[str, str]:
     return options
 
 
-def postgres_tls(options: Mapping[str, str]) -> list[Any]:
+def postgres_tls(options: Strings) -> list[Any]:
     """The ssl_contexts to try one after the other, as libpq's sslmode means it.
 
     False is a connection without TLS.
@@ -5397,7 +5403,7 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
     return Failed(message, hint)
 
 
-def _connected(pg: Any, options: Mapping[str, str]) -> Any:
+def _connected(pg: Any, options: Strings) -> Any:
     host = options["host"]
     port = int(options["port"])
     patience = float(options["connect_timeout"])
@@ -5811,9 +5817,11 @@ class Turn(NamedTuple):
     free: int = 0  # slots for new jobs
 
 
-def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
+def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Strings:
     """The parameters of the part that writes these outcomes."""
-    rows = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
+    rows = []
+    for run, outcome in finished:
+        rows.append({"id": run.job, "attempt": run.number, **outcome})
     return {"outcomes": to_jsonb(rows)}
 
 
@@ -6001,13 +6009,14 @@ class Worker:
             self._last_heartbeat = now
         if renewed:
             parts["renewed"] = {"heartbeats": to_jsonb([run.heartbeat() for run in renewed])}
+        mine = {"mine": [*self.running]}
         if busy and (renewed or self._more_expected):
-            parts["to_cancel"] = {"mine": [*self.running]}
+            parts["to_cancel"] = mine
         # 3. The safety poll: whatever a notification did not tell of. A claim may come true
         # late, by a statement that was given up here while it waited for a lock there.
         polling = now >= self._poll_at
         if polling:
-            parts["disowned"] = {"mine": [*self.running]}
+            parts["disowned"] = mine
             parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
             parts["waiting"] = {}
             self._poll_at = now + settings.poll_s
@@ -6201,8 +6210,9 @@ class Worker:
             upload_missing(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            place = f"{record['path']} on {socket.gethostname()}"
-            outcome["error"] = clipped(f"{problem}; the image is at {place}")
+            outcome["error"] = clipped(
+                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
+            )
         if record.get("object"):
             outcome["image"] = image_row(record)
         return outcome
@@ -6260,11 +6270,13 @@ class Worker:
 def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     """How many attempts a job may have, after an error of one of them."""
     most = run.row["max_attempts"]
-    if run.charged == "no" and error.retryable:
-        return most
-    if run.charged == "no" or not run.resumed or not os.path.exists(run.entry.path):
+    if run.charged == "no":
+        if error.retryable:
+            return most
         return 0
-    if run.entry.record.get("over"):
+    if not run.resumed or run.entry.record.get("over"):
+        return 0
+    if not os.path.exists(run.entry.path):
         return 0
     return most + 3
 
@@ -6350,8 +6362,8 @@ class HttpRequest(NamedTuple):
 
     method: str
     path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
+    query: Strings
+    headers: Strings
     body: bytes
 
 
@@ -6363,7 +6375,7 @@ class HttpError(Exception):
         status: int,
         message: str,
         code: str = "",
-        headers: Mapping[str, str] = EMPTY,
+        headers: Strings = EMPTY,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -6499,11 +6511,10 @@ class Server:
         # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
         until = time.monotonic() + SHUTDOWN_S
-        while time.monotonic() < until and (self._connections or self._busy()):
+        while self._connections or any(call.busy for call in [*self.calls]):
+            if time.monotonic() > until:
+                break
             time.sleep(0.05)
-
-    def _busy(self) -> bool:
-        return any(call.busy for call in [*self.calls])
 
     def stop(self, *_: Any) -> None:
         """No more connections; the second time, no more anything."""
@@ -6766,8 +6777,8 @@ class Server:
         if backend == "auto":
             backend = self.config.default_backend
         if backend not in self.config.backends:
-            hint = nearest(backend, self.config.backends)
-            raise HttpError(404, f'model "{backend}" is unknown: {hint}', "model_not_found")
+            message = f'model "{backend}" is unknown: {nearest(backend, self.config.backends)}'
+            raise HttpError(404, message, "model_not_found")
         size = str(body.get("size") or "auto")
         pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
         if not pixels:
@@ -7027,7 +7038,7 @@ class ResponseWriter:
         self.begun = False
         self.bodiless = False
 
-    def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: Strings) -> None:
         """A whole response, or the head of one whose Content-Length is among the headers."""
         from http.client import responses
 
@@ -7045,11 +7056,15 @@ class ResponseWriter:
             data += body
         self.sock.sendall(data)
 
-    def json(self, status: int, document: Fields, headers: Mapping[str, str] = EMPTY) -> None:
+    def json(self, status: int, document: Fields, headers: Strings = EMPTY) -> None:
         """A JSON document; nothing where a response has begun, which it would spoil."""
         if not self.begun:
-            usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            self.send(status, to_json(document).encode(), {**usual, **headers})
+            fields = {
+                "Content-Type": "application/json",
+                "Cache-Control": "no-store",
+                **headers,
+            }
+            self.send(status, to_json(document).encode(), fields)
 
     def begin_stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
@@ -8328,7 +8343,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @command(
-    flag("--file", default="", help="instead of the migrations.sql beside imagen.py"),
+    flag("--file", help="instead of the migrations.sql beside imagen.py"),
     flag(
         "--expose",
         action="store_true",
