@@ -73,7 +73,11 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Charged = Literal["no", "unknown", "yes"]
-EMPTY: Mapping[str, Any] = types.MappingProxyType({})
+# What has named values: of any kind, all text, and to be written.
+Fields = Mapping[str, Any]
+Strings = Mapping[str, str]
+JsonObject = dict[str, Any]
+EMPTY: Fields = types.MappingProxyType({})
 
 
 # === Errors: what can go wrong, and what each door makes of it ===
@@ -599,12 +603,7 @@ def _gif_colors(flags: int) -> int:
     return 3 * 2 << (flags & 7)
 
 
-def data_uri(uri: str, spool: BinaryIO) -> BinaryIO:
-    """The image in a `data:` URI, in `spool`, at its start."""
-    return decode_base64(memoryview(uri.partition(",")[2].encode()), spool)
-
-
-def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
+def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
 
     A megabyte at a time; Unknown where it is broken.
@@ -626,9 +625,7 @@ def decode_base64(text: memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
-def png_encode(
-    width: int, height: int, palette: bytes, rows: bytes, text: Mapping[str, str]
-) -> bytes:
+def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Strings) -> bytes:
     """An 8-bit palette PNG.
 
     `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
@@ -942,6 +939,11 @@ def _complaints_about(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
 
 # === Config: imagen.yaml: flag > environment > file > default ===
 
+# What several blocks have.
+KeyName = Annotated[str, KEY]  # of an environment variable
+Seconds = Annotated[float, Between(1, 3600)]
+Parallel = Annotated[int, Between(1, 64)]
+
 
 class OutputConfig(NamedTuple):
     """Where images go and what is shown of them."""
@@ -957,18 +959,18 @@ class OutputConfig(NamedTuple):
 class SupabaseConfig(NamedTuple):
     """Which variables lead to the cloud."""
 
-    url_env: Annotated[str, KEY] = "SUPABASE_URL"
-    service_key_env: Annotated[str, KEY] = "SUPABASE_SERVICE_ROLE_KEY"
-    database_url_env: Annotated[str, KEY] = "IMAGEN_DATABASE_URL"
+    url_env: KeyName = "SUPABASE_URL"
+    service_key_env: KeyName = "SUPABASE_SERVICE_ROLE_KEY"
+    database_url_env: KeyName = "IMAGEN_DATABASE_URL"
     bucket: str = "imagen-generated"
 
 
 class WorkerConfig(NamedTuple):
     """How a worker takes jobs; seconds."""
 
-    concurrency: Annotated[int, Between(1, 64)] = 1
+    concurrency: Parallel = 1
     poll_s: Annotated[float, Between(0.1, 3600)] = 5.0
-    lease_s: Annotated[float, Between(1, 3600)] = 45.0
+    lease_s: Seconds = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
 
@@ -1006,10 +1008,14 @@ backends:
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
 # are laid over them by name.
-_COMFYUI = {"type": "comfyui", "base_url": "http://localhost:8188"}
 _REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
-BUILTIN_BACKENDS: Mapping[str, Mapping[str, Any]] = {
-    "flux-schnell-local": {**_COMFYUI, "model": "flux1-schnell.safetensors", "default_steps": 4},
+BUILTIN_BACKENDS: Mapping[str, Fields] = {
+    "flux-schnell-local": {
+        "type": "comfyui",
+        "base_url": "http://localhost:8188",
+        "model": "flux1-schnell.safetensors",
+        "default_steps": 4,
+    },
     "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
     "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
     "gpt-image": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"},
@@ -1027,7 +1033,7 @@ class Config(NamedTuple):
     supabase: SupabaseConfig = SupabaseConfig()
     worker: WorkerConfig = WorkerConfig()
     styles: Mapping[str, Style] = EMPTY
-    backends: Mapping[str, Mapping[str, Any]] = BUILTIN_BACKENDS
+    backends: Mapping[str, Fields] = BUILTIN_BACKENDS
 
 
 def sample_text() -> str:
@@ -1057,7 +1063,7 @@ def load_config(flag: str = "") -> Config:
     return from_mapping(Config, data)
 
 
-def config_data(flag: str = "") -> dict[str, Any]:
+def config_data(flag: str = "") -> JsonObject:
     """The file's values with the environment's over them, not yet checked."""
     data = {}
     if path := config_path(flag):
@@ -1081,14 +1087,16 @@ def config_data(flag: str = "") -> dict[str, Any]:
 
 
 def complaints(
-    data: Mapping[str, Any], flag: str = "", thorough: bool = False
+    data: Fields,
+    flag: str = "",
+    thorough: bool = False,
 ) -> tuple[list[str], list[str]]:
     """What is wrong with `config_data`: errors, and warnings.
 
     `thorough`: also what not every run needs, which are the naming and each backend. A key
     that a backend other than the default lacks is a warning.
     """
-    errors: list[str] = []
+    errors = []
     warnings: list[str] = []
     blocks = data["backends"]
     default = data.get("default_backend", "mock")
@@ -1121,13 +1129,11 @@ def complaints(
                 continue
             try:
                 open_backend(name, blocks)
-            except KeyMissing as problem:
-                if name == default:
-                    errors.append(str(problem))
-                else:
-                    warnings.append(str(problem))
             except BadConfig as problem:
-                errors.append(str(problem))
+                lines = errors
+                if isinstance(problem, KeyMissing) and name != default:
+                    lines = warnings
+                lines.append(str(problem))
     return errors, warnings
 
 
@@ -1155,7 +1161,7 @@ def check_template(template: str) -> None:
         )
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> JsonObject:
     """The mapping in a YAML file; BadConfig with file, line and column where it is none."""
     try:
         import yaml
@@ -1276,11 +1282,12 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    prompt = _extended(request.prompt, style.suffix)
-    negative = _extended(request.negative_prompt, style.negative)
     if not request.width:
         request = request._replace(width=style.width, height=style.height)
-    return request._replace(prompt=prompt, negative_prompt=negative)
+    return request._replace(
+        prompt=_extended(request.prompt, style.suffix),
+        negative_prompt=_extended(request.negative_prompt, style.negative),
+    )
 
 
 def _extended(text: str, addition: str) -> str:
@@ -1326,7 +1333,7 @@ class HttpResponse(NamedTuple):
         except (ValueError, RecursionError):
             return None
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> JsonObject:
         """The body as a JSON object; Failed where it is none."""
         document = self.json()
         if not isinstance(document, dict):
@@ -1363,8 +1370,8 @@ def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     if status == 402:
         return Quota(message)
     if 300 <= status < 400:
-        location = response.headers.get("Location")
-        return BadConfig(f"{status}: redirects to {location}", "put that into base_url")
+        message = f"{status}: redirects to {response.headers.get('Location')}"
+        return BadConfig(message, "put that into base_url")
     if not not_accepted(response):
         return Failed(message)
     if status in (429, 503):
@@ -1419,7 +1426,7 @@ class Http:
         self,
         ctx: Context,
         base: str,
-        keys: Mapping[str, str] = EMPTY,
+        keys: Strings = EMPTY,
         explain: Callable[[HttpResponse], ImagenError] = explain_status,
         read_timeout: float = 60.0,
     ) -> None:
@@ -1443,7 +1450,7 @@ class Http:
         """
         return self._repeated(lambda: self._followed(path))
 
-    def get_json(self, path: str) -> dict[str, Any]:
+    def get_json(self, path: str) -> JsonObject:
         """The JSON object that a GET answers; Failed where it is none."""
         return self.get(path).mapping()
 
@@ -1465,7 +1472,7 @@ class Http:
         spool.seek(0)
         return spool
 
-    def post(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+    def post(self, path: str, body: Fields) -> HttpResponse:
         """The 2xx response to a free POST.
 
         Unknown where it was lost, for the adapter to look if the POST arrived.
@@ -1487,7 +1494,7 @@ class Http:
 
         return self._repeated(attempt)
 
-    def pay(self, path: str, body: Mapping[str, Any]) -> HttpResponse:
+    def pay(self, path: str, body: Fields) -> HttpResponse:
         """The 2xx response to a POST that costs money.
 
         Sent once, and again only after a response that proves `no`.
@@ -1559,7 +1566,7 @@ class Http:
         sink: BinaryIO | None = None,
         paid: bool = False,
         method: str | None = None,
-        headers: Mapping[str, str] = EMPTY,
+        headers: Strings = EMPTY,
     ) -> HttpResponse:
         """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
 
@@ -1580,7 +1587,7 @@ class Http:
             for name, value in self._keys.items():
                 request.add_unredirected_header(name, value)
         self.ctx.check()
-        sent: list[bool] = []
+        sent = []
 
         def first_byte() -> None:
             if paid:
@@ -1641,7 +1648,7 @@ class _Deadlines:
     for all requests; a timer for each would cost more than the request.
     """
 
-    _contexts: ClassVar[dict[object, Context]] = {}
+    _contexts: ClassVar[list[Context]] = []
     _changed = threading.Condition()
     _until = 0.0  # when the thread looks next; 0.0: there is none yet
 
@@ -1650,7 +1657,7 @@ class _Deadlines:
     def enforced(cls, ctx: Context) -> Iterator[None]:
         """While inside, `ctx` is stopped at its deadline."""
         with cls._changed:
-            cls._contexts[key := object()] = ctx
+            cls._contexts.append(ctx)
             if not cls._until:
                 cls._until = time.monotonic()
                 in_thread(cls._watch)
@@ -1660,16 +1667,16 @@ class _Deadlines:
             yield
         finally:
             with cls._changed:
-                del cls._contexts[key]
+                cls._contexts.remove(ctx)
 
     @classmethod
     def _watch(cls) -> None:
         with cls._changed:
             while True:
-                for ctx in [*cls._contexts.values()]:
+                for ctx in cls._contexts:
                     if ctx.left() <= 0:
                         ctx.stop("deadline")
-                ahead = [ctx.deadline for ctx in cls._contexts.values() if not ctx.why]
+                ahead = [ctx.deadline for ctx in cls._contexts if not ctx.why]
                 cls._until = min([time.monotonic() + 3600.0, *ahead])
                 cls._changed.wait(max(0.01, cls._until - time.monotonic()))
 
@@ -1790,6 +1797,13 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
 
 # === Mock: pictures out of thin air, free and without a network ===
 
+# Options that several kinds of backend have, and that a request may set.
+Text = Annotated[str, REQUEST]
+Extra = Annotated[Fields, REQUEST]
+Pixels = Annotated[int, REQUEST, Between(16, 8192)]
+Steps = Annotated[int, REQUEST, Between(0, 500)]
+Strength = Annotated[float, REQUEST, Between(0, 100)]
+
 
 @register("mock")
 class Mock(Backend):
@@ -1803,12 +1817,12 @@ class Mock(Backend):
         delay_s: Annotated[float, REQUEST, Between(0, 3600)] = 0.0
         # mypy wants the codes spelled out.
         fail: Annotated[Literal[(*ERRORS, "")], REQUEST] = ""  # type: ignore[valid-type]
-        width: Annotated[int, REQUEST, Between(16, 8192)] = 1024
-        height: Annotated[int, REQUEST, Between(16, 8192)] = 1024
-        parallel: Annotated[int, Between(1, 64)] = 4
+        width: Pixels = 1024
+        height: Pixels = 1024
+        parallel: Parallel = 4
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The size that will be drawn."""
         width = request.width or options.width
         height = request.height or options.height
@@ -1956,19 +1970,19 @@ class ComfyUI(Backend):
 
         base_url: str = "http://127.0.0.1:8188"
         model: str = ""
-        default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
+        default_steps: Steps = 0
         workflow: str = ""
         # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
-        nodes: Mapping[str, str] = EMPTY
+        nodes: Strings = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
-        sampler: Annotated[str, REQUEST] = ""
-        scheduler: Annotated[str, REQUEST] = ""
-        cfg: Annotated[float, REQUEST, Between(0, 100)] = 0.0  # 0: what the kind of model wants
-        guidance: Annotated[float, REQUEST, Between(0, 100)] = 3.5
+        sampler: Text = ""
+        scheduler: Text = ""
+        cfg: Strength = 0.0  # 0: what the kind of model wants
+        guidance: Strength = 3.5
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
-        timeout: Annotated[float, Between(1, 3600)] = 30.0  # seconds of silence in one response
+        timeout: Seconds = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
     def __init__(self, name: str, options: Options) -> None:
@@ -1978,12 +1992,12 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow: tuple[Graph, dict[str, Any]] | None = None
+        self.workflow: tuple[Graph, JsonObject] | None = None
         if options.workflow:
             self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """What is known before the server has been asked what `model` is."""
         source = {"model": options.model}
         if options.workflow:
@@ -2014,7 +2028,7 @@ class ComfyUI(Backend):
                 raise
             return self.resume(ctx, ctx.remote_ids, request)
 
-    def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """Wait for a prompt that was posted, and fetch its result.
 
         That works as long as the server has its history.
@@ -2054,7 +2068,7 @@ class ComfyUI(Backend):
             metadata={"prompt_id": prompt_id, "file": file},
         )
 
-    def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
+    def cancel(self, ctx: Context, remote: Fields) -> None:
         """Take our prompt, and no other, out of the queue or off the GPU.
 
         Returns once it is gone from both.
@@ -2099,7 +2113,7 @@ class ComfyUI(Backend):
         )
         return comfy_graph(options, request, split=True)
 
-    def _submit(self, http: Http, body: Mapping[str, Any]) -> None:
+    def _submit(self, http: Http, body: Fields) -> None:
         # The same id posted twice runs twice, so after a lost response the server is asked
         # before posting again.
         for _ in range(TRIES):
@@ -2140,7 +2154,7 @@ def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
 
     BadConfig, with near names, where none has.
     """
-    installed: list[str] = []
+    installed = []
     for folder in folders:
         node, field = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
@@ -2168,7 +2182,7 @@ def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> s
     return ""
 
 
-def comfy_state(http: Http, prompt_id: str) -> tuple[str, Mapping[str, Any]]:
+def comfy_state(http: Http, prompt_id: str) -> tuple[str, Fields]:
     """Where our prompt is: pending, running, done, or "" where nobody knows of it.
 
     With its history entry, once it is done.
@@ -2295,7 +2309,7 @@ COMFY_FIELDS = {
 }
 
 
-def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str, Any]]:
+def comfy_workflow(path: str, nodes: Strings) -> tuple[Graph, JsonObject]:
     """The graph in a file, with placeholders at `nodes` too, and its own values for them.
 
     BadConfig where it is no such graph, or has no place for the prompt.
@@ -2316,7 +2330,7 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
         ) from None
     # 2. Put the placeholders where `nodes` says.
-    usual: Graph = {"negative": "", "width": 1024, "height": 1024, "steps": 20}
+    usual: Graph = {"{negative}": "", "{width}": 1024, "{height}": 1024, "{steps}": 20}
     for name, place in nodes.items():
         if name not in COMFY_FIELDS:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
@@ -2326,8 +2340,9 @@ def comfy_workflow(path: str, nodes: Mapping[str, str]) -> tuple[Graph, dict[str
             raise comfy_misplaced(path, name, places, f'it has no "{place}"')
         inputs = places[place]
         key = place.partition(".")[2]
-        usual[name] = inputs[key]
-        inputs[key] = f"{{{name}}}"
+        mark = f"{{{name}}}"
+        usual[mark] = inputs[key]
+        inputs[key] = mark
     # 3. Without a place for the prompt every image would be the same.
     if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
         raise comfy_misplaced(
@@ -2343,35 +2358,38 @@ def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -
     return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
 
 
-def comfy_filled(workflow: Graph, usual: Mapping[str, Any], request: Request) -> ComfyGraph:
+def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph:
     """The workflow with the request's values, or else the `usual`, at its placeholders."""
     text = json.dumps(workflow)
     graph: Graph = json.loads(text)
-    values = {}
+    marks = dict(usual)
+    ignored = []
     for name, field in COMFY_FIELDS.items():
         value = getattr(request, field)
-        if value or name == "seed":
-            values[name] = value
-    marks = {f"{{{name}}}": value for name, value in {**usual, **values}.items()}
+        if not value and name != "seed":
+            continue
+        mark = f"{{{name}}}"
+        marks[mark] = value
+        if mark not in text:
+            ignored.append(field)
+
+    def value_of(match: re.Match[str]) -> str:
+        return str(marks.get(match[0], match[0]))
+
     for spec in graph.values():
         for key, old in spec["inputs"].items():
             if not isinstance(old, str):
                 continue
-            filled = re.sub(r"\{\w+\}", lambda match: str(marks.get(match[0], match[0])), old)
+            filled = re.sub(r"\{\w+\}", value_of, old)
             # A number alone in its field stays a number.
             spec["inputs"][key] = marks.get(old, filled)
     steps = 0
     if "{steps}" in text and isinstance(marks["{steps}"], int):
         steps = marks["{steps}"]
-    return ComfyGraph(
-        graph=graph,
-        model=None,
-        steps=steps,
-        ignored=tuple(COMFY_FIELDS[name] for name in values if f"{{{name}}}" not in text),
-    )
+    return ComfyGraph(graph=graph, model=None, steps=steps, ignored=tuple(ignored))
 
 
-def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
     """The image file that a history entry names: {filename, subfolder, type}.
 
     Ended where it names none.
@@ -2403,7 +2421,7 @@ def comfy_outcome(entry: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
     return min(files, key=lambda file: file.get("type") != "output")
 
 
-def comfy_files(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def comfy_files(entry: Fields) -> Iterator[Fields]:
     """The files in a history entry, under whatever key its nodes have listed them."""
     for output in (entry.get("outputs") or {}).values():
         for items in output.values():
@@ -2427,9 +2445,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
             kinds.add(str(error.get("type")))
-            field = (error.get("extra_info") or {}).get("input_name", "")
-            text = comfy_node_error(error)
-            lines.append(f"node {node} ({spec.get('class_type')}) {field}: {text}")
+            lines.append(f"node {node} ({spec.get('class_type')}) {comfy_node_error(error)}")
     if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
         return BadRequest("; ".join(lines))
     if lines:
@@ -2444,20 +2460,20 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     return BadConfig(f"{response.status}: {text}", hint)
 
 
-def comfy_node_error(error: Mapping[str, Any]) -> str:
-    """What one of a node's errors says, for a person."""
+def comfy_node_error(error: Fields) -> str:
+    """What one of a node's errors says, for a person: the input, and what is wrong with it."""
     kind = str(error.get("type"))
+    extra = error.get("extra_info") or {}
+    text = f"{error.get('message')}"
     if kind == "value_not_in_list":
-        extra = error.get("extra_info") or {}
         value = str(extra.get("received_value"))
         text = f'"{value}" is not installed'
         if known := comfy_choices(extra.get("input_config")):
             text += f", {nearest(value, known)}"
-        return text
     # Details of an exception are a traceback with the server's paths.
-    if "exception" in kind:
-        return str(error.get("message"))
-    return f"{error.get('message')} ({error.get('details')})"
+    elif "exception" not in kind:
+        text += f" ({error.get('details')})"
+    return f"{extra.get('input_name', '')}: {text}"
 
 
 def comfy_choices(spec: Any) -> list[str]:
@@ -2533,6 +2549,10 @@ def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
 # === Replicate: predictions at api.replicate.com ===
 
 
+# The input or body of a request, and the request's fields that it has no word for.
+Prepared = tuple[JsonObject, tuple[str, ...]]
+
+
 class ReplicateModel(NamedTuple):
     """What is known of a model's inputs.
 
@@ -2579,14 +2599,14 @@ class Replicate(Backend):
         """
 
         model: str
-        api_token_env: Annotated[str, KEY] = "REPLICATE_API_TOKEN"
+        api_token_env: KeyName = "REPLICATE_API_TOKEN"
         base_url: str = "https://api.replicate.com/v1"
-        default_steps: Annotated[int, REQUEST, Between(0, 500)] = 0
-        output_format: Annotated[str, REQUEST] = ""
-        extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
+        default_steps: Steps = 0
+        output_format: Text = ""
+        extra: Extra = EMPTY
         cost_usd: float | None = None  # of one image; None: the table's
-        timeout: Annotated[float, Between(1, 3600)] = 60.0  # seconds of silence in one response
-        parallel: Annotated[int, Between(1, 64)] = 4
+        timeout: Seconds = 60.0  # seconds of silence in one response
+        parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
@@ -2597,7 +2617,7 @@ class Replicate(Backend):
         self.token = secret_from(options.api_token_env)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The `input` of the prediction."""
         return replicate_input(options, request)[0]
 
@@ -2615,7 +2635,7 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        body: dict[str, Any] = {"input": self.plan(self.options, request)}
+        body: JsonObject = {"input": self.plan(self.options, request)}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -2626,7 +2646,7 @@ class Replicate(Backend):
         ctx.remote(id=prediction["id"])
         return self._result(http, prediction, request)
 
-    def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The result of an earlier attempt, by its id.
 
         Where the response to the create was lost, the id is looked for in the list.
@@ -2649,7 +2669,7 @@ class Replicate(Backend):
             raise
         return self._result(http, prediction, request)
 
-    def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
+    def cancel(self, ctx: Context, remote: Fields) -> None:
         """Cancel the prediction and see it end.
 
         Unknown where there is no id yet, or it had succeeded before.
@@ -2687,7 +2707,8 @@ class Replicate(Backend):
         url = replicate_image(prediction)
         http.ctx.progress("downloading")
         if url.startswith("data:"):
-            image = data_uri(url, http.ctx.spool())
+            _, _, text = url.partition(",")
+            image = decode_base64(text.encode(), http.ctx.spool())
         else:
             image = http.download(url)
         seed = request.seed
@@ -2706,7 +2727,7 @@ class Replicate(Backend):
             metadata={key: prediction.get(key) for key in details},
         )
 
-    def _listed(self, http: Http, request: Request, remote: Mapping[str, Any]) -> str:
+    def _listed(self, http: Http, request: Request, remote: Fields) -> str:
         """The id of the prediction that a lost create made, or "".
 
         Same model and input, the first since then.
@@ -2720,7 +2741,8 @@ class Replicate(Backend):
         match = ""
         removed = False
         for item in replicate_list(http, remote.get("since", "")):
-            if item.get("model") != self.model or item["id"] in remote.get("taken", ()):
+            is_taken = item["id"] in remote.get("taken", ())
+            if is_taken or item.get("model") != self.model:
                 continue
             if self.version not in ("", item.get("version")):
                 continue
@@ -2736,7 +2758,7 @@ class Replicate(Backend):
         return match
 
 
-def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
+def replicate_list(http: Http, since: str) -> Iterator[Fields]:
     """The predictions there are, newest first, back to a time by our clock."""
     url = "/predictions"
     while url:
@@ -2754,7 +2776,7 @@ def replicate_list(http: Http, since: str) -> Iterator[Mapping[str, Any]]:
         url = page.get("next") or ""
 
 
-def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
+def replicate_input(options: Any, request: Request) -> Prepared:
     """The request as the model's inputs, and the fields that it has no input for."""
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     steps = request.steps or options.default_steps
@@ -2786,7 +2808,7 @@ def replicate_input(options: Any, request: Request) -> tuple[dict[str, Any], tup
     return inputs, tuple(ignored)
 
 
-def replicate_size(known: ReplicateModel | None, width: int, height: int) -> dict[str, Any]:
+def replicate_size(known: ReplicateModel | None, width: int, height: int) -> JsonObject:
     """The inputs that ask for a size.
 
     BadRequest, with the nearest size, where the model cannot make it.
@@ -2824,7 +2846,7 @@ def replicate_progress(logs: str) -> tuple[float | None, float | None]:
     return float(done), float(total)
 
 
-def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
+def replicate_charged(prediction: Fields) -> Charged:
     """Whether a prediction that has ended costs money."""
     status = prediction.get("status")
     if status == "aborted":
@@ -2834,7 +2856,7 @@ def replicate_charged(prediction: Mapping[str, Any]) -> Charged:
     return "unknown"
 
 
-def replicate_image(prediction: Mapping[str, Any]) -> str:
+def replicate_image(prediction: Fields) -> str:
     """Where the image of an ended prediction is; Ended or Refused where there is none."""
     status = prediction.get("status")
     message = str(prediction.get("error") or "")
@@ -2907,19 +2929,19 @@ class OpenAI(Backend):
         """
 
         model: str
-        api_key_env: Annotated[str, KEY] = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
+        api_key_env: KeyName = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
         base_url: str = "https://api.openai.com/v1"
-        quality: Annotated[str, REQUEST] = ""
-        background: Annotated[str, REQUEST] = ""
-        output_format: Annotated[str, REQUEST] = ""
-        moderation: Annotated[str, REQUEST] = ""
-        extra: Annotated[Mapping[str, Any], REQUEST] = EMPTY
+        quality: Text = ""
+        background: Text = ""
+        output_format: Text = ""
+        moderation: Text = ""
+        extra: Extra = EMPTY
         size_as: Literal["size", "width_height"] = "size"
         response_format: str = ""  # "": what this kind of model wants
         cost_usd: float | None = None  # of one image, where the response counts no tokens
         # Seconds of silence: an image may take minutes.
         timeout: Annotated[float, Between(1, 7200)] = 600.0
-        parallel: Annotated[int, Between(1, 64)] = 4
+        parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
@@ -2932,7 +2954,7 @@ class OpenAI(Backend):
             self.key = secret_from(variable)
 
     @classmethod
-    def plan(cls, options: Options, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Options, request: Request) -> Fields:
         """The body that will be posted."""
         return openai_body(options, request)[0]
 
@@ -3006,18 +3028,21 @@ class OpenAI(Backend):
         return Http(ctx, self.base, keys, openai_error, self.options.timeout)
 
 
-def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
+def openai_body(options: Any, request: Request) -> Prepared:
     """The body for this model, and the request's fields that it has no word for.
 
     BadRequest for what is sure to be refused.
     """
-    optional = {
+    values = {
         "seed": request.seed,
         "steps": request.steps or None,
         "negative_prompt": request.negative_prompt or None,
     }
-    values = {field: value for field, value in optional.items() if value is not None}
-    body: dict[str, Any] = {"model": options.model, "prompt": request.prompt, "n": 1}
+    body: JsonObject = {
+        "model": options.model,
+        "prompt": request.prompt,
+        "n": 1,
+    }
     # OpenAI's own models reject unknown fields; the servers that speak its dialect want a
     # seed, or use a constant one.
     if not options.model.startswith(("gpt-image", "chatgpt-image")):
@@ -3047,7 +3072,9 @@ def openai_body(options: Any, request: Request) -> tuple[dict[str, Any], tuple[s
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    return body, tuple(field for field in values if field not in {*body, *placed})
+    sent = {*body, *placed}
+    ignored = (field for field in values if values[field] is not None and field not in sent)
+    return body, tuple(ignored)
 
 
 def openai_check_size(model: str, width: int, height: int) -> None:
@@ -3075,14 +3102,14 @@ def openai_check_size(model: str, width: int, height: int) -> None:
         raise BadRequest(f"size {width}x{height}: not made by {model}", rule)
 
 
-def openai_data(document: Any) -> list[Mapping[str, Any]]:
+def openai_data(document: Any) -> list[Fields]:
     """The entries of `data`, which the schema lets be absent."""
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         return []
     return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any], BinaryIO | None]:
+def openai_answer(response: HttpResponse, ctx: Context) -> tuple[JsonObject, BinaryIO | None]:
     """The JSON of a response without its image, and the image; None: there is only a link.
 
     A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
@@ -3112,7 +3139,7 @@ def openai_answer(response: HttpResponse, ctx: Context) -> tuple[dict[str, Any],
     return document, decode_base64(text, ctx.spool())
 
 
-def openai_cost(model: str, usage: Mapping[str, Any]) -> float | None:
+def openai_cost(model: str, usage: Fields) -> float | None:
     """USD by the response's token counts; None where model or counts are unknown.
 
     Compatible servers say zero, or put all kinds of things there.
@@ -3134,7 +3161,8 @@ def openai_error(response: HttpResponse) -> ImagenError:
     document = response.json() or {}
     error = document.get("error", document)
     code = error.get("code") or error.get("type")
-    text = excerpt(str(error.get("message") or response.excerpt()).encode(), 1000)
+    message = str(error.get("message") or response.excerpt())
+    text = excerpt(message.encode(), 1000)
     if error.get("param"):
         text += f" ({error['param']})"
     if request_id := response.headers.get("x-request-id"):
@@ -3303,7 +3331,8 @@ def publish(
         beside = f"{path}.json"
         # Ours is what an earlier, killed call has linked.
         ours = same_file(note, beside)
-        if os.path.lexists(path) or (sidecar and not ours and os.path.lexists(beside)):
+        beside_taken = sidecar and not ours and os.path.lexists(beside)
+        if beside_taken or os.path.lexists(path):
             if ours:
                 # Somebody took the image's name since.
                 os.unlink(beside)
@@ -3323,7 +3352,10 @@ def publish(
     return path
 
 
-def _take_names(pairs: Sequence[tuple[str, str]], claiming: Callable[[str], object]) -> bool:
+def _take_names(
+    pairs: Sequence[tuple[str, str]],
+    claiming: Callable[[str], object],
+) -> bool:
     """Give all files their names, the image last.
 
     False, and nothing left of ours, where one is taken.
@@ -3369,7 +3401,8 @@ def release_claim(path: str, image_id: str) -> None:
         with suppress(OSError), open(locked(name), "rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 os.unlink(name)
-    if not os.path.exists(path) and parsed(read_bytes(beside)).get("image_id") == image_id:
+    sidecar = parsed(read_bytes(beside))
+    if not os.path.exists(path) and sidecar.get("image_id") == image_id:
         os.unlink(beside)
 
 
@@ -3419,7 +3452,7 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def parsed(text: bytes) -> dict[str, Any]:
+def parsed(text: bytes) -> JsonObject:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
@@ -3438,7 +3471,11 @@ def read_bytes(path: str) -> bytes:
 # === Preview: tmux, kitty, iTerm2 ===
 
 
-def show_preview(paths: Sequence[str], output: OutputConfig, warn: Callable[[str], None]) -> None:
+def show_preview(
+    paths: Sequence[str],
+    output: OutputConfig,
+    warn: Callable[[str], None],
+) -> None:
     """Show finished images: in a tmux window, inline, or by the user's own command.
 
     `auto` does so only where stderr is a terminal, and silently not otherwise; `on` warns
@@ -3464,7 +3501,7 @@ def _show(paths: Sequence[str], command: str) -> None:
     # 1. Inline, where the terminal shows images and tmux does not stand between.
     tmux = os.environ.get("TMUX")
     terminal = {os.environ.get("TERM"), os.environ.get("TERM_PROGRAM")}
-    encode: Callable[[bytes], bytes] | None = None
+    encode = None
     if terminal & {"iTerm.app", "WezTerm"}:
         encode = iterm_image
     kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
@@ -3494,14 +3531,14 @@ def _show(paths: Sequence[str], command: str) -> None:
         raise Failed(done.stderr)
 
 
-def kitty_image(png: bytes) -> bytes:
+def kitty_image(data: bytes) -> bytes:
     """https://sw.kovidgoyal.net/kitty/graphics-protocol/
 
     Base64 in pieces of 4096, m=1 on all but the last.
     """
-    if not png.startswith(PNG_MAGIC):
+    if not data.startswith(PNG_MAGIC):
         raise ValueError("this terminal shows PNG alone")
-    text = binascii.b2a_base64(png, newline=False)
+    text = binascii.b2a_base64(data, newline=False)
     starts = range(0, len(text), 4096)
     pieces = [b"m=1;%b\x1b\\" % text[start : start + 4096] for start in starts]
     pieces[-1] = pieces[-1].replace(b"m=1", b"m=0", 1)
@@ -5124,7 +5161,7 @@ def postgres_options(dsn: str) -> dict[str, str]:
     return options
 
 
-def postgres_tls(options: Mapping[str, str]) -> list[Any]:
+def postgres_tls(options: Strings) -> list[Any]:
     """The ssl_contexts to try one after the other, as libpq's sslmode means it.
 
     False is a connection without TLS.
@@ -5252,7 +5289,7 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
             connection.close()
 
 
-def postgres_error(place: str, fields: Mapping[str, Any]) -> ImagenError:
+def postgres_error(place: str, fields: Fields) -> ImagenError:
     """What an error of the server means, by its SQLSTATE."""
     code = str(fields.get("C", ""))
     message = f"{place}: {fields.get('M')} ({code})"
@@ -5266,7 +5303,7 @@ def postgres_error(place: str, fields: Mapping[str, Any]) -> ImagenError:
     return Failed(message, hint)
 
 
-def _connected(pg: Any, options: Mapping[str, str]) -> Any:
+def _connected(pg: Any, options: Strings) -> Any:
     host = options["host"]
     port = int(options["port"])
     patience = float(options["connect_timeout"])
@@ -5422,7 +5459,7 @@ TURN = {
 # Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
 
-Rows = dict[str, list[dict[str, Any]]]  # by the name of the part that gave them
+Rows = dict[str, list[JsonObject]]  # by the name of the part that gave them
 
 
 @functools.cache
@@ -5444,7 +5481,7 @@ class Queue:
         self.always = always
         self.notified = False
         self._claiming = False
-        self._prepared: dict[str, Any] = {}
+        self._prepared: JsonObject = {}
         # pg8000 does not promise what we lean on: its table of handlers here, its socket in
         # PgStream.of. Without them the server can only be asked, now and then.
         handlers = getattr(connection, "message_types", None)
@@ -5459,17 +5496,14 @@ class Queue:
         # Before the first claim, or the jobs in between are not heard of.
         connection.run("LISTEN imagen_jobs")
         self._check()
-        settings = {
+        connection.run(
             # Nothing of ours is done after we gave up.
-            "statement_timeout": f"{900 * patience:.0f}",
-            "default_transaction_isolation": "'read committed'",
+            f"SET statement_timeout = {900 * patience:.0f}; "
+            "SET default_transaction_isolation = 'read committed'; "
             # Jobs come faster than statistics of them: without these a claim sorts all that
             # wait, and keeps doing so.
-            "enable_seqscan": "off",
-            "enable_bitmapscan": "off",
-            "enable_sort": "off",
-        }
-        connection.run("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off"
+        )
 
     def _on_notification(self, *_: Any) -> None:
         # The stock handler dies of a payload that is not ASCII, in the middle of an answer.
@@ -5504,10 +5538,10 @@ class Queue:
             self._prepared[sql] = self.connection.prepare(sql)
         return list(self._prepared[sql].run(**self.always, **params) or ())
 
-    def turn(self, **parts: Mapping[str, Any]) -> Rows:
+    def turn(self, **parts: Fields) -> Rows:
         """Do these parts of TURN, each with its parameters, in one transaction; their rows."""
         sql = turn_sql(*[part for part in TURN if part in parts])
-        params: dict[str, Any] = {}
+        params: JsonObject = {}
         for part in parts.values():
             params.update(part)
         rows: Rows = {part: [] for part in (*TURN, "woken")}
@@ -5557,14 +5591,14 @@ class JobRow(TypedDict):
     owner_user_id: str
     attempt: int
     max_attempts: int
-    receipt: Mapping[str, Any] | None
+    receipt: Fields | None
 
 
 class Outcome(TypedDict, total=False):
     """What is to be written of an attempt that is over."""
 
     status: str
-    image: Mapping[str, Any] | None  # its row of imagen.images
+    image: Fields | None  # its row of imagen.images
     error: str
     error_code: str
     delay: float  # seconds until it may run again
@@ -5599,12 +5633,11 @@ class Attempt(Run):
         self.job = row["id"]
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
-        columns: dict[str, Any] = {**row}
-        if columns["seed"] is None:
-            columns["seed"] = int(self.job[-8:], 16) & 0x7FFFFFFF
+        columns: JsonObject = {**row}
         fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
         self.order = Order(**fields)
-        self.shown: dict[str, Any] = {"note": None, "progress": None}
+        self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
         self.unpaid = [self.number]  # attempts whose receipt may be written over
@@ -5648,13 +5681,13 @@ class Attempt(Run):
         self.worker.ring()
         return self.receipt
 
-    def heartbeat(self) -> dict[str, Any]:
+    def heartbeat(self) -> JsonObject:
         """What the main thread is about to write of this job, and a receipt that waits."""
         self.written = self.shown
         fields = {"id": self.job, "attempt": self.number, **self.written}
-        self.receipt_sent = self.receipt
-        if not self.receipt_sent.answered.is_set():
-            self.receipt_sent.sent_at = time.monotonic()
+        self.receipt_sent = receipt = self.receipt
+        if not receipt.answered.is_set():
+            receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
             fields["receipt"] = {
                 "attempt": self.number,
@@ -5675,15 +5708,17 @@ class Attempt(Run):
 class Turn(NamedTuple):
     """What is to be done in one turn."""
 
-    parts: Mapping[str, Mapping[str, Any]]  # of TURN, with their parameters
+    parts: Mapping[str, Fields]  # of TURN, with their parameters
     finished: Sequence[tuple[Attempt, Outcome]] = ()
     renewed: Sequence[Attempt] = ()
     free: int = 0  # slots for new jobs
 
 
-def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Mapping[str, str]:
+def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Strings:
     """The parameters of the part that writes these outcomes."""
-    rows = [{"id": run.job, "attempt": run.number, **outcome} for run, outcome in finished]
+    rows = []
+    for run, outcome in finished:
+        rows.append({"id": run.job, "attempt": run.number, **outcome})
     return {"outcomes": to_jsonb(rows)}
 
 
@@ -5730,7 +5765,7 @@ class Worker:
 
     def on_signal(self, *_: Any) -> None:
         """The first: no more claims. The second: hand back what is running."""
-        self.stops = self.stops + 1
+        self.stops += 1
         self.stopping_at = self.stopping_at or time.monotonic()
         self.ring()
 
@@ -5744,21 +5779,21 @@ class Worker:
 
         Postgres may come and go meanwhile.
         """
-        settings = self.config.worker
-        params = {
-            "me": self.me,
-            "slot": self.slot,
-            "lease": settings.lease_s,
-            "backends": self.backends,
-            "default": self.config.default_backend,
-        }
-        patience = settings.lease_s / 2
+        lease_s = self.config.worker.lease_s
+        url_env = self.config.supabase.database_url_env
         pause = 0.05
         while not self.is_over:
             # 1. Work for as long as there is a connection.
             try:
-                with postgres(self.config.supabase.database_url_env, patience) as connection:
-                    queue = Queue(connection, **params)
+                with postgres(url_env, patience=lease_s / 2) as connection:
+                    queue = Queue(
+                        connection,
+                        me=self.me,
+                        slot=self.slot,
+                        lease=lease_s,
+                        backends=self.backends,
+                        default=self.config.default_backend,
+                    )
                     pause = 0.05
                     self.say("connected, listening")
                     self.run_turns(queue, once)
@@ -5768,7 +5803,8 @@ class Worker:
                     raise
                 # Spread, or all workers come back in the same moment. Never longer than a
                 # quarter of the lease: once Postgres is back, ours runs out for the others.
-                wait_s = min(settings.lease_s / 4, pause * (0.5 + os.urandom(1)[0] / 255))
+                spread = 0.5 + os.urandom(1)[0] / 255
+                wait_s = min(lease_s / 4, pause * spread)
                 self.say(f"{problem}; next try in {wait_s:.1f} s", 4)
             # 2. Leave, where there is nothing more to wait for. The journal has what is left,
             # and whoever takes this slot goes on with it.
@@ -5822,7 +5858,8 @@ class Worker:
         # Who was away with Postgres may take now what it would not take then.
         self._backlog_at = min(self._backlog_at, self._connected_at + 2.0)
         # Claims whose answer was lost with the last connection go back before anything else.
-        self.apply_turn(queue.turn(disowned={"mine": [*self.running]}), Turn({}))
+        rows = queue.turn(disowned={"mine": [*self.running]})
+        self.apply_turn(rows, Turn({}))
         self.begun = True
         while not self.is_over:
             # 1. Wait for a notification, a thread of ours, or the time of the next turn.
@@ -5855,7 +5892,7 @@ class Worker:
         for run, outcome in self.outcomes[:]:
             if run.receipt.answered.is_set() or self.running.get(run.job) is not run:
                 finished.append((run, outcome))
-        parts: dict[str, Mapping[str, Any]] = {}
+        parts: dict[str, Fields] = {}
         if finished:
             parts["settled"] = settled_params(finished)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
@@ -5871,13 +5908,14 @@ class Worker:
             self._last_heartbeat = now
         if renewed:
             parts["renewed"] = {"heartbeats": to_jsonb([run.heartbeat() for run in renewed])}
+        mine = {"mine": [*self.running]}
         if busy and (renewed or self._more_expected):
-            parts["to_cancel"] = {"mine": [*self.running]}
+            parts["to_cancel"] = mine
         # 3. The safety poll: whatever a notification did not tell of. A claim may come true
         # late, by a statement that was given up here while it waited for a lock there.
         polling = now >= self._poll_at
         if polling:
-            parts["disowned"] = {"mine": [*self.running]}
+            parts["disowned"] = mine
             parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
             parts["waiting"] = {}
             self._poll_at = now + settings.poll_s
@@ -5921,7 +5959,9 @@ class Worker:
     def apply_turn(self, rows: Rows, turn: Turn) -> None:
         """See to what a turn brought."""
         # 1. Outcomes: written, or fenced off.
-        written = {(row["id"], row["attempt"]): row["status"] for row in rows["settled"]}
+        written = {}
+        for row in rows["settled"]:
+            written[row["id"], row["attempt"]] = row["status"]
         for run, outcome in turn.finished:
             status = written.get((run.job, run.number))
             message = "its lease was lost: not written"
@@ -5955,7 +5995,8 @@ class Worker:
         for row in rows["waiting"]:
             self.waiting = row["number"]
         # 5. New jobs; RETURNING promises no order.
-        for row in sorted(rows["claimed"], key=lambda row: (-row["priority"], row["seq"])):
+        rows["claimed"].sort(key=lambda row: (-row["priority"], row["seq"]))
+        for row in rows["claimed"]:
             self.start(typing.cast(JobRow, row))
         # 6. The backlog.
         for row in rows["delivered"]:
@@ -6027,8 +6068,7 @@ class Worker:
             record = self.recovered(run, entry, config)
             if record:
                 return record
-            wrote_receipt = receipt and run.id == job_uuid(run.job, receipt["attempt"])
-            if receipt and wrote_receipt and run.charged == "no":
+            if receipt and run.charged == "no" and run.id == job_uuid(run.job, receipt["attempt"]):
                 # Whoever wrote the receipt was here, and knows that it cost nothing.
                 run.unpaid.append(receipt["attempt"])
                 receipt = None
@@ -6069,8 +6109,9 @@ class Worker:
             upload_missing(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            place = f"{record['path']} on {socket.gethostname()}"
-            outcome["error"] = clipped(f"{problem}; the image is at {place}")
+            outcome["error"] = clipped(
+                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
+            )
         if record.get("object"):
             outcome["image"] = image_row(record)
         return outcome
@@ -6128,11 +6169,13 @@ class Worker:
 def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     """How many attempts a job may have, after an error of one of them."""
     most = run.row["max_attempts"]
-    if run.charged == "no" and error.retryable:
-        return most
-    if run.charged == "no" or not run.resumed or not os.path.exists(run.entry.path):
+    if run.charged == "no":
+        if error.retryable:
+            return most
         return 0
-    if run.entry.record.get("over"):
+    if not run.resumed or run.entry.record.get("over"):
+        return 0
+    if not os.path.exists(run.entry.path):
         return 0
     return most + 3
 
@@ -6218,8 +6261,8 @@ class HttpRequest(NamedTuple):
 
     method: str
     path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
+    query: Strings
+    headers: Strings
     body: bytes
 
 
@@ -6227,7 +6270,11 @@ class HttpError(Exception):
     """A request that is turned away: a status, a sentence, and OpenAI's code for it."""
 
     def __init__(
-        self, status: int, message: str, code: str = "", headers: Mapping[str, str] = EMPTY
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        headers: Strings = EMPTY,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -6247,7 +6294,7 @@ class Call(Runner):
         plans: list[Plan],
         config: Config,
         say: Callable[[str], None],
-        body: Mapping[str, Any],
+        body: Fields,
         ignored: Sequence[str],
     ) -> None:
         super().__init__(plans, config, parallel=plans[0].parallel)
@@ -6353,22 +6400,20 @@ class Server:
                 # Out of descriptors, or a client that had left before.
                 time.sleep(0.05)
                 continue
-            with self._lock:
-                full = len(self._connections) >= CONNECTIONS_MAX
-                if not full:
-                    self._connections[sock] = time.monotonic() + HEAD_S
-            if full:
+            # Only this thread adds connections, so there are never more than that.
+            if len(self._connections) >= CONNECTIONS_MAX:
                 sock.close()
-            else:
-                in_thread(self._connection, sock)
+                continue
+            with self._lock:
+                self._grant(sock, HEAD_S)
+            in_thread(self._connection, sock)
         # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
         until = time.monotonic() + SHUTDOWN_S
-        while time.monotonic() < until and (self._connections or self._busy()):
+        while self._connections or any(call.busy for call in [*self.calls]):
+            if time.monotonic() > until:
+                break
             time.sleep(0.05)
-
-    def _busy(self) -> bool:
-        return any(call.busy for call in [*self.calls])
 
     def stop(self, *_: Any) -> None:
         """No more connections; the second time, no more anything."""
@@ -6389,7 +6434,7 @@ class Server:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
             # 2. What nobody waits for must not go on costing time or a GPU.
-            finished = list[Call]()
+            finished = []
             for call in calls:
                 if not call.left:
                     finished.append(call)
@@ -6448,8 +6493,14 @@ class Server:
 
     def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
         kinds = {401: "authentication_error", 503: "server_error"}
-        kind = kinds.get(problem.status, "invalid_request_error")
-        fields = error_fields(str(problem), kind, problem.code)
+        fields = {
+            "message": str(problem),
+            "type": kinds.get(problem.status, "invalid_request_error"),
+            "param": None,
+            "code": problem.code or None,
+            "hint": "",
+            "charged": "no",
+        }
         response.json(problem.status, {"error": fields}, problem.headers)
         # What nobody reads would reset the connection, and the answer with it.
         self._grant(response.sock, DRAIN_AFTER_ERROR_S)
@@ -6534,9 +6585,21 @@ class Server:
             cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
             response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
             return
-        # Only scripts that bear it run: what a prompt smuggles in would not.
+        # Only scripts that bear it run: what a prompt smuggles in would not. Nor may the
+        # page do anything else that it does not need to.
         nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
-        response.page(PAGE.replace("NONCE", nonce), nonce)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors 'none'"
+        )
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        response.send(200, PAGE.replace("NONCE", nonce).encode(), headers)
 
     def answer_health(self, _: HttpRequest, response: ResponseWriter) -> None:
         """GET /healthz."""
@@ -6552,12 +6615,12 @@ class Server:
 
     def answer_options(self, _: HttpRequest, response: ResponseWriter) -> None:
         """GET /api/options: what the page's form offers."""
-        options = {
+        document = {
             "backends": [*self.config.backends],
             "default": self.config.default_backend,
             "styles": [*STYLES, *self.config.styles],
         }
-        response.json(200, options)
+        response.json(200, document)
 
     def answer_generations(self, request: HttpRequest, response: ResponseWriter) -> None:
         """POST /v1/images/generations.
@@ -6602,7 +6665,7 @@ class Server:
             headers = {"Retry-After": "5", "x-should-retry": "true"}
             raise HttpError(503, message, "rate_limit_exceeded", headers)
 
-    def _plans(self, body: Mapping[str, Any]) -> tuple[list[Plan], list[str]]:
+    def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
         # OpenAI's clients send null for what they leave open.
         body = {key: value for key, value in body.items() if value is not None}
@@ -6610,8 +6673,8 @@ class Server:
         if backend == "auto":
             backend = self.config.default_backend
         if backend not in self.config.backends:
-            hint = nearest(backend, self.config.backends)
-            raise HttpError(404, f'model "{backend}" is unknown: {hint}', "model_not_found")
+            message = f'model "{backend}" is unknown: {nearest(backend, self.config.backends)}'
+            raise HttpError(404, message, "model_not_found")
         size = str(body.get("size") or "auto")
         pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
         if not pixels:
@@ -6622,8 +6685,9 @@ class Server:
         fields["height"] = int(pixels[2] or 0)
         # OpenAI's own options reach those backends that have an option of the same name.
         cls, _ = options_of(backend, self.config.backends)
-        passed = {key for key in marked(cls.Options, REQUEST) if key in OPENAI_OPTIONS}
-        options = {key: body[key] for key in passed & body.keys() if body[key] != "auto"}
+        passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
+        present = passed & body.keys()
+        options = {key: body[key] for key in present if body[key] != "auto"}
         own = fields.get("backend_opts", {})
         if isinstance(own, dict):  # else `from_mapping` complains of it
             fields["backend_opts"] = {**own, **options}
@@ -6656,7 +6720,7 @@ class Server:
         if not call.records:
             self.fail(response, errors[0])
             return
-        document: dict[str, Any] = {
+        document: JsonObject = {
             "created": int(call.began),
             "data": [self._fields(call, record, request) for record in call.records],
             "usage": usage_of(call.records),
@@ -6693,11 +6757,11 @@ class Server:
         for error in worst_first(call.errors)[:1]:
             response.event("error", {"error": openai_fields(error)[1]})
 
-    def _fields(self, call: Call, record: Record, request: HttpRequest) -> dict[str, Any]:
+    def _fields(self, call: Call, record: Record, request: HttpRequest) -> JsonObject:
         """One image as OpenAI's API shows it, and what only we know of it."""
         sidecar = record["sidecar"]
         image_id = sidecar["image_id"]
-        fields: dict[str, Any] = {
+        fields: JsonObject = {
             "imagen": {
                 "id": image_id,
                 "seed": sidecar["seed"],
@@ -6812,26 +6876,19 @@ def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
     return request[1], request[2], headers
 
 
-def error_fields(
-    message: str, kind: str, code: str, hint: str = "", charged: Charged = "no"
-) -> dict[str, Any]:
-    """OpenAI's shape of an error, and what only we say of it."""
-    return {
-        "message": message,
-        "type": kind,
-        "param": None,
-        "code": code or None,
-        "hint": hint,
-        "charged": charged,
-    }
-
-
-def openai_fields(error: ImagenError) -> tuple[int, dict[str, Any]]:
-    """The status of an error, and its fields."""
+def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
+    """The status of an error, its fields in OpenAI's shape, and what only we say of it."""
     usual = (error.http_status, "server_error", error.code)
     status, kind, code = OPENAI_ERRORS.get(error.code, usual)
-    fields = error_fields(str(error), kind, code, error.hint, error.charged)
-    return status, {**fields, "imagen_code": error.code}
+    return status, {
+        "message": str(error),
+        "type": kind,
+        "param": None,
+        "code": code,
+        "hint": error.hint,
+        "charged": error.charged,
+        "imagen_code": error.code,
+    }
 
 
 def worst_first(errors: Iterable[ImagenError]) -> list[ImagenError]:
@@ -6846,7 +6903,7 @@ def record_of_image(image_id: str) -> Record:
     raise HttpError(404, "no image has this id")
 
 
-def shown_fields(record: Record) -> dict[str, Any]:
+def shown_fields(record: Record) -> JsonObject:
     """What the page may know of an image."""
     sidecar = record["sidecar"]
     path = record["path"]
@@ -6869,8 +6926,10 @@ class ResponseWriter:
         self.begun = False
         self.bodiless = False
 
-    def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: Strings) -> None:
         """A whole response, or the head of one whose Content-Length is among the headers."""
+        from http.client import responses
+
         self.begun = True
         fields = {
             "Content-Length": str(len(body)),
@@ -6878,35 +6937,22 @@ class ResponseWriter:
             "X-Content-Type-Options": "nosniff",
             **headers,
         }
-        lines = [f"HTTP/1.1 {status} {STATUSES.get(status, 'Error')}"]
+        lines = [f"HTTP/1.1 {status} {responses.get(status, 'Error')}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
         data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
         if not self.bodiless:
             data += body
         self.sock.sendall(data)
 
-    def json(
-        self, status: int, document: Mapping[str, Any], headers: Mapping[str, str] = EMPTY
-    ) -> None:
+    def json(self, status: int, document: Fields, headers: Strings = EMPTY) -> None:
         """A JSON document; nothing where a response has begun, which it would spoil."""
         if not self.begun:
-            usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-            self.send(status, to_json(document).encode(), {**usual, **headers})
-
-    def page(self, html: str, nonce: str) -> None:
-        """Our page, which may do what it needs to, and nothing else."""
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
-            "frame-ancestors 'none'"
-        )
-        headers = {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": policy,
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-        }
-        self.send(200, html.encode(), headers)
+            fields = {
+                "Content-Type": "application/json",
+                "Cache-Control": "no-store",
+                **headers,
+            }
+            self.send(status, to_json(document).encode(), fields)
 
     def begin_stream(self) -> None:
         """The head of server-sent events, whose end is the connection's."""
@@ -6916,7 +6962,7 @@ class ResponseWriter:
             b"Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n"
         )
 
-    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def event(self, kind: str, fields: Fields) -> None:
         """One server-sent event."""
         data = to_json({"type": kind, **fields})
         self.sock.sendall(f"event: {kind}\ndata: {data}\n\n".encode())
@@ -6929,21 +6975,7 @@ class ResponseWriter:
         return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
 
 
-STATUSES = {
-    200: "OK",
-    303: "See Other",
-    304: "Not Modified",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    413: "Content Too Large",
-    429: "Too Many Requests",
-}
-
-
-def usage_of(records: Iterable[Record]) -> dict[str, Any]:
+def usage_of(records: Iterable[Record]) -> JsonObject:
     """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
     total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     for record in records:
@@ -7328,12 +7360,10 @@ class Terminal:
                 if not isinstance(problem, BrokenPipeError | ValueError):
                     self.say(f"stdout: {problem}; it would have said: {' '.join(lines)}")
 
-    def result(
-        self, document: Mapping[str, Any], *lines: str, error: ImagenError | None = None
-    ) -> int:
+    def result(self, document: Fields, *lines: str, error: ImagenError | None = None) -> int:
         """All that a command has to say, as JSON or as lines; returns the exit code."""
         code = 0
-        outcome: dict[str, Any] = {"ok": True}
+        outcome: JsonObject = {"ok": True}
         if error:
             code = error.exit_code
             outcome = {"ok": False, "error": self.fields(error), "images": []}
@@ -7342,14 +7372,14 @@ class Terminal:
         self.write(*lines)
         return code
 
-    def fields(self, error: ImagenError) -> dict[str, Any]:
+    def fields(self, error: ImagenError) -> JsonObject:
         """What JSON says of an error."""
         return {
             "message": str(error),
             "code": error.code,
             "hint": error.hint,
             "charged": error.charged,
-            "retryable": error.retryable and error.charged == "no",
+            "retryable": repeatable(error),
         }
 
     def draw(self, text: str) -> None:
@@ -7408,7 +7438,7 @@ def usual_seconds(plan: Plan) -> float | None:
     """The median time of the last nine images of the same backend, model and size."""
     model = plan.parameters.get("model")
     size = (plan.styled.width, plan.styled.height)
-    times = list[float]()
+    times = []
     for record in images_made(backend=plan.request.backend):
         sidecar = record["sidecar"]
         same_model = model in (None, sidecar["model"])
@@ -7796,7 +7826,7 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     rows = [backend_row(name, config) for name in config.backends]
     errors = []
 
-    def check(row: dict[str, Any]) -> None:
+    def check(row: JsonObject) -> None:
         try:
             ready = open_backend(row["name"], config.backends).check(Context(15.0))
             row |= {"said": f"ok: {ready}", "ok": True}
@@ -7809,7 +7839,8 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
         for thread in [in_thread(check, row) for row in rows]:
             thread.join()
     lines = []
-    cells = aligned([row[key] for key in ("name", "type", "model", "said")] for row in rows)
+    columns = ("name", "type", "model", "said")
+    cells = aligned([row[column] for column in columns] for row in rows)
     for row, line in zip(rows, cells, strict=True):
         mark = " "
         if row["default"]:
@@ -7824,7 +7855,7 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"backends": rows}, *lines, error=worst)
 
 
-def backend_row(name: str, config: Config) -> dict[str, Any]:
+def backend_row(name: str, config: Config) -> JsonObject:
     """What is known of a backend before it is asked."""
     block = config.backends[name]
     state = fault(name, config)
@@ -7928,7 +7959,8 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     shown = config._asdict()
     for section in ("output", "supabase", "worker"):
         shown[section] = shown[section]._asdict()
-    shown["styles"] = {name: style._asdict() for name, style in config.styles.items()}
+    styles = config.styles.items()
+    shown["styles"] = {name: style._asdict() for name, style in styles}
     # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
@@ -8159,8 +8191,11 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
 @command(
-    flag("--file", default="", help="instead of the migrations.sql beside imagen.py"),
+    flag("--file", help="instead of the migrations.sql beside imagen.py"),
     flag(
         "--expose",
         action="store_true",
@@ -8169,8 +8204,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     """set up or upgrade the database"""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "migrations.sql")
-    path = args.file or beside
+    path = args.file or os.path.join(HERE, "migrations.sql")
     try:
         with open(path, encoding="utf-8") as file:
             sql = file.read()
@@ -8264,10 +8298,10 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     cure = "name another folder: imagen install DIR"
     # The mark tells a launcher of ours, which may be replaced, from a program of that name.
     mark = "# the launcher of imagen.py"
-    if os.path.lexists(path) and mark.encode() not in read_bytes(path)[:200]:
+    beginning = read_bytes(path)[:200]
+    if os.path.lexists(path) and mark.encode() not in beginning:
         raise BadRequest(f"{path} exists and is not ours", cure)
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {here!r}); import imagen; sys.exit(imagen.main())"
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import imagen; sys.exit(imagen.main())"
     start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
@@ -8314,12 +8348,18 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
             terminal.say(" ".join(text.split()), prefix=prefix)
 
     worker = Worker(config, say, concurrency, args.name, args.backend)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, worker.on_signal)
+    handle_stops(worker.on_signal)
     worker.serve(args.once)
-    for number in (signal.SIGTERM, signal.SIGINT):  # what is left is to leave
-        signal.signal(number, signal.SIG_IGN)
+    handle_stops(signal.SIG_IGN)  # what is left is to leave
     return terminal.result({})
+
+
+def handle_stops(handler: Any) -> None:
+    """From now on, what the signals SIGTERM and SIGINT do."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 @command(
@@ -8363,7 +8403,8 @@ def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
         ids = [str(ident) for (ident,) in added]
         if args.wait:
             return follow_jobs(ids, terminal, database)
-    return terminal.result({"jobs": [{"id": ident, "status": "pending"} for ident in ids]}, *ids)
+    jobs = [{"id": ident, "status": "pending"} for ident in ids]
+    return terminal.result({"jobs": jobs}, *ids)
 
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
@@ -8376,12 +8417,13 @@ LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
 
 
-def job_requests(order: Order, config: Config) -> list[dict[str, Any]]:
+def job_requests(order: Order, config: Config) -> list[JsonObject]:
     """The columns of an order's jobs, one for each image."""
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
     plans_of(order, config)
-    request = {key: value for key, value in sparse(order.request()).items() if value != ""}
+    fields = sparse(order.request())
+    request = {key: value for key, value in fields.items() if value != ""}
     requests = []
     for number in range(order.n):
         requests.append(dict(request))
@@ -8396,8 +8438,9 @@ def list_jobs(rows: Sequence[Sequence[Any]], terminal: Terminal) -> int:
     jobs = [job for (job,) in rows]
     lines = []
     for job in jobs:
+        created = job["created_at"][:16]
         text = job["error"] or job["prompt"]
-        lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
+        lines.append((job["id"], created, job["status"], text[:70]))
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
@@ -8428,7 +8471,7 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
     return terminal.result({"jobs": jobs}, *lines, error=error)
 
 
-def job_error(job: Mapping[str, Any]) -> ImagenError:
+def job_error(job: Fields) -> ImagenError:
     """Why a job has no image, as an error of the kind that its worker met."""
     code = job["error_code"]
     if job["status"] == "canceled":
@@ -8454,8 +8497,6 @@ def job_error(job: Mapping[str, Any]) -> ImagenError:
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     """the OpenAI-compatible API and the gallery, over HTTP"""
-    import signal
-
     if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
     config = load_config(args.config)
@@ -8463,8 +8504,7 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if os.environ.get(args.token_env):
         token = secret_from(args.token_env).reveal()
     server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.stop)
+    handle_stops(server.stop)
     address = server.address
     if args.json:
         address = to_json({"address": address})
