@@ -3745,8 +3745,8 @@ def merged(text: bytes) -> Record:
 def from_release_before(record: dict[str, Any]) -> Record:
     """A record of release 0.1.0, which kept request and result beside the sidecar, as it is now."""
     if "request" in record:
-        request = _request_of(record.pop("request"), Request(""))
-        styled = _request_of(record.pop("styled", None), request)
+        request = request_of(record.pop("request"))
+        styled = request_of(record.pop("styled", None) or request._asdict())
         sidecar = first_sidecar(request, styled, record.pop("model", None), record.get("price"))
         sidecar["image_id"] = record.pop("image_id", record.get("id"))
         sidecar["timestamp"] = record.get("at", "")
@@ -3759,9 +3759,10 @@ def from_release_before(record: dict[str, Any]) -> Record:
     return typing.cast(Record, record)
 
 
-def _request_of(fields: Any, default: Request) -> Request:
-    if not isinstance(fields, dict):
-        return default
+def request_of(fields: Any) -> Request:
+    """The request in a mapping that may hold other things too; what it lacks is at its default."""
+    if not isinstance(fields, Mapping):
+        fields = {}
     known = {name: fields[name] for name in Request._fields if name in fields}
     return Request("")._replace(**known)
 
@@ -3795,20 +3796,14 @@ def first_sidecar(
 def result_fields(result: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
     """What a backend's Result, as a mapping, adds to a sidecar whose request had this seed."""
     ignored = list(result.get("ignored") or ())
-    used = result.get("seed")
-    if used is None:
-        used = seed
+    if result.get("seed") is not None:
+        seed = result["seed"]
     if "seed" in ignored:
-        used = None
-    cost = result.get("cost_usd")
-    if not isinstance(cost, int | float):
-        cost = None
+        seed = None
     return {
-        "model": result.get("model"),
-        "seed": used,
-        "steps": result.get("steps"),
-        "latency_ms": result.get("latency_ms"),
-        "cost_usd_estimate": cost,
+        **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
+        "seed": seed,
+        "cost_usd_estimate": result.get("cost_usd"),
         "ignored": ignored,
         "metadata": result.get("metadata") or {},
     }
@@ -4599,17 +4594,10 @@ class Run(Context):
 def styled_request(sidecar: Sidecar) -> Request:
     """What an adapter was asked for, by the sidecar of an attempt that has no image yet."""
     requested = sidecar["requested"]
-    return Request(
-        prompt=sidecar["styled_prompt"],
-        negative_prompt=sidecar["negative_prompt"],
-        width=sidecar.get("width", 0),
-        height=sidecar.get("height", 0),
-        steps=requested["steps"],
-        seed=sidecar["seed"],
-        style=sidecar["style"],
-        backend=sidecar["backend"],
-        backend_opts=requested.get("backend_opts", EMPTY),
-    )
+    fields = {**requested, **sidecar}
+    fields["prompt"] = sidecar["styled_prompt"]
+    fields["steps"] = requested["steps"]
+    return request_of(fields)
 
 
 def sparse(request: Request) -> dict[str, Any]:
@@ -4744,6 +4732,9 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     if record.get("storage"):
         storage_path = object_path(record["storage"], run.id, sniffed.format)
     sidecar: Sidecar = {
+        "latency_ms": None,
+        "ignored": [],
+        "metadata": {},
         **known,
         "seed": seed,
         "width": sniffed.width,
@@ -4751,11 +4742,8 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
         "sha256": digest.hexdigest(),
-        "latency_ms": known.get("latency_ms"),
         "charged": run.charged,
-        "ignored": known.get("ignored", []),
         "storage_path": storage_path,
-        "metadata": known.get("metadata", {}),
         "imagen_version": __version__,
     }
     if record.get("private"):
