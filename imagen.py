@@ -7453,12 +7453,16 @@ def money(usd: float | None) -> str:
 # === Commands: argparse and main() ===
 
 Cmd = Callable[["argparse.Namespace", Terminal], int]
-Flag = tuple[tuple[str, ...], dict[str, Any]]
-COMMANDS: dict[str, tuple[Cmd, Sequence[Flag]]] = {}
+COMMANDS: dict[str, tuple[Cmd, str]] = {}
 
 
-def command(*flags: Flag) -> Callable[[Cmd], Cmd]:
-    """Decorator: `cmd_x` is the command x, with these flags; its docstring is its help."""
+def command(flags: str = "") -> Callable[[Cmd], Cmd]:
+    """Decorator: `cmd_x` is the command x; its docstring is its line in the help.
+
+    A line of `flags` is one argument: its spellings, its value, two spaces, its help. `N` is a whole
+    number, `S` a number, `a|b` a choice; an option without a value is a switch. `[X]` may be missing,
+    `X…` are several behind each other, `X*` may be given again. `(x)` at the end is the default.
+    """
 
     def add(cmd: Cmd) -> Cmd:
         name = cmd.__name__.removeprefix("cmd_")
@@ -7468,80 +7472,51 @@ def command(*flags: Flag) -> Callable[[Cmd], Cmd]:
     return add
 
 
-def flag(*names: str, **options: Any) -> Flag:
-    """What argparse's add_argument takes, kept until somebody needs the parser."""
-    return names, options
-
-
-EVERYWHERE = (
-    flag("--config", metavar="FILE", default="", help="instead of the user's imagen.yaml"),
-    flag("--json", action="store_true", help="one JSON document on stdout"),
-    flag("-q", "--quiet", action="store_true", help="results, warnings and errors only"),
-    flag(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="a traceback where something unexpected happens",
-    ),
-)
-TIMEOUT = flag(
-    "--timeout", type=float, default=600.0, metavar="S", help="seconds for one image (600)"
-)
-ORDER_FLAGS = (
-    flag("prompt", nargs="?", help="what to see; - reads it from stdin"),
-    flag("-b", "--backend", metavar="NAME", help="one of `imagen backends`"),
-    flag("-s", "--style", metavar="NAME", help="one of `imagen styles`"),
-    flag("--size", metavar="WxH", help="pixels, such as 1024x1024"),
-    flag("--width", type=int, metavar="N"),
-    flag("--height", type=int, metavar="N"),
-    flag("--steps", type=int, metavar="N"),
-    flag(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="the same seed makes the same image, where the backend can",
-    ),
-    flag("--negative", dest="negative_prompt", metavar="TEXT", help="what not to see"),
-    flag("-n", type=int, default=1, metavar="N", help="that many images, with seeds N, N+1, …"),
-    flag(
-        "--opt",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the backend; VALUE may be JSON",
-    ),
-    flag(
-        "--like",
-        metavar="FILE|last",
-        help="take everything from an image made before; other flags override",
-    ),
-)
+EVERYWHERE = """
+--config FILE  instead of the user's imagen.yaml
+--json         one JSON document on stdout
+-q --quiet     results, warnings and errors only
+-v --verbose   a traceback where something unexpected happens
+"""
+TIMEOUT = """
+--timeout S  seconds for one image (600)
+"""
+ORDER_FLAGS = """
+-b --backend NAME  one of `imagen backends`
+-s --style NAME    one of `imagen styles`
+--size WxH         pixels, such as 1024x1024
+--width N          pixels, with --height in place of --size
+--height N         pixels
+--steps N          of the sampler, where the backend has one
+--seed N           the same seed makes the same image, where the backend can
+--negative TEXT    what not to see
+-n N               that many images, with seeds N, N+1, … (1)
+--opt KEY=VALUE*   an option of the backend; VALUE may be JSON
+--like FILE|last   take everything from an image made before; other flags override
+"""
 
 
 @command(
-    *ORDER_FLAGS,
-    flag(
-        "-o", "--output", metavar="FILE|DIR/", help="never overwrites: a taken name gets -2, -3, …"
-    ),
-    flag("--preview", choices=("auto", "on", "off"), help="show the image in tmux, kitty, iTerm2"),
-    flag("--no-preview", dest="preview", action="store_const", const="off"),
-    flag(
-        "--cloud", action="store_const", const="on", help="sync to Supabase, or say what is missing"
-    ),
-    flag(
-        "--no-cloud",
-        dest="cloud",
-        action="store_const",
-        const="off",
-        help="this image stays private for ever",
-    ),
-    TIMEOUT,
-    flag("--dry-run", action="store_true", help="say what would be done, and what it would cost"),
+    f"""
+    prompt [PROMPT]         what to see; - reads it from stdin
+    {ORDER_FLAGS}
+    -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
+    --preview auto|on|off   show the image in tmux, kitty, iTerm2
+    --no-preview            the same as --preview off
+    --cloud                 sync to Supabase, or say what is missing
+    --no-cloud              this image stays private for ever
+    {TIMEOUT}
+    --dry-run               say what would be done, and what it would cost
+    """
 )
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
     config = load_config(args.config)
     order = order_from(args, config.styles)
+    if args.no_cloud:
+        order = order._replace(cloud="off")
+    elif args.cloud:
+        order = order._replace(cloud="on")
     if not args.timeout > 0:
         raise BadRequest("--timeout is more than 0 seconds")
     offered = not args.backend and (order.backend or config.default_backend) != "mock"
@@ -7565,6 +7540,8 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     code = runner.run()
     paths = [record["path"] for record in runner.records]
     preview = args.preview or config.output.preview
+    if args.no_preview:
+        preview = "off"
     show_preview(paths, config.output._replace(preview=preview), terminal.say)
     return code
 
@@ -7606,8 +7583,10 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     options = {}
     if args.backend in (None, fields.get("backend")):
         options = dict(fields.get("backend_opts", EMPTY))
-    options.update(options_from(args.opt))
-    for name in Order._fields:
+    options.update(options_from(args.opt or ()))
+    if args.negative is not None:
+        fields["negative_prompt"] = args.negative
+    for name in (*Request._fields, "n", "output"):
         value = getattr(args, name, None)
         if value is not None:
             fields[name] = value
@@ -7805,9 +7784,7 @@ class GenerateRunner(TerminalRunner):
         return record
 
 
-@command(
-    flag("--check", action="store_true", help="ask each of them, at no cost, whether it is ready")
-)
+@command("--check  ask each of them, at no cost, whether it is ready")
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
     """list the backends; --check asks each whether it is ready"""
     config = load_config(args.config)
@@ -7895,8 +7872,10 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("action", choices=("init", "validate", "show")),
-    flag("--force", action="store_true", help="init: overwrite what is there"),
+    """
+    action init|validate|show  write the sample, look for mistakes, or show what is in force
+    --force                    init: overwrite what is there
+    """
 )
 def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
     """init, validate or show imagen.yaml"""
@@ -7961,14 +7940,16 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("id", nargs="?", default="", help="an unfinished image; without one they are listed"),
-    flag("--all", action="store_true", help="every unfinished image"),
-    flag("--forget", metavar="ID", help="close an entry without looking for its image"),
-    TIMEOUT,
+    f"""
+    id [ID]      an unfinished image; without one they are listed
+    --all        every unfinished image
+    --forget ID  close an entry without looking for its image
+    {TIMEOUT}
+    """
 )
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     """list or end what is unfinished"""
-    prefix = args.forget or args.id
+    prefix = args.forget or args.id or ""
     if not prefix and not args.all:
         return list_unfinished(terminal)
     paths = [row.path for row in entries() if os.path.basename(row.path).startswith(prefix)]
@@ -8043,13 +8024,10 @@ class ForgetRunner(RecoverRunner):
 
 
 @command(
-    flag(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="images or sidecars; without one, whatever the journal has open",
-    ),
-    flag("--dry-run", action="store_true", help="list them, and what each lacks"),
+    """
+    paths [PATH…]  images or sidecars; without one, whatever the journal has open
+    --dry-run      list them, and what each lacks
+    """
 )
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     """upload what the cloud still lacks"""
@@ -8146,8 +8124,10 @@ def may_have_row(sidecar: Mapping[str, Any]) -> bool:
 
 
 @command(
-    flag("image", metavar="IMAGE", help="a path, sidecar, image id or storage path"),
-    flag("--expires", default="1d", metavar="TIME", help="such as 30m, 12h, 7d (1d)"),
+    """
+    image IMAGE     a path, sidecar, image id or storage path
+    --expires TIME  such as 30m, 12h, 7d (1d)
+    """
 )
 def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     """an address where anybody can fetch an image of the private bucket for a while"""
@@ -8183,12 +8163,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @command(
-    flag("--file", help="instead of the migrations.sql beside imagen.py"),
-    flag(
-        "--expose",
-        action="store_true",
-        help="let PostgREST see the schemas even where the Dashboard says which",
-    ),
+    """
+    --file FILE  instead of the migrations.sql beside imagen.py
+    --expose     let PostgREST see the schemas even where the Dashboard says which
+    """
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     """set up or upgrade the database"""
@@ -8212,8 +8190,10 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("terms", nargs="*", metavar="WORD", help="that prompt or style must hold, all of them"),
-    flag("-n", type=int, default=20, metavar="N", help="at most that many (20)"),
+    """
+    terms [WORD…]  that prompt or style must hold, all of them
+    -n N           at most that many (20)
+    """
 )
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     """the last images"""
@@ -8237,20 +8217,23 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("--since", default="", metavar="DATE", help="YYYY-MM-DD"),
-    flag("--by", choices=("day", "backend"), default="day"),
+    """
+    --since DATE      YYYY-MM-DD
+    --by day|backend  what makes a row (day)
+    """
 )
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent"""
-    if args.since and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.since):
-        raise BadRequest(f'--since "{args.since}": not YYYY-MM-DD')
+    since = args.since or ""
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d|", since):
+        raise BadRequest(f'--since "{since}": not YYYY-MM-DD')
     total: dict[str, Any] = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
     groups: dict[str, dict[str, Any]] = {}
     for record in attempts():
         sidecar: Mapping[str, Any] = record.get("sidecar") or {}
         made = bool(record.get("path"))
         day = str(record.get("at"))[:10]
-        if day < args.since or (not made and record.get("charged", "no") == "no"):
+        if day < since or (not made and record.get("charged", "no") == "no"):
             continue
         usd = sidecar.get("cost_usd_estimate")
         if not made:
@@ -8274,9 +8257,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
-@command(
-    flag("folder", nargs="?", default="~/.local/bin", metavar="DIR", help="where `imagen` is put")
-)
+@command("folder [DIR]  where `imagen` is put (~/.local/bin)")
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
@@ -8300,25 +8281,19 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @command(
-    flag("--concurrency", type=int, metavar="N", help="jobs at a time"),
-    flag("--once", action="store_true", help="leave when no job waits"),
-    flag(
-        "--name", default="worker", metavar="SLOT", help="what this worker is called on this host"
-    ),
-    flag(
-        "--backend",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="take the jobs of these backends alone",
-    ),
+    """
+    --concurrency N  jobs at a time
+    --once           leave when no job waits
+    --name SLOT      what this worker is called on this host (worker)
+    --backend NAME…  take the jobs of these backends alone
+    """
 )
 def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
     """take jobs from imagen.jobs and make their images"""
     import signal
 
     config = load_config(args.config)
-    for name in args.backend:
+    for name in args.backend or ():
         options_of(name, config.backends)
     concurrency = config.worker.concurrency
     if args.concurrency is not None:
@@ -8335,7 +8310,7 @@ def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
         if priority < 6 or not args.quiet:
             terminal.say(" ".join(text.split()), prefix=prefix)
 
-    worker = Worker(config, say, concurrency, args.name, args.backend)
+    worker = Worker(config, say, concurrency, args.name, args.backend or ())
     handle_stops(worker.on_signal)
     worker.serve(args.once)
     handle_stops(signal.SIG_IGN)  # what is left is to leave
@@ -8351,19 +8326,13 @@ def handle_stops(handler: Any) -> None:
 
 
 @command(
-    flag("action", choices=("add", "list", "cancel", "retry")),
-    *ORDER_FLAGS[1:],
-    flag("prompt", nargs="?", metavar="PROMPT|ID", help="add: what to see; cancel, retry: the job"),
-    flag(
-        "--wait",
-        action="store_true",
-        help="add, retry: until the job is over, whose outcome is the exit code",
-    ),
-    flag(
-        "--status",
-        choices=("pending", "running", "done", "failed", "canceled"),
-        help="list: these alone",
-    ),
+    f"""
+    action add|list|cancel|retry  what to do
+    prompt [PROMPT|ID]            add: what to see; cancel, retry: the job
+    {ORDER_FLAGS}
+    --wait                        add, retry: until the job is over, whose outcome is the exit code
+    --status pending|running|done|failed|canceled  list: these alone
+    """
 )
 def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
     """add, list, cancel or retry jobs of imagen.jobs"""
@@ -8473,15 +8442,12 @@ def job_error(job: Fields) -> ImagenError:
 
 
 @command(
-    flag("--host", default="127.0.0.1", help="another one needs a token (127.0.0.1)"),
-    flag("--port", type=int, default=8765, help="0: any free one (8765)"),
-    flag(
-        "--token-env",
-        default="IMAGEN_SERVE_TOKEN",
-        metavar="NAME",
-        help="the variable that holds the token",
-    ),
-    flag("--parallel", type=int, default=2, metavar="N", help="requests at a time (2)"),
+    """
+    --host HOST       another one needs a token (127.0.0.1)
+    --port N          0: any free one (8765)
+    --token-env NAME  the variable that holds the token (IMAGEN_SERVE_TOKEN)
+    --parallel N      requests at a time (2)
+    """
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     """the OpenAI-compatible API and the gallery, over HTTP"""
@@ -8656,9 +8622,34 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
         allow_abbrev=False,
     )
-    for names, options in (*flags, *EVERYWHERE):
-        parser.add_argument(*names, **options)
+    for line in f"{flags}\n{EVERYWHERE}".splitlines():
+        if line := line.strip():
+            add_argument(parser, line)
     return parser
+
+
+def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
+    """Have `parser` know the argument that a line of `command`'s flags describes."""
+    spelling, _, text = line.partition("  ")
+    *names, value = spelling.split()
+    text = text.strip()
+    if value.startswith("-"):
+        parser.add_argument(*names, value, action="store_true", help=text)
+        return
+    options: dict[str, Any] = {"help": text, "metavar": value.strip("[]…*")}
+    if default := re.search(r"\((\S+)\)$", text):
+        options["default"] = default[1]
+    if kind := {"N": int, "S": float}.get(value):
+        options["type"] = kind
+    if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
+        options["choices"] = value.split("|")
+    if value.endswith("*"):
+        options["action"] = "append"
+    elif "…" in value:
+        options["nargs"] = "*"
+    elif "[" in value:
+        options["nargs"] = "?"
+    parser.add_argument(*names, **options)
 
 
 if __name__ == "__main__":
