@@ -531,7 +531,10 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
 
 # Each of these returns width and height of an image that is there to its end;
 # else 0 and 0, or struct.error.
-def _png_size(file: BinaryIO) -> tuple[Any, ...]:
+Size = tuple[int, int]
+
+
+def _png_size(file: BinaryIO) -> Size:
     file.seek(16)
     size = _unpack(file, ">II9x")
     kind = b""
@@ -543,7 +546,7 @@ def _png_size(file: BinaryIO) -> tuple[Any, ...]:
     return size
 
 
-def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
+def _jpeg_size(file: BinaryIO) -> Size:
     width = height = marker = 0
     file.seek(2)
     while marker != 0xDA:
@@ -564,7 +567,7 @@ def _jpeg_size(file: BinaryIO) -> tuple[Any, ...]:
     return 0, 0
 
 
-def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
+def _webp_size(file: BinaryIO) -> Size:
     file.seek(4)
     size, kind, head = _unpack(file, "<I4x4s4x10s")
     if kind == b"VP8X":
@@ -581,7 +584,7 @@ def _webp_size(file: BinaryIO) -> tuple[Any, ...]:
     return width, height
 
 
-def _gif_size(file: BinaryIO) -> tuple[Any, ...]:
+def _gif_size(file: BinaryIO) -> Size:
     file.seek(6)
     width, height, flags = _unpack(file, "<HHBxx")
     file.seek(_gif_colors(flags), os.SEEK_CUR)
@@ -1076,8 +1079,7 @@ def config_data(flag: str = "") -> JsonObject:
             data[key] = os.environ[name]
         elif isinstance(values := data.get(section), Mapping | None):
             data[section] = {**(values or {}), key: os.environ[name]}
-    styles = data.get("styles")
-    if isinstance(styles, dict):
+    if isinstance(styles := data.get("styles"), dict):
         for name, style in styles.items():
             if isinstance(style, str):
                 styles[name] = {"suffix": style}
@@ -1824,9 +1826,11 @@ class Mock(Backend):
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
         """The size that will be drawn."""
-        width = request.width or options.width
-        height = request.height or options.height
-        return {"width": width, "height": height, "seed": request.seed}
+        return {
+            "width": request.width or options.width,
+            "height": request.height or options.height,
+            "seed": request.seed,
+        }
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """A landscape with the prompt written below it."""
@@ -2002,8 +2006,11 @@ class ComfyUI(Backend):
         source = {"model": options.model}
         if options.workflow:
             source = {"workflow": options.workflow}
-        steps = request.steps or options.default_steps
-        return {**source, **super().plan(options, request), "steps": steps}
+        return {
+            **source,
+            **super().plan(options, request),
+            "steps": request.steps or options.default_steps,
+        }
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
@@ -2206,7 +2213,7 @@ class ComfyGraph(NamedTuple):
     graph: Graph
     model: str | None
     steps: int
-    ignored: tuple[str, ...]
+    ignored: list[str]
 
 
 def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
@@ -2291,10 +2298,10 @@ def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGra
             **schedule,
         )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
-    ignored: tuple[str, ...] = ()
+    ignored = []
     # At cfg 1 a negative prompt has no effect at all.
     if request.negative_prompt and cfg <= 1:
-        ignored = ("negative_prompt",)
+        ignored.append("negative_prompt")
     return ComfyGraph(graph=graph, model=options.model, steps=steps, ignored=ignored)
 
 
@@ -2386,7 +2393,7 @@ def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph
     steps = 0
     if "{steps}" in text and isinstance(marks["{steps}"], int):
         steps = marks["{steps}"]
-    return ComfyGraph(graph=graph, model=None, steps=steps, ignored=tuple(ignored))
+    return ComfyGraph(graph=graph, model=None, steps=steps, ignored=ignored)
 
 
 def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
@@ -2746,7 +2753,7 @@ class Replicate(Backend):
                 continue
             if self.version not in ("", item.get("version")):
                 continue
-            removed = removed or bool(item.get("data_removed"))
+            removed |= bool(item.get("data_removed"))
             # The list goes back in time, so the last of them is the first since then.
             if drawn(item.get("input")) == requested:
                 match = str(item["id"])
@@ -2980,15 +2987,16 @@ class OpenAI(Backend):
         usage = document.get("usage")
         if not isinstance(usage, dict):
             usage = {}
-        if image or item.get("url") or usage.get("output_tokens"):
+        link = item.get("url")
+        if image or link or usage.get("output_tokens"):
             ctx.settle("yes")
         # 2. The image, from the response or behind its link.
-        if not image and not item.get("url"):
+        if not image and not link:
             raise Unknown(
                 f"sent, and answered {response.status} without an image: {response.excerpt()[:200]}"
             )
         try:
-            image = image or http.download(joined(self.base + "/", str(item["url"])))
+            image = image or http.download(joined(self.base + "/", str(link)))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
         # 3. What is known of it.
@@ -3249,8 +3257,7 @@ def prepare_folder(folder: str) -> None:
     """Make the folder if need be; Disk where it cannot be written, or has hardly room."""
     cure = "make room, or name another folder with --output DIR/ or output.directory"
     with or_disk(folder, cure):
-        if not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         room = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Disk(f"{folder}: not writable", cure)
@@ -3504,8 +3511,8 @@ def _show(paths: Sequence[str], command: str) -> None:
     encode = None
     if terminal & {"iTerm.app", "WezTerm"}:
         encode = iterm_image
-    kitty = {"xterm-kitty", "xterm-ghostty", "ghostty"}
-    if os.environ.get("KITTY_WINDOW_ID") or terminal & kitty:
+    window = os.environ.get("KITTY_WINDOW_ID")
+    if window or terminal & {"xterm-kitty", "xterm-ghostty", "ghostty"}:
         encode = kitty_image
     if encode and not tmux and sys.stderr.isatty():
         for path in paths:
@@ -5447,7 +5454,7 @@ TURN = {
 # Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
 
-Rows = dict[str, list[JsonObject]]  # by the name of the part that gave them
+Rows = dict[str, list[Any]]  # by the name of the part that gave them
 
 
 @functools.cache
@@ -5985,7 +5992,7 @@ class Worker:
         # 5. New jobs; RETURNING promises no order.
         rows["claimed"].sort(key=lambda row: (-row["priority"], row["seq"]))
         for row in rows["claimed"]:
-            self.start(typing.cast(JobRow, row))
+            self.start(row)
         # 6. The backlog.
         for row in rows["delivered"]:
             del self.delivered[row["id"]]
@@ -6305,12 +6312,6 @@ class Call(Runner):
         """Nothing that a client could do something about."""
         self._say(text)
 
-    @property
-    def progress(self) -> Progress:
-        """Where the image that was begun last stands."""
-        with self.changed:
-            return next(reversed(self.active.values()), Progress())
-
     def answers(self, key: str) -> bool:
         """Whether a repeat with this key gets what this call got, or will get.
 
@@ -6371,8 +6372,9 @@ class Server:
         try:
             self.listener = socket.create_server(address, family=family, backlog=128)
         except OSError as problem:
-            message = f"{host}:{port}: {problem.strerror or problem}"
-            raise BadConfig(message, "another --port?") from None
+            raise BadConfig(
+                f"{host}:{port}: {problem.strerror or problem}", "another --port?"
+            ) from None
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
         self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
@@ -6459,8 +6461,7 @@ class Server:
                 del self._connections[sock]
 
     def _respond(self, sock: socket.socket, response: ResponseWriter) -> None:
-        request = self._read(sock)
-        response.bodiless = request.method == "HEAD"
+        response.request = request = self._read(sock)
         self._grant(sock, WRITE_S)
         self._check_origin(request)
         if not self._authorized(request):
@@ -6470,7 +6471,7 @@ class Server:
         for methods, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, request.path)
             if match and request.method in methods:
-                handler(self, request, response, *match.groups())
+                handler(self, response, *match.groups())
                 return
             if match:
                 allowed += methods
@@ -6567,9 +6568,9 @@ class Server:
 
         return hmac.digest(self.secret, text.encode(), "sha256").hex()
 
-    def answer_page(self, request: HttpRequest, response: ResponseWriter) -> None:
+    def answer_page(self, response: ResponseWriter) -> None:
         """GET /: the gallery; a token in the address moves into a cookie."""
-        if self.token and "token" in request.query:
+        if self.token and "token" in response.request.query:
             cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
             response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
             return
@@ -6589,11 +6590,11 @@ class Server:
         }
         response.send(200, PAGE.replace("NONCE", nonce).encode(), headers)
 
-    def answer_health(self, _: HttpRequest, response: ResponseWriter) -> None:
+    def answer_health(self, response: ResponseWriter) -> None:
         """GET /healthz."""
         response.json(200, {"ok": True, "version": __version__})
 
-    def answer_models(self, _: HttpRequest, response: ResponseWriter) -> None:
+    def answer_models(self, response: ResponseWriter) -> None:
         """GET /v1/models: the backends, by OpenAI's name for them."""
         models = [
             {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
@@ -6601,7 +6602,7 @@ class Server:
         ]
         response.json(200, {"object": "list", "data": models})
 
-    def answer_options(self, _: HttpRequest, response: ResponseWriter) -> None:
+    def answer_options(self, response: ResponseWriter) -> None:
         """GET /api/options: what the page's form offers."""
         document = {
             "backends": [*self.config.backends],
@@ -6610,13 +6611,14 @@ class Server:
         }
         response.json(200, document)
 
-    def answer_generations(self, request: HttpRequest, response: ResponseWriter) -> None:
+    def answer_generations(self, response: ResponseWriter) -> None:
         """POST /v1/images/generations.
 
         https://platform.openai.com/docs/api-reference/images/create
         """
         import hashlib
 
+        request = response.request
         body = parsed(request.body)
         if not body:
             raise HttpError(400, "the body is no JSON object")
@@ -6625,33 +6627,31 @@ class Server:
         # OpenAI's clients repeat by themselves, after a timeout of their own, and say so.
         repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         with self._lock:
-            same = list[Call]()
-            if repeated:
-                same = [call for call in reversed(self.calls) if call.answers(key)]
+            same = [call for call in reversed(self.calls) if repeated and call.answers(key)]
             # Two alike that are both repeated get an image each: the lonelier call first.
             call = min(same, key=lambda call: (call.answered, call.clients), default=None)
             if not call:
-                self._check_room()
+                if sum(call.left > 0 for call in self.calls) >= self.parallel:
+                    raise HttpError(
+                        503,
+                        f"{self.parallel} requests are under way; ask again",
+                        "rate_limit_exceeded",
+                        {"Retry-After": "5", "x-should-retry": "true"},
+                    )
                 call = Call(key, plans, self.config, self.say, body, ignored)
                 self.calls.append(call)
                 call.start()
             call.clients += 1
         try:
             if call.stream:
-                self._stream(call, request, response)
+                self._stream(call, response)
             else:
-                self._document(call, request, response)
+                self._document(call, response)
             call.answered = True
         finally:
             with self._lock:
                 call.clients -= 1
                 call.lonely_since = time.monotonic()
-
-    def _check_room(self) -> None:
-        if sum(call.left > 0 for call in self.calls) >= self.parallel:
-            message = f"{self.parallel} requests are under way; ask again"
-            headers = {"Retry-After": "5", "x-should-retry": "true"}
-            raise HttpError(503, message, "rate_limit_exceeded", headers)
 
     def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
@@ -6700,7 +6700,7 @@ class Server:
             raise ConnectionError("the client has left")
         return more_expected
 
-    def _document(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+    def _document(self, call: Call, response: ResponseWriter) -> None:
         """One JSON document, once all images are made or have failed."""
         while self._wait(call, response):
             pass
@@ -6710,14 +6710,14 @@ class Server:
             return
         document: JsonObject = {
             "created": int(call.began),
-            "data": [self._fields(call, record, request) for record in call.records],
+            "data": [self._fields(call, record, response.request) for record in call.records],
             "usage": usage_of(call.records),
         }
         if errors:
             document["imagen"] = {"errors": [openai_fields(error)[1] for error in errors]}
         response.json(200, document)
 
-    def _stream(self, call: Call, request: HttpRequest, response: ResponseWriter) -> None:
+    def _stream(self, call: Call, response: ResponseWriter) -> None:
         """Server-sent events: progress, each image once it is made, the worst error."""
         response.begin_stream()  # from here on an error is an event, since the status is out
         sent = 0
@@ -6726,7 +6726,9 @@ class Server:
         while more_expected:
             # Asked before the records are looked at, so that the last one is not missed.
             more_expected = self._wait(call, response)
-            progress = call.progress
+            with call.changed:
+                # Of the image that was begun last.
+                progress = next(reversed(call.active.values()), Progress())
             if more_expected and progress != shown:
                 shown = progress
                 fields = {**progress._asdict(), "note": progress.note or "waiting"}
@@ -6735,7 +6737,7 @@ class Server:
                 sent += 1
                 sidecar = record["sidecar"]
                 image = {
-                    **self._fields(call, record, request),
+                    **self._fields(call, record, response.request),
                     "size": f"{sidecar['width']}x{sidecar['height']}",
                     "output_format": sidecar["mime_type"].removeprefix("image/"),
                     "created_at": int(time.time()),
@@ -6776,9 +6778,9 @@ class Server:
             headers = {"x-should-retry": "true", "Retry-After": f"{after:.0f}"}
         response.json(status, {"error": fields}, headers)
 
-    def answer_images(self, request: HttpRequest, response: ResponseWriter) -> None:
+    def answer_images(self, response: ResponseWriter) -> None:
         """GET /api/images?query=&backend=&before=&limit=: the newest first."""
-        query = request.query
+        query = response.request.query
         limit = PAGE_IMAGES
         if re.fullmatch(r"[1-9]\d{0,5}", query.get("limit", "")):
             limit = min(200, int(query["limit"]))
@@ -6793,13 +6795,11 @@ class Server:
             following = images[-1]["id"]
         response.json(200, {"images": images, "next": following})
 
-    def answer_facts(self, _: HttpRequest, response: ResponseWriter, image_id: str) -> None:
+    def answer_facts(self, response: ResponseWriter, image_id: str) -> None:
         """GET /api/images/ID."""
         response.json(200, shown_fields(record_of_image(image_id)))
 
-    def answer_file(
-        self, request: HttpRequest, response: ResponseWriter, kind: str, image_id: str
-    ) -> None:
+    def answer_file(self, response: ResponseWriter, kind: str, image_id: str) -> None:
         """GET /images/ID, /thumbs/ID: the file, for ever the same."""
         record = record_of_image(image_id)
         path = record["path"]
@@ -6815,7 +6815,7 @@ class Server:
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Type": mime,
         }
-        if request.headers.get("if-none-match") == tag:
+        if response.request.headers.get("if-none-match") == tag:
             response.send(304, b"", headers)
             return
         try:
@@ -6825,7 +6825,7 @@ class Server:
         with file:
             headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
             response.send(200, b"", headers)
-            if request.method == "GET":
+            if response.request.method == "GET":
                 response.sock.sendfile(file)
 
 
@@ -6907,12 +6907,12 @@ def shown_fields(record: Record) -> JsonObject:
 
 
 class ResponseWriter:
-    """The response to one request, on its socket."""
+    """The response to one request, which it knows, on its socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.begun = False
-        self.bodiless = False
+        self.request = HttpRequest("", "", {}, {}, b"")  # until it has been read
 
     def send(self, status: int, body: bytes, headers: Strings) -> None:
         """A whole response, or the head of one whose Content-Length is among the headers."""
@@ -6928,7 +6928,7 @@ class ResponseWriter:
         lines = [f"HTTP/1.1 {status} {responses.get(status, 'Error')}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
         data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
-        if not self.bodiless:
+        if self.request.method != "HEAD":
             data += body
         self.sock.sendall(data)
 
@@ -7297,9 +7297,7 @@ class Terminal:
 
     def __init__(self, argv: Sequence[str]) -> None:
         """--json holds even where the rest of `argv` is a mistake; the parser sets the others."""
-        flags = argv
-        if "--" in argv:
-            flags = argv[: argv.index("--")]
+        flags = itertools.takewhile(lambda word: word != "--", argv)
         self.as_json = "--json" in flags
         self.quiet = False
         self.verbose = False
@@ -8177,9 +8175,9 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     except (OSError, ValueError) as problem:
         hint = "it stands beside imagen.py, or is named by --file"
         raise BadConfig(f"{path}: {problem}", hint) from None
-    expose = {True: "on", False: "off"}[args.expose]
     with postgres(load_config(args.config).supabase.database_url_env) as database:
         # One text: a pooler may send two queries to two sessions.
+        expose = {True: "on", False: "off"}[args.expose]
         database.run(f"set local imagen.expose = '{expose}';{sql}")
         notices = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
     by_hand = [text for text in notices if text.startswith("by hand: ")]
