@@ -47,6 +47,7 @@ import termios
 import textwrap
 import threading
 import time
+import tokenize
 import tomllib
 import types
 import unicodedata
@@ -68,6 +69,22 @@ from hypothesis import strategies as st
 import imagen
 
 # === Helpers ===
+#
+# What stands in for what; the tests see nothing of imagen.py but what these see:
+#
+#     Box, `here`              a person's home: config, journal, pictures, and the command to run in it
+#     Server, Remote           any HTTP server; Remote gives answers from a script: ok, status, cut, drip, silent, …
+#     FileHost                 where a remote leaves its images: another origin, which must never see a key
+#     Comfy                    ComfyUI, 0.3.64 to 0.33.0
+#     ReplicateServer          api.replicate.com
+#     OpenAIServer             the Images API, and the dialects of together, SGLang, LocalAI and vLLM
+#     Postgres, Database       a real server of our own; a database in it that looks like a Supabase project's
+#     Cloud, `synced`          a Supabase project before a Database (real PostgREST, or PostgrestStandIn); a home with sync
+#     Tty, PreviewTmux         a terminal; a tmux server of its own
+#     Wire, QueueWire, Cable   a connection's end; a pooler or a bad network; TCP to Postgres that freezes and is cut
+#     JobsWorker, JobsSystemd  `imagen worker`; systemd's end of NOTIFY_SOCKET
+#     Crew, Painter            workers on two hosts before one Cloud; a paid backend that keeps results, or forgets them
+#     Serving, Gallery, Tab    `imagen serve`; a home that serves its page; a real browser's tab on that page
 
 HERE = Path(imagen.__file__).resolve()
 
@@ -3932,17 +3949,19 @@ def cloud(database: Database) -> Iterator[Cloud]:
 
 
 # === The file itself ===
-HEAD_LATE = {
-    "dataclasses",
-    "http",
-    "logging",
-    "pg8000",
-    "shutil",
-    "ssl",
-    "subprocess",
-    "tempfile",
-    "yaml",
-}
+HEAD_LATE = set(
+    str.split("dataclasses http logging pg8000 shutil ssl subprocess tempfile urllib.request yaml")
+)
+# Words that name no value in particular; the field has a better one for each.
+HEAD_VAGUE = set(
+    str.split(
+        "said told words about asked wanted given kept held there found Asked Turned Answer Reply "
+        "Broken Wish wish take_in tried crew one member jot whole owed lacks push mend release "
+        "ATTACH REMEMBERED CALLS LINGER heard beaten news settling"
+    )
+)
+HEAD_CONDITIONS = {ast.Compare, ast.BoolOp}
+HEAD_LAYOUT = set(str.split("COMMENT NL NEWLINE INDENT DEDENT ENDMARKER FSTRING_END"))
 
 
 def head_source() -> str:
@@ -3999,6 +4018,38 @@ def head_public(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from head_public(child, f"{child.name}.")
 
 
+def head_vague(source: str) -> set[object]:
+    """Which identifiers are vague words: variables, attributes, parameters, functions, classes, keywords."""
+    fields = ("id", "attr", "arg", "name", "asname")
+    nodes = ast.walk(ast.parse(source))
+    return HEAD_VAGUE & {getattr(node, field, None) for node in nodes for field in fields}
+
+
+def head_density(source: str) -> list[int]:
+    """How many tokens each line of code has; an f-string is one token, and docstrings are left out."""
+    counts = collections.Counter[int]()
+    depth = 0  # in f-strings, which are one token only up to Python 3.11
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        counts[token.start[0]] += depth == 0 and kind not in HEAD_LAYOUT
+        depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            del counts[node.lineno]
+    return [count for count in counts.values() if count]
+
+
+def head_puzzles(source: str) -> list[str]:
+    """Strings that a condition multiplies."""
+    puzzles = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            kinds = {type(node.left), type(node.right)}
+            if {ast.Constant, ast.JoinedStr} & kinds and HEAD_CONDITIONS & kinds:
+                puzzles.append(ast.unparse(node))
+    return puzzles
+
+
 def test_file_the_map_is_true() -> None:
     described = (imagen.__doc__ or "").partition("\nMap.")[2]
     mapped = re.findall(r"^ {4}(\S+) +(.+)$", described, re.MULTILINE)
@@ -4016,6 +4067,24 @@ def test_file_no_section_uses_one_below_it() -> None:
     planted = "# === 1\ndef a(n: low) -> int: return high + n\n# === 2\nhigh = 1\nclass low: pass\n"
     assert [line[:4] for line in head_upward(planted)] == ["high", "low,"]
     assert head_upward(head_source()) == []
+
+
+def test_file_a_name_says_what_the_value_is() -> None:
+    planted = "class Wish: pass\ndef jot(asked, *, given=1): x.about = said + f(told=y['held'])\n"
+    assert head_vague(planted) == {"Wish", "jot", "asked", "given", "about", "said", "told"}
+    assert head_vague(head_source()) == set()
+
+
+def test_file_a_line_says_one_thing() -> None:
+    planted = (
+        'def f(n):\n    """No code."""\n    return f"{n} of {n + 1}" * (n > 0)  # and not this\n'
+    )
+    assert head_density(planted) == [6, 8]
+    assert len(head_puzzles(planted)) == 1
+    assert head_puzzles(head_source() + "rule = '-' * len(head)") == []
+    counts = head_density(head_source())
+    assert statistics.mean(counts) <= 9
+    assert sum(count > 25 for count in counts) <= 0.005 * len(counts)
 
 
 def test_file_everything_public_has_a_docstring() -> None:
@@ -4062,9 +4131,7 @@ def test_file_a_start_imports_only_what_it_needs(tmp_path: Path, command: str) -
     loaded = set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\S+)$", done.stderr, re.MULTILINE))
     assert done.returncode == 0
     assert {"json", "typing"} <= loaded
-    assert {
-        name for name in loaded if name.partition(".")[0] in HEAD_LATE or name == "urllib.request"
-    } == set()
+    assert {name for name in loaded if {name, name.partition(".")[0]} & HEAD_LATE} == set()
 
 
 # === Errors: what can go wrong, and what each door makes of it ===
@@ -4117,7 +4184,7 @@ def test_errors_no_error_steers_a_terminal(text: str) -> None:
     assert (error.charged, error.after, imagen.Failed("x").charged) == ("yes", 3, "no")
 
 
-# === Shapes: outside data becomes NamedTuples; keys that never show ===
+# === Shapes: outside data becomes NamedTuples, and back; keys that never show ===
 SHAPES_KEY = "sk-proj-Canary0123456789abcdefghijkl"
 SHAPES_ODD_KEY = 'canary/+=%"\\&0123456789<x>'
 
@@ -4478,7 +4545,7 @@ def test_images_a_png_of_ours_is_a_png(size: tuple[int, int], text: str) -> None
         assert picture.text == {"Title": text.replace("\ud800", "?"), "Comment": "seed 7"}
 
 
-# === Contract: Request, Result, Context, Backend: what an adapter is ===
+# === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
 class ContractTiny(imagen.Backend):
     """An adapter as small as one can be: paper of one color."""
 
@@ -10700,7 +10767,7 @@ def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
     assert box.run("sign", made["path"]).code == 2
 
 
-# === Pipeline: make, finish, deliver; and recover, which is the same steps again ===
+# === Pipeline: plans_of, make, finish, deliver; and recover, which is the same steps again ===
 @pytest.mark.parametrize(
     "fields",
     [
