@@ -87,6 +87,22 @@ import imagen
 #     Serving, Gallery, Tab    `imagen serve`; a home that serves its page; a real browser's tab on that page
 
 HERE = Path(imagen.__file__).resolve()
+MOCK = {"mock": {"type": "mock"}}
+MOCK_SMALL = {"mock": {"type": "mock", "width": 64, "height": 64}}
+
+
+def missing(reason: str) -> None:
+    """Skip what cannot be had on this machine; where everything must run, fail."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 30) -> Any:
+    """The condition's value, once it has one."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return value
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -170,6 +186,10 @@ class Box:
                 process.kill()
                 raise
             return Done(process.returncode, out or "", err or "")
+
+    def fox(self, *args: str, **options: Any) -> Done:
+        """An image of a fox, or why there is none."""
+        return self.run("generate", "a fox", *args, **options)
 
     def sidecar(self, path: str | Path) -> dict[str, Any]:
         """The sidecar of an image."""
@@ -1749,7 +1769,7 @@ class Comfy(Server):
         digest = hashlib.sha1(
             f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False
         ).digest()
-        accept = f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}"
+        accept = f"Sec-WebSocket-Accept: {b64(digest)}"
         client = seen.query.get("clientId") or uuid.uuid4().hex
         flags = set[str]()
         head = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n{accept}\r\n\r\n"
@@ -2158,10 +2178,7 @@ class ReplicateServer(Server):
         ]
         images = [fate.image or draw(width, height, content) for content in contents]
         if fate.output == "data":
-            return [
-                f"data:{_encoded(image)[1]};base64,{base64.b64encode(image).decode()}"
-                for image in images
-            ]
+            return [f"data:{_encoded(image)[1]};base64,{b64(image)}" for image in images]
         urls = [self.files.put(image, ending) for image in images]
         kind = fate.output or ("string" if "pro" in made["model"] else "list")
         return {
@@ -2246,6 +2263,15 @@ overloaded 503 server_error overloaded The engine is currently overloaded, try a
 """.strip().splitlines()
     )
 }
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def openai_images(image: bytes, **more: object) -> dict[str, Any]:
+    """An answer of the Images API with that image."""
+    return {"data": [{"b64_json": b64(image)}], **more}
 
 
 class OpenAIServer(Server):
@@ -2566,7 +2592,7 @@ class OpenAIServer(Server):
 
     def _link(self, image: bytes, kind: str, as_url: bool) -> dict[str, str]:
         if not as_url or self.url_as == "data":
-            coded = base64.b64encode(image).decode()
+            coded = b64(image)
             return (
                 {"url": f"data:{_encoded(image)[1]};base64,{coded}"}
                 if as_url
@@ -2778,11 +2804,6 @@ begin
   end loop;
 end $$;
 """
-
-
-def missing(reason: str) -> None:
-    """Skip what cannot be had on this machine; where everything must run, fail."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 # Runs the command; a byte on stdin is the signal that ends it. The end of stdin ends it too, and then its folder goes.
@@ -3861,7 +3882,7 @@ class Cloud(Server):
             "IMAGEN_DATABASE_URL": self.database.dsn(),
         }
         if config:
-            box.configure(**{"backends": {"mock": {"type": "mock"}}, **config})
+            box.configure(**{"backends": MOCK, **config})
 
     def fault(
         self, match: str | Callable[[Seen], object], answer: object, times: float = 1
@@ -4865,12 +4886,10 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
         "IMAGEN_OUTPUT_DIR": "/in/environment",
         "IMAGEN_PREVIEW": "on",
     }
-    output = box.run("generate", "a fox", "--dry-run", env=environ).out
+    output = box.fox("--dry-run", env=environ).out
     assert "gpt-image" in output
     assert "/in/environment/" in output
-    output = box.run(
-        "generate", "a fox", "--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ
-    ).out
+    output = box.fox("--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ).out
     assert "mock" in output
     assert "/in/flag/" in output
     assert "gpt-image" not in output
@@ -5067,7 +5086,7 @@ def test_config_an_env_file_that_cannot_be_read_says_where_and_shows_nothing(
         file.write_text(f"A=1\n{line}\n")
         file.chmod(0o600)
     config_write(box, "env_file: ~/keys.env\n")
-    done = box.run("generate", "a fox")
+    done = box.fox()
     assert done.code == 3
     assert (f"{file}, line 2" if line else str(file)) in done.err
     assert "canary" not in done.out + done.err
@@ -5123,10 +5142,10 @@ def test_config_a_default_backend_that_fails_offers_the_mock(
     box: Box, block: dict[str, Any]
 ) -> None:
     box.configure({"mine": json.loads(json.dumps(block).replace("{port}", str(refused_port())))})
-    done = box.run("generate", "a fox", "--timeout", "2")
+    done = box.fox("--timeout", "2")
     assert done.code in (3, 4)
     assert "-b mock" in done.err
-    assert "-b mock" not in box.run("generate", "a fox", "-b", "mine", "--timeout", "2").err
+    assert "-b mock" not in box.fox("-b", "mine", "--timeout", "2").err
 
 
 def test_config_the_sample_leaves_the_owner_empty_and_says_where_its_uuid_stands() -> None:
@@ -5249,11 +5268,11 @@ def test_the_config_s_styles_win(box: Box) -> None:
         "ink": "in violet ink",
         "mine": {"suffix": "in oil", "negative": "frame", "width": 96, "height": 64},
     }
-    box.configure({"mock": {"type": "mock"}}, styles=styles)
-    response = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
+    box.configure(MOCK, styles=styles)
+    response = box.fox("-s", "ink", "--dry-run").out
     assert "a fox, in violet ink" in response
     assert imagen.STYLES["ink"].suffix not in response
-    response = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
+    response = box.fox("-s", "mine", "--dry-run").out
     assert "a fox, in oil" in response
     assert "frame" in response
     assert "96" in response
@@ -5261,7 +5280,7 @@ def test_the_config_s_styles_win(box: Box) -> None:
     assert "in violet ink" in listed
     assert "in oil" in listed
     assert imagen.STYLES["poster"].suffix in listed
-    done = box.run("generate", "a fox", "-s", "mnie")
+    done = box.fox("-s", "mnie")
     assert (done.code, done.out) == (2, "")
     assert "mine" in done.err
 
@@ -6339,9 +6358,7 @@ HTTP_UNCLEAR = {
     "503 without a word": status(503, "Service Unavailable"),
     "503 that hopes": status(503, "Something went wrong. Please try again."),
     "504": status(504, "upstream request timeout"),
-    "truncated": cut(
-        {"created": 1, "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}]}, 60
-    ),
+    "truncated": cut(openai_images(HTTP_BYTES, created=1), 60),
     "truncated chunks": chunked({"created": 1, "data": []}, 10, keep=10),
     "200 with HTML": html(),
     "200 without JSON": ok("done"),
@@ -6410,9 +6427,7 @@ def test_http_an_image_in_hand_is_kept_whatever_else_the_answer_says(
     box: Box, usage: object
 ) -> None:
     with http_server("openai") as server:
-        server.script(
-            ok({"data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}], "usage": usage})
-        )
+        server.script(ok(openai_images(HTTP_BYTES, usage=usage)))
         done = http_fox(box, server, "openai")
         assert done.code == 0, done.out
         assert Path(done.json["images"][0]["path"]).read_bytes() == HTTP_BYTES
@@ -6540,7 +6555,7 @@ def test_http_what_never_left_is_exit_4_and_free(box: Box, kind: str, how: str) 
             {kind: http_block(kind, base.get(how, f"https://127.0.0.1:{refused_port()}"))}
         )
         env = {"HTTP_TEST_KEY": HTTP_KEY} | ({"https_proxy": proxy.base} if how == "proxy" else {})
-        done = box.run("generate", "a fox", "--json", "--timeout", "1", env=env)
+        done = box.fox("--json", "--timeout", "1", env=env)
         assert done.code == 4
         assert done.json["error"]["charged"] == "no"
         assert box.unfinished() == []
@@ -6642,7 +6657,7 @@ HTTP_CANARY = "r8_Canary+0123/4567=89abcdefghijklmnopqrstuvwxyz"
 
 def http_echo(key: str) -> dict[str, tuple[str, object]]:
     """How a remote shows us our own key: backend, answer to the POST."""
-    image = base64.b64encode(HTTP_BYTES).decode()
+    image = b64(HTTP_BYTES)
     quoted = urllib.parse.quote(key, safe="")
     error = {"error": {"message": f"bad key {key}", "type": key, "param": key, "code": key}}
     problem = {"title": key, "detail": f"bad token {key}", "status": 401}
@@ -6675,7 +6690,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "link": ("openai", ok({"data": [{"url": f"file:///{key}"}]})),
         "no image": (
             "openai",
-            ok({"data": [{"b64_json": base64.b64encode(key.encode()).decode()}]}),
+            ok(openai_images(key.encode())),
         ),
         "cut in the middle": ("openai", status(500, "x" * 275 + key)),
         "cut in the middle of a 200": ("openai", ok("x" * 175 + key)),
@@ -6696,7 +6711,7 @@ def test_http_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str)
     with Remote(answer, repeat=True) as remote:
         path = box.configure({kind: http_block(kind, remote.base)})
         env = {"HTTP_TEST_KEY": HTTP_CANARY}
-        output = [box.run("generate", "a fox", flag, env=env) for flag in ("-v", "--json")]
+        output = [box.fox(flag, env=env) for flag in ("-v", "--json")]
         output.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
         assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
     shown = "".join(done.out + done.err for done in output).encode()
@@ -6813,10 +6828,7 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
     expected = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
     assert len({imagen.mock_picture(*one) for one in expected * 2}) == len(expected)
-    made = [
-        box.run("generate", "a fox", "--size", "64x64", "--seed", seed).lines[0]
-        for seed in ("7", "7", "8")
-    ]
+    made = [box.fox("--size", "64x64", "--seed", seed).lines[0] for seed in ("7", "7", "8")]
     first, same, other = (Path(path).read_bytes() for path in made)
     assert len(set(made)) == 3
     assert first == same != other
@@ -6989,7 +7001,7 @@ def test_mock_a_signal_ends_a_delay_and_leaves_nothing(box: Box, number: int) ->
 
 @pytest.mark.parametrize(("code", "number"), [*ERRORS_EXITS.items()])
 def test_mock_every_code_can_be_tried_out(box: Box, code: str, number: int) -> None:
-    done = box.run("generate", "a fox", "--json", "--opt", f"fail={code}", "--size", "64x64")
+    done = box.fox("--json", "--opt", f"fail={code}", "--size", "64x64")
     error = done.json["error"]
     assert (done.code, done.json["ok"], done.json["images"]) == (number, False, [])
     assert (error["code"], error["charged"], error["retryable"]) == (
@@ -7842,7 +7854,7 @@ def test_comfyui_a_server_that_goes_away_with_our_prompt_is_failed_and_one_that_
     gone = json.loads(out)["error"]
     assert (gone["code"], gone["retryable"]) == ("failed", False)
     assert len(box.unfinished()) == 1
-    off = box.run("generate", "a fox", "-b", "off", "--json").json["error"]
+    off = box.fox("-b", "off", "--json").json["error"]
     assert (off["code"], off["retryable"]) == ("unreachable", True)
     assert len(box.unfinished()) == 1
 
@@ -7897,7 +7909,7 @@ def replicate_setup(box: Box, server: ReplicateServer, **block: Any) -> None:
 def replicate_run(box: Box, server: ReplicateServer, *args: str, **block: Any) -> Done:
     """`imagen generate` in a process of its own."""
     replicate_setup(box, server, **block)
-    return box.run("generate", "a fox", "--seed", "7", *args)
+    return box.fox("--seed", "7", *args)
 
 
 def replicate_open(
@@ -8375,7 +8387,7 @@ def openai_setup(box: Box, server: OpenAIServer, **block: Any) -> None:
 def openai_run(box: Box, server: OpenAIServer, *args: str, **block: Any) -> Done:
     """`imagen generate` in a process of its own, in whose environment a key is."""
     openai_setup(box, server, **block)
-    return box.run("generate", "a fox", "--seed", "7", *args)
+    return box.fox("--seed", "7", *args)
 
 
 def openai_make(
@@ -8541,7 +8553,7 @@ def test_openai_a_wrong_key_model_or_field_names_itself_and_the_request(box: Box
         wrong = openai_run(box, server, model="gpt-image-3")
         field = openai_run(box, server, "--opt", "quality=hd")
         openai_setup(box, server)
-        key = box.run("generate", "a fox", env={"OPENAI_API_KEY": "sk-mistaken-0003"})
+        key = box.fox(env={"OPENAI_API_KEY": "sk-mistaken-0003"})
     assert (wrong.code, field.code, key.code, server.billed) == (3, 2, 3, 0), (
         wrong.err,
         field.err,
@@ -8652,7 +8664,7 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
     text = json.dumps(
         {"data": [{"b64_json": prefix + base64.encodebytes(image).decode()}]}
     ).replace("/", "\\/")
-    edges = base64.b64encode(image).decode()
+    edges = b64(image)
     for place in (
         2**power - 1 for power in range(12, 22)
     ):  # an escape across each edge at which one might cut
@@ -8671,25 +8683,23 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
 
 def test_openai_base64_may_have_its_plus_signs_as_escapes(box: Box) -> None:
     image = png(64, 64, pad=3000)
-    body = json.dumps({"data": [{"b64_json": base64.b64encode(image).decode()}]}).replace(
-        "+", "\\u002B"
-    )
+    body = json.dumps(openai_images(image)).replace("+", "\\u002B")
     with Remote(ok(body.encode())) as remote:
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        (path,) = box.run("generate", "a fox").lines
+        (path,) = box.fox().lines
     assert "u002B" in body
     assert Path(path).read_bytes() == image
 
 
 def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
     avif = b"\0\0\0\x1cftypavif" + bytes(range(256)) * 8
-    with Remote(ok({"data": [{"b64_json": base64.b64encode(avif).decode()}]})) as remote:
+    with Remote(ok(openai_images(avif))) as remote:
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        assert box.run("generate", "a fox").code == 10
+        assert box.fox().code == 10
     done = box.run("recover", "--all")
     (file,) = box.out.iterdir()
     assert done.code == 10
@@ -8699,7 +8709,7 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
 
 
 def test_openai_an_early_hint_is_not_the_answer(box: Box) -> None:
-    answer = ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]})
+    answer = ok(openai_images(png()))
     hinted = Answer(
         lambda wire: (
             wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
@@ -8710,21 +8720,14 @@ def test_openai_an_early_hint_is_not_the_answer(box: Box) -> None:
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        assert box.run("generate", "a fox").code == 0
+        assert box.fox().code == 0
         assert len(remote.seen) == 1
 
 
 def test_openai_a_large_base64_answer_arrives_whole(box: Box) -> None:
     image = png(pad=12_000_000)
     with OpenAIServer() as server:
-        server.script(
-            ok(
-                {
-                    "data": [{"b64_json": base64.b64encode(image).decode()}],
-                    "usage": {"output_tokens": 9},
-                }
-            )
-        )
+        server.script(ok(openai_images(image, usage={"output_tokens": 9})))
         done = openai_run(box, server)
     assert (
         done.code == 0 and box.sidecar(done.lines[0])["sha256"] == hashlib.sha256(image).hexdigest()
@@ -8753,7 +8756,7 @@ def test_openai_a_revised_prompt_is_kept_in_the_sidecar(box: Box) -> None:
                 {
                     "data": [
                         {
-                            "b64_json": base64.b64encode(jpeg()).decode(),
+                            "b64_json": b64(jpeg()),
                             "revised_prompt": "a red fox",
                         }
                     ]
@@ -8965,8 +8968,8 @@ def test_output_numbers_make_names_different(name: str, ending: str) -> None:
     ],
 )
 def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, path: str) -> None:
-    box.configure({"mock": {"type": "mock"}}, output={"naming": naming})
-    made = [box.run("generate", "a fox", "--seed", "7", "--size", "64x64") for _ in range(2)]
+    box.configure(MOCK, output={"naming": naming})
+    made = [box.fox("--seed", "7", "--size", "64x64") for _ in range(2)]
     assert [done.code for done in made] == [0, 0], made[0].err
     first, second = (Path(done.out.removesuffix("\n")) for done in made)
     assert first.suffix == ".png"
@@ -8978,7 +8981,7 @@ def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, pa
 
 @pytest.mark.parametrize("given", ["fox", "fox.jpg", "fox.png"])
 def test_an_output_file_gets_its_true_ending(box: Box, given: str) -> None:
-    done = box.run("generate", "a fox", "--size", "64x64", "-n", "2", "-o", given)
+    done = box.fox("--size", "64x64", "-n", "2", "-o", given)
     assert done.code == 0
     assert sorted(done.lines) == [str(box.root / "fox-2.png"), str(box.root / "fox.png")]
 
@@ -9086,20 +9089,15 @@ def output_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def output_unable(reason: str) -> None:
-    """Skip what this machine cannot do; where everything must run, fail."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-
-
 @contextlib.contextmanager
 def output_disk(folder: Path, size: int) -> Iterator[Path]:
     """A disk of `size` bytes mounted at `folder`."""
     if os.geteuid() != 0 or sys.platform != "linux":
-        output_unable("a small disk is a tmpfs, and mounting one needs root on Linux")
+        missing("a small disk is a tmpfs, and mounting one needs root on Linux")
     folder.mkdir(parents=True)
     mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mounting, capture_output=True).returncode:
-        output_unable("no tmpfs can be mounted here")
+        missing("no tmpfs can be mounted here")
     try:
         yield folder
     finally:
@@ -9146,7 +9144,7 @@ def output_replicate(
             "model": "black-forest-labs/flux-schnell",
             **options,
         }
-        box.configure({"flux": block, "mock": {"type": "mock", "width": 64, "height": 64}})
+        box.configure({"flux": block, "mock": MOCK_SMALL["mock"]})
         box.environ["REPLICATE_API_TOKEN"] = server.token
         yield server
 
@@ -9166,10 +9164,8 @@ def test_output_the_extension_tells_the_truth_about_the_bytes(
 ) -> None:
     image = {"jpeg": jpeg, "png": png, "webp": webp}[given]()
     with output_openai(box) as server:  # which says png, whatever it sends
-        server.script(
-            ok({"data": [{"b64_json": base64.b64encode(image).decode()}], "output_format": "png"})
-        )
-        done = box.run("generate", "a fox", "-o", str(box.out / output))
+        server.script(ok(openai_images(image, output_format="png")))
+        done = box.fox("-o", str(box.out / output))
     assert done.lines == [str(box.out / named)]
     assert output_files(box.out).keys() == {named, f"{named}.json"}
     assert (box.out / named).read_bytes() == image
@@ -9286,7 +9282,7 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
 def test_output_the_umask_is_respected(box: Box, umask: int) -> None:
-    path = Path(box.run("generate", "a fox", "--size", "64x64", umask=umask).lines[0])
+    path = Path(box.fox("--size", "64x64", umask=umask).lines[0])
     assert {stat.S_IMODE(os.stat(p).st_mode) for p in (path, f"{path}.json")} == {0o666 & ~umask}
 
 
@@ -9321,7 +9317,7 @@ def test_output_a_sidecar_that_cannot_be_written_is_a_warning(box: Box) -> None:
 
 def test_output_without_sidecars_everything_works_from_the_journal(box: Box) -> None:
     box.configure({"toy": {"type": "mock"}}, output={"write_metadata_json": False})
-    first = box.run("generate", "a fox", "--seed", "7", "--size", "64x64").lines[0]
+    first = box.fox("--seed", "7", "--size", "64x64").lines[0]
     assert [path.name for path in box.out.iterdir()] == [Path(first).name]
     assert box.run("list", "fox", "--json").json["images"][0]["path"] == first
     for source in ("last", first):
@@ -9335,8 +9331,8 @@ def test_output_without_sidecars_everything_works_from_the_journal(box: Box) -> 
 
 def test_output_half_an_image_never_gets_a_name(box: Box) -> None:
     with output_openai(box) as server:
-        server.script(ok({"data": [{"b64_json": base64.b64encode(png(pad=9000)[:-3]).decode()}]}))
-        done = box.run("generate", "a fox")
+        server.script(ok(openai_images(png(pad=9000)[:-3])))
+        done = box.fox()
         assert done.code == 10
         assert done.lines == []
         assert output_files(box.out) == {}
@@ -9353,7 +9349,7 @@ def test_output_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble:
         output_disk(box.state if trouble.startswith("the") else box.out, 12 << 20) as folder,
     ):
         output_remount(folder, "ro") if trouble == "read-only" else output_fill(folder)
-        done = box.run("generate", "a fox", "--json")
+        done = box.fox("--json")
         assert done.code == 8
         assert done.json["error"]["code"] == "disk"
         assert done.json["error"]["charged"] == "no"
@@ -9363,7 +9359,7 @@ def test_output_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble:
 
 def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box) -> None:
     with output_disk(box.out, 10 << 20) as folder, output_openai(box, pad=11 << 20) as server:
-        done = box.run("generate", "a fox")
+        done = box.fox()
         (entry,) = box.unfinished()
         assert done.code == 8
         assert done.lines == []
@@ -9396,7 +9392,7 @@ def test_output_when_both_disks_are_full_the_message_says_what_it_may_have_cost(
         output_disk(box.state, 2 << 20),
         output_openai(box, pad=11 << 20) as server,
     ):
-        done = box.run("generate", "a fox", "--json")
+        done = box.fox("--json")
         assert done.code in (8, 10)
         assert done.json["error"]["charged"] != "no"
         assert len(box.unfinished()) == 1
@@ -9407,7 +9403,7 @@ def test_output_when_both_disks_are_full_the_message_says_what_it_may_have_cost(
 def test_output_a_disk_full_to_the_last_page_costs_the_sidecar_and_not_the_image(box: Box) -> None:
     size = 10 << 20
     with output_disk(box.out, size), output_replicate(box, png(pad=size - 2000)) as server:
-        done = box.run("generate", "a fox", "-o", str(box.out / "fox.png"))
+        done = box.fox("-o", str(box.out / "fox.png"))
         assert (done.code, done.lines) == (0, [str(box.out / "fox.png")])
         assert "sidecar" in done.err
         assert [path.name for path in box.out.iterdir()] == ["fox.png"]
@@ -9478,14 +9474,6 @@ def on_tty(box: Box, *args: str, **options: Any) -> Done:
         return tty.ended()
 
 
-def preview_wait(condition: Callable[[], Any]) -> None:
-    """Until the condition holds."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def preview_script(path: Path, text: str) -> str:
     """A program; its path as text."""
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -9525,7 +9513,7 @@ class PreviewTmux:
 @pytest.fixture
 def preview_tmux(box: Box) -> Iterator[PreviewTmux]:
     if not shutil.which("tmux"):
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("tmux is not installed")
+        missing("tmux is not installed")
     tmux = PreviewTmux(box)
     yield tmux
     with contextlib.suppress(
@@ -9536,7 +9524,6 @@ def preview_tmux(box: Box) -> Iterator[PreviewTmux]:
 
 
 SMALL = ("generate", "a fox", "-b", "mock", "--size", "64x64", "--seed", "7")
-MOCK = {"mock": {"type": "mock"}}
 
 
 def test_preview_in_tmux_a_window_named_imagen_shows_the_image_without_taking_the_focus(
@@ -9554,7 +9541,7 @@ def test_preview_in_tmux_a_window_named_imagen_shows_the_image_without_taking_th
     assert (box.root / "shown").read_text() == f"{path}|small|"
     assert preview_tmux.windows() == ["work 1", "imagen 0"]
     preview_tmux("send-keys", "-t", "imagen", "Enter")
-    preview_wait(lambda: preview_tmux.windows() == ["work 1"])
+    eventually(lambda: preview_tmux.windows() == ["work 1"])
 
 
 def test_preview_in_tmux_the_default_command_is_tmux_img(
@@ -9658,7 +9645,7 @@ def test_the_path_is_on_stdout_before_the_preview_starts(box: Box) -> None:
     )
     box.configure(MOCK, output={"preview_command": viewer})
     done = on_tty(box, *SMALL)
-    preview_wait((box.root / "seen").exists)
+    eventually((box.root / "seen").exists)
     assert (box.root / "seen").read_text() == done.out
     at_kitty = on_tty(box, *SMALL, env={"TERM": "xterm-kitty"}, both=True).err
     assert 0 < at_kitty.index("-2.png") < at_kitty.index("\x1b_G")
@@ -9852,16 +9839,8 @@ def test_journal_a_torn_ledger_line_hurts_only_itself(here: Box) -> None:
 def test_nobody_else_may_read_the_journal(here: Box) -> None:
     with output_openai(here) as server:
         server.script(hangup())
-        assert here.run("generate", "a fox", umask=0).code == 10
-    here.run(
-        "generate",
-        "a fox",
-        "-b",
-        "mock",
-        "--config",
-        str(here.configure({"mock": {"type": "mock"}})),
-        umask=0,
-    )
+        assert here.fox(umask=0).code == 10
+    here.fox("-b", "mock", "--config", str(here.configure(MOCK)), umask=0)
     modes = {
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in (here.state, *here.state.rglob("*"))
@@ -9965,7 +9944,7 @@ def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
 def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
     with output_openai(box) as server:
         server.script(*["server_error"] * 3)
-        said = box.run("generate", "a fox", "-n", "3", "--json").json
+        said = box.fox("-n", "3", "--json").json
     ids = {record["id"] for record in box.unfinished()}
     assert len(ids) == 3
     assert {error["hint"].split()[-1] for error in said["errors"]} == ids
@@ -9974,8 +9953,8 @@ def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
 
 
 def test_journal_a_private_image_is_marked_so_for_ever(box: Box) -> None:
-    assert box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "--no-cloud").code == 0
-    assert box.run("generate", "a fox", "-b", "mock", "--size", "64x64").code == 0
+    assert box.fox("-b", "mock", "--size", "64x64", "--no-cloud").code == 0
+    assert box.fox("-b", "mock", "--size", "64x64").code == 0
     assert [line["private"] for line in box.ledger()] == [True, False]
 
 
@@ -9984,7 +9963,7 @@ def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(b
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        done = box.run("generate", "a fox")
+        done = box.fox()
         assert done.code == 8
         assert "waits in" in done.err
     box.out.mkdir()
@@ -9996,7 +9975,7 @@ def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(b
 def output_vanished(box: Box) -> Answer:
     """The answer of a server that takes the folder away first."""
     shutil.rmtree(box.out)
-    return ok({"created": 1, "data": [{"b64_json": base64.b64encode(png()).decode()}]})
+    return ok(openai_images(png(), created=1))
 
 
 def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
@@ -10027,7 +10006,7 @@ def test_journal_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
 
 
 def test_journal_list_finds_words_newest_first(box: Box) -> None:
-    box.configure({"toy": {"type": "mock", "width": 64, "height": 64}})
+    box.configure({"toy": MOCK_SMALL["mock"]})
     paths = [
         box.run("generate", prompt).lines[0] for prompt in ("a red fox", "a cat", "a blue Fox")
     ]
@@ -10049,13 +10028,13 @@ def test_journal_cost_counts_the_unknown_apart_and_never_as_nothing(box: Box) ->
             {
                 "plain": {"type": "openai", "base_url": plain.v1, "model": "stand-in/flux"},
                 "priced": {"type": "openai", "base_url": priced.v1, "model": "gpt-image-1-mini"},
-                "toy": {"type": "mock", "width": 64, "height": 64},
+                "toy": MOCK_SMALL["mock"],
             }
         )
         for name in ("plain", "priced", "priced", "toy"):
-            assert box.run("generate", "a fox", "-b", name).code == 0
+            assert box.fox("-b", name).code == 0
         priced.script(hangup(), "moderation_input")
-        assert [box.run("generate", "a fox", "-b", "priced").code for _ in "12"] == [10, 5]
+        assert [box.fox("-b", "priced").code for _ in "12"] == [10, 5]
         assert box.run("recover", "--all").code == 10  # closed, maybe charged
     said = box.run("cost", "--by", "backend", "--json").json
     rows = {row["backend"]: row for row in said["rows"]}
@@ -10076,7 +10055,7 @@ def test_journal_like_repeats_an_image_and_flags_override(box: Box, style: str) 
         {"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}}
     )
     asked = ("--style", style, "--negative", "cats", "--size", "96x64", "--seed", "9")
-    first = box.run("generate", "a fox", *asked, "--json").json["images"][0]
+    first = box.fox(*asked, "--json").json["images"][0]
     same = (
         "prompt",
         "style",
@@ -10109,13 +10088,13 @@ def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_
     here: Box,
 ) -> None:
     with output_replicate(here):
-        quiet = here.run("generate", "a fox", "-b", "mock", "--size", "64x64")
+        quiet = here.fox("-b", "mock", "--size", "64x64")
         held = imagen.Run()
         held.begin(imagen.plans_of(imagen.Order("a fox"), imagen.load_config(""))[0])
         held.sending()
-        still_quiet = here.run("generate", "a fox", "-b", "mock")
+        still_quiet = here.fox("-b", "mock")
         held.entry.unlock()
-        told = here.run("generate", "a fox", "-b", "mock")
+        told = here.fox("-b", "mock")
         assert ["unfinished" in done.err for done in (quiet, still_quiet, told)] == [
             False,
             False,
@@ -10123,7 +10102,7 @@ def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_
         ]
         assert "1 unfinished" in told.err
         assert "imagen recover" in told.err
-        assert "unfinished" not in here.run("generate", "a fox", "-b", "mock", "-q").err
+        assert "unfinished" not in here.fox("-b", "mock", "-q").err
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
@@ -10515,7 +10494,7 @@ class SupabaseHome(NamedTuple):
 @pytest.fixture
 def signing(box: Box, cloud: Cloud) -> SupabaseHome:
     cloud.join(box)
-    (path,) = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "-q").lines
+    (path,) = box.fox("-b", "mock", "--size", "64x64", "-q").lines
     return SupabaseHome(box, cloud, path, box.sidecar(path))
 
 
@@ -10614,13 +10593,13 @@ def test_the_supabase_block_names_other_variables_and_another_bucket(
         "insert into storage.buckets (id, name, public) values ('other-one', 'other-one', false)"
     )
     names = {"url_env": "MY_URL", "service_key_env": "MY_KEY", "bucket": "other-one"}
-    box.configure({"mock": {"type": "mock"}}, owner_user_id=cloud.anna, supabase=names)
+    box.configure(MOCK, owner_user_id=cloud.anna, supabase=names)
     env = {
         "MY_URL": cloud.base,
         "MY_KEY": cloud.secret_key,
         "SUPABASE_URL": f"http://127.0.0.1:{refused_port()}",
     }
-    (path,) = box.run("generate", "a fox", "--size", "64x64", "-q", env=env).lines
+    (path,) = box.fox("--size", "64x64", "-q", env=env).lines
     (stored,) = cloud.objects("other-one")
     assert cloud.objects() == {}
     assert [row["storage_path"] for row in cloud.rows()] == [stored]
@@ -10813,18 +10792,7 @@ def test_pipeline_prepare_names_the_backend_draws_a_seed_and_touches_nothing(her
 
 
 def test_pipeline_four_images_have_four_names_and_four_seeds(box: Box) -> None:
-    done = box.run(
-        "generate",
-        "a fox",
-        "-n",
-        "4",
-        "--seed",
-        "7",
-        "--size",
-        "64x64",
-        "-o",
-        str(box.out / "fox.png"),
-    )
+    done = box.fox("-n", "4", "--seed", "7", "--size", "64x64", "-o", str(box.out / "fox.png"))
     assert done.code == 0
     assert set(done.lines) == {
         str(box.out / f"fox{number}.png") for number in ("", "-2", "-3", "-4")
@@ -10848,14 +10816,14 @@ def test_pipeline_one_of_four_that_fails(
 ) -> None:
     with output_openai(box, parallel=1) as server:
         server.script(*script)
-        done = box.run("generate", "a fox", "-n", "4", "--json")
+        done = box.fox("-n", "4", "--json")
         assert (done.code, server.posts, len(done.json["images"])) == (code, posts, images)
         assert all(Path(about["path"]).exists() for about in done.json["images"])
     assert len(box.unfinished()) == (code == 10)  # what is known to have ended is closed
 
 
 def test_pipeline_success_as_json_is_the_sidecar_with_path_and_cloud(box: Box) -> None:
-    said = box.run("generate", "a fox", "--size", "64x64", "--json").json
+    said = box.fox("--size", "64x64", "--json").json
     (about,) = said.pop("images")
     path = about.pop("path")
     assert said == {"ok": True, "warnings": []}
@@ -10865,7 +10833,7 @@ def test_pipeline_success_as_json_is_the_sidecar_with_path_and_cloud(box: Box) -
 
 @pytest.mark.parametrize("code", list(imagen.ERRORS))
 def test_pipeline_failure_as_json_has_these_fields(box: Box, code: str) -> None:
-    done = box.run("generate", "a fox", "--opt", f"fail={code}", "--timeout", "1", "--json")
+    done = box.fox("--opt", f"fail={code}", "--timeout", "1", "--json")
     error = done.json["error"]
     cls = imagen.ERRORS[code]
     assert set(error) == {"code", "message", "hint", "retryable", "charged"}
@@ -10878,7 +10846,7 @@ def test_pipeline_a_deadline_that_passed_is_made_good_by_recover_and_not_paid_ag
     box: Box,
 ) -> None:
     with output_replicate(box, polls=1000) as server:
-        done = box.run("generate", "a fox", "--timeout", "1", "--json")
+        done = box.fox("--timeout", "1", "--json")
         (entry,) = box.unfinished()
         assert done.code == 10
         assert done.json["error"]["charged"] == "unknown"
@@ -10899,7 +10867,7 @@ def test_pipeline_two_equal_requests_whose_answers_were_lost_get_an_image_each(b
     with output_replicate(box) as server:
         for _ in "12":
             server.lose_next_answer()
-            assert box.run("generate", "a fox", "--seed", "7").code == 10
+            assert box.fox("--seed", "7").code == 10
         done = box.run("recover", "--all")
         assert done.code == 0
         assert server.created == 2
@@ -10912,16 +10880,7 @@ def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box)
     for flags in ((), ("--json",), ("-n", "3")):
         read, write = os.pipe()
         os.close(read)
-        done = box.run(
-            "generate",
-            "a fox",
-            "--size",
-            "64x64",
-            "-q",
-            *flags,
-            stdout=write,
-            stderr=subprocess.PIPE,
-        )
+        done = box.fox("--size", "64x64", "-q", *flags, stdout=write, stderr=subprocess.PIPE)
         os.close(write)
         assert done.code == 0
         assert done.err.count("\n") <= 1
@@ -10932,14 +10891,6 @@ def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box)
 
 
 # Ctrl-C: real processes, real signals, in every phase of a paid image
-
-
-def pipeline_until(condition: Callable[[], Any], timeout: float = 20) -> Any:
-    end = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-    return value
 
 
 pipeline_signals = pytest.mark.parametrize(
@@ -10956,7 +10907,7 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
         address = {"base_url": f"http://127.0.0.1:{port}/v1", "model": "x"}
         box.configure({"x": {"type": kind, **(address if kind == "openai" else {"delay_s": 600})}})
         process = box.start("generate", "a fox", "--json")
-        pipeline_until(box.unfinished)
+        eventually(box.unfinished)
         process.send_signal(number)
         done = output_ended(process, 8)
     assert done.code == 130
@@ -11022,7 +10973,7 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
 
 def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
     with output_openai(box, parallel=1) as server:
-        server.script(ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]}), silent())
+        server.script(ok(openai_images(png())), silent())
         process = box.start("generate", "a fox", "-n", "4")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
@@ -11084,7 +11035,7 @@ def test_pipeline_a_terminal_that_hangs_up_stops_like_ctrl_c(box: Box) -> None:
 
 def test_pipeline_a_path_that_cannot_be_printed_is_told_and_the_image_delivered(box: Box) -> None:
     with open("/dev/full", "w") as full:
-        done = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", stdout=full)
+        done = box.fox("-b", "mock", "--size", "64x64", stdout=full)
     (line,) = box.ledger()
     assert line["path"] in done.err
     assert "Traceback" not in done.err
@@ -11412,10 +11363,7 @@ class KillsVictims:
         self.replicate = self.stack.enter_context(ReplicateServer())
         self.openai = self.stack.enter_context(OpenAIServer(key=""))
         self.replicate.script(always=True, polls=1, image=KILLS_IMAGE)
-        said = {
-            "data": [{"b64_json": base64.b64encode(KILLS_IMAGE).decode()}],
-            "output_format": "png",
-        }
+        said = openai_images(KILLS_IMAGE, output_format="png")
         self.openai.script(*[ok(said)] * 500)
 
     def __enter__(self) -> KillsVictims:
@@ -11578,7 +11526,7 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
 @pytest.fixture
 def synced(box: Box, cloud: Cloud) -> Box:
     """A home that delivers to `cloud` as anna."""
-    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+    cloud.join(box, backends=MOCK_SMALL)
     return box
 
 
@@ -11697,9 +11645,7 @@ def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> Non
 def test_pipeline_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
     box: Box, mode: str, variable: str, flag: str, requests: bool
 ) -> None:
-    box.configure(
-        {"mock": {"type": "mock", "width": 64, "height": 64}}, output={"cloud_sync": mode}
-    )
+    box.configure(MOCK_SMALL, output={"cloud_sync": mode})
     with Remote(status(401, {}), repeat=True) as server:
         box.environ |= {
             "SUPABASE_URL": server.base,
@@ -11921,7 +11867,7 @@ def test_pipeline_a_project_that_says_nothing_holds_nobody_up_for_long(
     boxes = [Box(tmp_path / name) for name in ("put", "row")]
     for box, match in zip(boxes, (DELIVER_PUT, DELIVER_ROW), strict=True):
         box.root.mkdir()
-        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.join(box, backends=MOCK_SMALL)
         cloud.fault(match, silent(), times=math.inf)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         began = time.monotonic()
@@ -11986,7 +11932,7 @@ def test_pipeline_the_path_in_the_bucket_has_the_entrys_id_and_the_ending_of_the
 ) -> None:
     with output_openai(synced) as server:
         for image in (png(8, 8), png(9, 9), jpeg(), webp()):
-            server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}]}))
+            server.script(ok(openai_images(image)))
         made = [deliver_made(synced, "-o", str(synced.out / "any")).lines[0] for _ in range(4)]
     assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
     places = [deliver_place(synced, path) for path in made]
@@ -12192,7 +12138,7 @@ def test_pipeline_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, syn
 def deliver_later(box: Box, count: int = 1, seed: int = 7) -> list[str]:
     """Images that the cloud was wanted for when there was none: their entries are open."""
     flags = ("-n", str(count), "--seed", str(seed), "--cloud", "-q")
-    paths = box.run("generate", "a fox", *flags, env={"SUPABASE_URL": ""}).lines
+    paths = box.fox(*flags, env={"SUPABASE_URL": ""}).lines
     assert len(paths) == count
     return paths
 
@@ -12226,7 +12172,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
     def home(seed: int) -> tuple[Box, str]:
         box = Box(tmp_path / str(seed))
         box.root.mkdir()
-        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.join(box, backends=MOCK_SMALL)
         return box, deliver_later(box, seed=seed)[0]
 
     steps = (
@@ -12303,7 +12249,7 @@ def deliver_usage(cloud: Cloud) -> list[tuple[str, bool]]:
 
 def test_pipeline_each_paid_image_has_a_usage_row(cloud: Cloud, synced: Box) -> None:
     with output_openai(synced):
-        done = synced.run("generate", "a fox", "-n", "3", "--json")
+        done = synced.fox("-n", "3", "--json")
     made = {about["image_id"]: about for about in done.json["images"]}
     rows = cloud.rows("mai.imagen_usage")
     assert deliver_usage(cloud) == [("yes", True)] * 3
@@ -12333,7 +12279,7 @@ def test_pipeline_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
 ) -> None:
     with output_openai(synced) as server:
         server.script(script)
-        assert synced.run("generate", "a fox").code == code
+        assert synced.fox().code == code
         synced.run("sync")
         assert deliver_usage(cloud) in (expected, [("unknown", False)] * len(expected))
         if synced.unfinished():
@@ -12348,7 +12294,7 @@ def test_pipeline_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recove
 ) -> None:
     with output_replicate(synced) as server:
         server.lose_next_answer()
-        assert synced.run("generate", "a fox", "--seed", "7").code == 10
+        assert synced.fox("--seed", "7").code == 10
         assert deliver_usage(cloud) == []
         for _ in "12":
             assert synced.run("sync").code == 0
@@ -12369,7 +12315,7 @@ def test_pipeline_an_unknown_attempt_that_is_closed_is_reported_once(
 ) -> None:
     with output_openai(synced) as server:
         server.script(reset())
-        assert synced.run("generate", "a fox").code == 10
+        assert synced.fox().code == 10
         if synced_before:
             assert synced.run("sync").code == 0
         ident = [entry["id"] for entry in synced.unfinished()] if args == ("--forget",) else []
@@ -12423,7 +12369,7 @@ def test_pipeline_a_usage_table_of_another_gets_what_it_can_hold_once(
     with Cloud(database) as cloud, output_replicate(box) as server:
         cloud.join(box)
         server.lose_next_answer()
-        assert box.run("generate", "a fox", "--seed", "7").code == 10
+        assert box.fox("--seed", "7").code == 10
         assert box.run("sync").code == 0
         done = box.run("recover", "--all")
         assert deliver_warnings(done) == []
@@ -12878,10 +12824,10 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 queue.run("select 41 + 1")
                 wire.open.clear()  # in one packet with a result
                 answer = pool.submit(queue.run, "select 41 + 1")
-                queue_until(lambda: wire.buffered)
+                eventually(lambda: wire.buffered)
                 before = wire.buffered
                 database.sql("notify imagen_jobs, 'ü'")
-                queue_until(lambda: wire.buffered > before)
+                eventually(lambda: wire.buffered > before)
                 wire.open.set()
                 assert answer.result() == [[42]]
                 assert queue_woken(queue) < 1
@@ -12910,7 +12856,7 @@ def test_queue_an_error_that_is_not_the_databases_closes_the_connection(
     with pytest.raises(TypeError), queue_opened(queue_env, database.dsn()) as connection:
         assert database.one(here) == 1
         connection.run("select :x::text", x={"a": uuid.uuid4()})
-    queue_until(lambda: database.one(here) == 0)
+    eventually(lambda: database.one(here) == 0)
 
 
 @pytest.mark.parametrize("pooled", ["transaction", "session"])
@@ -12971,13 +12917,6 @@ QUEUE_JOBS = "insert into imagen.jobs (owner_user_id, prompt) select $1, 'a fox'
 QUEUE_KILL = (
     "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'imagen%'"
 )
-
-
-def queue_until(ready: Callable[[], object], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_queue_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(
@@ -13065,7 +13004,7 @@ def test_queue_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
         with database.session() as session:
             session.sql("select pg_advisory_lock(1)")
             rescue = pool.submit(alive.run, sql, steady=False)
-            queue_until(
+            eventually(
                 lambda: database.one(
                     "select count(*) from pg_locks where locktype = 'advisory' and not granted"
                 )
@@ -13821,7 +13760,7 @@ def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
 def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
     box: Box, database: Database
 ) -> None:
-    box.configure({"mock": {"type": "mock"}}, supabase={"database_url_env": "MY_DATABASE"})
+    box.configure(MOCK, supabase={"database_url_env": "MY_DATABASE"})
     (box.root / "own.sql").write_text(
         "create schema größe; do $$ begin raise notice 'imagen_own: done'; end $$"
     )
@@ -14094,7 +14033,7 @@ def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) ->
             else None
         )
 
-    return dict(pipeline_until(there, 40))
+    return dict(eventually(there, 40))
 
 
 def test_queue_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(
@@ -14193,9 +14132,7 @@ def test_queue_a_heartbeat_touches_no_index(
             assert len(queue.turn(renewed={"heartbeats": json.dumps(sent)})["renewed"]) == 3
         connection.run("select pg_stat_force_next_flush()")
         counted = "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
-        (stats,) = pipeline_until(
-            lambda: [row for row in database.sql(counted) if row["all"] == 153]
-        )
+        (stats,) = eventually(lambda: [row for row in database.sql(counted) if row["all"] == 153])
         assert stats["hot"] >= 150
     found = database.sql(
         "select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'"
@@ -14211,7 +14148,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
         many = "insert into imagen.jobs (owner_user_id, prompt) select $1::uuid, 'x' from generate_series(1, 1000)"
         database.sql(many, database.user("anna"))
         jobs_add(database, database.user("anna"))
-        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        eventually(lambda: link.run("select 1") and len(link.notifications) == 2)
         assert {(channel, payload) for _, channel, payload in link.notifications} == {
             ("imagen_jobs", "")
         }
@@ -14300,7 +14237,7 @@ def test_queue_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database:
             "canceled",
             "running",
         ]
-        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        eventually(lambda: link.run("select 1") and len(link.notifications) == 2)
     row = jobs_row(database, waits)
     assert row["status"] == "canceled"
     assert row["finished_at"]
@@ -14326,7 +14263,7 @@ class JobsWorker:
         return self.path.read_text()
 
     def __enter__(self) -> Self:
-        pipeline_until(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
+        eventually(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -14611,7 +14548,7 @@ def test_worker_what_cannot_finish_is_handed_back_uncounted(
             worker.process.send_signal(signal.SIGTERM)
             for _ in "12":  # two heartbeats later it has been heard for certain
                 began = jobs_row(cloud.database, ident)
-                pipeline_until(
+                eventually(
                     lambda began=began: (
                         jobs_row(cloud.database, ident)["progress"] != began["progress"]
                     )
@@ -14660,9 +14597,7 @@ class JobsSystemd(contextlib.ExitStack):
 
     def until(self, text: str) -> None:
         """Until a message says so."""
-        pipeline_until(
-            lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40
-        )
+        eventually(lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40)
 
 
 def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud: Cloud) -> None:
@@ -14705,7 +14640,7 @@ def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cl
     ):
         systemd.until("STATUS=no database; 0 running")
         # Who comes back later than a quarter of the lease might find its jobs taken.
-        pipeline_until(lambda: worker.log().count("next try") > 7)
+        eventually(lambda: worker.log().count("next try") > 7)
         pauses = [float(pause) for pause in re.findall(r"next try in (\S+) s", worker.log())]
         assert 0 <= min(pauses) < max(pauses) <= 0.25
         assert worker.process.poll() is None
@@ -15446,7 +15381,7 @@ class Painter(NamedTuple):
 
     def hesitate(self) -> threading.Event:
         """OpenAI's next answer is an image, once the event is set."""
-        body = {"data": [{"b64_json": base64.b64encode(png(64, 64)).decode()}]}
+        body = openai_images(png(64, 64))
         self.server.script(hold(event := threading.Event(), ok(body)))
         return event
 
@@ -15737,7 +15672,7 @@ def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
 SERVE_BLOCKS: dict[str, dict[str, Any]] = {
-    "mock": {"type": "mock", "width": 64, "height": 64},
+    "mock": MOCK_SMALL["mock"],
     "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
     "replicate": {
         "type": "replicate",
@@ -15854,15 +15789,6 @@ class Serving:
         options = {"base_url": f"{self.base}v1", "api_key": "none", **options}
         with openai.OpenAI(**options) as client:
             yield client
-
-
-def serve_wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
-    """The condition's value, once it has one."""
-    until = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 def serve_read(sock: socket.socket) -> bytes:
@@ -16084,13 +16010,13 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
     remote = remotes[2]
     let_go = threading.Event()
     counts = list[str]()
-    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remote.script(hold(let_go, openai_images(png())))
 
     def sending(request: Any) -> None:
         counts.append(request.headers["x-stainless-retry-count"])
         if counts[-1] == "1":
             let_go.set()
-            serve_wait(lambda: when == "in flight" or box.ledger())
+            eventually(lambda: when == "in flight" or box.ledger())
 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Serving(box))
@@ -16114,7 +16040,7 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
 
 def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
     let_go = threading.Event()
-    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
+    answers = [openai_images(png(8 * i, 8)) for i in (1, 2)]
     remotes[2].script(*(hold(let_go, answer) for answer in answers))
     params = {"model": "openai", "size": "auto"}
     with Serving(box) as server:
@@ -16284,7 +16210,7 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
     box: Box, remotes: Any
 ) -> None:
     let_go = threading.Event()
-    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remotes[2].script(hold(let_go, openai_images(png())))
     remotes[0].pause()
     with Serving(box, "--parallel", "4") as server:
         paid = server.post({"model": "openai", "size": "auto"})
@@ -16295,13 +16221,13 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
         remotes[0].wait_running()
         for sock in (paid, free, left):
             sock.close()
-        serve_wait(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
+        eventually(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
         assert remotes[0].interrupted
         assert len(remotes[0].submitted) == 1
         assert remotes[2].posts == 1
         let_go.set()
         assert serve_read(patient).startswith(b"HTTP/1.1 200")
-        made = serve_wait(lambda: len(images := server.images()) == 2 and images)
+        made = eventually(lambda: len(images := server.images()) == 2 and images)
         assert {image["backend"] for image in made} == {"openai", "mock"}
     assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {
         "interrupted"
@@ -16312,7 +16238,7 @@ def test_server_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> N
     box.configure(SERVE_BLOCKS)
     with Serving(box, "--parallel", "1") as server:
         slow = server.post({"backend_opts": {"delay_s": 1}})
-        serve_wait(lambda: box.unfinished())
+        eventually(lambda: box.unfinished())
         response = server.make({})
         assert (
             response.status,
@@ -16333,7 +16259,7 @@ def test_server_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_
     server = Serving(box)
     with server if times == 1 else contextlib.ExitStack():
         slow = server.post({"backend_opts": {"delay_s": 1.5 if times == 1 else 3600}})
-        serve_wait(lambda: box.unfinished())
+        eventually(lambda: box.unfinished())
         server.process.send_signal(signal.SIGINT)
 
         def closed() -> bool:
@@ -16341,7 +16267,7 @@ def test_server_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_
                 return False
             return True
 
-        serve_wait(closed)
+        eventually(closed)
         if times == 2:
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(5) == 130
@@ -16640,12 +16566,12 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
             codes_seen = collections.Counter(
                 answer[:12] for answer in pool.map(exchange, range(1000))
             )
-            serve_wait(lambda: server.usage()[1] <= 2)
+            eventually(lambda: server.usage()[1] <= 2)
             before = server.usage()
             codes_seen += collections.Counter(
                 answer[:12] for answer in pool.map(exchange, range(1000, 5000))
             )
-        serve_wait(lambda: server.usage()[1] <= before[1])
+        eventually(lambda: server.usage()[1] <= before[1])
         after = server.usage()
         assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
         codes = {code[9:].decode() for code in codes_seen if code}
@@ -16665,7 +16591,7 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
     box.configure(SERVE_BLOCKS)
     with Serving(box) as server:
         server.make({})
-        serve_wait(lambda: server.usage()[1] <= 2)  # itself, and its janitor
+        eventually(lambda: server.usage()[1] <= 2)  # itself, and its janitor
         before = server.usage()
         opened = [server.raw() for _ in range(200)]
         slow = server.post({"backend_opts": {"delay_s": 1}})
@@ -16679,12 +16605,12 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
         crowd = [
             server.raw(b"GET") for _ in range(300)
         ]  # more than it takes: the rest are turned away at once
-        assert serve_wait(
+        assert eventually(
             lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40
         )
         for sock in crowd:
             sock.close()
-        serve_wait(lambda: server.usage()[:2] == before[:2])
+        eventually(lambda: server.usage()[:2] == before[:2])
         assert server.get("/healthz").status == 200
 
 
@@ -17115,7 +17041,7 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
         "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose
     )
     tab.click("#save")
-    preview_wait(lambda: (folder / Path(path).name).exists())
+    eventually(lambda: (folder / Path(path).name).exists())
     assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
 
 
@@ -17463,14 +17389,14 @@ def test_terminal_steps_are_a_bar(box: Box) -> None:
 
 
 def test_terminal_how_long_it_will_take_is_learned_from_the_ledger(box: Box) -> None:
-    picture = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}
+    picture = openai_images(png())
     let_go = threading.Event()
     with OpenAIServer(key="") as server:
         box.configure(
             {"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}}
         )
         for _ in range(3):
-            assert box.run("generate", "a fox", "--size", "1024x1024").code == 0
+            assert box.fox("--size", "1024x1024").code == 0
         records = box.ledger()  # let them have taken 30, 70 and 20 seconds
         for record, seconds in zip(records, (30, 70, 20), strict=True):
             record["sidecar"]["latency_ms"] = 1000 * seconds
@@ -17553,7 +17479,7 @@ def test_on_one_terminal_a_path_has_a_line_to_itself(box: Box) -> None:
 
 
 def test_terminal_each_path_comes_as_soon_as_its_image_is_safe(box: Box) -> None:
-    picture = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}
+    picture = openai_images(png())
     let_go = threading.Event()
     with OpenAIServer(key="") as server:
         box.configure(
@@ -17653,7 +17579,7 @@ def test_commands_ctrl_c_while_it_reads_the_prompt_is_no_traceback(box: Box) -> 
     reader, writer = os.pipe()
     os.write(writer, b"a fox")
     with box.start("generate", "-", stdin=reader) as process, open(reader), open(writer):
-        preview_wait(
+        eventually(
             lambda: not select.select([reader], [], [], 0)[0]
         )  # it has read that, and waits for more
         process.send_signal(signal.SIGINT)
@@ -17671,7 +17597,7 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
         "--opt",
         "output_format=webp",
     )
-    done = box.run("generate", "a fox", "-b", "gpt-image", *opts, "--dry-run", "--json")
+    done = box.fox("-b", "gpt-image", *opts, "--dry-run", "--json")
     body = done.json["plans"][0]["parameters"]
     assert (body["quality"], body["output_format"], body["a"], body["b"]) == (
         "low",
@@ -17730,19 +17656,7 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     before = sorted(box.root.rglob("*"))
-    done = box.run(
-        "generate",
-        "a fox",
-        "-b",
-        name,
-        "-s",
-        "poster",
-        "--seed",
-        "7",
-        "--dry-run",
-        "--json",
-        env=env,
-    )
+    done = box.fox("-b", name, "-s", "poster", "--seed", "7", "--dry-run", "--json", env=env)
     assert done.code == 0, done.err
     (plan,) = done.json["plans"]
     assert plan["backend"] == name
@@ -17761,7 +17675,7 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
     assert "json" in loaded
     assert not loaded & {"urllib.request", "http.client", "ssl", "yaml"}
     assert sorted(box.root.rglob("*")) == before
-    in_words = box.run("generate", "a fox", "-b", name, "--seed", "7", "--dry-run").out
+    in_words = box.fox("-b", name, "--seed", "7", "--dry-run").out
     assert all(word in in_words for word in (name, "a fox", f"{box.out}/", "price"))
 
 
@@ -17895,16 +17809,16 @@ def test_commands_an_unknown_key_of_the_config_names_the_nearest(box: Box) -> No
 
 def test_commands_where_the_default_backend_fails_mock_is_offered(box: Box) -> None:
     box.configure({"ai": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
-    assert "-b mock" in box.run("generate", "a fox").err
-    assert "-b mock" not in box.run("generate", "a fox", "-b", "ai").err
+    assert "-b mock" in box.fox().err
+    assert "-b mock" not in box.fox("-b", "ai").err
 
 
 def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
-    told = box.run("generate", "a fox", "--size", "64x64").err.splitlines()
+    told = box.fox("--size", "64x64").err.splitlines()
     assert len([line for line in told if "mock" in line and "imagen config init" in line]) == 1
     assert "config init" not in box.run(*SMALL).err
     box.configure(MOCK)
-    assert "config init" not in box.run("generate", "a fox", "--size", "64x64").err
+    assert "config init" not in box.fox("--size", "64x64").err
 
 
 COMMAND_WORDS = [*COMMANDS, "a fox", "", "ü\udcff\x1b[31m"]
@@ -18208,13 +18122,10 @@ def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box)
         box.configure(
             {"ai": block, "local": {**block, "base_url": local.v1, "model": local.models[0]}}
         )
-        known = [
-            box.sidecar(box.run("generate", "a fox").lines[0])["cost_usd_estimate"]
-            for _ in range(2)
-        ]
-        assert box.run("generate", "a fox", "-b", "local", "--size", "512x512").code == 0
+        known = [box.sidecar(box.fox().lines[0])["cost_usd_estimate"] for _ in range(2)]
+        assert box.fox("-b", "local", "--size", "512x512").code == 0
         server.script("server_error")
-        assert box.run("generate", "a fox").code == 10
+        assert box.fox().code == 10
         assert (
             box.run("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
@@ -18379,7 +18290,7 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
         assert jobs_row(cloud.database, ident)["status"] == "canceled"
         assert box.unfinished() == box.hidden() == []
         with box.start("jobs", "retry", ident, "--wait") as process:
-            (again,) = pipeline_until(lambda: jobs_listed(box, "--status", "running"))
+            (again,) = eventually(lambda: jobs_listed(box, "--status", "running"))
             cloud.database.sql("delete from imagen.jobs where id = $1", again)
             assert process.communicate(timeout=30)[1].startswith("imagen: a job was deleted")
 
@@ -18413,9 +18324,7 @@ def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
 def readme() -> str:
     path = Path(imagen.__file__).parent / "README.md"
     if not path.exists():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            "there is no README.md beside imagen.py"
-        )
+        missing("there is no README.md beside imagen.py")
     return path.read_text()
 
 
@@ -18542,7 +18451,7 @@ def test_the_readmes_statements_make_a_job_done_and_prune_it(
     insert, select = smoke.split(";")[:2]
     with JobsWorker(box):
         cloud.database.sql(insert)
-        row = pipeline_until(
+        row = eventually(
             lambda: next(
                 (row for row in cloud.database.sql(select) if row["status"] == "done"), None
             )
@@ -18673,7 +18582,7 @@ def test_readme_bench_starting(bench: BenchBox) -> None:
 @pytest.mark.bench
 @pytest.mark.timeout(300)
 def test_readme_bench_a_request_leaves_soon(bench: BenchBox) -> None:
-    picture = json.dumps({"data": [{"b64_json": base64.b64encode(png()).decode()}]}).encode()
+    picture = json.dumps(openai_images(png())).encode()
     imports = (bench.floor_b[0], f"{bench.floor_b[1]}; import urllib.request, yaml")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         home = Box(bench.root)
@@ -19249,7 +19158,7 @@ def test_readme_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQu
     for _ in range(10):
         with bench_queue.worker() as worker:
             job = bench_queue.insert()
-            queue_until(lambda job=job: bench_queue.began(job))
+            eventually(lambda job=job: bench_queue.began(job))
             killed = time.monotonic_ns()
         time.sleep(1.0)
         with bench_queue.worker() as worker:
@@ -19300,7 +19209,7 @@ def test_readme_bench_the_server_beside_pythons_own(bench: BenchBox) -> None:
             return False
 
         with plain:
-            serve_wait(up)
+            eventually(up)
             paths = [("/healthz", "/healthz", 100), (f"/images/{record['id']}", "/image.png", 40)]
             cases = [lambda a=a, n=n: took(server.port, a, n) for a, _, n in paths]
             cases += [lambda b=b, n=n: took(port, b, n) for _, b, n in paths]
