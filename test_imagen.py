@@ -130,6 +130,17 @@ class Done:
         return json.loads(self.out)
 
 
+def ended(process: subprocess.Popen[str], timeout: float = 60, text: str | None = None) -> Done:
+    """A command's end; `text` goes to its stdin."""
+    with process:
+        try:
+            out, err = process.communicate(text, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return Done(process.returncode, out or "", err or "")
+
+
 class Box:
     """A person's home: their own config, state and pictures, and a real `python3 imagen.py` to run in it."""
 
@@ -156,11 +167,15 @@ class Box:
         return path
 
     def start(
-        self, *args: str, env: Mapping[str, str] | None = None, **options: Any
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = (str(HERE),),
+        **options: Any,
     ) -> subprocess.Popen[str]:
         """The command, running. Use it with `with`, or call `ended`."""
         return subprocess.Popen(
-            [sys.executable, str(HERE), *args],
+            [sys.executable, *program, *args],
             env={**self.environ, **(env or {})},
             cwd=self.root,
             text=True,
@@ -179,13 +194,7 @@ class Box:
         if "input" in options:
             options["stdin"] = subprocess.PIPE
         text = options.pop("input", None)
-        with self.start(*args, env=env, **options) as process:
-            try:
-                out, err = process.communicate(text, timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-            return Done(process.returncode, out or "", err or "")
+        return ended(self.start(*args, env=env, **options), timeout, text)
 
     def fox(self, *args: str, **options: Any) -> Done:
         """An image of a fox, or why there is none."""
@@ -578,12 +587,12 @@ def not_http() -> Answer:
     return Answer(lambda wire: wire.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
 
 
-def continue_first(answer: object) -> Answer:
-    """100 Continue, then the answer."""
+def interim(answer: object, first: bytes = b"100 Continue") -> Answer:
+    """What is not yet the answer, then the answer."""
     then = as_answer(answer)
 
     def play(wire: Wire) -> None:
-        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        wire.send(b"HTTP/1.1 %s\r\n\r\n" % first)
         then.play(wire)
 
     return Answer(play, then.reads)
@@ -4278,6 +4287,7 @@ def test_shapes_data_that_fits_becomes_the_shape() -> None:
         ({"inner": [1]}, "inner", "mapping"),
         ({"switch": "maybe"}, "switch", "auto, on, off"),
         ({"share": "1"}, "share", "number"),
+        ({"share": 10**400}, "share", ""),
         ({"words": "abc"}, "words", "list"),
         ({"words": ["a", 3]}, "words[1]", "text"),
         ({"many": {"a b": {"level": "3"}}}, "many.a b.level", "whole number"),
@@ -4313,11 +4323,6 @@ def test_shapes_any_junk_gives_the_shape_or_a_complaint(junk: Any) -> None:
             assert isinstance(imagen.from_mapping(cls, data), cls)
 
 
-def test_shapes_a_number_beyond_all_floats_is_a_complaint() -> None:
-    with pytest.raises(imagen.BadConfig, match=r"^share: "):
-        imagen.from_mapping(ShapesOuter, {"name": "x", "share": 10**400})
-
-
 @pytest.mark.parametrize(
     "cls", [imagen.SupabaseConfig, *(kind.Options for kind in imagen.BACKENDS.values())]
 )
@@ -4332,17 +4337,6 @@ def test_shapes_a_literal_key_is_refused_without_being_shown(cls: Any) -> None:
         with pytest.raises(imagen.BadConfig, match=rf"^{field}: .*environment variable") as caught:
             imagen.from_mapping(cls, {**needed, field: key})
         assert str(key)[2:14] not in str(caught.value) + caught.value.hint
-
-
-@pytest.mark.parametrize(
-    "command", ["config validate", "config show", "backends", "generate x", "generate x --json"]
-)
-def test_shapes_no_command_shows_a_literal_key(box: Box, command: str) -> None:
-    for place in ("api_key_env", "api_key"):
-        box.configure({"mine": {"type": "openai", "model": "gpt-image-1-mini", place: SHAPES_KEY}})
-        done = box.run(*command.split())
-        assert SHAPES_KEY not in done.out + done.err
-        assert done.code == 3 or command in ("config show", "backends")
 
 
 def test_shapes_a_secret_never_shows_by_itself() -> None:
@@ -4767,7 +4761,7 @@ supabase: {url_env: "https://x.supabase.co"}
 styles: {mine: {widht: 3}}
 default_backend: nope
 owner_user_id: me
-backends: {a: {type: opena}, b: {type: mock, hieght: 3}, c: {type: mock, fail: x}}
+backends: {a: {type: opena}, b: {type: mock, hieght: 3}, c: {type: mock, fail: x}, d: {type: openai}}
 """
 CONFIG_PLACES = {
     "types": [
@@ -4784,6 +4778,7 @@ CONFIG_PLACES = {
         'backend "a"',
         'backend "b"',
         'backend "c"',
+        'backend "d"',
     ],
 }
 
@@ -4802,21 +4797,6 @@ def config_write(box: Box, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-def test_config_init_writes_the_sample_once(box: Box) -> None:
-    done = box.run("config", "init")
-    path = box.root / "config" / "imagen.yaml"
-    assert (done.code, done.out) == (0, f"{path}\n")
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text() == imagen.sample_text()
-    path.write_text("mine: 1\n")
-    done = box.run("config", "init")
-    assert done.code == 3
-    assert "--force" in done.err
-    assert path.read_text() == "mine: 1\n"
-    assert box.run("config", "init", "--force").code == 0
-    assert path.read_text() == imagen.sample_text()
 
 
 def test_config_the_sample_beside_the_tool_is_what_init_writes() -> None:
@@ -5022,21 +5002,12 @@ def test_config_what_only_others_lack_is_a_warning(box: Box) -> None:
     config_write(box, imagen.sample_text())
     done = box.run("config", "validate")
     assert done.code == 0
-    assert all(
-        word in done.err for word in ("REPLICATE_API_TOKEN", "OPENAI_API_KEY", "owner_user_id")
-    )
+    assert all("warning: " in line for line in done.err.splitlines())
+    for word in ("REPLICATE_API_TOKEN", "OPENAI_API_KEY", "owner_user_id"):
+        assert word in done.err
     done = box.run("config", "validate", env={"IMAGEN_BACKEND": "gpt-image"})
     assert done.code == 3
     assert "OPENAI_API_KEY" in done.err
-
-
-@pytest.mark.parametrize(
-    "owner", ["me", CONFIG_OWNER[:-1], CONFIG_OWNER.replace("-", ""), f"{CONFIG_OWNER}x"]
-)
-def test_config_the_owner_is_a_uuid(here: Box, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
-    monkeypatch.setenv("IMAGEN_OWNER_USER_ID", owner)
-    with pytest.raises(imagen.BadConfig, match=r"owner_user_id.*UUID.*auth\.users"):
-        imagen.load_config()
 
 
 @pytest.mark.parametrize("block", [5, [1], "ab", None])
@@ -5112,6 +5083,7 @@ def test_a_config_is_named_before_or_after_the_command(box: Box, command: str) -
     assert done.code == 3
     assert str(box.root / "nowhere.yaml") in done.err
     assert "config init" in done.err
+    assert box.run("--json", "-q", "styles", env=env).json["ok"] is True
 
 
 def test_config_without_pyyaml_the_error_says_how_to_get_it(box: Box) -> None:
@@ -5190,7 +5162,13 @@ def test_config_validate_warns_of_what_cloud_sync_lacks(
 
 @pytest.mark.parametrize(
     "owner",
-    ["me", "anna@example.org", CONFIG_OWNER[:-1], f"{{{CONFIG_OWNER}}}", f"{CONFIG_OWNER} x"],
+    [
+        "me",
+        CONFIG_OWNER[:-1],
+        f"{{{CONFIG_OWNER}}}",
+        f"{CONFIG_OWNER} x",
+        CONFIG_OWNER.replace("-", ""),
+    ],
 )
 @pytest.mark.parametrize("by", ["owner_user_id", "IMAGEN_OWNER_USER_ID"])
 def test_config_an_owner_that_is_no_uuid_is_an_error(
@@ -5280,6 +5258,7 @@ def test_the_config_s_styles_win(box: Box) -> None:
     assert "in violet ink" in listed
     assert "in oil" in listed
     assert imagen.STYLES["poster"].suffix in listed
+    assert box.run("styles", "--json").json["styles"]["ink"]["suffix"] == "in violet ink"
     done = box.fox("-s", "mnie")
     assert (done.code, done.out) == (2, "")
     assert "mine" in done.err
@@ -5695,10 +5674,12 @@ def test_http_every_request_says_who_asks(wired: Box) -> None:
         assert remote.seen[1].json == {"größe": 1}
 
 
-def test_http_100_continue_is_no_answer(wired: Box) -> None:
-    with Remote(continue_first({"a": 1}), continue_first({"b": 2})) as remote:
+@pytest.mark.parametrize("first", [b"100 Continue", b"103 Early Hints\r\nLink: </x>"])
+def test_http_an_interim_response_is_not_the_answer(wired: Box, first: bytes) -> None:
+    with Remote(interim({"a": 1}, first), interim({"b": 2}, first)) as remote:
         gate = http_gate(HttpContext(), remote.base)
-        assert (gate.get_json("/x"), gate.pay("/y", {}).json()) == ({"a": 1}, {"b": 2})
+        assert gate.get_json("/x") == {"a": 1}
+        assert gate.pay("/y", {}).json() == {"b": 2}
 
 
 @pytest.mark.parametrize("answer", [html(), ok("done"), ok(b"")])
@@ -6612,6 +6593,7 @@ def test_http_recover_finds_a_lost_create_and_takes_no_older_equal_one(
             assert again.json["images"][0]["metadata"]["id"] == ident
         else:
             assert again.code == 11
+            assert "never arrived" in again.json["error"]["message"]
             assert "not charged" in again.json["error"]["message"].lower()
             assert again.json["error"]["charged"] == "no" == box.ledger()[-1]["charged"]
 
@@ -6630,15 +6612,6 @@ def test_http_recover_closes_nothing_while_the_list_cannot_be_read(
         assert len(box.unfinished()) == 1
         assert box.ledger() == []
         server.planned = []
-        assert http_run(box, server, "replicate", "recover", "--all").code == 0
-
-
-def test_http_recover_looks_on_every_page_of_the_list(box: Box) -> None:
-    with HttpReplicate(HTTP_KEY, page=2) as server:
-        server.script(always=True, polls=0)
-        http_lost(box, server, create=True)
-        for number in range(5):
-            server.plant({"prompt": f"a newer one {number}"})
         assert http_run(box, server, "replicate", "recover", "--all").code == 0
 
 
@@ -6750,6 +6723,7 @@ def test_http_exit_codes_of_n_images_and_what_stops_the_rest(box: Box, case: str
         assert all(Path(image["path"]).exists() for image in done.json["images"])
         assert done.json["ok"] is False
         assert done.json["error"]["code"]
+        assert len(box.unfinished()) == (code == 10)
 
 
 @pytest.mark.parametrize(("more", "most"), [({"parallel": 1}, 1), ({"parallel": 3}, 3), ({}, 4)])
@@ -6985,20 +6959,6 @@ def test_mock_a_delay_is_waited_for_and_what_was_ignored_is_named() -> None:
     assert set(result.ignored) == {"steps", "negative_prompt"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_mock_a_signal_ends_a_delay_and_leaves_nothing(box: Box, number: int) -> None:
-    with box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=3000") as process:
-        while not box.unfinished():  # once it has begun
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert "interrupted" in err.lower()
-    assert "Traceback" not in err
-    assert (box.hidden(), box.unfinished(), list(box.out.iterdir())) == ([], [], [])
-
-
 @pytest.mark.parametrize(("code", "number"), [*ERRORS_EXITS.items()])
 def test_mock_every_code_can_be_tried_out(box: Box, code: str, number: int) -> None:
     done = box.fox("--json", "--opt", f"fail={code}", "--size", "64x64")
@@ -7090,11 +7050,6 @@ def adapter_started(box: Box, *args: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def adapter_ended(process: subprocess.Popen[str]) -> Done:
-    out, err = process.communicate(timeout=20)
-    return Done(process.returncode, out, err)
 
 
 def comfy_block(comfy: Comfy, **block: Any) -> dict[str, dict[str, Any]]:
@@ -7664,14 +7619,6 @@ def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
         assert [comfy_at(body["prompt"], "KSampler.seed") for body in server.submitted] == [40, 41]
 
 
-def test_comfyui_n_images_are_n_prompts_with_seeds_one_after_the_other(box: Box) -> None:
-    with Comfy() as comfy:
-        done = comfy_run(box, comfy, "-n", "3", "--seed", str(2**53 + 1))
-    seeds = [comfy_at(graph, "KSampler.seed") for graph in comfy_posted(comfy)]
-    assert (done.code, seeds) == (0, [2**53 + 1, 2**53 + 2, 2**53 + 3])
-    assert [box.sidecar(path)["seed"] for path in done.lines] == seeds
-
-
 @pytest.mark.parametrize(
     "answer", [reset(), hangup(), cut({"prompt_id": "x" * 50}, 9)], ids=["reset", "bye", "cut"]
 )
@@ -7759,7 +7706,7 @@ def test_comfyui_ctrl_c_cancels_our_own_prompt_and_no_other(
                 comfy.wait_running()
                 theirs = comfy.foreign_job()
             process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
+            done = ended(process)
         assert (done.code, done.out) == (130, "") and mine in done.err, done.err
         ours = {"pending": ([mine], []), "running": ([], [mine])}[place]
         assert (comfy.canceled, comfy.interrupted) == ours
@@ -7784,7 +7731,7 @@ def test_comfyui_ctrl_c_works_whichever_thread_the_kernel_hands_it_to(box: Box) 
             os.kill(
                 max(map(int, os.listdir(tasks))) if tasks.exists() else process.pid, signal.SIGINT
             )
-            assert (adapter_ended(process).code, comfy.interrupted) == (130, [mine])
+            assert (ended(process).code, comfy.interrupted) == (130, [mine])
 
 
 def test_comfyui_a_prompt_that_somebody_takes_out_of_the_queue_is_told_as_gone(box: Box) -> None:
@@ -7796,7 +7743,7 @@ def test_comfyui_a_prompt_that_somebody_takes_out_of_the_queue_is_told_as_gone(b
             imagen.Http(imagen.Context(), comfy.base).post(
                 "/queue", {"delete": [comfy.submitted[0]["prompt_id"]]}
             )
-            done = adapter_ended(process)
+            done = ended(process)
     assert done.code == 11 and "cancelled there" in done.err and box.unfinished() == [], done.err
 
 
@@ -7813,7 +7760,7 @@ def test_comfyui_a_prompt_that_was_left_runs_on_and_recover_fetches_it_or_says_t
             mine = comfy.wait_running()
             if end != "timeout":
                 process.kill()
-            done = adapter_ended(process)
+            done = ended(process)
         assert end != "timeout" or (done.code == 11 and "imagen recover" in done.err), done.err
         assert comfy.status_of(mine) == "in_progress"
         assert (comfy.canceled, comfy.interrupted) == ([], [])
@@ -8256,7 +8203,7 @@ def test_replicate_ctrl_c_cancels_the_prediction_unless_it_has_succeeded_which_i
         with adapter_started(box, "generate", "a fox", "--seed", "7") as process:
             server.wait_seen(2)
             process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
+            done = ended(process)
         (ident,) = server.predictions
         assert (done.code, done.out, server.canceled) == (130, "", [ident]) and ident in done.err, (
             done.err
@@ -8304,19 +8251,6 @@ def test_replicate_a_create_whose_answer_was_lost_is_found_again_in_the_list(box
         done = box.run("recover", "--all")
     assert done.code == 0 and box.sidecar(done.lines[0])["metadata"]["id"] == ours, done.err
     assert sum(seen.method == "POST" for seen in server.seen) == 1
-    assert box.unfinished() == []
-
-
-def test_replicate_a_create_that_never_arrived_was_not_charged(box: Box) -> None:
-    with ReplicateServer() as server:
-        server.plant(dict(REPLICATE_FOX), age_s=3600)
-        server.answer_next(reset())
-        assert replicate_run(box, server).code == 10
-        done = box.run("recover", "--all")
-    assert (
-        done.code == 11 and "never arrived" in done.err and adapter_charged(done.err) == {"no"}
-    ), done.err
-    assert [line["charged"] for line in box.ledger()] == ["no"]
     assert box.unfinished() == []
 
 
@@ -8674,23 +8608,12 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
         text,
         text.replace("\\n", "\\r\\n"),
         text.replace("\\n", "").replace(": ", " :  "),
+        text.replace("\\n", "").replace("+", "\\u002B"),
         edges,
     ):
         with OpenAIServer() as server:
             server.script(ok(answer.encode()))
             assert openai_make(server, monkeypatch).image.read() == image
-
-
-def test_openai_base64_may_have_its_plus_signs_as_escapes(box: Box) -> None:
-    image = png(64, 64, pad=3000)
-    body = json.dumps(openai_images(image)).replace("+", "\\u002B")
-    with Remote(ok(body.encode())) as remote:
-        box.configure(
-            {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
-        )
-        (path,) = box.fox().lines
-    assert "u002B" in body
-    assert Path(path).read_bytes() == image
 
 
 def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
@@ -8706,22 +8629,6 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
     assert str(file) in done.err
     assert file.read_bytes() == avif
     assert box.unfinished() == []
-
-
-def test_openai_an_early_hint_is_not_the_answer(box: Box) -> None:
-    answer = ok(openai_images(png()))
-    hinted = Answer(
-        lambda wire: (
-            wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
-            answer.play(wire),
-        )[1]
-    )
-    with Remote(hinted) as remote:
-        box.configure(
-            {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
-        )
-        assert box.fox().code == 0
-        assert len(remote.seen) == 1
 
 
 def test_openai_a_large_base64_answer_arrives_whole(box: Box) -> None:
@@ -8792,27 +8699,6 @@ def test_openai_the_cost_comes_from_the_tokens_by_a_dated_table(
         None if usd == "null" else pytest.approx(float(usd))
     )
     assert imagen.openai_cost(model, {}) is None
-
-
-def test_openai_ctrl_c_cannot_take_a_post_back_and_recover_says_so(box: Box) -> None:
-    with OpenAIServer() as server:
-        server.script(silent())
-        openai_setup(box, server)
-        with adapter_started(box, "generate", "a fox") as process:
-            server.wait(lambda: server.posts)
-            process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
-        assert (
-            done.code == 130
-            and adapter_charged(done.err) == {"unknown"}
-            and "imagen recover" in done.err
-        ), done.err
-        again = box.run("recover", "--all")
-    assert (again.code, box.unfinished(), server.posts) == (
-        10,
-        [],
-        1,
-    ) and "maybe charged" in again.err, again.err
 
 
 def test_openai_check_asks_for_the_models_and_names_the_nearest(
@@ -8979,13 +8865,6 @@ def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, pa
     assert files == {first, second, Path(f"{first}.json"), Path(f"{second}.json")}
 
 
-@pytest.mark.parametrize("given", ["fox", "fox.jpg", "fox.png"])
-def test_an_output_file_gets_its_true_ending(box: Box, given: str) -> None:
-    done = box.fox("--size", "64x64", "-n", "2", "-o", given)
-    assert done.code == 0
-    assert sorted(done.lines) == [str(box.root / "fox-2.png"), str(box.root / "fox.png")]
-
-
 OUTPUT_SIDECAR = str.split(
     "image_id prompt style styled_prompt negative_prompt backend model seed steps timestamp requested width height "
     "mime_type bytes sha256 latency_ms cost_usd_estimate charged ignored storage_path metadata imagen_version"
@@ -9057,27 +8936,12 @@ OUTPUT_UNLINKED = {"fault": ["os.link", "", errno.EPERM]}
 
 
 def output_started(box: Box, plan: Mapping[str, Any], *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan), *args]
-    pipes: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
-    return subprocess.Popen(command, env=box.environ, cwd=box.root, text=True, **pipes)
-
-
-def output_ended(process: subprocess.Popen[str], timeout: float = 60) -> Done:
-    with process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        return Done(process.returncode, out or "", err or "")
+    program = ("-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan))
+    return box.start(*args, program=program)
 
 
 def output_played(box: Box, plan: Mapping[str, Any], *args: str) -> Done:
-    return output_ended(output_started(box, plan, *args))
+    return ended(output_started(box, plan, *args))
 
 
 def output_files(folder: Path) -> dict[str, bytes]:
@@ -9211,7 +9075,7 @@ def test_output_processes_with_one_name_make_a_file_each(
         str(box.out / "same.png"),
     )
     processes = [output_started(box, plan, *args) for _ in range(count)]
-    done = [output_ended(process) for process in processes]
+    done = [ended(process) for process in processes]
     assert [run.err for run in done if run.code] == []
     paths = [run.lines[0] for run in done]
     numbers = ["", *(f"-{n}" for n in range(2, count + 1))]
@@ -9952,12 +9816,6 @@ def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
     assert said["error"]["code"] == "unknown"
 
 
-def test_journal_a_private_image_is_marked_so_for_ever(box: Box) -> None:
-    assert box.fox("-b", "mock", "--size", "64x64", "--no-cloud").code == 0
-    assert box.fox("-b", "mock", "--size", "64x64").code == 0
-    assert [line["private"] for line in box.ledger()] == [True, False]
-
-
 def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(box: Box) -> None:
     with Remote(handler=lambda seen: output_vanished(box)) as remote:
         box.configure(
@@ -9982,9 +9840,7 @@ def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
     with output_replicate(here) as server:
         made = server.plant({"prompt": "a fox", "seed": 7}, image=png())
         ident = journal_entry(id=made)
-        done = [
-            output_ended(process) for process in [here.start("recover", "--all") for _ in range(6)]
-        ]
+        done = [ended(process) for process in [here.start("recover", "--all") for _ in range(6)]]
         assert [d.code for d in done] == [0] * 6
         assert len([line for d in done for line in d.lines]) == 1
         assert len(output_files(here.out)) == 2
@@ -10003,85 +9859,6 @@ def test_journal_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
         assert here.run("recover", "--all").code == 0
         assert len(output_files(here.out)) == 2
         assert here.hidden() == []
-
-
-def test_journal_list_finds_words_newest_first(box: Box) -> None:
-    box.configure({"toy": MOCK_SMALL["mock"]})
-    paths = [
-        box.run("generate", prompt).lines[0] for prompt in ("a red fox", "a cat", "a blue Fox")
-    ]
-    assert [row["path"] for row in box.run("list", "--json").json["images"]] == paths[::-1]
-    assert [row["path"] for row in box.run("list", "FOX", "a", "--json").json["images"]] == [
-        paths[2],
-        paths[0],
-    ]
-    assert [row["path"] for row in box.run("list", "-n", "1", "--json").json["images"]] == paths[2:]
-    lines = box.run("list", "fox").lines
-    assert len(lines) == 2
-    assert paths[2] in lines[0]
-    assert "$0" in lines[0]
-
-
-def test_journal_cost_counts_the_unknown_apart_and_never_as_nothing(box: Box) -> None:
-    with OpenAIServer(key="", dialect="vllm") as plain, OpenAIServer(key="") as priced:
-        box.configure(
-            {
-                "plain": {"type": "openai", "base_url": plain.v1, "model": "stand-in/flux"},
-                "priced": {"type": "openai", "base_url": priced.v1, "model": "gpt-image-1-mini"},
-                "toy": MOCK_SMALL["mock"],
-            }
-        )
-        for name in ("plain", "priced", "priced", "toy"):
-            assert box.fox("-b", name).code == 0
-        priced.script(hangup(), "moderation_input")
-        assert [box.fox("-b", "priced").code for _ in "12"] == [10, 5]
-        assert box.run("recover", "--all").code == 10  # closed, maybe charged
-    said = box.run("cost", "--by", "backend", "--json").json
-    rows = {row["backend"]: row for row in said["rows"]}
-    usd = sum(row["sidecar"]["cost_usd_estimate"] or 0 for row in box.ledger() if "path" in row)
-    counts = {name: (row["images"], row["unknown"]) for name, row in rows.items()}
-    assert counts == {"plain": (1, 1), "priced": (2, 1), "toy": (1, 0)}
-    assert rows["priced"]["usd"] == pytest.approx(usd)
-    assert usd > 0
-    assert {**said["total"], "images": 4, "unknown": 2, "usd": pytest.approx(usd)} == said["total"]
-    assert "2 of unknown cost" in box.run("cost").lines[-1]
-    assert box.run("cost", "--since", "2999-01-01").code == 0
-    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
-
-
-@pytest.mark.parametrize("style", ["photo", "loud"])
-def test_journal_like_repeats_an_image_and_flags_override(box: Box, style: str) -> None:
-    box.configure(
-        {"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}}
-    )
-    asked = ("--style", style, "--negative", "cats", "--size", "96x64", "--seed", "9")
-    first = box.fox(*asked, "--json").json["images"][0]
-    same = (
-        "prompt",
-        "style",
-        "styled_prompt",
-        "negative_prompt",
-        "backend",
-        "seed",
-        "requested",
-        "sha256",
-    )
-    for source in ("last", first["path"], f"{first['path']}.json"):
-        again = box.run("generate", "--like", source, "--json").json["images"][0]
-        assert {key: again[key] for key in same} == {key: first[key] for key in same}
-    other = box.run("generate", "a cat", "--like", "last", "--seed", "8", "--json").json["images"][
-        0
-    ]
-    assert (other["prompt"], other["seed"], other["style"], other["width"]) == (
-        "a cat",
-        8,
-        style,
-        96,
-    )
-    assert [box.run("generate", "--like", what).code for what in ("nowhere.png", str(HERE))] == [
-        2,
-        2,
-    ]
 
 
 def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on(
@@ -10801,47 +10578,6 @@ def test_pipeline_four_images_have_four_names_and_four_seeds(box: Box) -> None:
     assert len({Path(path).read_bytes() for path in done.lines}) == 4
 
 
-@pytest.mark.parametrize(
-    ("script", "code", "posts", "images"),
-    [
-        (["insufficient_quota"], 6, 1, 0),
-        ([401], 3, 1, 0),
-        (["moderation_input"], 9, 4, 3),
-        (["moderation_input"] * 4, 5, 4, 0),
-        (["moderation_input", "server_error"], 10, 4, 2),
-    ],
-)
-def test_pipeline_one_of_four_that_fails(
-    box: Box, script: list[object], code: int, posts: int, images: int
-) -> None:
-    with output_openai(box, parallel=1) as server:
-        server.script(*script)
-        done = box.fox("-n", "4", "--json")
-        assert (done.code, server.posts, len(done.json["images"])) == (code, posts, images)
-        assert all(Path(about["path"]).exists() for about in done.json["images"])
-    assert len(box.unfinished()) == (code == 10)  # what is known to have ended is closed
-
-
-def test_pipeline_success_as_json_is_the_sidecar_with_path_and_cloud(box: Box) -> None:
-    said = box.fox("--size", "64x64", "--json").json
-    (about,) = said.pop("images")
-    path = about.pop("path")
-    assert said == {"ok": True, "warnings": []}
-    assert about.pop("cloud", 0) is None
-    assert about == box.sidecar(path)
-
-
-@pytest.mark.parametrize("code", list(imagen.ERRORS))
-def test_pipeline_failure_as_json_has_these_fields(box: Box, code: str) -> None:
-    done = box.fox("--opt", f"fail={code}", "--timeout", "1", "--json")
-    error = done.json["error"]
-    cls = imagen.ERRORS[code]
-    assert set(error) == {"code", "message", "hint", "retryable", "charged"}
-    assert error["message"]
-    assert (done.json["ok"], done.json["images"]) == (False, [])
-    assert (done.code, error["code"], error["retryable"]) == (cls.exit_code, code, cls.retryable)
-
-
 def test_pipeline_a_deadline_that_passed_is_made_good_by_recover_and_not_paid_again(
     box: Box,
 ) -> None:
@@ -10894,7 +10630,7 @@ def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box)
 
 
 pipeline_signals = pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
 
 
@@ -10909,13 +10645,14 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
         process = box.start("generate", "a fox", "--json")
         eventually(box.unfinished)
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
     assert done.code == 130
     assert done.json["error"]["code"] == "interrupted"
     assert done.json["error"]["charged"] == "no"
     assert box.unfinished() == []
     assert list(box.out.iterdir()) == []
     assert box.ledger()[0]["charged"] == "no"
+    assert "Traceback" not in done.err
 
 
 @pipeline_signals
@@ -10927,7 +10664,7 @@ def test_pipeline_stopped_with_a_paid_post_in_flight_is_maybe_charged_and_kept(
         process = box.start("generate", "a fox", "-n", "3", "--json")
         server.wait_seen(3)
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         assert done.code == 130
         assert done.json["error"]["code"] == "interrupted"
         kept = box.unfinished()
@@ -10946,7 +10683,7 @@ def test_pipeline_stopped_before_the_id_is_known_is_found_by_recover(box: Box) -
         process = box.start("generate", "a fox")
         server.wait(lambda: server.created)
         process.send_signal(signal.SIGINT)
-        assert output_ended(process, 8).code == 130
+        assert ended(process, 8).code == 130
         assert box.unfinished()[0]["charged"] == "unknown"
         assert box.run("recover", "--all").code == 0
         assert server.created == 1
@@ -10961,7 +10698,7 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
         process = box.start("generate", "a fox")
         server.wait(lambda: len(server.seen) > 1)  # it polls
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         (made,) = server.predictions
         assert done.code == 130
         assert server.canceled == [made]
@@ -10977,7 +10714,7 @@ def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> 
         process = box.start("generate", "a fox", "-n", "4")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         assert done.code == 130
         assert len(done.lines) == 1
         assert box.sidecar(done.lines[0])
@@ -10992,7 +10729,7 @@ def test_pipeline_a_stopped_recover_keeps_the_entry(here: Box) -> None:
         process = here.start("recover", "--all")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
-        assert output_ended(process, 8).code == 130
+        assert ended(process, 8).code == 130
         assert len(here.unfinished()) == 1
         assert server.canceled == []
         server.finish()
@@ -11022,15 +10759,6 @@ def test_pipeline_an_adapter_that_leaves_after_paying_is_an_unknown_outcome(here
     assert caught.value.charged == "unknown"
     assert told == [("odd", None, None)]
     assert len(here.unfinished()) == 1
-
-
-def test_pipeline_a_terminal_that_hangs_up_stops_like_ctrl_c(box: Box) -> None:
-    process = box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=60")
-    while not box.state.exists() or not box.unfinished():
-        assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
-    assert output_ended(process).code == 130
-    assert box.unfinished() == []
 
 
 def test_pipeline_a_path_that_cannot_be_printed_is_told_and_the_image_delivered(box: Box) -> None:
@@ -11065,7 +10793,7 @@ def test_pipeline_a_second_ctrl_c_leaves_at_once(box: Box) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
         assert (
-            output_ended(process).code == 130 and time.monotonic() - began < 2
+            ended(process).code == 130 and time.monotonic() - began < 2
         )  # the cancel alone may take 3 seconds
     assert [entry["remote"]["id"] for entry in box.unfinished()] == ["p1"]
 
@@ -12122,7 +11850,7 @@ def test_pipeline_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, syn
     cloud.wait(lambda: cloud.count("PUT"))
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    done = output_ended(process)
+    done = ended(process)
     assert done.code == 0
     assert time.monotonic() - began < 3
     assert len(synced.unfinished()) == 1
@@ -12154,7 +11882,7 @@ def test_pipeline_two_syncs_at_once_deliver_two_hundred_images_once(
     with synced.start("sync", "-q") as one, synced.start("sync", "-q") as other:
         cloud.wait(lambda: cloud.count("PUT") == 2, 30)
         both.set()
-        done = [output_ended(process) for process in (one, other)]
+        done = [ended(process) for process in (one, other)]
     assert [(end.code, end.err) for end in done] == [(0, "")] * 2
     assert all(end.lines for end in done)
     assert sorted(done[0].lines + done[1].lines) == sorted(paths)
@@ -12212,7 +11940,7 @@ def test_pipeline_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, sync
         for args in ((), (path,), ("--dry-run",)):
             assert synced.run("sync", *args).code == 0
         may.set()
-        assert output_ended(process).code == 0
+        assert ended(process).code == 0
     assert cloud.count("PUT") == 2
     assert len(synced.ledger()) == 2
     deliver_whole(cloud, synced, path)
@@ -13189,7 +12917,6 @@ QUEUE_PARTS = [
         "jobs_init",
     )
 ]
-QUEUE_NOWHERE = "00000000-0000-4000-8000-000000000000"
 
 
 def queue_catalog(database: Database) -> list[str]:
@@ -14394,6 +14121,7 @@ def test_worker_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
     prompts = [
         "'; drop table imagen.jobs; --", "\\'; delete from imagen.images; --", "$$; select 1; $$", ":me::uuid = :slot",
         "%s %(x)s {0} {prompt}", "E'\\x00'", 'a "quoted" fox\nin two lines', "Größe 🦊 \u202e", "NULL", "\ufeff\ufffd",
+        "ein Fuchs, Größe \U0001f98a '; drop table imagen.jobs; -- " * 420,
     ]  # fmt: skip
     ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
     assert box.run("worker", "--once").code == 0
@@ -14462,30 +14190,6 @@ def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> No
         "worker-gpu.lock",
         "worker-gpu-2.lock",
     }
-
-
-def test_worker_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects(
-    tmp_path: Path, cloud: Cloud
-) -> None:
-    boxes = [Box(tmp_path / name) for name in ("one", "two")]
-    for box in boxes:
-        box.root.mkdir()
-        cloud.join(box, worker={})
-    with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
-        ids = [
-            jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"
-        ]
-        rows = [jobs_until(cloud.database, ident) for ident in ids]
-    assert [row["status"] for row in rows] == ["done", "done"]
-    assert len({row["claimed_by"] for row in rows}) == 2
-    objects = cloud.objects()
-    assert {row["storage_path"] for row in cloud.rows()} == objects.keys()
-    assert len(objects) == 2
-    assert len({*objects.values()}) == 1
-    names = [{file.name for file in box.out.glob("*.png")} for box in boxes]
-    assert (
-        names[0] == names[1] and len(names[0]) == 1
-    )  # here, in a folder each, the name is the same
 
 
 JOBS_BEATS = """
@@ -15255,28 +14959,6 @@ def test_worker_a_job_is_canceled_wherever_it_is(crew: Crew, when: str) -> None:
     assert not row["image_id"]
 
 
-def test_worker_who_is_told_to_stop_hands_back_what_it_cannot_finish_and_that_is_not_counted(
-    crew: Crew,
-) -> None:
-    crew.worker["grace_s"] = 1.5
-    worker = crew.start("--concurrency", "2")
-    short = crew.slow(1)
-    long = crew.slow(30)
-    crew.runs(short), crew.runs(long)
-    worker.terminate()
-    assert worker.wait(10) == 0
-    assert crew.row(short)["status"] == "done"
-    row = crew.row(long)
-    assert (row["status"], row["attempt"], row["max_attempts"], row["claimed_by"]) == (
-        "pending",
-        1,
-        4,
-        None,
-    )
-    crew.start()
-    crew.runs(long, 2)
-
-
 @pytest.mark.parametrize("how", ["delete from imagen.jobs", "truncate imagen.jobs"])
 def test_a_worker_whose_running_job_is_deleted_goes_on(crew: Crew, how: str) -> None:
     crew.start()
@@ -15284,25 +14966,6 @@ def test_a_worker_whose_running_job_is_deleted_goes_on(crew: Crew, how: str) -> 
     crew.database.sql(how)
     crew.until(lambda: "its lease was lost" in crew.log())
     crew.whole(crew.ends(crew.add())["id"])
-
-
-def test_a_worker_takes_the_backends_it_is_given_and_an_unknown_one_fails_its_job(
-    crew: Crew,
-) -> None:
-    crew.backends |= {"other": TINY["mock"]}
-    crew.start("--backend", "other")
-    usual = crew.add()
-    other = crew.add(backend="other")
-    unknown = crew.add(backend="no-such")
-    crew.ends(other)
-    assert {crew.row(job)["status"] for job in (usual, unknown)} == {"pending"}
-    crew.start("--name", "all")
-    row = crew.ends(unknown, "failed")
-    assert row["error_code"] == "usage"
-    assert '"no-such" is not configured' in row["error"]
-    assert row["attempt"] == 1
-    crew.ends(usual)
-    crew.whole(usual, other)
 
 
 # What strangers send, and what the world says
@@ -15322,7 +14985,7 @@ def test_no_notification_of_a_stranger_disturbs_the_worker(crew: Crew) -> None:
     crew.whole(*crew.jobs())
 
 
-def test_worker_any_text_gets_into_a_row_and_back(crew: Crew) -> None:
+def test_worker_any_words_of_a_remote_get_into_the_row(crew: Crew) -> None:
     with OpenAIServer() as server:
         block = {"type": "openai", "base_url": server.v1, "model": server.models[0]}
         crew.backends |= {"paint": {**block, **PAINT_KEYS["openai"]}}
@@ -15334,13 +14997,6 @@ def test_worker_any_text_gets_into_a_row_and_back(crew: Crew) -> None:
             row = crew.ends(crew.add(backend="paint"), "failed")
             assert "bad" in row["error"]
             assert len(row["error"].encode()) <= 4096
-    prompt = "ein Fuchs, Größe \U0001f98a '; drop table imagen.jobs; -- " * 420
-    job = crew.add(prompt)
-    crew.ends(job)
-    (image,) = crew.cloud.rows()
-    assert image["prompt"] == prompt
-    assert len(prompt) > 20_000
-    crew.whole(job)
 
 
 def test_the_workers_clock_and_the_databases_isolation_have_no_part_in_it(crew: Crew) -> None:
@@ -17271,7 +16927,7 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     assert "/imagine" in head_fields["description"]
     rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
     advice = {int(code): text for codes, text in rows for code in codes.split(", ")}
-    assert advice.keys() == {0, *EXIT_CODES.values()}
+    assert advice.keys() == {0, *ERRORS_EXITS.values()}
     assert {code for code, text in advice.items() if "never repeat" in text} == {5, 6, 10}
 
     (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
@@ -17624,6 +17280,7 @@ def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
     assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
     assert changed["negative_prompt"] == kept["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
+    assert box.run("generate", "--like", str(HERE)).code == 2
 
 
 def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
@@ -17635,12 +17292,6 @@ def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
     assert Path(filed).name.endswith("-a-fox-7.png")
     (relative,) = box.run(*SMALL, "-o", "cats/relative.png").lines
     assert relative == str(box.root / "cats" / "relative.png")
-
-
-def test_commands_n_images_have_n_seeds(box: Box) -> None:
-    paths = box.run(*SMALL, "-n", "4").lines
-    assert sorted(box.sidecar(path)["seed"] for path in paths) == [7, 8, 9, 10]
-    assert len({Path(path).read_bytes() for path in paths}) == 4
 
 
 @pytest.mark.parametrize(
@@ -17679,10 +17330,6 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
     assert all(word in in_words for word in (name, "a fox", f"{box.out}/", "price"))
 
 
-EXIT_CODES = {
-    "usage": 2, "config": 3, "unreachable": 4, "refused": 5, "quota": 6, "busy": 7, "disk": 8, "partial": 9,
-    "unknown": 10, "failed": 11, "interrupted": 130, "bug": 1,
-}  # fmt: skip
 JSON_DONE = [
     (*SMALL, "-n", "2",), (*SMALL, "--dry-run",), ("backends",), ("backends", "--check",), ("styles",),
     ("config", "init", "--force",), ("config", "validate",), ("config", "show",), ("recover",), ("recover", "--all",),
@@ -17728,7 +17375,7 @@ def test_commands_with_json_a_failure_is_a_document_too(
     )
     commands_box(box, {"x": nobody} if code == "unreachable" else None, **wrong)
     done = box.run(*args, "--json")
-    assert done.code == EXIT_CODES[code]
+    assert done.code == ERRORS_EXITS[code]
     assert done.json["ok"] is False
     assert len(done.lines) == 1
     error = done.json["error"]
@@ -17739,13 +17386,10 @@ def test_commands_with_json_a_failure_is_a_document_too(
     assert error["retryable"] is (code in ("unreachable", "busy", "disk", "interrupted"))
 
 
-@pytest.mark.parametrize("code", EXIT_CODES)
+@pytest.mark.parametrize("code", ERRORS_EXITS)
 def test_commands_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
     told = box.run(*SMALL, "--opt", f"fail={code}")
-    assert (told.code, told.out) == (EXIT_CODES[code], "")
-    document = box.run(*SMALL, "--opt", f"fail={code}", "--json").json
-    assert document["error"]["code"] == code
-    assert document["images"] == []
+    assert (told.code, told.out) == (ERRORS_EXITS[code], "")
 
 
 MISTAKES = [  # what was typed; the exit code; a word of the next step
@@ -17798,21 +17442,6 @@ def test_commands_an_error_is_one_line_and_the_next_step(
     assert step in done.err
 
 
-def test_commands_an_unknown_key_of_the_config_names_the_nearest(box: Box) -> None:
-    for wrong, near in (({"outptu": {}}, '"output"'), ({"output": {"nameing": "x"}}, '"naming"')):
-        commands_box(box, None, **wrong)
-        done = box.run("styles")
-        assert done.code == 3
-        assert near in done.err
-        assert next(iter(wrong)) in done.err
-
-
-def test_commands_where_the_default_backend_fails_mock_is_offered(box: Box) -> None:
-    box.configure({"ai": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
-    assert "-b mock" in box.fox().err
-    assert "-b mock" not in box.fox("-b", "ai").err
-
-
 def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
     told = box.fox("--size", "64x64").err.splitlines()
     assert len([line for line in told if "mock" in line and "imagen config init" in line]) == 1
@@ -17855,7 +17484,7 @@ def test_commands_no_command_line_is_a_bug(here: Box, words: list[str], command:
         code = helped.code
     finally:
         sys.stdin = before
-    assert code in {0, *EXIT_CODES.values()} - {EXIT_CODES["bug"]}, err.getvalue()
+    assert code in {0, *ERRORS_EXITS.values()} - {ERRORS_EXITS["bug"]}, err.getvalue()
     assert "\x1b" not in err.getvalue() + out.getvalue()
 
 
@@ -17887,17 +17516,6 @@ def test_commands_version_is_release_and_hash_of_this_very_file(box: Box) -> Non
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
     said = box.run("--version").out
     assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", said)
-
-
-def test_commands_a_flag_may_stand_before_the_command(box: Box) -> None:
-    path = commands_box(box, None, styles={"mine": "in my way"}).rename(box.root / "other.yaml")
-    for args in (
-        ["--config", str(path), "styles"],
-        [f"--config={path}", "styles"],
-        ["styles", "--config", str(path)],
-    ):
-        assert "in my way" in box.run(*args).out
-    assert box.run("--json", "-q", "styles").json["ok"] is True
 
 
 def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
@@ -17974,23 +17592,6 @@ def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
     ]
 
 
-def test_commands_styles_are_listed_with_the_configs_own_on_top(box: Box) -> None:
-    wanted = str.split(
-        "photo blog-header cinematic illustration watercolor ink pixel-art isometric line-art 3d-render icon poster"
-    )
-    commands_box(
-        box,
-        None,
-        styles={"mine": {"suffix": "in my way", "width": 96, "height": 64}, "ink": "in blue ink"},
-    )
-    styles = box.run("styles", "--json").json["styles"]
-    assert {*wanted, "mine"} <= styles.keys()
-    assert styles["ink"]["suffix"] == "in blue ink"
-    assert commands_sizes(box, "a fox", "-s", "mine", "-b", "mock") == [(96, 64)]
-    for line in box.run("styles").lines:
-        assert line.split()[0] in styles
-
-
 def test_commands_config_init_writes_the_sample_for_the_owner_alone_and_never_over_a_file(
     box: Box,
 ) -> None:
@@ -18011,49 +17612,6 @@ def test_commands_config_init_writes_the_sample_for_the_owner_alone_and_never_ov
     elsewhere = box.run("--config", "new/other.yaml", "config", "init").lines
     assert elsewhere == [str(box.root / "new" / "other.yaml")]
     assert box.run("config", "validate").code == 0
-
-
-def test_commands_config_validate_lists_every_complaint_at_once(box: Box) -> None:
-    literal = "r8_a_key_that_must_not_be_here"
-    commands_box(
-        box,
-        {
-            "a": {"type": "opnai"},
-            "b": {"type": "replicate", "model": "flux", "api_token_env": literal},
-            "c": {"type": "comfyui", "model": "m", "base_url": "ftp://x", "stepz": 4},
-            "d": {"type": "openai"},
-        },
-        owner_user_id="me",
-        worker={"concurrency": 0},
-        output={"preview": "maybe", "nameing": "x", "naming": "{sulg}.png"},
-    )
-    done = box.run("config", "validate")
-    assert done.code == 3
-    assert done.out == ""
-    complaints = [
-        "opnai",
-        "api_token_env",
-        "stepz",
-        '"d"',
-        "owner_user_id",
-        "worker.concurrency",
-        "output.preview",
-    ]
-    missed = [word for word in [*complaints, "output.nameing", "{sulg}"] if word not in done.err]
-    assert not missed, done.err
-    assert literal not in done.err + box.run("config", "validate", "--json").out
-
-
-def test_commands_what_only_others_or_the_cloud_lack_is_a_warning(box: Box) -> None:
-    box.configure({"mine": {"type": "mock"}})
-    done = box.run("config", "validate")
-    assert done.code == 0
-    assert all("warning: " in line for line in done.err.splitlines())
-    assert all(
-        word in done.err for word in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN", "owner_user_id")
-    )
-    box.configure({"mine": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
-    assert box.run("config", "validate").code == 3
 
 
 def test_commands_config_show_names_the_file_and_what_the_environment_overrides_but_no_secret(
@@ -18112,6 +17670,7 @@ def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -
     assert [row["prompt"] for row in found["fox red"]] == ["a red fox"]
     (line,) = box.run("list", "-n", "1").lines
     assert "a Red hen" in line
+    assert "$0" in line
     assert str(box.out) in line
     assert box.run("list", "nothing").out == ""
 
@@ -18119,31 +17678,32 @@ def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -
 def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
     with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
         block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
-        box.configure(
-            {"ai": block, "local": {**block, "base_url": local.v1, "model": local.models[0]}}
-        )
+        other = {**block, "base_url": local.v1, "model": local.models[0]}
+        box.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
         known = [box.sidecar(box.fox().lines[0])["cost_usd_estimate"] for _ in range(2)]
         assert box.fox("-b", "local", "--size", "512x512").code == 0
-        server.script("server_error")
-        assert box.fox().code == 10
+        assert box.fox("-b", "toy").code == 0
+        server.script("server_error", "moderation_input")
+        assert [box.fox().code for _ in "12"] == [10, 5]
         assert (
             box.run("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
     assert known[0] > 0
-    total = {"images": 3, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
+    total = {"images": 4, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
     by_backend = box.run("cost", "--by", "backend", "--json").json
     assert {key: by_backend["total"][key] for key in total} == total
     rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
-    assert rows == {"ai": (2, 1), "local": (1, 1)}
+    assert rows == {"ai": (2, 1), "local": (1, 1), "toy": (1, 0)}
     records = box.ledger()
     records[0]["at"] = "2001-02-03T04:05:06+00:00"
     (box.state / "ledger.jsonl").write_text(
         "".join(f"{json.dumps(record)}\n" for record in records)
     )
     days = box.run("cost", "--json").json["rows"]
-    assert [row["images"] for row in days] == [1, 2]
+    assert [row["images"] for row in days] == [1, 3]
     assert days[0]["day"] == "2001-02-03"
-    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 2
+    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
+    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
     in_words = box.run("cost").out
     assert "2 of unknown cost" in in_words
     assert "$0 " not in in_words
@@ -18273,7 +17833,7 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
         assert {line.split()[2] for line in done.lines} == {str(row["id"]) for row in cloud.rows()}
         for code in ("refused", "bug", "unknown"):
             done = box.run(*wait, "--opt", f"fail={code}", "--json")
-            assert (done.code, done.json["error"]["code"]) == (EXIT_CODES[code], code)
+            assert (done.code, done.json["error"]["code"]) == (ERRORS_EXITS[code], code)
             assert f"failing with `{code}`" in done.json["error"]["message"]
             assert [row["error_code"] for row in done.json["jobs"]] == [code]
         sized = box.run("jobs", "add", "--wait", "a fox", "-b", "mok")
@@ -18438,9 +17998,9 @@ def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
     rows = re.findall(r"^\| *`?(\d+)`? *\| *`?(\w*)`? *\|", readme, re.MULTILINE)
     assert {int(code): name for code, name in rows} == {
         0: "",
-        **{code: name for name, code in EXIT_CODES.items()},
+        **{code: name for name, code in ERRORS_EXITS.items()},
     }
-    assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == EXIT_CODES
+    assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == ERRORS_EXITS
 
 
 def test_the_readmes_statements_make_a_job_done_and_prune_it(
