@@ -47,6 +47,7 @@ import termios
 import textwrap
 import threading
 import time
+import tokenize
 import tomllib
 import types
 import unicodedata
@@ -68,8 +69,40 @@ from hypothesis import strategies as st
 import imagen
 
 # === Helpers ===
+#
+# What stands in for what; the tests see nothing of imagen.py but what these see:
+#
+#     Box, `here`              a person's home: config, journal, pictures, and the command to run in it
+#     Server, Remote           any HTTP server; Remote gives answers from a script: ok, status, cut, drip, silent, …
+#     FileHost                 where a remote leaves its images: another origin, which must never see a key
+#     Comfy                    ComfyUI, 0.3.64 to 0.33.0
+#     ReplicateServer          api.replicate.com
+#     OpenAIServer             the Images API, and the dialects of together, SGLang, LocalAI and vLLM
+#     Postgres, Database       a real server of our own; a database in it that looks like a Supabase project's
+#     Cloud, `synced`          a Supabase project before a Database (real PostgREST, or PostgrestStandIn); a home with sync
+#     Tty, PreviewTmux         a terminal; a tmux server of its own
+#     Wire, QueueWire, Cable   a connection's end; a pooler or a bad network; TCP to Postgres that freezes and is cut
+#     JobsWorker, JobsSystemd  `imagen worker`; systemd's end of NOTIFY_SOCKET
+#     Crew, Painter            workers on two hosts before one Cloud; a paid backend that keeps results, or forgets them
+#     Serving, Gallery, Tab    `imagen serve`; a home that serves its page; a real browser's tab on that page
 
 HERE = Path(imagen.__file__).resolve()
+MOCK = {"mock": {"type": "mock"}}
+MOCK_SMALL = {"mock": {"type": "mock", "width": 64, "height": 64}}
+
+
+def missing(reason: str) -> None:
+    """Skip what cannot be had on this machine; where everything must run, fail."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 30) -> Any:
+    """The condition's value, once it has one."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return value
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,6 +128,17 @@ class Done:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 60, text: str | None = None) -> Done:
+    """A command's end; `text` goes to its stdin."""
+    with process:
+        try:
+            out, err = process.communicate(text, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return Done(process.returncode, out or "", err or "")
 
 
 class Box:
@@ -123,11 +167,15 @@ class Box:
         return path
 
     def start(
-        self, *args: str, env: Mapping[str, str] | None = None, **options: Any
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = (str(HERE),),
+        **options: Any,
     ) -> subprocess.Popen[str]:
         """The command, running. Use it with `with`, or call `ended`."""
         return subprocess.Popen(
-            [sys.executable, str(HERE), *args],
+            [sys.executable, *program, *args],
             env={**self.environ, **(env or {})},
             cwd=self.root,
             text=True,
@@ -146,13 +194,11 @@ class Box:
         if "input" in options:
             options["stdin"] = subprocess.PIPE
         text = options.pop("input", None)
-        with self.start(*args, env=env, **options) as process:
-            try:
-                out, err = process.communicate(text, timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-            return Done(process.returncode, out or "", err or "")
+        return ended(self.start(*args, env=env, **options), timeout, text)
+
+    def fox(self, *args: str, **options: Any) -> Done:
+        """An image of a fox, or why there is none."""
+        return self.run("generate", "a fox", *args, **options)
 
     def sidecar(self, path: str | Path) -> dict[str, Any]:
         """The sidecar of an image."""
@@ -541,12 +587,12 @@ def not_http() -> Answer:
     return Answer(lambda wire: wire.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
 
 
-def continue_first(answer: object) -> Answer:
-    """100 Continue, then the answer."""
+def interim(answer: object, first: bytes = b"100 Continue") -> Answer:
+    """What is not yet the answer, then the answer."""
     then = as_answer(answer)
 
     def play(wire: Wire) -> None:
-        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        wire.send(b"HTTP/1.1 %s\r\n\r\n" % first)
         then.play(wire)
 
     return Answer(play, then.reads)
@@ -1732,7 +1778,7 @@ class Comfy(Server):
         digest = hashlib.sha1(
             f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False
         ).digest()
-        accept = f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}"
+        accept = f"Sec-WebSocket-Accept: {b64(digest)}"
         client = seen.query.get("clientId") or uuid.uuid4().hex
         flags = set[str]()
         head = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n{accept}\r\n\r\n"
@@ -2141,10 +2187,7 @@ class ReplicateServer(Server):
         ]
         images = [fate.image or draw(width, height, content) for content in contents]
         if fate.output == "data":
-            return [
-                f"data:{_encoded(image)[1]};base64,{base64.b64encode(image).decode()}"
-                for image in images
-            ]
+            return [f"data:{_encoded(image)[1]};base64,{b64(image)}" for image in images]
         urls = [self.files.put(image, ending) for image in images]
         kind = fate.output or ("string" if "pro" in made["model"] else "list")
         return {
@@ -2229,6 +2272,15 @@ overloaded 503 server_error overloaded The engine is currently overloaded, try a
 """.strip().splitlines()
     )
 }
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def openai_images(image: bytes, **more: object) -> dict[str, Any]:
+    """An answer of the Images API with that image."""
+    return {"data": [{"b64_json": b64(image)}], **more}
 
 
 class OpenAIServer(Server):
@@ -2549,7 +2601,7 @@ class OpenAIServer(Server):
 
     def _link(self, image: bytes, kind: str, as_url: bool) -> dict[str, str]:
         if not as_url or self.url_as == "data":
-            coded = base64.b64encode(image).decode()
+            coded = b64(image)
             return (
                 {"url": f"data:{_encoded(image)[1]};base64,{coded}"}
                 if as_url
@@ -2761,11 +2813,6 @@ begin
   end loop;
 end $$;
 """
-
-
-def missing(reason: str) -> None:
-    """Skip what cannot be had on this machine; where everything must run, fail."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 # Runs the command; a byte on stdin is the signal that ends it. The end of stdin ends it too, and then its folder goes.
@@ -3844,7 +3891,7 @@ class Cloud(Server):
             "IMAGEN_DATABASE_URL": self.database.dsn(),
         }
         if config:
-            box.configure(**{"backends": {"mock": {"type": "mock"}}, **config})
+            box.configure(**{"backends": MOCK, **config})
 
     def fault(
         self, match: str | Callable[[Seen], object], answer: object, times: float = 1
@@ -3932,17 +3979,19 @@ def cloud(database: Database) -> Iterator[Cloud]:
 
 
 # === The file itself ===
-HEAD_LATE = {
-    "dataclasses",
-    "http",
-    "logging",
-    "pg8000",
-    "shutil",
-    "ssl",
-    "subprocess",
-    "tempfile",
-    "yaml",
-}
+HEAD_LATE = set(
+    str.split("dataclasses http logging pg8000 shutil ssl subprocess tempfile urllib.request yaml")
+)
+# Words that name no value in particular; the field has a better one for each.
+HEAD_VAGUE = set(
+    str.split(
+        "said told words about asked wanted given kept held there found Asked Turned Answer Reply "
+        "Broken Wish wish take_in tried crew one member jot whole owed lacks push mend release "
+        "ATTACH REMEMBERED CALLS LINGER heard beaten news settling"
+    )
+)
+HEAD_CONDITIONS = {ast.Compare, ast.BoolOp}
+HEAD_LAYOUT = set(str.split("COMMENT NL NEWLINE INDENT DEDENT ENDMARKER FSTRING_END"))
 
 
 def head_source() -> str:
@@ -3999,6 +4048,38 @@ def head_public(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from head_public(child, f"{child.name}.")
 
 
+def head_vague(source: str) -> set[object]:
+    """Which identifiers are vague words: variables, attributes, parameters, functions, classes, keywords."""
+    fields = ("id", "attr", "arg", "name", "asname")
+    nodes = ast.walk(ast.parse(source))
+    return HEAD_VAGUE & {getattr(node, field, None) for node in nodes for field in fields}
+
+
+def head_density(source: str) -> list[int]:
+    """How many tokens each line of code has; an f-string is one token, and docstrings are left out."""
+    counts = collections.Counter[int]()
+    depth = 0  # in f-strings, which are one token only up to Python 3.11
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        counts[token.start[0]] += depth == 0 and kind not in HEAD_LAYOUT
+        depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            del counts[node.lineno]
+    return [count for count in counts.values() if count]
+
+
+def head_puzzles(source: str) -> list[str]:
+    """Strings that a condition multiplies."""
+    puzzles = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            kinds = {type(node.left), type(node.right)}
+            if {ast.Constant, ast.JoinedStr} & kinds and HEAD_CONDITIONS & kinds:
+                puzzles.append(ast.unparse(node))
+    return puzzles
+
+
 def test_file_the_map_is_true() -> None:
     described = (imagen.__doc__ or "").partition("\nMap.")[2]
     mapped = re.findall(r"^ {4}(\S+) +(.+)$", described, re.MULTILINE)
@@ -4016,6 +4097,24 @@ def test_file_no_section_uses_one_below_it() -> None:
     planted = "# === 1\ndef a(n: low) -> int: return high + n\n# === 2\nhigh = 1\nclass low: pass\n"
     assert [line[:4] for line in head_upward(planted)] == ["high", "low,"]
     assert head_upward(head_source()) == []
+
+
+def test_file_a_name_says_what_the_value_is() -> None:
+    planted = "class Wish: pass\ndef jot(asked, *, given=1): x.about = said + f(told=y['held'])\n"
+    assert head_vague(planted) == {"Wish", "jot", "asked", "given", "about", "said", "told"}
+    assert head_vague(head_source()) == set()
+
+
+def test_file_a_line_says_one_thing() -> None:
+    planted = (
+        'def f(n):\n    """No code."""\n    return f"{n} of {n + 1}" * (n > 0)  # and not this\n'
+    )
+    assert head_density(planted) == [6, 8]
+    assert len(head_puzzles(planted)) == 1
+    assert head_puzzles(head_source() + "rule = '-' * len(head)") == []
+    counts = head_density(head_source())
+    assert statistics.mean(counts) <= 9
+    assert sum(count > 25 for count in counts) <= 0.005 * len(counts)
 
 
 def test_file_everything_public_has_a_docstring() -> None:
@@ -4062,9 +4161,7 @@ def test_file_a_start_imports_only_what_it_needs(tmp_path: Path, command: str) -
     loaded = set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\S+)$", done.stderr, re.MULTILINE))
     assert done.returncode == 0
     assert {"json", "typing"} <= loaded
-    assert {
-        name for name in loaded if name.partition(".")[0] in HEAD_LATE or name == "urllib.request"
-    } == set()
+    assert {name for name in loaded if {name, name.partition(".")[0]} & HEAD_LATE} == set()
 
 
 # === Errors: what can go wrong, and what each door makes of it ===
@@ -4117,7 +4214,7 @@ def test_errors_no_error_steers_a_terminal(text: str) -> None:
     assert (error.charged, error.after, imagen.Failed("x").charged) == ("yes", 3, "no")
 
 
-# === Shapes: outside data becomes NamedTuples; keys that never show ===
+# === Shapes: outside data becomes NamedTuples, and back; keys that never show ===
 SHAPES_KEY = "sk-proj-Canary0123456789abcdefghijkl"
 SHAPES_ODD_KEY = 'canary/+=%"\\&0123456789<x>'
 
@@ -4190,6 +4287,7 @@ def test_shapes_data_that_fits_becomes_the_shape() -> None:
         ({"inner": [1]}, "inner", "mapping"),
         ({"switch": "maybe"}, "switch", "auto, on, off"),
         ({"share": "1"}, "share", "number"),
+        ({"share": 10**400}, "share", ""),
         ({"words": "abc"}, "words", "list"),
         ({"words": ["a", 3]}, "words[1]", "text"),
         ({"many": {"a b": {"level": "3"}}}, "many.a b.level", "whole number"),
@@ -4225,11 +4323,6 @@ def test_shapes_any_junk_gives_the_shape_or_a_complaint(junk: Any) -> None:
             assert isinstance(imagen.from_mapping(cls, data), cls)
 
 
-def test_shapes_a_number_beyond_all_floats_is_a_complaint() -> None:
-    with pytest.raises(imagen.BadConfig, match=r"^share: "):
-        imagen.from_mapping(ShapesOuter, {"name": "x", "share": 10**400})
-
-
 @pytest.mark.parametrize(
     "cls", [imagen.SupabaseConfig, *(kind.Options for kind in imagen.BACKENDS.values())]
 )
@@ -4244,17 +4337,6 @@ def test_shapes_a_literal_key_is_refused_without_being_shown(cls: Any) -> None:
         with pytest.raises(imagen.BadConfig, match=rf"^{field}: .*environment variable") as caught:
             imagen.from_mapping(cls, {**needed, field: key})
         assert str(key)[2:14] not in str(caught.value) + caught.value.hint
-
-
-@pytest.mark.parametrize(
-    "command", ["config validate", "config show", "backends", "generate x", "generate x --json"]
-)
-def test_shapes_no_command_shows_a_literal_key(box: Box, command: str) -> None:
-    for place in ("api_key_env", "api_key"):
-        box.configure({"mine": {"type": "openai", "model": "gpt-image-1-mini", place: SHAPES_KEY}})
-        done = box.run(*command.split())
-        assert SHAPES_KEY not in done.out + done.err
-        assert done.code == 3 or command in ("config show", "backends")
 
 
 def test_shapes_a_secret_never_shows_by_itself() -> None:
@@ -4478,7 +4560,7 @@ def test_images_a_png_of_ours_is_a_png(size: tuple[int, int], text: str) -> None
         assert picture.text == {"Title": text.replace("\ud800", "?"), "Comment": "seed 7"}
 
 
-# === Contract: Request, Result, Context, Backend: what an adapter is ===
+# === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
 class ContractTiny(imagen.Backend):
     """An adapter as small as one can be: paper of one color."""
 
@@ -4679,7 +4761,7 @@ supabase: {url_env: "https://x.supabase.co"}
 styles: {mine: {widht: 3}}
 default_backend: nope
 owner_user_id: me
-backends: {a: {type: opena}, b: {type: mock, hieght: 3}, c: {type: mock, fail: x}}
+backends: {a: {type: opena}, b: {type: mock, hieght: 3}, c: {type: mock, fail: x}, d: {type: openai}}
 """
 CONFIG_PLACES = {
     "types": [
@@ -4696,6 +4778,7 @@ CONFIG_PLACES = {
         'backend "a"',
         'backend "b"',
         'backend "c"',
+        'backend "d"',
     ],
 }
 
@@ -4714,21 +4797,6 @@ def config_write(box: Box, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-def test_config_init_writes_the_sample_once(box: Box) -> None:
-    done = box.run("config", "init")
-    path = box.root / "config" / "imagen.yaml"
-    assert (done.code, done.out) == (0, f"{path}\n")
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text() == imagen.sample_text()
-    path.write_text("mine: 1\n")
-    done = box.run("config", "init")
-    assert done.code == 3
-    assert "--force" in done.err
-    assert path.read_text() == "mine: 1\n"
-    assert box.run("config", "init", "--force").code == 0
-    assert path.read_text() == imagen.sample_text()
 
 
 def test_config_the_sample_beside_the_tool_is_what_init_writes() -> None:
@@ -4798,12 +4866,10 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
         "IMAGEN_OUTPUT_DIR": "/in/environment",
         "IMAGEN_PREVIEW": "on",
     }
-    output = box.run("generate", "a fox", "--dry-run", env=environ).out
+    output = box.fox("--dry-run", env=environ).out
     assert "gpt-image" in output
     assert "/in/environment/" in output
-    output = box.run(
-        "generate", "a fox", "--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ
-    ).out
+    output = box.fox("--dry-run", "-b", "mock", "-o", "/in/flag/", env=environ).out
     assert "mock" in output
     assert "/in/flag/" in output
     assert "gpt-image" not in output
@@ -4936,21 +5002,12 @@ def test_config_what_only_others_lack_is_a_warning(box: Box) -> None:
     config_write(box, imagen.sample_text())
     done = box.run("config", "validate")
     assert done.code == 0
-    assert all(
-        word in done.err for word in ("REPLICATE_API_TOKEN", "OPENAI_API_KEY", "owner_user_id")
-    )
+    assert all("warning: " in line for line in done.err.splitlines())
+    for word in ("REPLICATE_API_TOKEN", "OPENAI_API_KEY", "owner_user_id"):
+        assert word in done.err
     done = box.run("config", "validate", env={"IMAGEN_BACKEND": "gpt-image"})
     assert done.code == 3
     assert "OPENAI_API_KEY" in done.err
-
-
-@pytest.mark.parametrize(
-    "owner", ["me", CONFIG_OWNER[:-1], CONFIG_OWNER.replace("-", ""), f"{CONFIG_OWNER}x"]
-)
-def test_config_the_owner_is_a_uuid(here: Box, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
-    monkeypatch.setenv("IMAGEN_OWNER_USER_ID", owner)
-    with pytest.raises(imagen.BadConfig, match=r"owner_user_id.*UUID.*auth\.users"):
-        imagen.load_config()
 
 
 @pytest.mark.parametrize("block", [5, [1], "ab", None])
@@ -5000,7 +5057,7 @@ def test_config_an_env_file_that_cannot_be_read_says_where_and_shows_nothing(
         file.write_text(f"A=1\n{line}\n")
         file.chmod(0o600)
     config_write(box, "env_file: ~/keys.env\n")
-    done = box.run("generate", "a fox")
+    done = box.fox()
     assert done.code == 3
     assert (f"{file}, line 2" if line else str(file)) in done.err
     assert "canary" not in done.out + done.err
@@ -5026,6 +5083,7 @@ def test_a_config_is_named_before_or_after_the_command(box: Box, command: str) -
     assert done.code == 3
     assert str(box.root / "nowhere.yaml") in done.err
     assert "config init" in done.err
+    assert box.run("--json", "-q", "styles", env=env).json["ok"] is True
 
 
 def test_config_without_pyyaml_the_error_says_how_to_get_it(box: Box) -> None:
@@ -5056,10 +5114,10 @@ def test_config_a_default_backend_that_fails_offers_the_mock(
     box: Box, block: dict[str, Any]
 ) -> None:
     box.configure({"mine": json.loads(json.dumps(block).replace("{port}", str(refused_port())))})
-    done = box.run("generate", "a fox", "--timeout", "2")
+    done = box.fox("--timeout", "2")
     assert done.code in (3, 4)
     assert "-b mock" in done.err
-    assert "-b mock" not in box.run("generate", "a fox", "-b", "mine", "--timeout", "2").err
+    assert "-b mock" not in box.fox("-b", "mine", "--timeout", "2").err
 
 
 def test_config_the_sample_leaves_the_owner_empty_and_says_where_its_uuid_stands() -> None:
@@ -5104,7 +5162,13 @@ def test_config_validate_warns_of_what_cloud_sync_lacks(
 
 @pytest.mark.parametrize(
     "owner",
-    ["me", "anna@example.org", CONFIG_OWNER[:-1], f"{{{CONFIG_OWNER}}}", f"{CONFIG_OWNER} x"],
+    [
+        "me",
+        CONFIG_OWNER[:-1],
+        f"{{{CONFIG_OWNER}}}",
+        f"{CONFIG_OWNER} x",
+        CONFIG_OWNER.replace("-", ""),
+    ],
 )
 @pytest.mark.parametrize("by", ["owner_user_id", "IMAGEN_OWNER_USER_ID"])
 def test_config_an_owner_that_is_no_uuid_is_an_error(
@@ -5182,11 +5246,11 @@ def test_the_config_s_styles_win(box: Box) -> None:
         "ink": "in violet ink",
         "mine": {"suffix": "in oil", "negative": "frame", "width": 96, "height": 64},
     }
-    box.configure({"mock": {"type": "mock"}}, styles=styles)
-    response = box.run("generate", "a fox", "-s", "ink", "--dry-run").out
+    box.configure(MOCK, styles=styles)
+    response = box.fox("-s", "ink", "--dry-run").out
     assert "a fox, in violet ink" in response
     assert imagen.STYLES["ink"].suffix not in response
-    response = box.run("generate", "a fox", "-s", "mine", "--dry-run").out
+    response = box.fox("-s", "mine", "--dry-run").out
     assert "a fox, in oil" in response
     assert "frame" in response
     assert "96" in response
@@ -5194,7 +5258,8 @@ def test_the_config_s_styles_win(box: Box) -> None:
     assert "in violet ink" in listed
     assert "in oil" in listed
     assert imagen.STYLES["poster"].suffix in listed
-    done = box.run("generate", "a fox", "-s", "mnie")
+    assert box.run("styles", "--json").json["styles"]["ink"]["suffix"] == "in violet ink"
+    done = box.fox("-s", "mnie")
     assert (done.code, done.out) == (2, "")
     assert "mine" in done.err
 
@@ -5609,10 +5674,12 @@ def test_http_every_request_says_who_asks(wired: Box) -> None:
         assert remote.seen[1].json == {"größe": 1}
 
 
-def test_http_100_continue_is_no_answer(wired: Box) -> None:
-    with Remote(continue_first({"a": 1}), continue_first({"b": 2})) as remote:
+@pytest.mark.parametrize("first", [b"100 Continue", b"103 Early Hints\r\nLink: </x>"])
+def test_http_an_interim_response_is_not_the_answer(wired: Box, first: bytes) -> None:
+    with Remote(interim({"a": 1}, first), interim({"b": 2}, first)) as remote:
         gate = http_gate(HttpContext(), remote.base)
-        assert (gate.get_json("/x"), gate.pay("/y", {}).json()) == ({"a": 1}, {"b": 2})
+        assert gate.get_json("/x") == {"a": 1}
+        assert gate.pay("/y", {}).json() == {"b": 2}
 
 
 @pytest.mark.parametrize("answer", [html(), ok("done"), ok(b"")])
@@ -6272,9 +6339,7 @@ HTTP_UNCLEAR = {
     "503 without a word": status(503, "Service Unavailable"),
     "503 that hopes": status(503, "Something went wrong. Please try again."),
     "504": status(504, "upstream request timeout"),
-    "truncated": cut(
-        {"created": 1, "data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}]}, 60
-    ),
+    "truncated": cut(openai_images(HTTP_BYTES, created=1), 60),
     "truncated chunks": chunked({"created": 1, "data": []}, 10, keep=10),
     "200 with HTML": html(),
     "200 without JSON": ok("done"),
@@ -6343,9 +6408,7 @@ def test_http_an_image_in_hand_is_kept_whatever_else_the_answer_says(
     box: Box, usage: object
 ) -> None:
     with http_server("openai") as server:
-        server.script(
-            ok({"data": [{"b64_json": base64.b64encode(HTTP_BYTES).decode()}], "usage": usage})
-        )
+        server.script(ok(openai_images(HTTP_BYTES, usage=usage)))
         done = http_fox(box, server, "openai")
         assert done.code == 0, done.out
         assert Path(done.json["images"][0]["path"]).read_bytes() == HTTP_BYTES
@@ -6473,7 +6536,7 @@ def test_http_what_never_left_is_exit_4_and_free(box: Box, kind: str, how: str) 
             {kind: http_block(kind, base.get(how, f"https://127.0.0.1:{refused_port()}"))}
         )
         env = {"HTTP_TEST_KEY": HTTP_KEY} | ({"https_proxy": proxy.base} if how == "proxy" else {})
-        done = box.run("generate", "a fox", "--json", "--timeout", "1", env=env)
+        done = box.fox("--json", "--timeout", "1", env=env)
         assert done.code == 4
         assert done.json["error"]["charged"] == "no"
         assert box.unfinished() == []
@@ -6530,6 +6593,7 @@ def test_http_recover_finds_a_lost_create_and_takes_no_older_equal_one(
             assert again.json["images"][0]["metadata"]["id"] == ident
         else:
             assert again.code == 11
+            assert "never arrived" in again.json["error"]["message"]
             assert "not charged" in again.json["error"]["message"].lower()
             assert again.json["error"]["charged"] == "no" == box.ledger()[-1]["charged"]
 
@@ -6551,15 +6615,6 @@ def test_http_recover_closes_nothing_while_the_list_cannot_be_read(
         assert http_run(box, server, "replicate", "recover", "--all").code == 0
 
 
-def test_http_recover_looks_on_every_page_of_the_list(box: Box) -> None:
-    with HttpReplicate(HTTP_KEY, page=2) as server:
-        server.script(always=True, polls=0)
-        http_lost(box, server, create=True)
-        for number in range(5):
-            server.plant({"prompt": f"a newer one {number}"})
-        assert http_run(box, server, "replicate", "recover", "--all").code == 0
-
-
 def test_http_recover_takes_the_lost_one_and_not_its_successful_repetition(box: Box) -> None:
     with http_server("replicate") as server:
         http_lost(box, server, create=True)
@@ -6575,7 +6630,7 @@ HTTP_CANARY = "r8_Canary+0123/4567=89abcdefghijklmnopqrstuvwxyz"
 
 def http_echo(key: str) -> dict[str, tuple[str, object]]:
     """How a remote shows us our own key: backend, answer to the POST."""
-    image = base64.b64encode(HTTP_BYTES).decode()
+    image = b64(HTTP_BYTES)
     quoted = urllib.parse.quote(key, safe="")
     error = {"error": {"message": f"bad key {key}", "type": key, "param": key, "code": key}}
     problem = {"title": key, "detail": f"bad token {key}", "status": 401}
@@ -6608,7 +6663,7 @@ def http_echo(key: str) -> dict[str, tuple[str, object]]:
         "link": ("openai", ok({"data": [{"url": f"file:///{key}"}]})),
         "no image": (
             "openai",
-            ok({"data": [{"b64_json": base64.b64encode(key.encode()).decode()}]}),
+            ok(openai_images(key.encode())),
         ),
         "cut in the middle": ("openai", status(500, "x" * 275 + key)),
         "cut in the middle of a 200": ("openai", ok("x" * 175 + key)),
@@ -6629,7 +6684,7 @@ def test_http_a_key_that_the_remote_echoes_shows_up_nowhere(box: Box, case: str)
     with Remote(answer, repeat=True) as remote:
         path = box.configure({kind: http_block(kind, remote.base)})
         env = {"HTTP_TEST_KEY": HTTP_CANARY}
-        output = [box.run("generate", "a fox", flag, env=env) for flag in ("-v", "--json")]
+        output = [box.fox(flag, env=env) for flag in ("-v", "--json")]
         output.append(box.run("recover", "--all", "-v", "--timeout", "1", env=env))
         assert all(HTTP_CANARY in seen.headers["authorization"] for seen in remote.seen)
     shown = "".join(done.out + done.err for done in output).encode()
@@ -6668,6 +6723,7 @@ def test_http_exit_codes_of_n_images_and_what_stops_the_rest(box: Box, case: str
         assert all(Path(image["path"]).exists() for image in done.json["images"])
         assert done.json["ok"] is False
         assert done.json["error"]["code"]
+        assert len(box.unfinished()) == (code == 10)
 
 
 @pytest.mark.parametrize(("more", "most"), [({"parallel": 1}, 1), ({"parallel": 3}, 3), ({}, 4)])
@@ -6746,10 +6802,7 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
     expected = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
     assert len({imagen.mock_picture(*one) for one in expected * 2}) == len(expected)
-    made = [
-        box.run("generate", "a fox", "--size", "64x64", "--seed", seed).lines[0]
-        for seed in ("7", "7", "8")
-    ]
+    made = [box.fox("--size", "64x64", "--seed", seed).lines[0] for seed in ("7", "7", "8")]
     first, same, other = (Path(path).read_bytes() for path in made)
     assert len(set(made)) == 3
     assert first == same != other
@@ -6906,23 +6959,9 @@ def test_mock_a_delay_is_waited_for_and_what_was_ignored_is_named() -> None:
     assert set(result.ignored) == {"steps", "negative_prompt"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_mock_a_signal_ends_a_delay_and_leaves_nothing(box: Box, number: int) -> None:
-    with box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=3000") as process:
-        while not box.unfinished():  # once it has begun
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert "interrupted" in err.lower()
-    assert "Traceback" not in err
-    assert (box.hidden(), box.unfinished(), list(box.out.iterdir())) == ([], [], [])
-
-
 @pytest.mark.parametrize(("code", "number"), [*ERRORS_EXITS.items()])
 def test_mock_every_code_can_be_tried_out(box: Box, code: str, number: int) -> None:
-    done = box.run("generate", "a fox", "--json", "--opt", f"fail={code}", "--size", "64x64")
+    done = box.fox("--json", "--opt", f"fail={code}", "--size", "64x64")
     error = done.json["error"]
     assert (done.code, done.json["ok"], done.json["images"]) == (number, False, [])
     assert (error["code"], error["charged"], error["retryable"]) == (
@@ -7011,11 +7050,6 @@ def adapter_started(box: Box, *args: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def adapter_ended(process: subprocess.Popen[str]) -> Done:
-    out, err = process.communicate(timeout=20)
-    return Done(process.returncode, out, err)
 
 
 def comfy_block(comfy: Comfy, **block: Any) -> dict[str, dict[str, Any]]:
@@ -7585,14 +7619,6 @@ def test_comfyui_gets_one_prompt_at_a_time(box: Box) -> None:
         assert [comfy_at(body["prompt"], "KSampler.seed") for body in server.submitted] == [40, 41]
 
 
-def test_comfyui_n_images_are_n_prompts_with_seeds_one_after_the_other(box: Box) -> None:
-    with Comfy() as comfy:
-        done = comfy_run(box, comfy, "-n", "3", "--seed", str(2**53 + 1))
-    seeds = [comfy_at(graph, "KSampler.seed") for graph in comfy_posted(comfy)]
-    assert (done.code, seeds) == (0, [2**53 + 1, 2**53 + 2, 2**53 + 3])
-    assert [box.sidecar(path)["seed"] for path in done.lines] == seeds
-
-
 @pytest.mark.parametrize(
     "answer", [reset(), hangup(), cut({"prompt_id": "x" * 50}, 9)], ids=["reset", "bye", "cut"]
 )
@@ -7680,7 +7706,7 @@ def test_comfyui_ctrl_c_cancels_our_own_prompt_and_no_other(
                 comfy.wait_running()
                 theirs = comfy.foreign_job()
             process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
+            done = ended(process)
         assert (done.code, done.out) == (130, "") and mine in done.err, done.err
         ours = {"pending": ([mine], []), "running": ([], [mine])}[place]
         assert (comfy.canceled, comfy.interrupted) == ours
@@ -7705,7 +7731,7 @@ def test_comfyui_ctrl_c_works_whichever_thread_the_kernel_hands_it_to(box: Box) 
             os.kill(
                 max(map(int, os.listdir(tasks))) if tasks.exists() else process.pid, signal.SIGINT
             )
-            assert (adapter_ended(process).code, comfy.interrupted) == (130, [mine])
+            assert (ended(process).code, comfy.interrupted) == (130, [mine])
 
 
 def test_comfyui_a_prompt_that_somebody_takes_out_of_the_queue_is_told_as_gone(box: Box) -> None:
@@ -7717,7 +7743,7 @@ def test_comfyui_a_prompt_that_somebody_takes_out_of_the_queue_is_told_as_gone(b
             imagen.Http(imagen.Context(), comfy.base).post(
                 "/queue", {"delete": [comfy.submitted[0]["prompt_id"]]}
             )
-            done = adapter_ended(process)
+            done = ended(process)
     assert done.code == 11 and "cancelled there" in done.err and box.unfinished() == [], done.err
 
 
@@ -7734,7 +7760,7 @@ def test_comfyui_a_prompt_that_was_left_runs_on_and_recover_fetches_it_or_says_t
             mine = comfy.wait_running()
             if end != "timeout":
                 process.kill()
-            done = adapter_ended(process)
+            done = ended(process)
         assert end != "timeout" or (done.code == 11 and "imagen recover" in done.err), done.err
         assert comfy.status_of(mine) == "in_progress"
         assert (comfy.canceled, comfy.interrupted) == ([], [])
@@ -7775,7 +7801,7 @@ def test_comfyui_a_server_that_goes_away_with_our_prompt_is_failed_and_one_that_
     gone = json.loads(out)["error"]
     assert (gone["code"], gone["retryable"]) == ("failed", False)
     assert len(box.unfinished()) == 1
-    off = box.run("generate", "a fox", "-b", "off", "--json").json["error"]
+    off = box.fox("-b", "off", "--json").json["error"]
     assert (off["code"], off["retryable"]) == ("unreachable", True)
     assert len(box.unfinished()) == 1
 
@@ -7830,7 +7856,7 @@ def replicate_setup(box: Box, server: ReplicateServer, **block: Any) -> None:
 def replicate_run(box: Box, server: ReplicateServer, *args: str, **block: Any) -> Done:
     """`imagen generate` in a process of its own."""
     replicate_setup(box, server, **block)
-    return box.run("generate", "a fox", "--seed", "7", *args)
+    return box.fox("--seed", "7", *args)
 
 
 def replicate_open(
@@ -8177,7 +8203,7 @@ def test_replicate_ctrl_c_cancels_the_prediction_unless_it_has_succeeded_which_i
         with adapter_started(box, "generate", "a fox", "--seed", "7") as process:
             server.wait_seen(2)
             process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
+            done = ended(process)
         (ident,) = server.predictions
         assert (done.code, done.out, server.canceled) == (130, "", [ident]) and ident in done.err, (
             done.err
@@ -8225,19 +8251,6 @@ def test_replicate_a_create_whose_answer_was_lost_is_found_again_in_the_list(box
         done = box.run("recover", "--all")
     assert done.code == 0 and box.sidecar(done.lines[0])["metadata"]["id"] == ours, done.err
     assert sum(seen.method == "POST" for seen in server.seen) == 1
-    assert box.unfinished() == []
-
-
-def test_replicate_a_create_that_never_arrived_was_not_charged(box: Box) -> None:
-    with ReplicateServer() as server:
-        server.plant(dict(REPLICATE_FOX), age_s=3600)
-        server.answer_next(reset())
-        assert replicate_run(box, server).code == 10
-        done = box.run("recover", "--all")
-    assert (
-        done.code == 11 and "never arrived" in done.err and adapter_charged(done.err) == {"no"}
-    ), done.err
-    assert [line["charged"] for line in box.ledger()] == ["no"]
     assert box.unfinished() == []
 
 
@@ -8308,7 +8321,7 @@ def openai_setup(box: Box, server: OpenAIServer, **block: Any) -> None:
 def openai_run(box: Box, server: OpenAIServer, *args: str, **block: Any) -> Done:
     """`imagen generate` in a process of its own, in whose environment a key is."""
     openai_setup(box, server, **block)
-    return box.run("generate", "a fox", "--seed", "7", *args)
+    return box.fox("--seed", "7", *args)
 
 
 def openai_make(
@@ -8474,7 +8487,7 @@ def test_openai_a_wrong_key_model_or_field_names_itself_and_the_request(box: Box
         wrong = openai_run(box, server, model="gpt-image-3")
         field = openai_run(box, server, "--opt", "quality=hd")
         openai_setup(box, server)
-        key = box.run("generate", "a fox", env={"OPENAI_API_KEY": "sk-mistaken-0003"})
+        key = box.fox(env={"OPENAI_API_KEY": "sk-mistaken-0003"})
     assert (wrong.code, field.code, key.code, server.billed) == (3, 2, 3, 0), (
         wrong.err,
         field.err,
@@ -8585,7 +8598,7 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
     text = json.dumps(
         {"data": [{"b64_json": prefix + base64.encodebytes(image).decode()}]}
     ).replace("/", "\\/")
-    edges = base64.b64encode(image).decode()
+    edges = b64(image)
     for place in (
         2**power - 1 for power in range(12, 22)
     ):  # an escape across each edge at which one might cut
@@ -8595,6 +8608,7 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
         text,
         text.replace("\\n", "\\r\\n"),
         text.replace("\\n", "").replace(": ", " :  "),
+        text.replace("\\n", "").replace("+", "\\u002B"),
         edges,
     ):
         with OpenAIServer() as server:
@@ -8602,27 +8616,13 @@ def test_openai_base64_may_have_escaped_slashes_and_line_breaks(
             assert openai_make(server, monkeypatch).image.read() == image
 
 
-def test_openai_base64_may_have_its_plus_signs_as_escapes(box: Box) -> None:
-    image = png(64, 64, pad=3000)
-    body = json.dumps({"data": [{"b64_json": base64.b64encode(image).decode()}]}).replace(
-        "+", "\\u002B"
-    )
-    with Remote(ok(body.encode())) as remote:
-        box.configure(
-            {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
-        )
-        (path,) = box.run("generate", "a fox").lines
-    assert "u002B" in body
-    assert Path(path).read_bytes() == image
-
-
 def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
     avif = b"\0\0\0\x1cftypavif" + bytes(range(256)) * 8
-    with Remote(ok({"data": [{"b64_json": base64.b64encode(avif).decode()}]})) as remote:
+    with Remote(ok(openai_images(avif))) as remote:
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        assert box.run("generate", "a fox").code == 10
+        assert box.fox().code == 10
     done = box.run("recover", "--all")
     (file,) = box.out.iterdir()
     assert done.code == 10
@@ -8631,33 +8631,10 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
     assert box.unfinished() == []
 
 
-def test_openai_an_early_hint_is_not_the_answer(box: Box) -> None:
-    answer = ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]})
-    hinted = Answer(
-        lambda wire: (
-            wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
-            answer.play(wire),
-        )[1]
-    )
-    with Remote(hinted) as remote:
-        box.configure(
-            {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
-        )
-        assert box.run("generate", "a fox").code == 0
-        assert len(remote.seen) == 1
-
-
 def test_openai_a_large_base64_answer_arrives_whole(box: Box) -> None:
     image = png(pad=12_000_000)
     with OpenAIServer() as server:
-        server.script(
-            ok(
-                {
-                    "data": [{"b64_json": base64.b64encode(image).decode()}],
-                    "usage": {"output_tokens": 9},
-                }
-            )
-        )
+        server.script(ok(openai_images(image, usage={"output_tokens": 9})))
         done = openai_run(box, server)
     assert (
         done.code == 0 and box.sidecar(done.lines[0])["sha256"] == hashlib.sha256(image).hexdigest()
@@ -8686,7 +8663,7 @@ def test_openai_a_revised_prompt_is_kept_in_the_sidecar(box: Box) -> None:
                 {
                     "data": [
                         {
-                            "b64_json": base64.b64encode(jpeg()).decode(),
+                            "b64_json": b64(jpeg()),
                             "revised_prompt": "a red fox",
                         }
                     ]
@@ -8722,27 +8699,6 @@ def test_openai_the_cost_comes_from_the_tokens_by_a_dated_table(
         None if usd == "null" else pytest.approx(float(usd))
     )
     assert imagen.openai_cost(model, {}) is None
-
-
-def test_openai_ctrl_c_cannot_take_a_post_back_and_recover_says_so(box: Box) -> None:
-    with OpenAIServer() as server:
-        server.script(silent())
-        openai_setup(box, server)
-        with adapter_started(box, "generate", "a fox") as process:
-            server.wait(lambda: server.posts)
-            process.send_signal(signal.SIGINT)
-            done = adapter_ended(process)
-        assert (
-            done.code == 130
-            and adapter_charged(done.err) == {"unknown"}
-            and "imagen recover" in done.err
-        ), done.err
-        again = box.run("recover", "--all")
-    assert (again.code, box.unfinished(), server.posts) == (
-        10,
-        [],
-        1,
-    ) and "maybe charged" in again.err, again.err
 
 
 def test_openai_check_asks_for_the_models_and_names_the_nearest(
@@ -8898,8 +8854,8 @@ def test_output_numbers_make_names_different(name: str, ending: str) -> None:
     ],
 )
 def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, path: str) -> None:
-    box.configure({"mock": {"type": "mock"}}, output={"naming": naming})
-    made = [box.run("generate", "a fox", "--seed", "7", "--size", "64x64") for _ in range(2)]
+    box.configure(MOCK, output={"naming": naming})
+    made = [box.fox("--seed", "7", "--size", "64x64") for _ in range(2)]
     assert [done.code for done in made] == [0, 0], made[0].err
     first, second = (Path(done.out.removesuffix("\n")) for done in made)
     assert first.suffix == ".png"
@@ -8907,13 +8863,6 @@ def test_output_an_image_lands_where_the_template_says(box: Box, naming: str, pa
     assert second == first.with_name(f"{first.stem}-2.png")
     files = {file for file in box.out.rglob("*") if file.is_file()}
     assert files == {first, second, Path(f"{first}.json"), Path(f"{second}.json")}
-
-
-@pytest.mark.parametrize("given", ["fox", "fox.jpg", "fox.png"])
-def test_an_output_file_gets_its_true_ending(box: Box, given: str) -> None:
-    done = box.run("generate", "a fox", "--size", "64x64", "-n", "2", "-o", given)
-    assert done.code == 0
-    assert sorted(done.lines) == [str(box.root / "fox-2.png"), str(box.root / "fox.png")]
 
 
 OUTPUT_SIDECAR = str.split(
@@ -8987,27 +8936,12 @@ OUTPUT_UNLINKED = {"fault": ["os.link", "", errno.EPERM]}
 
 
 def output_started(box: Box, plan: Mapping[str, Any], *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan), *args]
-    pipes: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
-    return subprocess.Popen(command, env=box.environ, cwd=box.root, text=True, **pipes)
-
-
-def output_ended(process: subprocess.Popen[str], timeout: float = 60) -> Done:
-    with process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        return Done(process.returncode, out or "", err or "")
+    program = ("-c", OUTPUT_RUNNER, str(HERE.parent), json.dumps(plan))
+    return box.start(*args, program=program)
 
 
 def output_played(box: Box, plan: Mapping[str, Any], *args: str) -> Done:
-    return output_ended(output_started(box, plan, *args))
+    return ended(output_started(box, plan, *args))
 
 
 def output_files(folder: Path) -> dict[str, bytes]:
@@ -9019,20 +8953,15 @@ def output_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def output_unable(reason: str) -> None:
-    """Skip what this machine cannot do; where everything must run, fail."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-
-
 @contextlib.contextmanager
 def output_disk(folder: Path, size: int) -> Iterator[Path]:
     """A disk of `size` bytes mounted at `folder`."""
     if os.geteuid() != 0 or sys.platform != "linux":
-        output_unable("a small disk is a tmpfs, and mounting one needs root on Linux")
+        missing("a small disk is a tmpfs, and mounting one needs root on Linux")
     folder.mkdir(parents=True)
     mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mounting, capture_output=True).returncode:
-        output_unable("no tmpfs can be mounted here")
+        missing("no tmpfs can be mounted here")
     try:
         yield folder
     finally:
@@ -9079,7 +9008,7 @@ def output_replicate(
             "model": "black-forest-labs/flux-schnell",
             **options,
         }
-        box.configure({"flux": block, "mock": {"type": "mock", "width": 64, "height": 64}})
+        box.configure({"flux": block, "mock": MOCK_SMALL["mock"]})
         box.environ["REPLICATE_API_TOKEN"] = server.token
         yield server
 
@@ -9099,10 +9028,8 @@ def test_output_the_extension_tells_the_truth_about_the_bytes(
 ) -> None:
     image = {"jpeg": jpeg, "png": png, "webp": webp}[given]()
     with output_openai(box) as server:  # which says png, whatever it sends
-        server.script(
-            ok({"data": [{"b64_json": base64.b64encode(image).decode()}], "output_format": "png"})
-        )
-        done = box.run("generate", "a fox", "-o", str(box.out / output))
+        server.script(ok(openai_images(image, output_format="png")))
+        done = box.fox("-o", str(box.out / output))
     assert done.lines == [str(box.out / named)]
     assert output_files(box.out).keys() == {named, f"{named}.json"}
     assert (box.out / named).read_bytes() == image
@@ -9148,7 +9075,7 @@ def test_output_processes_with_one_name_make_a_file_each(
         str(box.out / "same.png"),
     )
     processes = [output_started(box, plan, *args) for _ in range(count)]
-    done = [output_ended(process) for process in processes]
+    done = [ended(process) for process in processes]
     assert [run.err for run in done if run.code] == []
     paths = [run.lines[0] for run in done]
     numbers = ["", *(f"-{n}" for n in range(2, count + 1))]
@@ -9219,7 +9146,7 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
 def test_output_the_umask_is_respected(box: Box, umask: int) -> None:
-    path = Path(box.run("generate", "a fox", "--size", "64x64", umask=umask).lines[0])
+    path = Path(box.fox("--size", "64x64", umask=umask).lines[0])
     assert {stat.S_IMODE(os.stat(p).st_mode) for p in (path, f"{path}.json")} == {0o666 & ~umask}
 
 
@@ -9254,7 +9181,7 @@ def test_output_a_sidecar_that_cannot_be_written_is_a_warning(box: Box) -> None:
 
 def test_output_without_sidecars_everything_works_from_the_journal(box: Box) -> None:
     box.configure({"toy": {"type": "mock"}}, output={"write_metadata_json": False})
-    first = box.run("generate", "a fox", "--seed", "7", "--size", "64x64").lines[0]
+    first = box.fox("--seed", "7", "--size", "64x64").lines[0]
     assert [path.name for path in box.out.iterdir()] == [Path(first).name]
     assert box.run("list", "fox", "--json").json["images"][0]["path"] == first
     for source in ("last", first):
@@ -9268,8 +9195,8 @@ def test_output_without_sidecars_everything_works_from_the_journal(box: Box) -> 
 
 def test_output_half_an_image_never_gets_a_name(box: Box) -> None:
     with output_openai(box) as server:
-        server.script(ok({"data": [{"b64_json": base64.b64encode(png(pad=9000)[:-3]).decode()}]}))
-        done = box.run("generate", "a fox")
+        server.script(ok(openai_images(png(pad=9000)[:-3])))
+        done = box.fox()
         assert done.code == 10
         assert done.lines == []
         assert output_files(box.out) == {}
@@ -9286,7 +9213,7 @@ def test_output_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble:
         output_disk(box.state if trouble.startswith("the") else box.out, 12 << 20) as folder,
     ):
         output_remount(folder, "ro") if trouble == "read-only" else output_fill(folder)
-        done = box.run("generate", "a fox", "--json")
+        done = box.fox("--json")
         assert done.code == 8
         assert done.json["error"]["code"] == "disk"
         assert done.json["error"]["charged"] == "no"
@@ -9296,7 +9223,7 @@ def test_output_a_bad_disk_is_noticed_before_anything_is_sent(box: Box, trouble:
 
 def test_output_a_disk_that_fills_while_paid_bytes_arrive_loses_nothing(box: Box) -> None:
     with output_disk(box.out, 10 << 20) as folder, output_openai(box, pad=11 << 20) as server:
-        done = box.run("generate", "a fox")
+        done = box.fox()
         (entry,) = box.unfinished()
         assert done.code == 8
         assert done.lines == []
@@ -9329,7 +9256,7 @@ def test_output_when_both_disks_are_full_the_message_says_what_it_may_have_cost(
         output_disk(box.state, 2 << 20),
         output_openai(box, pad=11 << 20) as server,
     ):
-        done = box.run("generate", "a fox", "--json")
+        done = box.fox("--json")
         assert done.code in (8, 10)
         assert done.json["error"]["charged"] != "no"
         assert len(box.unfinished()) == 1
@@ -9340,7 +9267,7 @@ def test_output_when_both_disks_are_full_the_message_says_what_it_may_have_cost(
 def test_output_a_disk_full_to_the_last_page_costs_the_sidecar_and_not_the_image(box: Box) -> None:
     size = 10 << 20
     with output_disk(box.out, size), output_replicate(box, png(pad=size - 2000)) as server:
-        done = box.run("generate", "a fox", "-o", str(box.out / "fox.png"))
+        done = box.fox("-o", str(box.out / "fox.png"))
         assert (done.code, done.lines) == (0, [str(box.out / "fox.png")])
         assert "sidecar" in done.err
         assert [path.name for path in box.out.iterdir()] == ["fox.png"]
@@ -9411,14 +9338,6 @@ def on_tty(box: Box, *args: str, **options: Any) -> Done:
         return tty.ended()
 
 
-def preview_wait(condition: Callable[[], Any]) -> None:
-    """Until the condition holds."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def preview_script(path: Path, text: str) -> str:
     """A program; its path as text."""
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -9458,7 +9377,7 @@ class PreviewTmux:
 @pytest.fixture
 def preview_tmux(box: Box) -> Iterator[PreviewTmux]:
     if not shutil.which("tmux"):
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("tmux is not installed")
+        missing("tmux is not installed")
     tmux = PreviewTmux(box)
     yield tmux
     with contextlib.suppress(
@@ -9469,7 +9388,6 @@ def preview_tmux(box: Box) -> Iterator[PreviewTmux]:
 
 
 SMALL = ("generate", "a fox", "-b", "mock", "--size", "64x64", "--seed", "7")
-MOCK = {"mock": {"type": "mock"}}
 
 
 def test_preview_in_tmux_a_window_named_imagen_shows_the_image_without_taking_the_focus(
@@ -9487,7 +9405,7 @@ def test_preview_in_tmux_a_window_named_imagen_shows_the_image_without_taking_th
     assert (box.root / "shown").read_text() == f"{path}|small|"
     assert preview_tmux.windows() == ["work 1", "imagen 0"]
     preview_tmux("send-keys", "-t", "imagen", "Enter")
-    preview_wait(lambda: preview_tmux.windows() == ["work 1"])
+    eventually(lambda: preview_tmux.windows() == ["work 1"])
 
 
 def test_preview_in_tmux_the_default_command_is_tmux_img(
@@ -9591,7 +9509,7 @@ def test_the_path_is_on_stdout_before_the_preview_starts(box: Box) -> None:
     )
     box.configure(MOCK, output={"preview_command": viewer})
     done = on_tty(box, *SMALL)
-    preview_wait((box.root / "seen").exists)
+    eventually((box.root / "seen").exists)
     assert (box.root / "seen").read_text() == done.out
     at_kitty = on_tty(box, *SMALL, env={"TERM": "xterm-kitty"}, both=True).err
     assert 0 < at_kitty.index("-2.png") < at_kitty.index("\x1b_G")
@@ -9785,16 +9703,8 @@ def test_journal_a_torn_ledger_line_hurts_only_itself(here: Box) -> None:
 def test_nobody_else_may_read_the_journal(here: Box) -> None:
     with output_openai(here) as server:
         server.script(hangup())
-        assert here.run("generate", "a fox", umask=0).code == 10
-    here.run(
-        "generate",
-        "a fox",
-        "-b",
-        "mock",
-        "--config",
-        str(here.configure({"mock": {"type": "mock"}})),
-        umask=0,
-    )
+        assert here.fox(umask=0).code == 10
+    here.fox("-b", "mock", "--config", str(here.configure(MOCK)), umask=0)
     modes = {
         path.name: stat.S_IMODE(path.stat().st_mode)
         for path in (here.state, *here.state.rglob("*"))
@@ -9898,7 +9808,7 @@ def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
 def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
     with output_openai(box) as server:
         server.script(*["server_error"] * 3)
-        said = box.run("generate", "a fox", "-n", "3", "--json").json
+        said = box.fox("-n", "3", "--json").json
     ids = {record["id"] for record in box.unfinished()}
     assert len(ids) == 3
     assert {error["hint"].split()[-1] for error in said["errors"]} == ids
@@ -9906,18 +9816,12 @@ def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
     assert said["error"]["code"] == "unknown"
 
 
-def test_journal_a_private_image_is_marked_so_for_ever(box: Box) -> None:
-    assert box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "--no-cloud").code == 0
-    assert box.run("generate", "a fox", "-b", "mock", "--size", "64x64").code == 0
-    assert [line["private"] for line in box.ledger()] == [True, False]
-
-
 def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(box: Box) -> None:
     with Remote(handler=lambda seen: output_vanished(box)) as remote:
         box.configure(
             {"gpt": {"type": "openai", "base_url": remote.base, "model": "gpt-image-1-mini"}}
         )
-        done = box.run("generate", "a fox")
+        done = box.fox()
         assert done.code == 8
         assert "waits in" in done.err
     box.out.mkdir()
@@ -9929,16 +9833,14 @@ def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(b
 def output_vanished(box: Box) -> Answer:
     """The answer of a server that takes the folder away first."""
     shutil.rmtree(box.out)
-    return ok({"created": 1, "data": [{"b64_json": base64.b64encode(png()).decode()}]})
+    return ok(openai_images(png(), created=1))
 
 
 def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
     with output_replicate(here) as server:
         made = server.plant({"prompt": "a fox", "seed": 7}, image=png())
         ident = journal_entry(id=made)
-        done = [
-            output_ended(process) for process in [here.start("recover", "--all") for _ in range(6)]
-        ]
+        done = [ended(process) for process in [here.start("recover", "--all") for _ in range(6)]]
         assert [d.code for d in done] == [0] * 6
         assert len([line for d in done for line in d.lines]) == 1
         assert len(output_files(here.out)) == 2
@@ -9959,96 +9861,17 @@ def test_journal_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
         assert here.hidden() == []
 
 
-def test_journal_list_finds_words_newest_first(box: Box) -> None:
-    box.configure({"toy": {"type": "mock", "width": 64, "height": 64}})
-    paths = [
-        box.run("generate", prompt).lines[0] for prompt in ("a red fox", "a cat", "a blue Fox")
-    ]
-    assert [row["path"] for row in box.run("list", "--json").json["images"]] == paths[::-1]
-    assert [row["path"] for row in box.run("list", "FOX", "a", "--json").json["images"]] == [
-        paths[2],
-        paths[0],
-    ]
-    assert [row["path"] for row in box.run("list", "-n", "1", "--json").json["images"]] == paths[2:]
-    lines = box.run("list", "fox").lines
-    assert len(lines) == 2
-    assert paths[2] in lines[0]
-    assert "$0" in lines[0]
-
-
-def test_journal_cost_counts_the_unknown_apart_and_never_as_nothing(box: Box) -> None:
-    with OpenAIServer(key="", dialect="vllm") as plain, OpenAIServer(key="") as priced:
-        box.configure(
-            {
-                "plain": {"type": "openai", "base_url": plain.v1, "model": "stand-in/flux"},
-                "priced": {"type": "openai", "base_url": priced.v1, "model": "gpt-image-1-mini"},
-                "toy": {"type": "mock", "width": 64, "height": 64},
-            }
-        )
-        for name in ("plain", "priced", "priced", "toy"):
-            assert box.run("generate", "a fox", "-b", name).code == 0
-        priced.script(hangup(), "moderation_input")
-        assert [box.run("generate", "a fox", "-b", "priced").code for _ in "12"] == [10, 5]
-        assert box.run("recover", "--all").code == 10  # closed, maybe charged
-    said = box.run("cost", "--by", "backend", "--json").json
-    rows = {row["backend"]: row for row in said["rows"]}
-    usd = sum(row["sidecar"]["cost_usd_estimate"] or 0 for row in box.ledger() if "path" in row)
-    counts = {name: (row["images"], row["unknown"]) for name, row in rows.items()}
-    assert counts == {"plain": (1, 1), "priced": (2, 1), "toy": (1, 0)}
-    assert rows["priced"]["usd"] == pytest.approx(usd)
-    assert usd > 0
-    assert {**said["total"], "images": 4, "unknown": 2, "usd": pytest.approx(usd)} == said["total"]
-    assert "2 of unknown cost" in box.run("cost").lines[-1]
-    assert box.run("cost", "--since", "2999-01-01").code == 0
-    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
-
-
-@pytest.mark.parametrize("style", ["photo", "loud"])
-def test_journal_like_repeats_an_image_and_flags_override(box: Box, style: str) -> None:
-    box.configure(
-        {"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}}
-    )
-    asked = ("--style", style, "--negative", "cats", "--size", "96x64", "--seed", "9")
-    first = box.run("generate", "a fox", *asked, "--json").json["images"][0]
-    same = (
-        "prompt",
-        "style",
-        "styled_prompt",
-        "negative_prompt",
-        "backend",
-        "seed",
-        "requested",
-        "sha256",
-    )
-    for source in ("last", first["path"], f"{first['path']}.json"):
-        again = box.run("generate", "--like", source, "--json").json["images"][0]
-        assert {key: again[key] for key in same} == {key: first[key] for key in same}
-    other = box.run("generate", "a cat", "--like", "last", "--seed", "8", "--json").json["images"][
-        0
-    ]
-    assert (other["prompt"], other["seed"], other["style"], other["width"]) == (
-        "a cat",
-        8,
-        style,
-        96,
-    )
-    assert [box.run("generate", "--like", what).code for what in ("nowhere.png", str(HERE))] == [
-        2,
-        2,
-    ]
-
-
 def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on(
     here: Box,
 ) -> None:
     with output_replicate(here):
-        quiet = here.run("generate", "a fox", "-b", "mock", "--size", "64x64")
+        quiet = here.fox("-b", "mock", "--size", "64x64")
         held = imagen.Run()
         held.begin(imagen.plans_of(imagen.Order("a fox"), imagen.load_config(""))[0])
         held.sending()
-        still_quiet = here.run("generate", "a fox", "-b", "mock")
+        still_quiet = here.fox("-b", "mock")
         held.entry.unlock()
-        told = here.run("generate", "a fox", "-b", "mock")
+        told = here.fox("-b", "mock")
         assert ["unfinished" in done.err for done in (quiet, still_quiet, told)] == [
             False,
             False,
@@ -10056,7 +9879,7 @@ def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_
         ]
         assert "1 unfinished" in told.err
         assert "imagen recover" in told.err
-        assert "unfinished" not in here.run("generate", "a fox", "-b", "mock", "-q").err
+        assert "unfinished" not in here.fox("-b", "mock", "-q").err
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
@@ -10448,7 +10271,7 @@ class SupabaseHome(NamedTuple):
 @pytest.fixture
 def signing(box: Box, cloud: Cloud) -> SupabaseHome:
     cloud.join(box)
-    (path,) = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", "-q").lines
+    (path,) = box.fox("-b", "mock", "--size", "64x64", "-q").lines
     return SupabaseHome(box, cloud, path, box.sidecar(path))
 
 
@@ -10547,13 +10370,13 @@ def test_the_supabase_block_names_other_variables_and_another_bucket(
         "insert into storage.buckets (id, name, public) values ('other-one', 'other-one', false)"
     )
     names = {"url_env": "MY_URL", "service_key_env": "MY_KEY", "bucket": "other-one"}
-    box.configure({"mock": {"type": "mock"}}, owner_user_id=cloud.anna, supabase=names)
+    box.configure(MOCK, owner_user_id=cloud.anna, supabase=names)
     env = {
         "MY_URL": cloud.base,
         "MY_KEY": cloud.secret_key,
         "SUPABASE_URL": f"http://127.0.0.1:{refused_port()}",
     }
-    (path,) = box.run("generate", "a fox", "--size", "64x64", "-q", env=env).lines
+    (path,) = box.fox("--size", "64x64", "-q", env=env).lines
     (stored,) = cloud.objects("other-one")
     assert cloud.objects() == {}
     assert [row["storage_path"] for row in cloud.rows()] == [stored]
@@ -10700,7 +10523,7 @@ def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
     assert box.run("sign", made["path"]).code == 2
 
 
-# === Pipeline: make, finish, deliver; and recover, which is the same steps again ===
+# === Pipeline: plans_of, make, finish, deliver; and recover, which is the same steps again ===
 @pytest.mark.parametrize(
     "fields",
     [
@@ -10746,18 +10569,7 @@ def test_pipeline_prepare_names_the_backend_draws_a_seed_and_touches_nothing(her
 
 
 def test_pipeline_four_images_have_four_names_and_four_seeds(box: Box) -> None:
-    done = box.run(
-        "generate",
-        "a fox",
-        "-n",
-        "4",
-        "--seed",
-        "7",
-        "--size",
-        "64x64",
-        "-o",
-        str(box.out / "fox.png"),
-    )
+    done = box.fox("-n", "4", "--seed", "7", "--size", "64x64", "-o", str(box.out / "fox.png"))
     assert done.code == 0
     assert set(done.lines) == {
         str(box.out / f"fox{number}.png") for number in ("", "-2", "-3", "-4")
@@ -10766,52 +10578,11 @@ def test_pipeline_four_images_have_four_names_and_four_seeds(box: Box) -> None:
     assert len({Path(path).read_bytes() for path in done.lines}) == 4
 
 
-@pytest.mark.parametrize(
-    ("script", "code", "posts", "images"),
-    [
-        (["insufficient_quota"], 6, 1, 0),
-        ([401], 3, 1, 0),
-        (["moderation_input"], 9, 4, 3),
-        (["moderation_input"] * 4, 5, 4, 0),
-        (["moderation_input", "server_error"], 10, 4, 2),
-    ],
-)
-def test_pipeline_one_of_four_that_fails(
-    box: Box, script: list[object], code: int, posts: int, images: int
-) -> None:
-    with output_openai(box, parallel=1) as server:
-        server.script(*script)
-        done = box.run("generate", "a fox", "-n", "4", "--json")
-        assert (done.code, server.posts, len(done.json["images"])) == (code, posts, images)
-        assert all(Path(about["path"]).exists() for about in done.json["images"])
-    assert len(box.unfinished()) == (code == 10)  # what is known to have ended is closed
-
-
-def test_pipeline_success_as_json_is_the_sidecar_with_path_and_cloud(box: Box) -> None:
-    said = box.run("generate", "a fox", "--size", "64x64", "--json").json
-    (about,) = said.pop("images")
-    path = about.pop("path")
-    assert said == {"ok": True, "warnings": []}
-    assert about.pop("cloud", 0) is None
-    assert about == box.sidecar(path)
-
-
-@pytest.mark.parametrize("code", list(imagen.ERRORS))
-def test_pipeline_failure_as_json_has_these_fields(box: Box, code: str) -> None:
-    done = box.run("generate", "a fox", "--opt", f"fail={code}", "--timeout", "1", "--json")
-    error = done.json["error"]
-    cls = imagen.ERRORS[code]
-    assert set(error) == {"code", "message", "hint", "retryable", "charged"}
-    assert error["message"]
-    assert (done.json["ok"], done.json["images"]) == (False, [])
-    assert (done.code, error["code"], error["retryable"]) == (cls.exit_code, code, cls.retryable)
-
-
 def test_pipeline_a_deadline_that_passed_is_made_good_by_recover_and_not_paid_again(
     box: Box,
 ) -> None:
     with output_replicate(box, polls=1000) as server:
-        done = box.run("generate", "a fox", "--timeout", "1", "--json")
+        done = box.fox("--timeout", "1", "--json")
         (entry,) = box.unfinished()
         assert done.code == 10
         assert done.json["error"]["charged"] == "unknown"
@@ -10832,7 +10603,7 @@ def test_pipeline_two_equal_requests_whose_answers_were_lost_get_an_image_each(b
     with output_replicate(box) as server:
         for _ in "12":
             server.lose_next_answer()
-            assert box.run("generate", "a fox", "--seed", "7").code == 10
+            assert box.fox("--seed", "7").code == 10
         done = box.run("recover", "--all")
         assert done.code == 0
         assert server.created == 2
@@ -10845,16 +10616,7 @@ def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box)
     for flags in ((), ("--json",), ("-n", "3")):
         read, write = os.pipe()
         os.close(read)
-        done = box.run(
-            "generate",
-            "a fox",
-            "--size",
-            "64x64",
-            "-q",
-            *flags,
-            stdout=write,
-            stderr=subprocess.PIPE,
-        )
+        done = box.fox("--size", "64x64", "-q", *flags, stdout=write, stderr=subprocess.PIPE)
         os.close(write)
         assert done.code == 0
         assert done.err.count("\n") <= 1
@@ -10867,16 +10629,8 @@ def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box)
 # Ctrl-C: real processes, real signals, in every phase of a paid image
 
 
-def pipeline_until(condition: Callable[[], Any], timeout: float = 20) -> Any:
-    end = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-    return value
-
-
 pipeline_signals = pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
 
 
@@ -10889,15 +10643,16 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
         address = {"base_url": f"http://127.0.0.1:{port}/v1", "model": "x"}
         box.configure({"x": {"type": kind, **(address if kind == "openai" else {"delay_s": 600})}})
         process = box.start("generate", "a fox", "--json")
-        pipeline_until(box.unfinished)
+        eventually(box.unfinished)
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
     assert done.code == 130
     assert done.json["error"]["code"] == "interrupted"
     assert done.json["error"]["charged"] == "no"
     assert box.unfinished() == []
     assert list(box.out.iterdir()) == []
     assert box.ledger()[0]["charged"] == "no"
+    assert "Traceback" not in done.err
 
 
 @pipeline_signals
@@ -10909,7 +10664,7 @@ def test_pipeline_stopped_with_a_paid_post_in_flight_is_maybe_charged_and_kept(
         process = box.start("generate", "a fox", "-n", "3", "--json")
         server.wait_seen(3)
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         assert done.code == 130
         assert done.json["error"]["code"] == "interrupted"
         kept = box.unfinished()
@@ -10928,7 +10683,7 @@ def test_pipeline_stopped_before_the_id_is_known_is_found_by_recover(box: Box) -
         process = box.start("generate", "a fox")
         server.wait(lambda: server.created)
         process.send_signal(signal.SIGINT)
-        assert output_ended(process, 8).code == 130
+        assert ended(process, 8).code == 130
         assert box.unfinished()[0]["charged"] == "unknown"
         assert box.run("recover", "--all").code == 0
         assert server.created == 1
@@ -10943,7 +10698,7 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
         process = box.start("generate", "a fox")
         server.wait(lambda: len(server.seen) > 1)  # it polls
         process.send_signal(number)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         (made,) = server.predictions
         assert done.code == 130
         assert server.canceled == [made]
@@ -10955,11 +10710,11 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
 
 def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
     with output_openai(box, parallel=1) as server:
-        server.script(ok({"data": [{"b64_json": base64.b64encode(png()).decode()}]}), silent())
+        server.script(ok(openai_images(png())), silent())
         process = box.start("generate", "a fox", "-n", "4")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
-        done = output_ended(process, 8)
+        done = ended(process, 8)
         assert done.code == 130
         assert len(done.lines) == 1
         assert box.sidecar(done.lines[0])
@@ -10974,7 +10729,7 @@ def test_pipeline_a_stopped_recover_keeps_the_entry(here: Box) -> None:
         process = here.start("recover", "--all")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
-        assert output_ended(process, 8).code == 130
+        assert ended(process, 8).code == 130
         assert len(here.unfinished()) == 1
         assert server.canceled == []
         server.finish()
@@ -11006,18 +10761,9 @@ def test_pipeline_an_adapter_that_leaves_after_paying_is_an_unknown_outcome(here
     assert len(here.unfinished()) == 1
 
 
-def test_pipeline_a_terminal_that_hangs_up_stops_like_ctrl_c(box: Box) -> None:
-    process = box.start("generate", "a fox", "-b", "mock", "--opt", "delay_s=60")
-    while not box.state.exists() or not box.unfinished():
-        assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
-    assert output_ended(process).code == 130
-    assert box.unfinished() == []
-
-
 def test_pipeline_a_path_that_cannot_be_printed_is_told_and_the_image_delivered(box: Box) -> None:
     with open("/dev/full", "w") as full:
-        done = box.run("generate", "a fox", "-b", "mock", "--size", "64x64", stdout=full)
+        done = box.fox("-b", "mock", "--size", "64x64", stdout=full)
     (line,) = box.ledger()
     assert line["path"] in done.err
     assert "Traceback" not in done.err
@@ -11047,7 +10793,7 @@ def test_pipeline_a_second_ctrl_c_leaves_at_once(box: Box) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
         assert (
-            output_ended(process).code == 130 and time.monotonic() - began < 2
+            ended(process).code == 130 and time.monotonic() - began < 2
         )  # the cancel alone may take 3 seconds
     assert [entry["remote"]["id"] for entry in box.unfinished()] == ["p1"]
 
@@ -11345,10 +11091,7 @@ class KillsVictims:
         self.replicate = self.stack.enter_context(ReplicateServer())
         self.openai = self.stack.enter_context(OpenAIServer(key=""))
         self.replicate.script(always=True, polls=1, image=KILLS_IMAGE)
-        said = {
-            "data": [{"b64_json": base64.b64encode(KILLS_IMAGE).decode()}],
-            "output_format": "png",
-        }
+        said = openai_images(KILLS_IMAGE, output_format="png")
         self.openai.script(*[ok(said)] * 500)
 
     def __enter__(self) -> KillsVictims:
@@ -11511,7 +11254,7 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
 @pytest.fixture
 def synced(box: Box, cloud: Cloud) -> Box:
     """A home that delivers to `cloud` as anna."""
-    cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+    cloud.join(box, backends=MOCK_SMALL)
     return box
 
 
@@ -11630,9 +11373,7 @@ def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> Non
 def test_pipeline_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
     box: Box, mode: str, variable: str, flag: str, requests: bool
 ) -> None:
-    box.configure(
-        {"mock": {"type": "mock", "width": 64, "height": 64}}, output={"cloud_sync": mode}
-    )
+    box.configure(MOCK_SMALL, output={"cloud_sync": mode})
     with Remote(status(401, {}), repeat=True) as server:
         box.environ |= {
             "SUPABASE_URL": server.base,
@@ -11854,7 +11595,7 @@ def test_pipeline_a_project_that_says_nothing_holds_nobody_up_for_long(
     boxes = [Box(tmp_path / name) for name in ("put", "row")]
     for box, match in zip(boxes, (DELIVER_PUT, DELIVER_ROW), strict=True):
         box.root.mkdir()
-        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.join(box, backends=MOCK_SMALL)
         cloud.fault(match, silent(), times=math.inf)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         began = time.monotonic()
@@ -11919,7 +11660,7 @@ def test_pipeline_the_path_in_the_bucket_has_the_entrys_id_and_the_ending_of_the
 ) -> None:
     with output_openai(synced) as server:
         for image in (png(8, 8), png(9, 9), jpeg(), webp()):
-            server.script(ok({"data": [{"b64_json": base64.b64encode(image).decode()}]}))
+            server.script(ok(openai_images(image)))
         made = [deliver_made(synced, "-o", str(synced.out / "any")).lines[0] for _ in range(4)]
     assert [Path(path).name for path in made] == ["any.png", "any-2.png", "any.jpg", "any.webp"]
     places = [deliver_place(synced, path) for path in made]
@@ -12109,7 +11850,7 @@ def test_pipeline_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, syn
     cloud.wait(lambda: cloud.count("PUT"))
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    done = output_ended(process)
+    done = ended(process)
     assert done.code == 0
     assert time.monotonic() - began < 3
     assert len(synced.unfinished()) == 1
@@ -12125,7 +11866,7 @@ def test_pipeline_ctrl_c_during_a_delivery_leaves_it_for_later(cloud: Cloud, syn
 def deliver_later(box: Box, count: int = 1, seed: int = 7) -> list[str]:
     """Images that the cloud was wanted for when there was none: their entries are open."""
     flags = ("-n", str(count), "--seed", str(seed), "--cloud", "-q")
-    paths = box.run("generate", "a fox", *flags, env={"SUPABASE_URL": ""}).lines
+    paths = box.fox(*flags, env={"SUPABASE_URL": ""}).lines
     assert len(paths) == count
     return paths
 
@@ -12141,7 +11882,7 @@ def test_pipeline_two_syncs_at_once_deliver_two_hundred_images_once(
     with synced.start("sync", "-q") as one, synced.start("sync", "-q") as other:
         cloud.wait(lambda: cloud.count("PUT") == 2, 30)
         both.set()
-        done = [output_ended(process) for process in (one, other)]
+        done = [ended(process) for process in (one, other)]
     assert [(end.code, end.err) for end in done] == [(0, "")] * 2
     assert all(end.lines for end in done)
     assert sorted(done[0].lines + done[1].lines) == sorted(paths)
@@ -12159,7 +11900,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
     def home(seed: int) -> tuple[Box, str]:
         box = Box(tmp_path / str(seed))
         box.root.mkdir()
-        cloud.join(box, backends={"mock": {"type": "mock", "width": 64, "height": 64}})
+        cloud.join(box, backends=MOCK_SMALL)
         return box, deliver_later(box, seed=seed)[0]
 
     steps = (
@@ -12199,7 +11940,7 @@ def test_pipeline_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, sync
         for args in ((), (path,), ("--dry-run",)):
             assert synced.run("sync", *args).code == 0
         may.set()
-        assert output_ended(process).code == 0
+        assert ended(process).code == 0
     assert cloud.count("PUT") == 2
     assert len(synced.ledger()) == 2
     deliver_whole(cloud, synced, path)
@@ -12236,7 +11977,7 @@ def deliver_usage(cloud: Cloud) -> list[tuple[str, bool]]:
 
 def test_pipeline_each_paid_image_has_a_usage_row(cloud: Cloud, synced: Box) -> None:
     with output_openai(synced):
-        done = synced.run("generate", "a fox", "-n", "3", "--json")
+        done = synced.fox("-n", "3", "--json")
     made = {about["image_id"]: about for about in done.json["images"]}
     rows = cloud.rows("mai.imagen_usage")
     assert deliver_usage(cloud) == [("yes", True)] * 3
@@ -12266,7 +12007,7 @@ def test_pipeline_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
 ) -> None:
     with output_openai(synced) as server:
         server.script(script)
-        assert synced.run("generate", "a fox").code == code
+        assert synced.fox().code == code
         synced.run("sync")
         assert deliver_usage(cloud) in (expected, [("unknown", False)] * len(expected))
         if synced.unfinished():
@@ -12281,7 +12022,7 @@ def test_pipeline_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recove
 ) -> None:
     with output_replicate(synced) as server:
         server.lose_next_answer()
-        assert synced.run("generate", "a fox", "--seed", "7").code == 10
+        assert synced.fox("--seed", "7").code == 10
         assert deliver_usage(cloud) == []
         for _ in "12":
             assert synced.run("sync").code == 0
@@ -12302,7 +12043,7 @@ def test_pipeline_an_unknown_attempt_that_is_closed_is_reported_once(
 ) -> None:
     with output_openai(synced) as server:
         server.script(reset())
-        assert synced.run("generate", "a fox").code == 10
+        assert synced.fox().code == 10
         if synced_before:
             assert synced.run("sync").code == 0
         ident = [entry["id"] for entry in synced.unfinished()] if args == ("--forget",) else []
@@ -12356,7 +12097,7 @@ def test_pipeline_a_usage_table_of_another_gets_what_it_can_hold_once(
     with Cloud(database) as cloud, output_replicate(box) as server:
         cloud.join(box)
         server.lose_next_answer()
-        assert box.run("generate", "a fox", "--seed", "7").code == 10
+        assert box.fox("--seed", "7").code == 10
         assert box.run("sync").code == 0
         done = box.run("recover", "--all")
         assert deliver_warnings(done) == []
@@ -12811,10 +12552,10 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 queue.run("select 41 + 1")
                 wire.open.clear()  # in one packet with a result
                 answer = pool.submit(queue.run, "select 41 + 1")
-                queue_until(lambda: wire.buffered)
+                eventually(lambda: wire.buffered)
                 before = wire.buffered
                 database.sql("notify imagen_jobs, 'ü'")
-                queue_until(lambda: wire.buffered > before)
+                eventually(lambda: wire.buffered > before)
                 wire.open.set()
                 assert answer.result() == [[42]]
                 assert queue_woken(queue) < 1
@@ -12843,7 +12584,7 @@ def test_queue_an_error_that_is_not_the_databases_closes_the_connection(
     with pytest.raises(TypeError), queue_opened(queue_env, database.dsn()) as connection:
         assert database.one(here) == 1
         connection.run("select :x::text", x={"a": uuid.uuid4()})
-    queue_until(lambda: database.one(here) == 0)
+    eventually(lambda: database.one(here) == 0)
 
 
 @pytest.mark.parametrize("pooled", ["transaction", "session"])
@@ -12904,13 +12645,6 @@ QUEUE_JOBS = "insert into imagen.jobs (owner_user_id, prompt) select $1, 'a fox'
 QUEUE_KILL = (
     "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'imagen%'"
 )
-
-
-def queue_until(ready: Callable[[], object], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_queue_two_workers_never_claim_the_same_job_and_the_oldest_comes_first(
@@ -12998,7 +12732,7 @@ def test_queue_a_wish_to_cancel_that_comes_while_a_job_is_rescued_counts(
         with database.session() as session:
             session.sql("select pg_advisory_lock(1)")
             rescue = pool.submit(alive.run, sql, steady=False)
-            queue_until(
+            eventually(
                 lambda: database.one(
                     "select count(*) from pg_locks where locktype = 'advisory' and not granted"
                 )
@@ -13183,7 +12917,6 @@ QUEUE_PARTS = [
         "jobs_init",
     )
 ]
-QUEUE_NOWHERE = "00000000-0000-4000-8000-000000000000"
 
 
 def queue_catalog(database: Database) -> list[str]:
@@ -13754,7 +13487,7 @@ def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
 def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
     box: Box, database: Database
 ) -> None:
-    box.configure({"mock": {"type": "mock"}}, supabase={"database_url_env": "MY_DATABASE"})
+    box.configure(MOCK, supabase={"database_url_env": "MY_DATABASE"})
     (box.root / "own.sql").write_text(
         "create schema größe; do $$ begin raise notice 'imagen_own: done'; end $$"
     )
@@ -14027,7 +13760,7 @@ def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) ->
             else None
         )
 
-    return dict(pipeline_until(there, 40))
+    return dict(eventually(there, 40))
 
 
 def test_queue_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(
@@ -14126,9 +13859,7 @@ def test_queue_a_heartbeat_touches_no_index(
             assert len(queue.turn(renewed={"heartbeats": json.dumps(sent)})["renewed"]) == 3
         connection.run("select pg_stat_force_next_flush()")
         counted = "select n_tup_upd::int as all, n_tup_hot_upd::int as hot from pg_stat_user_tables where relname = 'jobs'"
-        (stats,) = pipeline_until(
-            lambda: [row for row in database.sql(counted) if row["all"] == 153]
-        )
+        (stats,) = eventually(lambda: [row for row in database.sql(counted) if row["all"] == 153])
         assert stats["hot"] >= 150
     found = database.sql(
         "select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'"
@@ -14144,7 +13875,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
         many = "insert into imagen.jobs (owner_user_id, prompt) select $1::uuid, 'x' from generate_series(1, 1000)"
         database.sql(many, database.user("anna"))
         jobs_add(database, database.user("anna"))
-        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        eventually(lambda: link.run("select 1") and len(link.notifications) == 2)
         assert {(channel, payload) for _, channel, payload in link.notifications} == {
             ("imagen_jobs", "")
         }
@@ -14233,7 +13964,7 @@ def test_queue_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database:
             "canceled",
             "running",
         ]
-        pipeline_until(lambda: link.run("select 1") and len(link.notifications) == 2)
+        eventually(lambda: link.run("select 1") and len(link.notifications) == 2)
     row = jobs_row(database, waits)
     assert row["status"] == "canceled"
     assert row["finished_at"]
@@ -14259,7 +13990,7 @@ class JobsWorker:
         return self.path.read_text()
 
     def __enter__(self) -> Self:
-        pipeline_until(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
+        eventually(lambda: self.ready in self.log() or self.process.poll() is not None, 60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -14390,6 +14121,7 @@ def test_worker_a_prompt_is_never_sql(box: Box, cloud: Cloud) -> None:
     prompts = [
         "'; drop table imagen.jobs; --", "\\'; delete from imagen.images; --", "$$; select 1; $$", ":me::uuid = :slot",
         "%s %(x)s {0} {prompt}", "E'\\x00'", 'a "quoted" fox\nin two lines', "Größe 🦊 \u202e", "NULL", "\ufeff\ufffd",
+        "ein Fuchs, Größe \U0001f98a '; drop table imagen.jobs; -- " * 420,
     ]  # fmt: skip
     ids = {jobs_add(cloud.database, cloud.anna, prompt, style="ink"): prompt for prompt in prompts}
     assert box.run("worker", "--once").code == 0
@@ -14460,30 +14192,6 @@ def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> No
     }
 
 
-def test_worker_two_hosts_with_the_same_prompt_and_seed_at_once_make_two_objects(
-    tmp_path: Path, cloud: Cloud
-) -> None:
-    boxes = [Box(tmp_path / name) for name in ("one", "two")]
-    for box in boxes:
-        box.root.mkdir()
-        cloud.join(box, worker={})
-    with JobsWorker(boxes[0]), JobsWorker(boxes[1]):
-        ids = [
-            jobs_add(cloud.database, cloud.anna, seed=7, backend_opts={"delay_s": 2}) for _ in "12"
-        ]
-        rows = [jobs_until(cloud.database, ident) for ident in ids]
-    assert [row["status"] for row in rows] == ["done", "done"]
-    assert len({row["claimed_by"] for row in rows}) == 2
-    objects = cloud.objects()
-    assert {row["storage_path"] for row in cloud.rows()} == objects.keys()
-    assert len(objects) == 2
-    assert len({*objects.values()}) == 1
-    names = [{file.name for file in box.out.glob("*.png")} for box in boxes]
-    assert (
-        names[0] == names[1] and len(names[0]) == 1
-    )  # here, in a folder each, the name is the same
-
-
 JOBS_BEATS = """
 create table public.beats (at timestamptz, progress real, note text);
 create function public.beat() returns trigger language plpgsql security definer as $$ begin
@@ -14544,7 +14252,7 @@ def test_worker_what_cannot_finish_is_handed_back_uncounted(
             worker.process.send_signal(signal.SIGTERM)
             for _ in "12":  # two heartbeats later it has been heard for certain
                 began = jobs_row(cloud.database, ident)
-                pipeline_until(
+                eventually(
                     lambda began=began: (
                         jobs_row(cloud.database, ident)["progress"] != began["progress"]
                     )
@@ -14593,9 +14301,7 @@ class JobsSystemd(contextlib.ExitStack):
 
     def until(self, text: str) -> None:
         """Until a message says so."""
-        pipeline_until(
-            lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40
-        )
+        eventually(lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40)
 
 
 def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud: Cloud) -> None:
@@ -14638,7 +14344,7 @@ def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cl
     ):
         systemd.until("STATUS=no database; 0 running")
         # Who comes back later than a quarter of the lease might find its jobs taken.
-        pipeline_until(lambda: worker.log().count("next try") > 7)
+        eventually(lambda: worker.log().count("next try") > 7)
         pauses = [float(pause) for pause in re.findall(r"next try in (\S+) s", worker.log())]
         assert 0 <= min(pauses) < max(pauses) <= 0.25
         assert worker.process.poll() is None
@@ -15253,28 +14959,6 @@ def test_worker_a_job_is_canceled_wherever_it_is(crew: Crew, when: str) -> None:
     assert not row["image_id"]
 
 
-def test_worker_who_is_told_to_stop_hands_back_what_it_cannot_finish_and_that_is_not_counted(
-    crew: Crew,
-) -> None:
-    crew.worker["grace_s"] = 1.5
-    worker = crew.start("--concurrency", "2")
-    short = crew.slow(1)
-    long = crew.slow(30)
-    crew.runs(short), crew.runs(long)
-    worker.terminate()
-    assert worker.wait(10) == 0
-    assert crew.row(short)["status"] == "done"
-    row = crew.row(long)
-    assert (row["status"], row["attempt"], row["max_attempts"], row["claimed_by"]) == (
-        "pending",
-        1,
-        4,
-        None,
-    )
-    crew.start()
-    crew.runs(long, 2)
-
-
 @pytest.mark.parametrize("how", ["delete from imagen.jobs", "truncate imagen.jobs"])
 def test_a_worker_whose_running_job_is_deleted_goes_on(crew: Crew, how: str) -> None:
     crew.start()
@@ -15282,25 +14966,6 @@ def test_a_worker_whose_running_job_is_deleted_goes_on(crew: Crew, how: str) -> 
     crew.database.sql(how)
     crew.until(lambda: "its lease was lost" in crew.log())
     crew.whole(crew.ends(crew.add())["id"])
-
-
-def test_a_worker_takes_the_backends_it_is_given_and_an_unknown_one_fails_its_job(
-    crew: Crew,
-) -> None:
-    crew.backends |= {"other": TINY["mock"]}
-    crew.start("--backend", "other")
-    usual = crew.add()
-    other = crew.add(backend="other")
-    unknown = crew.add(backend="no-such")
-    crew.ends(other)
-    assert {crew.row(job)["status"] for job in (usual, unknown)} == {"pending"}
-    crew.start("--name", "all")
-    row = crew.ends(unknown, "failed")
-    assert row["error_code"] == "usage"
-    assert '"no-such" is not configured' in row["error"]
-    assert row["attempt"] == 1
-    crew.ends(usual)
-    crew.whole(usual, other)
 
 
 # What strangers send, and what the world says
@@ -15320,7 +14985,7 @@ def test_no_notification_of_a_stranger_disturbs_the_worker(crew: Crew) -> None:
     crew.whole(*crew.jobs())
 
 
-def test_worker_any_text_gets_into_a_row_and_back(crew: Crew) -> None:
+def test_worker_any_words_of_a_remote_get_into_the_row(crew: Crew) -> None:
     with OpenAIServer() as server:
         block = {"type": "openai", "base_url": server.v1, "model": server.models[0]}
         crew.backends |= {"paint": {**block, **PAINT_KEYS["openai"]}}
@@ -15332,13 +14997,6 @@ def test_worker_any_text_gets_into_a_row_and_back(crew: Crew) -> None:
             row = crew.ends(crew.add(backend="paint"), "failed")
             assert "bad" in row["error"]
             assert len(row["error"].encode()) <= 4096
-    prompt = "ein Fuchs, Größe \U0001f98a '; drop table imagen.jobs; -- " * 420
-    job = crew.add(prompt)
-    crew.ends(job)
-    (image,) = crew.cloud.rows()
-    assert image["prompt"] == prompt
-    assert len(prompt) > 20_000
-    crew.whole(job)
 
 
 def test_the_workers_clock_and_the_databases_isolation_have_no_part_in_it(crew: Crew) -> None:
@@ -15379,7 +15037,7 @@ class Painter(NamedTuple):
 
     def hesitate(self) -> threading.Event:
         """OpenAI's next answer is an image, once the event is set."""
-        body = {"data": [{"b64_json": base64.b64encode(png(64, 64)).decode()}]}
+        body = openai_images(png(64, 64))
         self.server.script(hold(event := threading.Event(), ok(body)))
         return event
 
@@ -15670,7 +15328,7 @@ def test_three_workers_and_three_hundred_jobs_under_random_kills_make_each_image
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
 SERVE_BLOCKS: dict[str, dict[str, Any]] = {
-    "mock": {"type": "mock", "width": 64, "height": 64},
+    "mock": MOCK_SMALL["mock"],
     "comfyui": {"type": "comfyui", "model": CHECKPOINTS[1]},
     "replicate": {
         "type": "replicate",
@@ -15787,15 +15445,6 @@ class Serving:
         options = {"base_url": f"{self.base}v1", "api_key": "none", **options}
         with openai.OpenAI(**options) as client:
             yield client
-
-
-def serve_wait(condition: Callable[[], Any], timeout: float = 30) -> Any:
-    """The condition's value, once it has one."""
-    until = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 def serve_read(sock: socket.socket) -> bytes:
@@ -16017,13 +15666,13 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
     remote = remotes[2]
     let_go = threading.Event()
     counts = list[str]()
-    remote.script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remote.script(hold(let_go, openai_images(png())))
 
     def sending(request: Any) -> None:
         counts.append(request.headers["x-stainless-retry-count"])
         if counts[-1] == "1":
             let_go.set()
-            serve_wait(lambda: when == "in flight" or box.ledger())
+            eventually(lambda: when == "in flight" or box.ledger())
 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Serving(box))
@@ -16047,7 +15696,7 @@ def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
 
 def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, remotes: Any) -> None:
     let_go = threading.Event()
-    answers = [{"data": [{"b64_json": base64.b64encode(png(8 * i, 8)).decode()}]} for i in (1, 2)]
+    answers = [openai_images(png(8 * i, 8)) for i in (1, 2)]
     remotes[2].script(*(hold(let_go, answer) for answer in answers))
     params = {"model": "openai", "size": "auto"}
     with Serving(box) as server:
@@ -16217,7 +15866,7 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
     box: Box, remotes: Any
 ) -> None:
     let_go = threading.Event()
-    remotes[2].script(hold(let_go, {"data": [{"b64_json": base64.b64encode(png()).decode()}]}))
+    remotes[2].script(hold(let_go, openai_images(png())))
     remotes[0].pause()
     with Serving(box, "--parallel", "4") as server:
         paid = server.post({"model": "openai", "size": "auto"})
@@ -16228,13 +15877,13 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
         remotes[0].wait_running()
         for sock in (paid, free, left):
             sock.close()
-        serve_wait(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
+        eventually(lambda: len(box.ledger()) == 2 or len(box.unfinished()) == 2)
         assert remotes[0].interrupted
         assert len(remotes[0].submitted) == 1
         assert remotes[2].posts == 1
         let_go.set()
         assert serve_read(patient).startswith(b"HTTP/1.1 200")
-        made = serve_wait(lambda: len(images := server.images()) == 2 and images)
+        made = eventually(lambda: len(images := server.images()) == 2 and images)
         assert {image["backend"] for image in made} == {"openai", "mock"}
     assert {record["error"]["code"] for record in box.ledger() if "error" in record} == {
         "interrupted"
@@ -16245,7 +15894,7 @@ def test_server_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> N
     box.configure(SERVE_BLOCKS)
     with Serving(box, "--parallel", "1") as server:
         slow = server.post({"backend_opts": {"delay_s": 1}})
-        serve_wait(lambda: box.unfinished())
+        eventually(lambda: box.unfinished())
         response = server.make({})
         assert (
             response.status,
@@ -16266,7 +15915,7 @@ def test_server_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_
     server = Serving(box)
     with server if times == 1 else contextlib.ExitStack():
         slow = server.post({"backend_opts": {"delay_s": 1.5 if times == 1 else 3600}})
-        serve_wait(lambda: box.unfinished())
+        eventually(lambda: box.unfinished())
         server.process.send_signal(signal.SIGINT)
 
         def closed() -> bool:
@@ -16274,7 +15923,7 @@ def test_server_a_signal_lets_it_finish_what_it_has_begun_and_a_second_one_does_
                 return False
             return True
 
-        serve_wait(closed)
+        eventually(closed)
         if times == 2:
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(5) == 130
@@ -16573,12 +16222,12 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
             codes_seen = collections.Counter(
                 answer[:12] for answer in pool.map(exchange, range(1000))
             )
-            serve_wait(lambda: server.usage()[1] <= 2)
+            eventually(lambda: server.usage()[1] <= 2)
             before = server.usage()
             codes_seen += collections.Counter(
                 answer[:12] for answer in pool.map(exchange, range(1000, 5000))
             )
-        serve_wait(lambda: server.usage()[1] <= before[1])
+        eventually(lambda: server.usage()[1] <= before[1])
         after = server.usage()
         assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
         codes = {code[9:].decode() for code in codes_seen if code}
@@ -16598,7 +16247,7 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
     box.configure(SERVE_BLOCKS)
     with Serving(box) as server:
         server.make({})
-        serve_wait(lambda: server.usage()[1] <= 2)  # itself, and its janitor
+        eventually(lambda: server.usage()[1] <= 2)  # itself, and its janitor
         before = server.usage()
         opened = [server.raw() for _ in range(200)]
         slow = server.post({"backend_opts": {"delay_s": 1}})
@@ -16612,12 +16261,12 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
         crowd = [
             server.raw(b"GET") for _ in range(300)
         ]  # more than it takes: the rest are turned away at once
-        assert serve_wait(
+        assert eventually(
             lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40
         )
         for sock in crowd:
             sock.close()
-        serve_wait(lambda: server.usage()[:2] == before[:2])
+        eventually(lambda: server.usage()[:2] == before[:2])
         assert server.get("/healthz").status == 200
 
 
@@ -17048,7 +16697,7 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
         "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), **tab.whose
     )
     tab.click("#save")
-    preview_wait(lambda: (folder / Path(path).name).exists())
+    eventually(lambda: (folder / Path(path).name).exists())
     assert (folder / Path(path).name).read_bytes() == Path(path).read_bytes()
 
 
@@ -17278,7 +16927,7 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     assert "/imagine" in head_fields["description"]
     rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", text, re.MULTILINE)
     advice = {int(code): text for codes, text in rows for code in codes.split(", ")}
-    assert advice.keys() == {0, *EXIT_CODES.values()}
+    assert advice.keys() == {0, *ERRORS_EXITS.values()}
     assert {code for code, text in advice.items() if "never repeat" in text} == {5, 6, 10}
 
     (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
@@ -17396,14 +17045,14 @@ def test_terminal_steps_are_a_bar(box: Box) -> None:
 
 
 def test_terminal_how_long_it_will_take_is_learned_from_the_ledger(box: Box) -> None:
-    picture = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}
+    picture = openai_images(png())
     let_go = threading.Event()
     with OpenAIServer(key="") as server:
         box.configure(
             {"ai": {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}}
         )
         for _ in range(3):
-            assert box.run("generate", "a fox", "--size", "1024x1024").code == 0
+            assert box.fox("--size", "1024x1024").code == 0
         records = box.ledger()  # let them have taken 30, 70 and 20 seconds
         for record, seconds in zip(records, (30, 70, 20), strict=True):
             record["sidecar"]["latency_ms"] = 1000 * seconds
@@ -17486,7 +17135,7 @@ def test_on_one_terminal_a_path_has_a_line_to_itself(box: Box) -> None:
 
 
 def test_terminal_each_path_comes_as_soon_as_its_image_is_safe(box: Box) -> None:
-    picture = {"data": [{"b64_json": base64.b64encode(png()).decode()}]}
+    picture = openai_images(png())
     let_go = threading.Event()
     with OpenAIServer(key="") as server:
         box.configure(
@@ -17586,7 +17235,7 @@ def test_commands_ctrl_c_while_it_reads_the_prompt_is_no_traceback(box: Box) -> 
     reader, writer = os.pipe()
     os.write(writer, b"a fox")
     with box.start("generate", "-", stdin=reader) as process, open(reader), open(writer):
-        preview_wait(
+        eventually(
             lambda: not select.select([reader], [], [], 0)[0]
         )  # it has read that, and waits for more
         process.send_signal(signal.SIGINT)
@@ -17604,7 +17253,7 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
         "--opt",
         "output_format=webp",
     )
-    done = box.run("generate", "a fox", "-b", "gpt-image", *opts, "--dry-run", "--json")
+    done = box.fox("-b", "gpt-image", *opts, "--dry-run", "--json")
     body = done.json["plans"][0]["parameters"]
     assert (body["quality"], body["output_format"], body["a"], body["b"]) == (
         "low",
@@ -17631,6 +17280,7 @@ def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
     assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
     assert changed["negative_prompt"] == kept["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
+    assert box.run("generate", "--like", str(HERE)).code == 2
 
 
 def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
@@ -17642,12 +17292,6 @@ def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
     assert Path(filed).name.endswith("-a-fox-7.png")
     (relative,) = box.run(*SMALL, "-o", "cats/relative.png").lines
     assert relative == str(box.root / "cats" / "relative.png")
-
-
-def test_commands_n_images_have_n_seeds(box: Box) -> None:
-    paths = box.run(*SMALL, "-n", "4").lines
-    assert sorted(box.sidecar(path)["seed"] for path in paths) == [7, 8, 9, 10]
-    assert len({Path(path).read_bytes() for path in paths}) == 4
 
 
 @pytest.mark.parametrize(
@@ -17663,19 +17307,7 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     before = sorted(box.root.rglob("*"))
-    done = box.run(
-        "generate",
-        "a fox",
-        "-b",
-        name,
-        "-s",
-        "poster",
-        "--seed",
-        "7",
-        "--dry-run",
-        "--json",
-        env=env,
-    )
+    done = box.fox("-b", name, "-s", "poster", "--seed", "7", "--dry-run", "--json", env=env)
     assert done.code == 0, done.err
     (plan,) = done.json["plans"]
     assert plan["backend"] == name
@@ -17694,14 +17326,10 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
     assert "json" in loaded
     assert not loaded & {"urllib.request", "http.client", "ssl", "yaml"}
     assert sorted(box.root.rglob("*")) == before
-    in_words = box.run("generate", "a fox", "-b", name, "--seed", "7", "--dry-run").out
+    in_words = box.fox("-b", name, "--seed", "7", "--dry-run").out
     assert all(word in in_words for word in (name, "a fox", f"{box.out}/", "price"))
 
 
-EXIT_CODES = {
-    "usage": 2, "config": 3, "unreachable": 4, "refused": 5, "quota": 6, "busy": 7, "disk": 8, "partial": 9,
-    "unknown": 10, "failed": 11, "interrupted": 130, "bug": 1,
-}  # fmt: skip
 JSON_DONE = [
     (*SMALL, "-n", "2",), (*SMALL, "--dry-run",), ("backends",), ("backends", "--check",), ("styles",),
     ("config", "init", "--force",), ("config", "validate",), ("config", "show",), ("recover",), ("recover", "--all",),
@@ -17747,7 +17375,7 @@ def test_commands_with_json_a_failure_is_a_document_too(
     )
     commands_box(box, {"x": nobody} if code == "unreachable" else None, **wrong)
     done = box.run(*args, "--json")
-    assert done.code == EXIT_CODES[code]
+    assert done.code == ERRORS_EXITS[code]
     assert done.json["ok"] is False
     assert len(done.lines) == 1
     error = done.json["error"]
@@ -17758,13 +17386,10 @@ def test_commands_with_json_a_failure_is_a_document_too(
     assert error["retryable"] is (code in ("unreachable", "busy", "disk", "interrupted"))
 
 
-@pytest.mark.parametrize("code", EXIT_CODES)
+@pytest.mark.parametrize("code", ERRORS_EXITS)
 def test_commands_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
     told = box.run(*SMALL, "--opt", f"fail={code}")
-    assert (told.code, told.out) == (EXIT_CODES[code], "")
-    document = box.run(*SMALL, "--opt", f"fail={code}", "--json").json
-    assert document["error"]["code"] == code
-    assert document["images"] == []
+    assert (told.code, told.out) == (ERRORS_EXITS[code], "")
 
 
 MISTAKES = [  # what was typed; the exit code; a word of the next step
@@ -17817,27 +17442,12 @@ def test_commands_an_error_is_one_line_and_the_next_step(
     assert step in done.err
 
 
-def test_commands_an_unknown_key_of_the_config_names_the_nearest(box: Box) -> None:
-    for wrong, near in (({"outptu": {}}, '"output"'), ({"output": {"nameing": "x"}}, '"naming"')):
-        commands_box(box, None, **wrong)
-        done = box.run("styles")
-        assert done.code == 3
-        assert near in done.err
-        assert next(iter(wrong)) in done.err
-
-
-def test_commands_where_the_default_backend_fails_mock_is_offered(box: Box) -> None:
-    box.configure({"ai": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
-    assert "-b mock" in box.run("generate", "a fox").err
-    assert "-b mock" not in box.run("generate", "a fox", "-b", "ai").err
-
-
 def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
-    told = box.run("generate", "a fox", "--size", "64x64").err.splitlines()
+    told = box.fox("--size", "64x64").err.splitlines()
     assert len([line for line in told if "mock" in line and "imagen config init" in line]) == 1
     assert "config init" not in box.run(*SMALL).err
     box.configure(MOCK)
-    assert "config init" not in box.run("generate", "a fox", "--size", "64x64").err
+    assert "config init" not in box.fox("--size", "64x64").err
 
 
 COMMAND_WORDS = [*COMMANDS, "a fox", "", "ü\udcff\x1b[31m"]
@@ -17874,7 +17484,7 @@ def test_commands_no_command_line_is_a_bug(here: Box, words: list[str], command:
         code = helped.code
     finally:
         sys.stdin = before
-    assert code in {0, *EXIT_CODES.values()} - {EXIT_CODES["bug"]}, err.getvalue()
+    assert code in {0, *ERRORS_EXITS.values()} - {ERRORS_EXITS["bug"]}, err.getvalue()
     assert "\x1b" not in err.getvalue() + out.getvalue()
 
 
@@ -17906,17 +17516,6 @@ def test_commands_version_is_release_and_hash_of_this_very_file(box: Box) -> Non
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
     said = box.run("--version").out
     assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", said)
-
-
-def test_commands_a_flag_may_stand_before_the_command(box: Box) -> None:
-    path = commands_box(box, None, styles={"mine": "in my way"}).rename(box.root / "other.yaml")
-    for args in (
-        ["--config", str(path), "styles"],
-        [f"--config={path}", "styles"],
-        ["styles", "--config", str(path)],
-    ):
-        assert "in my way" in box.run(*args).out
-    assert box.run("--json", "-q", "styles").json["ok"] is True
 
 
 def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
@@ -17993,23 +17592,6 @@ def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
     ]
 
 
-def test_commands_styles_are_listed_with_the_configs_own_on_top(box: Box) -> None:
-    wanted = str.split(
-        "photo blog-header cinematic illustration watercolor ink pixel-art isometric line-art 3d-render icon poster"
-    )
-    commands_box(
-        box,
-        None,
-        styles={"mine": {"suffix": "in my way", "width": 96, "height": 64}, "ink": "in blue ink"},
-    )
-    styles = box.run("styles", "--json").json["styles"]
-    assert {*wanted, "mine"} <= styles.keys()
-    assert styles["ink"]["suffix"] == "in blue ink"
-    assert commands_sizes(box, "a fox", "-s", "mine", "-b", "mock") == [(96, 64)]
-    for line in box.run("styles").lines:
-        assert line.split()[0] in styles
-
-
 def test_commands_config_init_writes_the_sample_for_the_owner_alone_and_never_over_a_file(
     box: Box,
 ) -> None:
@@ -18030,49 +17612,6 @@ def test_commands_config_init_writes_the_sample_for_the_owner_alone_and_never_ov
     elsewhere = box.run("--config", "new/other.yaml", "config", "init").lines
     assert elsewhere == [str(box.root / "new" / "other.yaml")]
     assert box.run("config", "validate").code == 0
-
-
-def test_commands_config_validate_lists_every_complaint_at_once(box: Box) -> None:
-    literal = "r8_a_key_that_must_not_be_here"
-    commands_box(
-        box,
-        {
-            "a": {"type": "opnai"},
-            "b": {"type": "replicate", "model": "flux", "api_token_env": literal},
-            "c": {"type": "comfyui", "model": "m", "base_url": "ftp://x", "stepz": 4},
-            "d": {"type": "openai"},
-        },
-        owner_user_id="me",
-        worker={"concurrency": 0},
-        output={"preview": "maybe", "nameing": "x", "naming": "{sulg}.png"},
-    )
-    done = box.run("config", "validate")
-    assert done.code == 3
-    assert done.out == ""
-    complaints = [
-        "opnai",
-        "api_token_env",
-        "stepz",
-        '"d"',
-        "owner_user_id",
-        "worker.concurrency",
-        "output.preview",
-    ]
-    missed = [word for word in [*complaints, "output.nameing", "{sulg}"] if word not in done.err]
-    assert not missed, done.err
-    assert literal not in done.err + box.run("config", "validate", "--json").out
-
-
-def test_commands_what_only_others_or_the_cloud_lack_is_a_warning(box: Box) -> None:
-    box.configure({"mine": {"type": "mock"}})
-    done = box.run("config", "validate")
-    assert done.code == 0
-    assert all("warning: " in line for line in done.err.splitlines())
-    assert all(
-        word in done.err for word in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN", "owner_user_id")
-    )
-    box.configure({"mine": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
-    assert box.run("config", "validate").code == 3
 
 
 def test_commands_config_show_names_the_file_and_what_the_environment_overrides_but_no_secret(
@@ -18131,6 +17670,7 @@ def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -
     assert [row["prompt"] for row in found["fox red"]] == ["a red fox"]
     (line,) = box.run("list", "-n", "1").lines
     assert "a Red hen" in line
+    assert "$0" in line
     assert str(box.out) in line
     assert box.run("list", "nothing").out == ""
 
@@ -18138,34 +17678,32 @@ def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -
 def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
     with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
         block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
-        box.configure(
-            {"ai": block, "local": {**block, "base_url": local.v1, "model": local.models[0]}}
-        )
-        known = [
-            box.sidecar(box.run("generate", "a fox").lines[0])["cost_usd_estimate"]
-            for _ in range(2)
-        ]
-        assert box.run("generate", "a fox", "-b", "local", "--size", "512x512").code == 0
-        server.script("server_error")
-        assert box.run("generate", "a fox").code == 10
+        other = {**block, "base_url": local.v1, "model": local.models[0]}
+        box.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
+        known = [box.sidecar(box.fox().lines[0])["cost_usd_estimate"] for _ in range(2)]
+        assert box.fox("-b", "local", "--size", "512x512").code == 0
+        assert box.fox("-b", "toy").code == 0
+        server.script("server_error", "moderation_input")
+        assert [box.fox().code for _ in "12"] == [10, 5]
         assert (
             box.run("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
     assert known[0] > 0
-    total = {"images": 3, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
+    total = {"images": 4, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
     by_backend = box.run("cost", "--by", "backend", "--json").json
     assert {key: by_backend["total"][key] for key in total} == total
     rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
-    assert rows == {"ai": (2, 1), "local": (1, 1)}
+    assert rows == {"ai": (2, 1), "local": (1, 1), "toy": (1, 0)}
     records = box.ledger()
     records[0]["at"] = "2001-02-03T04:05:06+00:00"
     (box.state / "ledger.jsonl").write_text(
         "".join(f"{json.dumps(record)}\n" for record in records)
     )
     days = box.run("cost", "--json").json["rows"]
-    assert [row["images"] for row in days] == [1, 2]
+    assert [row["images"] for row in days] == [1, 3]
     assert days[0]["day"] == "2001-02-03"
-    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 2
+    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
+    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
     in_words = box.run("cost").out
     assert "2 of unknown cost" in in_words
     assert "$0 " not in in_words
@@ -18295,7 +17833,7 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
         assert {line.split()[2] for line in done.lines} == {str(row["id"]) for row in cloud.rows()}
         for code in ("refused", "bug", "unknown"):
             done = box.run(*wait, "--opt", f"fail={code}", "--json")
-            assert (done.code, done.json["error"]["code"]) == (EXIT_CODES[code], code)
+            assert (done.code, done.json["error"]["code"]) == (ERRORS_EXITS[code], code)
             assert f"failing with `{code}`" in done.json["error"]["message"]
             assert [row["error_code"] for row in done.json["jobs"]] == [code]
         sized = box.run("jobs", "add", "--wait", "a fox", "-b", "mok")
@@ -18312,7 +17850,7 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
         assert jobs_row(cloud.database, ident)["status"] == "canceled"
         assert box.unfinished() == box.hidden() == []
         with box.start("jobs", "retry", ident, "--wait") as process:
-            (again,) = pipeline_until(lambda: jobs_listed(box, "--status", "running"))
+            (again,) = eventually(lambda: jobs_listed(box, "--status", "running"))
             cloud.database.sql("delete from imagen.jobs where id = $1", again)
             assert process.communicate(timeout=30)[1].startswith("imagen: a job was deleted")
 
@@ -18346,9 +17884,7 @@ def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
 def readme() -> str:
     path = Path(imagen.__file__).parent / "README.md"
     if not path.exists():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            "there is no README.md beside imagen.py"
-        )
+        missing("there is no README.md beside imagen.py")
     return path.read_text()
 
 
@@ -18462,9 +17998,9 @@ def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
     rows = re.findall(r"^\| *`?(\d+)`? *\| *`?(\w*)`? *\|", readme, re.MULTILINE)
     assert {int(code): name for code, name in rows} == {
         0: "",
-        **{code: name for name, code in EXIT_CODES.items()},
+        **{code: name for name, code in ERRORS_EXITS.items()},
     }
-    assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == EXIT_CODES
+    assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == ERRORS_EXITS
 
 
 def test_the_readmes_statements_make_a_job_done_and_prune_it(
@@ -18475,7 +18011,7 @@ def test_the_readmes_statements_make_a_job_done_and_prune_it(
     insert, select = smoke.split(";")[:2]
     with JobsWorker(box):
         cloud.database.sql(insert)
-        row = pipeline_until(
+        row = eventually(
             lambda: next(
                 (row for row in cloud.database.sql(select) if row["status"] == "done"), None
             )
@@ -18606,7 +18142,7 @@ def test_readme_bench_starting(bench: BenchBox) -> None:
 @pytest.mark.bench
 @pytest.mark.timeout(300)
 def test_readme_bench_a_request_leaves_soon(bench: BenchBox) -> None:
-    picture = json.dumps({"data": [{"b64_json": base64.b64encode(png()).decode()}]}).encode()
+    picture = json.dumps(openai_images(png())).encode()
     imports = (bench.floor_b[0], f"{bench.floor_b[1]}; import urllib.request, yaml")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         home = Box(bench.root)
@@ -19182,7 +18718,7 @@ def test_readme_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQu
     for _ in range(10):
         with bench_queue.worker() as worker:
             job = bench_queue.insert()
-            queue_until(lambda job=job: bench_queue.began(job))
+            eventually(lambda job=job: bench_queue.began(job))
             killed = time.monotonic_ns()
         time.sleep(1.0)
         with bench_queue.worker() as worker:
@@ -19233,7 +18769,7 @@ def test_readme_bench_the_server_beside_pythons_own(bench: BenchBox) -> None:
             return False
 
         with plain:
-            serve_wait(up)
+            eventually(up)
             paths = [("/healthz", "/healthz", 100), (f"/images/{record['id']}", "/image.png", 40)]
             cases = [lambda a=a, n=n: took(server.port, a, n) for a, _, n in paths]
             cases += [lambda b=b, n=n: took(port, b, n) for _, b, n in paths]
