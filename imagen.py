@@ -3,24 +3,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["pyyaml>=6", "pg8000>=1.31"]
 # ///
-"""imagen: one prompt in, image files out; from the command line, from a job queue, or over HTTP.
+"""imagen: one prompt in, image files out; from the command line, a job queue, or over HTTP.
 
-The life of one paid image. Left the step, right where a kill -9 just after it leads; a test plays every line.
+The life of one paid image. Left the step, right where a kill -9 just after it leads; a test plays
+every line.
 
-     1 entry    made and locked in the journal      → closed: nothing was sent, nothing was paid
-     2 sending  noted and fsynced                   → asked: `recover` looks for the job, else says "maybe charged"
+     1 entry    made and locked in the journal      → closed: nothing was sent or paid
+     2 sending  noted and fsynced                   → asked: looked for, else "maybe charged"
      3 post     leaves for the backend              → asked: never sent a second time
-     4 remote   id noted and fsynced                → fetched: `recover` takes the result from the backend
-     5 spool    grows as `.imagen-<id>.part`        → fetched again, or kept if the image turns out to be whole
+     4 remote   id noted and fsynced                → fetched: `recover` takes it from there
+     5 spool    grows as `.imagen-<id>.part`        → fetched again, or kept if it is whole
      6 hidden   complete, fsynced, `.imagen-<id>`   → kept: `recover` gives it its name
      7 image    noted with its sha256               → kept: the same
-     8 sidecar  linked, which takes the name        → kept: `recover` links the image beside it
-     9 link     of the image to its name            → kept: `recover` finds it is already there
-    10 path     noted                               → delivered: `recover` prints it and does what is left to do
+     8 sidecar  linked, which takes the name        → kept: the image is linked beside it
+     9 link     of the image to its name            → kept: `recover` finds it there
+    10 path     noted                               → delivered: printed, and the rest is done
     11 clean    hidden names unlinked, path printed → delivered: the same
     12 ledger   has the line, the entry is unlinked → done
 
-Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prints it with line numbers.
+Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prints it.
 
     Errors      what can go wrong, and what each door makes of it
     Shapes      outside data becomes NamedTuples, and back; keys that never show
@@ -122,7 +123,7 @@ def printable(text: str) -> str:
 
 
 class ImagenError(Exception):
-    """An error for a person: `str(error)` says what happened, `hint` what to do next; no keys in it.
+    """An error for a person: `str(error)` says what happened, `hint` what to do; no keys in it.
 
     `charged` belongs to the attempt, not to the class. `after`: seconds that the remote asked us to
     wait, 0 for none.
@@ -317,7 +318,12 @@ def _quoted(where: str, value: Any) -> str:
     return text
 
 
-def _shape_literal(choices: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
+def _shape_literal(
+    choices: tuple[Any, ...],
+    value: Any,
+    where: str,
+    complaints: list[str],
+) -> Any:
     if isinstance(value, bool) and "on" in choices:
         return "on" if value else "off"
     if value not in choices:
@@ -326,7 +332,12 @@ def _shape_literal(choices: tuple[Any, ...], value: Any, where: str, complaints:
     return value
 
 
-def _shape_fields(cls: Any, data: Mapping[str, Any], where: str, complaints: list[str]) -> Any:
+def _shape_fields(
+    cls: Any,
+    data: Mapping[str, Any],
+    where: str,
+    complaints: list[str],
+) -> Any:
     hints = hints_of(cls)
     unknown = [key for key in data if key not in hints]
     complaints += [f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in unknown]
@@ -339,7 +350,12 @@ def _shape_fields(cls: Any, data: Mapping[str, Any], where: str, complaints: lis
     return None if complaints else cls(**fields)
 
 
-def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: list[str]) -> Any:
+def _shape_marked(
+    args: tuple[Any, ...],
+    value: Any,
+    where: str,
+    complaints: list[str],
+) -> Any:
     if KEY in args and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", str(value or "")):
         cure = "names an environment variable in capitals; the key itself stays out of the file"
         complaints.append(f"{where}: {cure}")
@@ -354,7 +370,7 @@ def _shape_marked(args: tuple[Any, ...], value: Any, where: str, complaints: lis
 
 
 def schema(hint: Any) -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a shape, or of one type hint: what `from_mapping` takes."""
+    """The JSON schema (draft 2020-12) of a shape, or of one hint: what `from_mapping` takes."""
     kind = typing.get_origin(hint)
     args = typing.get_args(hint)
     if kind is Annotated:
@@ -436,7 +452,7 @@ def secret_from(variable: str) -> Secret:
 
 
 def cleaned(value: Any) -> Any:
-    """What a remote sent, as it may be kept: without keys, NUL, and numbers that JSON cannot say."""
+    """What a remote sent, as it may be kept: without keys, NUL, and what JSON cannot say."""
     if isinstance(value, str):
         return redact(value).replace("\0", "")
     if isinstance(value, Mapping):
@@ -628,7 +644,13 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
-def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Strings) -> bytes:
+def png_encode(
+    width: int,
+    height: int,
+    palette: bytes,
+    rows: bytes,
+    text: Strings,
+) -> bytes:
     """An 8-bit palette PNG.
 
     `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
@@ -920,7 +942,11 @@ def options_of(
         return cls, from_mapping(cls.Options, {**block, **opts})
 
 
-def open_backend(name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY) -> Backend:
+def open_backend(
+    name: str,
+    blocks: Mapping[str, Any],
+    opts: Mapping[str, Any] = EMPTY,
+) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
     with _complaints_about(name, opts):
@@ -3323,7 +3349,11 @@ def copy_into(source: BinaryIO | Spool, spool: Spool) -> None:
 
 
 def publish(
-    hidden: str, name: str, ending: str, sidecar: str | None, claiming: Callable[[str], object]
+    hidden: str,
+    name: str,
+    ending: str,
+    sidecar: str | None,
+    claiming: Callable[[str], object],
 ) -> str:
     """Give the complete image at `hidden` the first free name; its path.
 
@@ -3859,7 +3889,11 @@ def sweep_journal() -> None:
             entry.unlock()
 
 
-def attempts(terms: Sequence[str] = (), before: str = "", needle: str = "") -> Iterator[Record]:
+def attempts(
+    terms: Sequence[str] = (),
+    before: str = "",
+    needle: str = "",
+) -> Iterator[Record]:
     """Attempts, newest first, each once: open entries that have their image, then the ledger.
 
     `terms`: only lines that hold all of them, in lower case. `before`: only what is older than the
@@ -3918,7 +3952,11 @@ def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
         os.close(fd)
 
 
-def images_made(before: str = "", terms: Sequence[str] = (), backend: str = "") -> Iterator[Record]:
+def images_made(
+    before: str = "",
+    terms: Sequence[str] = (),
+    backend: str = "",
+) -> Iterator[Record]:
     """The records of images, newest first.
 
     `before`: only what was made before the image with this id. `terms` must all stand in prompt or
@@ -4074,7 +4112,7 @@ class Supabase:
         return str(rows[0]["storage_path"]) if rows else ""
 
     def add_image(self, row: Mapping[str, Any]) -> str:
-        """Insert a row of imagen.images unless its id is there; the storage_path that it now has."""
+        """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
         # So nobody's later edits are touched.
         prefer = "return=representation,resolution=ignore-duplicates"
         body = io.BytesIO(to_jsonb(row).encode())
@@ -4166,7 +4204,11 @@ def without(prompt: str, text: str) -> str:
     """`text` with the prompt replaced by …, also behind JSON's escapes or with other spaces."""
     patterns = []
     for word in prompt.split():
-        spellings = {word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]}
+        spellings = {
+            word,
+            json.dumps(word)[1:-1],
+            to_json(word)[1:-1],
+        }
         patterns.append("(?:" + "|".join(map(re.escape, spellings)) + ")")
     if not patterns:
         return text
@@ -4582,8 +4624,8 @@ class Run(Context):
         if cancelled:
             message += "; cancelled there"
         if self.paid:
-            words = {"no": "not charged", "yes": "charged", "unknown": "maybe charged"}
-            message += f"; {words[self.charged]}"
+            outcomes = {"no": "not charged", "yes": "charged", "unknown": "maybe charged"}
+            message += f"; {outcomes[self.charged]}"
         return message
 
     def _cancel(self, backend: Backend) -> bool:
@@ -4794,7 +4836,7 @@ def deliver(run: Run, config: Config) -> None:
 
 
 def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
-    """Upload what is missing of `parts`, each on record once it is there; raises the first error."""
+    """Upload what is missing of `parts`, each noted once it is there; raises the first error."""
     # Asked anew after each step, since a step may find out that more, or less, is to be done.
     uploads = {"object": upload_object, "row": upload_row, "usage": upload_usage}
     record = run.entry.record
@@ -5026,7 +5068,7 @@ class Runner:
         """What was to be done after an attempt is done, or will be by `sync`; None: no image."""
 
     def _pool_thread(self) -> None:
-        # Several threads share the list: who finds it empty, or the work stopped, is the last to go.
+        # Several threads share the list. Who finds it empty, or the work stopped, leaves.
         while True:
             with self.changed:
                 if self.stopped or not self.waiting:
@@ -7395,7 +7437,12 @@ def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def progress_line(now: Progress, elapsed: float, usual: float | None, count: str = "") -> str:
+def progress_line(
+    now: Progress,
+    elapsed: float,
+    usual: float | None,
+    count: str = "",
+) -> str:
     """One line: what happens, a bar where its length is known or learned, the time.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
@@ -7457,9 +7504,10 @@ COMMANDS: dict[str, tuple[Cmd, str]] = {}
 def command(flags: str = "") -> Callable[[Cmd], Cmd]:
     """Decorator: `cmd_x` is the command x; its docstring is its line in the help.
 
-    A line of `flags` is one argument: its spellings, its value, two spaces, its help. `N` is a whole
-    number, `S` a number, `a|b` a choice; an option without a value is a switch. `[X]` may be missing,
-    `X…` are several behind each other, `X*` may be given again. `(x)` at the end is the default.
+    A line of `flags` is one argument: its spellings, its value, two spaces, its help. `N` is a
+    whole number, `S` a number, `a|b` a choice; an option without a value is a switch. `[X]` may be
+    missing, `X…` are several behind each other, `X*` may be given again. `(x)` at the end of the
+    help is the default.
     """
 
     def add(cmd: Cmd) -> Cmd:
@@ -7680,11 +7728,10 @@ class TerminalRunner(Runner):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)  # for good: what follows is short
         self.start()
-        began = time.monotonic()
         while self.busy and not (self.stopped and time.monotonic() > self.stopped_at + 5):
             with self.changed:
                 self.changed.wait(0.1)
-            self.draw(began)
+            self.draw()
         if self.stopped and (self.active or self.waiting):
             text = f"{len(self.active)} did not end, {len(self.waiting)} not begun"
             self.on_error(Interrupted(f"interrupted; {text}"))
@@ -7698,17 +7745,20 @@ class TerminalRunner(Runner):
         self.stopped_at = self.stopped_at or now
         self.stop(self.why)
 
-    def draw(self, began: float) -> None:
+    def draw(self) -> None:
         """The progress line: of the run that began last."""
         count = ""
         if self.count > 1:
             count = f"{len(self.records)} of {self.count}"
-        elapsed = time.monotonic() - began
-        progress = Progress("uploading")
-        for run, known in [*self.active.items()][-1:]:
+        for run, progress in [*self.active.items()][-1:] or self.uploading():
             elapsed = time.monotonic() - run.started
-            progress = known
-        self.terminal.draw(progress_line(progress, elapsed, self.usual, count))
+            self.terminal.draw(progress_line(progress, elapsed, self.usual, count))
+
+    def uploading(self) -> Iterator[tuple[Run, Progress]]:
+        """The runs that wait for the cloud."""
+        for run, record in [*self._undelivered]:
+            if record and record.get("storage"):
+                yield run, Progress("uploading")
 
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
@@ -8250,7 +8300,14 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
         unknown = ""
         if row["unknown"]:
             unknown = f"and {row['unknown']} of unknown cost"
-        lines.append((row[args.by], row["images"], "images", money(row["usd"]), unknown))
+        line = (
+            row[args.by],
+            row["images"],
+            "images",
+            money(row["usd"]),
+            unknown,
+        )
+        lines.append(line)
     del total[args.by]
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 

