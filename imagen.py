@@ -1406,8 +1406,9 @@ def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     if status == 402:
         return Quota(message)
     if 300 <= status < 400:
-        message = f"{status}: redirects to {response.headers.get('Location')}"
-        return BadConfig(message, "put that into base_url")
+        return BadConfig(
+            f"{status}: redirects to {response.headers.get('Location')}", "put that into base_url"
+        )
     if not not_accepted(response):
         return Failed(message)
     if status in (429, 503):
@@ -5987,8 +5988,9 @@ class Worker:
                 self._more_expected = False
             # 3. What does not need the database.
             self.stop_overdue()
-            status = f"{len(self.running)} running, {self.waiting} pending"
-            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
+            sd_notify(
+                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
+            )
             if once and not (self._more_expected or self.running or self.outcomes):
                 return
 
