@@ -551,11 +551,11 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these returns width and height of an image that is there to its end;
+Size = tuple[int, int]  # width and height
+
+
+# Each of these returns the size of an image that is there to its end;
 # else 0 and 0, or struct.error.
-Size = tuple[int, int]
-
-
 def _png_size(file: BinaryIO) -> Size:
     file.seek(16)
     size = _unpack(file, ">II9x")
@@ -650,7 +650,13 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
-def png_encode(width: int, height: int, palette: bytes, rows: bytes, text: Strings) -> bytes:
+def png_encode(
+    width: int,
+    height: int,
+    palette: bytes,
+    rows: bytes,
+    text: Strings,
+) -> bytes:
     """An 8-bit palette PNG.
 
     `palette` is RGB triples, `rows` one index a pixel, `text` goes into text chunks.
