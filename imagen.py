@@ -545,11 +545,11 @@ def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-# Each of these returns width and height of an image that is there to its end;
+Size = tuple[int, int]  # width and height
+
+
+# Each of these returns the size of an image that is there to its end;
 # else 0 and 0, or struct.error.
-Size = tuple[int, int]
-
-
 def _png_size(file: BinaryIO) -> Size:
     file.seek(16)
     size = _unpack(file, ">II9x")
@@ -1398,8 +1398,9 @@ def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     if status == 402:
         return Quota(message)
     if 300 <= status < 400:
-        message = f"{status}: redirects to {response.headers.get('Location')}"
-        return BadConfig(message, "put that into base_url")
+        return BadConfig(
+            f"{status}: redirects to {response.headers.get('Location')}", "put that into base_url"
+        )
     if not not_accepted(response):
         return Failed(message)
     if status in (429, 503):
@@ -5916,8 +5917,9 @@ class Worker:
                 self._more_expected = False
             # 3. What does not need the database.
             self.stop_overdue()
-            status = f"{len(self.running)} running, {self.waiting} pending"
-            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
+            sd_notify(
+                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
+            )
             if once and not (self._more_expected or self.running or self.outcomes):
                 return
 
