@@ -401,14 +401,14 @@ class Wire:
         return line
 
     def head(self) -> Seen:
-        words = self.line().decode("latin-1").split(" ")
-        if len(words) != 3:
+        parts = self.line().decode("latin-1").split(" ")
+        if len(parts) != 3:
             raise ConnectionError("the client does not speak HTTP")
         headers: dict[str, str] = {}
         while line := self.line().decode("latin-1"):
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
-        return Seen(words[0], words[1], headers, b"")
+        return Seen(parts[0], parts[1], headers, b"")
 
     def body(self, headers: Mapping[str, str]) -> bytes:
         if headers.get("transfer-encoding", "").lower() != "chunked":
@@ -869,17 +869,17 @@ def _is_link(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
-def _reach(graph: Graph, node: str, found: dict[str, None] | None = None) -> dict[str, None]:
+def _reach(graph: Graph, node: str, reached: dict[str, None] | None = None) -> dict[str, None]:
     """The nodes that `node` needs, in the order of their execution, itself last."""
-    found = {} if found is None else found
-    if node in graph and node not in found:
-        found[node] = None  # before its inputs: a circle ends
+    reached = {} if reached is None else reached
+    if node in graph and node not in reached:
+        reached[node] = None  # before its inputs: a circle ends
         for value in graph[node].get("inputs", {}).values():
             if _is_link(value):
-                _reach(graph, value[0], found)
-        found.pop(node)
-        found[node] = None
-    return found
+                _reach(graph, value[0], reached)
+        reached.pop(node)
+        reached[node] = None
+    return reached
 
 
 def _signature(graph: Graph, node: str, picture: bool = False) -> str:
@@ -4150,9 +4150,9 @@ def test_file_a_lone_copy_on_a_bare_python_makes_an_image(tmp_path: Path) -> Non
     assert path.read_bytes().startswith(b"\x89PNG")
     assert "-groesse-" in path.name
     assert [file.name for file in (tmp_path / "alone").iterdir()] == ["imagen.py"]
-    (told,) = [line for line in done.stderr.splitlines() if "placeholder" in line]
-    assert "mock" in told
-    assert "imagen config init" in told
+    (warning,) = [line for line in done.stderr.splitlines() if "placeholder" in line]
+    assert "mock" in warning
+    assert "imagen config init" in warning
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "styles", "generate fox --size 64x64"])
@@ -4185,7 +4185,7 @@ def test_the_table_of_errors_is_true() -> None:
     table = re.findall(
         r"^#   (\w+) +([a-z]+) +(\d+) +(\d+) +(yes|no) ", head_source(), re.MULTILINE
     )
-    told = {
+    facts_told = {
         name: (code, int(number), int(http), again == "yes")
         for name, code, number, http, again in table
     }
@@ -4195,9 +4195,9 @@ def test_the_table_of_errors_is_true() -> None:
     ) in kinds:  # which grows meanwhile: a kind without a row counts as the one it is derived from
         kinds += cls.__subclasses__()
         facts = (cls.code, cls.exit_code, cls.http_status, cls.retryable)
-        assert facts == told[imagen.ERRORS[cls.code].__name__]
+        assert facts == facts_told[imagen.ERRORS[cls.code].__name__]
         assert issubclass(cls, imagen.ERRORS[cls.code])
-    assert told.keys() == {cls.__name__ for cls in imagen.ERRORS.values()}
+    assert facts_told.keys() == {cls.__name__ for cls in imagen.ERRORS.values()}
     assert {code: cls.exit_code for code, cls in imagen.ERRORS.items()} == ERRORS_EXITS
 
 
@@ -4361,16 +4361,16 @@ def test_shapes_a_secret_never_shows_by_itself() -> None:
 )
 def test_shapes_a_key_is_taken_out_however_it_is_spelled_and_nested(spelled: str) -> None:
     imagen.Secret(SHAPES_ODD_KEY)
-    said = f"Bearer {spelled}!"
-    document = {"a": [said, {said: {"b": (said, 1, None)}}], "c": "harmless ü\ud800"}
+    message = f"Bearer {spelled}!"
+    document = {"a": [message, {message: {"b": (message, 1, None)}}], "c": "harmless ü\ud800"}
     text = imagen.to_json(imagen.cleaned(document), indent=2)
     assert "canary" not in text
     assert text.count("***") == 3
     assert "harmless ü" in text
     assert json.loads(text)
-    error = imagen.BadConfig(said, said)
-    assert "canary" not in f"{error} {error.hint} {imagen.redact(said)}"
-    assert json.loads(imagen.to_json(said)) == said  # what a person wrote
+    error = imagen.BadConfig(message, message)
+    assert "canary" not in f"{error} {error.hint} {imagen.redact(message)}"
+    assert json.loads(imagen.to_json(message)) == message  # what a person wrote
 
 
 def test_shapes_redacting_leaves_no_tail_and_tears_no_words_apart() -> None:
@@ -4670,10 +4670,10 @@ def test_contract_a_backend_that_cannot_be_opened_says_why(
 def test_contract_an_unknown_type_gets_the_registered_ones_nearest_first() -> None:
     with pytest.raises(imagen.BadConfig) as caught:
         imagen.open_backend("x", {"x": {"type": "replicat"}})
-    told = str(caught.value).partition("unknown")[2]
-    assert set(imagen.BACKENDS) <= set(re.findall(r"\w+", told))
-    assert "tiny" not in told
-    assert told.find("replicate") == min(map(told.find, imagen.BACKENDS))
+    message = str(caught.value).partition("unknown")[2]
+    assert set(imagen.BACKENDS) <= set(re.findall(r"\w+", message))
+    assert "tiny" not in message
+    assert message.find("replicate") == min(map(message.find, imagen.BACKENDS))
 
 
 @pytest.mark.parametrize("kind", sorted(imagen.BACKENDS))
@@ -5224,10 +5224,10 @@ def test_styles_a_style_dresses_a_prompt_once(name: str) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(STYLES_WORDS.filter(str.strip), STYLES_WORDS, STYLES_WORDS, STYLES_WORDS)
 def test_styles_no_style_is_applied_twice(
-    prompt: str, asked: str, suffix: str, negative: str
+    prompt: str, unwanted: str, suffix: str, negative: str
 ) -> None:
     own = {"own": imagen.Style(suffix, negative, 64, 32)}
-    once = imagen.apply_style(imagen.Request(prompt, negative_prompt=asked, style="own"), own)
+    once = imagen.apply_style(imagen.Request(prompt, negative_prompt=unwanted, style="own"), own)
     assert imagen.apply_style(once, own) == once
     assert once.prompt.startswith(prompt.rstrip(" ,"))
     assert imagen.apply_style(imagen.Request(prompt), own) == imagen.Request(prompt)
@@ -6801,7 +6801,7 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
     expected = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
-    assert len({imagen.mock_picture(*one) for one in expected * 2}) == len(expected)
+    assert len({imagen.mock_picture(*params) for params in expected * 2}) == len(expected)
     made = [box.fox("--size", "64x64", "--seed", seed).lines[0] for seed in ("7", "7", "8")]
     first, same, other = (Path(path).read_bytes() for path in made)
     assert len(set(made)) == 3
@@ -7057,10 +7057,10 @@ def comfy_block(comfy: Comfy, **block: Any) -> dict[str, dict[str, Any]]:
 
 
 def comfy_make(
-    comfy: Comfy, wanted: Mapping[str, Any] = imagen.EMPTY, ctx: Any = None, **block: Any
+    comfy: Comfy, fields: Mapping[str, Any] = imagen.EMPTY, ctx: Any = None, **block: Any
 ) -> imagen.Result:
     """One generation in this process."""
-    request = imagen.Request(**{"prompt": "fox", "seed": 7, "width": 64, "height": 64, **wanted})
+    request = imagen.Request(**{"prompt": "fox", "seed": 7, "width": 64, "height": 64, **fields})
     return imagen.open_backend("gpu", comfy_block(comfy, **block)).generate(
         ctx or AdapterContext(), request
     )
@@ -7127,12 +7127,12 @@ great, split | model=flux1-schnell.safetensors | seed=9007199254740993 | RandomN
 """)
 
 
-@pytest.mark.parametrize(("name", "options", "wanted", "graph"), COMFY_GRAPHS)
+@pytest.mark.parametrize(("name", "options", "fields", "graph"), COMFY_GRAPHS)
 def test_comfyui_each_kind_of_model_gets_its_graph(
-    name: str, options: str, wanted: str, graph: str
+    name: str, options: str, fields: str, graph: str
 ) -> None:
     with Comfy(checkpoints=[*CHECKPOINTS, COMFY_SD15]) as comfy:
-        result = comfy_make(comfy, adapter_values(wanted), **adapter_values(options))
+        result = comfy_make(comfy, adapter_values(fields), **adapter_values(options))
         (posted,) = comfy_posted(comfy)
     assert {path: comfy_at(posted, path) for path in adapter_values(graph)} == adapter_values(graph)
     assert result.steps == next(
@@ -7196,11 +7196,11 @@ a          | a.sft              |
 """)
 
 
-@pytest.mark.parametrize(("wanted", "installed", "found"), COMFY_MATCHES)
+@pytest.mark.parametrize(("name", "installed", "match"), COMFY_MATCHES)
 def test_comfyui_a_model_is_found_in_whatever_folder_if_only_one_has_its_name(
-    wanted: str, installed: str, found: str
+    name: str, installed: str, match: str
 ) -> None:
-    assert imagen.comfy_match(wanted, installed.split()) == found
+    assert imagen.comfy_match(name, installed.split()) == match
 
 
 def test_comfyui_model_text_encoders_and_vae_are_posted_by_the_names_the_server_has() -> None:
@@ -7308,9 +7308,9 @@ COMFY_MISTAKES: list[tuple[object, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("graph", "nodes", "words"), COMFY_MISTAKES)
+@pytest.mark.parametrize(("graph", "nodes", "hints"), COMFY_MISTAKES)
 def test_comfyui_a_workflow_with_a_mistake_is_a_config_error_that_names_the_cure(
-    tmp_path: Path, graph: object, nodes: str, words: str
+    tmp_path: Path, graph: object, nodes: str, hints: str
 ) -> None:
     block = {
         "type": "comfyui",
@@ -7319,7 +7319,7 @@ def test_comfyui_a_workflow_with_a_mistake_is_a_config_error_that_names_the_cure
     }
     with pytest.raises(imagen.BadConfig, match='backend "gpu"') as caught:
         imagen.open_backend("gpu", {"gpu": block})
-    assert all(word in adapter_told(caught.value) for word in words.split(";")), adapter_told(
+    assert all(word in adapter_told(caught.value) for word in hints.split(";")), adapter_told(
         caught.value
     )
 
@@ -7338,15 +7338,15 @@ node_errors_in_200 | 3  | SaveImage;images;missing
 
 
 @pytest.mark.parametrize("version", COMFY_VERSIONS)
-@pytest.mark.parametrize(("fate", "code", "words"), COMFY_ENDS)
+@pytest.mark.parametrize(("fate", "code", "hints"), COMFY_ENDS)
 def test_comfyui_each_way_to_fail_has_its_exit_code_and_its_words(
-    box: Box, fate: str, code: str, words: str, version: str
+    box: Box, fate: str, code: str, hints: str, version: str
 ) -> None:
     with Comfy(version) as comfy:
         comfy.fail_next(fate)
         done = comfy_run(box, comfy)
     assert (done.code, done.out, len(comfy.submitted)) == (int(code), "", 1), done.err
-    assert all(word in done.err for word in words.split(";")), done.err
+    assert all(word in done.err for word in hints.split(";")), done.err
     assert not any(word in done.err for word in ("/srv/", "Traceback", "a red fox"))
     assert (box.unfinished(), box.hidden(), len(box.ledger())) == ([], [], 1)
 
@@ -7478,15 +7478,15 @@ COMFY_RECORDED += [
 ]
 
 
-@pytest.mark.parametrize(("name", "route", "answer", "code", "words"), COMFY_RECORDED)
+@pytest.mark.parametrize(("name", "route", "answer", "code", "hints"), COMFY_RECORDED)
 def test_comfyui_each_recorded_answer_ends_as_it_should(
-    name: str, route: str, answer: Any, code: int, words: str
+    name: str, route: str, answer: Any, code: int, hints: str
 ) -> None:
     with ComfyWith() as comfy, pytest.raises(imagen.ImagenError) as caught:
         comfy.instead[route] = [answer]
         comfy_make(comfy)
     messages = adapter_told(caught.value)
-    assert caught.value.exit_code == code and all(word in messages for word in words.split(";")), (
+    assert caught.value.exit_code == code and all(word in messages for word in hints.split(";")), (
         messages
     )
     assert "/srv/" not in messages
@@ -7866,11 +7866,11 @@ def replicate_open(
     return imagen.open_backend("cloud", replicate_block(server, **block))
 
 
-def replicate_words(options: str, **wanted: Any) -> Any:
+def replicate_words(options: str, **fields: Any) -> Any:
     """What replicate_input makes of a request."""
     block = {"model": REPLICATE_FLUX, **adapter_values(options)}
     shaped = imagen.from_mapping(imagen.BACKENDS["replicate"].Options, block)
-    return imagen.replicate_input(shaped, imagen.Request("a fox", seed=7, **wanted))
+    return imagen.replicate_input(shaped, imagen.Request("a fox", seed=7, **fields))
 
 
 def replicate_plant(server: ReplicateServer, code: int = 201, polls: int = 0, **answer: Any) -> str:
@@ -7947,10 +7947,10 @@ REPLICATE_ENDS: list[tuple[dict[str, Any], int, str, str]] = [  # fate, exit, ch
 
 
 @pytest.mark.parametrize(
-    ("fate", "code", "charged", "words"), REPLICATE_ENDS, ids=lambda value: str(value)[:40]
+    ("fate", "code", "charged", "hints"), REPLICATE_ENDS, ids=lambda value: str(value)[:40]
 )
 def test_replicate_each_end_of_a_prediction_has_its_exit_code_and_says_whether_it_cost(
-    box: Box, fate: dict[str, Any], code: int, charged: str, words: str
+    box: Box, fate: dict[str, Any], code: int, charged: str, hints: str
 ) -> None:
     with ReplicateServer() as server:
         server.script(polls=0, **fate)
@@ -7960,7 +7960,7 @@ def test_replicate_each_end_of_a_prediction_has_its_exit_code_and_says_whether_i
             ["POST"],
             [],
         ), done.err
-    assert words in done.err and len(done.lines) == (code == 0), done.err
+    assert hints in done.err and len(done.lines) == (code == 0), done.err
     assert (box.unfinished(), box.hidden(), [line["charged"] for line in box.ledger()]) == (
         [],
         [],
@@ -8096,12 +8096,12 @@ model=a/b output_format=png | width=64 height=48 steps=9 negative_prompt=x \
 """)
 
 
-@pytest.mark.parametrize(("options", "wanted", "sent", "ignored"), REPLICATE_INPUTS)
+@pytest.mark.parametrize(("options", "fields", "sent", "ignored"), REPLICATE_INPUTS)
 def test_replicate_a_request_is_put_into_the_words_of_the_model(
-    options: str, wanted: str, sent: str, ignored: str
+    options: str, fields: str, sent: str, ignored: str
 ) -> None:
     expected = REPLICATE_FOX | adapter_values(sent)
-    assert replicate_words(options, **adapter_values(wanted)) == (expected, tuple(ignored.split()))
+    assert replicate_words(options, **adapter_values(fields)) == (expected, tuple(ignored.split()))
 
 
 @pytest.mark.parametrize(
@@ -8333,12 +8333,12 @@ def openai_make(
     return backend.generate(ctx or AdapterContext(), imagen.Request("a fox", seed=7))
 
 
-def openai_words(options: str, **wanted: Any) -> Any:
+def openai_words(options: str, **fields: Any) -> Any:
     """What openai_body makes of a request."""
     shaped = imagen.from_mapping(
         imagen.BACKENDS["openai"].Options, {"model": "stand-in/flux", **adapter_values(options)}
     )
-    return imagen.openai_body(shaped, imagen.Request("a fox", seed=7, **wanted))
+    return imagen.openai_body(shaped, imagen.Request("a fox", seed=7, **fields))
 
 
 OPENAI_BODIES = adapter_rows("""
@@ -8363,13 +8363,13 @@ extra={"seed":null,"negative_prompt":null} | negative_prompt=x | response_format
 """)
 
 
-@pytest.mark.parametrize(("options", "wanted", "sent", "ignored"), OPENAI_BODIES)
+@pytest.mark.parametrize(("options", "fields", "sent", "ignored"), OPENAI_BODIES)
 def test_openai_each_model_gets_the_fields_it_knows(
-    options: str, wanted: str, sent: str, ignored: str
+    options: str, fields: str, sent: str, ignored: str
 ) -> None:
     model = adapter_values(options).get("model", "stand-in/flux")
     body = {"model": model, "prompt": "a fox", "n": 1, **adapter_values(sent)}
-    assert openai_words(options, **adapter_values(wanted)) == (body, tuple(ignored.split()))
+    assert openai_words(options, **adapter_values(fields)) == (body, tuple(ignored.split()))
     assert "gpt" not in model or not body.keys() - set(GPT_FIELDS)
 
 
@@ -8429,13 +8429,13 @@ OPENAI_CHECKED = adapter_rows("""
 """)
 
 
-@pytest.mark.parametrize(("flags", "model", "words"), OPENAI_CHECKED)
+@pytest.mark.parametrize(("flags", "model", "hint"), OPENAI_CHECKED)
 def test_openai_what_is_sure_to_be_refused_is_refused_before_paying(
-    box: Box, flags: str, model: str, words: str
+    box: Box, flags: str, model: str, hint: str
 ) -> None:
     with OpenAIServer() as server:
         done = openai_run(box, server, *flags.split(), model=model)
-    assert (done.code, server.seen, box.ledger()) == (2, [], []) and words in done.err, done.err
+    assert (done.code, server.seen, box.ledger()) == (2, [], []) and hint in done.err, done.err
 
 
 OPENAI_ERRORS = adapter_rows("""
@@ -8452,14 +8452,14 @@ no_image           | 10 | unknown | without an image
 """)
 
 
-@pytest.mark.parametrize(("kind", "code", "charged", "words"), OPENAI_ERRORS)
+@pytest.mark.parametrize(("kind", "code", "charged", "hint"), OPENAI_ERRORS)
 def test_openai_each_error_has_its_exit_code_says_whether_it_cost_and_is_not_repeated(
-    box: Box, kind: str, code: str, charged: str, words: str
+    box: Box, kind: str, code: str, charged: str, hint: str
 ) -> None:
     with OpenAIServer() as server:
         server.script(kind)
         done = openai_run(box, server)
-    assert (done.code, server.posts, done.out) == (int(code), 1, "") and words in done.err, done.err
+    assert (done.code, server.posts, done.out) == (int(code), 1, "") and hint in done.err, done.err
     assert [record["charged"] for record in box.ledger() or box.unfinished()] == [charged], done.err
     assert adapter_charged(done.err) == {charged} and ("imagen recover" in done.err) == (
         code == "10"
@@ -8689,12 +8689,16 @@ stand-in/flux          | 100 | 0   | 1000    | null
 """)
 
 
-@pytest.mark.parametrize(("model", "given", "images", "out", "usd"), OPENAI_USAGES)
+@pytest.mark.parametrize(("model", "tokens", "images", "out", "usd"), OPENAI_USAGES)
 def test_openai_the_cost_comes_from_the_tokens_by_a_dated_table(
-    model: str, given: str, images: str, out: str, usd: str
+    model: str, tokens: str, images: str, out: str, usd: str
 ) -> None:
-    details = {"text_tokens": int(given) - int(images), "image_tokens": int(images)}
-    usage = {"input_tokens": int(given), "input_tokens_details": details, "output_tokens": int(out)}
+    details = {"text_tokens": int(tokens) - int(images), "image_tokens": int(images)}
+    usage = {
+        "input_tokens": int(tokens),
+        "input_tokens_details": details,
+        "output_tokens": int(out),
+    }
     assert imagen.openai_cost(model, usage) == (
         None if usd == "null" else pytest.approx(float(usd))
     )
@@ -9014,7 +9018,7 @@ def output_replicate(
 
 
 @pytest.mark.parametrize(
-    ("output", "given", "named"),
+    ("output", "kind", "named"),
     [
         ("fox.png", "jpeg", "fox.jpg"),
         ("fox.JPG", "png", "fox.png"),
@@ -9024,16 +9028,16 @@ def output_replicate(
     ],
 )
 def test_output_the_extension_tells_the_truth_about_the_bytes(
-    box: Box, output: str, given: str, named: str
+    box: Box, output: str, kind: str, named: str
 ) -> None:
-    image = {"jpeg": jpeg, "png": png, "webp": webp}[given]()
+    image = {"jpeg": jpeg, "png": png, "webp": webp}[kind]()
     with output_openai(box) as server:  # which says png, whatever it sends
         server.script(ok(openai_images(image, output_format="png")))
         done = box.fox("-o", str(box.out / output))
     assert done.lines == [str(box.out / named)]
     assert output_files(box.out).keys() == {named, f"{named}.json"}
     assert (box.out / named).read_bytes() == image
-    assert box.sidecar(done.lines[0])["mime_type"] == f"image/{given}"
+    assert box.sidecar(done.lines[0])["mime_type"] == f"image/{kind}"
 
 
 @pytest.mark.parametrize("plan", [{}, OUTPUT_UNLINKED], ids=["linked", "no hard links"])
@@ -9091,7 +9095,7 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
     box.configure(
         {"toy": {"type": "mock"}}, styles={"loud": {"suffix": "in red", "negative": "grey"}}
     )
-    asked = (
+    flags = (
         "--style",
         "loud",
         "--negative",
@@ -9103,7 +9107,7 @@ def test_output_the_sidecar_says_all_of_this_and_nothing_else(box: Box) -> None:
         "--steps",
         "3",
     )
-    path = box.run("generate", "Größe", *asked).lines[0]
+    path = box.run("generate", "Größe", *flags).lines[0]
     sidecar = box.sidecar(path)
     image = Path(path).read_bytes()
     assert list(sidecar) == OUTPUT_SIDECAR
@@ -9587,17 +9591,17 @@ def test_journal_an_entry_torn_at_any_byte_is_readable_and_takes_further_lines(
     text = journal_lines(lines)
     for cut in range(len(text) + 1):
         path.write_bytes(text[:cut])
-        whole = imagen.merged(text[: text.rfind(b"\n", 0, cut) + 1])
+        complete = imagen.merged(text[: text.rfind(b"\n", 0, cut) + 1])
         at_end = text[cut : cut + 1] == b"\n"  # all of the line but its end: it may count
         entry = imagen.Entry.take(str(path))
         assert entry
         assert at_end or (
-            entry.record | whole == entry.record and entry.record.keys() <= {*whole, "id"}
+            entry.record | complete == entry.record and entry.record.keys() <= {*complete, "id"}
         )
         entry.note(further=cut)
         entry.unlock()
         assert imagen.merged(path.read_bytes()) == {
-            **(imagen.merged(text[:cut]) if at_end else whole),
+            **(imagen.merged(text[:cut]) if at_end else complete),
             "further": cut,
         }
 
@@ -9606,11 +9610,11 @@ def test_journal_an_entry_torn_at_any_byte_is_readable_and_takes_further_lines(
 def test_journal_an_entry_torn_in_its_first_line_is_closed_by_recover(here: Box, cut: int) -> None:
     torn = here.state / "open" / f"{journal_entry(sent=False)}.jsonl"
     torn.write_bytes(torn.read_bytes()[:cut])
-    whole = journal_entry(sent=False)
+    intact = journal_entry(sent=False)
     listed = here.run("recover")
     assert listed.code == 0
     assert torn.stem in listed.out
-    assert whole in listed.out
+    assert intact in listed.out
     assert here.run("recover", "--all").code == 0
     assert here.unfinished() == []
 
@@ -9724,10 +9728,10 @@ def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
         assert done.code == 0
         assert len(done.lines) == 3
         assert "\x1b" not in done.out
-        for line, words in zip(
+        for line, hints in zip(
             done.lines, [(begun, "fox"), (sent, "cat"), (known, "dog")], strict=True
         ):
-            assert all(word in line for word in (*words, "flux"))
+            assert all(word in line for word in (*hints, "flux"))
         rows = here.run("recover", "--json").json["unfinished"]
         expected = [(begun, "no", {}), (sent, "unknown", {}), (known, "unknown", {"id": "p123"})]
         assert [
@@ -9750,7 +9754,7 @@ def test_journal_recover_takes_the_beginning_of_an_id(here: Box) -> None:
         assert journal_id(here, done) == idents[1]
         assert [record["id"] for record in here.unfinished()] == idents[:1]
         done = here.run("recover", "--all", "--json")
-        assert [about["image_id"] for about in done.json["images"]] == idents[:1]
+        assert [sidecar["image_id"] for sidecar in done.json["images"]] == idents[:1]
         assert here.unfinished() == []
         assert here.run("recover", "--all").code == 0
         assert server.created == 0
@@ -9788,9 +9792,9 @@ def test_journal_an_image_whose_result_was_lost_claims_nothing_that_nobody_knows
     with output_openai(here):
         ident = journal_entry()
         (here.out / f".imagen-{ident}.part").write_bytes(png())
-        about = here.sidecar(here.run("recover", ident).lines[0])
+        sidecar = here.sidecar(here.run("recover", ident).lines[0])
     known = ("model", "seed", "latency_ms", "cost_usd_estimate", "charged")
-    assert [about[key] for key in known] == ["gpt-image-1-mini", None, None, None, "yes"]
+    assert [sidecar[key] for key in known] == ["gpt-image-1-mini", None, None, None, "yes"]
 
 
 def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
@@ -9808,12 +9812,12 @@ def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
 def test_journal_several_unknown_outcomes_are_all_told(box: Box) -> None:
     with output_openai(box) as server:
         server.script(*["server_error"] * 3)
-        said = box.fox("-n", "3", "--json").json
+        document = box.fox("-n", "3", "--json").json
     ids = {record["id"] for record in box.unfinished()}
     assert len(ids) == 3
-    assert {error["hint"].split()[-1] for error in said["errors"]} == ids
-    assert {error["charged"] for error in said["errors"]} == {"unknown"}
-    assert said["error"]["code"] == "unknown"
+    assert {error["hint"].split()[-1] for error in document["errors"]} == ids
+    assert {error["charged"] for error in document["errors"]} == {"unknown"}
+    assert document["error"]["code"] == "unknown"
 
 
 def test_journal_a_folder_that_vanishes_while_the_image_is_made_costs_no_image(box: Box) -> None:
@@ -9866,19 +9870,19 @@ def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_
 ) -> None:
     with output_replicate(here):
         quiet = here.fox("-b", "mock", "--size", "64x64")
-        held = imagen.Run()
-        held.begin(imagen.plans_of(imagen.Order("a fox"), imagen.load_config(""))[0])
-        held.sending()
+        run = imagen.Run()
+        run.begin(imagen.plans_of(imagen.Order("a fox"), imagen.load_config(""))[0])
+        run.sending()
         still_quiet = here.fox("-b", "mock")
-        held.entry.unlock()
-        told = here.fox("-b", "mock")
-        assert ["unfinished" in done.err for done in (quiet, still_quiet, told)] == [
+        run.entry.unlock()
+        loud = here.fox("-b", "mock")
+        assert ["unfinished" in done.err for done in (quiet, still_quiet, loud)] == [
             False,
             False,
             True,
         ]
-        assert "1 unfinished" in told.err
-        assert "imagen recover" in told.err
+        assert "1 unfinished" in loud.err
+        assert "imagen recover" in loud.err
         assert "unfinished" not in here.fox("-b", "mock", "-q").err
 
 
@@ -9897,7 +9901,7 @@ SUPABASE_ROWS = [{"id": SUPABASE_ID, "storage_path": SUPABASE_PATH}]
 SUPABASE_SIGNED = {"signedURL": f"/object/sign/imagen-generated/{SUPABASE_PATH}?token=t"}
 
 
-def supabase_record(prompt: str = "a fox", **about: Any) -> dict[str, Any]:
+def supabase_record(prompt: str = "a fox", **fields: Any) -> dict[str, Any]:
     """What the journal knows of an image that is uploaded."""
     sidecar = {
         "image_id": SUPABASE_ID,
@@ -9906,7 +9910,7 @@ def supabase_record(prompt: str = "a fox", **about: Any) -> dict[str, Any]:
         "seed": 7,
         "storage_path": None,
         "metadata": {},
-        **about,
+        **fields,
     }
     made = {
         "id": SUPABASE_ID,
@@ -10023,16 +10027,24 @@ def supabase_refusals() -> Iterator[Any]:
     """
     soon = {"retry-after-ms": "10"}
 
-    def storage(said: int, code: object, word: str, end: str, message: str = "the words") -> Any:
+    def storage(
+        http_status: int, code: object, word: str, end: str, message: str = "the words"
+    ) -> Any:
         body = {"statusCode": code, "error": word, "message": message, "code": word}
         return pytest.param(
-            "upload", status(said, body, soon), end, word, id=f"storage {said} {code} {word}"
+            "upload",
+            status(http_status, body, soon),
+            end,
+            word,
+            id=f"storage {http_status} {code} {word}",
         )
 
-    def rest(said: int, code: str, end: str) -> Any:
-        about = {"details": "Failing row contains (canary)", "hint": "canary"}
-        body = {"code": code, "message": "the words", **about}
-        return pytest.param("row", status(said, body, soon), end, code, id=f"rest {said} {code}")
+    def rest(http_status: int, code: str, end: str) -> Any:
+        details = {"details": "Failing row contains (canary)", "hint": "canary"}
+        body = {"code": code, "message": "the words", **details}
+        return pytest.param(
+            "row", status(http_status, body, soon), end, code, id=f"rest {http_status} {code}"
+        )
 
     def odd(call: str, answer: Answer, end: str, name: str) -> Any:
         return pytest.param(call, answer, end, "", id=f"{call} {name}")
@@ -10066,27 +10078,27 @@ def supabase_refusals() -> Iterator[Any]:
     for code in ("22P02", "23502", "23514", "22003", "22P05", "PGRST102"):
         yield rest(400, code, "refused")
     yield rest(409, "23503", "refused")
-    for said, code in (
+    for http_status, code in (
         (404, "PGRST205"),
         (406, "PGRST106"),
         (403, "42501"),
         (401, "42501"),
         (401, "PGRST301"),
     ):
-        yield rest(said, code, "config")
-    for said, code in ((401, "PGRST303"), (401, "22023"), (406, "PGRST116")):
-        yield rest(said, code, "config")
+        yield rest(http_status, code, "config")
+    for http_status, code in ((401, "PGRST303"), (401, "22023"), (406, "PGRST116")):
+        yield rest(http_status, code, "config")
     for code in ("PGRST204", "22023", "42P10"):
         yield rest(400, code, "failed")
     yield rest(409, "23505", "failed")
-    for said, code in (
+    for http_status, code in (
         (500, "57014"),
         (500, "40001"),
         (503, "PGRST000"),
         (503, "PGRST002"),
         (504, "PGRST003"),
     ):
-        yield rest(said, code, "again")
+        yield rest(http_status, code, "again")
     for call in ("upload", "row"):
         yield odd(call, status(404, {}), "config", "404 {}")
         yield odd(call, status(401, b""), "config", "401 empty")
@@ -10290,9 +10302,9 @@ def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
         done = signing.sign(name)
         assert (done.code, done.err, len(done.lines)) == (0, "", 1), done.err
         assert supabase_get(done.lines[0]) == Path(signing.path).read_bytes()
-    said = signing.sign(ident, "--json").json
-    assert supabase_get(said.pop("url"))
-    assert said == {"ok": True, "storage_path": stored, "expires_in": 86400}
+    document = signing.sign(ident, "--json").json
+    assert supabase_get(document.pop("url"))
+    assert document == {"ok": True, "storage_path": stored, "expires_in": 86400}
     os.unlink(signing.path)  # what is in the cloud need not be here
     done = signing.sign(signing.path)
     assert done.code == 0 and supabase_get(done.lines[0]), done.err
@@ -10341,10 +10353,10 @@ def test_supabase_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
         (f"imagen-generated/../{gone}", 2, ("..",), ""),
         (gone, 2, (gone, "imagen-generated"), "migrate"),
     ]
-    for name, code, words, never in cases:
+    for name, code, hints, never in cases:
         done = signing.sign(name)
         assert (done.code, done.out) == (code, ""), (name, done.err)
-        assert all(word in done.err for word in words) and not (never and never in done.err), (
+        assert all(word in done.err for word in hints) and not (never and never in done.err), (
             done.err
         )
     error = signing.sign(gone, "--json").json["error"]
@@ -10397,26 +10409,26 @@ def supabase_echo(seen: Seen) -> dict[str, tuple[int, object]]:
     head = " ".join([seen.path, *(f"{name}: {value}" for name, value in seen.headers.items())])
     body = seen.body[:3000].decode("utf-8", "replace")
     token = seen.headers["apikey"].split(".")
-    about = {"details": f"{head} {body}", "hint": f"{head} {body}", "code": "23514"}
+    fields = {"details": f"{head} {body}", "hint": f"{head} {body}", "code": "23514"}
     return {
-        "body": (400, {**about, "message": body}),
+        "body": (400, {**fields, "message": body}),
         "body cut": (
             409,
-            {**about, "code": "", "message": "x" * 60 + body[body.find('"prompt"') :][:150]},
+            {**fields, "code": "", "message": "x" * 60 + body[body.find('"prompt"') :][:150]},
         ),
         "body decoded": (
             400,
-            {**about, "message": str(seen.json.get("prompt")) if body[:1] == "{" else ""},
+            {**fields, "message": str(seen.json.get("prompt")) if body[:1] == "{" else ""},
         ),
-        "head": (401, {**about, "statusCode": "401", "message": head}),
-        "head cut": (403, {**about, "message": "x" * 270 + seen.headers["apikey"]}),
+        "head": (401, {**fields, "statusCode": "401", "message": head}),
+        "head cut": (403, {**fields, "message": "x" * 270 + seen.headers["apikey"]}),
         "parts of the key": (
             401,
-            {**about, "code": "", "message": f"bad token {'; '.join(token[1:])}"},
+            {**fields, "code": "", "message": f"bad token {'; '.join(token[1:])}"},
         ),
-        "code": (400, {**about, "code": seen.headers["apikey"], "message": "no"}),
+        "code": (400, {**fields, "code": seen.headers["apikey"], "message": "no"}),
         "text": (502, f"{head} {body}"),
-        "odd": (400, {**about, "statusCode": "9" * 5000, "message": body, "error": head}),
+        "odd": (400, {**fields, "statusCode": "9" * 5000, "message": body, "error": head}),
     }
 
 
@@ -10450,19 +10462,19 @@ def test_supabase_what_a_server_echoes_shows_neither_key_nor_prompt(
         assert made.code == 0 and "imagen: " in made.err and len(made.lines) == 1, made.err
         told = box.run("sync", *made.lines, "-v", "--json")
         assert {seen.headers["apikey"] for seen in remote.seen} == {key}
-    said = (
+    output = (
         made.err + made.out + told.err + json.dumps([told.json["warnings"], told.json.get("error")])
     )
-    assert "canary" not in said
-    assert "Failing" not in said
-    assert not [part for part in [key, *key.split(".")] if part[:20] in said + told.out]
+    assert "canary" not in output
+    assert "Failing" not in output
+    assert not [part for part in [key, *key.split(".")] if part[:20] in output + told.out]
 
 
 @pytest.mark.parametrize("address", ["closed", "wrong password", "no port", "no scheme", "query"])
 def test_supabase_the_database_password_is_never_shown(
     box: Box, database: Database, address: str
 ) -> None:
-    words = {
+    addresses = {
         "closed": f"postgresql://postgres:Canary%2B1@127.0.0.1:{refused_port()}/x",
         "wrong password": database.dsn("postgres").replace(":postgres@", ":Canary%2B1@"),
         "no port": "postgresql://postgres:Canary%2B1@127.0.0.1:Canary%2B1/x",
@@ -10470,7 +10482,7 @@ def test_supabase_the_database_password_is_never_shown(
         "query": f"postgresql://127.0.0.1:{refused_port()}/x?user=u&password=Canary%2B1",
     }
     for flag in ("-v", "--json"):
-        done = box.run("migrate", flag, env={"IMAGEN_DATABASE_URL": words[address]})
+        done = box.run("migrate", flag, env={"IMAGEN_DATABASE_URL": addresses[address]})
         assert (
             done.code in (3, 4)
             and "Canary" not in done.out + done.err
@@ -10487,7 +10499,7 @@ def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
     base, key, owner = (box.environ[name] for name in names)
     keys = {"apikey": key} | ({} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"})
 
-    def asked(method: str, path: str) -> bytes:
+    def rest(method: str, path: str) -> bytes:
         profile = {
             "Accept-Profile": "imagen",
             "Content-Profile": "imagen",
@@ -10507,19 +10519,23 @@ def test_live_supabase_keeps_an_image_and_signs_it(box: Box) -> None:
     stored = urllib.parse.quote(made["storage_path"])
     try:
         assert made["cloud"] == {"id": made["image_id"], "storage_path": made["storage_path"]}
-        (kept,) = json.loads(asked("GET", row))
-        assert (kept["owner_user_id"], kept["prompt"], kept["width"]) == (owner, "a red fox", 64)
-        assert asked("GET", SUPABASE_AT + stored) == image
+        (found_row,) = json.loads(rest("GET", row))
+        assert (found_row["owner_user_id"], found_row["prompt"], found_row["width"]) == (
+            owner,
+            "a red fox",
+            64,
+        )
+        assert rest("GET", SUPABASE_AT + stored) == image
         done = box.run("sync", made["path"])
-        assert done.code == 0 and len(json.loads(asked("GET", row))) == 1, done.err
+        assert done.code == 0 and len(json.loads(rest("GET", row))) == 1, done.err
         url = box.run("sign", made["path"], "--expires", "2m").lines[0]
         with urllib.request.urlopen(url, timeout=30) as answer:
             assert answer.read() == image
             assert answer.headers["content-type"] == "image/png"
     finally:
-        asked("DELETE", row)
-        asked("DELETE", SUPABASE_AT + stored)
-    assert json.loads(asked("GET", row)) == []
+        rest("DELETE", row)
+        rest("DELETE", SUPABASE_AT + stored)
+    assert json.loads(rest("GET", row)) == []
     assert box.run("sign", made["path"]).code == 2
 
 
@@ -10667,11 +10683,11 @@ def test_pipeline_stopped_with_a_paid_post_in_flight_is_maybe_charged_and_kept(
         done = ended(process, 8)
         assert done.code == 130
         assert done.json["error"]["code"] == "interrupted"
-        kept = box.unfinished()
-        assert [entry["charged"] for entry in kept] == ["unknown"] * 3
+        entries = box.unfinished()
+        assert [entry["charged"] for entry in entries] == ["unknown"] * 3
         assert server.posts == 3
         assert done.json["error"]["charged"] == "unknown"
-        assert any(entry["id"] in done.json["error"]["hint"] for entry in kept)
+        assert any(entry["id"] in done.json["error"]["hint"] for entry in entries)
         assert box.run("recover", "--all").code == 10
         assert server.posts == 3
         assert box.unfinished() == []
@@ -10750,14 +10766,14 @@ def test_pipeline_an_adapter_that_leaves_after_paying_is_an_unknown_outcome(here
     imagen.BACKENDS["leaver"] = Leaver
     try:
         config = imagen.Config(default_backend="x", backends={"x": {"type": "leaver"}})
-        told: list[Any] = []
-        run = imagen.Run(on_progress=told.append)
+        events: list[Any] = []
+        run = imagen.Run(on_progress=events.append)
         with pytest.raises(imagen.Unknown) as caught:
             imagen.make(imagen.plans_of(imagen.Order("a fox"), config)[0], config, run)
     finally:
         del imagen.BACKENDS["leaver"]
     assert caught.value.charged == "unknown"
-    assert told == [("odd", None, None)]
+    assert events == [("odd", None, None)]
     assert len(here.unfinished()) == 1
 
 
@@ -10849,16 +10865,16 @@ def test_pipeline_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
             server.wait(lambda: server.created)
         asked_before = len(server.files.seen)
         files_before = output_files(box.out) if box.out.exists() else {}
-        done, asked = life_recovered(box, server)
+        done, paths = life_recovered(box, server)
         made = list(server.predictions)
         fetched = len(server.files.seen) - asked_before
         if outcome == "closed":
-            assert (done.code, done.out, asked, made) == (0, "", [], [])
+            assert (done.code, done.out, paths, made) == (0, "", [], [])
             assert box.ledger()[0]["id"]
             assert output_files(box.out) == {}
             assert box.run("cost", "--json").json["total"]["unknown"] == 0
         elif outcome == "asked":  # the list of predictions; found there or not charged
-            assert asked[0] == "/v1/predictions"
+            assert paths[0] == "/v1/predictions"
             assert len(made) == server.created <= 1
             if made:
                 life_image(box, done)
@@ -10868,18 +10884,18 @@ def test_pipeline_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
                 assert output_files(box.out) == {}
                 assert box.ledger()[0]["charged"] == "no"
         elif outcome == "fetched":
-            assert asked == [f"/v1/predictions/{made[0]}"]
+            assert paths == [f"/v1/predictions/{made[0]}"]
             assert fetched == 1
             life_image(box, done)
         elif outcome == "kept":
-            assert (asked, fetched) == ([], 0)
+            assert (paths, fetched) == ([], 0)
             life_image(box, done)
         elif outcome == "delivered":
-            assert (asked, fetched) == ([], 0)
+            assert (paths, fetched) == ([], 0)
             assert files_before == output_files(box.out)
             life_image(box, done)
         else:
-            assert (outcome, done.code, done.out, asked) == ("done", 0, "", [])
+            assert (outcome, done.code, done.out, paths) == ("done", 0, "", [])
             assert len(box.ledger()) == 1
             assert files_before == output_files(box.out)
             assert files_before["fox.png"] == LIFE_IMAGE
@@ -11036,10 +11052,10 @@ def test_pipeline_a_kill_around_a_post_that_nobody_remembers_is_maybe_charged(
         life_killed(box, LIFE_NEXT[step])
         if step == "post":
             server.wait(lambda: server.posts)
-        done, asked = life_recovered(box, server)
+        done, paths = life_recovered(box, server)
         assert done.code == 10
         assert "maybe charged" in done.err.lower()
-        assert asked == []
+        assert paths == []
         assert box.ledger()[0]["id"]
         assert box.ledger()[0]["charged"] == "unknown"
 
@@ -11048,8 +11064,8 @@ def test_pipeline_a_spool_that_turns_out_to_be_whole_is_not_fetched_again(box: B
     with output_replicate(box, LIFE_IMAGE) as server:
         life_killed(box, f"part == {len(LIFE_IMAGE)}")
         assert len(server.files.seen) == 1
-        done, asked = life_recovered(box, server)
-        assert asked == []
+        done, paths = life_recovered(box, server)
+        assert paths == []
         assert len(server.files.seen) == 1
         life_image(box, done)
 
@@ -11091,8 +11107,8 @@ class KillsVictims:
         self.replicate = self.stack.enter_context(ReplicateServer())
         self.openai = self.stack.enter_context(OpenAIServer(key=""))
         self.replicate.script(always=True, polls=1, image=KILLS_IMAGE)
-        said = openai_images(KILLS_IMAGE, output_format="png")
-        self.openai.script(*[ok(said)] * 500)
+        body = openai_images(KILLS_IMAGE, output_format="png")
+        self.openai.script(*[ok(body)] * 500)
 
     def __enter__(self) -> KillsVictims:
         return self
@@ -11124,8 +11140,8 @@ class KillsVictims:
     def paid(self, box: Box) -> list[str]:
         """The paid POSTs that arrived from this home: prediction ids, or nameless."""
         made = [
-            (ident, one["input"]["prompt"])
-            for ident, one in list(self.replicate.predictions.items())
+            (ident, prediction["input"]["prompt"])
+            for ident, prediction in list(self.replicate.predictions.items())
         ]
         made += [("", body["prompt"]) for body in list(self.openai.bodies)]
         return [ident for ident, prompt in made if prompt == box.root.name]
@@ -11168,13 +11184,13 @@ class KillsVictims:
         assert len(paid) <= 1
         lines = {line["id"]: line for line in box.ledger()}
         for name in images:
-            about = json.loads(files[f"{name}.json"])
-            line = lines.pop(about["image_id"])
+            sidecar = json.loads(files[f"{name}.json"])
+            line = lines.pop(sidecar["image_id"])
             assert line["path"] == str(box.out / name)
-            assert line["sidecar"] == about
-            assert about["sha256"] == hashlib.sha256(files[name]).hexdigest()
+            assert line["sidecar"] == sidecar
+            assert sidecar["sha256"] == hashlib.sha256(files[name]).hexdigest()
             assert kind.backend == "mock" or (
-                paid and files[name] == KILLS_IMAGE and about["charged"] == "yes"
+                paid and files[name] == KILLS_IMAGE and sidecar["charged"] == "yes"
             )
         if paid and not images:  # nobody keeps it: the ledger and the message name it
             assert kind.backend == "gpt"
@@ -11192,7 +11208,7 @@ def test_pipeline_a_kill_at_every_step_loses_nothing(
     with KillsVictims(tmp_path) as victims, concurrent.futures.ThreadPoolExecutor(5) as pool:
         steps = victims.steps(kind)
 
-        def one(at: int) -> tuple[str, bool]:
+        def killed(at: int) -> tuple[str, bool]:
             box = victims.home(f"{name} {at}")
             if not victims.killed(box, kind, steps, at):
                 return "", False
@@ -11207,7 +11223,9 @@ def test_pipeline_a_kill_at_every_step_loses_nothing(
             return steps[at - 1], is_open
 
         kills = [
-            kill for kill in pool.map(one, range(part + 1, len(steps) + 1, kind.parts)) if kill[0]
+            kill
+            for kill in pool.map(killed, range(part + 1, len(steps) + 1, kind.parts))
+            if kill[0]
         ]
     histogram = ", ".join(
         f"{step} {count}" for step, count in collections.Counter(s for s, _ in kills).most_common()
@@ -11232,7 +11250,7 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
     with KillsVictims(tmp_path) as victims, concurrent.futures.ThreadPoolExecutor(5) as pool:
         steps = victims.steps(kind)
 
-        def one(number: int) -> int:
+        def recovered(number: int) -> int:
             box = victims.home(f"{name} {number}")
             dice = random.Random(f"{name} {number}")
             victims.killed(box, kind, steps, dice.randrange(5, len(steps)))
@@ -11245,7 +11263,7 @@ def test_pipeline_a_recover_that_is_killed_can_be_repeated(tmp_path: Path, name:
             victims.check(box, kind)
             return sum(done.code < 0 for done in ends)
 
-        assert sum(pool.map(one, range(10))) >= 3
+        assert sum(pool.map(recovered, range(10))) >= 3
 
 
 # Delivery: object, row and usage of an image that is safe already
@@ -11273,27 +11291,27 @@ def deliver_warnings(done: Done) -> list[str]:
 
 def deliver_place(box: Box, path: str, stem: str = "a-fox-7") -> str:
     """Where the image of a finished entry lies in the bucket."""
-    about = box.sidecar(path)
+    sidecar = box.sidecar(path)
     (entry,) = {
         line["id"]
         for line in box.ledger()
-        if line.get("path") and line["sidecar"]["image_id"] == about["image_id"]
+        if line.get("path") and line["sidecar"]["image_id"] == sidecar["image_id"]
     }
-    return f"{about['timestamp'][:10]}/{stem}-{entry[:8]}{Path(path).suffix}"
+    return f"{sidecar['timestamp'][:10]}/{stem}-{entry[:8]}{Path(path).suffix}"
 
 
 def deliver_whole(
     cloud: Cloud, box: Box, path: str, place: str = "", owner: str = ""
 ) -> dict[str, Any]:
     """File, sidecar, object, row and ledger tell the same, and nothing is left to do. Returns the row."""
-    about = box.sidecar(path)
+    sidecar = box.sidecar(path)
     place = place or deliver_place(box, path)
-    (row,) = [row for row in cloud.rows() if str(row["id"]) == about["image_id"]]
+    (row,) = [row for row in cloud.rows() if str(row["id"]) == sidecar["image_id"]]
     assert (row["storage_path"], str(row["owner_user_id"])) == (place, owner or cloud.anna)
-    assert row["sidecar"] == {**about, "storage_path": place}
+    assert row["sidecar"] == {**sidecar, "storage_path": place}
     same = ("prompt", "backend", "model", "seed", "steps", "width", "height", "latency_ms")
-    assert {name: row[name] for name in same} == {name: about[name] for name in same}
-    assert row["prompt_hash"] == hashlib.sha256(about["prompt"].encode()).hexdigest()
+    assert {name: row[name] for name in same} == {name: sidecar[name] for name in same}
+    assert row["prompt_hash"] == hashlib.sha256(sidecar["prompt"].encode()).hexdigest()
     assert cloud.objects()[place] == Path(path).read_bytes()
     assert box.unfinished() == []
     assert box.hidden() == []
@@ -11345,15 +11363,15 @@ def test_pipeline_the_path_is_out_before_the_upload_begins(cloud: Cloud, synced:
 
 
 def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> None:
-    said = deliver_made(synced, "--no-cloud", "--json", IMAGEN_CLOUD_SYNC="on").json["images"][0]
-    assert (said["private"], said["storage_path"], said["cloud"]) == (True, None, None)
-    for what in (said["path"], f"{said['path']}.json"):
+    image = deliver_made(synced, "--no-cloud", "--json", IMAGEN_CLOUD_SYNC="on").json["images"][0]
+    assert (image["private"], image["storage_path"], image["cloud"]) == (True, None, None)
+    for what in (image["path"], f"{image['path']}.json"):
         done = synced.run("sync", what)
         assert done.code == 2
         assert "--no-cloud" in done.err
     assert synced.run("sync").err == "nothing to sync\n"
-    os.unlink(f"{said['path']}.json")  # the journal alone remembers
-    assert synced.run("sync", said["path"]).code == 2
+    os.unlink(f"{image['path']}.json")  # the journal alone remembers
+    assert synced.run("sync", image["path"]).code == 2
     assert cloud.seen == []
     assert synced.unfinished() == []
 
@@ -11389,13 +11407,13 @@ def test_pipeline_a_flag_counts_more_than_the_environment_and_that_more_than_the
 
 
 @pytest.mark.parametrize(
-    "lacks", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID"]
+    "variable", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "IMAGEN_OWNER_USER_ID"]
 )
 def test_pipeline_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(
-    cloud: Cloud, synced: Box, lacks: str
+    cloud: Cloud, synced: Box, variable: str
 ) -> None:
-    told = {"IMAGEN_OWNER_USER_ID": "owner_user_id"}.get(lacks, lacks)
-    value = synced.environ.pop(lacks)
+    name = {"IMAGEN_OWNER_USER_ID": "owner_user_id"}.get(variable, variable)
+    value = synced.environ.pop(variable)
     silent_one = deliver_made(synced)
     assert deliver_warnings(silent_one) == []
     assert "cloud" not in silent_one.err
@@ -11403,12 +11421,12 @@ def test_pipeline_what_is_missing_is_a_warning_where_the_cloud_was_asked_for(
     done = deliver_made(synced, "--cloud", "-o", str(synced.out / "fox.png"))
     (line,) = deliver_warnings(done)
     assert line.startswith("imagen: cloud sync: ")
-    assert told in line
+    assert name in line
     assert len(synced.unfinished()) == 1
     again = synced.run("sync")
     assert again.code == 3
-    assert told in again.err
-    synced.environ[lacks] = value
+    assert name in again.err
+    synced.environ[variable] = value
     assert synced.run("sync").code == 0
     deliver_whole(cloud, synced, done.lines[0])
     assert (
@@ -11565,8 +11583,8 @@ def test_pipeline_a_prompt_of_any_letters_comes_to_one_end(
 ) -> None:
     """On stdin, or with a dash before it as an argument."""
     stdin = {} if prompt[0] == "-" else {"input": prompt}
-    words = {"encoding": "utf-8", "errors": "surrogateescape"}
-    done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **words)
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+    done = synced.run("generate", "-" if stdin else prompt[1:], "--seed", "7", **stdin, **encoding)
     assert (
         done.code in (0, 2) and bool(done.lines) == (done.code == 0) and synced.unfinished() == []
     ), done.err
@@ -11822,25 +11840,25 @@ def test_pipeline_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) 
     assert all(
         len(one["warnings"]) == 1 and one["ok"] and not one["images"][0]["cloud"] for one in made
     )
-    asked = len(cloud.seen)
+    requests = len(cloud.seen)
     rows = synced.run("sync", "--dry-run", "--json").json["to_sync"]
     images = [one["images"][0] for one in made]
-    lacks = [["object", "row"], ["row"]]
+    missing_parts = [["object", "row"], ["row"]]
     assert rows == [
         {"id": i["image_id"], "path": i["path"], "lacks": n}
-        for i, n in zip(images, lacks, strict=True)
+        for i, n in zip(images, missing_parts, strict=True)
     ]
     listed = synced.run("sync", "--dry-run", images[1]["path"]).lines
     assert [line.split() for line in listed] == [[images[1]["image_id"], "row", images[1]["path"]]]
-    assert len(cloud.seen) == asked
+    assert len(cloud.seen) == requests
     assert len(synced.unfinished()) == 2
     assert "2 to deliver: imagen sync\n" in synced.run("generate", "a cat", "--no-cloud").err
-    said = synced.run("sync", "--json").json
-    assert [image["cloud"]["id"] for image in said["images"]] == [
+    document = synced.run("sync", "--json").json
+    assert [image["cloud"]["id"] for image in document["images"]] == [
         image["image_id"] for image in images
     ]
-    assert said["ok"]
-    assert said["warnings"] == []
+    assert document["ok"]
+    assert document["warnings"] == []
     assert synced.unfinished() == []
 
 
@@ -11879,10 +11897,10 @@ def test_pipeline_two_syncs_at_once_deliver_two_hundred_images_once(
     assert cloud.seen == []
     both = threading.Event()
     cloud.fault(DELIVER_PUT, hold(both, through()), times=2)
-    with synced.start("sync", "-q") as one, synced.start("sync", "-q") as other:
+    with synced.start("sync", "-q") as first, synced.start("sync", "-q") as other:
         cloud.wait(lambda: cloud.count("PUT") == 2, 30)
         both.set()
-        done = [ended(process) for process in (one, other)]
+        done = [ended(process) for process in (first, other)]
     assert [(end.code, end.err) for end in done] == [(0, "")] * 2
     assert all(end.lines for end in done)
     assert sorted(done[0].lines + done[1].lines) == sorted(paths)
@@ -11913,7 +11931,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
         }
     )
 
-    def one(at: int) -> tuple[Box, str]:
+    def killed(at: int) -> tuple[Box, str]:
         box, path = home(at)
         assert (
             output_played(box, {"at": at + 1}, "sync").code == -signal.SIGKILL
@@ -11922,7 +11940,7 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
         return box, path
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        homes = [*pool.map(one, moments)]
+        homes = [*pool.map(killed, moments)]
         cloud.wait(lambda: not cloud._wires)  # what had left before a kill has arrived
         assert {done.code for done in pool.map(lambda made: made[0].run("sync"), homes)} == {0}
     puts = collections.Counter(seen.path for seen in cloud.seen if seen.method == "PUT")
@@ -11979,15 +11997,15 @@ def deliver_usage(cloud: Cloud) -> list[tuple[str, bool]]:
 def test_pipeline_each_paid_image_has_a_usage_row(cloud: Cloud, synced: Box) -> None:
     with output_openai(synced):
         done = synced.fox("-n", "3", "--json")
-    made = {about["image_id"]: about for about in done.json["images"]}
+    made = {sidecar["image_id"]: sidecar for sidecar in done.json["images"]}
     rows = cloud.rows("mai.imagen_usage")
     assert deliver_usage(cloud) == [("yes", True)] * 3
     assert {str(row["image_id"]) for row in rows} == set(made)
     for row in rows:
-        about = made[str(row["id"])]
+        sidecar = made[str(row["id"])]
         same = ("backend", "model", "width", "height", "steps", "latency_ms")
-        assert {name: row[name] for name in same} == {name: about[name] for name in same}
-        assert float(row["cost_usd_estimate"]) == about["cost_usd_estimate"]
+        assert {name: row[name] for name in same} == {name: sidecar[name] for name in same}
+        assert float(row["cost_usd_estimate"]) == sidecar["cost_usd_estimate"]
         assert row["host"] == socket.gethostname()
         assert str(row["owner_user_id"]) == cloud.anna
         assert row["created_at"].isoformat()[:10]
@@ -12295,7 +12313,7 @@ def queue_env(here: Box, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize(
-    ("dsn", "said"),
+    ("dsn", "expected"),
     [
         ("postgresql://u:p%C3%A4%3Ass%40w%2Ford@h:6/d?sslmode=require", "u pä:ss@w/ord h 6 d require"),
         ("postgres://u:a#b?c@d@h/d%20b", "u a#b?c@d h 5432 d_b prefer"),
@@ -12308,13 +12326,13 @@ def queue_env(here: Box, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )  # fmt: skip
 def test_queue_the_address_of_the_database_is_read_as_libpq_reads_it(
-    queue_env: Env, dsn: str, said: str
+    queue_env: Env, dsn: str, expected: str
 ) -> None:
     for name, value in {"PGPASSWORD": "env-word", "PGDATABASE": "env-db", "USER": "me"}.items():
         queue_env.setenv(name, value)
     options = imagen.postgres_options(dsn)
     names = ("user", "password", "host", "port", "database", "sslmode")
-    assert [options[name].replace(" ", "_") for name in names] == said.split()
+    assert [options[name].replace(" ", "_") for name in names] == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -13091,16 +13109,16 @@ def queue_ask(
             urllib.request.Request(cloud.base + path, sent, headers)
         ) as answer:
             code = answer.status
-            said = answer.read()
+            body_read = answer.read()
     except urllib.error.HTTPError as answer:
         with answer:
             code = answer.code
-            said = answer.read()
-    found = json.loads(said) if said[:1] in (b"{", b"[") else said
+            body_read = answer.read()
+    document = json.loads(body_read) if body_read[:1] in (b"{", b"[") else body_read
     return (
-        (int(found["statusCode"]), found)
-        if code == 400 and "statusCode" in found
-        else (code, found)
+        (int(document["statusCode"]), document)
+        if code == 400 and "statusCode" in document
+        else (code, document)
     )
 
 
@@ -13198,9 +13216,9 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     assert bucket["file_size_limit"] == 50 << 20
     assert bucket["allowed_mime_types"] == ["image/png", "image/jpeg", "image/webp"]
     as_owner = "select proname, proconfig from pg_proc where prosecdef and pronamespace = 'imagen'::regnamespace"
-    found = queue_database.sql(as_owner)
-    assert found
-    assert [row for row in found if row["proconfig"] != ['search_path=""']] == []
+    functions = queue_database.sql(as_owner)
+    assert functions
+    assert [row for row in functions if row["proconfig"] != ['search_path=""']] == []
     policies = queue_database.sql(
         "select concat(qual, with_check) as text, roles::text from pg_policies"
     )
@@ -13311,11 +13329,15 @@ def test_queue_exposed_schemas_stay_exposed_and_ours_join_them(
         text = """select setdatabase, datname, unnest(setconfig) as value
           from pg_db_role_setting left join pg_database d on d.oid = setdatabase
           where setrole = 'authenticator'::regrole order by setdatabase <> 0"""
-        found = [row for row in database.sql(text) if row["value"].startswith("pgrst.db_schemas=")]
+        settings_rows = [
+            row for row in database.sql(text) if row["value"].startswith("pgrst.db_schemas=")
+        ]
     finally:
         database.sql("alter role authenticator in database supabase reset pgrst.db_schemas")
     where = {None: 0, database.name: 1, "supabase": 2}
-    assert [(where[row["datname"]], row["value"].partition("=")[2]) for row in found] == after
+    assert [
+        (where[row["datname"]], row["value"].partition("=")[2]) for row in settings_rows
+    ] == after
     assert done.code == 0
     assert len(done.json["by_hand"]) == bool(by_hand)
     assert by_hand in "".join(done.json["by_hand"])
@@ -13412,8 +13434,8 @@ def test_queue_the_newest_of_two_hundred_thousand_come_by_index(database: Databa
     assert "InitPlan" in text
     assert "Seq Scan" not in text
     assert "Sort" not in text
-    found = database.sql(f"select storage_path {newest}", user=people[0])
-    assert [row["storage_path"] for row in found] == [f"{n}.png" for n in range(2, 101, 2)]
+    newest_rows = database.sql(f"select storage_path {newest}", user=people[0])
+    assert [row["storage_path"] for row in newest_rows] == [f"{n}.png" for n in range(2, 101, 2)]
 
 
 def test_queue_a_second_migration_takes_no_lock_that_stops_a_reader(
@@ -13457,13 +13479,13 @@ def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
     assert done.code == 0
     assert done.err.count("\n") == 1
     assert done.err.startswith("imagen: by hand: add the schemas")
-    said = dict(line.split(maxsplit=1) for line in done.lines)
+    parts = dict(line.split(maxsplit=1) for line in done.lines)
     assert {"schema imagen", "table imagen.images", "policy imagen_images_owner_select"} <= {
-        *said["imagen_schema_init"].split(", "),
-        *said["imagen_schema_grants"].split(", "),
+        *parts["imagen_schema_init"].split(", "),
+        *parts["imagen_schema_grants"].split(", "),
     }
-    assert said["imagen_storage_bucket"] == "bucket imagen-generated"
-    assert "table mai.imagen_usage" in said["imagen_usage_init"]
+    assert parts["imagen_storage_bucket"] == "bucket imagen-generated"
+    assert "table mai.imagen_usage" in parts["imagen_usage_init"]
     database.sql(
         "drop index imagen.imagen_images_tags_idx; drop policy imagen_objects_insert on storage.objects"
     )
@@ -13498,7 +13520,7 @@ def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that
 
 
 @pytest.mark.parametrize(
-    ("args", "env", "code", "words"),
+    ("args", "env", "code", "hint"),
     [
         pytest.param(["--file", "none.sql"], {}, 3, "none.sql", id="no such file"),
         pytest.param(["--file", "."], {}, 3, "directory", id="a folder"),
@@ -13562,7 +13584,7 @@ def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that
     ],
 )
 def test_queue_what_keeps_a_migration_from_starting_is_told_without_the_password(
-    box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, words: str
+    box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, hint: str
 ) -> None:
     (box.root / "latin.sql").write_bytes("select 'Größe'".encode("latin-1"))
     (box.root / "broken.sql").write_text("nonsense")
@@ -13579,7 +13601,7 @@ def test_queue_what_keeps_a_migration_from_starting_is_told_without_the_password
     done = box.run("migrate", "--json", *args, env=url)
     error = done.json["error"]
     assert (done.code, error["code"]) == (code, {3: "config", 4: "unreachable"}[code])
-    assert words in error["message"] + error["hint"]
+    assert hint in error["message"] + error["hint"]
     assert [
         text for text in ("Passw0rd", "12345", "Traceback") if text in done.out + done.err
     ] == []
@@ -13753,7 +13775,7 @@ def jobs_row(database: Database, ident: str) -> dict[str, Any]:
 def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) -> dict[str, Any]:
     """The job's row, once it has one of these statuses (else: is over) and these values."""
 
-    def there() -> dict[str, Any] | None:
+    def reached() -> dict[str, Any] | None:
         row = jobs_row(database, ident)
         return (
             row
@@ -13761,7 +13783,7 @@ def jobs_until(database: Database, ident: str, *statuses: str, **values: Any) ->
             else None
         )
 
-    return dict(eventually(there, 40))
+    return dict(eventually(reached, 40))
 
 
 def test_queue_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_done(
@@ -13932,8 +13954,8 @@ def test_queue_a_web_user_writes_the_request_and_nothing_else_and_sees_their_own
     for name, value in values:
         text = f"insert into imagen.jobs (prompt, {name}) values ('x', '{value}')"
         cases.append((text, {"user": anna}, "row-level security"))
-    for text, who, words in cases:
-        with pytest.raises(SqlError, match=words):
+    for text, who, outcome in cases:
+        with pytest.raises(SqlError, match=outcome):
             database.sql(text, **who)
     assert database.one("select id::text from imagen.jobs", user=bert) == foreign
     assert database.one("select count(*)::int from imagen.jobs", user=anna) == 2
@@ -14025,8 +14047,8 @@ def test_worker_a_job_that_a_signed_in_user_inserts_becomes_their_image(
 ) -> None:
     cloud.join(box, owner=cloud.bert, worker={})
     with JobsWorker(box) as worker:
-        wanted = {"prompt": "a fox", "width": 64, "height": 48, "seed": 7, "style": "ink"}
-        (job,) = jobs_http(cloud, "POST", "jobs", cloud.anna, wanted)
+        fields = {"prompt": "a fox", "width": 64, "height": 48, "seed": 7, "style": "ink"}
+        (job,) = jobs_http(cloud, "POST", "jobs", cloud.anna, fields)
         assert (job["status"], job["owner_user_id"]) == ("pending", cloud.anna)
         row = jobs_until(cloud.database, job["id"])
         assert (row["status"], row["progress"], row["attempt"]) == ("done", 1, 1)
@@ -14042,10 +14064,10 @@ def test_worker_a_job_that_a_signed_in_user_inserts_becomes_their_image(
     (file,) = box.out.glob("*.png")
     assert path == image["storage_path"]
     assert data == file.read_bytes()
-    about = box.sidecar(file)
-    assert about == image["sidecar"]
-    assert about["image_id"] == row["image_id"]
-    assert about["style"] == "ink"
+    sidecar = box.sidecar(file)
+    assert sidecar == image["sidecar"]
+    assert sidecar["image_id"] == row["image_id"]
+    assert sidecar["style"] == "ink"
     assert box.unfinished() == []
     assert box.ledger()[0]["job"] == job["id"]
     if POSTGREST.exists():
@@ -14082,14 +14104,14 @@ def test_worker_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud)
         assert box.run("worker", "--once").code == 0
         for ident, (fields, code, text) in zip(ids, wrong, strict=True):
             row = jobs_row(cloud.database, ident)
-            said = (
+            facts = (
                 row["status"],
                 row["error_code"],
                 row["attempt"],
                 row["image_id"],
                 row["receipt"],
             )
-            assert said == ("failed", code, 1, None, None), fields
+            assert facts == ("failed", code, 1, None, None), fields
             assert text in row["error"] and row["finished_at"] and row["lease_until"] is None, (
                 fields
             )
@@ -14171,12 +14193,12 @@ def test_worker_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
 
 
 def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
-    for words, code, text in (
+    for flags, code, text in (
         ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
         ("--backend mok", 2, '"mock"'), ("", 3, "IMAGEN_DATABASE_URL"),
     ):  # fmt: skip
-        done = box.run("worker", *words.split())
-        assert done.code == code and text in done.err and done.out == "", words
+        done = box.run("worker", *flags.split())
+        assert done.code == code and text in done.err and done.out == "", flags
 
 
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
@@ -14387,24 +14409,28 @@ def test_worker_the_unit_is_without_fault_and_starts_what_the_readme_installs(
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    said = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
-    assert (said["Type"], said["Restart"], said["RestartSec"]) == ("notify", "always", "1")
+    settings = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+    assert (settings["Type"], settings["Restart"], settings["RestartSec"]) == (
+        "notify",
+        "always",
+        "1",
+    )
     assert (
-        int(said["TimeoutStopSec"])
+        int(settings["TimeoutStopSec"])
         > imagen.JOB_TIMEOUT + imagen.DELIVERY_S
         > imagen.WorkerConfig().grace_s
     )
-    assert "~/" + said["EnvironmentFile"].removeprefix("%h/") in readme
-    for path in re.findall(r"%h/(\S+?)(?=[ '])", said["ExecStart"]):
+    assert "~/" + settings["EnvironmentFile"].removeprefix("%h/") in readme
+    for path in re.findall(r"%h/(\S+?)(?=[ '])", settings["ExecStart"]):
         assert f"~/{path}" in readme or f"~/{os.path.dirname(path)}" in readme, path
-    command = said["ExecStart"].replace("%h/imagen/.venv/bin/python", sys.executable)
+    command = settings["ExecStart"].replace("%h/imagen/.venv/bin/python", sys.executable)
     command = command.replace("%h/imagen/imagen.py", str(HERE))
     failed = subprocess.run(
         shlex.split(command), env=box.environ, capture_output=True, text=True, timeout=60
     )
     assert failed.returncode == 3
     assert "IMAGEN_DATABASE_URL" in failed.stderr
-    assert set(said["RestartPreventExitStatus"].split()) == {"2", "3"}
+    assert set(settings["RestartPreventExitStatus"].split()) == {"2", "3"}
 
 
 @pytest.mark.skipif(
@@ -14432,10 +14458,10 @@ def test_worker_live_a_job_becomes_done_in_a_real_project(box: Box) -> None:
             assert done.code == 0 and failed.code == 5, done.err + failed.err + worker.log()
             assert worker.stopped() == 0
             (row,) = done.json["jobs"]
-            found = (
+            query = (
                 "select owner_user_id::text, storage_path from imagen.images where id = :id::uuid"
             )
-            ((owner, path),) = database.run(found, id=row["image_id"])
+            ((owner, path),) = database.run(query, id=row["image_id"])
             assert owner == os.environ["IMAGEN_OWNER_USER_ID"]
             with urllib.request.urlopen(
                 box.run("sign", row["image_id"]).lines[0], timeout=30
@@ -14529,10 +14555,10 @@ class Cable:
         for pair in self.pairs:
             pair.cut()
 
-    def when(self, said: bytes, then: Callable[[Pair], None], *, answer: bool = False) -> None:
+    def when(self, needle: bytes, then: Callable[[Pair], None], *, answer: bool = False) -> None:
         """Before the next packet of the client (`answer`: of the server) with these bytes in it goes on: `then`."""
         self.hit.clear()
-        self._watched = said, answer, then
+        self._watched = needle, answer, then
 
     def _accept(self) -> None:
         while not self._ended:
@@ -15125,7 +15151,11 @@ def test_a_worker_killed_after_its_paid_post_left_leaves_nothing_to_pay_again(
     job = crew.add()
     server.wait_seen()
     receipt = crew.until(
-        lambda: (said := crew.row(job)["receipt"]) and bool(said["remote"]) == answered and said
+        lambda: (
+            (receipt_now := crew.row(job)["receipt"])
+            and bool(receipt_now["remote"]) == answered
+            and receipt_now
+        )
     )
     crew.kill(first)
     if painter.kind == "replicate":
@@ -15186,7 +15216,7 @@ def test_worker_who_is_cut_off_from_postgres_alone_does_not_cancel_what_the_winn
     server.script(polls=10**6)
     first = crew.start(via=cable)
     job = crew.add()
-    crew.until(lambda: (said := crew.row(job)["receipt"]) and said["remote"])
+    crew.until(lambda: (receipt := crew.row(job)["receipt"]) and receipt["remote"])
     cable.freeze()
     crew.start(host="there")
     crew.runs(job, 2)
@@ -17276,10 +17306,10 @@ def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
         assert again != first
         assert Path(again).read_bytes() == Path(first).read_bytes()
     (other,) = box.run("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
-    kept = box.sidecar(first)
+    original = box.sidecar(first)
     changed = box.sidecar(other)
     assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
-    assert changed["negative_prompt"] == kept["negative_prompt"] != ""
+    assert changed["negative_prompt"] == original["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
     assert box.run("generate", "--like", str(HERE)).code == 2
 
@@ -17389,8 +17419,8 @@ def test_commands_with_json_a_failure_is_a_document_too(
 
 @pytest.mark.parametrize("code", ERRORS_EXITS)
 def test_commands_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
-    told = box.run(*SMALL, "--opt", f"fail={code}")
-    assert (told.code, told.out) == (ERRORS_EXITS[code], "")
+    done = box.run(*SMALL, "--opt", f"fail={code}")
+    assert (done.code, done.out) == (ERRORS_EXITS[code], "")
 
 
 MISTAKES = [  # what was typed; the exit code; a word of the next step
@@ -17444,8 +17474,8 @@ def test_commands_an_error_is_one_line_and_the_next_step(
 
 
 def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
-    told = box.fox("--size", "64x64").err.splitlines()
-    assert len([line for line in told if "mock" in line and "imagen config init" in line]) == 1
+    lines = box.fox("--size", "64x64").err.splitlines()
+    assert len([line for line in lines if "mock" in line and "imagen config init" in line]) == 1
     assert "config init" not in box.run(*SMALL).err
     box.configure(MOCK)
     assert "config init" not in box.fox("--size", "64x64").err
@@ -17469,7 +17499,7 @@ COMMAND_WORDS += str.split(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_commands_no_command_line_is_a_bug(here: Box, words: list[str], command: str) -> None:
+def test_commands_no_command_line_is_a_bug(here: Box, args: list[str], command: str) -> None:
     out = io.StringIO()
     err = io.StringIO()
     before = sys.stdin
@@ -17480,7 +17510,7 @@ def test_commands_no_command_line_is_a_bug(here: Box, words: list[str], command:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            code: object = imagen.main([command, *words] if command else words)
+            code: object = imagen.main([command, *args] if command else args)
     except SystemExit as helped:  # as argparse ends after --help
         code = helped.code
     finally:
@@ -17515,8 +17545,8 @@ def test_commands_every_command_tells_about_itself(box: Box, command: str) -> No
 
 def test_commands_version_is_release_and_hash_of_this_very_file(box: Box) -> None:
     digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
-    said = box.run("--version").out
-    assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", said)
+    version = box.run("--version").out
+    assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", version)
 
 
 def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
@@ -17662,13 +17692,13 @@ def test_commands_a_key_pasted_into_the_config_is_not_shown(
 def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -> None:
     for prompt in ("a red fox", "a blue fox", "a Red hen"):
         box.run("generate", prompt, "--size", "64x64")
-    found = {
-        words: box.run("list", *words.split(), "--json").json["images"]
-        for words in ("", "RED", "fox red")
+    matches = {
+        terms: box.run("list", *terms.split(), "--json").json["images"]
+        for terms in ("", "RED", "fox red")
     }
-    assert [row["prompt"] for row in found[""]] == ["a Red hen", "a blue fox", "a red fox"]
-    assert [row["prompt"] for row in found["RED"]] == ["a Red hen", "a red fox"]
-    assert [row["prompt"] for row in found["fox red"]] == ["a red fox"]
+    assert [row["prompt"] for row in matches[""]] == ["a Red hen", "a blue fox", "a red fox"]
+    assert [row["prompt"] for row in matches["RED"]] == ["a Red hen", "a red fox"]
+    assert [row["prompt"] for row in matches["fox red"]] == ["a red fox"]
     (line,) = box.run("list", "-n", "1").lines
     assert "a Red hen" in line
     assert "$0" in line
@@ -17782,7 +17812,7 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert len(done.lines) == 2
     assert done.err == ""
     first, second = (jobs_row(cloud.database, ident) for ident in done.lines)
-    wanted = {
+    expected = {
         "prompt": "a fox",
         "width": 64,
         "height": 48,
@@ -17790,14 +17820,14 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
         "negative_prompt": "dogs",
         "steps": 4,
     }
-    wanted |= {
+    expected |= {
         "backend_opts": {"delay_s": 0.1},
         "owner_user_id": cloud.anna,
         "status": "pending",
         "backend": None,
     }
-    assert wanted.items() <= first.items()
-    assert wanted.items() <= second.items()
+    assert expected.items() <= first.items()
+    assert expected.items() <= second.items()
     assert (first["seed"], second["seed"]) == (7, 8)
     (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
     row = jobs_row(cloud.database, added["id"])
@@ -17813,11 +17843,11 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert {key for key in repeated if repeated[key] != first[key]} == own
     assert box.run("worker", "--once").code == 0
     assert jobs_listed(box, "--status", "done").keys() == {*done.lines, again}
-    told = box.run("jobs", "list").lines
-    assert len(told) == 4
-    assert told[0].split()[0] == again
-    assert "done" in told[0]
-    assert "a fox" in told[0]
+    lines = box.run("jobs", "list").lines
+    assert len(lines) == 4
+    assert lines[0].split()[0] == again
+    assert "done" in lines[0]
+    assert "a fox" in lines[0]
     like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
     row = jobs_row(cloud.database, like)
     assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
@@ -17891,8 +17921,8 @@ def readme() -> str:
 
 def readme_blocks(text: str, *languages: str) -> list[str]:
     """The code blocks in one of these languages."""
-    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [block for language, block in found if language in languages]
+    blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for language, block in blocks if language in languages]
 
 
 def readme_commands(text: str) -> Iterator[list[str]]:
@@ -17906,11 +17936,11 @@ def readme_commands(text: str) -> Iterator[list[str]]:
                 continue
             lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
             lexer.whitespace_split = True
-            words = [*lexer, ";"]
-            while words:
-                end = next(i for i, word in enumerate(words) if set(word) <= set("();<>|&"))
-                command = words[:end]
-                words = words[end + 1 :]
+            tokens = [*lexer, ";"]
+            while tokens:
+                end = next(i for i, word in enumerate(tokens) if set(word) <= set("();<>|&"))
+                command = tokens[:end]
+                tokens = tokens[end + 1 :]
                 while command and re.fullmatch(r"\w+=.*", command[0]):
                     command.pop(0)
                 for start in (
@@ -17974,8 +18004,8 @@ def test_the_backend_in_the_readme_makes_an_image(box: Box, readme: str, linked:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "a fox" in server.seen[0].body.decode() + server.seen[0].path
-    about = box.sidecar(done.stdout.strip())
-    assert (about["width"], about["height"], about["backend"]) == (64, 48, name)
+    sidecar = box.sidecar(done.stdout.strip())
+    assert (sidecar["width"], sidecar["height"], sidecar["backend"]) == (64, 48, name)
 
 
 def test_the_readme_names_every_key_of_the_config(readme: str) -> None:
@@ -18199,13 +18229,13 @@ def test_readme_bench_memory(bench: BenchBox) -> None:
                     | {"api_key_env": "OPENAI_API_KEY"},
                 }
             )
-            for name, found in peaks.items():
+            for name, measured in peaks.items():
                 runs = [
                     lambda name=name: (
                         bench.run(*bench.script, "generate", "a fox", "-b", name, "-q").peak
                     )
                 ]
-                found += bench.medians(3, *runs)
+                measured += bench.medians(3, *runs)
     rows = [
         ("B: argparse, json, compile()", floor, floor, ""),
         ("imagen.py --help", helped, floor + 3, "B + 3 MB"),
@@ -18530,13 +18560,13 @@ def test_readme_bench_memory_of_an_upload(bench: BenchBox) -> None:
         for pad in (1 << 10, 40 << 20):
             path = bench.root / f"{pad}.png"
             path.write_bytes(png(pad=pad))
-            about = {
+            sidecar = {
                 **supabase_record()["sidecar"],
                 "image_id": str(uuid.uuid4()),
                 "bytes": path.stat().st_size,
             }
-            about |= {"timestamp": "2026-11-20T08:00:00+01:00", "mime_type": "image/png"}
-            Path(f"{path}.json").write_text(json.dumps(about))
+            sidecar |= {"timestamp": "2026-11-20T08:00:00+01:00", "mime_type": "image/png"}
+            Path(f"{path}.json").write_text(json.dumps(sidecar))
             peaks += bench.medians(
                 5, lambda path=path: bench.run(*bench.script, "sync", str(path)).peak
             )  # type: ignore[misc]
@@ -18553,7 +18583,7 @@ def test_readme_bench_memory_of_an_upload(bench: BenchBox) -> None:
 @pytest.mark.timeout(300)
 def test_readme_bench_a_job_is_picked_up_at_once(bench_queue: BenchQueue) -> None:
     columns: list[list[float]] = [[] for _ in range(6)]
-    wake, claim, whole, pickup, done, both = columns
+    wake, claim, entire, pickup, done, both = columns
     with bench_queue.floor() as floor, bench_queue.worker() as worker:
         for number in range(220):
             time.sleep(random.uniform(0.005, 0.02))
@@ -18581,7 +18611,7 @@ def test_readme_bench_a_job_is_picked_up_at_once(bench_queue: BenchQueue) -> Non
     rows += bench_spread(
         "COMMIT to the job's first line", pickup, limit, "wake-up + claim + 350 us"
     )
-    rows += [*bench_spread("floor: COMMIT to done", whole), *bench_spread("COMMIT to done", done)]
+    rows += [*bench_spread("floor: COMMIT to done", entire), *bench_spread("COMMIT to done", done)]
     bench_report("A job's way, 200 rounds", "us", rows)
 
 
@@ -18603,12 +18633,12 @@ def test_readme_bench_a_backlog_is_drained(bench_queue: BenchQueue) -> None:
                 with bench_queue.worker("--once", "--concurrency", name) as worker:
                     ended = bench_queue.until(worker, ": done", count)
                 column.append((ended - min(bench_queue.began())) / 1e6 / count)
-    floor_ms, one, eight = (statistics.median(column) for column in columns.values())
+    floor_ms, single, eight = (statistics.median(column) for column in columns.values())
     rows = [
         ("floor: claim, two files, finish", floor_ms, floor_ms, ""),
-        ("one by one", one, floor_ms / 0.6, "floor / 0.6"),
+        ("one by one", single, floor_ms / 0.6, "floor / 0.6"),
     ]
-    rows.append(("--concurrency 8", eight, one, "one by one"))
+    rows.append(("--concurrency 8", eight, single, "one by one"))
     bench_report(f"A job of a backlog of {count}, median of 5 rounds", "ms", rows)
 
 
@@ -18621,16 +18651,16 @@ def test_readme_bench_an_idle_worker_is_quiet(bench_queue: BenchQueue) -> None:
         with bench_queue.worker(dsn=dsn):
             time.sleep(2)
             before = wire.sent
-            told = len(wire.bytes_sent)
+            sent_before = len(wire.bytes_sent)
             time.sleep(30)
             trips = wire.sent - before
-            said = bytes(wire.bytes_sent[told:])
+            sent = bytes(wire.bytes_sent[sent_before:])
             mine = "from pg_stat_activity where datname = current_database() and application_name like 'imagen%'"
             connections = bench_queue.database.one(f"select count(*) {mine}")
     statements = 0
-    while said:
-        statements += said[:1] in (b"E", b"Q")
-        said = said[1 + int.from_bytes(said[1:5], "big") :]
+    while sent:
+        statements += sent[:1] in (b"E", b"Q")
+        sent = sent[1 + int.from_bytes(sent[1:5], "big") :]
     rows = [
         ("round trips", 2 * trips, 15, "15: one in 4 s"),
         ("statements", 2 * statements, 2 * statements or 1, ""),
