@@ -261,7 +261,7 @@ class Between(NamedTuple):
 
 
 @functools.cache
-def hints_of(cls: Any) -> dict[str, Any]:
+def hints_of(cls: Any) -> JsonObject:
     """The type hints of a shape, its marks included."""
     return typing.get_type_hints(cls, include_extras=True)
 
@@ -334,7 +334,7 @@ def _shape_literal(
 
 def _shape_fields(
     cls: Any,
-    data: Mapping[str, Any],
+    data: Fields,
     where: str,
     complaints: list[str],
 ) -> Any:
@@ -369,7 +369,7 @@ def _shape_marked(
     return shaped
 
 
-def schema(hint: Any) -> dict[str, Any]:
+def schema(hint: Any) -> JsonObject:
     """The JSON schema (draft 2020-12) of a shape, or of one hint: what `from_mapping` takes."""
     kind = typing.get_origin(hint)
     args = typing.get_args(hint)
@@ -690,7 +690,7 @@ class Request(NamedTuple):
     seed: int | None = None  # None: drawn before the adapter sees it, 0 … 2**31-1
     style: str = ""
     backend: str = ""  # instance name; "": the default
-    backend_opts: Mapping[str, Any] = EMPTY
+    backend_opts: Fields = EMPTY
 
 
 class Order(NamedTuple):
@@ -708,7 +708,7 @@ class Order(NamedTuple):
     seed: int | None = None  # of the first image; the next ones count up
     style: str = ""
     backend: str = ""
-    backend_opts: Mapping[str, Any] = EMPTY
+    backend_opts: Fields = EMPTY
     n: int = 1  # images
     output: str = ""  # FILE, DIR/, or "" for what the config says
     cloud: str = ""  # on, off (private for ever), or "" for what the config says
@@ -728,7 +728,7 @@ class Result(NamedTuple):
     steps: int | None = None  # the number really used
     cost_usd: float | None = None  # None: unknown, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
-    metadata: Mapping[str, Any] = EMPTY  # everything else worth keeping, verbatim in the sidecar
+    metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
 
 
 class Price(NamedTuple):
@@ -767,7 +767,7 @@ class Context:
         self.deadline = self.started + min(timeout, 1e6)  # no lock waits for 1e10 s
         self.why = ""
         self.charged: Charged = "no"
-        self.remote_ids: dict[str, Any] = {}
+        self.remote_ids: JsonObject = {}
         self._stopped = threading.Event()
         self._sockets: set[socket.socket] = set()
 
@@ -871,7 +871,7 @@ class Backend:
         self.options = options
 
     @classmethod
-    def plan(cls, options: Any, request: Request) -> Mapping[str, Any]:
+    def plan(cls, options: Any, request: Request) -> Fields:
         """What would be sent, without key or network; BadRequest for what is sure to be refused."""
         return {name: getattr(request, name) for name in ("width", "height", "steps", "seed")}
 
@@ -886,7 +886,7 @@ class Backend:
         """The image. Every adapter has its own."""
         raise BadConfig(f"{type(self).__name__} makes no images")
 
-    def resume(self, ctx: Context, remote: Mapping[str, Any], request: Request) -> Result:
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an attempt that somebody else began; only where the remote keeps results.
 
         `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent;
@@ -894,7 +894,7 @@ class Backend:
         """
         raise Ended("this kind of backend keeps no results")
 
-    def cancel(self, ctx: Context, remote: Mapping[str, Any]) -> None:
+    def cancel(self, ctx: Context, remote: Fields) -> None:
         """End the remote job; called with a fresh 3-second context. Raises where that failed."""
         raise Unknown("this kind of backend cannot be cancelled")
 
@@ -916,9 +916,7 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     return add
 
 
-def options_of(
-    name: str, blocks: Mapping[str, Any], opts: Mapping[str, Any] = EMPTY
-) -> tuple[type[Backend], Any]:
+def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Backend], Any]:
     """The adapter class of the backend called `name`, and its checked Options.
 
     A request's `opts` are laid over the block; BadRequest where it may not set them.
@@ -944,8 +942,8 @@ def options_of(
 
 def open_backend(
     name: str,
-    blocks: Mapping[str, Any],
-    opts: Mapping[str, Any] = EMPTY,
+    blocks: Fields,
+    opts: Fields = EMPTY,
 ) -> Backend:
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
@@ -954,7 +952,7 @@ def open_backend(
 
 
 @contextmanager
-def _complaints_about(name: str, opts: Mapping[str, Any]) -> Iterator[None]:
+def _complaints_about(name: str, opts: Fields) -> Iterator[None]:
     try:
         yield
     except BadConfig as problem:
@@ -3613,7 +3611,7 @@ class Sidecar(TypedDict, total=False):
     seed: int | None  # None: nobody knows which was used
     steps: int | None
     timestamp: str  # ISO 8601 with offset
-    requested: dict[str, Any]  # width, height, steps, backend_opts
+    requested: JsonObject  # width, height, steps, backend_opts
     width: int  # pixels; until the image is there those that were asked of the backend
     height: int
     mime_type: str
@@ -3624,7 +3622,7 @@ class Sidecar(TypedDict, total=False):
     charged: Charged
     ignored: list[str]
     storage_path: str | None
-    metadata: dict[str, Any]
+    metadata: JsonObject
     imagen_version: str
     private: bool
 
@@ -3645,9 +3643,9 @@ class Record(TypedDict, total=False):
     sidecar_wanted: bool
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
-    remote: dict[str, Any]  # the remote's ids
+    remote: JsonObject  # the remote's ids
     charged: Charged
-    image: dict[str, Any]  # file, sha256, bytes
+    image: JsonObject  # file, sha256, bytes
     claim: str  # a name that is being taken on a disk without hard links
     path: str  # where the image is
     object: str  # where it is in the bucket
@@ -3746,7 +3744,7 @@ class Entry:
         self.fd = -1
 
 
-def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
+def append_line(fd: int, line: Fields, durable: bool) -> None:
     """One JSON line, or nothing and OSError where the disk is full; the caller holds the lock."""
     size = os.fstat(fd).st_size
     data = f"{to_json(line)}\n".encode()
@@ -3759,7 +3757,7 @@ def append_line(fd: int, line: Mapping[str, Any], durable: bool) -> None:
         os.fsync(fd)
 
 
-def merge_line(record: Any, line: Mapping[str, Any]) -> None:
+def merge_line(record: Any, line: Fields) -> None:
     """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
     for key, value in line.items():
         known = record.get(key)
@@ -3774,13 +3772,13 @@ def merged(text: bytes) -> Record:
     >>> merged(b'{"id": "a", "remote": {"x": 1}}\\n{"remote": {"y": 2}}\\n{"path": "/t')
     {'id': 'a', 'remote': {'x': 1, 'y': 2}}
     """
-    record: dict[str, Any] = {}
+    record: JsonObject = {}
     for line in text.splitlines():
         merge_line(record, parsed(line))
     return from_release_before(record)
 
 
-def from_release_before(record: dict[str, Any]) -> Record:
+def from_release_before(record: JsonObject) -> Record:
     """A record of release 0.1.0, which kept request and result beside the sidecar, as it is now."""
     if "request" in record:
         request = request_of(record.pop("request"))
@@ -3788,7 +3786,7 @@ def from_release_before(record: dict[str, Any]) -> Record:
         sidecar = first_sidecar(request, styled, record.pop("model", None), record.get("price"))
         sidecar["image_id"] = record.pop("image_id", record.get("id"))
         sidecar["timestamp"] = record.get("at", "")
-        fields = typing.cast(dict[str, Any], sidecar)
+        fields = typing.cast(JsonObject, sidecar)
         if result := record.pop("result", None):
             fields.update(result_fields(result, request.seed))
         fields.update(record.get("sidecar") or {})
@@ -3831,7 +3829,7 @@ def first_sidecar(
     return sidecar
 
 
-def result_fields(result: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+def result_fields(result: Fields, seed: int | None) -> JsonObject:
     """What a backend's Result, as a mapping, adds to a sidecar whose request had this seed."""
     ignored = list(result.get("ignored") or ())
     if result.get("seed") is not None:
@@ -3975,7 +3973,7 @@ def images_made(
             yield record
 
 
-def is_image(record: Mapping[str, Any]) -> bool:
+def is_image(record: Fields) -> bool:
     """Whether a record tells of an image, in the types that everybody relies on."""
     sidecar = record.get("sidecar")
     return (
@@ -3994,7 +3992,7 @@ def find_image(name: str) -> Record | None:
     if name == "last":
         return next(images_made(), None)
     path = ""
-    sidecar: dict[str, Any] = {}
+    sidecar: JsonObject = {}
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
@@ -4112,7 +4110,7 @@ class Supabase:
         rows = postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
         return str(rows[0]["storage_path"]) if rows else ""
 
-    def add_image(self, row: Mapping[str, Any]) -> str:
+    def add_image(self, row: Fields) -> str:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
         # So nobody's later edits are touched.
         prefer = "return=representation,resolution=ignore-duplicates"
@@ -4123,7 +4121,7 @@ class Supabase:
             return str(rows[0]["storage_path"])
         return self.storage_path_of(row["id"]) or str(row["storage_path"])
 
-    def add_usage(self, row: Mapping[str, Any]) -> bool:
+    def add_usage(self, row: Fields) -> bool:
         """Insert a row of mai.imagen_usage, or correct it.
 
         False where the table knows no id of ours to correct it by. It may be another's: columns
@@ -4160,7 +4158,7 @@ def column_to_leave_out(message: str) -> str:
     return ""
 
 
-def postgrest_rows(response: HttpResponse) -> list[Mapping[str, Any]]:
+def postgrest_rows(response: HttpResponse) -> list[Fields]:
     """The rows of an answer; Failed where it is no list of them."""
     rows = response.json()
     if not isinstance(rows, list):
@@ -4216,7 +4214,7 @@ def without(prompt: str, text: str) -> str:
     return re.sub(r"(?:\s|\\[nrtfbv]|\\u\w{4})+".join(patterns), "…", text)
 
 
-def image_row(record: Record) -> dict[str, Any]:
+def image_row(record: Record) -> JsonObject:
     """The row of imagen.images for a journal record whose object is uploaded."""
     sidecar = {**record["sidecar"], "storage_path": record["object"]}
     columns = (
@@ -4240,9 +4238,9 @@ def image_row(record: Record) -> dict[str, Any]:
     }
 
 
-def usage_row(record: Record) -> dict[str, Any]:
+def usage_row(record: Record) -> JsonObject:
     """The row of mai.imagen_usage for an attempt that cost money or may have; no prompt in it."""
-    sidecar: Mapping[str, Any] = record.get("sidecar") or {}
+    sidecar: Fields = record.get("sidecar") or {}
     columns = ("model", "width", "height", "steps", "latency_ms", "cost_usd_estimate", "backend")
     image_id = None
     if record.get("path"):
@@ -4283,7 +4281,7 @@ class Plan(NamedTuple):
     request: Request  # as written, its backend named and its seed drawn
     styled: Request  # what the adapter sees
     price: Price
-    parameters: Mapping[str, Any]  # what would be sent, as far as it is known
+    parameters: Fields  # what would be sent, as far as it is known
     parallel: int
     record: Record  # how the journal entry will begin
 
@@ -4650,7 +4648,7 @@ def styled_request(sidecar: Sidecar) -> Request:
     return request_of(fields)
 
 
-def sparse(request: Request) -> dict[str, Any]:
+def sparse(request: Request) -> JsonObject:
     """A request without the fields that are at their defaults."""
     defaults = Request._field_defaults
     return {key: value for key, value in request._asdict().items() if value != defaults.get(key)}
@@ -7616,7 +7614,7 @@ def tell_unfinished(terminal: Terminal) -> None:
 
 def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     """The order that the flags of `generate` and `jobs add` ask for."""
-    fields: dict[str, Any] = {"prompt": ""}
+    fields: JsonObject = {"prompt": ""}
     if args.like:
         fields = sparse(request_like(args.like, styles))
     if args.prompt == "-":
@@ -7641,9 +7639,9 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     return from_mapping(Order, {**fields, "backend_opts": options}, "request", BadRequest)
 
 
-def options_from(pairs: Sequence[str]) -> dict[str, Any]:
+def options_from(pairs: Sequence[str]) -> JsonObject:
     """The options that `--opt KEY=VALUE` name; a VALUE that is no JSON is text."""
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -7718,7 +7716,7 @@ class TerminalRunner(Runner):
         super().__init__(items, config, timeout, parallel)
         self.terminal = terminal
         self.count = len(items)
-        self.images: dict[str, dict[str, Any]] = {}  # by id, for --json
+        self.images: dict[str, JsonObject] = {}  # by id, for --json
         self.warnings: list[str] = []
         self.stopped_at = 0.0
 
@@ -7764,7 +7762,7 @@ class TerminalRunner(Runner):
 
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
-        document: dict[str, Any] = {"images": [*self.images.values()], "warnings": self.warnings}
+        document: JsonObject = {"images": [*self.images.values()], "warnings": self.warnings}
         if len(self.errors) > 1:
             document["errors"] = [self.terminal.fields(error) for error in self.errors]
         return self.terminal.result(document, error=self.worst())
@@ -8024,7 +8022,7 @@ def list_unfinished(terminal: Terminal) -> int:
     """What `imagen recover` says without an id."""
     rows = []
     for entry in unfinished():
-        sidecar: Mapping[str, Any] = entry.record.get("sidecar") or {}
+        sidecar: Fields = entry.record.get("sidecar") or {}
         row = {
             **{key: entry.record.get(key) for key in ("id", "at", "charged", "path", "remote")},
             "backend": sidecar.get("backend"),
@@ -8103,7 +8101,7 @@ def show_missing(rows: Sequence[OpenEntry], terminal: Terminal) -> int:
     terminal.note(summary)
     documents = []
     for row in rows:
-        document: dict[str, Any] = {
+        document: JsonObject = {
             "id": row.record["id"],
             "path": row.record.get("path"),
             "lacks": missing_uploads(row.record),
@@ -8155,7 +8153,7 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
     return OpenEntry("", anew, "to deliver")
 
 
-def may_have_row(sidecar: Mapping[str, Any]) -> bool:
+def may_have_row(sidecar: Fields) -> bool:
     """Whether a sidecar, which may come from anywhere, has what a row of imagen.images needs."""
     shape = {
         "image_id": str,
@@ -8277,10 +8275,10 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     since = args.since or ""
     if not re.fullmatch(r"\d{4}-\d\d-\d\d|", since):
         raise BadRequest(f'--since "{since}": not YYYY-MM-DD')
-    total: dict[str, Any] = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
-    groups: dict[str, dict[str, Any]] = {}
+    total: JsonObject = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
+    groups: dict[str, JsonObject] = {}
     for record in attempts():
-        sidecar: Mapping[str, Any] = record.get("sidecar") or {}
+        sidecar: Fields = record.get("sidecar") or {}
         made = bool(record.get("path"))
         day = str(record.get("at"))[:10]
         if day < since or (not made and record.get("charged", "no") == "no"):
@@ -8693,7 +8691,7 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
     if value.startswith("-"):
         parser.add_argument(*names, value, action="store_true", help=text)
         return
-    options: dict[str, Any] = {"help": text, "metavar": value.strip("[]…*")}
+    options: JsonObject = {"help": text, "metavar": value.strip("[]…*")}
     if default := re.search(r"\((\S+)\)$", text):
         options["default"] = default[1]
     if kind := {"N": int, "S": float}.get(value):
