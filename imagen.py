@@ -687,7 +687,7 @@ class Request(NamedTuple):
     width: int = 0  # pixels; 0: the backend's default
     height: int = 0
     steps: int = 0  # 0: the backend's default
-    seed: int | None = None  # None: drawn before the adapter sees it, 0 … 2**31-1
+    seed: int | None = None  # None: drawn before the adapter sees it; below 2**63
     style: str = ""
     backend: str = ""  # instance name; "": the default
     backend_opts: Fields = EMPTY
@@ -857,8 +857,13 @@ class Backend:
 
     It gets options that fit `Options` and a request with seed drawn and style applied, and reads
     nothing else. It never prints, and writes no file but ctx.spool(). It reports with ctx.progress,
-    waits with ctx.sleep, goes out through `Http`, and lets what these raise pass. It raises the
-    classes of section Errors; Ended where nothing will come.
+    waits with ctx.sleep, goes out through `Http`, and lets what these raise pass.
+
+    A remote that has jobs: ctx.remote(id=…) as soon as there is an id, before any wait; then
+    `resume` can fetch the result after a kill. ctx.settle says what an attempt that makes no image
+    has cost; one that makes an image was charged in any case. It raises the classes of section
+    Errors: Ended where the job is over and nothing will come, Unknown where nobody can tell.
+    Options may have `model`, which the sidecar names, and `parallel`, how many at a time (1).
     """
 
     paid: ClassVar[bool] = True
@@ -3728,10 +3733,10 @@ class Entry:
             sync_folder(os.path.dirname(self.path))
         merge_line(self.record, line)
 
-    def finish(self) -> None:
+    def to_ledger(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
-        unfinished_business = ("sending", "name", "claim", "storage")
-        line = {key: value for key, value in self.record.items() if key not in unfinished_business}
+        open_fields = ("sending", "name", "claim", "storage")
+        line = {key: value for key, value in self.record.items() if key not in open_fields}
         with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
             append_line(file.fileno(), line, durable=bool(self.record.get("paid")))
         os.unlink(self.path)
@@ -4383,7 +4388,7 @@ def refuse_keys(order: Order, config: Config) -> None:
     for block in config.backends.values():
         if cls := BACKENDS.get(str((block or {}).get("type"))):
             for field in marked(cls.Options, KEY):
-                variables.add(block.get(field) or cls.Options._field_defaults[field])
+                variables.add(block.get(field) or cls.Options._field_defaults.get(field, ""))
     for variable in variables:
         if value := os.environ.get(variable, "").strip():
             Secret(value)
@@ -4398,7 +4403,7 @@ class Run(Context):
     entry: Entry
     paid: bool
     begun = False  # whether there is an entry
-    resumed = True  # somebody else began it, and knows how long it took
+    began_elsewhere = False  # by a process that has ended, so nobody knows how long it took
     _spool: Spool | None = None
     _delivery: Context | None = None
     _cleaned = False  # of hidden names
@@ -4435,7 +4440,7 @@ class Run(Context):
         if self.job:
             record["job"] = self.job
         self.adopt(Entry.create(record))
-        self.resumed = False
+        self.began_elsewhere = False
 
     def adopt(self, entry: Entry) -> None:
         """Go on with an entry that somebody began."""
@@ -4445,6 +4450,7 @@ class Run(Context):
         record.setdefault("sidecar", {})
         self.entry = entry
         self.begun = True
+        self.began_elsewhere = True
         self._cleaned = False
         self.id = record["id"]
         self.image_id = record["sidecar"].get("image_id") or self.id
@@ -4532,7 +4538,7 @@ class Run(Context):
             self.clean()
         self.entry.record["charged"] = self.charged
         try:
-            self.entry.finish()
+            self.entry.to_ledger()
             self.clean()
         except OSError as problem:
             self.warn(f"journal: {self.entry.path}: {problem.strerror}; the entry stays open")
@@ -4551,7 +4557,7 @@ class Run(Context):
                 self.warn(f"the bytes that were paid are kept in {place}")
 
     @contextmanager
-    def attempting(self, backend: Backend | None = None) -> Iterator[None]:
+    def recording_failure(self, backend: Backend | None = None) -> Iterator[None]:
         """What fails inside leaves as an ImagenError that knows its `charged`.
 
         The journal has it by then, and the entry is closed or let go.
@@ -4615,7 +4621,7 @@ class Run(Context):
 
     def _failure_message(self, error: ImagenError, cancelled: bool) -> str:
         message = f"{self.entry.record['sidecar'].get('backend', '')}: {error}"
-        if self.resumed:
+        if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
             ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
@@ -4663,7 +4669,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.record["name"]))
     run.begin(plan)
-    with run.attempting(backend):
+    with run.recording_failure(backend):
         run.check()
         return backend.generate(run, plan.styled)
 
@@ -4673,11 +4679,11 @@ def finish(run: Run, result: Result) -> Record:
 
     Returns the record, with `path` and the whole sidecar.
     """
-    with run.attempting():
+    with run.recording_failure():
         if run.paid:
             run.charged = "yes"
         latency = None
-        if not run.resumed:
+        if not run.began_elsewhere:
             latency = round((time.monotonic() - run.started) * 1000)
         image = result.image
         if isinstance(image, bytes | bytearray):
@@ -4895,7 +4901,7 @@ def upload_object(run: Run, cloud: Supabase) -> None:
             return
         path = object_path(record["storage"], run.id, os.path.splitext(image)[1][1:])
     with open(image, "rb") as file:
-        if run.resumed:
+        if run.began_elsewhere:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if sidecar.get("sha256") not in (None, digest):
                 raise BadRequest(f"{image} was changed since it was made")
@@ -4943,7 +4949,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
         return record
     # 2. Bytes that are here, under a hidden name or under one that was being taken.
     if place := run.complete_image_path():
-        with run.attempting():
+        with run.recording_failure():
             if run.paid:
                 run.settle("yes")
             return save(run, place)
@@ -4988,7 +4994,7 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     try:
-        with run.attempting(backend):
+        with run.recording_failure(backend):
             return backend.resume(run, remote, request)
     except Ended as problem:
         if run.charged != "unknown" and type(backend).resume is not Backend.resume:
@@ -5468,7 +5474,7 @@ TURN = {
     THEN 'failed' ELSE 'pending' END AS status) next
   WHERE j.id = dead.id RETURNING j.id, j.status)""",
     # of the jobs whose images wait here for the cloud: those that nobody will run again
-    "over": """over AS (
+    "ended": """ended AS (
   SELECT id FROM imagen.jobs
   WHERE id = ANY(:undelivered::uuid[]) AND status NOT IN ('pending', 'running'))""",
     # and those whose images the cloud has taken by now
@@ -5538,7 +5544,9 @@ class Queue:
             "SET default_transaction_isolation = 'read committed'; "
             # Jobs come faster than statistics of them: without these a claim sorts all that
             # wait, and keeps doing so.
-            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off"
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off; "
+            # What these make dear in the planner's eyes is not worth compiling at every poll.
+            "SET jit = off"
         )
 
     def _on_notification(self, *_: Any) -> None:
@@ -5702,6 +5710,7 @@ class Attempt(Run):
         lease_end = receipt.sent_at + self.worker.config.worker.lease_s
         if not receipt.stands or time.monotonic() > lease_end:
             self.stop("lost")
+            self.check()  # which raises
         super().sending()
 
     def remote(self, **ids: Any) -> None:
@@ -5960,7 +5969,7 @@ class Worker:
         if self.delivered:
             parts["delivered"] = {"images": to_jsonb(dict(self.delivered))}
         if self.undelivered:
-            parts["over"] = {"undelivered": [*self.undelivered]}
+            parts["ended"] = {"undelivered": [*self.undelivered]}
         # 5. New jobs, for the slots of the finished ones too.
         free = self.concurrency - len(busy)
         if free and not self.stops and (self._more_expected or polling or finished):
@@ -6038,10 +6047,10 @@ class Worker:
         # 6. The backlog.
         for row in rows["delivered"]:
             del self.delivered[row["id"]]
-        if "over" in turn.parts:
-            over = [self.undelivered[row["id"]] for row in rows["over"]]
+        if "ended" in turn.parts:
+            ended = [self.undelivered[row["id"]] for row in rows["ended"]]
             self.undelivered = {}
-            self._backlog_thread = in_thread(self.deliver_backlog, over)
+            self._backlog_thread = in_thread(self.deliver_backlog, ended)
         busy = self._backlog_thread and self._backlog_thread.is_alive()
         if time.monotonic() > self._backlog_at and not busy and not self.undelivered:
             self._backlog_at = time.monotonic() + BACKLOG_S
@@ -6090,39 +6099,42 @@ class Worker:
     def image_of(self, run: Attempt, config: Config) -> Record:
         """The record of the job's image: found here, fetched where it was paid for, or made."""
         (plan,) = plans_of(run.order, config)
+        if run.number > 1 and (record := self.from_leftovers(run, config)):
+            return record
+        if record := self.from_receipt(run, plan, config):
+            return record
+        return finish(run, make(plan, config, run))
+
+    def from_leftovers(self, run: Attempt, config: Config) -> Record | None:
+        """What an earlier attempt has left on this host: the image, or the way to it."""
         receipt = run.row["receipt"]
         own_id = run.id
-        # 1. An earlier attempt on this host may have left it, or the way to it.
-        leftovers = []
-        if run.number > 1:
-            leftovers = entries()
-        for leftover in leftovers:
+        for leftover in entries():
             if leftover.record.get("job") != run.job:
                 continue
             entry = Entry.take(leftover.path)
             if not entry:
                 continue
-            record = self.recovered(run, entry, config)
-            if record:
+            if record := self.recovered(run, entry, config):
                 return record
+            # Whoever wrote the receipt was here, and knows that it cost nothing.
             if receipt and run.charged == "no" and run.id == job_uuid(run.job, receipt["attempt"]):
-                # Whoever wrote the receipt was here, and knows that it cost nothing.
                 run.unpaid.append(receipt["attempt"])
-                receipt = None
             run.id = own_id
-        # 2. Another host may have paid for it: as if we had sent it, and lost the answer.
-        if receipt:
-            prepare_folder(os.path.dirname(plan.record["name"]))
-            run.begin(plan)
-            run.resumed = True
-            run.note_best_effort(
-                sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {}
-            )
-            record = self.recovered(run, run.entry, config)
-            if record:
-                return record
-        # 3. Nobody has.
-        return finish(run, make(plan, config, run))
+        return None
+
+    def from_receipt(self, run: Attempt, plan: Plan, config: Config) -> Record | None:
+        """What another host may have paid for: as if we had sent it, and lost the answer."""
+        receipt = run.row["receipt"]
+        if not receipt or receipt["attempt"] in run.unpaid:
+            return None
+        prepare_folder(os.path.dirname(plan.record["name"]))
+        run.begin(plan)
+        run.began_elsewhere = True
+        run.note_best_effort(
+            sending=receipt["at"], charged="unknown", remote=receipt.get("remote") or {}
+        )
+        return self.recovered(run, run.entry, config)
 
     def recovered(self, run: Attempt, entry: Entry, config: Config) -> Record | None:
         """The record of an earlier attempt's image, or None where it may be made anew."""
@@ -6210,7 +6222,7 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
         if error.retryable:
             return most
         return 0
-    if not run.resumed or run.entry.record.get("over"):
+    if not run.began_elsewhere or run.entry.record.get("over"):
         return 0
     if not os.path.exists(run.entry.path):
         return 0
@@ -6649,7 +6661,7 @@ class Server:
         document = {
             "backends": [*self.config.backends],
             "default": self.config.default_backend,
-            "styles": [*STYLES, *self.config.styles],
+            "styles": [*{**STYLES, **self.config.styles}],
         }
         response.json(200, document)
 

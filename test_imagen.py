@@ -3095,7 +3095,7 @@ class Postgres:
                     *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
                 ],
                 self._who,
-            ).finish()
+            ).to_ledger()
             hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
             (self.folder / "data" / "pg_hba.conf").write_text(hba)
             self.port = quiet_port()
@@ -9671,7 +9671,7 @@ def test_journal_who_waited_for_an_entry_that_was_finished_gets_nothing(
     with subprocess.Popen(command, cwd=HERE.parent, text=True, **pipes) as process:
         assert process.stdout
         assert process.stdout.readline() == "at the lock\n"
-        entry.finish()
+        entry.to_ledger()
         if reborn:
             imagen.Entry.create({"id": "x"}).unlock()
         assert process.communicate("\n", timeout=20)[0] == "None\n"
@@ -9681,7 +9681,7 @@ def test_journal_ledger_lines_stay_whole_beside_seven_other_writers(here: Box) -
     code = """if True:
         import sys, imagen
         for i in range(25):
-            imagen.Entry.create({"id": f"{sys.argv[1]}-{i}", "prompt": sys.argv[1] * 20_000}).finish()
+            imagen.Entry.create({"id": f"{sys.argv[1]}-{i}", "prompt": sys.argv[1] * 20_000}).to_ledger()
     """
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen([*command, str(number)], cwd=HERE.parent) for number in range(8)]
@@ -9694,13 +9694,13 @@ def test_journal_ledger_lines_stay_whole_beside_seven_other_writers(here: Box) -
 
 
 def test_journal_a_torn_ledger_line_hurts_only_itself(here: Box) -> None:
-    imagen.Entry.create({"id": "first"}).finish()
+    imagen.Entry.create({"id": "first"}).to_ledger()
     path = here.state / "ledger.jsonl"
     before = path.read_bytes()
     line = journal_lines([{"id": "torn", "path": "/ä.png"}])
     for cut in range(1, len(line) - 2):
         path.write_bytes(before + line[:cut])
-        imagen.Entry.create({"id": "last"}).finish()
+        imagen.Entry.create({"id": "last"}).to_ledger()
         assert [record["id"] for record in imagen.ledger()] == ["last", "first"]
 
 
