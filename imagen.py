@@ -4802,7 +4802,9 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     }
     if record.get("private"):
         sidecar["private"] = True
-    return sniffed.format, sidecar
+    # In the order in which a person reads it.
+    ordered = {key: sidecar[key] for key in Sidecar.__annotations__ if key in sidecar}  # type: ignore[literal-required]
+    return sniffed.format, typing.cast(Sidecar, ordered)
 
 
 def missing_uploads(record: Record) -> list[str]:

@@ -9701,7 +9701,7 @@ def test_journal_a_torn_ledger_line_hurts_only_itself(here: Box) -> None:
     for cut in range(1, len(line) - 2):
         path.write_bytes(before + line[:cut])
         imagen.Entry.create({"id": "last"}).to_ledger()
-        assert [record["id"] for record in imagen.ledger()] == ["last", "first"]
+        assert [record["id"] for record in imagen.attempts()] == ["last", "first"]
 
 
 def test_nobody_else_may_read_the_journal(here: Box) -> None:
