@@ -3095,7 +3095,7 @@ class Postgres:
                     *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
                 ],
                 self._who,
-            ).to_ledger()
+            ).finish()
             hba = "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
             (self.folder / "data" / "pg_hba.conf").write_text(hba)
             self.port = quiet_port()
