@@ -12813,7 +12813,7 @@ def test_queue_a_turn_of_all_parts_touches_each_row_once(
             renewed={"heartbeats": json.dumps([{"id": renewed, "attempt": 1, "note": "drawing"}])},
             to_cancel={"mine": [settled, renewed]},
             rescued={"steady": False},
-            over={"undelivered": [settled, delivered]},
+            ended={"undelivered": [settled, delivered]},
             delivered={"images": json.dumps({delivered: image, settled: image})},
             waiting={},
             claimed={"free": 5},
@@ -12825,7 +12825,7 @@ def test_queue_a_turn_of_all_parts_touches_each_row_once(
         assert ids["settled"] == {settled}
         assert ids["renewed"] == ids["to_cancel"] == {renewed}
         assert ids["rescued"] == {lost}
-        assert ids["over"] == {delivered}
+        assert ids["ended"] == {delivered}
         assert ids["delivered"] == {delivered, settled}
         assert len(ids["claimed"]) == 1  # of those that were pending before
     assert jobs_row(database, delivered)["image_id"] == image
