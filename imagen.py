@@ -84,18 +84,21 @@ EMPTY: Fields = types.MappingProxyType({})
 # === Errors: what can go wrong, and what each door makes of it ===
 #
 #   class        code         exit  HTTP  again  raised when
-#   ImagenError  bug             1   500  no     nobody expected it; everything below is expected
+#   ImagenError  bug             1   424  no     nobody expected it; everything below is expected
 #   BadRequest   usage           2   400  no     a flag, a size, a prompt cannot be meant
-#   BadConfig    config          3   500  no     a setting, key or permission is missing or wrong
+#   BadConfig    config          3   424  no     a setting, key or permission is missing or wrong
 #   Unreachable  unreachable     4   503  yes    the backend or the database was not reached
-#   Refused      refused         5   422  no     moderation: not this image, today or tomorrow
+#   Refused      refused         5   400  no     moderation: not this image, today or tomorrow
 #   Quota        quota           6   402  no     the account is empty
 #   Busy         busy            7   429  yes    rate limit or overload: not accepted, not charged
-#   Disk         disk            8   507  yes    the local disk is full or not ours to write
+#   Disk         disk            8   424  yes    the local disk is full or not ours to write
 #   Partial      partial         9   207  no     some of the images were made
-#   Unknown      unknown        10   502  no     sent, and nobody knows the outcome: maybe charged
-#   Failed       failed         11   502  no     the remote ran and failed, or our deadline passed
-#   Interrupted  interrupted   130   499  yes    somebody asked us to stop
+#   Unknown      unknown        10   424  no     sent, and nobody knows the outcome: maybe charged
+#   Failed       failed         11   424  no     the remote ran and failed, or our deadline passed
+#   Interrupted  interrupted   130   424  yes    somebody asked us to stop
+#
+# Clients repeat a 408, 409, 429 and every 5xx by themselves, whatever else the answer says. So over
+# HTTP these are for what was free; what was charged, or may have been, is 424 whatever it is.
 
 # Every spelling of every key in use, the longest first, so that none leaves the tail of another.
 KEY_SPELLINGS: list[str] = []
@@ -131,7 +134,7 @@ class ImagenError(Exception):
 
     code: ClassVar[str] = "bug"
     exit_code: ClassVar[int] = 1
-    http_status: ClassVar[int] = 500
+    http_status: ClassVar[int] = 424
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -168,7 +171,7 @@ class Unreachable(ImagenError):
 class Refused(ImagenError):
     code = "refused"
     exit_code = 5
-    http_status = 422
+    http_status = 400
 
 
 class Quota(ImagenError):
@@ -187,7 +190,7 @@ class Busy(ImagenError):
 class Disk(ImagenError):
     code = "disk"
     exit_code = 8
-    http_status = 507
+    http_status = 424
     retryable = True
 
 
@@ -200,13 +203,13 @@ class Partial(ImagenError):
 class Unknown(ImagenError):
     code = "unknown"
     exit_code = 10
-    http_status = 502
+    http_status = 424
 
 
 class Failed(ImagenError):
     code = "failed"
     exit_code = 11
-    http_status = 502
+    http_status = 424
 
 
 class Ended(Failed):
@@ -216,7 +219,7 @@ class Ended(Failed):
 class Interrupted(ImagenError):
     code = "interrupted"
     exit_code = 130
-    http_status = 499
+    http_status = 424
     retryable = True
 
 
@@ -303,11 +306,24 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
         return _shape_literal(args, value, where, complaints)
     if hint is float and type(value) is int and abs(value) < 1e300:
         return float(value)
-    if hint is Any or type(value) is hint:
+    if hint is Any:
+        _check_json(value, where, complaints)
+        return value
+    if type(value) is hint and value == value:  # which not-a-number is not
         return value
     expected, _ = TYPE_NAMES.get(kind or hint, ("a mapping", ""))
     complaints.append(f"{where or 'the whole'}: {_quoted(where, value)} is not {expected}")
     return value
+
+
+def _check_json(value: Any, where: str, complaints: list[str]) -> None:
+    try:
+        json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as problem:
+        # Dates, infinities, circles, halves of characters: nothing that could be sent or kept.
+        complaints.append(
+            f"{where}: {_quoted(where, value)[:80]} cannot be written as JSON: {problem}"
+        )
 
 
 def _quoted(where: str, value: Any) -> str:
@@ -517,7 +533,7 @@ class Sniffed(NamedTuple):
     """What a file turned out to be."""
 
     format: str  # its ending: png, jpg, webp, gif
-    width: int = 0  # pixels; 0 where the file breaks off
+    width: int = 0  # pixels; 0 where the file breaks off before it says so
     height: int = 0
     complete: bool = False  # the format's own end was found
 
@@ -533,57 +549,64 @@ def sniff(file: BinaryIO) -> Sniffed | None:
     if not match:
         return None
     ending = match.lastgroup or ""
-    measures = {"png": _png_size, "jpg": _jpeg_size, "gif": _gif_size, "webp": _webp_size}
+    readers = {"png": _read_png, "jpg": _read_jpeg, "gif": _read_gif, "webp": _read_webp}
+    size = (0, 0)
+    complete = False
     # A struct.error says that the file breaks off.
     with suppress(struct.error):
-        width, height = measures[ending](file)
-        return Sniffed(ending, width, height, complete=width > 0 < height)
-    return Sniffed(ending)
+        for known in readers[ending](file):
+            size = known
+        complete = min(size) > 0
+    return Sniffed(ending, *size, complete)
 
 
 def _unpack(file: BinaryIO, shape: str) -> tuple[Any, ...]:
     return struct.unpack(shape, file.read(struct.calcsize(shape)))
 
 
-Size = tuple[int, int]  # width and height
+# Each of these yields width and height as soon as they are known, and returns if the image is there
+# to its end; else struct.error.
+Sizes = Iterator[tuple[int, int]]
 
 
-# Each of these returns the size of an image that is there to its end;
-# else 0 and 0, or struct.error.
-def _png_size(file: BinaryIO) -> Size:
+def _read_png(file: BinaryIO) -> Sizes:
     file.seek(16)
-    size = _unpack(file, ">II9x")
+    width, height = _unpack(file, ">II9x")
+    yield width, height
     kind = b""
     while kind != b"IEND":
         length, kind = _unpack(file, ">I4s")
         file.seek(length, os.SEEK_CUR)
         # The CRC: this chunk is there to its last byte.
         _unpack(file, ">I")
-    return size
 
 
-def _jpeg_size(file: BinaryIO) -> Size:
-    width = height = marker = 0
+def _read_jpeg(file: BinaryIO) -> Sizes:
+    marker = 0
     file.seek(2)
     while marker != 0xDA:
-        # Fill bytes may stand before a marker.
+        # Some cameras leave stray bytes before a marker, and every viewer passes over them.
+        while _unpack(file, "B")[0] != 0xFF:
+            pass
+        # Fill bytes may stand there too.
         while (marker := _unpack(file, "B")[0]) == 0xFF:
             pass
         place = file.tell()
         (length,) = _unpack(file, ">H")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = _unpack(file, ">xHH")
+            yield width, height
         file.seek(place + length)
     # From here on FF D9 means nothing but the end.
     last = b""
     while block := file.read(1 << 16):
         if b"\xff\xd9" in last + block:
-            return width, height
+            return
         last = block[-1:]
-    return 0, 0
+    raise struct.error("no end of image")
 
 
-def _webp_size(file: BinaryIO) -> Size:
+def _read_webp(file: BinaryIO) -> Sizes:
     file.seek(4)
     size, kind, head = _unpack(file, "<I4x4s4x10s")
     if kind == b"VP8X":
@@ -595,14 +618,15 @@ def _webp_size(file: BinaryIO) -> Size:
         height = 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[6:]))
+    yield width, height
     if file.seek(0, os.SEEK_END) < size + 8:
-        return 0, 0
-    return width, height
+        raise struct.error("shorter than it says")
 
 
-def _gif_size(file: BinaryIO) -> Size:
+def _read_gif(file: BinaryIO) -> Sizes:
     file.seek(6)
     width, height, flags = _unpack(file, "<HHBxx")
+    yield width, height
     file.seek(_gif_colors(flags), os.SEEK_CUR)
     while (kind := _unpack(file, "c")[0]) in b",!":
         skipped = 1
@@ -612,8 +636,7 @@ def _gif_size(file: BinaryIO) -> Size:
         while size := _unpack(file, "B")[0]:
             file.seek(size, os.SEEK_CUR)
     if kind != b";":
-        return 0, 0
-    return width, height
+        raise struct.error("no trailer")
 
 
 def _gif_colors(flags: int) -> int:
@@ -622,26 +645,75 @@ def _gif_colors(flags: int) -> int:
     return 3 * 2 << (flags & 7)
 
 
-def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
-    """Base64 as JSON writes it (with `\\/` and `\\n`), decoded into `spool`.
+# Base64 as JSON may hold it, in either alphabet; where the answer breaks off its end is missing.
+BASE64_TEXT = re.compile(rb'"(?:data:[^",]*,)?((?:[\w+/=-]|\\[/nrt]|\\u00\w\w){28,})')
 
-    A megabyte at a time; Unknown where it is broken.
+
+def inflated(body: bytes | bytearray) -> bytes | bytearray:
+    """An answer without the gzip that nobody asked for; where it breaks off, what has come."""
+    if body[:2] == b"\x1f\x8b":
+        with suppress(zlib.error):
+            return zlib.decompressobj(31).decompress(body, 1 << 29)
+    return body
+
+
+def image_in(body: bytes | bytearray, spool: BinaryIO) -> tuple[int, int]:
+    """Where in an answer its image is, which is decoded into `spool`; 0, 0 where there is none.
+
+    As raw bytes, or as base64 under whatever name: what counts is that it decodes to an image.
+    """
+    if sniff(io.BytesIO(body[:64])):
+        spool.write(body)
+        return 0, len(body)
+    candidates = []
+    for match in BASE64_TEXT.finditer(body):
+        head = decode_base64(match[1][:80], io.BytesIO())
+        if sniff(head):
+            place = match.span(1)
+            # OpenAI's own name for it counts more than any other.
+            named = b"b64_json" in body[max(0, match.start() - 20) : match.start()]
+            candidates.append((named, place))
+    if not candidates:
+        return 0, 0
+    # A stream shows pictures of its progress before the image itself.
+    if body.lstrip()[:6] in (b"event:", b"data: "):
+        candidates.reverse()
+    _, (start, end) = max(candidates, key=lambda candidate: candidate[0])
+    decode_base64(memoryview(body)[start:end], spool)
+    return start, end
+
+
+def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
+    """Base64 as JSON writes it (`\\/`, `\\n`, `\\u002B`), in either alphabet, decoded into `spool`.
+
+    A megabyte at a time. Padding may be missing, and the end too.
     """
     pending = b""
     step = 1 << 20
     for start in range(0, len(text), step):
-        piece = re.sub(rb"\\[nrt]|\\(?=/)", b"", pending + bytes(text[start : start + step]))
-        end = len(piece)
-        if start + step < len(text):
-            # Four characters at a time; and the last waits, which may be half an escape.
-            end = (end - 1) // 4 * 4
-        pending = piece[end:]
-        try:
-            spool.write(binascii.a2b_base64(piece[:end]))
-        except binascii.Error as problem:
-            raise Unknown(f"sent, and the base64 in the answer is broken ({problem})") from None
+        piece = pending + bytes(text[start : start + step])
+        last = start + step >= len(text)
+        cut = len(piece)
+        if not last:  # half an escape waits
+            cut = max(0, piece.rfind(b"\\", cut - 6))
+            if cut < len(piece) - 6:
+                cut = len(piece)
+        pending = piece[cut:]
+        plain = re.sub(rb"\\u00(\w\w)", lambda hit: bytes.fromhex(hit[1].decode()), piece[:cut])
+        plain = re.sub(rb"\\[nrt]|\\", b"", plain).translate(BASE64_ALPHABET)
+        # Four characters at a time; of the last ones padding may be missing, or the end.
+        rest = len(plain) % 4
+        if last and rest > 1:
+            plain += b"=" * (4 - rest)
+        else:
+            pending = plain[len(plain) - rest :] + pending
+            plain = plain[: len(plain) - rest]
+        spool.write(binascii.a2b_base64(plain))
     spool.seek(0)
     return spool
+
+
+BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def png_encode(
@@ -768,6 +840,7 @@ class Context:
         self.why = ""
         self.charged: Charged = "no"
         self.remote_ids: JsonObject = {}
+        self.identity: JsonObject = {}  # prompt and seed as they stand in the paid body
         self._stopped = threading.Event()
         self._sockets: set[socket.socket] = set()
 
@@ -840,6 +913,13 @@ class Context:
         """The remote's ids of this job: written down before any wait."""
         self.remote_ids.update(ids)
 
+    def keep_answer(self, body: bytes | bytearray) -> None:
+        """The body of a paid answer: on disk before anybody judges it."""
+
+    def kept_answer(self) -> bytes:
+        """What `keep_answer` has kept of this attempt; nothing where it has not."""
+        return b""
+
     def spool(self) -> BinaryIO:
         """An empty file for the image to arrive in."""
         return io.BytesIO()
@@ -895,7 +975,7 @@ class Backend:
         """The image of an attempt that somebody else began; only where the remote keeps results.
 
         `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent;
-        and `taken`, the ids of other attempts' jobs.
+        `body`, the prompt and seed that were sent; and `taken`, the ids of other attempts' jobs.
         """
         raise Ended("this kind of backend keeps no results")
 
@@ -942,7 +1022,14 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
         for key in opts.keys() - allowed:
             message = f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
             raise BadRequest(message)
-        return cls, from_mapping(cls.Options, {**block, **opts})
+        options = from_mapping(cls.Options, block)
+        own = from_mapping(cls.Options, {**block, **opts})
+        merged_fields = {}
+        for key in opts:
+            both = (getattr(options, key), getattr(own, key))
+            if all(isinstance(value, Mapping) for value in both):
+                merged_fields[key] = {**both[0], **both[1]}
+        return cls, own._replace(**merged_fields)
 
 
 def open_backend(
@@ -975,6 +1062,10 @@ def _complaints_about(name: str, opts: Fields) -> Iterator[None]:
 KeyName = Annotated[str, KEY]  # of an environment variable
 Seconds = Annotated[float, Between(1, 3600)]
 Parallel = Annotated[int, Between(1, 64)]
+
+
+CONFIG_BYTES = 1 << 20  # of imagen.yaml
+CONFIG_VALUES = 100_000  # in it
 
 
 class OutputConfig(NamedTuple):
@@ -1074,12 +1165,31 @@ def sample_text() -> str:
     return SAMPLE + re.sub(r'"([\w./-]+)"', r"\1", "".join(lines))
 
 
+def full_path(path: str) -> str:
+    """An absolute path, `~` replaced; BadConfig where nobody says what that is."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise BadConfig(f"{path}: this user has no home folder", "set HOME, or name a full path")
+    return os.path.abspath(expanded)
+
+
+def xdg_folder(variable: str, default: str) -> str:
+    """The folder that an XDG variable names, or its default; a relative one does not count."""
+    folder = os.environ.get(variable, "")
+    if not os.path.isabs(folder):
+        folder = full_path(default)
+    return folder
+
+
 def config_path(flag: str = "", new: bool = False) -> str:
     """The config file in force, "" for none; or the place for a `new` one."""
     named = flag or os.environ.get("IMAGEN_CONFIG", "")
-    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    path = os.path.abspath(os.path.expanduser(named or f"{folder}/imagen.yaml"))
-    if new or os.path.isfile(path):
+    if named:
+        path = full_path(named)
+    else:
+        path = os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "imagen.yaml")
+    # What is there and cannot be read is an error later on, never "the defaults".
+    if new or os.path.lexists(path):
         return path
     if named:
         raise BadConfig(f"{path}: no such file", "make one with: imagen config init")
@@ -1101,7 +1211,7 @@ def config_data(flag: str = "") -> JsonObject:
     if path := config_path(flag):
         data = read_yaml(path)
     if isinstance(file := data.get("env_file"), str) and file:
-        load_env_file(os.path.expanduser(file))
+        load_env_file(full_path(os.path.expandvars(file)))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
@@ -1202,8 +1312,14 @@ def read_yaml(path: str) -> JsonObject:
         ) from None
     try:
         with open(path, "rb") as file:
-            raw = file.read()
-        data = yaml.safe_load(raw)
+            raw = file.read(CONFIG_BYTES + 1)
+        if len(raw) > CONFIG_BYTES:
+            raise BadConfig(f"{path}: more than {CONFIG_BYTES >> 20} MB, so hardly a config")
+        data = strict_loader(yaml)(raw).get_single_data()
+        if expanded_size(data, {}) > CONFIG_VALUES:
+            raise BadConfig(f"{path}: its aliases stand for more than {CONFIG_VALUES:,} values")
+    except BadConfig:
+        raise
     except OSError as problem:
         raise BadConfig(f"{path}: {problem.strerror}") from None
     # A date in February 30, 5,000 digits: what yaml cannot build is no YAMLError.
@@ -1223,25 +1339,63 @@ def read_yaml(path: str) -> JsonObject:
     return data or {}
 
 
+def strict_loader(yaml: Any) -> Any:
+    """PyYAML's safe loader, to which a key that stands twice, or is no text, is a mistake."""
+
+    class Strict(yaml.SafeLoader):  # type: ignore[misc]  # yaml is imported late
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = set()
+            for key_node, _ in node.value:
+                key = key_node.value
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue
+                reason = ""
+                if key_node.tag != "tag:yaml.org,2002:str":
+                    reason = f"{key} is no text as a name: put it in quotes"
+                elif key in keys:
+                    reason = f"{key} stands here twice"
+                if reason:
+                    raise yaml.constructor.ConstructorError(None, None, reason, key_node.start_mark)
+                keys.add(key)
+            return super().construct_mapping(node, deep)
+
+    return Strict
+
+
+def expanded_size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are once every alias stands for what it names."""
+    if id(value) not in known:
+        known[id(value)] = CONFIG_VALUES + 1  # of a circle
+        items: Iterable[Any] = ()
+        if isinstance(value, dict):
+            items = value.values()
+        elif isinstance(value, list):
+            items = value
+        known[id(value)] = 1 + sum(expanded_size(item, known) for item in items)
+    return known[id(value)]
+
+
 def load_env_file(path: str) -> None:
     """KEY=VALUE lines become environment variables where none is set.
 
     BadConfig where anybody but the owner may read the file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise BadConfig(f"env_file {path}: others can read it; chmod 600 {path}")
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
-    form = r"\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*([\"']?)(.*?)\2\s*)?"
+    # As a shell reads them: a comment may stand behind a value, and quotes keep a # in it.
+    value = r"""(?:"([^"]*)"|'([^']*)'|((?:[^\s#]|(?<!\s)#|[ \t](?!\s*#|\s*$))*))"""
+    form = rf"\s*(?:(?:export\s+)?([A-Za-z_]\w*)\s*=\s*{value}\s*)?(?:#.*)?"
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(form, line)
         if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
         if match[1]:
-            os.environ.setdefault(match[1], match[3])
+            os.environ.setdefault(match[1], match[2] or match[3] or match[4] or "")
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1532,6 +1686,8 @@ class Http:
         Sent once, and again only after a response that proves `no`.
         """
         data = json.dumps(body).encode()
+        fields = body.get("input", body)
+        self.ctx.identity = {name: fields[name] for name in ("prompt", "seed") if name in fields}
 
         def attempt() -> HttpResponse:
             response = self._exchange(self.base + path, data, paid=True)
@@ -1591,6 +1747,28 @@ class Http:
             url = joined(url, location.encode("latin-1").decode("utf-8", "replace"))
         raise Failed(f"{self.base}: more than {REDIRECTS} redirects")
 
+    def _request(
+        self,
+        url: str,
+        body: bytes | BinaryIO | None,
+        method: str | None,
+        headers: Strings,
+    ) -> Any:
+        import urllib.parse
+        import urllib.request
+
+        url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        ours = origin(url) == origin(self.base)
+        usual = {"User-Agent": f"imagen/{__version__}"}
+        if body is not None:
+            usual["Content-Type"] = "application/json"
+        request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
+        # Keys go to the base URL's own origin, and along no redirect.
+        if ours:
+            for name, value in self._keys.items():
+                request.add_unredirected_header(name, value)
+        return request
+
     def _exchange(
         self,
         url: str,
@@ -1605,19 +1783,9 @@ class Http:
         TransportError where the response is not all there.
         """
         import http.client
-        import urllib.parse
-        import urllib.request
 
-        # 1. The request. Keys go to the base URL's own origin, and along no redirect.
-        url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-        usual = {"User-Agent": f"imagen/{__version__}"}
-        if body is not None:
-            usual["Content-Type"] = "application/json"
-        ours = origin(url) == origin(self.base)
-        request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
-        if ours:
-            for name, value in self._keys.items():
-                request.add_unredirected_header(name, value)
+        # 1. The request, and how its way is watched.
+        request = self._request(url, body, method, headers)
         self.ctx.check()
         sent = []
 
@@ -1665,6 +1833,10 @@ class Http:
                 # Of an error, what has come will do.
                 if fine:
                     raise
+            finally:
+                # On disk before anybody judges it, also where it breaks off.
+                if paid and fine and received:
+                    self.ctx.keep_answer(received)
             self.ctx.check()
             if fine and max(size, length or 0) > limit:
                 raise Failed(f"the answer is larger than {limit >> 20} MB")
@@ -2353,7 +2525,7 @@ def comfy_workflow(path: str, nodes: Strings) -> tuple[Graph, JsonObject]:
     """
     # 1. Read it; a place is "6.text".
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
+        with open(full_path(os.path.expandvars(path)), encoding="utf-8") as file:
             graph: Graph = json.load(file)
         places = {
             f"{node}.{key}": spec["inputs"]
@@ -2602,6 +2774,7 @@ class ReplicateModel(NamedTuple):
     step: int = 1  # that an edge must be a multiple of
 
 
+REPLICATE_KEEPS_S = 3600.0  # results and inputs; and how far a clock may have been set back
 PRICED = "table of 2026-11-20"
 REPLICATE_MODELS = {
     "black-forest-labs/flux-schnell": ReplicateModel(0.003, steps=True),
@@ -2689,14 +2862,17 @@ class Replicate(Backend):
         Where the response to the create was lost, the id is looked for in the list.
         """
         http = self._http(ctx)
+        age = time.time() - epoch(str(remote.get("since")))
         prediction_id = remote.get("id") or self._listed(http, request, remote)
         # Its POST may still have been on its way.
-        if not prediction_id and time.time() - epoch(str(remote.get("since"))) < 30:
+        if not prediction_id and age < 30:
             ctx.sleep(2)
             prediction_id = self._listed(http, request, remote)
         if not prediction_id:
-            ctx.settle("no")
-            raise Ended("it never arrived there", "ask for the image again")
+            message = "nothing like it is among the predictions there"
+            # That proves nothing, but of what is older Replicate keeps nothing either.
+            kind = Ended if age > REPLICATE_KEEPS_S else Unknown
+            raise kind(message, "look at https://replicate.com/predictions")
         ctx.remote(id=prediction_id)
         try:
             prediction = http.get_json(f"/predictions/{prediction_id}")
@@ -2767,49 +2943,54 @@ class Replicate(Backend):
     def _listed(self, http: Http, request: Request, remote: Fields) -> str:
         """The id of the prediction that a lost create made, or "".
 
-        Same model and input, the first since then.
+        Same model, prompt and seed; of several the one nearest to when it was sent.
         """
 
-        # The rest of the input may have been configured anew since.
         def drawn(inputs: Any) -> Any:
             return [(inputs or {}).get(key) for key in ("prompt", "seed")]
 
-        requested = drawn(self.plan(self.options, request))
-        match = ""
+        # Release 0.1.0 did not note what it sent.
+        requested = drawn(remote.get("body") or self.plan(self.options, request))
+        sent_at = epoch(str(remote.get("since")))
+        matches = []
         removed = False
-        for item in replicate_list(http, remote.get("since", "")):
+        for item, ahead in replicate_list(http, sent_at - REPLICATE_KEEPS_S):
             is_taken = item["id"] in remote.get("taken", ())
             if is_taken or item.get("model") != self.model:
                 continue
             if self.version not in ("", item.get("version")):
                 continue
             removed |= bool(item.get("data_removed"))
-            # The list goes back in time, so the last of them is the first since then.
             if drawn(item.get("input")) == requested:
-                match = str(item["id"])
-        if removed and not match:
+                distance = abs(epoch(item.get("created_at") or "") - ahead - sent_at)
+                matches.append((distance, str(item["id"])))
+        if matches:
+            return min(matches)[1]
+        if removed:
             raise Ended(
                 "it may be one of those there whose inputs are gone: "
                 "Replicate keeps them for one hour"
             )
-        return match
+        return ""
 
 
-def replicate_list(http: Http, since: str) -> Iterator[Fields]:
-    """The predictions there are, newest first, back to a time by our clock."""
+def replicate_list(http: Http, since: float) -> Iterator[tuple[Fields, float]]:
+    """The predictions there are, newest first, back to a time by our clock.
+
+    Each with the seconds that their clock is ahead of ours.
+    """
     url = "/predictions"
     while url:
         response = http.get(url)
-        # Their clock may be minutes off.
         date = epoch(response.headers.get("Date", "")) or time.time()
         ahead = date - time.time()
         page = response.mapping()
         if not isinstance(page.get("results"), list):
             raise Failed(f"the list of predictions cannot be read: {response.excerpt()}")
         for prediction in page["results"]:
-            if epoch(prediction.get("created_at") or "") < epoch(since) + ahead - 2:
+            if epoch(prediction.get("created_at") or "") < since + ahead:
                 return
-            yield prediction
+            yield prediction, ahead
         url = page.get("next") or ""
 
 
@@ -2953,7 +3134,7 @@ OPENAI_METADATA = (
 
 @register("openai")
 class OpenAI(Backend):
-    """One POST that answers with the image: no job id, no second look, no cancel.
+    """One POST that answers with the image: no job id and no cancel, and no look but at the answer.
 
     https://developers.openai.com/api/reference/resources/images
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
@@ -3011,8 +3192,38 @@ class OpenAI(Backend):
         body, ignored = openai_body(options, request)
         ctx.progress("waiting for the image")
         response = http.pay("/images/generations", body)
+        return self._result(ctx, response.body, response.headers, request, ignored)
+
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
+        """The image of an answer that was kept here, or behind the link that it had."""
+        _, ignored = openai_body(self.options, request)
+        if remote.get("url"):
+            image = self._fetch(ctx, str(remote["url"]))
+            return Result(image, "", model=self.options.model, ignored=ignored)
+        if body := ctx.kept_answer():
+            return self._result(ctx, body, EMPTY, request, ignored, Ended)
+        raise Ended("this kind of backend keeps no results")
+
+    def _fetch(self, ctx: Context, link: str) -> BinaryIO:
+        # The link is all that we have of an image that was paid for.
+        ctx.remote(url=link)
+        try:
+            return self._http(ctx).download(joined(self.base + "/", link))
+        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
+            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
+
+    def _result(
+        self,
+        ctx: Context,
+        body: bytes | bytearray,
+        headers: Any,
+        request: Request,
+        ignored: tuple[str, ...],
+        without_image: type[ImagenError] = Unknown,
+    ) -> Result:
+        options = self.options
         # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
-        document, image = openai_answer(response, ctx)
+        document, image = openai_answer(body, ctx)
         item = (openai_data(document) or [{}])[0]
         usage = document.get("usage")
         if not isinstance(usage, dict):
@@ -3022,13 +3233,8 @@ class OpenAI(Backend):
             ctx.settle("yes")
         # 2. The image, from the response or behind its link.
         if not image and not link:
-            raise Unknown(
-                f"sent, and answered {response.status} without an image: {response.excerpt()[:200]}"
-            )
-        try:
-            image = image or http.download(joined(self.base + "/", str(link)))
-        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
-            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
+            raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
+        image = image or self._fetch(ctx, str(link))
         # 3. What is known of it.
         cost = openai_cost(options.model, usage)
         if cost is None:
@@ -3036,8 +3242,7 @@ class OpenAI(Backend):
         steps = request.steps or None
         if "steps" in ignored:
             steps = None
-        request_id = response.headers.get("x-request-id")
-        details = {**item, **document, "x_request_id": request_id}
+        details = {**item, **document, "x_request_id": headers.get("x-request-id")}
         return Result(
             image=image,
             mime_type=f"image/{document.get('output_format') or 'png'}",
@@ -3147,34 +3352,34 @@ def openai_data(document: Any) -> list[Fields]:
     return [item for item in document["data"] if isinstance(item, dict)]
 
 
-def openai_answer(response: HttpResponse, ctx: Context) -> tuple[JsonObject, BinaryIO | None]:
-    """The JSON of a response without its image, and the image; None: there is only a link.
+def openai_answer(
+    body: bytes | bytearray,
+    ctx: Context,
+) -> tuple[JsonObject, BinaryIO | None]:
+    """The JSON of an answer without its image, and the image; None: there is only a link.
 
-    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in
-    memory four times, so it is cut out and decoded piece by piece.
+    A 40 MB image is 54 MB of base64: parsed as JSON and decoded at once it would be in memory four
+    times, so it is cut out and decoded piece by piece. An answer that is no JSON, or breaks off
+    behind its image, has the image all the same.
     """
-    body = response.body
-    match = re.search(
-        rb'"b64_json"\s*:\s*"(?:data:[^",]*,)?([^"]+)"'
-        rb'|"url"\s*:\s*"data:[^",]*;base64,([^"]+)"',
-        body,
-    )
-    start = end = 0
-    if match:
-        start, end = match.span(match.lastindex or 1)
-    document = response._replace(body=body[:start] + body[end:]).json()
+    body = inflated(body)
+    spool = ctx.spool()
+    start, end = image_in(body, spool)
+    text = bytes(body[:start] + body[end:])
+    # Of a stream the last event tells most.
+    if events := re.findall(rb"(?m)^data: ?(\{.*)$", text):
+        text = events[-1]
+    document: Any = None
+    with suppress(ValueError, RecursionError):
+        document = json.loads(text)
+    if isinstance(document, list):
+        document = {"data": document}
     if not isinstance(document, dict):
-        raise Unknown(
-            f"sent, and answered {response.status} with {response.excerpt()[:200]}, "
-            "which is no JSON"
-        )
-    if not match:
-        return document, None
-    text = memoryview(body)[start:end]
-    # Some write + as \u002B; they pay with memory.
-    if body.find(b"\\u", start, end) >= 0:
-        text = memoryview(json.loads(b'"%b"' % bytes(text)).encode())
-    return document, decode_base64(text, ctx.spool())
+        document = {}
+    if end:
+        spool.seek(0)
+        return document, spool
+    return document, None
 
 
 def openai_cost(model: str, usage: Fields) -> float | None:
@@ -3629,6 +3834,7 @@ class Sidecar(TypedDict, total=False):
     storage_path: str | None
     metadata: JsonObject
     imagen_version: str
+    complete: bool  # False: its end is missing
     private: bool
 
 
@@ -3648,6 +3854,7 @@ class Record(TypedDict, total=False):
     sidecar_wanted: bool
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
+    body: JsonObject  # what identifies it there: its own prompt and seed
     remote: JsonObject  # the remote's ids
     charged: Charged
     image: JsonObject  # file, sha256, bytes
@@ -3671,8 +3878,7 @@ class OpenEntry(NamedTuple):
 
 def state_path(*parts: str) -> str:
     """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    folder = os.path.join(home, "imagen")
+    folder = os.path.join(xdg_folder("XDG_STATE_HOME", "~/.local/state"), "imagen")
     entries_folder = os.path.join(folder, "open")
     if not os.path.isdir(entries_folder):
         with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
@@ -3933,6 +4139,8 @@ def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
         fd = os.open(state_path("ledger.jsonl"), os.O_RDONLY)
     except FileNotFoundError:
         return
+    except OSError as problem:  # an empty answer would be a lie
+        raise Disk(f"the ledger cannot be read: {problem.strerror}", state_path()) from None
     try:
         end = os.fstat(fd).st_size
         begun = b""  # the end of a line that begins further up
@@ -4342,7 +4550,9 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
 
 def image_name(output: str, request: Request, config: OutputConfig, now: float) -> str:
     """The absolute name of an image; `output`: FILE, DIR/, or "" for what the config says."""
-    name = os.path.abspath(os.path.expanduser(output or config.directory))
+    name = full_path(output or os.path.expandvars(config.directory))
+    if "{ext}" in os.path.dirname(name):
+        raise BadRequest(f"{name}: {{ext}} is known too late for a folder")
     if output and not output.endswith("/") and not os.path.isdir(name):
         return name
     check_template(config.naming)
@@ -4406,6 +4616,7 @@ class Run(Context):
     began_elsewhere = False  # by a process that has ended, so nobody knows how long it took
     _spool: Spool | None = None
     _delivery: Context | None = None
+    stop_pending = False  # until the remote has given an id, or the image
     _cleaned = False  # of hidden names
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -4415,10 +4626,21 @@ class Run(Context):
         self.job = ""
 
     def stop(self, why: str) -> None:
-        """End the work, and the delivery after it."""
+        """End the work, and the delivery after it.
+
+        A paid POST that nobody can take back is waited for.
+        """
+        if why == "user" and self.in_flight:
+            self.stop_pending = True
+            return
         super().stop(why)
         if self._delivery and why != "deadline":
             self._delivery.stop(why)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a paid POST has left, and there is no id yet by which to cancel it."""
+        return self.charged == "unknown" and not self.remote_ids
 
     def delivery(self, seconds: float) -> Context:
         """The context of what comes after the work: a deadline of its own, but the same stop."""
@@ -4462,7 +4684,9 @@ class Run(Context):
         # target's disk is full.
         self.hidden = os.path.join(os.path.dirname(record["name"]), f".imagen-{self.id}")
         self.part = f"{self.hidden}.part"
+        self.answer = state_path("open", f"{self.id}.answer")
         self.fallback = state_path("open", f"{self.id}.part")
+        self.answer_fallback = f"{self.hidden}.answer"
 
     # Every paid POST passes here, whoever asked for it. What may forbid it stands before the note:
     # once that is on disk, the attempt counts as sent.
@@ -4473,7 +4697,12 @@ class Run(Context):
         """
         self.check()
         with or_disk(self.entry.path, "nothing was sent: the journal has to come first"):
-            self.entry.note(durable=True, sending=now_iso(), charged="unknown")
+            self.entry.note(
+                durable=True,
+                sending=now_iso(),
+                charged="unknown",
+                body=self.identity,
+            )
         self.charged = "unknown"
 
     def settle(self, charged: Charged) -> None:
@@ -4486,6 +4715,8 @@ class Run(Context):
         """The remote's ids, on disk before any wait where money hangs on them."""
         super().remote(**ids)
         self.note_best_effort(durable=self.paid, remote=cleaned(ids))
+        if self.stop_pending and "id" in ids:
+            super().stop("user")
 
     def note_best_effort(self, durable: bool = False, **line: Any) -> bool:
         """A line that is worth having, but not worth losing an image for; whether it is on disk."""
@@ -4511,6 +4742,27 @@ class Run(Context):
             self._spool = Spool(self.fallback, self.fallback)
         return self._spool
 
+    def keep_answer(self, body: bytes | bytearray) -> None:
+        """The body of a paid answer, in the state folder, or else beside the image to come.
+
+        Only keys of ours that came back in it are taken out.
+        """
+        self._cleaned = False
+        for spelling in KEY_SPELLINGS:
+            body = body.replace(spelling.encode(), b"***")
+        try:
+            with Spool(self.answer, self.answer_fallback) as spool:
+                spool.write(body)
+                os.fsync(spool.fileno())
+        except OSError as problem:  # half of it would take the room that the image needs
+            unlink_quietly(self.answer)
+            unlink_quietly(self.answer_fallback)
+            self.warn(f"{self.answer}: {problem.strerror}; the answer is in memory alone")
+
+    def kept_answer(self) -> bytes:
+        """What `keep_answer` has kept of this attempt."""
+        return read_bytes(self.answer) or read_bytes(self.answer_fallback)
+
     def complete_image_path(self) -> str:
         """Where a complete image of this entry lies without its name; "" where there is none."""
         for path in (self.hidden, self.part, self.fallback):
@@ -4520,10 +4772,14 @@ class Run(Context):
                     return path
         return ""
 
+    def hidden_files(self) -> Sequence[str]:
+        """Where bytes of this attempt may lie without a name: the image first, then answers."""
+        return (self.hidden, self.part, self.fallback, self.answer, self.answer_fallback)
+
     def clean(self) -> None:
         """Unlink the hidden names, unless that was done."""
         if not self._cleaned:
-            for path in (self.part, self.hidden, f"{self.hidden}.json", self.fallback):
+            for path in (*self.hidden_files(), f"{self.hidden}.json"):
                 unlink_quietly(path)
         self._cleaned = True
 
@@ -4531,7 +4787,9 @@ class Run(Context):
         """Move the entry to the ledger; where the disk refuses, it stays open and loses nothing."""
         if claim := self.entry.record.get("claim"):
             release_claim(claim, self.image_id)
-        self._keep_paid_bytes()
+        if not self._keep_paid_bytes():
+            self.entry.unlock()
+            return
         # Hidden files go before the entry does: without it nobody would find them. A complete image
         # stays until the entry is safely in the ledger.
         if self._cleaned or not self.complete_image_path():
@@ -4544,17 +4802,30 @@ class Run(Context):
             self.warn(f"journal: {self.entry.path}: {problem.strerror}; the entry stays open")
             self.entry.unlock()
 
-    def _keep_paid_bytes(self) -> None:
-        # An image of a kind that we do not know, but paid.
-        if self.charged != "yes" or self._cleaned:
-            return
-        with suppress(OSError), open(self.part, "rb") as file:
-            unknown = sniff(file) is None
-            file.seek(0)
-            if unknown and b"\0" in file.read(64):
-                place = f"{self.entry.record['name']}-{self.id[:8]}.bin"
-                os.rename(self.part, place)
-                self.warn(f"the bytes that were paid are kept in {place}")
+    def _keep_paid_bytes(self) -> bool:
+        # What may have been paid for, and has no name yet, gets one: a person may see an image
+        # where we do not. Copied, not moved, so that a full disk loses nothing.
+        if self.charged == "no" or self._cleaned or self.entry.record.get("path"):
+            return True
+        name = self.entry.record["name"].replace("{ext}", "bin")
+        for path in self.hidden_files():
+            if not os.path.exists(path) or not os.path.getsize(path):
+                continue
+            with open(path, "rb") as source:
+                sniffed = sniff(source)
+                ending = sniffed.format if sniffed else "bin"
+                number = 1
+                while os.path.lexists(place := numbered(f"{name}-{self.id[:8]}", ending, number)):
+                    number += 1
+                try:
+                    with Spool(place, place) as spool:
+                        copy_into(source, spool)
+                        os.fsync(spool.fileno())
+                except OSError as problem:
+                    self.warn(f"{place}: {problem.strerror}; what was paid for waits in {path}")
+                    return False
+            self.warn(f"the bytes that were paid for are kept in {place}")
+        return True
 
     @contextmanager
     def recording_failure(self, backend: Backend | None = None) -> Iterator[None]:
@@ -4693,13 +4964,14 @@ def finish(run: Run, result: Result) -> Record:
             seed = run.entry.record["sidecar"].get("seed")
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
-            if not sniffed or not sniffed.complete:
-                problem = "an image that breaks off"
-                if not sniffed:
-                    spool.seek(0)
-                    problem = f"no image but {excerpt(spool.read(1 << 16), 60)}"
+            if not sniffed:
+                spool.seek(0)
                 kind = Unknown if run.paid else Ended
-                raise kind(f"the backend sent {problem}")
+                raise kind(f"the backend sent no image but {excerpt(spool.read(1 << 16), 60)}")
+            if not sniffed.complete:
+                if not run.paid:
+                    raise Ended("the backend sent an image that breaks off")
+                run.warn("the image breaks off; it was paid for, so what there is of it is kept")
         if spool.path == run.fallback:
             message = f"{run.hidden}: disk full or gone; the image waits in {spool.path}"
             raise Disk(message, "make room")
@@ -4800,6 +5072,8 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "storage_path": storage_path,
         "imagen_version": __version__,
     }
+    if not sniffed.complete:
+        sidecar["complete"] = False
     if record.get("private"):
         sidecar["private"] = True
     # In the order in which a person reads it.
@@ -4983,15 +5257,30 @@ def _claimed_image(run: Run) -> Record | None:
     return record
 
 
+def _answered(run: Run) -> Result | None:
+    # The answer to the paid POST may be here, whole or cut off, with the image in it.
+    body = inflated(run.kept_answer())
+    spool = run.spool()
+    with run.recording_failure():
+        _, end = image_in(body, spool)
+    if not end:
+        return None
+    spool.seek(0)
+    return Result(spool, "", model=run.entry.record["sidecar"].get("model"))
+
+
 def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
+    if type(backend).resume is Backend.resume and (result := _answered(run)):
+        return result
     others = []
     if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
         others = [row.record for row in entries()] + [*attempts()]
     remote = {
         "since": record.get("sending", ""),
+        "body": record.get("body"),
         "taken": [str((other.get("remote") or {}).get("id")) for other in others],
         **run.remote_ids,
     }
@@ -6298,12 +6587,12 @@ SHUTDOWN_S = 120.0  # for what is under way once a signal says stop
 PAGE_IMAGES = 24  # of one answer, and of one screen
 THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
-# Where OpenAI has a status, a type and a code of its own for what our class means.
+# Where OpenAI has a type and a code of its own for what our class means.
 OPENAI_ERRORS = {
-    "usage": (400, "invalid_request_error", "invalid_value"),
-    "refused": (400, "image_generation_user_error", "moderation_blocked"),
-    "quota": (429, "insufficient_quota", "insufficient_quota"),
-    "busy": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "usage": ("invalid_request_error", "invalid_value"),
+    "refused": ("image_generation_user_error", "moderation_blocked"),
+    "quota": ("insufficient_quota", "insufficient_quota"),
+    "busy": ("rate_limit_error", "rate_limit_exceeded"),
 }
 
 
@@ -6354,8 +6643,10 @@ class Call(Runner):
         self.stream = body.get("stream") is True
         self.links = body.get("response_format") == "url"
         self.began = time.time()
+        self.started = False  # else it stands in line
         self.clients = 0
         self.answered = False
+        self.deserted = False  # its client left before the answer
         self.lonely_since = time.monotonic()
         self.replay_until = self.lonely_since + REPLAY_WINDOW_S
         self._say = say
@@ -6403,6 +6694,7 @@ class Server:
         port: int,
         token: str,
         parallel: int,
+        queue: int,
     ) -> None:
         if host not in LOOPBACK and not token:
             raise BadConfig(
@@ -6413,6 +6705,7 @@ class Server:
         self.say = say
         self.token = token
         self.parallel = parallel
+        self.queue = queue  # how many requests wait behind those
         # A link that was signed outlives a restart only where a token does.
         self.secret = token.encode() or os.urandom(32)
         self.calls = list[Call]()
@@ -6564,26 +6857,18 @@ class Server:
         if not end or len(head) > HEAD_BYTES:
             raise HttpError(431, "the head of the request is too large")
         method, target, headers = parsed_head(head.decode("latin-1"))
-        # A body without a length could be the beginning of another request: refused.
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
-            raise HttpError(411, "a Content-Length is needed")
-        size = int(length)
-        if size > BODY_BYTES:
-            raise HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
         self._grant(sock, BODY_S)
         # curl waits for this before it sends a body of more than a kilobyte.
         if headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(body) < size:
-            body += received(sock)
+        body = received_body(sock, headers, body)
         path, _, query = target.partition("?")
         return HttpRequest(
             method=method,
             path=unquote(path),
             query=dict(parse_qsl(query)),
             headers=headers,
-            body=body[:size],
+            body=body,
         )
 
     def _check_origin(self, request: HttpRequest) -> None:
@@ -6658,6 +6943,14 @@ class Server:
         ]
         response.json(200, {"object": "list", "data": models})
 
+    def answer_model(self, response: ResponseWriter, name: str) -> None:
+        """GET /v1/models/ID."""
+        if name != "auto" and name not in self.config.backends:
+            message = f'model "{name}" is unknown: {nearest(name, self.config.backends)}'
+            raise HttpError(404, message, "model_not_found")
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
+        response.json(200, model)
+
     def answer_options(self, response: ResponseWriter) -> None:
         """GET /api/options: what the page's form offers."""
         document = {
@@ -6679,25 +6972,23 @@ class Server:
         if not body:
             raise HttpError(400, "the body is no JSON object")
         plans, ignored = self._plans(body)
-        key = hashlib.sha256(request.body).hexdigest()
-        # OpenAI's clients repeat by themselves, after a timeout of their own, and say so.
-        repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
+        asker = request.headers.get("authorization", "")
+        key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
         with self._lock:
-            same = [call for call in reversed(self.calls) if repeated and call.answers(key)]
-            # Two alike that are both repeated get an image each: the lonelier call first.
-            call = min(same, key=lambda call: (call.answered, call.clients), default=None)
+            call = self._same_call(key, request)
             if not call:
-                if sum(call.left > 0 for call in self.calls) >= self.parallel:
+                waiting = sum(not call.started for call in self.calls)
+                if self._running() >= self.parallel and waiting >= self.queue:
                     raise HttpError(
                         503,
-                        f"{self.parallel} requests are under way; ask again",
+                        f"{self.parallel} requests are under way and {waiting} wait; ask again",
                         "rate_limit_exceeded",
                         {"Retry-After": "5", "x-should-retry": "true"},
                     )
                 call = Call(key, plans, self.config, self.say, body, ignored)
                 self.calls.append(call)
-                call.start()
             call.clients += 1
+        self.start_calls()
         try:
             if call.stream:
                 self._stream(call, response)
@@ -6707,26 +6998,65 @@ class Server:
         finally:
             with self._lock:
                 call.clients -= 1
+                call.deserted = not call.answered
                 call.lonely_since = time.monotonic()
+
+    # OpenAI's clients repeat by themselves, after a timeout of their own, and say so: they get what
+    # came, or comes, of the first time. Others do not say so: they get it only where a client with
+    # the same request has left before its answer, and once. Two that wait never share an image.
+    def _same_call(self, key: str, request: HttpRequest) -> Call | None:
+        same = [call for call in reversed(self.calls) if call.answers(key)]
+        if request.headers.get("x-stainless-retry-count", "0") == "0":
+            same = [call for call in same if call.deserted and not call.clients]
+        if not same:
+            return None
+        # Two alike that are both repeated get an image each: the lonelier call first.
+        call = min(same, key=lambda call: (call.answered, call.clients))
+        call.deserted = False
+        return call
+
+    def _running(self) -> int:
+        return sum(call.started and call.left > 0 for call in self.calls)
+
+    def start_calls(self) -> None:
+        """Begin what stands in line, as far as there is room."""
+        with self._lock:
+            for call in self.calls:
+                if not call.started and self._running() < self.parallel:
+                    call.started = True
+                    call.start()
 
     def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
         # OpenAI's clients send null for what they leave open.
         body = {key: value for key, value in body.items() if value is not None}
-        backend = str(body.get("model") or "auto")
-        if backend == "auto":
-            backend = self.config.default_backend
-        if backend not in self.config.backends:
-            message = f'model "{backend}" is unknown: {nearest(backend, self.config.backends)}'
-            raise HttpError(404, message, "model_not_found")
-        size = str(body.get("size") or "auto")
+        ignored: list[str] = []
+        backend = self._backend(str(body.get("model") or "auto"), ignored)
+        size = str(body.get("size") or "auto").lower()
         pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
         if not pixels:
             raise BadRequest("size is WxH or auto")
+        for field, choices in {
+            "response_format": ("b64_json", "url"),
+            "stream": (True, False),
+        }.items():
+            if field in body and body[field] not in choices:
+                raise BadRequest(f"{field} is one of {', '.join(map(str, choices))}")
         fields = {key: body[key] for key in ORDER_FIELDS if key in body}
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
+        # OpenAI's own two styles, which many clients send unasked.
+        if (
+            fields.get("style") in ("vivid", "natural")
+            and fields["style"] not in self.config.styles
+        ):
+            ignored.append("style")
+            del fields["style"]
+        if fields.get("seed") == -1:  # others' word for any
+            del fields["seed"]
+        if re.fullmatch(r"\d{1,2}(\.0+)?", str(fields.get("n", ""))):
+            fields["n"] = int(float(fields["n"]))
         # OpenAI's own options reach those backends that have an option of the same name.
         cls, _ = options_of(backend, self.config.backends)
         passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
@@ -6739,16 +7069,32 @@ class Server:
         if not 1 <= order.n <= 10:
             raise BadRequest("n is 1 to 10")
         known = {*ORDER_FIELDS, *passed, "model", "size", "response_format", "stream"}
-        return plans_of(order, self.config), [key for key in body if key not in known]
+        ignored += [key for key in body if key not in known]
+        return plans_of(order, self.config), ignored
+
+    def _backend(self, model: str, ignored: list[str]) -> str:
+        """The backend that a client's `model` means; HttpError for one that nobody knows.
+
+        Many clients have OpenAI's names built in: these mean the default, and are told as ignored.
+        """
+        if model in self.config.backends:
+            return model
+        if re.match(r"dall-e-[23]$|gpt-image-1", model):
+            ignored.append("model")
+        elif model != "auto":
+            message = f'model "{model}" is unknown: {nearest(model, self.config.backends)}'
+            raise HttpError(404, message, "model_not_found")
+        return self.config.default_backend
 
     def _wait(self, call: Call, response: ResponseWriter) -> bool:
         """Wait for a change, half a second at most; whether more is expected after it.
 
         ConnectionError where the client has left.
         """
+        self.start_calls()
         with call.changed:
             if call.left:
-                call.changed.wait(0.5)
+                call.changed.wait(0.5 if call.started else 0.1)
             more_expected = call.left > 0
         # As long as we wait ourselves, the client is not the slow one.
         self._grant(response.sock, WRITE_S)
@@ -6891,6 +7237,7 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/", Server.answer_page),
     (GET, "/healthz", Server.answer_health),
     (GET, "/v1/models", Server.answer_models),
+    (GET, "/v1/models/([^/]+)", Server.answer_model),
     (("POST",), "/v1/images/generations", Server.answer_generations),
     (GET, "/api/options", Server.answer_options),
     (GET, "/api/images", Server.answer_images),
@@ -6909,6 +7256,60 @@ def received(sock: socket.socket) -> bytes:
     raise ConnectionError("the client has left")
 
 
+def received_body(sock: socket.socket, headers: Strings, begun: bytes) -> bytes:
+    """The body of a request, of which `begun` has come already; unpacked where it is packed."""
+    too_large = HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
+    length = headers.get("content-length", "0")
+    if (
+        headers.get("transfer-encoding", "").lower() == "chunked"
+        and "content-length" not in headers
+    ):
+        body = b""
+        size, begun = _chunk(sock, begun)
+        while size:
+            if len(body) + size > BODY_BYTES:
+                raise too_large
+            while len(begun) < size + 2:
+                begun += received(sock)
+            body += begun[:size]
+            size, begun = _chunk(sock, begun[size + 2 :])
+        # What is left unread would reset the connection, and our answer with it.
+        while not begun.endswith(b"\r\n") and len(begun) < HEAD_BYTES:
+            begun += received(sock)
+    # A body without a length could be the beginning of another request: refused.
+    elif "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
+        raise HttpError(411, "a Content-Length is needed")
+    elif int(length) > BODY_BYTES:
+        raise too_large
+    else:
+        body = begun
+        while len(body) < int(length):
+            body += received(sock)
+        body = body[: int(length)]
+    if headers.get("content-encoding", "identity").lower() not in ("identity", "gzip"):
+        raise HttpError(415, "a body is packed by gzip or not at all")
+    if "gzip" in headers.get("content-encoding", "").lower():
+        try:
+            body = zlib.decompressobj(31).decompress(body, BODY_BYTES + 1)
+        except zlib.error:
+            raise HttpError(400, "the body is no gzip") from None
+        if len(body) > BODY_BYTES:
+            raise too_large
+    return body
+
+
+def _chunk(sock: socket.socket, begun: bytes) -> tuple[int, bytes]:
+    """The size of the next chunk of a body, and what of it has come already."""
+    while b"\r\n" not in begun:
+        if len(begun) > 100:
+            raise HttpError(400, "no size of a chunk")
+        begun += received(sock)
+    head, _, rest = begun.partition(b"\r\n")
+    if not re.fullmatch(rb"[0-9a-fA-F]{1,8}(;.*)?", head):
+        raise HttpError(400, "no size of a chunk")
+    return int(head.partition(b";")[0], 16), rest
+
+
 def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
     """Method, target and headers of a request; HttpError for what is none."""
     first, *lines = head.split("\r\n")
@@ -6922,8 +7323,10 @@ def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
 
 def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
     """The status of an error, its fields in OpenAI's shape, and what only we say of it."""
-    usual = (error.http_status, "server_error", error.code)
-    status, kind, code = OPENAI_ERRORS.get(error.code, usual)
+    kind, code = OPENAI_ERRORS.get(error.code, ("server_error", error.code))
+    status = error.http_status
+    if error.charged != "no":
+        status = 424  # which no client repeats
     return status, {
         "message": str(error),
         "type": kind,
@@ -7039,7 +7442,7 @@ _thumbnails = threading.Lock()  # one at a time: a picture is large once it is u
 
 def thumbnail(path: str, image_id: str) -> str:
     """The path of a small WebP of an image, made once; "" where it cannot be made."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = xdg_folder("XDG_CACHE_HOME", "~/.cache")
     folder = os.path.join(cache, "imagen", "thumbs")
     small = os.path.join(folder, f"{image_id}.webp")
     if os.path.exists(small):
@@ -7488,10 +7891,11 @@ def usual_seconds(plan: Plan) -> float | None:
     times = []
     for record in images_made(backend=plan.request.backend):
         sidecar = record["sidecar"]
-        same_model = model in (None, sidecar["model"])
-        same_size = size in ((0, 0), (sidecar["width"], sidecar["height"]))
-        if same_model and same_size and sidecar["latency_ms"]:
-            times.append(sidecar["latency_ms"] / 1000)
+        same_model = model in (None, sidecar.get("model"))
+        same_size = size in ((0, 0), (sidecar.get("width"), sidecar.get("height")))
+        latency = sidecar.get("latency_ms")
+        if same_model and same_size and isinstance(latency, int):
+            times.append(latency / 1000)
         if len(times) == 9:
             break
     if not times:
@@ -7634,6 +8038,8 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     if args.prompt == "-":
         args.prompt = prompt_from_stdin()
     if args.size is not None:
+        if args.width is not None or args.height is not None:
+            raise BadRequest("--size says width and height: leave out --width and --height")
         match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
         if not match:
             hint = "16 to 8192 pixels each, such as --size 1024x768"
@@ -7667,11 +8073,13 @@ def options_from(pairs: Sequence[str]) -> JsonObject:
 
 
 def prompt_from_stdin() -> str:
-    """The text on stdin; BadRequest where it is none."""
+    """The text on stdin, without BOM and line end; BadRequest where it is no UTF-8."""
     try:
-        return sys.stdin.read().strip()
-    except ValueError:
-        raise BadRequest("the prompt on stdin is no text in UTF-8") from None
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        message = f"the prompt on stdin is no text in UTF-8: byte {problem.start + 1}"
+        raise BadRequest(message, "convert it, for example with iconv") from None
+    return text.rstrip("\r\n")
 
 
 def request_like(name: str, styles: Mapping[str, Style]) -> Request:
@@ -7718,6 +8126,7 @@ class TerminalRunner(Runner):
 
     usual: float | None = None  # seconds, learned
     why = "user"  # what a signal stops the runs for
+    patience = 1e9  # seconds for a paid POST, once a signal said stop
 
     def __init__(
         self,
@@ -7742,22 +8151,37 @@ class TerminalRunner(Runner):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)  # for good: what follows is short
         self.start()
-        while self.busy and not (self.stopped and time.monotonic() > self.stopped_at + 5):
+        while self.busy and not (self.stopped and time.monotonic() > self.leave_at()):
             with self.changed:
                 self.changed.wait(0.1)
             self.draw()
         if self.stopped and (self.active or self.waiting):
             text = f"{len(self.active)} did not end, {len(self.waiting)} not begun"
-            self.on_error(Interrupted(f"interrupted; {text}"))
+            self.errors.append(Interrupted(f"interrupted; {text}"))
+            self.on_error(self.errors[-1])
         return self.result()
 
-    def on_signal(self, *_: Any) -> None:
+    def on_signal(self, number: int, _: Any) -> None:
         """`timeout` signals us and our group within a moment, which is one stop."""
+        import signal
+
         now = time.monotonic()
         if self.stopped and now > self.stopped_at + 0.05:
             os._exit(Interrupted.exit_code)
         self.stopped_at = self.stopped_at or now
+        if number == signal.SIGTERM:
+            self.patience = self.config.worker.grace_s
         self.stop(self.why)
+        if pending := [run for run in [*self.active] if run.stop_pending]:
+            backend = pending[0].entry.record["sidecar"]["backend"]
+            text = "cannot be stopped any more: waiting for the image; again to leave"
+            self.terminal.say(f"{backend} {text}")
+
+    def leave_at(self) -> float:
+        """When a stop has waited long enough: for a paid POST longer than for anything else."""
+        if any(run.stop_pending for run in [*self.active]):
+            return self.stopped_at + self.patience
+        return self.stopped_at + 5
 
     def draw(self) -> None:
         """The progress line: of the run that began last."""
@@ -8287,8 +8711,11 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent"""
     since = args.since or ""
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d|", since):
-        raise BadRequest(f'--since "{since}": not YYYY-MM-DD')
+    try:
+        if since:
+            time.strptime(since, "%Y-%m-%d")
+    except ValueError:
+        raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD') from None
     total: JsonObject = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
     groups: dict[str, JsonObject] = {}
     for record in attempts():
@@ -8331,7 +8758,7 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
     import shlex
 
-    folder = os.path.abspath(os.path.expanduser(args.folder))
+    folder = full_path(args.folder)
     path = os.path.join(folder, "imagen")
     cure = "name another folder: imagen install DIR"
     # The mark tells a launcher of ours, which may be replaced, from a program of that name.
@@ -8412,32 +8839,72 @@ def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
         requests = job_requests(order_from(args, config.styles), config)
     elif args.action != "list" and not is_uuid(job):
         raise BadRequest(f'{args.action} "{job}": not the id of a job', "imagen jobs list")
-    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+    variable = config.supabase.database_url_env
+    if args.action in ("add", "retry"):
+        if args.action == "retry":
+            requests = [{"id": new_uuid()}]
+        ids = [request["id"] for request in requests]
+        # Before anything waits: whatever becomes of this command, the jobs can be found.
+        if args.wait:
+            terminal.note("\n".join(f"job {ident}" for ident in ids))
+        parameters = {"requests": to_jsonb(requests)}
+        sql = ADD
+        if args.action == "add":
+            parameters["owner"] = config.owner_user_id
+        else:
+            sql = RETRY
+            parameters["job"] = job
+        if insert_jobs(variable, sql, ids, parameters) < len(ids):
+            raise BadRequest(f"{job}: no such job", "imagen jobs list")
+        if args.wait:
+            return follow_jobs(ids, terminal, variable)
+        jobs = [{"id": ident, "status": "pending"} for ident in ids]
+        return terminal.result({"jobs": jobs}, *ids)
+    with postgres(variable, patience=DELIVERY_S) as database:
         if args.action == "list":
             return list_jobs(database.run(LIST, status=args.status), terminal)
-        if args.action == "cancel":
-            ((status,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=job)
-            if not status:
-                raise BadRequest(f"{job}: no job that waits or runs", "imagen jobs list")
-            return terminal.result({"jobs": [{"id": job, "status": status}]}, f"{job}  {status}")
-        if args.action == "add":
-            added = database.run(ADD, owner=config.owner_user_id, requests=to_jsonb(requests))
-        else:
-            added = database.run(RETRY, job=job)
-        if not added:
-            raise BadRequest(f"{job}: no such job", "imagen jobs list")
-        ids = [str(ident) for (ident,) in added]
-        if args.wait:
-            return follow_jobs(ids, terminal, database)
-    jobs = [{"id": ident, "status": "pending"} for ident in ids]
-    return terminal.result({"jobs": jobs}, *ids)
+        ((status,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=job)
+        if not status:
+            raise BadRequest(f"{job}: no job that waits or runs", "imagen jobs list")
+        return terminal.result({"jobs": [{"id": job, "status": status}]}, f"{job}  {status}")
+
+
+def insert_jobs(variable: str, sql: str, ids: Sequence[str], parameters: JsonObject) -> int:
+    """Insert jobs whose ids we have made; how many of them are there by now.
+
+    Repeated where the answer is lost, which makes none twice. Unknown where that does not help: a
+    worker may take them, and pay.
+    """
+    reached = False
+    for number in range(TRIES):
+        try:
+            with postgres(variable, patience=DELIVERY_S) as database:
+                reached = True
+                database.run(sql, **parameters)
+                return len(database.run(FOLLOW, ids=list(ids)))
+        except (Unreachable, KeyboardInterrupt) as problem:
+            if not reached:
+                raise
+            if number == TRIES - 1 or isinstance(problem, KeyboardInterrupt):
+                raise jobs_left(ids, Unknown, str(problem) or "interrupted") from None
+            time.sleep(0.5 * 2**number)
+    raise AssertionError("the last try returns or raises")
+
+
+def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> ImagenError:
+    """What to say of jobs that may be made, and paid for, without this command."""
+    hint = f"imagen jobs list shows what became of it; imagen jobs cancel {ids[0]}"
+    return kind(f"{', '.join(ids)}: may be in the queue; {reason}", hint, charged="unknown")
 
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
-RETRY = f"""INSERT INTO imagen.jobs (owner_user_id, {_COLUMNS})
-  SELECT owner_user_id, {_COLUMNS} FROM imagen.jobs WHERE id = :job::uuid RETURNING id"""  # noqa: S608 (names of our own)
-ADD = f"""INSERT INTO imagen.jobs (owner_user_id, {_COLUMNS}) SELECT :owner::uuid, {_COLUMNS}
-  FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb) RETURNING id"""  # noqa: S608 (as above)
+RETRY = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
+  SELECT (:requests::jsonb->0->>'id')::uuid, owner_user_id, {_COLUMNS}
+  FROM imagen.jobs WHERE id = :job::uuid ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (names of our own)
+ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
+  SELECT id, :owner::uuid, {_COLUMNS}
+  FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
+  ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (as above)
 LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
   WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""
 FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
@@ -8452,7 +8919,7 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
     request = {key: value for key, value in fields.items() if value != ""}
     requests = []
     for number in range(order.n):
-        requests.append(dict(request))
+        requests.append({"id": new_uuid(), **request})
         # Without a seed a job has one of its own, which its worker makes from its id.
         if order.seed is not None:
             requests[-1]["seed"] = order.seed + number
@@ -8470,9 +8937,39 @@ def list_jobs(rows: Sequence[Sequence[Any]], terminal: Terminal) -> int:
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
-def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
-    """Show the jobs' progress until they are over; the first that failed gives the exit code."""
+def follow_jobs(ids: Sequence[str], terminal: Terminal, variable: str) -> int:
+    """Show the jobs' progress until they are over; the first that failed gives the exit code.
+
+    The database may go and come back meanwhile: the jobs do not need us.
+    """
     began = time.monotonic()
+    jobs: list[JsonObject] = []
+    try:
+        while not jobs:
+            try:
+                with postgres(variable, patience=DELIVERY_S) as database:
+                    jobs = watched_jobs(ids, terminal, database, began)
+            except Unreachable as problem:
+                terminal.say(f"{problem}; asking again")
+                time.sleep(2)
+    except KeyboardInterrupt:
+        raise jobs_left(ids, Interrupted, "interrupted") from None
+    error = None
+    unsuccessful = [job for job in jobs if job["status"] != "done"]
+    if unsuccessful:
+        error = terminal.report(job_error(unsuccessful[0]))
+    lines = [f"{job['id']}  {job['status']}  {job['image_id'] or ''}".rstrip() for job in jobs]
+    return terminal.result({"jobs": jobs}, *lines, error=error)
+
+
+def watched_jobs(
+    ids: Sequence[str],
+    terminal: Terminal,
+    database: Any,
+    began: float,
+) -> list[JsonObject]:
+    """The jobs once they are over; meanwhile how far they are."""
+    warned = False
     while True:
         jobs = [job for (job,) in database.run(FOLLOW, ids=list(ids))]
         if len(jobs) < len(ids):
@@ -8485,16 +8982,14 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, database: Any) -> int:
         count = ""
         if len(ids) > 1:
             count = f"{done} of {len(ids)}"
-        terminal.draw(progress_line(progress, time.monotonic() - began, None, count))
+        elapsed = time.monotonic() - began
+        terminal.draw(progress_line(progress, elapsed, None, count))
         if not any(job["status"] in ("pending", "running") for job in jobs):
-            break
+            return jobs
+        if elapsed > 5 and not warned and all(job["status"] == "pending" for job in jobs):
+            terminal.say("no worker has taken it yet: does `imagen worker` run somewhere?")
+            warned = True
         time.sleep(0.5)
-    error = None
-    unsuccessful = [job for job in jobs if job["status"] != "done"]
-    if unsuccessful:
-        error = terminal.report(job_error(unsuccessful[0]))
-    lines = [f"{job['id']}  {job['status']}  {job['image_id'] or ''}".rstrip() for job in jobs]
-    return terminal.result({"jobs": jobs}, *lines, error=error)
 
 
 def job_error(job: Fields) -> ImagenError:
@@ -8516,17 +9011,18 @@ def job_error(job: Fields) -> ImagenError:
     --port N          0: any free one (8765)
     --token-env NAME  the variable that holds the token (IMAGEN_SERVE_TOKEN)
     --parallel N      requests at a time (2)
+    --queue N         requests that wait behind them (32)
     """
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     """the OpenAI-compatible API and the gallery, over HTTP"""
-    if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64:
-        raise BadRequest("--port is 0 to 65535, --parallel 1 to 64")
+    if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64 or not 0 <= args.queue <= 1000:
+        raise BadRequest("--port is 0 to 65535, --parallel 1 to 64, --queue 0 to 1000")
     config = load_config(args.config)
     token = ""
     if os.environ.get(args.token_env):
         token = secret_from(args.token_env).reveal()
-    server = Server(config, terminal.say, args.host, args.port, token, args.parallel)
+    server = Server(config, terminal.say, args.host, args.port, token, args.parallel, args.queue)
     handle_stops(server.stop)
     address = server.address
     if args.json:
@@ -8635,16 +9131,37 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     if name not in COMMANDS:
         message = "a command is missing"
         hint = nearest(name, COMMANDS)
+        if before:
+            message = f"{before[0]}: no flag that can stand alone"
         if name:
             message = f'command "{name}" is unknown'
         if " " in name:
             hint = f'imagen generate "{name}"?'
         raise BadRequest(message, hint)
-    args = parser_of(name, terminal).parse_intermixed_args([*before, *after])
+    args = parsed_args(parser_of(name, terminal), [*before, *after])
     terminal.quiet = args.quiet
     terminal.verbose = args.verbose
     cmd, _ = COMMANDS[name]
     return cmd(args, terminal)
+
+
+def parsed_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """What `argv` says; behind `--` nothing is a flag.
+
+    CPython before 3.13.5 forgets the `--` half way, so what stands behind it is marked, by what no
+    argument can hold.
+    """
+    end = len(argv)
+    if "--" in argv:
+        end = argv.index("--")
+    marked_words = [f"\0{word}" for word in argv[end + 1 :]]
+    args = parser.parse_intermixed_args([*argv[:end], *marked_words])
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, value.removeprefix("\0"))
+        elif isinstance(value, list):
+            setattr(args, name, [item.removeprefix("\0") for item in value])
+    return args
 
 
 def show_version(terminal: Terminal) -> int:
@@ -8673,6 +9190,8 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
             hint = f"{self.prog} --help"
             if unknown := re.search(r"unrecognized arguments: (-\S+)", message):
                 hint = nearest(unknown[1], self._option_string_actions)
+            elif "unrecognized arguments" in message and name == "generate":
+                hint = 'a prompt of several words stands in quotes: imagen generate "a fox in snow"'
             raise BadRequest(message, hint)
 
         def print_help(self, file: Any = None) -> None:

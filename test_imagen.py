@@ -16,6 +16,7 @@ import email.utils
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -5190,6 +5191,76 @@ def test_config_an_owner_that_is_no_uuid_is_an_error(
         assert "auth.users" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("default_backend: mock\ndefault_backend: mock\n", "line 2, column 1: default_backend"),
+        ("no: 1\n", "no is no text"),
+        ("010: 1\n", "010 is no text"),
+        ("styles: {1.5: x}\n", "1.5 is no text"),
+        (
+            "a: &a [1]\n"
+            + "".join(
+                f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n"
+                for n in range(8)
+            ),
+            "aliases",
+        ),
+        ("a: &a {b: *a}\n", "aliases"),
+        ("#" * (2 << 20), "1 MB"),
+        ("backends: {x: {type: mock, extra: .nan}}\n", "extra"),
+        ("backends: {x: {type: openai, model: m, extra: {a: .inf}}}\n", "JSON"),
+        ("backends: {x: {type: openai, model: m, extra: {a: 2026-01-01}}}\n", "JSON"),
+    ],
+    ids=range(10),
+)
+def test_config_what_yaml_would_swallow_is_told_with_its_place(
+    box: Box, text: str, complaint: str
+) -> None:
+    path = box.configure({"mock": {"type": "mock"}})
+    path.write_text(text)
+    began = time.monotonic()
+    done = box.run("config", "validate")
+    assert done.code == 3, done.out
+    assert complaint in done.err
+    assert time.monotonic() - began < 20
+
+
+def test_config_what_is_there_and_cannot_be_read_is_never_the_defaults(box: Box) -> None:
+    path = box.root / "config" / "imagen.yaml"
+    path.parent.mkdir(parents=True)
+    path.symlink_to(box.root / "nowhere")
+    assert box.run("styles").code == 3
+    path.unlink()
+    path.mkdir()
+    assert box.run("styles").code == 3
+    assert box.run("--config", "/dev/null", "styles").code == 0
+
+
+def test_config_without_a_home_nothing_is_called_tilde() -> None:
+    with pytest.raises(imagen.BadConfig, match="no home"):
+        imagen.full_path("~nobody-of-this-name/pictures")
+
+
+def test_config_a_relative_xdg_folder_counts_for_nothing(box: Box) -> None:
+    box.environ["XDG_STATE_HOME"] = "relative"
+    assert box.run("generate", "a fox", "--size", "64x64").code == 0
+    assert (box.root / ".local/state/imagen/ledger.jsonl").exists()
+    assert not (box.root / "relative").exists()
+
+
+def test_config_an_env_file_reads_as_a_shell_reads_it(here: Box) -> None:
+    path = here.root / "keys"
+    path.write_bytes(
+        b"\xef\xbb\xbfIMAGEN_T1=x # a comment\r\nexport IMAGEN_T2='y # z'\r\n"
+        b'IMAGEN_T3="q" # k\r\nIMAGEN_T4=a#b\r\nIMAGEN_T5=\r\n# nothing\r\n'
+    )
+    path.chmod(0o600)
+    imagen.load_env_file(str(path))
+    values = [os.environ.pop(f"IMAGEN_T{number}") for number in range(1, 6)]
+    assert values == ["x", "y # z", "q", "a#b", ""]
+
+
 # === Styles: named ways to dress a prompt ===
 STYLES_NAMED = (
     *("photo", "blog-header", "cinematic", "illustration", "watercolor", "ink"),
@@ -6376,9 +6447,12 @@ def test_http_a_paid_post_with_an_unclear_end_is_sent_once_and_recover_knows_it(
         again = http_run(box, server, kind, "recover", "--all", "--json")
         assert box.unfinished() == []
         assert len(server.creates) == 1
-        if kind == "openai":
+        if kind == "openai" and case == "truncated":
+            assert again.code == 0  # the beginning of the image was here
+            assert again.json["images"][0]["complete"] is False
+        elif kind == "openai":
             assert again.code == 10
-            assert "keeps no results" in again.json["error"]["message"]
+            assert "this entry is closed" in again.json["error"]["hint"]
             assert box.ledger()[-1]["charged"] == "unknown"
             assert box.hidden() == []
         else:
@@ -6586,16 +6660,16 @@ def test_http_recover_finds_a_lost_create_and_takes_no_older_equal_one(
         http_lost(box, server, create)
         again = http_run(box, server, "replicate", "recover", "--all", "--json")
         assert len(server.creates) == 2
-        assert box.unfinished() == []
+        assert bool(box.unfinished()) == (not create)
         if create:
             [ident] = server.predictions.keys() - {older}
             assert again.code == 0
             assert again.json["images"][0]["metadata"]["id"] == ident
         else:
-            assert again.code == 11
-            assert "never arrived" in again.json["error"]["message"]
-            assert "not charged" in again.json["error"]["message"].lower()
-            assert again.json["error"]["charged"] == "no" == box.ledger()[-1]["charged"]
+            assert again.code == 10  # what a list does not show may still have been paid
+            assert "nothing like it" in again.json["error"]["message"]
+            assert "replicate.com/predictions" in again.json["error"]["hint"]
+            assert again.json["error"]["charged"] == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -8625,9 +8699,9 @@ def test_openai_paid_bytes_of_an_unknown_format_are_kept(box: Box) -> None:
         assert box.fox().code == 10
     done = box.run("recover", "--all")
     (file,) = box.out.iterdir()
-    assert done.code == 10
+    assert done.code == 10, done.err
     assert str(file) in done.err
-    assert file.read_bytes() == avif
+    assert b64(avif) in file.read_text()
     assert box.unfinished() == []
 
 
@@ -9195,19 +9269,6 @@ def test_output_without_sidecars_everything_works_from_the_journal(box: Box) -> 
             again.json["images"][0]["sha256"]
             == hashlib.sha256(Path(first).read_bytes()).hexdigest()
         )
-
-
-def test_output_half_an_image_never_gets_a_name(box: Box) -> None:
-    with output_openai(box) as server:
-        server.script(ok(openai_images(png(pad=9000)[:-3])))
-        done = box.fox()
-        assert done.code == 10
-        assert done.lines == []
-        assert output_files(box.out) == {}
-        assert box.run("recover", "--all").code in (10, 11)
-        assert server.posts == 1
-    assert list(box.out.iterdir()) == []
-    assert box.unfinished() == []
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only", "the journal's is full"])
@@ -10672,34 +10733,70 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
 
 
 @pipeline_signals
-def test_pipeline_stopped_with_a_paid_post_in_flight_is_maybe_charged_and_kept(
+def test_pipeline_a_signal_waits_for_a_paid_post_that_cannot_be_taken_back(
+    box: Box, number: signal.Signals
+) -> None:
+    let_go = threading.Event()
+    with output_openai(box, parallel=2) as server:
+        server.script(*[hold(let_go, openai_images(png()))] * 2)
+        process = box.start("generate", "a fox", "-n", "3", "--json")
+        server.wait_seen(2)
+        process.send_signal(number)
+        assert process.stderr
+        lines = iter(process.stderr.readline, "")
+        assert any("cannot be stopped any more" in line for line in lines)
+        let_go.set()
+        done = ended(process, 20)
+        assert done.code == 130  # the third was never begun
+        assert len(done.json["images"]) == 2
+        assert server.posts == 2
+    assert box.unfinished() == []
+
+
+def test_pipeline_a_signal_that_leaves_nothing_unmade_ends_well(box: Box) -> None:
+    let_go = threading.Event()
+    with output_openai(box) as server:
+        server.script(hold(let_go, openai_images(png())))
+        process = box.start("generate", "a fox")
+        server.wait_seen(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        lines = iter(process.stderr.readline, "")
+        assert any("waiting for the image" in line for line in lines)
+        let_go.set()
+        assert ended(process, 20).code == 0
+    assert len(output_files(box.out)) == 2
+
+
+@pipeline_signals
+def test_pipeline_a_second_signal_during_a_paid_post_leaves_and_keeps_the_entries(
     box: Box, number: signal.Signals
 ) -> None:
     with output_openai(box) as server:
         server.script(silent(), silent(), silent())
-        process = box.start("generate", "a fox", "-n", "3", "--json")
+        process = box.start("generate", "a fox", "-n", "3")
         server.wait_seen(3)
         process.send_signal(number)
-        done = ended(process, 8)
-        assert done.code == 130
-        assert done.json["error"]["code"] == "interrupted"
-        entries = box.unfinished()
-        assert [entry["charged"] for entry in entries] == ["unknown"] * 3
+        assert process.stderr
+        lines = iter(process.stderr.readline, "")
+        assert any("again to leave" in line for line in lines)
+        while process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert ended(process, 8).code == 130
+        assert [entry["charged"] for entry in box.unfinished()] == ["unknown"] * 3
         assert server.posts == 3
-        assert done.json["error"]["charged"] == "unknown"
-        assert any(entry["id"] in done.json["error"]["hint"] for entry in entries)
         assert box.run("recover", "--all").code == 10
         assert server.posts == 3
-        assert box.unfinished() == []
 
 
-def test_pipeline_stopped_before_the_id_is_known_is_found_by_recover(box: Box) -> None:
+def test_pipeline_killed_before_the_id_is_known_is_found_by_recover(box: Box) -> None:
     with output_replicate(box) as server:
         server.answer_next(silent(), create=True)
         process = box.start("generate", "a fox")
         server.wait(lambda: server.created)
-        process.send_signal(signal.SIGINT)
-        assert ended(process, 8).code == 130
+        process.kill()
+        ended(process, 8)
         assert box.unfinished()[0]["charged"] == "unknown"
         assert box.run("recover", "--all").code == 0
         assert server.created == 1
@@ -10726,16 +10823,19 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
 
 def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
     with output_openai(box, parallel=1) as server:
-        server.script(ok(openai_images(png())), silent())
+        let_go = threading.Event()
+        server.script(ok(openai_images(png())), hold(let_go, openai_images(png())))
         process = box.start("generate", "a fox", "-n", "4")
         server.wait_seen(2)
         process.send_signal(signal.SIGINT)
-        done = ended(process, 8)
+        let_go.set()
+        done = ended(process, 20)
         assert done.code == 130
-        assert len(done.lines) == 1
+        assert len(done.lines) == 2
         assert box.sidecar(done.lines[0])
         assert server.posts == 2
-    assert len(box.ledger()) == len(box.unfinished()) == 1
+    assert len(box.ledger()) == 2
+    assert box.unfinished() == []
 
 
 def test_pipeline_a_stopped_recover_keeps_the_entry(here: Box) -> None:
@@ -10843,7 +10943,7 @@ def life_recovered(box: Box, server: ReplicateServer | OpenAIServer) -> tuple[Do
     """What `recover --all` said, and what it asked for."""
     before = len(server.seen)
     done = box.run("recover", "--all")
-    assert box.unfinished() == []
+    assert bool(box.unfinished()) == ("nothing like it" in done.err)
     assert box.hidden() == []
     assert sum(seen.method == "POST" for seen in server.seen) <= 1
     return done, [seen.path.partition("?")[0] for seen in server.seen[before:]]
@@ -10873,16 +10973,16 @@ def test_pipeline_a_kill_after_each_step_of_a_life_leads_where_the_table_says(
             assert box.ledger()[0]["id"]
             assert output_files(box.out) == {}
             assert box.run("cost", "--json").json["total"]["unknown"] == 0
-        elif outcome == "asked":  # the list of predictions; found there or not charged
+        elif outcome == "asked":  # the list of predictions; what is not there proves nothing
             assert paths[0] == "/v1/predictions"
             assert len(made) == server.created <= 1
             if made:
                 life_image(box, done)
             else:
-                assert done.code == 11
-                assert "not charged" in done.err.lower()
+                assert done.code == 10
+                assert "maybe charged" in done.err.lower()
                 assert output_files(box.out) == {}
-                assert box.ledger()[0]["charged"] == "no"
+                assert box.ledger() == []
         elif outcome == "fetched":
             assert paths == [f"/v1/predictions/{made[0]}"]
             assert fetched == 1
@@ -11014,6 +11114,118 @@ def test_pipeline_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it
     assert "write" not in before_the_post[before_the_post.index("fsync") :]
     answer = next(number for number, step in enumerate(steps) if step.startswith("recv"))
     assert steps[answer : connects[1]].count("fsync done") >= 1  # the id, before the first poll
+
+
+# What was paid for is never thrown away
+
+PAID_IMAGE = png(64, 48, pad=3_000)
+PAID_PREVIEW = png(8, 8, pad=200)
+
+
+def paid_answers() -> dict[str, bytes]:
+    """Bodies of a paid 200, each with the same image in it, as odd servers write it."""
+    text = b64(PAID_IMAGE)
+    url_safe = base64.urlsafe_b64encode(PAID_IMAGE).decode()
+    folded = "\n".join(textwrap.wrap(text, 76))
+    usual = {"created": 1, "data": [{"b64_json": text}], "usage": {"output_tokens": 9}}
+    partial = {"type": "image_generation.partial_image", "b64_json": b64(PAID_PREVIEW)}
+    stream = [partial, {"type": "image_generation.completed", "b64_json": text}]
+    return {
+        "as OpenAI writes it": json.dumps(usual).encode(),
+        "slashes escaped": json.dumps(usual).replace("/", "\\/").encode(),
+        "plus escaped": json.dumps(usual).replace("+", "\\u002B").encode(),
+        "folded": json.dumps({"data": [{"b64_json": folded}]}).encode(),
+        "without padding": json.dumps({"data": [{"b64_json": text.rstrip("=")}]}).encode(),
+        "URL-safe": json.dumps({"data": [{"b64_json": url_safe}]}).encode(),
+        "a data URI": json.dumps({"data": [{"url": f"data:image/png;base64,{text}"}]}).encode(),
+        "a list": json.dumps([{"b64_json": text}]).encode(),
+        "under another name": json.dumps({"images": [{"image": text}]}).encode(),
+        "a bare string": json.dumps({"output": text}).encode(),
+        "behind a decoy": json.dumps(
+            {"b64_json": b64(b"no image" * 40), "data": [{"image": text}]}
+        ).encode(),
+        "a stream": "".join(
+            f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in stream
+        ).encode(),
+        "raw": PAID_IMAGE,
+        "gzip": gzip.compress(json.dumps(usual).encode()),
+    }
+
+
+def paid_files(box: Box) -> list[bytes]:
+    """The bytes of everything that lies in the pictures' folder, hidden or not."""
+    return [path.read_bytes() for path in sorted(box.out.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("name", paid_answers())
+def test_pipeline_of_an_odd_answer_that_was_paid_for_every_byte_stays(here: Box, name: str) -> None:
+    body = paid_answers()[name]
+    cuts = [len(body), *(len(body) * part // 20 for part in range(1, 20)), len(body) - 1]
+    with output_openai(here) as server:
+        config = imagen.load_config("")
+        for number, keep in enumerate(cuts):
+            shutil.rmtree(here.out, ignore_errors=True)
+            server.script(cut(body, keep))
+            run = imagen.Run()
+            (plan,) = imagen.plans_of(imagen.Order("a fox", seed=number), config)
+            with contextlib.suppress(imagen.ImagenError):
+                imagen.finish(run, imagen.make(plan, config, run))
+            imagen.deliver(run, config)
+            assert server.posts == number + 1
+            for row in imagen.entries():
+                entry = imagen.Entry.take(row.path)
+                assert entry
+                again = imagen.Run()
+                with contextlib.suppress(imagen.ImagenError):
+                    imagen.recover(entry, config, again)
+                imagen.deliver(again, config)
+            images = [data for data in paid_files(here) if data[:8] == PAID_IMAGE[:8]]
+            if keep == len(body):
+                assert images == [PAID_IMAGE]
+            for row in imagen.entries():
+                entry = imagen.Entry.take(row.path)
+                assert entry
+                last = imagen.Run()
+                last.adopt(entry)
+                last.note_best_effort(over=True)
+                imagen.deliver(last, config)
+            assert imagen.entries() == []
+            assert here.hidden() == []
+            sent = body[:keep]
+            whole = [data for data in paid_files(here) if data == sent]
+            # Of a stream that breaks off early its preview is all there is.
+            part = [
+                data
+                for data in paid_files(here)
+                if data and (PAID_IMAGE.startswith(data) or PAID_PREVIEW.startswith(data))
+            ]
+            assert whole or part, (keep, len(body))
+        assert server.posts == len(cuts)
+
+
+def test_pipeline_an_image_whose_end_is_missing_lands_and_says_so(here: Box) -> None:
+    with output_openai(here) as server:
+        for image in (PAID_IMAGE[:-12], jpeg()[:-2], webp()[:-9]):
+            server.script(ok({"data": [{"b64_json": b64(image)}]}))
+            done = here.run("generate", "a fox")
+            assert done.code == 0, done.err
+            assert "breaks off" in done.err
+            assert Path(done.lines[0]).read_bytes() == image
+            assert here.sidecar(done.lines[0])["complete"] is False
+
+
+def test_pipeline_a_link_that_was_paid_for_is_on_record_before_it_is_fetched(here: Box) -> None:
+    with output_openai(here) as server, Remote(*[status(404)] * 3, repeat=True) as files:
+        server.script(ok({"data": [{"url": f"{files.base}/fox.png"}]}))
+        assert here.run("generate", "a fox").code == 10
+        (entry,) = here.unfinished()
+        assert entry["remote"] == {"url": f"{files.base}/fox.png"}
+        assert server.posts == 1
+        files.answers = [as_answer(ok(PAID_IMAGE))]
+        done = here.run("recover", "--all")
+        assert server.posts == 1
+    assert done.code == 0
+    assert Path(done.lines[0]).read_bytes() == PAID_IMAGE
 
 
 def test_pipeline_a_name_that_somebody_took_after_a_kill_stays_theirs(box: Box) -> None:
@@ -11174,10 +11386,14 @@ class KillsVictims:
     def check(self, box: Box, kind: KillsKind) -> None:
         """After `recover` all is finished or named, once."""
         assert box.hidden() == []
-        assert list((box.state / "open").iterdir()) == []
-        files = output_files(box.out)
         paid = self.paid(box)
+        left = list((box.state / "open").iterdir())
+        # What Replicate's list does not show may have been paid all the same.
+        assert left == [] or (kind.backend == "flux" and not paid and len(left) == 1)
+        files = output_files(box.out)
         assert files.pop("fox.png") == KILLS_MINE
+        kept = [files.pop(name) for name in [*files] if name.endswith(".bin")]
+        assert not kept or paid  # an answer that broke off before its image
         images = sorted(name for name in files if not name.endswith(".json"))
         assert sorted(files) == sorted([*images, *(f"{name}.json" for name in images)])
         assert len(images) <= 1
@@ -11219,7 +11435,7 @@ def test_pipeline_a_kill_at_every_step_loses_nothing(
             assert done.code in (0, 10, 11), done.err
             if done.code == 10:
                 assert "aybe charged" in done.err
-                assert box.ledger()[0]["charged"] == "unknown"
+                assert "nothing like it" in done.err or box.ledger()[0]["charged"] == "unknown"
             return steps[at - 1], is_open
 
         kills = [
@@ -15592,7 +15808,7 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
 
 
 SERVE_MISTAKES = """{"model": "mokc"} {"prompt": " "} {"prompt": null} {"prompt": ["a"]} {"n": 0} {"n": 11} {"n": true}
-{"size": "1x1"} {"size": "9x9x9"} {"seed": -1} {"seed": 1.5} {"style": "nothing"} {"backend_opts": {"parallel": 9}}
+{"size": "1x1"} {"size": "9x9x9"} {"seed": -2} {"seed": 1.5} {"style": "nothing"} {"backend_opts": {"parallel": 9}}
 {"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"}"""
 
 
@@ -15624,12 +15840,12 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 SERVE_FATES = {  # mock's `fail`: the client's class, status, type, code, whether a repeat is safe
     "refused": ("BadRequestError", 400, "image_generation_user_error", "moderation_blocked", False),
     "usage": ("BadRequestError", 400, "invalid_request_error", "invalid_value", False),
-    "quota": ("RateLimitError", 429, "insufficient_quota", "insufficient_quota", False),
+    "quota": ("APIStatusError", 402, "insufficient_quota", "insufficient_quota", False),
     "busy": ("RateLimitError", 429, "rate_limit_error", "rate_limit_exceeded", True),
     "unreachable": ("InternalServerError", 503, "server_error", "unreachable", True),
-    "config": ("InternalServerError", 500, "server_error", "config", False),
-    "failed": ("InternalServerError", 502, "server_error", "failed", False),
-    "bug": ("InternalServerError", 500, "server_error", "bug", False),
+    "config": ("APIStatusError", 424, "server_error", "config", False),
+    "failed": ("APIStatusError", 424, "server_error", "failed", False),
+    "bug": ("APIStatusError", 424, "server_error", "bug", False),
 }
 
 
@@ -15662,7 +15878,7 @@ def test_server_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one
     with Serving(box) as server:
         for _ in range(3):
             response = server.make({"model": "openai", "size": "auto"}, x_stainless_retry_count="1")
-            assert (response.status, response.json["error"]["charged"]) == (502, "unknown")
+            assert (response.status, response.json["error"]["charged"]) == (424, "unknown")
             assert response.headers["x-should-retry"] == "false"
             assert "recover" in response.json["error"]["hint"]
         assert openai.posts == 1
@@ -15674,7 +15890,7 @@ def test_server_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one
             assert len(box.ledger()) == number
         with (
             server.client() as client,
-            pytest.raises(pytest.importorskip("openai").InternalServerError),
+            pytest.raises(pytest.importorskip("openai").APIStatusError),
         ):
             openai.script("server_error")
             client.images.generate(prompt="another fox", model="openai")
@@ -15730,7 +15946,7 @@ def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, rem
     answers = [openai_images(png(8 * i, 8)) for i in (1, 2)]
     remotes[2].script(*(hold(let_go, answer) for answer in answers))
     params = {"model": "openai", "size": "auto"}
-    with Serving(box) as server:
+    with Serving(box, "--queue", "0") as server:
         first = [server.post(params) for _ in range(2)]
         remotes[2].wait(lambda: remotes[2].posts == 2)
         assert server.make(params).status == 503
@@ -15923,9 +16139,11 @@ def test_server_a_client_that_leaves_ends_what_is_free_and_not_what_is_paid(
 
 def test_server_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
-    with Serving(box, "--parallel", "1") as server:
+    with Serving(box, "--parallel", "1", "--queue", "1") as server:
         slow = server.post({"backend_opts": {"delay_s": 1}})
         eventually(lambda: box.unfinished())
+        waiting = server.post({"prompt": "in line"})
+        eventually(lambda: server.make({}).status == 503)
         response = server.make({})
         assert (
             response.status,
@@ -15935,6 +16153,7 @@ def test_server_who_comes_while_all_are_busy_is_told_to_come_back(box: Box) -> N
         assert response.json["error"]["code"] == "rate_limit_exceeded"
         assert server.get("/healthz").json["ok"] is True
         assert serve_read(slow).startswith(b"HTTP/1.1 200")
+        assert serve_read(waiting).startswith(b"HTTP/1.1 200")
         assert server.make({}).status == 200
 
 
@@ -16116,7 +16335,12 @@ def test_server_a_request_that_is_too_large_or_none_is_told_so(serving: Serving)
         (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
         (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
         (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
-        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),  # empty
+        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
+        (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
+        (SERVE_HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 411),
+        (SERVE_HEAD + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}", 415),
+        (SERVE_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
         (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
         (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
         (SERVE_HEAD + b"\r\n", 400),
@@ -17258,8 +17482,84 @@ def test_commands_a_size_is_given_in_any_of_its_forms(box: Box, given_as: str) -
 
 def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
     done = box.run("generate", "-", "--size", "64x64", input="  a fox, übermütig\nin the snow\n")
-    assert box.sidecar(done.lines[0])["prompt"] == "a fox, übermütig\nin the snow"
+    assert box.sidecar(done.lines[0])["prompt"] == "  a fox, übermütig\nin the snow"
     assert box.run("generate", "-", input=" \n").code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "-rf"],
+        ["--", "--help"],
+        ["--", "--like=last"],
+        ["--", "-n 4"],
+        ["--json", "--", "--"],
+    ],
+    ids=str,
+)
+def test_commands_behind_two_dashes_everything_is_the_prompt(box: Box, words: list[str]) -> None:
+    done = box.run("generate", "--size", "64x64", *words)
+    assert done.code == 0, done.err
+    assert box.ledger()[-1]["sidecar"]["prompt"] == words[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["generate", "a", "fox", "in", "snow"], "quotes"),
+        (["--foo"], "--foo"),
+        (["generate", "fox", "--size", "64x64", "--width", "64"], "--width"),
+        (["generate", "fox", "-o", "{ext}/fox.png"], "{ext}"),
+        (["cost", "--since", "2026-02-31"], "2026-02-31"),
+        (["cost", "--since", "2026-13-01"], "2026-13-01"),
+    ],
+    ids=str,
+)
+def test_commands_a_slip_is_told_with_what_to_do(box: Box, words: list[str], hint: str) -> None:
+    done = box.run(*words)
+    assert done.code == 2
+    assert hint in done.err
+    assert box.ledger() == []
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"a caf\xc3\xa9\r\n", 0),
+        (b"\xef\xbb\xbfa caf\xc3\xa9", 0),
+        (b"caf\xe9", 2),
+        (b"\xef\xbb\xbf", 2),
+        (b"a\0fox", 2),
+        (b"\xed\xa0\x80", 2),
+    ],
+)
+def test_commands_words_on_stdin_are_utf_8_or_a_mistake(
+    box: Box, data: bytes, code: int, locale: str
+) -> None:
+    env = {**box.environ, "LC_ALL": locale}
+    done = subprocess.run(
+        [sys.executable, str(HERE), "generate", "-", "--size", "64x64"],
+        input=data,
+        capture_output=True,
+        env=env,
+        cwd=box.root,
+    )
+    assert done.returncode == code, done.stderr
+    if code == 0:
+        assert box.ledger()[-1]["sidecar"]["prompt"] == "a café"
+    else:
+        assert box.ledger() == []
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_commands_words_as_arguments_are_utf_8_or_a_mistake(box: Box, locale: str) -> None:
+    env = {**box.environ, "LC_ALL": locale}
+    for word, code in ((b"a caf\xc3\xa9", 0), (b"caf\xe9", 2)):
+        command = [sys.executable, str(HERE), "generate", word, "--size", "64x64"]
+        done = subprocess.run(command, capture_output=True, env=env, cwd=box.root)
+        assert done.returncode == code, done.stderr
+    assert [line["sidecar"]["prompt"] for line in box.ledger()] == ["a café"]
 
 
 def test_commands_ctrl_c_while_it_reads_the_prompt_is_no_traceback(box: Box) -> None:
@@ -17883,7 +18183,7 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
         with box.start("jobs", "retry", ident, "--wait") as process:
             (again,) = eventually(lambda: jobs_listed(box, "--status", "running"))
             cloud.database.sql("delete from imagen.jobs where id = $1", again)
-            assert process.communicate(timeout=30)[1].startswith("imagen: a job was deleted")
+            assert "imagen: a job was deleted" in process.communicate(timeout=30)[1]
 
 
 def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
