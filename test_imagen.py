@@ -4736,6 +4736,15 @@ def test_contract_a_context_has_a_deadline_and_knows_what_was_sent() -> None:
     assert ctx.charged == "unknown"
 
 
+def test_contract_what_is_paid_has_an_unknown_price_and_what_is_free_costs_nothing() -> None:
+    class Free(imagen.Backend):
+        paid = False
+
+    request = imagen.Request("a fox")
+    assert imagen.Backend.price(None, request) == imagen.Price(None, "")
+    assert Free.price(None, request) == imagen.Price(0.0, "free")
+
+
 # === Config: imagen.yaml: flag > environment > file > default ===
 CONFIG_OWNER = "11111111-2222-4333-8444-555555555555"
 CONFIG_OTHER = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"
@@ -5259,6 +5268,23 @@ def test_config_an_env_file_reads_as_a_shell_reads_it(here: Box) -> None:
     imagen.load_env_file(str(path))
     values = [os.environ.pop(f"IMAGEN_T{number}") for number in range(1, 6)]
     assert values == ["x", "y # z", "q", "a#b", ""]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"a: [1", "line 1, column 6: expected"),
+        (b"a: b\nc: \x01", "line 2, column 4: special characters"),
+    ],
+)
+def test_config_yaml_that_is_none_is_told_with_its_reason(
+    box: Box, data: bytes, reason: str
+) -> None:
+    box.configure({"mock": {"type": "mock"}}).write_bytes(data)
+    done = box.run("styles")
+    assert done.code == 3
+    assert reason in done.err
+    assert "Error" not in done.err
 
 
 # === Styles: named ways to dress a prompt ===
@@ -8371,6 +8397,12 @@ def test_live_replicate_makes_an_image(box: Box) -> None:
     assert done.code == 0 and box.sidecar(done.lines[0])["seed"] == 7 and "asked" not in done.err, (
         done.err
     )
+
+
+def test_replicate_half_a_megapixel_is_where_the_small_size_ends() -> None:
+    known = imagen.REPLICATE_MODELS["black-forest-labs/flux-schnell"]
+    assert imagen.replicate_size(known, 1024, 512)["megapixels"] == "0.25"
+    assert "megapixels" not in imagen.replicate_size(known, 1025, 512)
 
 
 # === OpenAI: the Images API and whoever speaks its dialect ===
