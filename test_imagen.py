@@ -4094,6 +4094,15 @@ def test_file_the_tests_stand_under_the_banners_of_what_they_test() -> None:
     assert tested == banner.findall(head_source())
 
 
+def test_file_a_tests_name_has_its_sections_word_so_that_k_selects_it() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for part in re.split(r"^(?=# === )", source, flags=re.MULTILINE)[2:]:
+        word = part.split()[2].rstrip(":").lower().replace("the", "file")
+        names = re.findall(r"^def (test_\w+)\(", part, re.MULTILINE)
+        assert names
+        assert [name for name in names if word not in name] == []
+
+
 def test_file_no_section_uses_one_below_it() -> None:
     planted = "# === 1\ndef a(n: low) -> int: return high + n\n# === 2\nhigh = 1\nclass low: pass\n"
     assert [line[:4] for line in head_upward(planted)] == ["high", "low,"]
