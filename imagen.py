@@ -8151,9 +8151,11 @@ class TerminalRunner(Runner):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)  # for good: what follows is short
         self.start()
+        pending_told = False
         while self.busy and not (self.stopped and time.monotonic() > self.leave_at()):
             with self.changed:
                 self.changed.wait(0.1)
+            pending_told = pending_told or (bool(self.stopped) and self.tell_pending())
             self.draw()
         if self.stopped and (self.active or self.waiting):
             text = f"{len(self.active)} did not end, {len(self.waiting)} not begun"
@@ -8172,10 +8174,19 @@ class TerminalRunner(Runner):
         if number == signal.SIGTERM:
             self.patience = self.config.worker.grace_s
         self.stop(self.why)
-        if pending := [run for run in [*self.active] if run.stop_pending]:
-            backend = pending[0].entry.record["sidecar"]["backend"]
-            text = "cannot be stopped any more: waiting for the image; again to leave"
-            self.terminal.say(f"{backend} {text}")
+
+    def tell_pending(self) -> bool:
+        """Say once that a paid POST is waited for; whether that was said.
+
+        Not in the handler of the signal, which may have come in the middle of another line.
+        """
+        for run in [*self.active]:
+            if run.stop_pending:
+                backend = run.entry.record["sidecar"]["backend"]
+                text = "cannot be stopped any more: waiting for the image; again to leave"
+                self.terminal.say(f"{backend} {text}")
+                return True
+        return False
 
     def leave_at(self) -> float:
         """When a stop has waited long enough: for a paid POST longer than for anything else."""

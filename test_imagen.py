@@ -10824,7 +10824,8 @@ def test_pipeline_a_second_signal_during_a_paid_post_leaves_and_keeps_the_entrie
         while process.poll() is None:
             process.send_signal(number)
             time.sleep(0.1)
-        assert ended(process, 8).code == 130
+        done = ended(process, 8)
+        assert done.code == 130, done.err
         assert [entry["charged"] for entry in box.unfinished()] == ["unknown"] * 3
         assert server.posts == 3
         assert box.run("recover", "--all").code == 10
