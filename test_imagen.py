@@ -4436,6 +4436,18 @@ def test_shapes_a_uuid_and_the_nearest_name() -> None:
     assert "photo, ink" in imagen.nearest("z", ["photo", "ink"])
 
 
+def test_shapes_a_schema_says_what_from_mapping_takes() -> None:
+    schema = imagen.schema(imagen.Order)
+    assert schema["required"] == ["prompt"]
+    assert schema["additionalProperties"] is False
+    assert schema["properties"].keys() == {*imagen.Order._fields}
+    assert schema["properties"]["n"] == {"type": "integer"}
+    assert schema["properties"]["seed"] == {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    assert schema["properties"]["backend_opts"] == {"type": "object"}
+    worker = imagen.schema(imagen.WorkerConfig)["properties"]["concurrency"]
+    assert worker == {"type": "integer", "minimum": 1, "maximum": 64}
+
+
 # === Images: what bytes are: PNG, JPEG, WebP, GIF; and a PNG of our own ===
 IMAGES_MAGIC = [
     b"",
@@ -11146,6 +11158,39 @@ def test_pipeline_what_release_0_1_0_left_at_any_step_is_taken_to_its_end(
         assert again["negative_prompt"] == sidecar["negative_prompt"]
 
 
+def test_pipeline_recover_looks_for_what_was_sent_and_not_for_what_would_be_sent_now(
+    box: Box,
+) -> None:
+    with output_replicate(box, extra={"seed": 5}) as server:
+        server.lose_next_answer()
+        assert box.fox("--seed", "7").code == 10
+        (entry,) = box.unfinished()
+        assert entry["body"] == {"prompt": "a fox", "seed": 5}
+        path = box.root / "config" / "imagen.yaml"
+        config = json.loads(path.read_text())
+        del config["backends"]["flux"]["extra"]
+        path.write_text(json.dumps(config))
+        assert box.run("recover", "--all").code == 0
+        assert server.created == 1
+
+
+def test_pipeline_words_that_look_like_keys_are_kept_and_keys_in_use_are_refused(box: Box) -> None:
+    words = "camera: Leica M6 @ 35mm, sk-ink, token: eyJhbGciOi, r8_abcdefgh12"
+    key = "sk-proj-A1b2C3d4E5f6G7h8"
+    with output_openai(box, api_key_env="MY_KEY") as server:
+        done = box.run("generate", words, env={"MY_KEY": key})
+        assert done.code == 0, done.err
+        assert server.seen[0].json["prompt"] == words
+        assert box.sidecar(done.lines[0])["prompt"] == words
+        assert box.ledger()[0]["sidecar"]["prompt"] == words
+        for flags in ([f"my {key}"], ["a fox", "--negative", key]):
+            refused = box.run("generate", *flags, env={"MY_KEY": key})
+            assert refused.code == 2
+            assert key not in refused.err
+        assert server.posts == 1
+    assert len(box.ledger()) == 1
+
+
 def test_pipeline_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it(box: Box) -> None:
     with output_replicate(box):
         done = output_played(box, {"count": True}, "generate", "a fox")
@@ -11901,6 +11946,35 @@ def two_hosts(cloud: Cloud, tmp_path: Path) -> tuple[Box, Box]:
             home, owner=owner, backends={"mock": {"type": "mock", "width": size, "height": size}}
         )
     return homes
+
+
+@pytest.mark.parametrize("has_row", [True, False])
+def test_pipeline_an_object_of_release_0_1_0_stays_only_where_its_row_names_it(
+    cloud: Cloud, synced: Box, has_row: bool
+) -> None:
+    (path,) = deliver_later(synced)
+    (entry,) = (synced.state / "open").iterdir()
+    old = "2026-11-20/a-fox-7.png"
+    line = {"object": old, "sidecar": {"storage_path": old}}
+    with entry.open("a") as file:
+        file.write(f"{json.dumps(line)}\n")
+    image_id = synced.sidecar(path)["image_id"]
+    if has_row:
+        cloud.database.sql(
+            "insert into imagen.images (id, owner_user_id, prompt, backend, storage_path)"
+            " values ($1, $2, 'a fox', 'mock', $3)",
+            *(image_id, cloud.anna, old),
+        )
+    assert synced.run("sync").code == 0
+    (row,) = cloud.rows()
+    assert str(row["id"]) == image_id
+    assert synced.unfinished() == []
+    if has_row:
+        assert row["storage_path"] == old
+        assert cloud.count("PUT") == 0
+    else:
+        assert row["storage_path"].endswith(f"a-fox-7-{entry.name[:8]}.png")
+        assert [*cloud.objects()] == [row["storage_path"]]
 
 
 @pytest.mark.parametrize(
