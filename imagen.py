@@ -4116,10 +4116,8 @@ def attempts(
         before = ""
     elif before:
         opened = []
-    lines = _ledger_lines(before.encode(), needle.encode())
-    if terms:
-        spelled = [to_json(term)[1:-1] for term in terms]
-        lines = (line for line in lines if _holds_all(line, spelled))
+    spelled = [to_json(term)[1:-1] for term in terms]
+    lines = _ledger_lines(before.encode(), needle.encode(), spelled)
     seen = set()
     for record in itertools.chain(opened, (from_release_before(parsed(line)) for line in lines)):
         if isinstance(record.get("id"), str) and record["id"] not in seen:
@@ -4127,12 +4125,16 @@ def attempts(
             yield record
 
 
-def _holds_all(line: bytes, terms: Sequence[str]) -> bool:
-    text = line.decode("utf-8", "replace").lower()
+def _holds_all(data: bytes, needle: bytes, terms: Sequence[str]) -> bool:
+    if needle not in data:
+        return False
+    if not terms:
+        return True
+    text = data.decode("utf-8", "replace").lower()
     return all(term in text for term in terms)
 
 
-def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
+def _ledger_lines(before: bytes, needle: bytes, terms: Sequence[str]) -> Iterator[bytes]:
     # From its end and in blocks, since most readers want the newest alone, and a block that holds
     # nothing of interest is never split. Not mapped: a file that is cut meanwhile would kill us.
     try:
@@ -4148,7 +4150,8 @@ def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
             start = max(0, end - LEDGER_BLOCK)
             block = os.pread(fd, end - start, start) + begun
             end = start
-            if start and (before or needle) not in block:
+            of_interest = before in block if before else _holds_all(block, needle, terms)
+            if start and not of_interest:
                 begun = block.partition(b"\n")[0]
                 continue
             begun, *lines = block.split(b"\n")
@@ -4158,7 +4161,7 @@ def _ledger_lines(before: bytes, needle: bytes) -> Iterator[bytes]:
                 if before:
                     if before in line:
                         before = b""
-                elif needle in line:
+                elif _holds_all(line, needle, terms):
                     yield line
     finally:
         os.close(fd)
@@ -4852,10 +4855,13 @@ class Run(Context):
         # 2. The error as the person will read it.
         ended = self._nothing_left(error, cancelled)
         message = self._failure_message(error, cancelled)
+        kind = self._failure_kind(error, ended)
         hint = error.hint
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
-        kind = self._failure_kind(error, ended)
+        elif kind is Unknown:
+            sending = self.entry.record.get("sending")
+            hint = f"sent {sending}: the backend's usage page tells more; this entry is closed"
         error = kind(message, hint, charged=self.charged, after=error.after)
         # 3. The entry: kept for `recover`, kept for `deliver`, or closed.
         self.note_best_effort(
@@ -4884,6 +4890,8 @@ class Run(Context):
         return self.charged == "no" and (turned_away or not self.remote_ids)
 
     def _failure_kind(self, error: ImagenError, ended: bool) -> type[ImagenError]:
+        if self.began_elsewhere and self.charged == "unknown" and isinstance(error, Ended):
+            return Unknown  # nobody has kept what came of it
         if not ended and self.charged != "no" and not isinstance(error, Interrupted | Disk):
             return Unknown
         if self.remote_ids and isinstance(error, Unreachable | Busy):
@@ -5284,15 +5292,8 @@ def _resume(run: Run, config: Config) -> Result:
         "taken": [str((other.get("remote") or {}).get("id")) for other in others],
         **run.remote_ids,
     }
-    try:
-        with run.recording_failure(backend):
-            return backend.resume(run, remote, request)
-    except Ended as problem:
-        if run.charged != "unknown" and type(backend).resume is not Backend.resume:
-            raise
-        message = f"{problem}, sent at {record.get('sending')}"
-        hint = "the backend's usage page tells whether it was charged; this entry is closed"
-        raise Unknown(message, hint, charged=run.charged) from None
+    with run.recording_failure(backend):
+        return backend.resume(run, remote, request)
 
 
 # A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
