@@ -716,6 +716,28 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
 BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
+def png_text(data: bytes, keyword: str) -> str:
+    """The text that a PNG carries under this keyword; "" where it has none, or is no PNG."""
+    position = 8
+    while data.startswith(b"\x89PNG") and position + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        name, _, text = data[position + 8 : position + 8 + size].partition(b"\0")
+        position += 12 + size
+        if name != keyword.encode():
+            continue
+        if kind == b"tEXt":
+            return text.decode("latin-1")
+        packed = kind == b"zTXt"
+        if kind == b"iTXt":
+            packed = text[:1] == b"\1"
+            text = text[2:].split(b"\0", 2)[-1]
+        elif packed:
+            text = text[1:]
+        with suppress(zlib.error):
+            return (zlib.decompress(text) if packed else text).decode("utf-8", "replace")
+    return ""
+
+
 def png_encode(
     width: int,
     height: int,
@@ -957,7 +979,10 @@ class Backend:
 
     @classmethod
     def plan(cls, options: Any, request: Request) -> Fields:
-        """What would be sent, without key or network; BadRequest for what is sure to be refused."""
+        """What would be sent, without key or network; BadRequest for what is sure to be refused.
+
+        `seed`: None where there is no place for one, and every image would be the same.
+        """
         return {name: getattr(request, name) for name in ("width", "height", "steps", "seed")}
 
     @classmethod
@@ -2178,8 +2203,9 @@ class ComfyUI(Backend):
         model: str = ""
         default_steps: Steps = 0
         workflow: str = ""
-        # Where values go in the workflow: {prompt: "6.text", seed: "31.seed"}
-        nodes: Strings = EMPTY
+        # Where values go in the workflow: {prompt: "6.text", seed: ["31.seed", "40.seed"]};
+        # output: the id of the node whose image is meant.
+        nodes: Fields = EMPTY
         clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
         vae: str = "ae"
         sampler: Text = ""
@@ -2198,21 +2224,22 @@ class ComfyUI(Backend):
             raise BadConfig("model: missing (or name a workflow file)")
         if len(options.clip) != 2:
             raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
-        self.workflow: tuple[Graph, JsonObject] | None = None
+        self.workflow: ComfyWorkflow | None = None
+        self.has_jobs = True  # whether the server knows /api/jobs, until it says that it does not
         if options.workflow:
             self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
         """What is known before the server has been asked what `model` is."""
-        source = {"model": options.model}
-        if options.workflow:
-            source = {"workflow": options.workflow}
-        return {
-            **source,
-            **super().plan(options, request),
-            "steps": request.steps or options.default_steps,
-        }
+        steps = request.steps or options.default_steps
+        fields = {**super().plan(options, request), "steps": steps}
+        if not options.workflow:
+            return {"model": options.model, **fields}
+        workflow = comfy_workflow(options.workflow, options.nodes)
+        if not workflow.takes("seed"):
+            fields["seed"] = None
+        return {"workflow": options.workflow, "nodes": workflow.chosen(), **fields}
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
@@ -2226,6 +2253,9 @@ class ComfyUI(Backend):
         for spec in graph.values():
             if "filename_prefix" in spec["inputs"]:
                 spec["inputs"]["filename_prefix"] = prefix
+                # Who takes a folder apart takes no slash here.
+                if any(re.search("path|folder|dir", key) for key in spec["inputs"]):
+                    spec["inputs"]["filename_prefix"] = prefix.replace("/", "-")
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
         with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
@@ -2247,13 +2277,18 @@ class ComfyUI(Backend):
         http = self._http(ctx)
         prompt_id = remote["prompt_id"]
         while True:
-            place, entry = comfy_state(http, prompt_id)
+            place, entry = self._state(http, prompt_id)
             if place not in ("pending", "running"):
                 break
             if place == "pending":
                 ctx.progress("queued")
             ctx.sleep(0.25)
-        file = comfy_outcome(entry, ctx)
+        output = self.workflow.output if self.workflow else ""
+        file, others = comfy_outcome(entry, output)
+        if others:
+            names = ", ".join(str(other["filename"]) for other in others)
+            made = f"the workflow made {len(others) + 1} images"
+            ctx.warn(f"{made}; on the server stay {names}"[:300])
         query = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
         try:
             image = http.download(f"/view?{urlencode(query)}")
@@ -2274,7 +2309,7 @@ class ComfyUI(Backend):
             steps=remote.get("steps") or None,
             cost_usd=0.0,
             ignored=ignored,
-            metadata={"prompt_id": prompt_id, "file": file},
+            metadata={"prompt_id": prompt_id, "file": file, "others": others},
         )
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
@@ -2290,7 +2325,10 @@ class ComfyUI(Backend):
             "running": ("/interrupt", {"prompt_id": prompt_id}),
             "pending": ("/queue", {"delete": [prompt_id]}),
         }
-        while (place := comfy_state(http, prompt_id)[0]) in ways:
+        while (place := self._state(http, prompt_id)[0]) in ways:
+            if self.has_jobs:
+                with suppress(BadConfig, BadRequest, Failed):  # older ones cannot do it this way
+                    http.post(f"/api/jobs/{prompt_id}/cancel", {})
             http.post(*ways[place])
             ctx.sleep(0.1)
 
@@ -2300,7 +2338,9 @@ class ComfyUI(Backend):
         system = http.get_json("/system_stats")["system"]
         version = system.get("comfyui_version", "of unknown version")
         model = self.options.workflow
-        if not model:
+        if self.workflow:
+            model = f"{model} with {self.workflow.chosen()}"
+        else:
             model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
@@ -2311,7 +2351,7 @@ class ComfyUI(Backend):
         options = self.options
         request = request._replace(steps=request.steps or options.default_steps)
         if self.workflow:
-            return comfy_filled(*self.workflow, request)
+            return self.workflow.filled(request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
         options = options._replace(model=model)
         if folder == "checkpoints":
@@ -2321,6 +2361,30 @@ class ComfyUI(Backend):
             vae=comfy_find(http, options.vae, "vae")[0],
         )
         return comfy_graph(options, request, split=True)
+
+    def _state(self, http: Http, prompt_id: str) -> tuple[str, Fields]:
+        """Where our prompt is: pending, running, done, or "" where nobody knows of it.
+
+        With its history entry, once it is done.
+        """
+        # 1. One job by its id, without everybody else's queue, where the server can tell it.
+        if self.has_jobs:
+            try:
+                status = http.get_json(f"/api/jobs/{prompt_id}").get("status")
+                if status in ("pending", "in_progress"):
+                    return str(status).replace("in_progress", "running"), {}
+            except BadConfig as problem:
+                self.has_jobs = "not found" in str(problem)
+        # 2. Two looks: between them it may move from the queue into history.
+        for _ in range(2):
+            if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
+                return "done", entry
+            if self.has_jobs:
+                break
+            for key, jobs in http.get_json("/queue").items():
+                if any(job[1] == prompt_id for job in jobs):
+                    return key.removeprefix("queue_"), {}
+        return "", {}
 
     def _submit(self, http: Http, body: Fields) -> None:
         # The same id posted twice runs twice, so after a lost response the server is asked
@@ -2337,7 +2401,7 @@ class ComfyUI(Backend):
                     raise comfy_error(response)
                 return
             try:
-                if comfy_state(http, body["prompt_id"])[0]:
+                if self._state(http, body["prompt_id"])[0]:
                     return
             except (Unreachable, Busy) as problem:
                 raise Failed(f"sent, and then {problem}") from None
@@ -2356,6 +2420,7 @@ COMFY_LOADERS = {
     "vae": ("VAELoader", "vae_name"),
 }
 COMFY_MODELS = ("checkpoints", "diffusion_models")
+COMFY_FILE_BYTES = 64 << 20  # of a workflow file, which may be an image
 
 
 def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
@@ -2389,21 +2454,6 @@ def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> s
     if len(alike) == 1 or (alike and begins):
         return alike[0]
     return ""
-
-
-def comfy_state(http: Http, prompt_id: str) -> tuple[str, Fields]:
-    """Where our prompt is: pending, running, done, or "" where nobody knows of it.
-
-    With its history entry, once it is done.
-    """
-    # Two looks: between them it may move from the queue into history.
-    for _ in range(2):
-        if entry := http.get_json(f"/history/{prompt_id}").get(prompt_id):
-            return "done", entry
-        for key, jobs in http.get_json("/queue").items():
-            if any(job[1] == prompt_id for job in jobs):
-                return key.removeprefix("queue_"), {}
-    return "", {}
 
 
 Graph = dict[str, Any]  # node id → {"class_type", "inputs"}
@@ -2516,92 +2566,279 @@ COMFY_FIELDS = {
     "steps": "steps",
     "negative": "negative_prompt",
 }
+# How an input is called that takes a field, or leads to it, and the type of its value.
+COMFY_INPUTS = {
+    "prompt": (r"(\w+_)?(text|prompt|string)(_\w+)?|clip_[lg]|t5xxl|llama", str),
+    "seed": (r"(noise_)?seed|noise", int),
+    "steps": (r"steps|sigmas", int),
+    "width": (r"(\w+_)?width", int),
+    "height": (r"(\w+_)?height", int),
+}
+COMFY_GUIDES = {"positive", "guider", "conditioning"}  # a sampler has one of them
+COMFY_SEEDS = {"seed", "noise_seed", "noise"}  # and one of these
+COMFY_PIXELS = r"(\w+_)?(latents?|image|samples|pixels)(_\w+)?"  # what a sampler starts from
+
+Place = tuple[str, str]  # node id, input
 
 
-def comfy_workflow(path: str, nodes: Strings) -> tuple[Graph, JsonObject]:
-    """The graph in a file, with placeholders at `nodes` too, and its own values for them.
+class ComfyWorkflow(NamedTuple):
+    """A graph from a file, and where a request's values go in it."""
 
-    BadConfig where it is no such graph, or has no place for the prompt.
+    graph: Graph
+    places: dict[str, list[Place]]  # by the names of COMFY_FIELDS; besides, {name} is replaced
+    output: str  # the node whose image is meant; "": the last
+
+    def takes(self, name: str) -> bool:
+        """Whether a value called so has a place."""
+        return bool(self.places.get(name)) or f"{{{name}}}" in json.dumps(self.graph)
+
+    def chosen(self) -> dict[str, list[str]]:
+        """The places, as `nodes` in the config would name them."""
+        return {name: [".".join(place) for place in row] for name, row in self.places.items()}
+
+    def filled(self, request: Request) -> ComfyGraph:
+        """The graph with the request's values; what it leaves open stays as it is in the file."""
+        graph: Graph = json.loads(json.dumps(self.graph))
+        marks: JsonObject = {"{negative}": "", "{width}": 1024, "{height}": 1024, "{steps}": 20}
+        ignored = []
+        for name, field in COMFY_FIELDS.items():
+            value = getattr(request, field)
+            if not value and name != "seed":
+                continue
+            marks[f"{{{name}}}"] = value
+            if not self.takes(name):
+                ignored.append(field)
+
+        def value_of(match: re.Match[str]) -> str:
+            return str(marks.get(match[0], match[0]))
+
+        for spec in graph.values():
+            for key, old in spec["inputs"].items():
+                if isinstance(old, str):
+                    filled = re.sub(r"\{\w+\}", value_of, old)
+                    # A number alone in its field stays a number.
+                    spec["inputs"][key] = marks.get(old, filled)
+        steps = 0
+        for name, places in self.places.items():
+            for node, key in places:
+                inputs = graph[node]["inputs"]
+                if getattr(request, COMFY_FIELDS[name]) or name == "seed":
+                    inputs[key] = marks[f"{{{name}}}"]
+                if name == "steps" and isinstance(inputs[key], int):
+                    steps = steps or inputs[key]
+        if not steps and self.takes("steps"):
+            steps = marks["{steps}"]
+        return ComfyGraph(graph=graph, model=None, steps=steps, ignored=ignored)
+
+
+def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
+    """The graph in a file, with its placeholders, or else the places that its samplers lead to.
+
+    `nodes` wins. BadConfig where it is no such graph, or has no place for the prompt.
     """
-    # 1. Read it; a place is "6.text".
+    graph = comfy_read(path)
+    known = {f"{node}.{key}" for node, spec in graph.items() for key in spec["inputs"]}
+    # 1. What the config says.
+    places: dict[str, list[Place]] = {}
+    output = str(nodes.get("output") or "")
+    for name in nodes.keys() - {"output"}:
+        if name not in COMFY_FIELDS:
+            raise BadConfig(f"nodes.{name}: unknown, {nearest(name, [*COMFY_FIELDS, 'output'])}")
+        named = nodes[name] or []
+        if isinstance(named, str):
+            named = [named]
+        for place in map(str, named):
+            if place not in known:
+                raise comfy_misplaced(path, graph, f'nodes.{name}: it has no "{place}"')
+        places[name] = [place.rpartition(".")[::2] for place in map(str, named)]
+    if output and output not in graph:
+        raise BadConfig(f'workflow {path}: nodes.output: it has no node "{output}"')
+    # 2. What the graph itself says.
+    text = json.dumps(graph)
+    if not any(f"{{{name}}}" in text for name in COMFY_FIELDS):
+        found, prompts = comfy_places(graph)
+        if len(prompts) > 1 and "prompt" not in places:
+            raise comfy_misplaced(path, graph, "which of its texts is the prompt?")
+        places = {**found, **places}
+    # 3. Without a place for the prompt every image would be the same.
+    workflow = ComfyWorkflow(graph, {name: row for name, row in places.items() if row}, output)
+    if not workflow.takes("prompt"):
+        raise comfy_misplaced(
+            path, graph, "no place for the prompt: put {prompt} there, or name one"
+        )
+    return workflow
+
+
+def comfy_read(path: str) -> Graph:
+    """The graph in a file: bare, wrapped as services take it, or in a PNG that ComfyUI made."""
     try:
-        with open(full_path(os.path.expandvars(path)), encoding="utf-8") as file:
-            graph: Graph = json.load(file)
-        places = {
-            f"{node}.{key}": spec["inputs"]
-            for node, spec in graph.items()
-            for key in dict(spec["inputs"])
-        }
-    except (OSError, ValueError) as problem:
+        with open(full_path(os.path.expandvars(path)), "rb") as file:
+            raw = file.read(COMFY_FILE_BYTES)
+        document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
-    except (AttributeError, KeyError, TypeError):
+    for wrapper in ("input", "workflow", "prompt"):
+        if isinstance(document, dict) and isinstance(document.get(wrapper), dict):
+            document = document[wrapper]
+    graph: Graph = {}
+    if isinstance(document, dict):
+        for node, spec in document.items():
+            if (
+                isinstance(spec, dict)
+                and "class_type" in spec
+                and isinstance(spec.get("inputs"), dict)
+            ):
+                graph[node] = spec
+    if not graph:
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
-        ) from None
-    # 2. Put the placeholders where `nodes` says.
-    usual: Graph = {"{negative}": "", "{width}": 1024, "{height}": 1024, "{steps}": 20}
-    for name, place in nodes.items():
-        if name not in COMFY_FIELDS:
-            raise BadConfig(f"nodes.{name}: unknown, {nearest(name, COMFY_FIELDS)}")
-        if not place:
-            continue
-        if place not in places:
-            raise comfy_misplaced(path, name, places, f'it has no "{place}"')
-        inputs = places[place]
-        key = place.partition(".")[2]
-        mark = f"{{{name}}}"
-        usual[mark] = inputs[key]
-        inputs[key] = mark
-    # 3. Without a place for the prompt every image would be the same.
-    if not any("{prompt}" in str(inputs.values()) for inputs in places.values()):
-        raise comfy_misplaced(
-            path, "prompt", places, "no place for the prompt: put {prompt} there, or name one"
         )
-    return graph, usual
+    return graph
 
 
-def comfy_misplaced(path: str, name: str, places: Iterable[str], problem: str) -> BadConfig:
-    """The error of a workflow without a place for `name`, with those that may be meant."""
-    pattern = {"prompt": "text|prompt", "negative": "text"}.get(name, name)
-    likely = ", ".join(place for place in places if re.search(pattern, place)) or "none"
-    return BadConfig(f"workflow {path}: nodes.{name}: {problem}", f"candidates: {likely}")
+def comfy_misplaced(path: str, graph: Graph, problem: str) -> BadConfig:
+    """The error of a workflow in which a value has no place, with a block that names one."""
+    lines = []
+    for node, spec in graph.items():
+        title = (spec.get("_meta") or {}).get("title") or spec["class_type"]
+        for key, value in spec["inputs"].items():
+            if isinstance(value, str) and re.fullmatch(COMFY_INPUTS["prompt"][0], key):
+                lines.append(f'prompt: "{node}.{key}"  # {title}: {excerpt(value.encode(), 50)}')
+    hint = "nodes:\n  " + "\n  # or ".join(lines)
+    if not lines:
+        hint = "it has no input for a text"
+    return BadConfig(f"workflow {path}: {problem}", hint)
 
 
-def comfy_filled(workflow: Graph, usual: Fields, request: Request) -> ComfyGraph:
-    """The workflow with the request's values, or else the `usual`, at its placeholders."""
-    text = json.dumps(workflow)
-    graph: Graph = json.loads(text)
-    marks = dict(usual)
-    ignored = []
-    for name, field in COMFY_FIELDS.items():
-        value = getattr(request, field)
-        if not value and name != "seed":
+# A walk through a graph, from its samplers up. Each function looks at every node once.
+
+
+def comfy_links(graph: Graph, node: str) -> dict[str, str]:
+    """The inputs of a node that are linked to other nodes, and to which."""
+    links = {}
+    for key, value in graph[node]["inputs"].items():
+        if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
+            links[key] = str(value[0])
+    return links
+
+
+def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
+    """The nodes behind these inputs (a pattern) of a node, the nearest first."""
+    links = comfy_links(graph, node)
+    waiting = [links[key] for key in links if re.fullmatch(inputs, key)]
+    nodes: dict[str, None] = {}
+    for source in waiting:
+        if source not in nodes:
+            nodes[source] = None
+            waiting += comfy_links(graph, source).values()
+    return [*nodes]
+
+
+def comfy_values(graph: Graph, node: str, field: str, role: str = "") -> list[Place]:
+    """The places of a field's values in a node, or in those that its inputs are linked to."""
+    name, kind = COMFY_INPUTS[field]
+    behind = rf".*({name}).*|value|default|int|number"
+    other = "negative"
+    if role:
+        behind += f"|{role}"
+    if role == "negative":
+        other = "positive"
+    places: list[Place] = []
+    waiting = [node]
+    for source in waiting:
+        links = comfy_links(graph, source)
+        pattern = name if source == node else behind
+        inputs = [
+            key
+            for key in graph[source]["inputs"]
+            if re.fullmatch(pattern, key, re.IGNORECASE) and other not in key.lower()
+        ]
+        linked = [links[key] for key in inputs if key in links]
+        waiting += [link for link in linked if link not in waiting]
+        # What a node only shows of what comes through it is no source.
+        if source != node and linked:
             continue
-        mark = f"{{{name}}}"
-        marks[mark] = value
-        if mark not in text:
-            ignored.append(field)
-
-    def value_of(match: re.Match[str]) -> str:
-        return str(marks.get(match[0], match[0]))
-
-    for spec in graph.values():
-        for key, old in spec["inputs"].items():
-            if not isinstance(old, str):
-                continue
-            filled = re.sub(r"\{\w+\}", value_of, old)
-            # A number alone in its field stays a number.
-            spec["inputs"][key] = marks.get(old, filled)
-    steps = 0
-    if "{steps}" in text and isinstance(marks["{steps}"], int):
-        steps = marks["{steps}"]
-    return ComfyGraph(graph=graph, model=None, steps=steps, ignored=ignored)
+        for key in inputs:
+            value = graph[source]["inputs"][key]
+            if isinstance(value, kind) and not isinstance(value, bool):
+                places.append((source, key))
+    return places
 
 
-def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
-    """The image file that a history entry names: {filename, subfolder, type}.
+def comfy_encoders(graph: Graph, node: str, role: str) -> list[list[Place]]:
+    """The places of each text encoder behind the `role` (positive, negative) of a node."""
+    encoders: list[list[Place]] = []
+    waiting = [node]
+    for source in waiting:
+        links = comfy_links(graph, source)
+        inputs = graph[source]["inputs"]
+        if "ZeroOut" in str(graph[source]["class_type"]):
+            continue
+        onward: list[str] = []
+        if isinstance(inputs.get(role), str):
+            encoders.append([(source, role)])
+        elif role in links:
+            onward = [links[role]]
+        else:
+            if places := comfy_values(graph, source, "prompt", role):
+                encoders.append(places)
+            # A guider without a negative has none; behind it, whatever is joined counts.
+            if source != node or role == "positive":
+                onward = [links[key] for key in links if key.startswith("cond")]
+        waiting += [link for link in onward if link not in waiting]
+    return encoders
 
-    Ended where it names none.
+
+def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
+    """Where a graph has each of COMFY_FIELDS, and the different texts that its samplers get."""
+    places: dict[str, list[Place]] = {name: [] for name in COMFY_FIELDS}
+    texts = []
+
+    def value(place: Place) -> Any:
+        return graph[place[0]]["inputs"][place[1]]
+
+    # 1. The samplers, those first that go on with no other's work.
+    passes = []
+    for node, spec in graph.items():
+        if spec["inputs"].keys() & COMFY_SEEDS and comfy_links(graph, node).keys() & COMFY_GUIDES:
+            passes.append(node)
+    later = set()
+    for node in passes:
+        if set(passes) & set(comfy_upstream(graph, node, "(?!model).*")):
+            later.add(node)
+    for node in sorted(passes, key=later.__contains__):
+        # 2. Their texts. All inputs of one encoder get the prompt, but not all that is joined.
+        guider = comfy_links(graph, node).get("guider", node)
+        for encoder in comfy_encoders(graph, guider, "positive"):
+            filled = [place for place in encoder if value(place).strip()] or encoder
+            places["prompt"] += filled
+            longest = max((value(place).strip() for place in filled), key=len)
+            joined_texts = {value(place).strip() for place in filled if place[0] != filled[0][0]}
+            texts += [longest, *joined_texts]
+        for encoder in comfy_encoders(graph, guider, "negative"):
+            places["negative"] += encoder
+        # 3. Seed and steps; of a later pass only where it has the same as the first.
+        for name in ("seed", "steps"):
+            known = [value(place) for place in places[name]]
+            for place in comfy_values(graph, node, name):
+                if node not in later or value(place) in known:
+                    places[name].append(place)
+        # 4. The size of what it starts from.
+        for source in comfy_upstream(graph, node, COMFY_PIXELS):
+            sides = [comfy_values(graph, source, name) for name in ("width", "height")]
+            if node not in later and all(sides):
+                places["width"] += sides[0]
+                places["height"] += sides[1]
+                break
+    places["negative"] = [place for place in places["negative"] if place not in places["prompt"]]
+    unique = {name: [*dict.fromkeys(row)] for name, row in places.items()}
+    return unique, [*dict.fromkeys(filter(None, texts))]
+
+
+def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]]:
+    """The image file that a history entry means: {filename, subfolder, type}; and its other images.
+
+    `output`: the node that has to have made it; "": the last one. Ended where there is none.
     """
     if not entry:
         raise Ended(
@@ -2613,32 +2850,51 @@ def comfy_outcome(entry: Fields, ctx: Context) -> Fields:
     if event == "execution_interrupted":
         raise Ended("interrupted on the server by somebody else", "ask again")
     if status.get("status_str") == "error":
-        reason = " ".join(str(details.get("exception_message", "no reason given")).split())
+        reason = excerpt(str(details.get("exception_message", "no reason given")).encode())
         hint = "the server's log has the traceback"
         if "OutOfMemory" in str(details.get("exception_type")):
             hint = "out of GPU memory: ask for a smaller size"
         raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
     files = [*comfy_files(entry)]
-    if not files:
-        raise Ended("the server returned no images", "does the workflow end in a SaveImage node?")
-    if len(files) > 1:
-        ctx.warn(
-            f"the workflow made {len(files)} images; "
-            "the first is kept, the others stay on the server"
-        )
-    # The first that was saved for good, rather than a preview.
-    return min(files, key=lambda file: file.get("type") != "output")
+    images = [(node, file) for node, file in files if comfy_is_image(file)]
+    if output:
+        images = [(node, file) for node, file in images if node == output]
+    if not images:
+        made = ", ".join(str(file["filename"]) for _, file in files)
+        reason = f"the server made only {made}" if made else "the server returned no images"
+        raise Ended(reason, "does the workflow end in a SaveImage node?")
+    # The history lists nodes in any order. Who has most behind it was executed last; the first
+    # of its images is the one that the seed alone decides.
+    graph = {}
+    with suppress(IndexError, KeyError, TypeError):
+        graph = {node: spec for node, spec in entry["prompt"][2].items() if spec["inputs"]}
+
+    def rank(pair: tuple[str, Fields]) -> tuple[bool, int]:
+        node, file = pair
+        depth = 0
+        if node in graph:
+            depth = len(comfy_upstream(graph, node, ".*"))
+        return file.get("type") == "output", depth
+
+    _, file = max(images, key=rank)
+    return file, [other for _, other in images if other is not file]
 
 
-def comfy_files(entry: Fields) -> Iterator[Fields]:
+def comfy_is_image(file: Fields) -> bool:
+    """Whether a file of the server is a picture, by its name."""
+    ending = str(file["filename"]).rpartition(".")[2].lower()
+    return ending.replace("jpeg", "jpg") in MIME_TYPES
+
+
+def comfy_files(entry: Fields) -> Iterator[tuple[str, Fields]]:
     """The files in a history entry, under whatever key its nodes have listed them."""
-    for output in (entry.get("outputs") or {}).values():
+    for node, output in (entry.get("outputs") or {}).items():
         for items in output.values():
             if not isinstance(items, list):
                 continue
             for item in items:
                 if isinstance(item, dict) and item.get("filename"):
-                    yield item
+                    yield node, item
 
 
 def comfy_error(response: HttpResponse) -> ImagenError:
@@ -4525,6 +4781,10 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
         request = request._replace(seed=seed + number)
         styled = apply_style(request, config.styles)
         price = cls.price(options, styled)
+        parameters = cls.plan(options, styled)
+        if order.n > 1 and parameters.get("seed", 0) is None:
+            cure = 'name its place in the backend\'s block, as nodes: {seed: "3.seed"}'
+            raise BadRequest(f"{order.n} equal images: the workflow has no place for a seed", cure)
         storage = ""
         if synced:
             storage = render_name("{date}/{slug}-{seed}", request, now)
@@ -4543,7 +4803,7 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             request=request,
             styled=styled,
             price=price,
-            parameters=cls.plan(options, styled),
+            parameters=parameters,
             parallel=getattr(options, "parallel", 1),
             record=record,
         )
@@ -7941,7 +8201,7 @@ EVERYWHERE = """
 --config FILE  instead of the user's imagen.yaml
 --json         one JSON document on stdout
 -q --quiet     results, warnings and errors only
--v --verbose   a traceback where something unexpected happens
+-v --verbose   what the backend gets; a traceback where something unexpected happens
 """
 TIMEOUT = """
 --timeout S  seconds for one image (600)
@@ -7997,6 +8257,8 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     tell_unfinished(terminal)
     if not terminal.live:
         terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
+    if args.verbose:
+        terminal.say(f"{plans[0].request.backend} gets {to_json(plans[0].parameters)}")
     runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()

@@ -7418,14 +7418,304 @@ def test_comfyui_nodes_say_where_values_go_and_what_was_not_asked_for_stays(tmp_
     assert result.steps is None
 
 
+# Two figures, each with a text and a sampler of its own, in one picture.
+COMFY_TWO_PROMPTS = flux_graph() | {
+    "71": {"class_type": "CLIPTextEncode", "inputs": {"text": "a hare", "clip": ["30", 1]}},
+    "72": {
+        "class_type": "KSampler",
+        "inputs": flux_graph()["31"]["inputs"] | {"positive": ["71", 0]},
+    },
+}
+
+
+def comfy_drawn(*nodes: str) -> Graph:
+    """A graph of lines such as `3 KSampler seed=1 positive=@6`, where @6 is a link, and ~ a space."""
+    graph: Graph = {}
+    for line in nodes:
+        ident, kind, *inputs = line.split()
+        values = adapter_values(" ".join(inputs))
+        for key, value in values.items():
+            if str(value).startswith("@"):
+                values[key] = [value[1:].partition(".")[0], int(value.partition(".")[2] or 0)]
+            elif isinstance(value, str):
+                values[key] = value.replace("~", " ").strip("'")
+        graph[ident] = {"class_type": kind.replace("~", " "), "inputs": values}
+    return graph
+
+
+COMFY_PASS = "3 KSampler seed=1 steps=20 positive=@6 negative=@7 latent_image=@5 model=@4"
+COMFY_START = "5 EmptyLatentImage width=512 height=512 batch_size=1"
+COMFY_WORDS = ("6 CLIPTextEncode text=fox clip=@4.1", "7 CLIPTextEncode text=blur clip=@4.1")
+COMFY_USUAL = {
+    "prompt": "6.text",
+    "negative": "7.text",
+    "seed": "3.seed",
+    "steps": "3.steps",
+    "width": "5.width",
+    "height": "5.height",
+}
+# How people build their graphs → where prompt, negative, seed, steps, width and height stand; a
+# name alone: nowhere; None: it has to be asked.
+COMFY_WALKS: dict[str, tuple[Graph, dict[str, str] | None]] = {
+    "plain": (comfy_drawn(COMFY_PASS, COMFY_START, *COMFY_WORDS), {}),
+    "guidance, ControlNet and a reference in between": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@11").replace("@7", "@11.1"),
+            COMFY_START,
+            "11 ControlNetApplyAdvanced positive=@12 negative=@7 control_net=@90 image=@91",
+            "12 FluxGuidance guidance=3.5 conditioning=@13",
+            "13 ReferenceLatent conditioning=@6 latent=@92",
+            *COMFY_WORDS,
+        ),
+        {},
+    ),
+    "parts of their own": (
+        comfy_drawn(
+            "3 SamplerCustomAdvanced noise=@25 guider=@22 sigmas=@17 latent_image=@5 sampler=@16",
+            "22 BasicGuider conditioning=@6 model=@12",
+            "25 RandomNoise noise_seed=5",
+            "17 SplitSigmas step=2 sigmas=@18",
+            "18 BasicScheduler steps=20 scheduler=simple model=@12",
+            "5 EmptySD3LatentImage width=@40 height=@41",
+            "40 PrimitiveInt value=640",
+            "41 SizePicker width_override=0 height_override=512 batch_size=1",
+            COMFY_WORDS[0],
+        ),
+        {"seed": "25.noise_seed", "steps": "18.steps", "width": "40.value", "negative": ""}
+        | {"height": "41.height_override"},
+    ),
+    "a negative that is zeroed out": (
+        comfy_drawn(
+            COMFY_PASS, COMFY_START, COMFY_WORDS[0], "7 ConditioningZeroOut conditioning=@6"
+        ),
+        {"negative": ""},
+    ),
+    "all texts of one encoder": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            "6 CLIPTextEncodeSDXL text_g=fox text_l=snow width=1024 height=1024 clip=@4",
+            "7 CLIPTextEncodeFlux clip_l=blur t5xxl=blur guidance=3.5 clip=@4",
+        ),
+        {"prompt": "6.text_g 6.text_l", "negative": "7.clip_l 7.t5xxl"},
+    ),
+    "texts and numbers in nodes of their own": (
+        comfy_drawn(
+            COMFY_PASS.replace("seed=1", "seed=@50.3").replace("steps=20", "steps=@51"),
+            COMFY_START,
+            "6 CLIPTextEncode text=@52 clip=@4",
+            "52 ShowText|pysssss text=@53 text_0=old",
+            "53 PrimitiveStringMultiline value=fox",
+            "7 CLIPTextEncode text=@54 clip=@4",
+            "54 SDXLPromptStyler text_positive=fox text_negative=blur style=base",
+            "50 Seed~(rgthree) seed=9",
+            "51 ETN_Parameter name=Steps type=number default=12 min=1",
+        ),
+        {"prompt": "53.value", "negative": "54.text_negative"}
+        | {"seed": "50.seed", "steps": "51.default"},
+    ),
+    "a loader that takes the texts": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@5").replace("@7", "@5.1"),
+            "5 Efficient~Loader positive=fox negative=blur empty_latent_width=512 "
+            "empty_latent_height=512 clip_skip=-1",
+        ),
+        {"prompt": "5.positive", "negative": "5.negative"}
+        | {"width": "5.empty_latent_width", "height": "5.empty_latent_height"},
+    ),
+    "base and refiner": (
+        comfy_drawn(
+            "3 KSamplerAdvanced noise_seed=4 steps=25 positive=@6 negative=@7 latent_image=@5",
+            "9 KSamplerAdvanced noise_seed=0 steps=25 positive=@15 negative=@16 latent_image=@3",
+            COMFY_START,
+            *COMFY_WORDS,
+            *(word.replace("6 C", "15 C").replace("7 C", "16 C") for word in COMFY_WORDS),
+        ),
+        {"prompt": "6.text 15.text", "negative": "7.text 16.text"}
+        | {"seed": "3.noise_seed", "steps": "3.steps 9.steps"},
+    ),
+    "a second pass over the first": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            *COMFY_WORDS,
+            "10 LatentUpscale width=1024 height=1024 samples=@3",
+            "11 KSampler seed=8 steps=14 positive=@6 negative=@7 latent_image=@10 denoise=0.5",
+        ),
+        {},
+    ),
+    "an image to begin with": (
+        comfy_drawn(COMFY_PASS, "5 VAEEncode pixels=@60 vae=@4", "60 LoadImage image=a.png")
+        | comfy_drawn(*COMFY_WORDS),
+        {"width": "", "height": ""},
+    ),
+    "two texts joined": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@70"),
+            COMFY_START,
+            "70 ConditioningCombine conditioning_1=@6 conditioning_2=@71",
+            "71 CLIPTextEncode text=hare clip=@4",
+            *COMFY_WORDS,
+        ),
+        None,
+    ),
+    "a text and its box": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@70"),
+            COMFY_START,
+            "70 GLIGENTextBoxApply text=sun conditioning_to=@6 clip=@4",
+            *COMFY_WORDS,
+        ),
+        None,
+    ),
+    "two figures": (COMFY_TWO_PROMPTS, None),
+    "a second pass with another text": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            *COMFY_WORDS,
+            "11 KSampler seed=8 steps=14 positive=@12 negative=@7 latent_image=@3",
+            "12 CLIPTextEncode text=hare clip=@4",
+        ),
+        None,
+    ),
+    "a circle": (
+        comfy_drawn(COMFY_PASS.replace("@5", "@3"), "6 CLIPTextEncode text=@6 clip=@4"),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMFY_WALKS)
+def test_comfyui_finds_the_places_of_a_workflow_or_says_that_they_have_to_be_named(
+    tmp_path: Path, case: str
+) -> None:
+    graph, differing = COMFY_WALKS[case]
+    path = comfy_file(tmp_path, graph)
+    if differing is None:
+        with pytest.raises(imagen.BadConfig) as caught:
+            imagen.comfy_workflow(path, {})
+        assert caught.value.hint.startswith("nodes:") == (case != "a circle")
+        block = {"prompt": "6.text"}  # and named, it is used
+        assert imagen.comfy_workflow(path, block).chosen()["prompt"] == ["6.text"]
+        return
+    expected = {
+        name: places.split() for name, places in (COMFY_USUAL | differing).items() if places
+    }
+    assert imagen.comfy_workflow(path, {}).chosen() == expected
+
+
+def comfy_wrapped(graph: Graph) -> dict[str, bytes]:
+    """The same workflow, as it comes in files."""
+    text = json.dumps(graph).encode()
+    return {
+        "API format": text,
+        "BOM": b"\xef\xbb\xbf" + text,
+        "RunPod": json.dumps({"input": {"workflow": graph}}).encode(),
+        "POST /prompt": json.dumps({"prompt": graph, "client_id": "x"}).encode(),
+        "more keys": json.dumps({**graph, "extra_data": {}, "version": 0.4}).encode(),
+        "PNG": png(text={"prompt": text.decode(), "workflow": "{}"}),
+    }
+
+
+@pytest.mark.parametrize("wrapper", comfy_wrapped({}))
+def test_comfyui_a_workflow_comes_in_whatever_wrapper_it_was_saved(
+    tmp_path: Path, wrapper: str
+) -> None:
+    path = tmp_path / "workflow"
+    path.write_bytes(comfy_wrapped(flux_graph())[wrapper])
+    with Comfy() as comfy:
+        result = comfy_make(comfy, {"width": 72, "height": 88, "steps": 5}, workflow=str(path))
+        (posted,) = comfy_posted(comfy)
+    places = "KSampler.positive.conditioning.text KSampler.seed KSampler.steps KSampler.latent_image.height"
+    assert [comfy_at(posted, place) for place in places.split()] == ["fox", 7, 5, 88]
+    assert (result.seed, result.steps, result.ignored) == (7, 5, ())
+
+
+def test_comfyui_lists_of_places_are_filled_and_the_output_is_the_named_one(
+    tmp_path: Path,
+) -> None:
+    graph = COMFY_TWO_PROMPTS | comfy_drawn("73 SaveImage images=@8 filename_prefix=x")
+    nodes = {"prompt": ["6.text", "71.text"], "seed": "72.seed", "output": "9"}
+    with Comfy() as comfy:
+        ctx = AdapterContext()
+        path = comfy_file(tmp_path, graph)
+        result = comfy_make(comfy, {}, ctx=ctx, workflow=path, nodes=nodes)
+        (posted,) = comfy_posted(comfy)
+    values = [posted[node]["inputs"]["text"] for node in ("6", "71")]
+    assert values == ["fox", "fox"]
+    assert [posted[node]["inputs"]["seed"] for node in ("31", "72")] == [11, 7]
+    assert result.metadata["file"]["filename"].endswith("_00001_.png")
+    assert ctx.warnings == []
+
+
+COMFY_KEYS = str.split(
+    "positive negative guider conditioning text seed noise steps sigmas latent_image samples width"
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from("123456"),
+        st.fixed_dictionaries(
+            {
+                "class_type": st.sampled_from(["KSampler", "CLIPTextEncode", "ZeroOut", ""]),
+                "inputs": st.dictionaries(
+                    st.sampled_from(COMFY_KEYS),
+                    st.one_of(
+                        st.tuples(st.sampled_from("1234567"), st.integers(0, 2)).map(list),
+                        st.integers(),
+                        st.text(max_size=3),
+                        st.booleans(),
+                        st.lists(st.none(), max_size=2),
+                    ),
+                ),
+            }
+        ),
+        min_size=1,
+    )
+)
+def test_comfyui_no_graph_makes_the_walk_loop_or_fail(graph: Graph) -> None:
+    places, texts = imagen.comfy_places(graph)
+    assert places.keys() == imagen.COMFY_FIELDS.keys()
+    for name, row in places.items():
+        kind = str if name in ("prompt", "negative") else int
+        assert all(type(graph[node]["inputs"][key]) is kind for node, key in row)
+    assert all(texts)
+
+
+def test_comfyui_equal_images_are_refused_before_the_first(box: Box, tmp_path: Path) -> None:
+    graph = flux_graph()
+    graph["31"]["inputs"]["seed"] = ["99", 0]
+    with Comfy() as comfy:
+        path = comfy_file(tmp_path, graph)
+        done = comfy_run(box, comfy, "-n", "3", workflow=path)
+        assert done.code == 2
+        assert "nodes: {seed:" in done.err
+        assert comfy.submitted == []
+        shown = comfy_run(box, comfy, "--dry-run", "--json", workflow=path).json["plans"][0]
+    assert shown["parameters"]["nodes"]["prompt"] == ["6.text"]
+
+
 COMFY_MISTAKES: list[tuple[object, str, str]] = [
     ("{", "", "workflow.json"),
     ("[1]", "", "API format"),
     ({"nodes": [{"id": 6, "type": "CLIPTextEncode"}], "links": []}, "", "API format;Export (API)"),
-    (flux_graph(), "", "no place for the prompt;6.text, 33.text"),
-    (flux_graph(), "prompt=99.text", '"99.text";6.text, 33.text'),
+    (
+        COMFY_TWO_PROMPTS,
+        "",
+        'which of its texts;prompt: "6.text"  # CLIPTextEncode: a red fox;71.text',
+    ),
+    (
+        {"9": {"class_type": "SaveText", "inputs": {"words": 1}}},
+        "",
+        "no place for the prompt;no input",
+    ),
+    (flux_graph(), "prompt=99.text", '"99.text";6.text;33.text'),
     (flux_graph(), "prompt=6.txt", '"6.txt";6.text'),
-    (flux_graph(), "prompt=6.text seed=25.noise_seed", '"25.noise_seed";31.seed'),
+    (flux_graph(), "prompt=6.text seed=25.noise_seed", '"25.noise_seed"'),
+    (flux_graph(), "output=77", 'nodes.output;"77"'),
     (flux_graph(), "promt=6.text", 'nodes.promt;"prompt"'),
 ]
 
