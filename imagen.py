@@ -480,11 +480,14 @@ def cleaned(value: Any) -> Any:
     return value
 
 
+HTML_PAGE = "an HTML page"
+
+
 def excerpt(data: bytes | bytearray, most: int = 300) -> str:
     """The beginning of what a remote sent, on one line; keys are taken out before it is cut."""
     text = " ".join(data[: 1 << 16].decode("utf-8", "replace").split())
     if "<html" in text[:200].lower():
-        return "an HTML page"
+        return HTML_PAGE
     return redact(text)[:most] or "nothing"
 
 
@@ -823,6 +826,7 @@ class Result(NamedTuple):
     cost_usd: float | None = None  # None: unknown, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
     metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
+    others: Sequence[Fields] = ()  # further images of the same job, as `resume` takes them
 
 
 class Price(NamedTuple):
@@ -954,6 +958,15 @@ def in_thread(work: Callable[..., object], *args: Any) -> threading.Thread:
     return thread
 
 
+class Access(NamedTuple):
+    """What every block may have besides its adapter's options: how its server is reached."""
+
+    headers_env: Mapping[str, Annotated[str, KEY]] = EMPTY  # header: variable; to base_url alone
+    basic_auth_env: Annotated[str, KEY] = ""  # of user:password
+    ca_file: str = ""  # of the authority that signed the server's certificate
+    fallback: str = ""  # who makes it where this one was not reached, and nothing was sent
+
+
 class Backend:
     """What every adapter is. Its docstring names the remote's manual; `register` gives it its type.
 
@@ -971,6 +984,8 @@ class Backend:
     paid: ClassVar[bool] = True
     # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between.
     Options: ClassVar[type[Any]]
+    headers: Strings = EMPTY  # of its Access, for Http; set once it is open
+    ca_file: str = ""
 
     def __init__(self, name: str, options: Any) -> None:
         """Fails fast, with BadConfig: a variable unset, a URL malformed, a file not there."""
@@ -1035,6 +1050,8 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
         raise BadRequest(f'backend "{name}" is not configured: {nearest(name, blocks)}')
     block = dict(blocks[name] or {})
     kind = str(block.pop("type", ""))
+    for field in Access._fields:
+        block.pop(field, None)
     with _complaints_about(name, opts):
         if kind not in BACKENDS:
             import difflib
@@ -1065,7 +1082,24 @@ def open_backend(
     """The backend called `name`, ready to generate; complaints begin with `backend "name":`."""
     cls, options = options_of(name, blocks, opts)
     with _complaints_about(name, opts):
-        return cls(name, options)
+        backend = cls(name, options)
+        access = access_of(blocks[name])
+        headers = {}
+        if access.basic_auth_env:
+            login = secret_from(access.basic_auth_env).reveal().encode()
+            basic = Secret(binascii.b2a_base64(login, newline=False).decode())
+            headers["Authorization"] = f"Basic {basic.reveal()}"
+        for header, variable in access.headers_env.items():
+            headers[header] = secret_from(variable).reveal()
+        backend.headers = headers
+        backend.ca_file = access.ca_file
+        return backend
+
+
+def access_of(block: Fields | None) -> Access:
+    """The Access in a backend's block."""
+    fields = {key: value for key, value in (block or {}).items() if key in Access._fields}
+    return from_mapping(Access, fields)
 
 
 @contextmanager
@@ -1526,6 +1560,8 @@ ERROR_LIMIT = 64 << 10  # bytes read of a response that is an error
 REDIRECTS = 5  # that a GET follows
 TRIES = 3  # of what may be repeated, while nothing depends on it
 PATIENCE = 60.0  # seconds of trouble that a GET bears once a remote job of ours exists
+LOGIN_PAGE = re.compile(r"log.?in|sign.?in|auth|sso|access", re.IGNORECASE)
+LOGIN_CURE = "what a login in front of it wants goes into headers_env or basic_auth_env"
 OVERLOADED = re.compile(r"overload|capacity|too many|rate.?limit", re.IGNORECASE)
 
 
@@ -1576,13 +1612,15 @@ def explain_status(response: HttpResponse, detail: str = "") -> ImagenError:
     if status == 404:
         return BadConfig(message, "check base_url and model")
     if status in (401, 403):
-        return BadConfig(message, "check the key and what it may do")
+        return BadConfig(message, f"check the key and what it may do; {LOGIN_CURE}")
     if status == 402:
         return Quota(message)
     if 300 <= status < 400:
-        return BadConfig(
-            f"{status}: redirects to {response.headers.get('Location')}", "put that into base_url"
-        )
+        place = str(response.headers.get("Location"))
+        cure = "put that into base_url"
+        if LOGIN_PAGE.search(place):
+            cure = f"the server wants a login; {LOGIN_CURE}"
+        return BadConfig(f"{status}: redirects to {place}", cure)
     if not not_accepted(response):
         return Failed(message)
     if status in (429, 503):
@@ -1640,8 +1678,10 @@ class Http:
         keys: Strings = EMPTY,
         explain: Callable[[HttpResponse], ImagenError] = explain_status,
         read_timeout: float = 60.0,
+        ca_file: str = "",
     ) -> None:
         self.ctx = ctx
+        self.tls = tls_context(ca_file)
         self.base = base.rstrip("/")
         self._keys = keys
         self._explain = explain
@@ -1662,8 +1702,12 @@ class Http:
         return self._repeated(lambda: self._followed(path))
 
     def get_json(self, path: str) -> JsonObject:
-        """The JSON object that a GET answers; Failed where it is none."""
-        return self.get(path).mapping()
+        """The JSON object that a GET answers; Failed where it is none, BadConfig for a page."""
+        response = self.get(path)
+        if response.excerpt() == HTML_PAGE:
+            message = f"{self.base} answers with a page, as servers do that want a login"
+            raise BadConfig(message, LOGIN_CURE)
+        return response.mapping()
 
     def download(self, url: str) -> BinaryIO:
         """The image at `url` (absolute, or below the base) in a ctx.spool(), at its start."""
@@ -1741,9 +1785,10 @@ class Http:
             except TransportError as problem:
                 if post and problem.sent:
                     raise Unknown(f"sent, but {problem}") from None
-                error = Unreachable(
-                    f"{self.base}: {problem}", "is it running, and the address right?"
-                )
+                hint = "is it running, and the address right?"
+                if "CERTIFICATE" in str(problem):
+                    hint = "ca_file names the authority that signed the server's certificate"
+                error = Unreachable(f"{self.base}: {problem}", hint)
                 again = True
             # 2. Is there another? After Busy until the deadline; after trouble a few, and a
             # GET goes on for a while once a remote job, and maybe money, depends on it.
@@ -1831,7 +1876,7 @@ class Http:
         with ExitStack() as stack:
             # 2. Its exchange for a status and headers.
             stack.enter_context(_Deadlines.enforced(self.ctx))
-            opener = _opener(self.ctx, stack, first_byte)
+            opener = _opener(self.ctx, stack, first_byte, self.tls)
             response = guarded(lambda: opener.open(request, timeout=self.read_timeout))
             stack.callback(response.close)
             # 3. The body, no more of it than its kind may have.
@@ -1910,7 +1955,19 @@ class _Deadlines:
                 cls._changed.wait(max(0.01, cls._until - time.monotonic()))
 
 
-def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> Any:
+def tls_context(ca_file: str) -> Any:
+    """What checks a server's certificate: the usual authorities (None), or the one in a file."""
+    if not ca_file:
+        return None
+    import ssl
+
+    try:
+        return ssl.create_default_context(cafile=full_path(ca_file))
+    except OSError as problem:
+        raise BadConfig(f"ca_file: {ca_file}: {problem}") from None
+
+
+def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None], tls: Any) -> Any:
     """urllib's opener, but a stop can shut its sockets.
 
     `first_byte` is called before one leaves. Without urllib's error and redirect processors
@@ -1954,7 +2011,7 @@ def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None]) -> A
             return self.do_open(Watched, request, blocksize=1 << 17)
 
         def https_open(self, request: Any) -> Any:
-            return self.do_open(WatchedTLS, request, blocksize=1 << 17)
+            return self.do_open(WatchedTLS, request, blocksize=1 << 17, context=tls)
 
     def connected(address: tuple[str, int], *_: Any) -> socket.socket:
         problem = OSError()
@@ -2184,6 +2241,13 @@ def glyph_rows(line: str) -> Iterator[bytes]:
 # === ComfyUI: the GPU box at home ===
 
 
+class Lora(NamedTuple):
+    """A LoRA to be loaded on top of the model, by its name on the server."""
+
+    name: str
+    strength: Annotated[float, Between(-10, 10)] = 1.0
+
+
 @register("comfyui")
 class ComfyUI(Backend):
     """Post a graph, poll /history, fetch /view. Servers from 0.3.64 to 0.33.0.
@@ -2206,14 +2270,18 @@ class ComfyUI(Backend):
         # Where values go in the workflow: {prompt: "6.text", seed: ["31.seed", "40.seed"]};
         # output: the id of the node whose image is meant.
         nodes: Fields = EMPTY
-        clip: tuple[str, ...] = ("t5xxl", "clip_l")  # names, or how they begin
-        vae: str = "ae"
+        all_images: bool = False  # of one run; otherwise the last alone
+        # Names, or how they begin; empty: what the kind of model wants.
+        clip: tuple[str, ...] = ()
+        vae: str = ""
+        loras: Annotated[tuple[Lora, ...], REQUEST] = ()
         sampler: Text = ""
         scheduler: Text = ""
         cfg: Strength = 0.0  # 0: what the kind of model wants
-        guidance: Strength = 3.5
+        guidance: Strength = 0.0
         weight_dtype: str = "default"
         filename_prefix: str = "ImaGen"
+        free_after: bool = False  # the GPU's memory, once nothing waits there any more
         timeout: Seconds = 30.0  # seconds of silence in one response
         parallel: Annotated[int, Between(1, 16)] = 1
 
@@ -2222,8 +2290,6 @@ class ComfyUI(Backend):
         self.base = checked_url(options.base_url)
         if not options.model and not options.workflow:
             raise BadConfig("model: missing (or name a workflow file)")
-        if len(options.clip) != 2:
-            raise BadConfig("clip: FLUX has two text encoders", "clip: [t5xxl, clip_l]")
         self.workflow: ComfyWorkflow | None = None
         self.has_jobs = True  # whether the server knows /api/jobs, until it says that it does not
         if options.workflow:
@@ -2258,9 +2324,17 @@ class ComfyUI(Backend):
                     spec["inputs"]["filename_prefix"] = prefix.replace("/", "-")
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-        with comfy_watching(ctx, f"{self.base}/ws?clientId={client_id}", prompt_id):
+        with comfy_watching(self, ctx, f"/ws?clientId={client_id}", prompt_id):
             try:
                 self._submit(http, body)
+            except BadConfig:
+                # The server names what it misses, but not always what it has instead.
+                faults: list[str] = []
+                with suppress(ImagenError):
+                    faults = comfy_faults(graph, http.get_json("/object_info"))
+                if not faults:
+                    raise
+                raise BadConfig("; ".join(faults)) from None
             except (Unreachable, Busy):
                 # It never arrived, so nothing is there to be fetched.
                 ctx.remote_ids.clear()
@@ -2285,7 +2359,12 @@ class ComfyUI(Backend):
             ctx.sleep(0.25)
         output = self.workflow.output if self.workflow else ""
         file, others = comfy_outcome(entry, output)
-        if others:
+        further: list[Fields] = []
+        if "file" in remote:
+            file = remote["file"]
+        elif self.options.all_images:
+            further = [{**remote, "file": other} for other in others]
+        elif others:
             names = ", ".join(str(other["filename"]) for other in others)
             made = f"the workflow made {len(others) + 1} images"
             ctx.warn(f"{made}; on the server stay {names}"[:300])
@@ -2297,6 +2376,10 @@ class ComfyUI(Backend):
                 f"the result {file['filename']} is gone from the server's folder ({problem})",
                 "ask again, with another seed",
             ) from None
+        if self.options.free_after:
+            with suppress(ImagenError):  # the image is here
+                if not any(http.get_json("/queue").values()):
+                    http.post("/free", {"unload_models": True, "free_memory": True})
         ignored = tuple(remote.get("ignored") or ())
         seed = request.seed
         if "seed" in ignored:
@@ -2310,6 +2393,7 @@ class ComfyUI(Backend):
             cost_usd=0.0,
             ignored=ignored,
             metadata={"prompt_id": prompt_id, "file": file, "others": others},
+            others=further,
         )
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
@@ -2337,6 +2421,9 @@ class ComfyUI(Backend):
         http = self._http(ctx)
         system = http.get_json("/system_stats")["system"]
         version = system.get("comfyui_version", "of unknown version")
+        graph = self._graph(http, Request("a fox", seed=0)).graph
+        if faults := comfy_faults(graph, http.get_json("/object_info")):
+            raise BadConfig("; ".join(faults), "install what is missing, or change the workflow")
         model = self.options.workflow
         if self.workflow:
             model = f"{model} with {self.workflow.chosen()}"
@@ -2345,7 +2432,8 @@ class ComfyUI(Backend):
         return f"ComfyUI {version}, {model}"
 
     def _http(self, ctx: Context) -> Http:
-        return Http(ctx, self.base, explain=comfy_error, read_timeout=self.options.timeout)
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, comfy_error, timeout, self.ca_file)
 
     def _graph(self, http: Http, request: Request) -> ComfyGraph:
         options = self.options
@@ -2353,14 +2441,23 @@ class ComfyUI(Backend):
         if self.workflow:
             return self.workflow.filled(request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
-        options = options._replace(model=model)
-        if folder == "checkpoints":
-            return comfy_graph(options, request)
-        options = options._replace(
-            clip=[comfy_find(http, name, "text_encoders")[0] for name in options.clip],
-            vae=comfy_find(http, options.vae, "vae")[0],
-        )
-        return comfy_graph(options, request, split=True)
+        split = folder != "checkpoints"
+        family = comfy_family(model, split)
+        clip: Sequence[str] = ()
+        vae = ""
+        if split:
+            clip = [
+                comfy_find(http, name, "text_encoders")[0] for name in options.clip or family.clip
+            ]
+            vae = comfy_find(http, options.vae or family.vae, "vae")[0]
+            if len(clip) != len(family.clip):
+                cure = f"clip: [{', '.join(family.clip)}]"
+                raise BadConfig(f"clip: {model} has {len(family.clip)} text encoders", cure)
+        loras = [
+            lora._replace(name=comfy_find(http, lora.name, "loras")[0]) for lora in options.loras
+        ]
+        options = options._replace(model=model, clip=clip, vae=vae, loras=loras)
+        return comfy_graph(family, options, request)
 
     def _state(self, http: Http, prompt_id: str) -> tuple[str, Fields]:
         """Where our prompt is: pending, running, done, or "" where nobody knows of it.
@@ -2418,7 +2515,10 @@ COMFY_LOADERS = {
     "diffusion_models": ("UNETLoader", "unet_name"),
     "text_encoders": ("DualCLIPLoader", "clip_name1"),
     "vae": ("VAELoader", "vae_name"),
+    "loras": ("LoraLoader", "lora_name"),
 }
+# What finds none of them → the option that names another.
+COMFY_OPTIONS = {"text_encoders": "clip", "vae": "vae", "loras": "loras"}
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 COMFY_FILE_BYTES = 64 << 20  # of a workflow file, which may be an image
 
@@ -2437,7 +2537,8 @@ def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
             return name, folder
         installed += names
     cure = nearest(model, installed).replace("known: ", "installed: ", 1)
-    raise BadConfig(f'model "{model}" is not on {http.base}: {cure}')
+    option = COMFY_OPTIONS.get(folders[0], "model")
+    raise BadConfig(f'{option} "{model}" is not on {http.base}: {cure}', f"name it with {option}:")
 
 
 def comfy_match(model: str, installed: Sequence[str], begins: bool = False) -> str:
@@ -2468,8 +2569,137 @@ class ComfyGraph(NamedTuple):
     ignored: list[str]
 
 
-def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGraph:
-    """Our graph for a checkpoint (FLUX, SD, SDXL), or for a FLUX `split` into its parts."""
+class ComfyFamily(NamedTuple):
+    """What models of one kind want where neither request nor options say."""
+
+    name: str  # how their files are called, a pattern
+    clip: tuple[str, ...] = ()  # how their text encoders begin
+    clip_type: str = ""
+    vae: str = ""
+    steps: int = 20
+    cfg: float = 1.0
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    latent: str = "EmptySD3LatentImage"
+    edge: int = 1024
+    shift: float = 0.0
+    guidance: float = 0.0
+    guided: bool = False  # sampled by a guider of its own
+    encoder: str = "CLIPTextEncode"
+
+
+COMFY_FLUX = ComfyFamily("flux", ("t5xxl", "clip_l"), "flux", "ae", guidance=3.5, guided=True)
+COMFY_FLUX2 = ComfyFamily(
+    "flux[-_.]?2",
+    ("mistral_3_small_flux2",),
+    "flux2",
+    "flux2",
+    scheduler="Flux2Scheduler",
+    latent="EmptyFlux2LatentImage",
+    guidance=4.0,
+    guided=True,
+)
+COMFY_KLEIN = COMFY_FLUX2._replace(
+    name="flux[-_.]?2[-_.]klein", clip=("qwen_3_4b",), steps=4, guidance=0.0
+)
+COMFY_KLEIN_9B = COMFY_KLEIN._replace(name=f"{COMFY_KLEIN.name}.*9b", clip=("qwen_3_8b",))
+COMFY_QWEN = ComfyFamily(
+    "qwen[-_]image",
+    ("qwen_2.5_vl_7b",),
+    "qwen_image",
+    "qwen_image_vae",
+    cfg=4.0,
+    edge=1328,
+    shift=3.1,
+)
+COMFY_SDXL = ComfyFamily(
+    "xl", steps=25, cfg=7.0, sampler="dpmpp_2m", scheduler="karras", latent="EmptyLatentImage"
+)
+# The first whose name fits; https://docs.comfy.org/tutorials has a page of each.
+COMFY_FAMILIES = (
+    COMFY_KLEIN_9B._replace(name=f"{COMFY_KLEIN.name}.*base.*9b", steps=20, cfg=5.0),
+    COMFY_KLEIN_9B,
+    COMFY_KLEIN._replace(name=f"{COMFY_KLEIN.name}.*base", steps=20, cfg=5.0),
+    COMFY_KLEIN,
+    COMFY_FLUX2,
+    COMFY_FLUX._replace(name="schnell", steps=4),
+    COMFY_FLUX,
+    COMFY_QWEN._replace(
+        name="qwen[-_]image[-_]edit", edge=1024, shift=3.0, encoder="TextEncodeQwenImageEditPlus"
+    ),
+    COMFY_QWEN,
+    ComfyFamily(
+        "z[-_]image",
+        ("qwen_3_4b",),
+        "lumina2",
+        "ae",
+        steps=8,
+        sampler="res_multistep",
+        shift=3.0,
+    ),
+)
+# An unknown name in one file is most often a kin of SD or SDXL, but these are none.
+COMFY_STRANGERS = "sd3|cascade|hunyuan|aura|pixart|ltx|svd|wan2|lumina|hidream|chroma|kolors"
+COMFY_CHECKPOINTS = (
+    COMFY_SDXL,
+    COMFY_SDXL._replace(name=r"v1[-_.]|sd[-_]?1|1[._]5", edge=512),
+    COMFY_SDXL._replace(name=""),
+)
+
+
+def comfy_family(model: str, split: bool) -> ComfyFamily:
+    """The family of a model, told by its name; BadConfig where it has none."""
+    families = [*COMFY_FAMILIES]
+    if not split and not re.search(COMFY_STRANGERS, model, re.IGNORECASE):
+        families += COMFY_CHECKPOINTS
+    for family in families:
+        if re.search(family.name, model, re.IGNORECASE):
+            if split:
+                return family
+            # In one file: no encoders to be found, and an ordinary sampler.
+            return family._replace(clip=(), guided=False)
+    raise BadConfig(
+        f'model "{model}": no graph for this kind of model',
+        "export yours from ComfyUI, and name it as workflow:",
+    )
+
+
+def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> tuple[Any, ...]:
+    """The links to model, text encoder and VAE; without `options.clip` they come in one file."""
+    if not options.clip:
+        model = node("CheckpointLoaderSimple", ckpt_name=options.model)
+        clip = [model[0], 1]
+        vae = [model[0], 2]
+    else:
+        model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
+        if len(options.clip) == 1:
+            clip = node("CLIPLoader", clip_name=options.clip[0], type=family.clip_type)
+        else:
+            first, second = options.clip
+            clip = node(
+                "DualCLIPLoader", clip_name1=first, clip_name2=second, type=family.clip_type
+            )
+        vae = node("VAELoader", vae_name=options.vae)
+    for name, strength in options.loras:
+        model = node(
+            "LoraLoader",
+            model=model,
+            clip=clip,
+            lora_name=name,
+            strength_model=strength,
+            strength_clip=strength,
+        )
+        clip = [model[0], 1]
+    if family.shift:
+        model = node("ModelSamplingAuraFlow", model=model, shift=family.shift)
+    if "Edit" in family.encoder:
+        model = node("CFGNorm", model=model, strength=1.0)
+    return model, clip, vae
+
+
+def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGraph:
+    """Our graph for a model in one file, or, with `options.clip`, in its parts."""
+    split = bool(options.clip)
     graph = Graph()
 
     def node(kind: str, **inputs: Any) -> list[Any]:
@@ -2477,68 +2707,51 @@ def comfy_graph(options: Any, request: Request, split: bool = False) -> ComfyGra
         # The link to its first output.
         return [str(len(graph)), 0]
 
-    # 1. What this kind of model wants, where neither request nor options say.
-    name = options.model.lower()
-    flux = split or "flux" in name
-    schnell = "schnell" in name
-    cfg = 7.0
-    sampler = "dpmpp_2m"
-    scheduler = "karras"
-    steps = 25
-    edge = 1024
-    latent_kind = "EmptyLatentImage"
-    if flux:
-        cfg = 1.0
-        sampler = "euler"
-        scheduler = "simple"
-        steps = 20
-        latent_kind = "EmptySD3LatentImage"
-    elif "xl" not in name and re.search(r"v1[-_.]|sd[-_]?1|1[._]5", name):
-        edge = 512
-    if schnell:
-        steps = 4
-    cfg = options.cfg or cfg
-    steps = request.steps or steps
+    # 1. What neither request nor options say.
+    cfg = options.cfg or family.cfg
+    steps = request.steps or family.steps
+    guidance = options.guidance or family.guidance
+    width = request.width or family.edge
+    height = request.height or family.edge
     # 2. The parts of the model.
-    if split:
-        model = node("UNETLoader", unet_name=options.model, weight_dtype=options.weight_dtype)
-        first, second = options.clip
-        clip = node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="flux")
-        vae = node("VAELoader", vae_name=options.vae)
-    else:
-        model = node("CheckpointLoaderSimple", ckpt_name=options.model)
-        clip = [model[0], 1]
-        vae = [model[0], 2]
+    model, clip, vae = comfy_parts(node, family, options)
+
     # 3. What guides it, and where it starts.
-    positive = node("CLIPTextEncode", text=request.prompt, clip=clip)
-    if flux and not (split and schnell):
-        positive = node("FluxGuidance", guidance=options.guidance, conditioning=positive)
-    latent = node(
-        latent_kind, width=request.width or edge, height=request.height or edge, batch_size=1
-    )
+    def encoded(text: str) -> list[Any]:
+        if "Edit" in family.encoder:
+            return node(family.encoder, prompt=text, clip=clip)
+        return node(family.encoder, text=text, clip=clip)
+
+    positive = encoded(request.prompt)
+    plain = positive
+    if guidance and not (split and family.name == "schnell"):
+        positive = node("FluxGuidance", guidance=guidance, conditioning=positive)
+    latent = node(family.latent, width=width, height=height, batch_size=1)
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
-        guide["negative"] = node("CLIPTextEncode", text=request.negative_prompt, clip=clip)
+        guide["negative"] = encoded(request.negative_prompt)
+    elif not family.guided:
+        guide["negative"] = node("ConditioningZeroOut", conditioning=plain)
     # 4. The sampling, and the image.
-    sampler = options.sampler or sampler
-    schedule = {
-        "model": model,
-        "scheduler": options.scheduler or scheduler,
-        "steps": steps,
-        "denoise": 1.0,
-    }
-    if split:
+    sampler = options.sampler or family.sampler
+    scheduler = options.scheduler or family.scheduler
+    schedule = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    if family.guided:
         if cfg > 1:
             guider = node("CFGGuider", model=model, **guide)
         else:
             guider = node("BasicGuider", model=model, conditioning=positive)
+        if scheduler == "Flux2Scheduler":
+            sigmas = node(scheduler, steps=steps, width=width, height=height)
+        else:
+            sigmas = node("BasicScheduler", **schedule)
         samples = node(
             "SamplerCustomAdvanced",
             noise=node("RandomNoise", noise_seed=request.seed),
             guider=guider,
             latent_image=latent,
             sampler=node("KSamplerSelect", sampler_name=sampler),
-            sigmas=node("BasicScheduler", **schedule),
+            sigmas=sigmas,
         )
     else:
         samples = node(
@@ -2897,6 +3110,23 @@ def comfy_files(entry: Fields) -> Iterator[tuple[str, Fields]]:
                     yield node, item
 
 
+def comfy_faults(graph: Graph, info: Fields) -> list[str]:
+    """What a graph names that a server with this /object_info does not have."""
+    faults = []
+    for node, spec in graph.items():
+        known = info.get(spec["class_type"])
+        if not known:
+            faults.append(f"node {node}: {spec['class_type']} is not installed")
+            continue
+        inputs = {**known["input"].get("required", {}), **known["input"].get("optional", {})}
+        for key, value in spec["inputs"].items():
+            choices = comfy_choices(inputs.get(key))
+            if isinstance(value, str) and choices and value not in choices:
+                place = f"node {node} ({spec['class_type']}) {key}"
+                faults.append(f'{place}: "{value}" is not there, {nearest(value, choices)}'[:300])
+    return faults
+
+
 def comfy_error(response: HttpResponse) -> ImagenError:
     """What a response complains of.
 
@@ -2910,7 +3140,8 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     for node, spec in (document.get("node_errors") or {}).items():
         for error in spec["errors"]:
             kinds.add(str(error.get("type")))
-            lines.append(f"node {node} ({spec.get('class_type')}) {comfy_node_error(error)}")
+            line = f"node {node} ({spec.get('class_type')}) {comfy_node_error(error)}"
+            lines.append(excerpt(line.encode()))
     if lines and kinds <= {"value_smaller_than_min", "value_bigger_than_max"}:
         return BadRequest("; ".join(lines))
     if lines:
@@ -2918,7 +3149,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
     error = document.get("error")
     if not isinstance(error, dict):
         return explain_status(response)
-    text = f"{error.get('message', '')} {error.get('details', '')}"
+    text = excerpt(f"{error.get('message', '')} {error.get('details', '')}".encode())
     hint = ""
     if "node" in text.lower():
         hint = "install the custom node, or change the workflow"
@@ -2947,11 +3178,13 @@ def comfy_choices(spec: Any) -> list[str]:
         return []
     if isinstance(spec[0], list):
         return spec[0]
+    if len(spec) < 2:
+        return []
     return list(spec[1].get("options", ()))
 
 
 @contextmanager
-def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
+def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) -> Iterator[None]:
     """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
     listening = Context()
     greeted = threading.Event()
@@ -2959,7 +3192,7 @@ def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
     def listen() -> None:
         # Progress is a courtesy, and losing it does no harm: /history is what counts.
         with suppress(Exception):
-            for text in websocket_texts(listening, url):
+            for text in websocket_texts(listening, backend, path):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
@@ -2977,26 +3210,30 @@ def comfy_watching(ctx: Context, url: str, prompt_id: str) -> Iterator[None]:
         listener.join(0.5)
 
 
-def websocket_texts(ctx: Context, url: str) -> Iterator[bytes]:
-    """The JSON messages of a websocket, read only (RFC 6455).
+def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes]:
+    """The JSON messages of a server's websocket, read only (RFC 6455).
 
     Until the server closes it or `ctx` is stopped.
     """
     import http.client
     from contextlib import closing
 
-    scheme, host, port = origin(url)
+    scheme, host, port = origin(backend.base)
     connect: Any = http.client.HTTPConnection
     if scheme == "https":
-        connect = http.client.HTTPSConnection
+        connect = functools.partial(
+            http.client.HTTPSConnection, context=tls_context(backend.ca_file)
+        )
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
+        **backend.headers,
         "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
     with closing(connect(host, port, timeout=2)) as server:
-        server.request("GET", f"/{url.split('/', 3)[3]}", headers=headers)
+        prefix = "/".join(["", *backend.base.split("/")[3:]])
+        server.request("GET", prefix + path, headers=headers)
         with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
             read = response.fp.read
@@ -3157,7 +3394,8 @@ class Replicate(Backend):
 
     def _http(self, ctx: Context) -> Http:
         keys = {"Authorization": f"Bearer {self.token.reveal()}"}
-        return Http(ctx, self.base, keys, replicate_error, self.options.timeout)
+        keys.update(self.headers)
+        return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -3524,7 +3762,8 @@ class OpenAI(Backend):
         keys = {}
         if self.key:
             keys["Authorization"] = f"Bearer {self.key.reveal()}"
-        return Http(ctx, self.base, keys, openai_error, self.options.timeout)
+        keys.update(self.headers)
+        return Http(ctx, self.base, keys, openai_error, self.options.timeout, self.ca_file)
 
 
 def openai_body(options: Any, request: Request) -> Prepared:
@@ -4073,6 +4312,7 @@ class Sidecar(TypedDict, total=False):
     styled_prompt: str
     negative_prompt: str
     backend: str
+    fallback_from: str  # the backend that was named, and not reached
     model: str | None
     seed: int | None  # None: nobody knows which was used
     steps: int | None
@@ -4862,6 +5102,8 @@ def refuse_keys(order: Order, config: Config) -> None:
         if cls := BACKENDS.get(str((block or {}).get("type"))):
             for field in marked(cls.Options, KEY):
                 variables.add(block.get(field) or cls.Options._field_defaults.get(field, ""))
+            access = access_of(block)
+            variables.update([access.basic_auth_env, *access.headers_env.values()])
     for variable in variables:
         if value := os.environ.get(variable, "").strip():
             Secret(value)
@@ -5208,9 +5450,28 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
     prepare_folder(os.path.dirname(plan.record["name"]))
     run.begin(plan)
-    with run.recording_failure(backend):
-        run.check()
-        return backend.generate(run, plan.styled)
+    try:
+        with run.recording_failure(backend):
+            run.check()
+            return backend.generate(run, plan.styled)
+    except Unreachable as problem:  # so nothing was sent
+        fallback = access_of(config.backends[backend.name]).fallback
+        if not fallback or "fallback_from" in plan.record["sidecar"]:
+            raise
+        run.warn(f"{problem}; {fallback} makes it instead")
+        return make(plan_instead(plan, fallback, config), config, run)
+
+
+def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
+    """The same image, under the same name, by the backend called `name`."""
+    request = plan.request._replace(backend=name, backend_opts=EMPTY)
+    [instead] = plans_of(Order(**request._asdict()), config)
+    record = instead.record.copy()
+    record["name"] = plan.record["name"]
+    record["storage"] = plan.record["storage"]
+    record["private"] = plan.record["private"]
+    record["sidecar"]["fallback_from"] = plan.request.backend
+    return instead._replace(record=record)
 
 
 def finish(run: Run, result: Result) -> Record:
@@ -5244,6 +5505,15 @@ def finish(run: Run, result: Result) -> Record:
             message = f"{run.hidden}: disk full or gone; the image waits in {spool.path}"
             raise Disk(message, "make room")
         return save(run, spool.path)
+
+
+def open_further(run: Run, remote: Fields) -> Entry:
+    """An entry of its own for one more image of a run's remote job."""
+    record = run.entry.record.copy()
+    record["id"] = new_uuid()
+    record["sidecar"] = {**record["sidecar"], "image_id": record["id"]}
+    record["remote"] = dict(remote)
+    return Entry.create(record)
 
 
 def spooled(source: BinaryIO | Spool, run: Run) -> Spool:
@@ -5609,8 +5879,15 @@ class Runner:
             run.stop(why)
 
     def attempt(self, item: Any, run: Run) -> Record | None:
-        """What to do with one item: make the image of a plan."""
-        return finish(run, make(item, self.config, run))
+        """What to do with one item: make the image of a plan, or end an entry."""
+        if isinstance(item, Entry):
+            return recover(item, self.config, run)
+        result = make(item, self.config, run)
+        # All have their entries before the first is saved, so a kill loses none.
+        entries = [open_further(run, remote) for remote in result.others]
+        with self.changed:
+            self.waiting[:0] = entries
+        return finish(run, result)
 
     def on_warning(self, text: str) -> None:
         """Something that a person should know."""
@@ -8258,7 +8535,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     if not terminal.live:
         terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
     if args.verbose:
-        terminal.say(f"{plans[0].request.backend} gets {to_json(plans[0].parameters)}")
+        terminal.note(f"{plans[0].request.backend} gets {to_json(plans[0].parameters)}")
     runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()
@@ -8534,13 +8811,13 @@ class GenerateRunner(TerminalRunner):
     offered = False  # to try the mock
     requested: Collection[str] = ()  # fields of the request that somebody set
 
-    def attempt(self, item: Plan, run: Run) -> Record | None:
+    def attempt(self, item: Plan | Entry, run: Run) -> Record | None:
         """Make one, and say what its backend could not honour."""
         with offering_mock(self.offered):
             record = super().attempt(item, run)
         if record and (ignored := {*self.requested}.intersection(record["sidecar"]["ignored"])):
             fields = ", ".join(sorted(ignored))
-            run.warn(f"{item.request.backend} cannot take {fields}: ignored")
+            run.warn(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
         return record
 
 
@@ -8759,7 +9036,7 @@ class RecoverRunner(TerminalRunner):
 
     def attempt(self, item: Entry, run: Run) -> Record | None:
         """The image of one entry; None where it had none."""
-        record = recover(item, self.config, run)
+        record = super().attempt(item, run)
         if not record:
             reason = "nothing had been sent"
             if item.record.get("over"):
