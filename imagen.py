@@ -2608,6 +2608,7 @@ COMFY_QWEN = ComfyFamily(
     ("qwen_2.5_vl_7b",),
     "qwen_image",
     "qwen_image_vae",
+    steps=50,
     cfg=4.0,
     edge=1328,
     shift=3.1,
@@ -2625,7 +2626,11 @@ COMFY_FAMILIES = (
     COMFY_FLUX._replace(name="schnell", steps=4),
     COMFY_FLUX,
     COMFY_QWEN._replace(
-        name="qwen[-_]image[-_]edit", edge=1024, shift=3.0, encoder="TextEncodeQwenImageEditPlus"
+        name="qwen[-_]image[-_]edit",
+        steps=20,
+        edge=1024,
+        shift=3.0,
+        encoder="TextEncodeQwenImageEditPlus",
     ),
     COMFY_QWEN,
     ComfyFamily(

@@ -7293,7 +7293,7 @@ z_image_turbo_bf16.safetensors | | qwen_3_4b.safetensors ae.safetensors | CLIPLo
   KSampler.scheduler=simple KSampler.negative=ConditioningZeroOut KSampler.positive.text=fox \
   KSampler.latent_image=EmptySD3LatentImage KSampler.latent_image.width=1024
 Qwen_Image_2512_fp8.safetensors | | qwen_2.5_vl_7b_fp8_scaled.safetensors qwen_image_vae.safetensors | \
-  CLIPLoader.type=qwen_image KSampler.model.shift=3.1 KSampler.steps=20 KSampler.cfg=4.0 \
+  CLIPLoader.type=qwen_image KSampler.model.shift=3.1 KSampler.steps=50 KSampler.cfg=4.0 \
   KSampler.sampler_name=euler KSampler.latent_image.height=1328 KSampler.negative.text=blur
 qwen_image_edit_2511_bf16.safetensors | | qwen_2.5_vl_7b.safetensors qwen_image_vae.safetensors | \
   KSampler.model=CFGNorm KSampler.model.model.shift=3.0 KSampler.positive.prompt=fox \
