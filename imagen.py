@@ -719,13 +719,95 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
 BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
+def png_plane(file: BinaryIO) -> Iterator[bytes]:
+    """The last channel of an 8-bit PNG, row by row, as far as it is asked for.
+
+    That is the alpha of RGBA and of grey with alpha, and of a palette what tRNS makes of it.
+    ValueError where there is no alpha.
+    """
+    file.seek(16)
+    width, height, depth, color, interlaced = _unpack(file, ">IIBBxxB4x")
+    channels = {3: 1, 4: 2, 6: 4}.get(color, 0)
+    if depth != 8 or interlaced or not channels:
+        raise ValueError("an 8-bit PNG with alpha, and not interlaced, is needed")
+    inflater = zlib.decompressobj()
+    table = bytes(256)
+    line = bytearray()
+    above = bytes(width)
+    kind = b""
+    while height > 0:
+        length, kind = _unpack(file, ">I4s")
+        if kind == b"tRNS":
+            table = file.read(length).ljust(256, b"\xff")
+        elif kind != b"IDAT":
+            file.seek(length, os.SEEK_CUR)
+        elif color == 3 and not any(table):
+            raise ValueError("its palette has no transparent color")
+        else:
+            packed = file.read(length)
+            while packed and height > 0:
+                line += inflater.decompress(packed, 1 << 20)
+                packed = inflater.unconsumed_tail
+                rows, left = divmod(len(line), 1 + width * channels)
+                for start in range(0, len(line) - left, 1 + width * channels):
+                    row = bytes(line[start : start + 1 + width * channels])
+                    above = png_unfiltered(row[0], row[channels::channels], above)
+                    yield above.translate(table) if color == 3 else above
+                height -= rows
+                del line[: len(line) - left]
+        file.seek(4, os.SEEK_CUR)
+
+
+def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
+    """A channel of one row as it was before a PNG's filter; its pixels do not touch others."""
+    if kind == 0:
+        return bytes(line)
+    if kind == 2:
+        return bytes((x + up) & 255 for x, up in zip(line, above, strict=True))
+    row = bytearray()
+    left = corner = 0
+    for x, up in zip(line, above, strict=True):
+        base = left
+        if kind == 3:
+            base = (left + up) // 2
+        elif kind == 4:
+            # Paeth: which of the three is nearest to left + up - corner; on a tie in this order.
+            guess = left + up - corner
+            base = min((left, up, corner), key=lambda value: abs(guess - value))
+        left = (x + base) & 255
+        corner = up
+        row.append(left)
+    return bytes(row)
+
+
+def exif_orientation(file: BinaryIO) -> int:
+    """How a camera held a JPEG: 1 is upright, 2 to 8 are turned or mirrored."""
+    file.seek(0)
+    _, exif, tiff = file.read(1 << 16).partition(b"Exif\0\0")
+    with suppress(struct.error):
+        order = "<" if tiff[:2] == b"II" else ">"
+        (start,) = struct.unpack_from(f"{order}4xI", tiff)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for number in range(count):
+            tag, value = struct.unpack_from(f"{order}H6xH", tiff, start + 2 + 12 * number)
+            if exif and tag == 0x0112 and 1 <= value <= 8:
+                return int(value)
+    return 1
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of a PNG's chunks; nothing where it is no PNG."""
+    position = 8
+    while data.startswith(PNG_MAGIC) and position + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        yield kind, data[position + 8 : position + 8 + size]
+        position += 12 + size
+
+
 def png_text(data: bytes, keyword: str) -> str:
     """The text that a PNG carries under this keyword; "" where it has none, or is no PNG."""
-    position = 8
-    while data.startswith(b"\x89PNG") and position + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, position)
-        name, _, text = data[position + 8 : position + 8 + size].partition(b"\0")
-        position += 12 + size
+    for kind, body in png_chunks(data):
+        name, _, text = body.partition(b"\0")
         if name != keyword.encode():
             continue
         if kind == b"tEXt":
@@ -776,6 +858,29 @@ def png_encode(
 # === Contract: Order, Request, Result, Context, Backend: what an adapter is ===
 
 
+class Input(NamedTuple):
+    """An image that came in: a local copy, named by its hash, and checked."""
+
+    path: str
+    name: str  # where it came from, without folders
+    sha256: str
+    width: int
+    height: int
+    mime_type: str
+    image_id: str = ""  # where it is one of ours
+    orientation: int = 1  # as EXIF has it
+
+
+class Takes(NamedTuple):
+    """Which inputs an adapter can honour; what asks for more is refused before it is sent."""
+
+    images: int = 0  # at most
+    mask: bool = False
+    strength: bool = False
+    formats: tuple[str, ...] = ("png", "jpg", "webp")
+    most_bytes: int = 50 << 20  # of one image
+
+
 class Request(NamedTuple):
     """One image wanted."""
 
@@ -788,6 +893,18 @@ class Request(NamedTuple):
     style: str = ""
     backend: str = ""  # instance name; "": the default
     backend_opts: Fields = EMPTY
+    images: tuple[Input, ...] = ()  # what to start from, in order
+    mask: Input | None = None  # transparent: make anew; as large as the first image
+    strength: float = 0.0  # how far from the first image, up to 1; 0: the backend's default
+
+    def marks(self) -> dict[str, Input]:
+        """What stands for each input where an option or a workflow has a place for it."""
+        marks = {}
+        for number, image in enumerate(self.images, 1):
+            marks[f"{{image{number}}}".replace("1}", "}")] = image
+        if self.mask:
+            marks["{mask}"] = self.mask
+        return marks
 
 
 class Order(NamedTuple):
@@ -806,13 +923,18 @@ class Order(NamedTuple):
     style: str = ""
     backend: str = ""
     backend_opts: Fields = EMPTY
+    images: tuple[str, ...] = ()  # a path, an http address, a data URI, an id or `last`
+    mask: str = ""  # likewise
+    strength: Annotated[float, Between(0, 1)] = 0.0
     n: int = 1  # images
     output: str = ""  # FILE, DIR/, or "" for what the config says
     cloud: str = ""  # on, off (private for ever), or "" for what the config says
 
     def request(self) -> Request:
-        """The first image of the order."""
-        return Request(**{name: getattr(self, name) for name in Request._fields})
+        """The first image of the order, without its inputs."""
+        fields = self._asdict()
+        own = Request._fields
+        return Request(**{name: fields[name] for name in own if name not in ("images", "mask")})
 
 
 class Result(NamedTuple):
@@ -999,6 +1121,11 @@ class Backend:
         `seed`: None where there is no place for one, and every image would be the same.
         """
         return {name: getattr(request, name) for name in ("width", "height", "steps", "seed")}
+
+    @classmethod
+    def takes(cls, options: Any) -> Takes:
+        """Which inputs it can honour."""
+        return Takes()
 
     @classmethod
     def price(cls, options: Any, request: Request) -> Price:
@@ -1663,6 +1790,47 @@ def epoch(text: str) -> float:
     return 0.0
 
 
+class Multipart:
+    """The body of a form with files (RFC 7578), streamed from them; each time the same bytes."""
+
+    def __init__(self, fields: Fields, files: Sequence[tuple[str, Input]]) -> None:
+        self.boundary = new_uuid()
+        self._parts: list[tuple[bytes, str]] = []  # what stands before a file, and its path
+        text = ""
+        for name, value in fields.items():
+            shown = value if isinstance(value, str) else to_json(value)
+            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"'
+            text += f"\r\n\r\n{shown}\r\n"
+        for name, image in files:
+            ending = image.mime_type.partition("/")[2]
+            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"; '
+            text += f'filename="{image.sha256[:16]}.{ending}"\r\nContent-Type: {image.mime_type}'
+            self._parts.append((f"{text}\r\n\r\n".encode(), image.path))
+            text = "\r\n"
+        self._end = f"{text}--{self.boundary}--\r\n".encode()
+
+    def headers(self) -> dict[str, str]:
+        """What announces it."""
+        sizes = [len(head) + os.path.getsize(path) for head, path in self._parts]
+        kind = f"multipart/form-data; boundary={self.boundary}"
+        return {"Content-Type": kind, "Content-Length": str(sum(sizes) + len(self._end))}
+
+    def __iter__(self) -> Iterator[bytes]:
+        for head, path in self._parts:
+            yield head
+            with open(path, "rb") as file:
+                while block := file.read(1 << 16):
+                    yield block
+        yield self._end
+
+
+def data_uri(image: Input) -> str:
+    """An input as text for a JSON body."""
+    with open(image.path, "rb") as file:
+        encoded = binascii.b2a_base64(file.read(), newline=False).decode()
+    return f"data:{image.mime_type};base64,{encoded}"
+
+
 class Http:
     """One remote as one adapter sees it: base URL, keys, how its errors read, the deadline.
 
@@ -1735,6 +1903,12 @@ class Http:
         data = json.dumps(body).encode()
         return self._repeated(lambda: self._exchange(self.base + path, data), post=True)
 
+    def upload(self, path: str, form: Multipart) -> HttpResponse:
+        """The 2xx response to a form with files that may be sent twice without harm."""
+        headers = form.headers()
+        url = self.base + path
+        return self._repeated(lambda: self._exchange(url, form, method="POST", headers=headers))
+
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
         """The 2xx response to a request that may be made twice without harm.
 
@@ -1749,17 +1923,21 @@ class Http:
 
         return self._repeated(attempt)
 
-    def pay(self, path: str, body: Fields) -> HttpResponse:
-        """The 2xx response to a POST that costs money.
+    def pay(self, path: str, body: Fields, files: Sequence[tuple[str, Input]] = ()) -> HttpResponse:
+        """The 2xx response to a POST that costs money: JSON, or a form where there are `files`.
 
         Sent once, and again only after a response that proves `no`.
         """
-        data = json.dumps(body).encode()
+        data: bytes | Multipart = json.dumps(body).encode()
+        headers: Strings = EMPTY
+        if files:
+            data = Multipart(body, files)
+            headers = data.headers()
         fields = body.get("input", body)
         self.ctx.identity = {name: fields[name] for name in ("prompt", "seed") if name in fields}
 
         def attempt() -> HttpResponse:
-            response = self._exchange(self.base + path, data, paid=True)
+            response = self._exchange(self.base + path, data, paid=True, headers=headers)
             if not_accepted(response):
                 self.ctx.settle(self.explain(response).charged)
             return response
@@ -1820,7 +1998,7 @@ class Http:
     def _request(
         self,
         url: str,
-        body: bytes | BinaryIO | None,
+        body: Any,
         method: str | None,
         headers: Strings,
     ) -> Any:
@@ -1842,7 +2020,7 @@ class Http:
     def _exchange(
         self,
         url: str,
-        body: bytes | BinaryIO | None = None,
+        body: Any = None,  # bytes, a file, or a Multipart
         sink: BinaryIO | None = None,
         paid: bool = False,
         method: str | None = None,
@@ -2109,12 +2287,21 @@ class Mock(Backend):
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
-        """The size that will be drawn."""
+        """The size that will be drawn: the one named, else that of the first image."""
+        width = options.width
+        height = options.height
+        for image in request.images[:1]:
+            width, height = (min(max(16, edge), 8192) for edge in (image.width, image.height))
         return {
-            "width": request.width or options.width,
-            "height": request.height or options.height,
+            "width": request.width or width,
+            "height": request.height or height,
             "seed": request.seed,
         }
+
+    @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """Everything, to be tried out."""
+        return Takes(16, mask=True, strength=True, formats=tuple(MIME_TYPES))
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """A landscape with the prompt written below it."""
@@ -2127,7 +2314,11 @@ class Mock(Backend):
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
         size = self.plan(options, request)
         seed = request.seed or 0
-        image = mock_picture(request.prompt, seed, size["width"], size["height"])
+        image, kept = mock_edit(request, seed, size["width"], size["height"])
+        metadata: JsonObject = {}
+        if request.images:
+            metadata["inputs"] = [image.sha256 for image in request.images]
+            metadata["kept_by_the_mask"] = kept
         return Result(
             image=io.BytesIO(image),
             mime_type="image/png",
@@ -2135,13 +2326,24 @@ class Mock(Backend):
             seed=seed,
             cost_usd=0.0,
             ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
+            metadata=metadata,
         )
 
 
 def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
     """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
+    return mock_edit(Request(prompt), seed, width, height)[0]
+
+
+def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[bytes, bool]:
+    """The same with the request's images: the hash of each flies as a small flag at the top.
+
+    And whether the mask kept anything: what it covers stays as it is in the first image, where that
+    is a picture of ours and of this size.
+    """
     import hashlib
 
+    prompt = request.prompt
     # A row is painted as a few runs of one palette index, so a megapixel takes some
     # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
     # three layers of hills); 254 is paper, 255 ink.
@@ -2166,12 +2368,45 @@ def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
             right = min(width, x + half)
             index = shade + 45 * (y - top) // height
             rows[y][left:right] = bytes((index,)) * (right - left)
+    for number, image in enumerate(request.images):
+        for y in range(2, min(8, height)):
+            flag = bytes(byte % 254 for byte in bytes.fromhex(image.sha256)[:3] for _ in range(4))
+            rows[y][2 + 14 * number : 14 + 14 * number] = flag
+        for row in rows[:8]:
+            del row[width:]
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
     palette = bytes(255 - i * part // 254 for i in range(254) for part in tint)
     palette += b"\xff\xff\xff\0\0\0"
+    kept_palette = mock_keep(rows, request)
     text = {"Title": prompt, "Comment": f"seed {seed}"}
-    return png_encode(width, height, palette, b"".join(rows), text)
+    picture = png_encode(width, height, kept_palette or palette, b"".join(rows), text)
+    return picture, bool(kept_palette)
+
+
+def mock_keep(rows: list[bytearray], request: Request) -> bytes:
+    """Put back what the mask covers; the palette that this needs, b"" where it cannot be done."""
+    if not request.mask:
+        return b""
+    size = (len(rows[0]), len(rows))
+    image = request.images[0]
+    with open(image.path, "rb") as file:
+        chunks = dict(png_chunks(file.read()))
+    if size != (image.width, image.height) or b"PLTE" not in chunks:
+        return b""
+    lines = zlib.decompress(chunks[b"IDAT"])
+    with open(request.mask.path, "rb") as file:
+        for number, alpha in enumerate(png_plane(file)):
+            start = 1 + number * (size[0] + 1)
+            old = lines[start : start + size[0]]
+            if 0 in alpha:
+                triples = zip(rows[number], old, alpha, strict=True)
+                rows[number][:] = bytes(
+                    new if not opaque else kept for new, kept, opaque in triples
+                )
+            else:
+                rows[number][:] = old
+    return chunks[b"PLTE"]
 
 
 def mock_write(rows: list[bytearray], prompt: str) -> None:
@@ -2296,6 +2531,19 @@ class ComfyUI(Backend):
             self.workflow = comfy_workflow(options.workflow, options.nodes)
 
     @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """What the family of `model` does; of a workflow, what it has marks for."""
+        if options.workflow:
+            text = json.dumps(comfy_workflow(options.workflow, options.nodes).graph)
+            return Takes(len(set(re.findall(r"{image\d*}", text))), "{mask}" in text)
+        family = COMFY_SDXL
+        with suppress(BadConfig):
+            family = comfy_family(options.model, split=True)
+        if family.references:
+            return Takes(family.references)
+        return Takes(1, mask=True, strength=True)
+
+    @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
         """What is known before the server has been asked what `model` is."""
         steps = request.steps or options.default_steps
@@ -2312,6 +2560,7 @@ class ComfyUI(Backend):
         http = self._http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
+        comfy_upload(http, graph, request)
         # It also keeps servers 0.18 to 0.27 from answering a cached run without outputs.
         client_id = new_uuid()
         # A file prefix of its own keeps a cached run from naming an older run's file.
@@ -2586,6 +2835,7 @@ class ComfyFamily(NamedTuple):
     guidance: float = 0.0
     guided: bool = False  # sampled by a guider of its own
     encoder: str = "CLIPTextEncode"
+    references: int = 0  # images that it takes beside the text; else one to start from
 
 
 COMFY_FLUX = ComfyFamily("flux", ("t5xxl", "clip_l"), "flux", "ae", guidance=3.5, guided=True)
@@ -2598,6 +2848,7 @@ COMFY_FLUX2 = ComfyFamily(
     latent="EmptyFlux2LatentImage",
     guidance=4.0,
     guided=True,
+    references=8,
 )
 COMFY_KLEIN = COMFY_FLUX2._replace(
     name="flux[-_.]?2[-_.]klein", clip=("qwen_3_4b",), steps=4, guidance=0.0
@@ -2631,6 +2882,7 @@ COMFY_FAMILIES = (
         edge=1024,
         shift=3.0,
         encoder="TextEncodeQwenImageEditPlus",
+        references=3,
     ),
     COMFY_QWEN,
     ComfyFamily(
@@ -2702,6 +2954,43 @@ def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> 
     return model, clip, vae
 
 
+def comfy_size(family: ComfyFamily, images: Sequence[Input]) -> tuple[int, int]:
+    """Width and height where the request has none: the first image's shape, the family's pixels."""
+    if not images:
+        return family.edge, family.edge
+    first = images[0]
+    scale = min(1.0, family.edge / (first.width * first.height) ** 0.5)
+    width, height = (max(64, round(edge * scale / 16) * 16) for edge in (first.width, first.height))
+    return width, height
+
+
+def comfy_guided(
+    node: Callable[..., Any],
+    schedule: Fields,
+    guide: Fields,
+    latent: Any,
+    size: tuple[int, int],
+    sampler: Fields,
+) -> Any:
+    """The link to the samples of a sampler that is put together from its parts."""
+    if guide["cfg"] > 1:
+        guider = node("CFGGuider", model=schedule["model"], **guide)
+    else:
+        guider = node("BasicGuider", model=schedule["model"], conditioning=guide["positive"])
+    if schedule["scheduler"] == "Flux2Scheduler":
+        sigmas = node("Flux2Scheduler", steps=schedule["steps"], width=size[0], height=size[1])
+    else:
+        sigmas = node("BasicScheduler", **schedule)
+    return node(
+        "SamplerCustomAdvanced",
+        noise=node("RandomNoise", noise_seed=sampler["seed"]),
+        guider=guider,
+        latent_image=latent,
+        sampler=node("KSamplerSelect", sampler_name=sampler["sampler_name"]),
+        sigmas=sigmas,
+    )
+
+
 def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGraph:
     """Our graph for a model in one file, or, with `options.clip`, in its parts."""
     split = bool(options.clip)
@@ -2716,63 +3005,80 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
     cfg = options.cfg or family.cfg
     steps = request.steps or family.steps
     guidance = options.guidance or family.guidance
-    width = request.width or family.edge
-    height = request.height or family.edge
+    width = request.width
+    height = request.height
+    if not width:
+        width, height = comfy_size(family, request.images)
+    loaded = [node("LoadImage", image=mark) for mark in request.marks()]
+    masks = [loaded.pop()] if request.mask else []
     # 2. The parts of the model.
     model, clip, vae = comfy_parts(node, family, options)
 
     # 3. What guides it, and where it starts.
     def encoded(text: str) -> list[Any]:
         if "Edit" in family.encoder:
-            return node(family.encoder, prompt=text, clip=clip)
-        return node(family.encoder, text=text, clip=clip)
+            pictures = {f"image{number}": image for number, image in enumerate(loaded, 1)}
+            return node(family.encoder, prompt=text, clip=clip, vae=vae, **pictures)
+        link = node(family.encoder, text=text, clip=clip)
+        if family.references:
+            for image in loaded:
+                scale = {"upscale_method": "area", "megapixels": 1.0, "resolution_steps": 1}
+                pixels = node("ImageScaleToTotalPixels", image=image, **scale)
+                reference = node("VAEEncode", pixels=pixels, vae=vae)
+                link = node("ReferenceLatent", conditioning=link, latent=reference)
+        return link
 
     positive = encoded(request.prompt)
     plain = positive
     if guidance and not (split and family.name == "schnell"):
         positive = node("FluxGuidance", guidance=guidance, conditioning=positive)
-    latent = node(family.latent, width=width, height=height, batch_size=1)
+    denoise = 1.0
+    if loaded and not family.references:
+        # It starts from the image, and goes so far from it.
+        denoise = request.strength or 0.75
+        fit = {"upscale_method": "lanczos", "width": width, "height": height, "crop": "center"}
+        latent = node("VAEEncode", pixels=node("ImageScale", image=loaded[0], **fit), vae=vae)
+        for mask in masks:
+            # LoadImage's second output is what is transparent.
+            latent = node("SetLatentNoiseMask", samples=latent, mask=[mask[0], 1])
+    else:
+        latent = node(family.latent, width=width, height=height, batch_size=1)
     guide = {"positive": positive, "cfg": cfg}
     if cfg > 1 or not split:
         guide["negative"] = encoded(request.negative_prompt)
     elif not family.guided:
         guide["negative"] = node("ConditioningZeroOut", conditioning=plain)
     # 4. The sampling, and the image.
-    sampler = options.sampler or family.sampler
-    scheduler = options.scheduler or family.scheduler
-    schedule = {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    schedule = {
+        "model": model,
+        "scheduler": options.scheduler or family.scheduler,
+        "steps": steps,
+        "denoise": denoise,
+    }
+    sampler = {"seed": request.seed, "sampler_name": options.sampler or family.sampler}
     if family.guided:
-        if cfg > 1:
-            guider = node("CFGGuider", model=model, **guide)
-        else:
-            guider = node("BasicGuider", model=model, conditioning=positive)
-        if scheduler == "Flux2Scheduler":
-            sigmas = node(scheduler, steps=steps, width=width, height=height)
-        else:
-            sigmas = node("BasicScheduler", **schedule)
-        samples = node(
-            "SamplerCustomAdvanced",
-            noise=node("RandomNoise", noise_seed=request.seed),
-            guider=guider,
-            latent_image=latent,
-            sampler=node("KSamplerSelect", sampler_name=sampler),
-            sigmas=sigmas,
-        )
+        samples = comfy_guided(node, schedule, guide, latent, (width, height), sampler)
     else:
-        samples = node(
-            "KSampler",
-            seed=request.seed,
-            sampler_name=sampler,
-            latent_image=latent,
-            **guide,
-            **schedule,
-        )
+        samples = node("KSampler", latent_image=latent, **guide, **schedule, **sampler)
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
     ignored = []
     # At cfg 1 a negative prompt has no effect at all.
     if request.negative_prompt and cfg <= 1:
         ignored.append("negative_prompt")
     return ComfyGraph(graph=graph, model=options.model, steps=steps, ignored=ignored)
+
+
+def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
+    """Give the server the request's images, and put their names where their marks stand."""
+    names = {}
+    for mark, image in request.marks().items():
+        form = Multipart({"type": "input", "overwrite": "true"}, [("image", image)])
+        answer = http.upload("/upload/image", form).mapping()
+        names[mark] = "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
+    for spec in graph.values():
+        for key, value in spec["inputs"].items():
+            if isinstance(value, str):
+                spec["inputs"][key] = names.get(value, value)
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
@@ -2860,8 +3166,9 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
     places: dict[str, list[Place]] = {}
     output = str(nodes.get("output") or "")
     for name in nodes.keys() - {"output"}:
-        if name not in COMFY_FIELDS:
-            raise BadConfig(f"nodes.{name}: unknown, {nearest(name, [*COMFY_FIELDS, 'output'])}")
+        if name not in (*COMFY_FIELDS, "image", "mask"):
+            names = [*COMFY_FIELDS, "image", "mask", "output"]
+            raise BadConfig(f"nodes.{name}: unknown, {nearest(name, names)}")
         named = nodes[name] or []
         if isinstance(named, str):
             named = [named]
@@ -2869,6 +3176,9 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
             if place not in known:
                 raise comfy_misplaced(path, graph, f'nodes.{name}: it has no "{place}"')
         places[name] = [place.rpartition(".")[::2] for place in map(str, named)]
+        if name in ("image", "mask"):
+            for number, (node, key) in enumerate(places.pop(name), 1):
+                graph[node]["inputs"][key] = f"{{{name}{number}}}".replace("1}", "}")
     if output and output not in graph:
         raise BadConfig(f'workflow {path}: nodes.output: it has no node "{output}"')
     # 2. What the graph itself says.
@@ -3270,17 +3580,32 @@ class ReplicateModel(NamedTuple):
     steps: bool = False  # whether it takes num_inference_steps
     longest: int = 0  # pixels of an edge, from 256 on; 0: it takes an aspect ratio alone
     step: int = 1  # that an edge must be a multiple of
+    image: str = ""  # the input that takes one image, or, with [], several
+    mask: str = ""
+    strength: str = ""
 
 
 REPLICATE_KEEPS_S = 3600.0  # results and inputs; and how far a clock may have been set back
 PRICED = "table of 2026-11-20"
 REPLICATE_MODELS = {
     "black-forest-labs/flux-schnell": ReplicateModel(0.003, steps=True),
-    "black-forest-labs/flux-dev": ReplicateModel(0.025, steps=True),
+    "black-forest-labs/flux-dev": ReplicateModel(
+        0.025, steps=True, image="image", strength="prompt_strength"
+    ),
     "black-forest-labs/flux-1.1-pro": ReplicateModel(0.04, longest=1440, step=32),
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
-    "black-forest-labs/flux-2-pro": ReplicateModel(None, longest=2048, step=16),
+    "black-forest-labs/flux-2-pro": ReplicateModel(
+        None, longest=2048, step=16, image="input_images[]"
+    ),
+    "black-forest-labs/flux-fill-pro": ReplicateModel(None, image="image", mask="mask"),
+    "black-forest-labs/flux-kontext-dev": ReplicateModel(None, image="input_image"),
+    "black-forest-labs/flux-kontext-pro": ReplicateModel(None, image="input_image"),
+    "black-forest-labs/flux-kontext-max": ReplicateModel(None, image="input_image"),
+    "google/nano-banana": ReplicateModel(None, image="image_input[]"),
+    "openai/gpt-image-1": ReplicateModel(None, image="input_images[]"),
+    "qwen/qwen-image-edit": ReplicateModel(None, image="image"),
 }
+REPLICATE_INLINE = 256 << 10  # bytes of an image that goes along as a data URI
 # Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
 # for either finds it.
 REPLICATE_ASPECTS = {
@@ -3330,6 +3655,16 @@ class Replicate(Backend):
         return replicate_input(options, request)[0]
 
     @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """What the table knows of the model, or what `extra` has a place for."""
+        known = REPLICATE_MODELS.get(options.model.partition(":")[0], ReplicateModel(None))
+        images = len(re.findall(r"\{image\d*\}", to_json(options.extra)))
+        if known.image:
+            images = 14 if known.image.endswith("[]") else 1
+        mask = bool(known.mask) or "{mask}" in to_json(options.extra)
+        return Takes(images, mask, bool(known.strength))
+
+    @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price, else the table's."""
         if options.cost_usd is not None:
@@ -3343,7 +3678,8 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        body: JsonObject = {"input": self.plan(self.options, request)}
+        inputs = self._with_images(http, self.plan(self.options, request), request)
+        body: JsonObject = {"input": inputs}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -3401,6 +3737,24 @@ class Replicate(Backend):
         keys = {"Authorization": f"Bearer {self.token.reveal()}"}
         keys.update(self.headers)
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
+
+    def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
+        """The inputs with links to the request's images where their marks stand."""
+        links = {}
+        for mark, image in request.marks().items():
+            links[mark] = data_uri(image) if os.path.getsize(image.path) <= REPLICATE_INLINE else ""
+            if not links[mark]:  # free, and may be sent twice; it expires there by itself
+                answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
+                links[mark] = str(answer["urls"]["get"])
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: filled(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [filled(item) for item in value]
+            return links.get(value, value) if isinstance(value, str) else value
+
+        return filled(inputs)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -3515,6 +3869,16 @@ def replicate_input(options: Any, request: Request) -> Prepared:
         **size,
         **options.extra,
     }
+    if known:
+        marks = [mark for mark in request.marks() if mark != "{mask}"]
+        if marks and known.image.endswith("[]"):
+            inputs[known.image[:-2]] = marks
+        elif marks and known.image:
+            inputs[known.image] = marks[0]
+        if request.mask and known.mask:
+            inputs[known.mask] = "{mask}"
+        if request.strength and known.strength:
+            inputs[known.strength] = request.strength
     if inputs.get("num_outputs", 1) != 1:
         raise BadRequest("num_outputs: one prediction makes one image here", "-n N makes several")
     ignored = []
@@ -3654,6 +4018,8 @@ class OpenAI(Backend):
         moderation: Text = ""
         extra: Extra = EMPTY
         size_as: Literal["size", "width_height"] = "size"
+        edits_as: Literal["multipart", "json"] = "multipart"
+        input_fidelity: Text = ""  # high or low, of models before gpt-image-2
         response_format: str = ""  # "": what this kind of model wants
         cost_usd: float | None = None  # of one image, where the response counts no tokens
         # Seconds of silence: an image may take minutes.
@@ -3676,6 +4042,11 @@ class OpenAI(Backend):
         return openai_body(options, request)[0]
 
     @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """What OpenAI's models do."""
+        return Takes(16, mask=True)
+
+    @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the response alone."""
         if options.cost_usd is not None:
@@ -3690,7 +4061,20 @@ class OpenAI(Backend):
         http = self._http(ctx)
         body, ignored = openai_body(options, request)
         ctx.progress("waiting for the image")
-        response = http.pay("/images/generations", body)
+        if not request.images:
+            response = http.pay("/images/generations", body)
+        elif options.edits_as == "json":
+            links = [{"image_url": data_uri(image)} for image in request.images]
+            body["images"] = links
+            if request.mask:
+                body["mask"] = {"image_url": data_uri(request.mask)}
+            response = http.pay("/images/edits", body)
+        else:
+            name = "image" if len(request.images) == 1 else "image[]"
+            files = [(name, image) for image in request.images]
+            if request.mask:
+                files.append(("mask", request.mask))
+            response = http.pay("/images/edits", body, files)
         return self._result(ctx, response.body, response.headers, request, ignored)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
@@ -3800,6 +4184,8 @@ def openai_body(options: Any, request: Request) -> Prepared:
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
         if value := getattr(options, field):
             body[field] = {"jpg": "jpeg"}.get(value, value)
+    if request.images and options.input_fidelity and not options.model.startswith("gpt-image-2"):
+        body["input_fidelity"] = options.input_fidelity
     # `extra` may place a value of the request under a name of its own.
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
     placed = set()
@@ -4332,6 +4718,9 @@ class Sidecar(TypedDict, total=False):
     cost_usd_estimate: float | None
     charged: Charged
     ignored: list[str]
+    inputs: list[JsonObject]  # name, sha256, width, height, mime_type, image_id
+    mask: JsonObject
+    strength: float
     storage_path: str | None
     metadata: JsonObject
     imagen_version: str
@@ -4515,6 +4904,13 @@ def request_of(fields: Any) -> Request:
     return Request("")._replace(**known)
 
 
+def input_fields(image: Input) -> JsonObject:
+    """What a sidecar says of an input."""
+    fields = image._asdict()
+    del fields["path"]
+    return {key: value for key, value in fields.items() if value != Input._field_defaults.get(key)}
+
+
 def first_sidecar(
     request: Request, styled: Request, model: str | None, usd: float | None
 ) -> Sidecar:
@@ -4538,6 +4934,12 @@ def first_sidecar(
     if styled.width:
         sidecar["width"] = styled.width
         sidecar["height"] = styled.height
+    if request.images:
+        sidecar["inputs"] = [input_fields(image) for image in request.images]
+    if request.mask:
+        sidecar["mask"] = input_fields(request.mask)
+    if request.strength:
+        sidecar["strength"] = request.strength
     return sidecar
 
 
@@ -4736,6 +5138,184 @@ def find_image(name: str) -> Record | None:
             sidecar=typing.cast(Sidecar, sidecar),
         )
     return None
+
+
+# === Inputs: images that come in: local copies by hash ===
+#
+# An image that a door names is copied into the state folder, since the file may change or go before
+# it is sent, or sent again. The copy is named by its hash, in the journal too.
+
+INPUT_PIXELS = 64_000_000
+MASK_PIXELS = 16_000_000
+INPUT_KEPT_S = 86400.0  # of a copy that no open entry names
+
+
+def input_of(source: str, ctx: Context) -> Input:
+    """The copy of the image that `source` names: a path, an http address, a data URI, an id.
+
+    BadRequest where it is no whole image of a size and format that anybody takes.
+    """
+    import hashlib
+
+    record: Record | None = None
+    place = source
+    if source == "last" or is_uuid(source):
+        record = find_image(source)
+        if not record:
+            raise BadRequest(f"{source}: no image of that id is known here")
+        place = record["path"]
+    name = os.path.basename(place.partition("?")[0]) or "image"
+    if source.startswith("data:"):
+        name = "data"
+    folder = state_path("inputs")
+    hidden = os.path.join(folder, f".{new_uuid()}")
+    with or_disk(folder, "copies of inputs live there"):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        spool = Spool(hidden, hidden)
+    try:
+        with spool:
+            os.fchmod(spool.fileno(), 0o600)
+            fetch_input(place, spool, ctx)
+            image = checked_input(spool, name)
+            spool.seek(0)
+            digest = hashlib.file_digest(spool, "sha256").hexdigest()
+        path = os.path.join(folder, digest)
+        os.replace(hidden, path)
+    finally:
+        unlink_quietly(hidden)
+    image_id = ""
+    if record:
+        image_id = record["sidecar"]["image_id"]
+    return image._replace(path=path, sha256=digest, image_id=image_id)
+
+
+def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
+    """The bytes at `place`, in `spool`; no more of them than one image may have."""
+    most = Takes().most_bytes
+    if place.startswith("data:"):
+        _, _, text = place.partition(",")
+        decode_base64(text.encode(), spool)
+    elif re.match("https?://", place):
+        with Http(ctx, place).download(place) as source:  # without keys
+            copy_into(source, spool)
+    else:
+        path = full_path(place)
+        try:
+            with open(path, "rb") as file:
+                if not os.path.isfile(path) or os.path.getsize(path) > most:
+                    raise BadRequest(f"{place}: no file of at most {most >> 20} MB")
+                copy_into(file, spool)
+        except OSError as problem:
+            raise BadRequest(f"{place}: {problem.strerror}") from None
+    if spool.tell() > most:
+        raise BadRequest(f"{place[:100]}: more than {most >> 20} MB")
+
+
+def checked_input(spool: Spool, name: str) -> Input:
+    """What an image that came in is, still without path and hash."""
+    sniffed = sniff(spool)
+    if not sniffed:
+        cure = "PNG, JPEG, WebP and GIF are; convert it, for example with ImageMagick"
+        raise BadRequest(f"{name}: no image that backends take", cure)
+    if not sniffed.complete:
+        raise BadRequest(f"{name}: the image breaks off")
+    if sniffed.width * sniffed.height > INPUT_PIXELS:
+        size = f"{sniffed.width}x{sniffed.height}"
+        raise BadRequest(f"{name}: {size} is more than {INPUT_PIXELS // 10**6} megapixels")
+    orientation = 1
+    if sniffed.format == "jpg":
+        orientation = exif_orientation(spool)
+    return Input(
+        path="",
+        name=name,
+        sha256="",
+        width=sniffed.width,
+        height=sniffed.height,
+        mime_type=MIME_TYPES[sniffed.format],
+        orientation=orientation,
+    )
+
+
+def check_mask(mask: Input, image: Input) -> None:
+    """BadRequest where a mask could not say what is to be made anew."""
+    if (mask.width, mask.height) != (image.width, image.height):
+        message = f"the mask is {mask.width}x{mask.height}, the image {image.width}x{image.height}"
+        raise BadRequest(message, "both have to be of one size")
+    if mask.width * mask.height > MASK_PIXELS:
+        raise BadRequest(f"the mask has more than {MASK_PIXELS // 10**6} megapixels")
+    try:
+        with open(mask.path, "rb") as file:
+            if mask.mime_type != "image/png":
+                raise ValueError("no PNG")
+            # The first transparent pixel is enough.
+            if not any(0 in row for row in png_plane(file)):
+                raise ValueError("no pixel of it is transparent, so nothing would be made anew")
+    except (ValueError, struct.error, zlib.error) as problem:
+        cure = "a PNG that is transparent where the image is to be made anew"
+        raise BadRequest(f"the mask: {problem or 'it breaks off'}", cure) from None
+
+
+def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
+    """BadRequest where a backend could not honour all inputs; `others` names those that can."""
+    lacks = []
+    if len(request.images) > takes.images:
+        lacks.append(f"{len(request.images)} images (at most {takes.images})")
+    if request.mask and not takes.mask:
+        lacks.append("a mask")
+    if request.strength and not takes.strength:
+        lacks.append("a strength")
+    if lacks:
+        message = f"{request.backend} cannot take {', '.join(lacks)}"
+        raise BadRequest(message, f"backends that can: {', '.join(others) or 'none'}")
+    if not request.images and (request.mask or request.strength):
+        raise BadRequest("a mask or a strength needs an image to start from", "--image FILE")
+    for image in (*request.images, *filter(None, [request.mask])):
+        if image.mime_type not in {MIME_TYPES[kind] for kind in takes.formats}:
+            kinds = ", ".join(takes.formats)
+            raise BadRequest(f"{image.name}: {request.backend} takes {kinds} alone")
+        if os.path.getsize(image.path) > takes.most_bytes:
+            message = f"{image.name}: {request.backend} takes {takes.most_bytes >> 20} MB an image"
+            raise BadRequest(message, "make it smaller")
+    if request.mask:
+        check_mask(request.mask, request.images[0])
+
+
+def inputs_in(sidecar: Sidecar) -> tuple[tuple[Input, ...], Input | None]:
+    """The images and the mask that a sidecar names, whose copies may be gone."""
+    images = []
+    for fields in (*sidecar.get("inputs", []), sidecar.get("mask")):
+        if fields:
+            path = state_path("inputs", str(fields["sha256"]))
+            images.append(Input(path=path, **fields))
+    mask = images.pop() if sidecar.get("mask") else None
+    return tuple(images), mask
+
+
+def input_again(fields: Fields, folder: str) -> str:
+    """Where an input that a sidecar names is now: its copy, another image, or beside this one."""
+    import hashlib
+
+    digest = str(fields["sha256"])
+    places = [state_path("inputs", digest)]
+    places += [record["path"] for record in attempts(needle=digest) if is_image(record)]
+    places.append(os.path.join(folder, str(fields["name"])))
+    for place in places:
+        if hashlib.sha256(read_bytes(place)).hexdigest() == digest:
+            return place
+    raise BadRequest(f"{fields['name']}: this input is not here any more", "name it with --image")
+
+
+def sweep_inputs() -> None:
+    """Remove the copies that no open entry names, and that nobody has waiting any more."""
+    folder = state_path("inputs")
+    named: set[str] = set()
+    for row in entries():
+        images, mask = inputs_in(row.record.get("sidecar") or {})
+        named.update(image.path for image in (*images, *filter(None, [mask])))
+    with suppress(FileNotFoundError):
+        for item in os.scandir(folder):
+            if item.path not in named and item.stat().st_mtime < time.time() - INPUT_KEPT_S:
+                unlink_quietly(item.path)
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
@@ -4990,6 +5570,8 @@ def prompt_hash(prompt: str) -> str:
 DELIVERY_S = 30.0  # for object, row and usage of one image
 PROMPT_LETTERS = 32_000
 ORDER_IMAGES = 1000
+INPUTS = 16  # images of one order
+INPUT_S = 120.0  # to fetch them
 
 
 class Plan(NamedTuple):
@@ -5017,6 +5599,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
         seed = int.from_bytes(os.urandom(4)) >> 1
     request = order.request()._replace(backend=order.backend or config.default_backend)
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
+    if order.images or order.mask or order.strength:
+        request = with_inputs(order, request, cls.takes(options), config)
     mode = order.cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
     # 3. A plan for each image. One moment for all names: of the files, and of the objects.
@@ -5056,6 +5640,25 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     return plans
 
 
+def with_inputs(order: Order, request: Request, takes: Takes, config: Config) -> Request:
+    """The request with its inputs copied and checked."""
+    sweep_inputs()
+    ctx = Context(INPUT_S)
+    mask = None
+    if order.mask:
+        mask = input_of(order.mask, ctx)
+    images = tuple(input_of(source, ctx) for source in order.images[:INPUTS])
+    request = request._replace(images=images, mask=mask)
+    others = []
+    for name in config.backends:
+        with suppress(ImagenError):
+            cls, options = options_of(name, config.backends)
+            check_inputs(request, cls.takes(options), ())
+            others.append(name)
+    check_inputs(request, takes, others)
+    return request
+
+
 def image_name(output: str, request: Request, config: OutputConfig, now: float) -> str:
     """The absolute name of an image; `output`: FILE, DIR/, or "" for what the config says."""
     name = full_path(output or os.path.expandvars(config.directory))
@@ -5085,6 +5688,8 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"steps {order.steps}: 0 to 500")
     if not 1 <= order.n <= ORDER_IMAGES:
         raise BadRequest(f"n is 1 to {ORDER_IMAGES}")
+    if len(order.images) > INPUTS:
+        raise BadRequest(f"{len(order.images)} images to start from; {INPUTS} are the most")
     if order.seed is not None and not 0 <= order.seed <= 2**63 - order.n:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
@@ -5437,6 +6042,7 @@ def styled_request(sidecar: Sidecar) -> Request:
     fields = {**requested, **sidecar}
     fields["prompt"] = sidecar["styled_prompt"]
     fields["steps"] = requested["steps"]
+    fields["images"], fields["mask"] = inputs_in(sidecar)
     return request_of(fields)
 
 
@@ -8507,6 +9113,9 @@ ORDER_FLAGS = """
     f"""
     prompt [PROMPT]         what to see; - reads it from stdin
     {ORDER_FLAGS}
+    -i --image FILE*        what to start from: a file, an http address, an id, last, or - for stdin
+    --mask FILE             a PNG, transparent where the first image is to be made anew
+    --strength S            how far from the first image, from 0 to 1
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
     --preview auto|on|off   show the image in tmux, kitty, iTerm2
     --no-preview            the same as --preview off
@@ -8579,7 +9188,7 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     """The order that the flags of `generate` and `jobs add` ask for."""
     fields: JsonObject = {"prompt": ""}
     if args.like:
-        fields = sparse(request_like(args.like, styles))
+        fields = fields_like(args.like, styles)
     if args.prompt == "-":
         args.prompt = prompt_from_stdin()
     if args.size is not None:
@@ -8601,6 +9210,8 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
         value = getattr(args, name, None)
         if value is not None:
             fields[name] = value
+    if images := getattr(args, "image", None):
+        fields["images"] = [stdin_uri() if name == "-" else name for name in images]
     return from_mapping(Order, {**fields, "backend_opts": options}, "request", BadRequest)
 
 
@@ -8627,20 +9238,32 @@ def prompt_from_stdin() -> str:
     return text.rstrip("\r\n")
 
 
-def request_like(name: str, styles: Mapping[str, Style]) -> Request:
-    """The request behind an image made before: its file, its sidecar, its id, or `last`."""
+def stdin_uri() -> str:
+    """The image on stdin, as an Order names it."""
+    data = sys.stdin.buffer.read(Takes().most_bytes + 1)
+    return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
+
+
+def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
+    """The order behind an image made before: its file, its sidecar, its id, or `last`."""
     record = find_image(name)
     if not record:
         hint = "imagen list names them; imagen generate PROMPT makes one"
         message = f"--like {name}: neither a sidecar nor an image with one beside it"
         raise BadRequest(message, hint)
     # What was asked for, not what came of it.
-    sidecar = {**record["sidecar"], **(record["sidecar"].get("requested") or {})}
+    sidecar: JsonObject = {**record["sidecar"], **(record["sidecar"].get("requested") or {})}
     style = {**STYLES, **styles}.get(str(sidecar.get("style")), Style())
     negative = str(sidecar.get("negative_prompt") or "").removesuffix(style.negative)
     sidecar["negative_prompt"] = negative.removesuffix(", ")
+    folder = os.path.dirname(record["path"])
+    sidecar["images"] = [input_again(fields, folder) for fields in sidecar.get("inputs") or ()]
+    if mask := sidecar.get("mask"):
+        sidecar["mask"] = input_again(mask, folder)
     fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
-    return from_mapping(Request, fields, f"--like {name}", BadRequest)
+    order = from_mapping(Order, fields, f"--like {name}", BadRequest)
+    defaults = Order._field_defaults
+    return {key: value for key, value in order._asdict().items() if value != defaults.get(key)}
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
@@ -9000,6 +9623,7 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     if prefix and len(paths) > 1:
         raise BadRequest(f"{prefix}: several unfinished images begin so", "imagen recover")
     sweep_journal()
+    sweep_inputs()
     config = load_config(args.config)
     taken = [entry for entry in map(Entry.take, paths) if entry]
     if prefix and not taken:

@@ -11,6 +11,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import email
 import email.message
 import email.utils
 import errno
@@ -965,11 +966,11 @@ class Comfy(Server):
             self.release_of >= (0, 3, 56) if targeted is None else targeted
         )  # /interrupt heeds its prompt_id
         self.websocket = websocket
+        self.files: dict[tuple[str, str, str], bytes] = {}  # (type, subfolder, filename)
         self.nodes = self._node_table()
         self.submitted: list[dict[str, Any]] = []  # bodies of accepted POST /prompt
         self.canceled: list[str] = []  # ids taken out of the queue
         self.interrupted: list[str] = []  # ids stopped while they ran
-        self.files: dict[tuple[str, str, str], bytes] = {}  # (type, subfolder, filename)
         self.history: dict[str, dict[str, Any]] = {}
         self.pending: list[Job] = []
         self.running: Job | None = None
@@ -1139,6 +1140,13 @@ class Comfy(Server):
                     "ram_total": 64 << 30,
                 }
                 return {"system": system, "devices": [device]}
+            case ["POST", "upload", "image"]:
+                parts = {name.partition("=")[0]: (name, data) for name, data in form_parts(seen)}
+                name, data = parts["image"]
+                file = name.partition("=")[2]
+                self.files["input", "", file] = data
+                self.nodes = self._node_table()
+                return {"name": file, "subfolder": "", "type": "input"}
             case ["POST", "free"]:
                 self._cache.clear()
                 return b""
@@ -1502,6 +1510,23 @@ class Comfy(Server):
             "TextEncodeQwenImageEditPlus": ({"clip": clip, "prompt": text}, ["CONDITIONING"]),
             "EmptyFlux2LatentImage": (size, ["LATENT"]),
             "Flux2Scheduler": ({"steps": steps, "width": side, "height": side}, ["SIGMAS"]),
+            "LoadImage": (
+                {"image": [[name for kind, _, name in self.files if kind == "input"]]},
+                ["IMAGE", "MASK"],
+            ),
+            "ImageScale": (
+                {"image": image, "upscale_method": [["lanczos"]], "crop": [["disabled", "center"]]}
+                | {"width": side, "height": side},
+                ["IMAGE"],
+            ),
+            "ImageScaleToTotalPixels": (
+                {"image": image, "upscale_method": [["area"]], "megapixels": cfg}
+                | {"resolution_steps": steps},
+                ["IMAGE"],
+            ),
+            "VAEEncode": ({"pixels": image, "vae": vae}, ["LATENT"]),
+            "SetLatentNoiseMask": ({"samples": latent, "mask": ["MASK"]}, ["LATENT"]),
+            "ReferenceLatent": ({"conditioning": cond, "latent": latent}, ["CONDITIONING"]),
             "SaveVideo": ({"images": image, "filename_prefix": text}, []),
             "VAEDecode": ({"samples": latent, "vae": vae}, ["IMAGE"]),
             "SaveImage": (
@@ -2297,6 +2322,20 @@ overloaded 503 server_error overloaded The engine is currently overloaded, try a
 
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def form_parts(seen: Seen) -> list[tuple[str, bytes]]:
+    """The parts of a form: "name" or "name=filename", and content."""
+    head = f"Content-Type: {seen.headers['content-type']}\r\n\r\n".encode()
+    parts = []
+    for part in email.message_from_bytes(head + seen.body).walk():
+        if not part.is_multipart():
+            name = str(part.get_param("name", header="content-disposition"))
+            file = part.get_filename()
+            data = part.get_payload(decode=True)
+            assert isinstance(data, bytes)
+            parts.append((f"{name}={file}" if file else name, data))
+    return parts
 
 
 def openai_images(image: bytes, **more: object) -> dict[str, Any]:
@@ -10554,6 +10593,350 @@ def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_
         assert "1 unfinished" in loud.err
         assert "imagen recover" in loud.err
         assert "unfinished" not in here.fox("-b", "mock", "-q").err
+
+
+# === Inputs: images that come in: local copies by hash ===
+def inputs_png(
+    mode: str, pixels: Callable[[int, int], Any], size: int = 16, **options: Any
+) -> bytes:
+    """A PNG as Pillow writes it."""
+    pillow = pytest.importorskip("PIL.Image")
+    image = pillow.new(mode, (size, size))
+    for x, y in itertools.product(range(size), range(size)):
+        image.putpixel((x, y), pixels(x, y))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def inputs_mask(size: int = 16) -> bytes:
+    """A mask: transparent in its lower half."""
+    return inputs_png("RGBA", lambda x, y: (0, 0, 0, 0 if y >= size // 2 else 255), size)
+
+
+INPUTS_BLOCKS: dict[str, dict[str, Any]] = {
+    "mock": {"type": "mock"},
+    "gpt": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "INPUTS_KEY"},
+    "dev": {"type": "replicate", "model": "black-forest-labs/flux-dev"},
+    "flux2": {"type": "replicate", "model": "black-forest-labs/flux-2-pro"},
+    "schnell": {"type": "replicate", "model": "black-forest-labs/flux-schnell"},
+    "other": {"type": "replicate", "model": "a/b", "extra": {"pictures": ["{image}"]}},
+    "sdxl": {"type": "comfyui", "model": "sd_xl_base_1.0.safetensors"},
+    "klein": {"type": "comfyui", "model": "flux-2-klein-4b.safetensors"},
+}
+# What is asked for → the backends that do it; all others refuse it before anything is sent, and
+# name those that can.
+INPUTS_TAKEN = {
+    "one image": ("mock gpt dev flux2 other sdxl klein", {"images": ["a.png"]}),
+    "two images": ("mock gpt flux2 klein", {"images": ["a.png", "b.jpg"]}),
+    "nine images": ("mock gpt flux2", {"images": ["a.png"] * 9}),
+    "a mask": ("mock gpt sdxl", {"images": ["a.png"], "mask": "mask.png"}),
+    "a strength": ("mock dev sdxl", {"images": ["a.png"], "strength": 0.4}),
+    "a GIF": ("mock", {"images": ["c.gif"]}),
+}
+
+
+@pytest.fixture
+def inputs_here(here: Box, monkeypatch: pytest.MonkeyPatch) -> Box:
+    """A home with images in the current folder, and keys for all of INPUTS_BLOCKS."""
+    monkeypatch.chdir(here.root)
+    for name in ("INPUTS_KEY", "REPLICATE_API_TOKEN"):
+        monkeypatch.setenv(name, "Key-of-the-test-1")
+    files = {"a.png": png(16, 16), "b.jpg": jpeg(16, 16), "c.gif": gif(16, 16)}
+    files |= {"mask.png": inputs_mask(), "large.png": inputs_mask(24), "cut.png": png(16, 16)[:-12]}
+    files |= {"opaque.png": inputs_png("RGBA", lambda x, y: (x, y, 0, 255))}
+    files |= {"heic.heic": b"\0\0\0\x18ftypheic" + bytes(40), "text.png": b"no image"}
+    files |= {
+        "huge.png": png(16, 16).replace(struct.pack(">II", 16, 16), struct.pack(">II", 9000, 9000))
+    }
+    for name, data in files.items():
+        (here.root / name).write_bytes(data)
+    with (here.root / "60mb.png").open("wb") as file:
+        file.truncate(60 << 20)
+    here.configure(INPUTS_BLOCKS)
+    return here
+
+
+@pytest.mark.parametrize("case", INPUTS_TAKEN)
+def test_inputs_are_taken_by_who_can_and_refused_by_all_others_who_name_these(
+    inputs_here: Box, case: str
+) -> None:
+    takers, fields = INPUTS_TAKEN[case]
+    config = imagen.load_config()
+    for backend in INPUTS_BLOCKS:
+        order = imagen.from_mapping(imagen.Order, {"prompt": "a", "backend": backend, **fields})
+        if backend in takers.split():
+            [plan] = imagen.plans_of(order, config)
+            assert len(plan.request.images) == len(fields["images"])
+            assert [item["name"] for item in plan.record["sidecar"]["inputs"]] == fields["images"]
+        else:
+            with pytest.raises(imagen.BadRequest) as caught:
+                imagen.plans_of(order, config)
+            if case != "a GIF":
+                assert set(takers.split()) <= set(re.findall(r"\w+", caught.value.hint))
+
+
+INPUTS_WRONG = {
+    "missing.png": "No such file",
+    "cut.png": "breaks off",
+    "heic.heic": "no image that backends take",
+    "text.png": "no image that backends take",
+    "60mb.png": "at most 50 MB",
+    "huge.png": "64 megapixels",
+    "file:///etc/passwd": "No such file",
+    "data:image/png;base64,AAAA": "no image",
+    "data:nothing": "no image",
+    "00000000-0000-4000-8000-000000000000": "no image of that id",
+    "last": "no image of that id",
+    ".": "",
+    "": "",
+}
+
+
+def test_inputs_that_are_no_whole_image_are_told_before_anything_is_copied_for_good(
+    inputs_here: Box,
+) -> None:
+    for source, expected in INPUTS_WRONG.items():
+        with pytest.raises(imagen.BadRequest) as caught:
+            imagen.input_of(source, imagen.Context(5))
+        assert expected in str(caught.value)
+    with Remote(status(404), html(200, "<html>"), ok(png(16, 16)), repeat=True) as remote:
+        for _ in range(2):
+            with pytest.raises(imagen.ImagenError):
+                imagen.input_of(f"{remote.base}/x.png", imagen.Context(5))
+        image = imagen.input_of(f"{remote.base}/x.png?size=1", imagen.Context(5))
+        assert (image.name, image.width, image.mime_type) == ("x.png", 16, "image/png")
+        assert "authorization" not in remote.seen[-1].headers
+    folder = inputs_here.state / "inputs"
+    assert [file.name for file in folder.iterdir()] == [image.sha256]
+    assert (folder / image.sha256).stat().st_mode & 0o777 == 0o600
+    assert hashlib.sha256((folder / image.sha256).read_bytes()).hexdigest() == image.sha256
+
+
+INPUTS_MASKS = {
+    "large.png": "the mask is 24x24, the image 16x16",
+    "opaque.png": "no pixel of it is transparent",
+    "a.png": "8-bit PNG with alpha",
+    "b.jpg": "no PNG",
+}
+
+
+def test_inputs_a_mask_that_says_nothing_is_refused(inputs_here: Box) -> None:
+    config = imagen.load_config()
+    for mask, expected in INPUTS_MASKS.items():
+        order = imagen.Order("a", backend="gpt", images=("a.png",), mask=mask)
+        with pytest.raises(imagen.BadRequest, match=expected):
+            imagen.plans_of(order, config)
+    for order in (imagen.Order("a", mask="mask.png"), imagen.Order("a", strength=0.5)):
+        with pytest.raises(imagen.BadRequest, match="needs an image"):
+            imagen.plans_of(order._replace(backend="mock"), config)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_inputs_the_alpha_of_a_png_is_read_as_pillow_reads_it(mode: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    rng = random.Random(mode)
+    noise = {(x, y): rng.randrange(256) for x in range(33) for y in range(33)}
+    shapes: list[Callable[[int, int], int]] = [
+        lambda x, y: noise[x, y],
+        lambda x, y: (x * 7 + y * 3) % 256,
+        lambda x, y: 0 if x == y else 255,
+    ]
+    for shape in shapes:
+        if mode == "P":
+            data = inputs_png(
+                "P", shape, 33, bits=8, transparency=bytes(noise[x, 0] for x in range(33))
+            )
+        elif mode == "LA":
+            data = inputs_png("LA", lambda x, y, shape=shape: (x, shape(x, y)), 33)  # type: ignore[misc]
+        else:
+            data = inputs_png("RGBA", lambda x, y, shape=shape: (x, y, 9, shape(x, y)), 33)  # type: ignore[misc]
+        with pillow.open(io.BytesIO(data)) as picture:
+            alpha = picture.convert("RGBA").getchannel("A").tobytes()
+        assert b"".join(imagen.png_plane(io.BytesIO(data))) == alpha
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_inputs_each_filter_of_a_png_is_undone(kind: int) -> None:
+    rng = random.Random(kind)
+    above, line = rng.randbytes(50), rng.randbytes(50)
+    left = corner = 0
+    filtered = bytearray()
+    for x, up in zip(line, above, strict=True):
+        paeth = min((left, up, corner), key=lambda value: abs(left + up - corner - value))
+        filtered.append((x - [0, left, up, (left + up) // 2, paeth][kind]) & 255)
+        left, corner = x, up
+    assert imagen.png_unfiltered(kind, bytes(filtered), above) == line
+
+
+def test_inputs_openai_gets_a_form_with_the_files_as_they_are_or_json(inputs_here: Box) -> None:
+    images = [(inputs_here.root / name).read_bytes() for name in ("a.png", "b.jpg", "mask.png")]
+    for edits_as in ("multipart", "json"):
+        with Remote(ok(openai_images(png(16, 16))), repeat=True) as remote:
+            block = {**INPUTS_BLOCKS["gpt"], "base_url": f"{remote.base}/v1", "edits_as": edits_as}
+            inputs_here.configure({"gpt": block | {"input_fidelity": "low"}})
+            done = inputs_here.fox(
+                *("-i", "a.png", "-i", "b.jpg", "--mask", "mask.png"),
+                env={"INPUTS_KEY": "Key-of-the-test-1"},
+            )
+            assert done.code == 0, done.err
+            [seen] = remote.seen
+        assert seen.path == "/v1/images/edits"
+        if edits_as == "json":
+            links = [link["image_url"] for link in (*seen.json["images"], seen.json["mask"])]
+            assert [base64.b64decode(link.partition(",")[2]) for link in links] == images
+            assert links[1].startswith("data:image/jpeg;base64,")
+            fields = seen.json
+        else:
+            parts = form_parts(seen)
+            files = [part for part in parts if "=" in part[0]]
+            assert [name.partition("=")[0] for name, _ in files] == ["image[]", "image[]", "mask"]
+            assert [data for _, data in files] == images
+            fields = {name: data.decode() for name, data in parts if "=" not in name}
+            assert "content-length" in seen.headers
+        assert (fields["prompt"], fields["input_fidelity"]) == ("a fox", "low")
+        entry = inputs_here.ledger()[-1]
+        assert [item["name"] for item in entry["sidecar"]["inputs"]] == ["a.png", "b.jpg"]
+
+
+def test_inputs_replicate_gets_small_ones_inline_and_large_ones_as_files(inputs_here: Box) -> None:
+    large = png(16, 16, pad=300 << 10)
+    (inputs_here.root / "large.png").write_bytes(large)
+    with ReplicateServer() as replicate, Remote(repeat=True) as files:
+        files.handler = lambda seen: status(201, {"urls": {"get": "https://files.test/1"}})
+        inputs = []
+
+        def routed(seen: Seen) -> object:
+            return files.handler(seen) if seen.path.endswith("/files") else None  # type: ignore[misc]
+
+        backend = imagen.open_backend(
+            "dev", {"dev": {**INPUTS_BLOCKS["flux2"], "base_url": f"{files.base}/v1"}}
+        )
+        request = imagen.Request("a", seed=1, backend="dev")
+        ctx = imagen.Context(5)
+        for name in ("a.png", "large.png"):
+            request = request._replace(images=(*request.images, imagen.input_of(name, ctx)))
+        assert isinstance(backend, imagen.Replicate)
+        http = backend._http(ctx)
+        inputs = backend._with_images(http, backend.plan(backend.options, request), request)
+        assert routed(files.seen[0]) is not None
+        assert replicate.predictions == {}
+    inline, link = inputs["input_images"]
+    assert base64.b64decode(inline.partition(",")[2]) == (inputs_here.root / "a.png").read_bytes()
+    assert link == "https://files.test/1"
+    [upload] = files.seen
+    assert [data for name, data in form_parts(upload) if name.startswith("content")] == [large]
+
+
+COMFY_EDITS = adapter_rows("""
+sd_xl_base_1.0.safetensors | --strength 0.4 | KSampler.denoise=0.4 KSampler.latent_image=VAEEncode \
+  KSampler.latent_image.pixels=ImageScale KSampler.latent_image.pixels.image=LoadImage
+sd_xl_base_1.0.safetensors | --mask mask.png | KSampler.denoise=0.75 KSampler.latent_image=SetLatentNoiseMask \
+  KSampler.latent_image.samples=VAEEncode KSampler.latent_image.mask=LoadImage
+flux-2-klein-4b.safetensors | -i b.jpg | SamplerCustomAdvanced.guider.conditioning=ReferenceLatent \
+  SamplerCustomAdvanced.guider.conditioning.conditioning=ReferenceLatent \
+  SamplerCustomAdvanced.guider.conditioning.conditioning.conditioning.text=a~fox Flux2Scheduler.width=64
+""")
+
+
+@pytest.mark.parametrize(("model", "flags", "graph"), COMFY_EDITS)
+def test_inputs_comfyui_starts_from_an_image_keeps_what_the_mask_covers_and_takes_references(
+    inputs_here: Box, model: str, flags: str, graph: str
+) -> None:
+    parts = {"clips": ["qwen_3_4b.safetensors"], "vaes": ["flux2-vae.safetensors"]}
+    with Comfy(diffusion_models=["flux-2-klein-4b.safetensors"], **parts) as comfy:
+        inputs_here.configure(comfy_block(comfy, model=model))
+        done = inputs_here.run("generate", "a fox", "-i", "a.png", *flags.split())
+        assert done.code == 0, done.err
+        (posted,) = comfy_posted(comfy)
+        uploaded = {data for (kind, _, _), data in comfy.files.items() if kind == "input"}
+    expected = {path: str(value).replace("~", " ") for path, value in adapter_values(graph).items()}
+    assert {path: str(comfy_at(posted, path)) for path in expected} == expected
+    assert (inputs_here.root / "a.png").read_bytes() in uploaded
+    assert len(uploaded) == 1 + flags.startswith(("-i", "--mask"))
+
+
+def test_inputs_of_a_workflow_stand_where_its_marks_or_nodes_say(inputs_here: Box) -> None:
+    graph = flux_graph() | comfy_drawn(
+        "50 LoadImage image=old.png", "51 VAEEncode pixels=@50 vae=@30.2"
+    )
+    graph["31"]["inputs"]["latent_image"] = ["51", 0]
+    workflow = comfy_file(inputs_here.root, graph)
+    with Comfy() as comfy:
+        block = comfy_block(comfy, workflow=workflow, nodes={"image": "50.image"})
+        inputs_here.configure(block)
+        assert inputs_here.fox("-i", "a.png").code == 0
+        (posted,) = comfy_posted(comfy)
+        assert ("input", "", posted["50"]["inputs"]["image"]) in comfy.files
+        refused = inputs_here.fox("-i", "a.png", "--mask", "mask.png")
+        assert (refused.code, "cannot take a mask" in refused.err) == (2, True)
+
+
+def test_inputs_mock_shows_what_it_got_and_keeps_what_the_mask_keeps(inputs_here: Box) -> None:
+    first = inputs_here.fox("-b", "mock", "--size", "64x64").lines[0]
+    mask = inputs_mask(64)
+    (inputs_here.root / "mask.png").write_bytes(mask)
+    done = inputs_here.run("generate", "a hare", "-b", "mock", "-i", "last", "--mask", "mask.png")
+    assert done.code == 0, done.err
+    old, new = (mock_pixels(Path(path).read_bytes()) for path in (first, done.lines[0]))
+    assert new[:32] == old[:32]
+    assert new[32:] != old[32:]
+    sidecar = inputs_here.sidecar(done.lines[0])
+    assert sidecar["metadata"]["kept_by_the_mask"] is True
+    assert sidecar["inputs"][0]["image_id"] == inputs_here.sidecar(first)["image_id"]
+    flagged = inputs_here.run("generate", "a fox", "-b", "mock", "-i", "a.png", "--size", "64x64")
+    assert mock_pixels(Path(flagged.lines[0]).read_bytes())[3][2:14] != old[3][2:14]
+
+
+def test_inputs_come_back_with_like_by_their_hash_wherever_they_are_now(inputs_here: Box) -> None:
+    made = inputs_here.run("generate", "a hare", "-b", "mock", "-i", "a.png", "--strength", "0.5")
+    sidecar = inputs_here.sidecar(made.lines[0])
+    folder = inputs_here.state / "inputs"
+    for place in ("state", "ledger", "folder", "nowhere"):
+        again = inputs_here.run("generate", "--like", made.lines[0], "--seed", "8", "--json")
+        if place == "nowhere":
+            assert (again.code, "a.png" in again.json["error"]["message"]) == (2, True)
+            break
+        assert again.code == 0, again.err
+        repeated = inputs_here.sidecar(again.json["images"][0]["path"])
+        assert repeated["inputs"][0]["sha256"] == sidecar["inputs"][0]["sha256"]
+        assert repeated["strength"] == 0.5
+        for copy in folder.iterdir():
+            copy.unlink()
+        (Path(made.lines[0]).parent / "a.png").unlink(missing_ok=True)
+        if place == "state" or place == "ledger":
+            (Path(made.lines[0]).parent / "a.png").write_bytes(png(16, 16))
+
+
+def test_inputs_that_no_open_entry_names_are_swept_after_a_day(inputs_here: Box) -> None:
+    with Comfy(hold=True) as comfy:
+        inputs_here.configure(comfy_block(comfy, model="sd_xl_base_1.0.safetensors"))
+        with inputs_here.start("generate", "a fox", "-i", "a.png") as process:
+            comfy.wait_running()
+            process.kill()
+        [named] = (inputs_here.state / "inputs").iterdir()
+        stray = named.with_name("0" * 64)
+        fresh = named.with_name("1" * 64)
+        for copy in (stray, fresh):
+            copy.write_bytes(png(16, 16))
+        for copy in (named, stray):
+            os.utime(copy, (1e9, 1e9))
+        comfy.resume()
+        done = inputs_here.run("recover", "--all", "--json")
+        assert done.code == 0, done.err
+        assert {copy.name for copy in named.parent.iterdir()} == {named.name, fresh.name}
+        assert done.json["images"][0]["inputs"][0]["name"] == "a.png"
+        assert len(comfy.submitted) == 1
+
+
+def test_inputs_tell_how_the_camera_was_held() -> None:
+    for order, mark in (("<", b"II*\0"), (">", b"MM\0*")):
+        entry = struct.pack(f"{order}IHHHIHH", 8, 1, 0x0112, 3, 1, 6, 0)
+        exif = b"Exif\0\0" + mark + entry
+        data = jpeg()[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg()[2:]
+        assert imagen.exif_orientation(io.BytesIO(data)) == 6
+    assert imagen.exif_orientation(io.BytesIO(jpeg())) == 1
+    assert imagen.exif_orientation(io.BytesIO(b"\xff\xd8Exif\0\0II*\0")) == 1
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
