@@ -10602,6 +10602,8 @@ def inputs_png(
     """A PNG as Pillow writes it."""
     pillow = pytest.importorskip("PIL.Image")
     image = pillow.new(mode, (size, size))
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
     for x, y in itertools.product(range(size), range(size)):
         image.putpixel((x, y), pixels(x, y))
     buffer = io.BytesIO()
