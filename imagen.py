@@ -10240,6 +10240,7 @@ Behind `<<'END'` no letter of the prompt means anything to the shell.
   them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
   Another backend may cost money: that is the user's choice, also after an error.
 - "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
+- To change an image, add `-i FILE` (or `-i last`; repeat it for several) and `--mask FILE`.
 - With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
   with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
   bytes into the conversation.
