@@ -7118,7 +7118,7 @@ class Attempt(Run):
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
         columns: JsonObject = {**row}
-        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        fields = {name: columns[name] for name in Request._fields if columns.get(name) is not None}
         fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
         self.order = Order(**fields)
         self.shown: JsonObject = {"note": None, "progress": None}
