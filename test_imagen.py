@@ -15273,6 +15273,29 @@ def test_queue_a_job_is_canceled_by_its_owner_and_by_the_service_alone(database:
 
 
 # === Worker: takes jobs, keeps their leases, hands their images in ===
+def test_worker_attempts_end_where_another_could_pay_twice(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    path.touch()
+    free = imagen.Busy("later")
+    final = imagen.BadRequest("never")
+    cases: list[tuple[str, imagen.ImagenError, bool, dict[str, Any], int]] = [
+        ("no", free, False, {}, 3),
+        ("no", final, False, {}, 0),
+        ("unknown", free, False, {}, 0),  # sent by this process: nobody can tell more
+        ("unknown", free, True, {}, 6),  # looked for again, a few times
+        ("yes", free, True, {"over": True}, 0),
+    ]
+    for charged, error, elsewhere, record, expected in cases:
+        entry = types.SimpleNamespace(path=str(path), record=record)
+        run: Any = types.SimpleNamespace(row={"max_attempts": 3}, charged=charged, entry=entry)
+        run.began_elsewhere = elsewhere
+        assert imagen.attempts_allowed(run, error) == expected
+    path.unlink()
+    run = types.SimpleNamespace(row={"max_attempts": 3}, charged="yes", began_elsewhere=True)
+    run.entry = types.SimpleNamespace(path=str(path), record={})
+    assert imagen.attempts_allowed(run, free) == 0
+
+
 class JobsWorker:
     """`imagen worker`, running, once its log holds `ready`; killed at the end where it still runs."""
 
@@ -18501,7 +18524,50 @@ def test_terminal_a_progress_line(
     assert imagen.progress_line(imagen.Progress(*now), elapsed, usual, count) == line
 
 
+def test_terminal_the_time_to_expect_is_the_median_of_the_last_nine_like_it(here: Box) -> None:
+    here.configure({"m": {"type": "mock"}})
+    ledger = imagen.state_path("ledger.jsonl")
+    lines = []
+    for number, latency in enumerate((9000, *range(1000, 10000, 1000), None)):
+        sidecar = {"image_id": imagen.new_uuid(), "prompt": "a", "backend": "m", "model": None}
+        sidecar |= {"width": 64, "height": 64, "latency_ms": latency}
+        lines.append(json.dumps({"id": str(number), "path": "/x.png", "sidecar": sidecar}))
+    Path(ledger).write_text("".join(f"{line}\n" for line in lines))
+    config = imagen.load_config()
+    for width, expected in ((64, 5.0), (0, 5.0), (128, None)):
+        [plan] = imagen.plans_of(imagen.Order("a", width=width, height=width), config)
+        assert imagen.usual_seconds(plan) == expected
+
+
+def test_terminal_a_document_says_whether_all_went_well(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = imagen.Terminal(["--json"])
+    assert terminal.result({"rows": 1}, "a line") == 0
+    error = imagen.Quota("empty", "pay", charged="no")
+    assert terminal.result({"rows": 2}, error=error) == 6
+    assert imagen.Terminal([]).result({"rows": 3}, "a line", "another") == 0
+    fine, failed, *plain = capsys.readouterr().out.splitlines()
+    assert json.loads(fine) == {"ok": True, "rows": 1}
+    assert json.loads(failed)["error"]["code"] == "quota"
+    assert json.loads(failed)["ok"] is False
+    assert plain == ["a line", "another"]
+
+
 # === Commands: argparse and main() ===
+def test_commands_serve_takes_numbers_within_bounds_alone(box: Box) -> None:
+    for flag, wrong in (("--port", "65536"), ("--port", "-1"), ("--parallel", "0")):
+        done = box.run("serve", f"{flag}={wrong}")
+        assert (done.code, "--port is 0 to 65535" in done.err) == (2, True)
+    for flag, wrong in (("--parallel", "65"), ("--queue", "-1"), ("--queue", "1001")):
+        assert box.run("serve", f"{flag}={wrong}").code == 2
+
+
+def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> None:
+    (box.root / "prompt").write_bytes(b"caf\xe9")
+    with (box.root / "prompt").open("rb") as prompt:
+        done = box.run("generate", "-", "-b", "mock", stdin=prompt)
+    assert (done.code, "byte 4" in done.err) == (2, True)
+
+
 COMMANDS = str.split("generate backends styles config recover list cost install")
 BUILT_IN = (
     "flux-schnell-local",
