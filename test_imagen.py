@@ -213,7 +213,7 @@ class Box:
     def unfinished(self) -> list[dict[str, Any]]:
         """The journal's open entries, merged."""
         return [
-            imagen.merged(path.read_bytes())
+            dict(imagen.checked_record(imagen.merged(path.read_bytes())))
             for path in sorted((self.state / "open").glob("*.jsonl"))
         ]
 
@@ -4217,7 +4217,7 @@ def test_the_table_of_errors_is_true() -> None:
 def test_errors_no_error_steers_a_terminal(text: str) -> None:
     error = imagen.Failed(text, text, charged="yes", after=3)
     assert str(error) == error.hint == imagen.printable(text)
-    assert str(error).replace("\n", "").isprintable()
+    assert re.sub("[\n\xa0\u202f]", "", str(error)).isprintable()
     assert [char for char in str(error) if char.isalnum()] == [
         char for char in text if char.isalnum()
     ]
@@ -9644,6 +9644,49 @@ def test_preview_a_viewer_is_not_waited_for(box: Box) -> None:
         os.close(os.open(box.root / "closing", os.O_RDWR))
 
 
+PREVIEW_NAMES = (
+    "$(touch trap).png",
+    "`touch trap`.png",
+    '";touch trap;".png',
+    "';touch trap;'.png",
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "runs"),
+    [
+        ("viewer {path}", True),
+        ("viewer", True),
+        ("viewer '{path}'", True),
+        ('viewer "{path}"', True),
+        ("viewer --file={path} \\' {path}", True),
+        ('viewer "--file={path}" $HOME', True),
+        ("sh -c 'viewer {path}'", False),
+        ('sh -c "viewer {path}"', False),
+        ("sh -c 'viewer \"{path}\"'", False),
+        ('viewer "$(echo {path})"', False),
+        ("sh -c 'viewer \"$1\"' - {path}", True),
+    ],
+)
+def test_preview_a_files_name_is_never_run_by_a_shell(here: Box, command: str, runs: bool) -> None:
+    viewer = preview_script(here.root / "viewer", 'printf "%s\\0" "$@" >>seen; echo >>ended')
+    os.environ["PATH"] = f"{here.root}:{os.environ['PATH']}"
+    os.chdir(here.root)
+    paths = [str(here.root / "a b" / name) for name in PREVIEW_NAMES]
+    output = imagen.OutputConfig(preview="on", preview_command=command)
+    warnings: list[str] = []
+    assert Path(viewer).exists()
+    imagen.show_preview(paths, output, warnings.append)
+    assert bool(warnings) is not runs
+    if runs:
+        eventually(lambda: Path("ended").exists() and Path("ended").read_text() == "\n" * 4)
+        words = Path("seen").read_text().split("\0")
+        assert [word.removeprefix("--file=") for word in words if ".png" in word][
+            :: len([word for word in words if ".png" in word]) // 4
+        ] == paths
+    assert not Path("trap").exists()
+
+
 @pytest.mark.parametrize(
     "env", [{"TMUX": "/nowhere/tmux,1,0"}, {"TMUX": "rubbish"}, {"TERM": "xterm-kitty"}, {}]
 )
@@ -9659,7 +9702,7 @@ def test_no_preview_makes_a_generation_fail(box: Box, env: dict[str, str], comma
 # === Journal: what is unfinished, and the ledger of what is finished ===
 JOURNAL_JSON = st.none() | st.booleans() | st.integers() | st.text(max_size=9)
 JOURNAL_LINE = st.dictionaries(
-    st.sampled_from(["charged", "path", "ä"]) | st.text(max_size=3),
+    st.sampled_from(["error_", "seen", "ä"]) | st.text(max_size=1),
     JOURNAL_JSON | st.dictionaries(st.sampled_from(["id", "x"]), JOURNAL_JSON, max_size=2),
     max_size=4,
 )
@@ -9740,9 +9783,104 @@ def test_journal_a_line_torn_by_a_full_disk_swallows_no_later_line(here: Box) ->
         with pytest.raises(OSError, match="No space"):
             entry.note(image={"file": "x" * 9000})
         (folder / "filler").unlink()
-        entry.note(path="/fox.png")
+        entry.note(job="one")
         entry.unlock()
-        assert [record.get("path") for record in here.unfinished()] == ["/fox.png"]
+        assert [record.get("job") for record in here.unfinished()] == ["one"]
+
+
+# Lines that are JSON, and no record that this release can use.
+JOURNAL_ODD = (
+    "null",
+    "[]",
+    '"text"',
+    "3",
+    "{}",
+    '{"id": 5}',
+    '{"id": null, "charged": "yes"}',
+    '{"id": "b", "sidecar": 5, "path": "/x"}',
+    '{"id": "c", "charged": "yes", "at": 7}',
+    '{"id": "d", "charged": "yes", "sidecar": null}',
+    '{"id": "e", "charged": "yes", "remote": "x"}',
+    '{"id": "f", "path": "/x"}',
+    '{"id": "g", "path": "/x", "sidecar": {"image_id": "g"}}',
+    '{"id": "h", "path": "/x", "sidecar": {"image_id": "h", "prompt": 5}}',
+    '{"id": "i", "path": "/x", "sidecar": {"image_id": "i", "prompt": "x", "backend": ["x"]}}',
+    '{"id": "j", "path": "/x", "sidecar": '
+    '{"image_id": "j", "prompt": "x", "cost_usd_estimate": "0.5"}}',
+    '{"id": "k", "path": "/x", "sidecar": {"image_id": "k", "prompt": "x", "requested": [1]}}',
+    '{"id": "l", "path": 7, "sidecar": {"image_id": "l", "prompt": "x"}}',
+    '{"id": "m", "request": {"prompt": 5}, "styled": 7, "result": 5, "path": "/y"}',
+    '{"id": "n", "request": {"prompt": "x"}, "result": {"ignored": 5}, "path": "/y"}',
+    '{"id": "o", "request": {"prompt": "x"}, "result": {}, "sidecar": 7, "path": "/y"}',
+    '{"id": "p", "request": {"prompt": "x", "backend_opts": 3}, "path": "/y"}',
+    '{"id": "q", "request": {"prompt": "x"}, "path": "/y", "image_id": 7}',
+    '{"torn": "li',
+    "\x00\xff",
+)
+
+
+def test_journal_lines_of_the_ledger_that_are_odd_are_left_out_with_one_warning(
+    here: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here.run(*SMALL).code == 0
+    ledger = here.state / "ledger.jsonl"
+    (good,) = here.ledger()
+    newer = {**good, "id": "new", "future": {"x": 1}, "sidecar": {**good["sidecar"], "more": [1]}}
+    for odd in JOURNAL_ODD:
+        with contextlib.suppress(ValueError):
+            assert "id" not in imagen.checked_record(imagen.parsed(odd.encode()))
+    lines = [json.dumps(good), *JOURNAL_ODD, json.dumps(newer), ""]
+    ledger.write_text("\n".join(lines), encoding="utf-8")
+    for args, expected in (
+        (["list", "--json"], ["new", good["id"]]),
+        (["cost", "--json"], 2),
+        (["cost", "--by", "backend", "--json"], 2),
+    ):
+        assert imagen.main(args) == 0
+        out, err = capsys.readouterr()
+        assert err.count("ledger has lines") == err.count("\n") == 1, err
+        if args[0] == "list":
+            assert len(json.loads(out)["images"]) == 2
+        else:
+            assert json.loads(out)["total"]["images"] == expected
+    for words in (SMALL, ("generate", "--like", "last", "-q"), ("recover",)):
+        done = here.run(*words)
+        assert done.code == 0, done.err
+    assert on_tty(here, *SMALL).code == 0
+    assert imagen.find_image("/y") is imagen.find_image("/x") is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "odd types", "odd sidecar"])
+def test_journal_what_cannot_be_read_is_an_error_and_no_empty_answer(
+    here: Box, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here.run(*SMALL).code == 0
+    odd = {"odd types": '{"sending": 5, "remote": 7}', "odd sidecar": '{"sidecar": [1]}'}
+    ident = str(uuid.uuid4())
+    entry = here.state / "open" / f"{ident}.jsonl"
+    ledger = here.state / "ledger.jsonl"
+    places = [entry] if kind in odd else [entry, ledger]
+    for place in places:
+        place.rename(here.root / "aside") if place.exists() else None
+        if kind == "folder":
+            place.mkdir()
+        elif kind == "dangling link":
+            place.symlink_to(here.root / "nowhere")
+        else:
+            place.write_text(odd[kind])
+        commands = [["list"], ["cost"], ["recover"]]
+        if place == entry:
+            commands += [["recover", ident], ["recover", "--forget", ident]]
+        for command in commands:
+            assert imagen.main(command) == 8
+            assert str(place) in capsys.readouterr().err
+        assert here.run("recover", "--all").code == 8
+        assert on_tty(here, *SMALL).code == 0
+        assert os.path.lexists(place)
+        place.rmdir() if kind == "folder" else place.unlink()
+        if (here.root / "aside").exists():
+            (here.root / "aside").rename(place)
+    assert here.run("recover", "--all").code == 0
 
 
 def test_journal_two_processes_never_hold_one_entry_and_a_dead_one_holds_none(here: Box) -> None:
@@ -17558,6 +17696,100 @@ def test_terminal_a_progress_line(
     now: tuple[Any, ...], elapsed: float, usual: float | None, count: str, line: str
 ) -> None:
     assert imagen.progress_line(imagen.Progress(*now), elapsed, usual, count) == line
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 60, 200])
+def test_terminal_a_narrow_line_still_shows_share_and_time(columns: int) -> None:
+    cases: list[tuple[tuple[Any, ...], float | None, str, list[str]]] = [
+        (("sampling", 9, 18), None, "", ["9/18", "3.0 s"]),
+        (("drawing a long note of many words", 0.25, 1.0), None, "", ["25%", "3.0 s"]),
+        (("waiting for the image", None, None), 40.0, "", ["3.0 s of about 40"]),
+        (("ü" * 200, 12, 4), None, "3 of 4", ["12/4", "3.0 s", "3 of 4"]),
+    ]
+    for now, usual, count, parts in cases:
+        line = imagen.progress_line(imagen.Progress(*now), 3.0, usual, count, columns - 1)
+        assert len(line) < columns
+        for part in parts:
+            assert part in line or columns == 20
+        assert ("━" in line or "─" in line) or columns < 60 or now[0].startswith("ü")
+
+
+def test_terminal_at_forty_columns_share_and_time_are_drawn(box: Box) -> None:
+    drawn = on_tty(box, *SMALL, "--opt", "delay_s=0.3", columns=40, env={"NO_COLOR": "1"}).err
+    lines = [line for line in re.split(r"\r\x1b\[K", drawn) if "drawing" in line]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"drawing  [━─]+  \d+%  \d\.\d s", line)
+        assert len(line) < 40
+
+
+def test_terminal_in_the_background_nothing_stops_it(box: Box) -> None:
+    # As a shell does it: the terminal is a session's own, and another group is in front.
+    script = """
+import os, pty, signal, subprocess, sys, termios
+pid, master = pty.fork()
+if pid == 0:
+    mode = termios.tcgetattr(0)
+    mode[3] |= termios.TOSTOP
+    termios.tcsetattr(0, termios.TCSANOW, mode)
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        os.kill(child, signal.SIGKILL)
+    os._exit(99 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
+import threading
+def drain():
+    try:
+        while os.read(master, 65536):
+            pass
+    except OSError:
+        pass
+threading.Thread(target=drain, daemon=True).start()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    for words in (SMALL, ("styles",), ("generate", ""), ("--help",)):
+        command = [sys.executable, "-c", script, str(HERE), *words]
+        done = subprocess.run(command, env=box.environ, cwd=box.root, timeout=60)
+        assert done.returncode == (2 if words[-1] == "" else 0), words
+    assert len(box.ledger()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "list",
+        "cost",
+        "styles",
+        "backends",
+        "config show",
+        "config init",
+        "recover",
+        "--help",
+        "help",
+        "--version",
+        "generate --help",
+        "skill",
+        "list --json",
+        "install bin",
+        "generate fox --dry-run",
+        "generate fox --json -b mock --size 64x64",
+        "generate fox -b mock --size 64x64",
+        "generate fox --opt fail=unknown -b mock --json",
+    ],
+)
+def test_terminal_what_cannot_be_written_is_an_error(here: Box, words: str) -> None:
+    if words != "config init":
+        here.run(*SMALL)
+        journal_entry(sent=False)
+    with open("/dev/full", "w") as full:
+        done = here.run(*words.split(), stdout=full)
+    assert done.code == (10 if "unknown" in words else 8), done.err
+    assert "No space left" in done.err
+    assert "Traceback" not in done.err
 
 
 # === Commands: argparse and main() ===
