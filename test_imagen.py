@@ -18534,6 +18534,110 @@ def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Clo
             assert "imagen: a job was deleted" in process.communicate(timeout=30)[1]
 
 
+# What `jobs add` goes through → its exit code, and how many jobs there are of it.
+JOBS_LOST: list[tuple[str, tuple[str, ...], int, int]] = [
+    ("the answer is lost", ("add", "a fox"), 0, 1),
+    ("the answer is lost", ("add", "a fox", "-n", "3", "--json"), 0, 3),
+    ("the answer is lost", ("retry",), 0, 1),
+    ("the answer is lost, and the way to it", ("add", "a fox", "--json"), 10, 1),
+    (
+        "the answer is lost, and the way to it",
+        ("add", "a fox", "-n", "2", "--wait", "--json"),
+        10,
+        2,
+    ),
+    ("the statement is lost, and the way to it", ("add", "a fox", "--json"), 10, 0),
+    ("Ctrl-C before the answer", ("add", "a fox", "--json"), 10, 1),
+    ("Ctrl-C before the answer", ("add", "a fox", "--wait", "--json", "-q"), 10, 1),
+    ("Ctrl-C before the answer", ("retry", "--json"), 10, 1),
+    ("nothing is reached", ("add", "a fox", "--json"), 4, 0),
+]
+
+
+@pytest.mark.parametrize(("trouble", "words", "code", "count"), JOBS_LOST)
+def test_commands_a_job_that_may_be_queued_is_told_with_its_id(
+    box: Box, cloud: Cloud, trouble: str, words: tuple[str, ...], code: int, count: int
+) -> None:
+    cloud.join(box, worker={})
+    earlier = set()
+    if words[0] == "retry":
+        (job,) = box.run("jobs", "add", "a hen").lines
+        earlier = {job}
+        words = ("retry", job, *words[1:])
+    with Cable(cloud.database) as cable:
+        if trouble == "the answer is lost":
+            cable.when(b"INSERT 0", Pair.cut, answer=True)
+        elif trouble == "the answer is lost, and the way to it":
+            cable.when(b"INSERT 0", lambda _: cable.cut(plugged=False), answer=True)
+        elif trouble == "the statement is lost, and the way to it":
+            cable.when(b"INSERT INTO", lambda _: cable.cut(plugged=False))
+        elif trouble == "Ctrl-C before the answer":
+            cable.when(b"INSERT 0", cable.freeze, answer=True)
+        else:
+            cable.plugged = False
+        with box.start("jobs", *words, env={"IMAGEN_DATABASE_URL": cable.dsn}) as process:
+            if trouble.startswith("Ctrl-C"):
+                assert cable.hit.wait(60)
+                process.send_signal(signal.SIGINT)
+            done = ended(process)
+    assert done.code == code, done.err
+    rows = {str(row["id"]) for row in cloud.rows("imagen.jobs")} - earlier
+    assert len(rows) == count
+    if code == 0:
+        ids = set(done.lines)
+        if "--json" in words:
+            ids = {row["id"] for row in done.json["jobs"]}
+        assert ids == rows
+        return
+    error = done.json["error"]
+    assert error["charged"] == ("no" if code == 4 else "unknown")
+    assert error["retryable"] is (code == 4)
+    if code == 10:
+        ids = set(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", error["message"]))
+        assert ids == rows or not rows
+        assert len(ids) == max(count, 1)
+        assert "imagen jobs list" in error["hint"]
+        assert f"imagen jobs cancel {error['message'].split(',')[0].split(':')[0]}" in error["hint"]
+        if "--wait" in words and "-q" not in words:
+            assert re.findall(r"^job (\S+)$", done.err, re.MULTILINE) == [
+                *dict.fromkeys(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", error["message"]))
+            ]
+
+
+def test_commands_who_waits_hears_that_no_worker_is_there_and_outlives_the_database(
+    box: Box, cloud: Cloud
+) -> None:
+    cloud.join(box, worker={})
+    wait = ("jobs", "add", "a fox", "--size", "64x64", "--wait", "--json")
+    with Cable(cloud.database) as cable:
+        env = {"IMAGEN_DATABASE_URL": cable.dsn}
+        with box.start(*wait, env=env) as process, box.start(*wait, "-q", env=env) as other:
+            assert process.stderr
+            assert other.stderr
+            ident = process.stderr.readline().split()[1]
+            began = time.monotonic()
+            # Neither has a terminal, and one is to be quiet.
+            for stream in (process.stderr, other.stderr):
+                assert "no worker has taken it yet" in stream.readline()
+            assert time.monotonic() - began < 30
+            assert ident in jobs_listed(box)
+            other.send_signal(signal.SIGINT)
+            left = ended(other)
+            assert left.code == 130
+            assert left.json["error"]["charged"] == "unknown"
+            assert left.json["error"]["retryable"] is False
+            assert "imagen jobs list" in left.json["error"]["hint"]
+            assert "imagen jobs cancel" in left.json["error"]["hint"]
+            cable.cut(plugged=False)
+            assert "asking again" in process.stderr.readline()
+            assert box.run("worker", "--once").code == 0
+            cable.thaw()
+            done = ended(process)
+    assert done.code == 0, done.err
+    assert [(job["id"], job["status"]) for job in done.json["jobs"]] == [(ident, "done")]
+    assert {*jobs_listed(box).values()} == {"done"}
+
+
 def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     nobody = {"IMAGEN_OWNER_USER_ID": ""}
