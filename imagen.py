@@ -1513,9 +1513,10 @@ def _extended(text: str, addition: str) -> str:
     # What ends so already was dressed before: by a job's first attempt, or in a sidecar.
     if not addition or re.search(rf"(^|\W){re.escape(addition)}$", text):
         return text
+    text = text.rstrip(" ,")
     if not text:
         return addition
-    return f"{text.rstrip(' ,')}, {addition}"
+    return f"{text}, {addition}"
 
 
 # === HTTP: the only way out, and what may be sent twice ===

@@ -208,7 +208,7 @@ class Box:
     def ledger(self) -> list[dict[str, Any]]:
         """The journal's finished attempts, oldest first."""
         path = self.state / "ledger.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def unfinished(self) -> list[dict[str, Any]]:
         """The journal's open entries, merged."""
@@ -8639,6 +8639,29 @@ vllm     | extra={"num_inference_steps":"{steps}","guidance_scale":3}           
 """)
 
 
+@pytest.mark.parametrize(
+    ("extra", "body"),
+    [
+        ({"a": "{seed}"}, {"a": 7}),
+        ({"a": {"b": "{seed}"}}, {"a": {"b": 7}}),
+        ({"a": ["{seed}", {"b": ["{negative}"]}]}, {"a": [7, {"b": ["blur"]}]}),
+        ({"a": {"b": "{steps}", "c": 1}}, {"a": {"c": 1}}),
+        ({"a": {"b": None, "{seed}": "x"}}, {"a": {"b": None, "{seed}": "x"}}),
+        ({"a": {"b": "seed {seed}"}}, {"a": {"b": "seed {seed}"}}),
+        ({"a": "{steps}", "seed": None}, {}),
+    ],
+    ids=str,
+)
+def test_openai_placeholders_stand_anywhere_in_extra(
+    extra: dict[str, Any], body: dict[str, Any]
+) -> None:
+    options = imagen.OpenAI.Options(model="gpt-image-1-mini", extra=extra)
+    request = imagen.Request("a fox", negative_prompt="blur", seed=7)
+    sent, ignored = imagen.openai_body(options, request)
+    assert {key: sent[key] for key in sent.keys() - {"model", "prompt", "n"}} == body
+    assert ("seed" in ignored) is ("7" not in str(body))
+
+
 @pytest.mark.parametrize(("dialect", "options", "negative"), OPENAI_DIALECTS)
 def test_openai_each_dialect_is_spoken_with_a_few_options(
     box: Box, dialect: str, options: str, negative: str
@@ -11327,6 +11350,133 @@ def test_pipeline_words_that_look_like_keys_are_kept_and_keys_in_use_are_refused
             assert key not in refused.err
         assert server.posts == 1
     assert len(box.ledger()) == 1
+
+
+# Any letters, halves of characters and NUL among them.
+PIPELINE_TEXT = st.text(st.characters(exclude_categories=()), max_size=24)
+PIPELINE_OPTION = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | PIPELINE_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PIPELINE_TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def pipeline_can_be_sent(value: Any) -> bool:
+    """Whether a value is JSON of valid Unicode without NUL."""
+    if isinstance(value, dict):
+        return all(map(pipeline_can_be_sent, [*value, *value.values()]))
+    if isinstance(value, list):
+        return all(map(pipeline_can_be_sent, value))
+    if isinstance(value, str):
+        return not re.search("[\0\ud800-\udfff]", value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class PipelineWitness(OpenAIServer):
+    """Notes what the journal says while the paid POST arrives."""
+
+    box: Box
+    entries: list[dict[str, Any]]
+
+    def respond(self, seen: Seen) -> object:
+        if seen.method == "POST":
+            self.entries = self.box.unfinished()
+        return super().respond(seen)
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    """A command that runs in this process leaves its handlers behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    prompt=PIPELINE_TEXT.filter(lambda text: text != "-") | st.just("a fox"),
+    negative=PIPELINE_TEXT.map(lambda text: text.lstrip("\0")),  # no argument begins so
+    option=PIPELINE_OPTION,
+    quality=st.sampled_from(["", "high"]) | PIPELINE_TEXT,
+    style=st.sampled_from(["", "ink", "blog-header"]),
+)
+@example(prompt="a\udce9", negative="", option=1, quality="", style="ink")
+@example(prompt="a fox", negative="x\0", option=1, quality="", style="")
+@example(prompt="a fox", negative=" ", option=1, quality="", style="ink")
+@example(prompt="a fox", negative="x ,", option={"\ud800": 1}, quality="", style="ink")
+@example(prompt="a fox", negative="", option=["\0"], quality="", style="")
+@example(prompt="a fox", negative="", option=["\\u0000"], quality="", style="")
+@example(
+    prompt="\u2028\ufeff\u202e\U000e0001", negative="\x85", option="\x7f", quality="", style="ink"
+)
+def test_pipeline_words_are_sent_and_recorded_as_they_were_written_or_refused_with_their_place(
+    pipeline_witness: PipelineWitness,
+    capsys: pytest.CaptureFixture[str],
+    prompt: str,
+    negative: str,
+    option: Any,
+    quality: str,
+    style: str,
+) -> None:
+    server = pipeline_witness
+    before = server.posts
+    extra = {"x_field": option}
+    flags = ["--opt", f"extra={json.dumps(extra)}", "--negative", negative]
+    if quality:
+        flags += ["--opt", f"quality={json.dumps(quality)}"]
+    if style:
+        flags += ["--style", style]
+    code = imagen.main(["generate", "--json", *flags, "--", prompt])
+    answer = json.loads(capsys.readouterr().out)
+    # 1. What is no text, or no JSON, is refused at the door, and the place is named.
+    places = {"prompt": prompt.strip() and prompt, "negative_prompt": negative, "extra": option}
+    places |= {"quality": quality}
+    wrong = [name for name, value in places.items() if not pipeline_can_be_sent(value)]
+    if wrong or not prompt.strip():
+        assert code == 2
+        assert any(place in answer["error"]["message"] for place in [*wrong, "prompt is empty"])
+        assert server.posts == before
+        assert server.box.unfinished() == []
+        return
+    # 2. What arrived is what the journal said by then, and what all records say since.
+    assert code == 0
+    body = server.bodies[-1]
+    (entry,) = server.entries
+    line = server.box.ledger()[-1]
+    path = answer["images"][0]["path"]
+    assert server.posts == before + 1
+    assert entry["body"] == {"prompt": body["prompt"], "seed": body["seed"]}
+    options = {"extra": extra, **({"quality": quality} if quality else {})}
+    for sidecar in (entry["sidecar"], line["sidecar"], server.box.sidecar(path)):
+        assert sidecar["prompt"] == prompt
+        assert sidecar["styled_prompt"] == body["prompt"]
+        assert sidecar["negative_prompt"] == body.get("negative_prompt", "")
+        assert sidecar["requested"]["backend_opts"] == options
+        assert sidecar["seed"] == body["seed"]
+    if not style:
+        assert (body["prompt"], body.get("negative_prompt", "")) == (prompt, negative)
+    assert body.get("x_field") == option
+    assert body.get("quality", "") == quality
+    # 3. And so it can be asked for again.
+    assert imagen.main(["generate", "--like", "last", "--dry-run", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["parameters"] == body
+
+
+@pytest.fixture
+def pipeline_witness(here: Box, signals_restored: None) -> Iterator[PipelineWitness]:
+    with PipelineWitness(key="", dialect="sglang") as server:
+        server.box = here
+        block = {"type": "openai", "base_url": server.v1, "model": "stand-in/flux"}
+        here.configure({"local": block})
+        yield server
 
 
 def test_pipeline_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it(box: Box) -> None:
