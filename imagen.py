@@ -1425,7 +1425,7 @@ def load_env_file(path: str) -> None:
     value = r"""(?:"([^"]*)"|'([^']*)'|((?:[^\s#]|(?<!\s)#|[ \t](?!\s*#|\s*$))*))"""
     form = rf"\s*(?:(?:export\s+)?([A-Za-z_]\w*)\s*=\s*{value}\s*)?(?:#.*)?"
     for number, line in enumerate(lines, 1):
-        match = re.fullmatch(form, line)
+        match = re.fullmatch(form, line, re.ASCII)
         if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
         if match[1]:

@@ -208,7 +208,9 @@ class Box:
     def ledger(self) -> list[dict[str, Any]]:
         """The journal's finished attempts, oldest first."""
         path = self.state / "ledger.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        )
 
     def unfinished(self) -> list[dict[str, Any]]:
         """The journal's open entries, merged."""
@@ -5238,57 +5240,229 @@ def test_config_an_owner_that_is_no_uuid_is_an_error(
         ),
         ("a: &a {b: *a}\n", "aliases"),
         ("#" * (2 << 20), "1 MB"),
+        ("\0" * (50 << 20), "1 MB"),
+        ("a: {b: {c: 1, 'c': 2}}\n", "line 1, column 15: c stands here twice"),
+        ("output:\n  preview: on\n  preview: on\n", "line 3, column 3: preview"),
+        ("yes: 1\n", "yes is no text"),
+        ("~: 1\n", "is no text"),
+        ("2026-01-01: 1\n", "2026-01-01 is no text"),
+        ("? [a]\n: 1\n", "no text"),
+        ("a: &a [*a]\n", "aliases"),
         ("backends: {x: {type: mock, extra: .nan}}\n", "extra"),
         ("backends: {x: {type: openai, model: m, extra: {a: .inf}}}\n", "JSON"),
         ("backends: {x: {type: openai, model: m, extra: {a: 2026-01-01}}}\n", "JSON"),
     ],
-    ids=range(10),
+    ids=range(18),
 )
 def test_config_what_yaml_would_swallow_is_told_with_its_place(
-    box: Box, text: str, complaint: str
+    here: Box, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
-    path = box.configure({"mock": {"type": "mock"}})
+    path = here.configure({"mock": {"type": "mock"}})
     path.write_text(text)
-    began = time.monotonic()
-    done = box.run("config", "validate")
-    assert done.code == 3, done.out
-    assert complaint in done.err
-    assert time.monotonic() - began < 20
+    began = time.thread_time()
+    assert imagen.main(["config", "validate"]) == 3
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert str(path) in err
+    assert time.thread_time() - began < 1
 
 
-def test_config_what_is_there_and_cannot_be_read_is_never_the_defaults(box: Box) -> None:
-    path = box.root / "config" / "imagen.yaml"
+@pytest.mark.parametrize("where", ["usual", "flag", "variable"])
+def test_config_what_is_there_and_cannot_be_read_is_never_the_defaults(
+    here: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    path = here.root / "config" / "imagen.yaml"
     path.parent.mkdir(parents=True)
-    path.symlink_to(box.root / "nowhere")
-    assert box.run("styles").code == 3
+    words = ["styles"]
+    if where == "flag":
+        words = ["--config", str(path), "styles"]
+    elif where == "variable":
+        monkeypatch.setenv("IMAGEN_CONFIG", str(path))
+
+    def refused(reason: str) -> None:
+        for command in (words, [*words[:-1], "config", "show"], [*words[:-1], "generate", "fox"]):
+            assert imagen.main(command) == 3
+            assert f"{path}: {reason}" in capsys.readouterr().err
+
+    path.symlink_to(here.root / "nowhere")
+    refused("No such file")
+    path.unlink()
+    path.symlink_to(path)
+    refused("Too many levels")
     path.unlink()
     path.mkdir()
-    assert box.run("styles").code == 3
+    refused("Is a directory")
+    path.rmdir()
+    with socket.socket(socket.AF_UNIX) as sock:
+        monkeypatch.chdir(path.parent)
+        sock.bind(path.name)
+        refused("No such device")
+    path.unlink()
+    path.write_text("{}")
+    path.chmod(0)
+    if os.geteuid() == 0:
+        done = config_as_nobody(here, "styles")
+        assert done.returncode == 3
+        assert f"{path}: Permission denied" in done.stderr
+    else:
+        refused("Permission denied")
+
+
+def config_as_nobody(box: Box, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command of somebody who owns nothing here, and whom no passwd knows."""
+    for folder in (box.root, *box.root.parents):
+        if folder.owner() == "root" and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o111)
+    code = "import os, sys; os.setgroups([]); os.setuid(54321); import imagen; "
+    code += "sys.exit(imagen.main(sys.argv[1:]))"
+    environ = {**box.environ, **env, "PYTHONPATH": str(HERE.parent)}
+    environ = {name: value for name, value in environ.items() if value}
+    # The module is compiled by us before we become somebody who may not read it.
+    code = "import argparse, gettext, locale, pwd, shlex, signal, yaml, imagen; " + code
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environ,
+        cwd=box.root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_config_streams_and_devices_are_files_too(box: Box) -> None:
+    text = "{default_backend: odd, backends: {odd: {type: mock}}}"
+    for words in ("<(echo '{text}')", "/dev/stdin <<<'{text}'", "/dev/fd/3 3<<<'{text}'"):
+        script = f'"$0" "$1" generate fox --dry-run --config {words.replace("{text}", text)}'
+        done = subprocess.run(
+            ["bash", "-c", script, sys.executable, str(HERE)],
+            env=box.environ, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"backend +odd", done.stdout)
     assert box.run("--config", "/dev/null", "styles").code == 0
+    assert box.run("styles", env={"IMAGEN_CONFIG": "/dev/null"}).code == 0
+    config_write(box, "env_file: /dev/null\n")
+    assert box.run("styles").code == 0
+    os.mkfifo(box.root / "keys")
+    config_write(box, f"env_file: {box.root / 'keys'}\n")
+    with box.start("generate", "fox", "--dry-run") as process:
+        (box.root / "keys").write_text("IMAGEN_BACKEND=gpt-image")
+        assert "gpt-image" in ended(process).out
 
 
-def test_config_without_a_home_nothing_is_called_tilde() -> None:
+def test_config_without_a_home_nothing_is_called_tilde(
+    box: Box, here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(imagen.BadConfig, match="no home"):
         imagen.full_path("~nobody-of-this-name/pictures")
+    for home in ("", "relative", "./x"):
+        monkeypatch.setenv("HOME", home)
+        for path in ("~", "~/.config", "~/Pictures/imagen"):
+            with pytest.raises(imagen.BadConfig, match="no home") as error:
+                imagen.full_path(path)
+            assert "HOME" in error.value.hint
+        assert imagen.full_path("/x/~") == "/x/~"
+    if os.geteuid() == 0:
+        nothing = {"HOME": "", "XDG_STATE_HOME": "", "XDG_CONFIG_HOME": "", "IMAGEN_OUTPUT_DIR": ""}
+        for words in (
+            ("generate", "fox"),
+            ("list",),
+            ("recover",),
+            ("config", "init"),
+            ("install",),
+        ):
+            done = config_as_nobody(box, *words, **nothing)
+            assert done.returncode == 3, done.stderr
+            assert "set HOME" in done.stderr
+    assert not [path for path in box.root.rglob("*") if path.name == "~"]
 
 
-def test_config_a_relative_xdg_folder_counts_for_nothing(box: Box) -> None:
+def test_config_a_relative_xdg_folder_counts_for_nothing(
+    box: Box, here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     box.environ["XDG_STATE_HOME"] = "relative"
+    box.environ["XDG_CONFIG_HOME"] = "./relative"
     assert box.run("generate", "a fox", "--size", "64x64").code == 0
     assert (box.root / ".local/state/imagen/ledger.jsonl").exists()
     assert not (box.root / "relative").exists()
+    for folder in ("", ".", "..", "~", "~/x", "relative/x"):
+        for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+            monkeypatch.setenv(variable, folder)
+            assert imagen.xdg_folder(variable, "~/x") == str(box.root / "x")
 
 
-def test_config_an_env_file_reads_as_a_shell_reads_it(here: Box) -> None:
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("~/pics", "HOME/pics"),
+        ("$PICS/x", "HOME/a b/x"),
+        ("${PICS}/x", "HOME/a b/x"),
+        ("~/$DAY/x", "HOME/sunday/x"),
+        ("$HOME", "HOME"),
+        ("/a$/b", "/a$/b"),
+        ("$UNSET/x", None),
+        ("~/${UNSET}", None),
+        ("$PICS/$UNSET", None),
+    ],
+)
+def test_config_a_path_setting_may_begin_with_a_tilde_or_a_variable(
+    here: Box, monkeypatch: pytest.MonkeyPatch, path: str, meant: str | None
+) -> None:
+    monkeypatch.setenv("PICS", str(here.root / "a b"))
+    monkeypatch.setenv("DAY", "sunday")
+    monkeypatch.delenv("IMAGEN_OUTPUT_DIR")
+    settings_of = {
+        "output": lambda: here.configure(MOCK, output={"directory": path}),
+        "IMAGEN_OUTPUT_DIR": lambda: monkeypatch.setenv("IMAGEN_OUTPUT_DIR", path),
+    }
+    for prepare_setting in settings_of.values():
+        prepare_setting()
+        config = imagen.load_config()
+        if meant is None:
+            with pytest.raises(imagen.BadConfig, match="UNSET"):
+                imagen.plans_of(imagen.Order("fox"), config)
+            continue
+        (plan,) = imagen.plans_of(imagen.Order("fox"), config)
+        folder = os.path.dirname(plan.record["name"])
+        assert folder == meant.replace("HOME", str(here.root))
+    # What a shell has seen, and left, is meant so.
+    (plan,) = imagen.plans_of(imagen.Order("fox", output="$PICS.png"), imagen.Config())
+    assert plan.record["name"] == os.path.abspath("$PICS.png")
+    monkeypatch.delenv("IMAGEN_OUTPUT_DIR", raising=False)
+    here.configure(MOCK, env_file=path)
+    with pytest.raises(imagen.BadConfig, match=re.escape(meant or "UNSET").replace("HOME", ".*")):
+        imagen.load_config()
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        (b"K=x # a comment", "x"),
+        (b"K=x\t# a comment", "x"),
+        (b"K=a#b", "a#b"),
+        (b"K='y # z'", "y # z"),
+        (b'K="q" # k', "q"),
+        (b"export K='y'", "y"),
+        (b"  export   K=y  ", "y"),
+        (b"K=", ""),
+        (b"K= # nothing", ""),
+        (b"K=a=b", "a=b"),
+        (b"K=a b c", "a b c"),
+        ("K=ü\u2028x".encode(), "ü\u2028x"),
+        ("K='a\x85b'".encode(), "a\x85b"),
+        (b'K="it\'s"', "it's"),
+    ],
+    ids=str,
+)
+def test_config_an_env_file_reads_as_a_shell_reads_it(here: Box, line: bytes, value: str) -> None:
     path = here.root / "keys"
-    path.write_bytes(
-        b"\xef\xbb\xbfIMAGEN_T1=x # a comment\r\nexport IMAGEN_T2='y # z'\r\n"
-        b'IMAGEN_T3="q" # k\r\nIMAGEN_T4=a#b\r\nIMAGEN_T5=\r\n# nothing\r\n'
-    )
-    path.chmod(0o600)
-    imagen.load_env_file(str(path))
-    values = [os.environ.pop(f"IMAGEN_T{number}") for number in range(1, 6)]
-    assert values == ["x", "y # z", "q", "a#b", ""]
+    for before in (b"", b"\xef\xbb\xbf", b"# first\n\n", b"A_OTHER=1\r\n"):
+        for end in (b"", b"\n", b"\r\n", b"\r\n# last"):
+            path.write_bytes(before + line + end)
+            path.chmod(0o600)
+            imagen.load_env_file(str(path))
+            assert os.environ.pop("K") == value
+            os.environ.pop("A_OTHER", None)
 
 
 @pytest.mark.parametrize(
@@ -17992,6 +18166,9 @@ def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
         ["--", "--like=last"],
         ["--", "-n 4"],
         ["--json", "--", "--"],
+        ["--", "--no-such-flag=1"],
+        ["--seed=5", "--", "-"[:1] + "o"],
+        ["-q", "--", "--json"],
     ],
     ids=str,
 )
@@ -18010,14 +18187,31 @@ def test_commands_behind_two_dashes_everything_is_the_prompt(box: Box, words: li
         (["generate", "fox", "-o", "{ext}/fox.png"], "{ext}"),
         (["cost", "--since", "2026-02-31"], "2026-02-31"),
         (["cost", "--since", "2026-13-01"], "2026-13-01"),
+        (["cost", "--since", "2026-1-1"], "2026-1-1"),
+        (["cost", "--since", "26-01-01"], "26-01-01"),
+        (["cost", "--since", " 2026-01-01"], " 2026-01-01"),
+        (["cost", "--since", "2026-01-01T00:00"], "2026-01-01T00:00"),
+        (["cost", "--since", "２０２６-01-01"], "２０２６-01-01"),
+        (["cost", "--since", "20260101"], "20260101"),
+        (["generate", "fox", "--size", "64x64", "--height", "64"], "--height"),
+        (["jobs", "add", "fox", "--size", "9x9", "--width", "9", "--height", "9"], "--width"),
+        (["generate", "fox", "--width", "64"], "width and height"),
+        (["generate", "a", "fox"], "quotes"),
+        (["generate", "fox", "--", "in", "snow"], "quotes"),
+        (["generate", "fox", "--stil", "ink"], "--style"),
+        (["--json2", "list"], "unrecognized arguments: --json2"),
+        (["generate fox"], 'imagen generate "generate fox"'),
+        (["generate", "fox", "-o", "a/{ext}/b/"], "{ext}"),
+        (["generate", "fox", "-o", "a{ext}/fox.{ext}"], "{ext}"),
     ],
     ids=str,
 )
-def test_commands_a_slip_is_told_with_what_to_do(box: Box, words: list[str], hint: str) -> None:
-    done = box.run(*words)
-    assert done.code == 2
-    assert hint in done.err
-    assert box.ledger() == []
+def test_commands_a_slip_is_told_with_what_to_do(
+    here: Box, capsys: pytest.CaptureFixture[str], words: list[str], hint: str
+) -> None:
+    assert imagen.main(words) == 2
+    assert hint in capsys.readouterr().err
+    assert here.ledger() == []
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
@@ -18421,6 +18615,57 @@ def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
     ]
 
 
+STYLE_SIZES = [
+    ({"width": 512}, "width and height"),
+    ({"height": 512}, "width and height"),
+    ({"width": 512, "height": 0}, "width and height"),
+    ({"width": 8, "height": 512}, "16 to 8192"),
+    ({"width": 512, "height": 9000}, "16 to 8192"),
+    ({"width": -64, "height": -64}, "16 to 8192"),
+    ({"width": "512", "height": 512}, "not a whole number"),
+]
+
+
+@pytest.mark.parametrize(("style", "complaint"), STYLE_SIZES, ids=str)
+def test_commands_a_style_of_a_size_that_cannot_be_is_a_config_error(
+    here: Box, capsys: pytest.CaptureFixture[str], style: dict[str, Any], complaint: str
+) -> None:
+    path = here.configure(MOCK, styles={"mine": {"suffix": "x", **style}, "other": "y"})
+    for words in (["styles"], ["generate", "fox"], ["config", "validate"]):
+        assert imagen.main(words) == 3
+        err = capsys.readouterr().err
+        assert f"{path}: styles.mine" in err
+        assert complaint in err
+
+
+@pytest.mark.parametrize(
+    ("style", "words", "complaint"),
+    [
+        ({"suffix": "x" * 32_000}, ["a fox"], "32,000 are the most"),
+        ({"suffix": "x" * 20_000}, ["y" * 12_000], "32,000 are the most"),
+        ({"suffix": "half \ud83d"}, ["a fox"], "no valid Unicode"),
+        ({"negative": "half \ud83d"}, ["a fox"], "no valid Unicode"),
+        ({"suffix": "a\0b"}, ["a fox"], "NUL"),
+    ],
+    ids=range(5),
+)
+def test_commands_a_request_is_checked_again_once_its_style_was_applied(
+    here: Box,
+    capsys: pytest.CaptureFixture[str],
+    style: dict[str, Any],
+    words: list[str],
+    complaint: str,
+) -> None:
+    with output_openai(here) as server:
+        path = here.root / "config" / "imagen.yaml"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "styles": {"mine": style}}))
+        assert imagen.main(["generate", *words, "--style", "mine"]) == 2
+        assert complaint in capsys.readouterr().err
+        assert server.posts == 0
+    assert here.unfinished() == []
+
+
 def test_commands_config_init_writes_the_sample_for_the_owner_alone_and_never_over_a_file(
     box: Box,
 ) -> None:
@@ -18566,6 +18811,26 @@ def test_commands_the_launcher_runs_this_copy_from_anywhere_and_nothing_of_the_c
     assert box.sidecar(made.stdout.strip())["prompt"] == "a  'fox'"
     assert launched("generate", "").returncode == 2
     assert [*odd.glob("__pycache__/imagen.*.pyc")]  # what makes it faster than `python3 imagen.py`
+
+
+@pytest.mark.parametrize("name", ["my_imagen.py", "my copy.py", "imagen.v2.py", "imagen", "ünï.py"])
+def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: str) -> None:
+    copy = box.root / "some place" / name
+    copy.parent.mkdir()
+    shutil.copy(HERE, copy)
+    # So that it can be told from any other.
+    with open(copy, "a", encoding="utf-8") as file:
+        file.write(f"# {name}\n")
+    digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+    (launcher,) = box.run("install", "bin", program=(str(copy),)).lines
+    command = [launcher, "--version", "--json"]
+    started = subprocess.run(command, env=box.environ, capture_output=True, text=True, timeout=60)
+    assert json.loads(started.stdout)["sha256"] == digest, started.stderr
+    skill = box.run("skill", program=(str(copy),)).out
+    (line,) = (line for line in skill.splitlines() if "generate - --json" in line)
+    words = shlex.split(line.partition("<<")[0])
+    assert words[1:] == [str(copy), "generate", "-", "--json", "-q"]
+    assert str(HERE) not in skill
 
 
 def test_commands_install_replaces_its_own_launcher_and_nobody_elses_file(box: Box) -> None:
