@@ -1328,7 +1328,9 @@ def check_template(template: str) -> None:
     # {ext} is known too late for a folder.
     field = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"
     parts = re.sub(field, "x", template).split("/")
-    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
+    if any(
+        re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0\ud800-\udc7f].*", part) for part in parts
+    ):
         raise BadConfig(
             f"output.naming: {template!r} does not name a file inside the folder; known are "
             "{date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
@@ -3526,7 +3528,8 @@ def numbered(name: str, ending: str, number: int) -> str:
         stem = last
     if known != ending:
         suffix = f".{ending}"
-    stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
+    if len(stem.encode("utf-8", "surrogatepass")) > NAME_BYTES:
+        stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
     if number > 1:
         stem += f"-{number}"
     return os.path.join(folder, stem + suffix)

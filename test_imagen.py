@@ -18022,6 +18022,38 @@ def test_terminal_a_progress_line(
     assert imagen.progress_line(imagen.Progress(*now), elapsed, usual, count) == line
 
 
+TERMINAL_LOCALES = (
+    {"LC_ALL": "C"},
+    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1:strict"},
+)
+
+
+@pytest.mark.parametrize("locale", TERMINAL_LOCALES, ids=str)
+def test_terminal_a_path_is_printed_in_its_very_bytes(box: Box, locale: dict[str, str]) -> None:
+    names = ["a\xa0b\u202fc größe – 日本", "\xa0e\u0301 \u200b"]
+    paths = [os.fsencode(box.out / name / "x.png") for name in names]
+    paths += [os.fsencode(box.out) + b"/\xff\xfe caf\xe9.png", os.fsencode(box.out) + b"/\x80.png"]
+    env = {**box.environ, **locale}
+    command = [sys.executable, str(HERE)]
+    for path in paths:
+        words = ["generate", "a fox", "--size", "64x64", "-o", path]
+        done = subprocess.run([*command, *words], capture_output=True, env=env, timeout=60)
+        assert done.stdout == path + b"\n", done.stderr
+        assert os.path.exists(path)
+        assert b"Traceback" not in done.stderr
+    listed = subprocess.run([*command, "list"], capture_output=True, env=env, timeout=60)
+    for path in paths[: len(names) - 1] * ("PYTHONUTF8" not in locale):
+        assert path in listed.stdout
+    document = subprocess.run(
+        [*command, "list", "--json"], capture_output=True, env=env, timeout=60
+    )
+    shown = [image["path"] for image in json.loads(document.stdout)["images"]]
+    if "PYTHONUTF8" not in locale:
+        assert [os.fsencode(path) for path in reversed(shown)] == paths
+    assert listed.returncode == document.returncode == 0
+
+
 @pytest.mark.parametrize("columns", [20, 30, 40, 60, 200])
 def test_terminal_a_narrow_line_still_shows_share_and_time(columns: int) -> None:
     cases: list[tuple[tuple[Any, ...], float | None, str, list[str]]] = [
