@@ -11669,6 +11669,13 @@ def test_pipeline_what_money_hangs_on_is_on_disk_before_the_world_can_know_of_it
 
 PAID_IMAGE = png(64, 48, pad=3_000)
 PAID_PREVIEW = png(8, 8, pad=200)
+PAID_SVG = b'<svg xmlns="http://www.w3.org/2000/svg">' + b'<circle r="9"/>' * 99 + b"</svg>"
+PAID_RAW = {
+    "raw JPEG": jpeg(64, 48, content=b"fox" * 300),
+    "raw GIF": gif(64, 48),
+    "raw WebP": webp(64, 48),
+    "raw SVG": PAID_SVG,
+}
 
 
 def paid_answers() -> dict[str, bytes]:
@@ -11698,6 +11705,17 @@ def paid_answers() -> dict[str, bytes]:
         ).encode(),
         "raw": PAID_IMAGE,
         "gzip": gzip.compress(json.dumps(usual).encode()),
+        "URL-safe without padding": json.dumps({"image": url_safe.rstrip("=")}).encode(),
+        "data as a mapping": json.dumps({"data": {"b64_json": text}, "more": "x" * 900}).encode(),
+        "data as a list of strings": json.dumps({"data": [text]}).encode(),
+        "a stream without names": f"data: {json.dumps(usual)}\n\ndata: [DONE]\n\n".encode(),
+        "behind a decoy of the same name": json.dumps(
+            {"data": [{"b64_json": b64(b"no image" * 40)}, {"b64_json": text}]}
+        ).encode(),
+        "raw, gzip": gzip.compress(PAID_IMAGE),
+        "without its end": json.dumps({"data": [{"b64_json": b64(PAID_IMAGE[:-12])}]}).encode(),
+        "SVG": json.dumps({"data": [{"b64_json": b64(PAID_SVG)}]}).encode(),
+        **PAID_RAW,
     }
 
 
@@ -11707,48 +11725,35 @@ def paid_files(box: Box) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", paid_answers())
-def test_pipeline_of_an_odd_answer_that_was_paid_for_every_byte_stays(here: Box, name: str) -> None:
+def test_pipeline_of_an_odd_answer_that_was_paid_for_every_byte_stays(
+    here: Box, signals_restored: None, name: str
+) -> None:
     body = paid_answers()[name]
-    cuts = [len(body), *(len(body) * part // 20 for part in range(1, 20)), len(body) - 1]
+    image = PAID_RAW.get(name, PAID_IMAGE)
+    if name == "without its end":
+        image = PAID_IMAGE[:-12]
+    cuts = {len(body), *(len(body) * part // 20 for part in range(1, 20)), len(body) - 1}
     with output_openai(here) as server:
-        config = imagen.load_config("")
-        for number, keep in enumerate(cuts):
+        for number, keep in enumerate(sorted(cuts)):
             shutil.rmtree(here.out, ignore_errors=True)
             server.script(cut(body, keep))
-            run = imagen.Run()
-            (plan,) = imagen.plans_of(imagen.Order("a fox", seed=number), config)
-            with contextlib.suppress(imagen.ImagenError):
-                imagen.finish(run, imagen.make(plan, config, run))
-            imagen.deliver(run, config)
+            made = imagen.main(["generate", "a fox", "-q"])
             assert server.posts == number + 1
-            for row in imagen.entries():
-                entry = imagen.Entry.take(row.path)
-                assert entry
-                again = imagen.Run()
-                with contextlib.suppress(imagen.ImagenError):
-                    imagen.recover(entry, config, again)
-                imagen.deliver(again, config)
-            images = [data for data in paid_files(here) if data[:8] == PAID_IMAGE[:8]]
-            if keep == len(body):
-                assert images == [PAID_IMAGE]
-            for row in imagen.entries():
-                entry = imagen.Entry.take(row.path)
-                assert entry
-                last = imagen.Run()
-                last.adopt(entry)
-                last.note_best_effort(over=True)
-                imagen.deliver(last, config)
+            recovered = imagen.main(["recover", "--all", "-q"])
+            if keep == len(body) and "SVG" not in name:
+                assert made == recovered == 0
+                assert [data for data in paid_files(here) if data[:3] == image[:3]] == [image]
+            for entry in here.unfinished():
+                imagen.main(["recover", "--forget", entry["id"], "-q"])
             assert imagen.entries() == []
             assert here.hidden() == []
-            sent = body[:keep]
-            whole = [data for data in paid_files(here) if data == sent]
+            assert [*(here.state / "open").iterdir()] == []
+            files = [data for data in paid_files(here) if data]
             # Of a stream that breaks off early its preview is all there is.
             part = [
-                data
-                for data in paid_files(here)
-                if data and (PAID_IMAGE.startswith(data) or PAID_PREVIEW.startswith(data))
+                data for data in files if image.startswith(data) or PAID_PREVIEW.startswith(data)
             ]
-            assert whole or part, (keep, len(body))
+            assert body[:keep] in files or part, (keep, len(body))
         assert server.posts == len(cuts)
 
 
@@ -11775,6 +11780,58 @@ def test_pipeline_a_link_that_was_paid_for_is_on_record_before_it_is_fetched(her
         assert server.posts == 1
     assert done.code == 0
     assert Path(done.lines[0]).read_bytes() == PAID_IMAGE
+
+
+@pytest.mark.parametrize("trouble", [503, 404, "reset", "cut"], ids=str)
+def test_pipeline_a_link_that_fails_for_a_while_is_asked_again(here: Box, trouble: object) -> None:
+    first = []
+
+    def respond(seen: Seen) -> object:
+        first.append(time.monotonic())
+        if first[-1] - first[0] > 1.3:
+            return ok(PAID_IMAGE)
+        if isinstance(trouble, int):
+            return status(trouble)
+        return reset() if trouble == "reset" else cut(PAID_IMAGE, 500)
+
+    with output_openai(here) as server, Remote(handler=respond) as files:
+        server.script(ok({"data": [{"url": f"{files.base}/fox.png"}]}))
+        done = here.run("generate", "a fox")
+        if trouble == 404:  # which no server takes back
+            assert done.code == 10
+            time_left = 1.5 - (time.monotonic() - first[0])
+            threading.Event().wait(max(0, time_left))
+            done = here.run("recover", "--all")
+        assert done.code == 0, done.err
+        assert Path(done.lines[0]).read_bytes() == PAID_IMAGE
+        assert server.posts == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_pipeline_a_link_whose_download_is_killed_is_fetched_by_recover(
+    here: Box, number: int
+) -> None:
+    arrived = threading.Event()
+    released = threading.Event()
+
+    def respond(seen: Seen) -> object:
+        arrived.set()
+        return ok(PAID_IMAGE) if released.is_set() else silent(released)
+
+    with output_openai(here) as server, Remote(handler=respond) as files:
+        server.script(ok({"data": [{"url": f"{files.base}/fox.png"}]}))
+        with here.start("generate", "a fox") as process:
+            assert arrived.wait(30)
+            process.send_signal(number)
+            done = ended(process)
+        assert done.code in (-9, 10, 130)
+        (entry,) = here.unfinished()
+        assert entry["remote"]["url"] == f"{files.base}/fox.png"
+        released.set()
+        done = here.run("recover", "--all")
+        assert done.code == 0, done.err
+        assert Path(done.lines[0]).read_bytes() == PAID_IMAGE
+        assert server.posts == 1
 
 
 def test_pipeline_a_name_that_somebody_took_after_a_kill_stays_theirs(box: Box) -> None:
