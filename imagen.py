@@ -4322,14 +4322,16 @@ def find_image(name: str) -> Record | None:
     if name == "last":
         return next(images_made(), None)
     path = ""
-    sidecar: JsonObject = {}
+    sidecar = Sidecar()
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
-        sidecar = parsed(read_bytes(f"{path}.json"))
+        alone = {"path": path, "sidecar": parsed(read_bytes(f"{path}.json"))}
+        with suppress(ValueError):  # it is no sidecar of ours
+            sidecar = checked_record(alone)["sidecar"]
         image_id = sidecar.get("image_id") or name
         needle = image_id if sidecar else to_json(path)[1:-1]
     for record in attempts(needle=needle):
@@ -4341,14 +4343,9 @@ def find_image(name: str) -> Record | None:
             return record
         if record["path"] == path and not sidecar:
             return record
-    if isinstance(sidecar.get("prompt"), str):
-        return Record(
-            id=str(image_id),
-            at=str(sidecar.get("timestamp")),
-            path=path,
-            sidecar=typing.cast(Sidecar, sidecar),
-        )
-    return None
+    if not sidecar:
+        return None
+    return Record(id=image_id, at=sidecar.get("timestamp", ""), path=path, sidecar=sidecar)
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
@@ -8746,17 +8743,8 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
 
 def may_have_row(sidecar: Fields) -> bool:
     """Whether a sidecar, which may come from anywhere, has what a row of imagen.images needs."""
-    shape = {
-        "image_id": str,
-        "prompt": str,
-        "backend": str,
-        "timestamp": str,
-        "mime_type": str,
-        "bytes": int,
-    }
-    for name, kind in shape.items():
-        if not isinstance(sidecar.get(name), kind):
-            return False
+    if not {"backend", "timestamp", "mime_type", "bytes"} <= sidecar.keys():
+        return False
     if not isinstance(sidecar.get("storage_path") or "", str):
         return False
     return is_uuid(sidecar["image_id"]) and sidecar["mime_type"] in MIME_TYPES.values()
@@ -8884,9 +8872,9 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     total: JsonObject = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
     groups: dict[str, JsonObject] = {}
     for record in attempts(warn=terminal.say):
-        sidecar: Fields = record.get("sidecar") or {}
-        made = bool(record.get("path"))
-        day = str(record.get("at"))[:10]
+        sidecar: Fields = record.get("sidecar", EMPTY)
+        made = "path" in record
+        day = record.get("at", "")[:10]
         if day < since or (not made and record.get("charged", "no") == "no"):
             continue
         usd = sidecar.get("cost_usd_estimate")
