@@ -57,6 +57,7 @@ import json
 import os
 import re
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -121,8 +122,9 @@ def printable(text: str) -> str:
     'a [31m red\\nb'
     """
     if not text.isprintable():
-        text = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-    return text.strip()
+        harmless = "\n\xa0\u202f"  # a path may have these spaces
+        text = "".join(char if char.isprintable() or char in harmless else " " for char in text)
+    return text.strip(" \n")
 
 
 class ImagenError(Exception):
@@ -318,9 +320,12 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
 
 def _check_json(value: Any, where: str, complaints: list[str]) -> None:
     try:
-        json.dumps(value, allow_nan=False).encode()
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+        if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
+            raise ValueError("a NUL")
     except (TypeError, ValueError, RecursionError) as problem:
-        # Dates, infinities, circles, halves of characters: nothing that could be sent or kept.
+        # Dates, infinities, circles, halves of characters, NUL: nothing to be sent or kept.
         complaints.append(
             f"{where}: {_quoted(where, value)[:80]} cannot be written as JSON: {problem}"
         )
@@ -355,6 +360,7 @@ def _shape_fields(
     complaints: list[str],
 ) -> Any:
     hints = hints_of(cls)
+    earlier = len(complaints)
     unknown = [key for key in data if key not in hints]
     complaints += [f"{where}.{key}: unknown, {nearest(str(key), hints)}" for key in unknown]
     fields = {}
@@ -363,7 +369,12 @@ def _shape_fields(
             fields[key] = _shape(hint, data[key], f"{where}.{key}", complaints)
         elif key not in cls._field_defaults:
             complaints.append(f"{where}.{key}: missing")
-    return None if complaints else cls(**fields)
+    if len(complaints) > earlier:
+        return None
+    shaped = cls(**fields)
+    if hasattr(shaped, "fault") and (fault := shaped.fault()):
+        complaints.append(f"{where}: {fault}")
+    return shaped
 
 
 def _shape_marked(
@@ -907,6 +918,15 @@ class Request(NamedTuple):
         return marks
 
 
+def size_fault(width: int, height: int) -> str:
+    """What is wrong with a size in pixels; "" where nothing is, or where it is left open."""
+    if bool(width) != bool(height):
+        return "a size needs width and height"
+    if width and not 16 <= min(width, height) <= max(width, height) <= 8192:
+        return f"size {width}x{height}: 16 to 8192 pixels"
+    return ""
+
+
 class Order(NamedTuple):
     """What one call of a door asks for: a Request's fields, and how many, where to, how private.
 
@@ -1289,8 +1309,12 @@ class Style(NamedTuple):
 
     suffix: str = ""
     negative: str = ""
-    width: Annotated[int, Between(0, 8192)] = 0
-    height: Annotated[int, Between(0, 8192)] = 0
+    width: int = 0
+    height: int = 0
+
+    def fault(self) -> str:
+        """What its types cannot say is wrong with it."""
+        return size_fault(self.width, self.height)
 
 
 SAMPLE = """\
@@ -1354,9 +1378,18 @@ def sample_text() -> str:
 def full_path(path: str) -> str:
     """An absolute path, `~` replaced; BadConfig where nobody says what that is."""
     expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
+    nobody = path != expanded and not os.path.isabs(os.environ.get("HOME", "/"))
+    if expanded.startswith("~") or nobody:
         raise BadConfig(f"{path}: this user has no home folder", "set HOME, or name a full path")
     return os.path.abspath(expanded)
+
+
+def path_setting(path: str) -> str:
+    """The full path that a setting names, `$VAR` replaced too; BadConfig where that is not set."""
+    expanded = os.path.expandvars(path)
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise BadConfig(f"{path}: {unset[0]} is not set", f"export {unset[1].strip('{}')}=…")
+    return full_path(expanded)
 
 
 def xdg_folder(variable: str, default: str) -> str:
@@ -1397,7 +1430,7 @@ def config_data(flag: str = "") -> JsonObject:
     if path := config_path(flag):
         data = read_yaml(path)
     if isinstance(file := data.get("env_file"), str) and file:
-        load_env_file(full_path(os.path.expandvars(file)))
+        load_env_file(path_setting(file))
     for name, field in overrides().items():
         section, _, key = field.rpartition(".")
         if not section:
@@ -1481,7 +1514,9 @@ def check_template(template: str) -> None:
     # {ext} is known too late for a folder.
     field = r"\{(date|time|slug|seed|backend|ext(?=[^/]*$))\}"
     parts = re.sub(field, "x", template).split("/")
-    if any(re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0].*", part) for part in parts):
+    if any(
+        re.fullmatch(r"(?s)\.{0,2}|\.imagen-.*|.*[{}\0\ud800-\udc7f].*", part) for part in parts
+    ):
         raise BadConfig(
             f"output.naming: {template!r} does not name a file inside the folder; known are "
             "{date} {time} {slug} {seed} {backend}, and {ext} behind the last slash"
@@ -1568,16 +1603,17 @@ def load_env_file(path: str) -> None:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & 0o077:
                 raise BadConfig(f"env_file {path}: others can read it; chmod 600 {path}")
-            lines = file.read().splitlines()
+            lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise BadConfig(f"env_file {path}: {problem}") from None
     # As a shell reads them: a comment may stand behind a value, and quotes keep a # in it.
     value = r"""(?:"([^"]*)"|'([^']*)'|((?:[^\s#]|(?<!\s)#|[ \t](?!\s*#|\s*$))*))"""
     form = rf"\s*(?:(?:export\s+)?([A-Za-z_]\w*)\s*=\s*{value}\s*)?(?:#.*)?"
     for number, line in enumerate(lines, 1):
-        match = re.fullmatch(form, line)
+        match = re.fullmatch(form, line, re.ASCII)
         if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
         if match[1]:
@@ -1665,9 +1701,10 @@ def _extended(text: str, addition: str) -> str:
     # What ends so already was dressed before: by a job's first attempt, or in a sidecar.
     if not addition or re.search(rf"(^|\W){re.escape(addition)}$", text):
         return text
+    text = text.rstrip(" ,")
     if not text:
         return addition
-    return f"{text.rstrip(' ,')}, {addition}"
+    return f"{text}, {addition}"
 
 
 # === HTTP: the only way out, and what may be sent twice ===
@@ -3200,7 +3237,7 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
 def comfy_read(path: str) -> Graph:
     """The graph in a file: bare, wrapped as services take it, or in a PNG that ComfyUI made."""
     try:
-        with open(full_path(os.path.expandvars(path)), "rb") as file:
+        with open(path_setting(path), "rb") as file:
             raw = file.read(COMFY_FILE_BYTES)
         document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
@@ -4189,11 +4226,20 @@ def openai_body(options: Any, request: Request) -> Prepared:
     # `extra` may place a value of the request under a name of its own.
     marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
     placed = set()
-    for key, value in options.extra.items():
-        body[key] = value
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, Mapping):
+            pairs = [(key, item, filled(item)) for key, item in value.items()]
+            # What the request has no value for is left out.
+            return {key: new for key, old, new in pairs if old is None or new is not None}
         if mark := marks.get(str(value)):
-            body[key] = values.get(mark)
             placed.add(mark)
+            return values[mark]
+        return value
+
+    body.update(filled(options.extra))
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -4368,7 +4414,8 @@ def numbered(name: str, ending: str, number: int) -> str:
         stem = last
     if known != ending:
         suffix = f".{ending}"
-    stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
+    if len(stem.encode("utf-8", "surrogatepass")) > NAME_BYTES:
+        stem = stem.encode("utf-8", "replace")[:NAME_BYTES].decode("utf-8", "ignore")
     if number > 1:
         stem += f"-{number}"
     return os.path.join(folder, stem + suffix)
@@ -4649,6 +4696,7 @@ def _show(paths: Sequence[str], command: str) -> None:
         raise Failed("neither tmux nor a terminal that shows images; set output.preview_command")
     command = command or "tmux-img"
     program = shlex.split(command)[0]
+    command = re.sub(r"(?s)\\.|'[^']*'|\"(?:\\.|[^\"\\])*\"", path_outside_quotes, command)
     if not shutil.which(program):
         raise Failed(f"{program} is not installed; set output.preview_command")
     if "{path}" not in command:
@@ -4661,6 +4709,20 @@ def _show(paths: Sequence[str], command: str) -> None:
     done = subprocess.run(shell, capture_output=True, text=True, timeout=5, start_new_session=True)
     if done.returncode:
         raise Failed(done.stderr)
+
+
+def path_outside_quotes(part: re.Match[str]) -> str:
+    """A quoted part of a command, with any {path} in it put behind the end of its quotes.
+
+    So a path, which is quoted by itself, is one word wherever it stands. Failed for a script.
+    """
+    text = part[0]
+    if "{path}" in text and re.search(r"[\s;&|$`()<>]", text):
+        raise Failed(
+            f"preview_command: {text} is a script, which a file's name would become part of",
+            "let it take the path as an argument: sh -c '… \"$1\"' - {path}",
+        )
+    return text.replace("{path}", f"{text[0]}{{path}}{text[0]}")
 
 
 def kitty_image(data: bytes) -> bytes:
@@ -4692,6 +4754,7 @@ def iterm_image(data: bytes) -> bytes:
 # earlier. The sidecar stands in the first line, as far as it is known, and grows.
 
 LEDGER_BLOCK = 1 << 16  # bytes read at a time from the ledger's end
+UNREADABLE = "cannot be read"
 
 
 class Sidecar(TypedDict, total=False):
@@ -4758,12 +4821,24 @@ class Record(TypedDict, total=False):
     error: dict[str, str]
 
 
+# Types of fields that nobody checks again. Others may be whatever a backend sent.
+RELIED_ON: dict[Any, Any] = {
+    str: str,
+    int: int,
+    float | None: (int, float, types.NoneType),
+    Charged: str,
+    JsonObject: dict,
+    Sidecar: dict,
+    list[str]: list,
+}
+
+
 class OpenEntry(NamedTuple):
     """An entry as it was read: nobody holds its lock for us."""
 
     path: str
     record: Record
-    state: str  # begun (nothing was sent), sent, to deliver
+    state: str  # begun (nothing was sent), sent, to deliver, or UNREADABLE
 
 
 def state_path(*parts: str) -> str:
@@ -4804,15 +4879,16 @@ class Entry:
 
     @classmethod
     def take(cls, path: str) -> Entry | None:
-        """The entry at `path`, if it is still there and nobody works on it."""
+        """The entry at `path`, if it is still there, can be read, and nobody works on it."""
         try:
             fd = locked(path)
         except OSError:
             return None
-        if not same_file(fd, path):  # finished, by whoever had the lock before us
-            os.close(fd)
-            return None
-        return cls(path, fd, read_entry(path))
+        if same_file(fd, path):  # and not finished, by whoever had the lock before us
+            with suppress(ValueError):
+                return cls(path, fd, read_entry(path))
+        os.close(fd)
+        return None
 
     @property
     def is_locked(self) -> bool:
@@ -4867,7 +4943,7 @@ def merge_line(record: Any, line: Fields) -> None:
         record[key] = value
 
 
-def merged(text: bytes) -> Record:
+def merged(text: bytes) -> JsonObject:
     """What the lines of an entry say together; a torn line says nothing.
 
     >>> merged(b'{"id": "a", "remote": {"x": 1}}\\n{"remote": {"y": 2}}\\n{"path": "/t')
@@ -4876,7 +4952,26 @@ def merged(text: bytes) -> Record:
     record: JsonObject = {}
     for line in text.splitlines():
         merge_line(record, parsed(line))
-    return from_release_before(record)
+    return record
+
+
+def checked_record(record: JsonObject) -> Record:
+    """A record in the types that everybody relies on; ValueError where it has others.
+
+    Such a one is damaged, or of a release to come. What this release does not know stays in it.
+    """
+    try:
+        checked = from_release_before(record)
+        sidecar = checked.get("sidecar", {})
+        hints = {**hints_of(Record), **hints_of(Sidecar)}
+        for name, value in {**checked, **sidecar}.items():
+            if not isinstance(value, RELIED_ON.get(hints.get(name), object)):
+                raise TypeError(f"{name} is {value!r}")
+    except (AttributeError, TypeError) as problem:
+        raise ValueError(str(problem)) from None
+    if "path" in checked and not {"image_id", "prompt"} <= sidecar.keys():
+        raise ValueError("the sidecar of the image is missing")
+    return checked
 
 
 def from_release_before(record: JsonObject) -> Record:
@@ -4960,8 +5055,12 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
 
 
 def read_entry(path: str) -> Record:
-    """The record of an entry; one whose first line is torn has its id alone."""
-    record = merged(read_bytes(path))
+    """The record of an entry; one whose first line is torn has its id alone.
+
+    OSError or ValueError where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        record = checked_record(merged(file.read()))
     record.setdefault("id", os.path.basename(path).removesuffix(".jsonl"))
     return record
 
@@ -4973,7 +5072,12 @@ def entries() -> list[OpenEntry]:
         if not name.endswith(".jsonl"):
             continue
         path = state_path("open", name)
-        record = read_entry(path)
+        try:
+            record = read_entry(path)
+        except (OSError, ValueError):
+            if os.path.lexists(path):  # and was not finished meanwhile
+                rows.append(OpenEntry(path, Record(id=name.removesuffix(".jsonl")), UNREADABLE))
+            continue
         if record.get("path") or record.get("over"):
             state = "to deliver"
         elif record.get("remote") or record.get("sending"):
@@ -4988,10 +5092,25 @@ def unfinished() -> list[OpenEntry]:
     """The entries that nobody works on, oldest first."""
     rows = []
     for row in entries():
-        if entry := Entry.take(row.path):
+        entry = Entry.take(row.path)
+        if entry:
             entry.unlock()
+        if entry or row.state == UNREADABLE:
             rows.append(row)
     return rows
+
+
+def journal_fault() -> Disk | None:
+    """Where the ledger or an entry cannot be read: an answer that leaves it out would be a lie."""
+    hint = "it may be damaged, of a newer release, or somebody else's: mend it, or move it away"
+    for row in entries():
+        if row.state == UNREADABLE:
+            return Disk(f"{row.path}: {UNREADABLE}", hint)
+    try:
+        next(_ledger_lines(b"", b"", ()), None)
+    except Disk as problem:
+        return problem
+    return None
 
 
 def sweep_journal() -> None:
@@ -5006,13 +5125,15 @@ def attempts(
     terms: Sequence[str] = (),
     before: str = "",
     needle: str = "",
+    warn: Callable[[str], object] = str,
 ) -> Iterator[Record]:
     """Attempts, newest first, each once: open entries that have their image, then the ledger.
 
     `terms`: only lines that hold all of them, in lower case. `before`: only what is older than the
     image with this id. `needle`: only lines of the ledger with this in them, letter by letter.
+    `warn` hears once of lines that nobody can use.
     """
-    opened = [row.record for row in reversed(entries()) if is_image(row.record)]
+    opened = [row.record for row in reversed(entries()) if "path" in row.record]
     ids = [record["sidecar"]["image_id"] for record in opened]
     if before in ids:
         opened = opened[ids.index(before) + 1 :]
@@ -5022,10 +5143,21 @@ def attempts(
     spelled = [to_json(term)[1:-1] for term in terms]
     lines = _ledger_lines(before.encode(), needle.encode(), spelled)
     seen = set()
-    for record in itertools.chain(opened, (from_release_before(parsed(line)) for line in lines)):
-        if isinstance(record.get("id"), str) and record["id"] not in seen:
-            seen.add(record["id"])
+    for record in itertools.chain(opened, map(_ledger_record, filter(None, lines))):
+        ident = record.get("id")
+        if ident in seen:
+            continue
+        seen.add(ident)
+        if ident:
             yield record
+        else:
+            warn("the ledger has lines that are damaged, or of a newer release: left out")
+
+
+def _ledger_record(line: bytes) -> Record:
+    with suppress(ValueError):
+        return checked_record(parsed(line))
+    return Record()
 
 
 def _holds_all(data: bytes, needle: bytes, terms: Sequence[str]) -> bool:
@@ -5040,18 +5172,15 @@ def _holds_all(data: bytes, needle: bytes, terms: Sequence[str]) -> bool:
 def _ledger_lines(before: bytes, needle: bytes, terms: Sequence[str]) -> Iterator[bytes]:
     # From its end and in blocks, since most readers want the newest alone, and a block that holds
     # nothing of interest is never split. Not mapped: a file that is cut meanwhile would kill us.
-    try:
-        fd = os.open(state_path("ledger.jsonl"), os.O_RDONLY)
-    except FileNotFoundError:
+    path = state_path("ledger.jsonl")
+    if not os.path.lexists(path):
         return
-    except OSError as problem:  # an empty answer would be a lie
-        raise Disk(f"the ledger cannot be read: {problem.strerror}", state_path()) from None
-    try:
-        end = os.fstat(fd).st_size
+    with or_disk(path, "without the ledger the answer would be a lie"), open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
         begun = b""  # the end of a line that begins further up
         while end > 0:
             start = max(0, end - LEDGER_BLOCK)
-            block = os.pread(fd, end - start, start) + begun
+            block = os.pread(file.fileno(), end - start, start) + begun
             end = start
             of_interest = before in block if before else _holds_all(block, needle, terms)
             if start and not of_interest:
@@ -5066,14 +5195,13 @@ def _ledger_lines(before: bytes, needle: bytes, terms: Sequence[str]) -> Iterato
                         before = b""
                 elif _holds_all(line, needle, terms):
                     yield line
-    finally:
-        os.close(fd)
 
 
 def images_made(
     before: str = "",
     terms: Sequence[str] = (),
     backend: str = "",
+    warn: Callable[[str], object] = str,
 ) -> Iterator[Record]:
     """The records of images, newest first.
 
@@ -5084,23 +5212,12 @@ def images_made(
     needle = ""
     if backend:  # most lines of others need not even be parsed
         needle = f'"backend": {to_json(backend)}'
-    for record in attempts(terms, before, needle):
-        if not is_image(record) or backend not in ("", record["sidecar"].get("backend")):
+    for record in attempts(terms, before, needle, warn):
+        if "path" not in record or backend not in ("", record["sidecar"].get("backend")):
             continue
         text = f"{record['sidecar']['prompt']} {record['sidecar'].get('style')}".lower()
         if all(term in text for term in terms):
             yield record
-
-
-def is_image(record: Fields) -> bool:
-    """Whether a record tells of an image, in the types that everybody relies on."""
-    sidecar = record.get("sidecar")
-    return (
-        isinstance(record.get("path"), str)
-        and isinstance(sidecar, dict)
-        and isinstance(sidecar.get("image_id"), str)
-        and isinstance(sidecar.get("prompt"), str)
-    )
 
 
 def find_image(name: str) -> Record | None:
@@ -5111,18 +5228,20 @@ def find_image(name: str) -> Record | None:
     if name == "last":
         return next(images_made(), None)
     path = ""
-    sidecar: JsonObject = {}
+    sidecar = Sidecar()
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
-        sidecar = parsed(read_bytes(f"{path}.json"))
+        alone = {"path": path, "sidecar": parsed(read_bytes(f"{path}.json"))}
+        with suppress(ValueError):  # it is no sidecar of ours
+            sidecar = checked_record(alone)["sidecar"]
         image_id = sidecar.get("image_id") or name
         needle = image_id if sidecar else to_json(path)[1:-1]
     for record in attempts(needle=needle):
-        if not is_image(record):
+        if "path" not in record:
             continue
         if record["sidecar"]["image_id"] == image_id:
             if sidecar and os.path.exists(path):  # it may have been moved since
@@ -5130,14 +5249,9 @@ def find_image(name: str) -> Record | None:
             return record
         if record["path"] == path and not sidecar:
             return record
-    if isinstance(sidecar.get("prompt"), str):
-        return Record(
-            id=str(image_id),
-            at=str(sidecar.get("timestamp")),
-            path=path,
-            sidecar=typing.cast(Sidecar, sidecar),
-        )
-    return None
+    if not sidecar:
+        return None
+    return Record(id=image_id, at=sidecar.get("timestamp", ""), path=path, sidecar=sidecar)
 
 
 # === Inputs: images that come in: local copies by hash ===
@@ -5297,7 +5411,7 @@ def input_again(fields: Fields, folder: str) -> str:
 
     digest = str(fields["sha256"])
     places = [state_path("inputs", digest)]
-    places += [record["path"] for record in attempts(needle=digest) if is_image(record)]
+    places += [record["path"] for record in attempts(needle=digest) if "path" in record]
     places.append(os.path.join(folder, str(fields["name"])))
     for place in places:
         if hashlib.sha256(read_bytes(place)).hexdigest() == digest:
@@ -5601,6 +5715,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
     if order.images or order.mask or order.strength:
         request = with_inputs(order, request, cls.takes(options), config)
+    styled = apply_style(request, config.styles)
+    check_request(styled)
     mode = order.cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
     # 3. A plan for each image. One moment for all names: of the files, and of the objects.
@@ -5608,7 +5724,7 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     plans = []
     for number in range(order.n):
         request = request._replace(seed=seed + number)
-        styled = apply_style(request, config.styles)
+        styled = styled._replace(seed=request.seed)
         price = cls.price(options, styled)
         parameters = cls.plan(options, styled)
         if order.n > 1 and parameters.get("seed", 0) is None:
@@ -5661,7 +5777,7 @@ def with_inputs(order: Order, request: Request, takes: Takes, config: Config) ->
 
 def image_name(output: str, request: Request, config: OutputConfig, now: float) -> str:
     """The absolute name of an image; `output`: FILE, DIR/, or "" for what the config says."""
-    name = full_path(output or os.path.expandvars(config.directory))
+    name = full_path(output) if output else path_setting(config.directory)
     if "{ext}" in os.path.dirname(name):
         raise BadRequest(f"{name}: {{ext}} is known too late for a folder")
     if output and not output.endswith("/") and not os.path.isdir(name):
@@ -5672,26 +5788,28 @@ def image_name(output: str, request: Request, config: OutputConfig, now: float) 
 
 def check_order(order: Order) -> None:
     """BadRequest where an order cannot be meant by any backend."""
-    for field in ("prompt", "negative_prompt"):
-        check_text(getattr(order, field), field)
-    if not order.prompt.strip():
-        raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
-    letters = len(order.prompt)
-    if letters > PROMPT_LETTERS:
-        raise BadRequest(f"the prompt has {letters} characters; {PROMPT_LETTERS:,} are the most")
-    width, height = order.width, order.height
-    if bool(width) != bool(height):
-        raise BadRequest("a size needs width and height", "--size 1024x1024")
-    if width and not 16 <= min(width, height) <= max(width, height) <= 8192:
-        raise BadRequest(f"size {width}x{height}: 16 to 8192 pixels")
-    if not 0 <= order.steps <= 500:
-        raise BadRequest(f"steps {order.steps}: 0 to 500")
+    check_request(order.request())
     if not 1 <= order.n <= ORDER_IMAGES:
         raise BadRequest(f"n is 1 to {ORDER_IMAGES}")
     if len(order.images) > INPUTS:
         raise BadRequest(f"{len(order.images)} images to start from; {INPUTS} are the most")
     if order.seed is not None and not 0 <= order.seed <= 2**63 - order.n:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
+
+
+def check_request(request: Request) -> None:
+    """BadRequest where a request, as written or dressed by a style, cannot be meant."""
+    for field in ("prompt", "negative_prompt"):
+        check_text(getattr(request, field), field)
+    if not request.prompt.strip():
+        raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
+    letters = len(request.prompt)
+    if letters > PROMPT_LETTERS:
+        raise BadRequest(f"the prompt has {letters} characters; {PROMPT_LETTERS:,} are the most")
+    if fault := size_fault(request.width, request.height):
+        raise BadRequest(fault, "--size 1024x1024")
+    if not 0 <= request.steps <= 500:
+        raise BadRequest(f"steps {request.steps}: 0 to 500")
 
 
 def check_text(text: str, place: str) -> None:
@@ -8910,6 +9028,7 @@ class Terminal:
         self.quiet = False
         self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.unwritten = False  # something that belongs on stdout
         self._lock = threading.RLock()
         self._drawn = False
 
@@ -8952,6 +9071,7 @@ class Terminal:
                 with suppress(OSError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
                 if not isinstance(problem, BrokenPipeError | ValueError):
+                    self.unwritten = True
                     self.say(f"stdout: {problem}; it would have said: {' '.join(lines)}")
 
     def result(self, document: Fields, *lines: str, error: ImagenError | None = None) -> int:
@@ -8976,19 +9096,24 @@ class Terminal:
             "retryable": repeatable(error),
         }
 
-    def draw(self, text: str) -> None:
-        """Show `text` in place of the last progress line; nothing leaves none."""
-        if not self.live or self.quiet or not (text or self._drawn):
+    def progress(self, now: Progress, elapsed: float, usual: float | None, count: str) -> None:
+        """Show how far something is, in as much room as there is."""
+        columns = 80
+        with suppress(OSError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        # A longer line would wrap, and the next one could not rewrite it.
+        self.draw(progress_line(now, elapsed, usual, count, columns - 1))
+
+    def draw(self, line: str) -> None:
+        """Show `line` in place of the last progress line; nothing leaves none."""
+        if not self.live or self.quiet or not (line or self._drawn):
             return
         with self._lock, suppress(OSError):
-            # A longer line would wrap, and the next one could not rewrite it.
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            line = text[: columns - 1]
             if line and not os.environ.get("NO_COLOR"):
                 line = f"\x1b[2m{line}\x1b[0m"
             sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
-            self._drawn = bool(text)
+            self._drawn = bool(line)
 
 
 def aligned(rows: Iterable[Sequence[object]]) -> list[str]:
@@ -9008,8 +9133,11 @@ def progress_line(
     elapsed: float,
     usual: float | None,
     count: str = "",
+    columns: int = 79,
 ) -> str:
     """One line: what happens, a bar where its length is known or learned, the time.
+
+    Where the columns are few the bar is shorter or missing, and then the note.
 
     >>> progress_line(Progress("sampling", 1, 4), 2.0, None)
     'sampling  ━━━━━━━━━───────────────────────────  1/4  2.0 s'
@@ -9027,10 +9155,12 @@ def progress_line(
         # Never full: it may take longer than usual.
         share = min(0.99, elapsed / usual)
         took = f"{took} of about {usual:.0f}"
-    if share is not None:
-        bar = f"{'━' * round(36 * share):─<36}"
-    parts = (now.note or "waiting", bar, steps, took, count)
-    return "  ".join(filter(None, parts))
+    end = "  ".join(filter(None, (steps, took, count)))
+    note = (now.note or "waiting")[: max(0, columns - len(end) - 2)]
+    room = min(36, columns - len(note) - len(end) - 4)
+    if share is not None and room > 3:
+        bar = f"{'━' * round(room * share):─<{room}}"
+    return "  ".join(filter(None, (note, bar, end)))[:columns]
 
 
 def usual_seconds(plan: Plan) -> float | None:
@@ -9154,7 +9284,8 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()
     if terminal.live:
-        runner.usual = usual_seconds(plans[0])
+        with suppress(Disk):
+            runner.usual = usual_seconds(plans[0])
     code = runner.run()
     paths = [record["path"] for record in runner.records]
     preview = args.preview or config.output.preview
@@ -9369,7 +9500,7 @@ class TerminalRunner(Runner):
             count = f"{len(self.records)} of {self.count}"
         for run, progress in [*self.active.items()][-1:] or self.uploading():
             elapsed = time.monotonic() - run.started
-            self.terminal.draw(progress_line(progress, elapsed, self.usual, count))
+            self.terminal.progress(progress, elapsed, self.usual, count)
 
     def uploading(self) -> Iterator[tuple[Run, Progress]]:
         """The runs that wait for the cloud."""
@@ -9626,14 +9757,19 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     sweep_inputs()
     config = load_config(args.config)
     taken = [entry for entry in map(Entry.take, paths) if entry]
+    fault = journal_fault()
     if prefix and not taken:
-        raise Busy(f"{prefix}: somebody works on it", "wait for that, then look again")
-    if len(taken) < len(paths):
-        terminal.note(f"somebody works on {len(paths) - len(taken)} more")
+        raise fault or Busy(f"{prefix}: somebody works on it", "wait for that, then look again")
     kind = RecoverRunner
     if args.forget:
         kind = ForgetRunner
-    return kind(taken, config, terminal, args.timeout).run()
+    runner = kind(taken, config, terminal, args.timeout)
+    if fault:
+        runner.errors.append(fault)
+        terminal.report(fault)
+    elif len(taken) < len(paths):
+        terminal.note(f"somebody works on {len(paths) - len(taken)} more")
+    return runner.run()
 
 
 def list_unfinished(terminal: Terminal) -> int:
@@ -9654,7 +9790,10 @@ def list_unfinished(terminal: Terminal) -> int:
     terminal.note(help_)
     columns = ("id", "at", "backend", "state", "prompt")
     lines = aligned([str(row[column] or "")[:60] for column in columns] for row in rows)
-    return terminal.result({"unfinished": rows}, *lines)
+    error = journal_fault()
+    if error:
+        terminal.report(error)
+    return terminal.result({"unfinished": rows}, *lines, error=error)
 
 
 class RecoverRunner(TerminalRunner):
@@ -9773,17 +9912,8 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
 
 def may_have_row(sidecar: Fields) -> bool:
     """Whether a sidecar, which may come from anywhere, has what a row of imagen.images needs."""
-    shape = {
-        "image_id": str,
-        "prompt": str,
-        "backend": str,
-        "timestamp": str,
-        "mime_type": str,
-        "bytes": int,
-    }
-    for name, kind in shape.items():
-        if not isinstance(sidecar.get(name), kind):
-            return False
+    if not {"backend", "timestamp", "mime_type", "bytes"} <= sidecar.keys():
+        return False
     if not isinstance(sidecar.get("storage_path") or "", str):
         return False
     return is_uuid(sidecar["image_id"]) and sidecar["mime_type"] in MIME_TYPES.values()
@@ -9828,6 +9958,13 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+def program() -> str:
+    """How a shell starts this copy, whatever its name is."""
+    import shlex
+
+    return shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
+
+
 @command(
     """
     --file FILE  instead of the migrations.sql beside imagen.py
@@ -9867,7 +10004,10 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f"-n {args.n}: at least 1")
     images = []
     lines = []
-    for record in itertools.islice(images_made(terms=args.terms), args.n):
+    if fault := journal_fault():
+        raise fault
+    made = images_made(terms=args.terms, warn=terminal.say)
+    for record in itertools.islice(made, args.n):
         sidecar = record["sidecar"]
         storage_path = record.get("object") or sidecar.get("storage_path")
         images.append({**sidecar, "path": record["path"], "storage_path": storage_path})
@@ -9891,17 +10031,19 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent"""
     since = args.since or ""
-    try:
-        if since:
-            time.strptime(since, "%Y-%m-%d")
-    except ValueError:
-        raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD') from None
+    date = ""
+    with suppress(ValueError):
+        date = time.strftime("%Y-%m-%d", time.strptime(since, "%Y-%m-%d"))
+    if since != date:
+        raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD')
+    if fault := journal_fault():
+        raise fault
     total: JsonObject = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
     groups: dict[str, JsonObject] = {}
-    for record in attempts():
-        sidecar: Fields = record.get("sidecar") or {}
-        made = bool(record.get("path"))
-        day = str(record.get("at"))[:10]
+    for record in attempts(warn=terminal.say):
+        sidecar: Fields = record.get("sidecar", EMPTY)
+        made = "path" in record
+        day = record.get("at", "")[:10]
         if day < since or (not made and record.get("charged", "no") == "no"):
             continue
         usd = sidecar.get("cost_usd_estimate")
@@ -9946,8 +10088,11 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     beginning = read_bytes(path)[:200]
     if os.path.lexists(path) and mark.encode() not in beginning:
         raise BadRequest(f"{path} exists and is not ours", cure)
-    code = f"import sys; sys.path.insert(0, {HERE!r}); import imagen; sys.exit(imagen.main())"
-    start = shlex.join((sys.executable, "-P", "-c", code))
+    module, ending = os.path.splitext(os.path.basename(__file__))
+    start = program()
+    if ending == ".py" and "." not in module:
+        code = f"import sys; sys.path.insert(0, {HERE!r}); sys.exit(__import__({module!r}).main())"
+        start = shlex.join((sys.executable, "-P", "-c", code))
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
         write_file(path, f'#!/bin/sh\n{mark}\nexec {start} "$@"\n', 0o755)
@@ -10163,7 +10308,7 @@ def watched_jobs(
         if len(ids) > 1:
             count = f"{done} of {len(ids)}"
         elapsed = time.monotonic() - began
-        terminal.draw(progress_line(progress, elapsed, None, count))
+        terminal.progress(progress, elapsed, None, count)
         if not any(job["status"] in ("pending", "running") for job in jobs):
             return jobs
         if elapsed > 5 and not warned and all(job["status"] == "pending" for job in jobs):
@@ -10265,10 +10410,7 @@ Behind `<<'END'` no letter of the prompt means anything to the shell.
 @command()
 def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
     """print a SKILL.md, for an /imagine command in a chat"""
-    import shlex
-
-    command_line = shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
-    text = SKILL.replace("COMMAND", command_line).rstrip()
+    text = SKILL.replace("COMMAND", program()).rstrip()
     return terminal.result({"text": text}, text)
 
 
@@ -10280,6 +10422,8 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. The only place that turns errors into words."""
+    import signal
+
     if argv is None:
         argv = sys.argv[1:]
     # A stream that was closed for us: no file of ours may get its number.
@@ -10287,15 +10431,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path keeps its bytes, and no letter ends a run
-        errors = "backslashreplace"
-        if sys.stdout.encoding.lower() == "utf-8":
-            errors = "surrogateescape"
-        sys.stdout.reconfigure(errors=errors)
+        if sys.getfilesystemencoding() in ("utf-8", "ascii"):
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        else:
+            sys.stdout.reconfigure(errors="backslashreplace")
+    # In the background of a terminal that stops who writes there, we would wait for ever.
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     terminal = Terminal(argv)
+    code = 0
     try:
-        return dispatch(argv, terminal)
+        with suppress(SystemExit):  # behind --help
+            code = dispatch(argv, terminal)
     except (Exception, KeyboardInterrupt) as problem:
-        return terminal.result({}, error=terminal.report(problem))
+        code = terminal.result({}, error=terminal.report(problem))
+    if terminal.unwritten:
+        return code or Disk.exit_code
+    return code
 
 
 def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
