@@ -8077,8 +8077,7 @@ class Server:
                 del self._connections[sock]
 
     def _respond(self, sock: socket.socket, response: ResponseWriter) -> None:
-        response.request = request = self._read(sock)
-        self._grant(sock, WRITE_S)
+        response.request = request = self._read_head(sock)
         self._check_origin(request)
         if not self._authorized(request):
             raise HttpError(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
@@ -8087,25 +8086,27 @@ class Server:
         for methods, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, request.path)
             if match and request.method in methods:
+                # Only now: what is turned away anyhow may be an upload of any size.
+                response.request = request._replace(body=self._read_body(sock, request))
+                self._grant(sock, WRITE_S)
                 handler(self, response, *match.groups())
                 return
             if match:
                 allowed += methods
         if not allowed:
-            raise HttpError(404, "there is nothing here")
+            raise HttpError(
+                404,
+                f"{request.method} {request.path[:80]} is not here: this server makes images by "
+                "POST /v1/images/generations, and GET /v1/models lists its backends",
+                "unknown_url",
+            )
         allow = ", ".join(allowed)
         raise HttpError(405, f"only {allow} here", headers={"Allow": allow})
 
     def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
         kinds = {401: "authentication_error", 503: "server_error"}
-        fields = {
-            "message": str(problem),
-            "type": kinds.get(problem.status, "invalid_request_error"),
-            "param": None,
-            "code": problem.code or None,
-            "hint": "",
-            "charged": "no",
-        }
+        kind = kinds.get(problem.status, "invalid_request_error")
+        fields = error_fields(str(problem), kind, problem.code)
         response.json(problem.status, {"error": fields}, problem.headers)
         # What nobody reads would reset the connection, and the answer with it.
         self._grant(response.sock, DRAIN_AFTER_ERROR_S)
@@ -8113,8 +8114,8 @@ class Server:
         while response.sock.recv(1 << 16):
             pass
 
-    def _read(self, sock: socket.socket) -> HttpRequest:
-        """The request; HttpError for what is none."""
+    def _read_head(self, sock: socket.socket) -> HttpRequest:
+        """The request with what has come of its body; HttpError for what is none."""
         from urllib.parse import parse_qsl, unquote
 
         data = b""
@@ -8124,11 +8125,6 @@ class Server:
         if not end or len(head) > HEAD_BYTES:
             raise HttpError(431, "the head of the request is too large")
         method, target, headers = parsed_head(head.decode("latin-1"))
-        self._grant(sock, BODY_S)
-        # curl waits for this before it sends a body of more than a kilobyte.
-        if headers.get("expect", "").lower() == "100-continue":
-            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = received_body(sock, headers, body)
         path, _, query = target.partition("?")
         return HttpRequest(
             method=method,
@@ -8137,6 +8133,13 @@ class Server:
             headers=headers,
             body=body,
         )
+
+    def _read_body(self, sock: socket.socket, request: HttpRequest) -> bytes:
+        self._grant(sock, BODY_S)
+        # curl waits for this before it sends a body of more than a kilobyte.
+        if request.headers.get("expect", "").lower() == "100-continue":
+            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return received_body(sock, request.headers, request.body)
 
     def _check_origin(self, request: HttpRequest) -> None:
         """HttpError where another site's page asks: DNS rebinding, CSRF."""
@@ -8204,19 +8207,14 @@ class Server:
 
     def answer_models(self, response: ResponseWriter) -> None:
         """GET /v1/models: the backends, by OpenAI's name for them."""
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
-            for name in ("auto", *self.config.backends)
-        ]
+        models = [model_fields(name) for name in ("auto", *self.config.backends)]
         response.json(200, {"object": "list", "data": models})
 
     def answer_model(self, response: ResponseWriter, name: str) -> None:
         """GET /v1/models/ID."""
         if name != "auto" and name not in self.config.backends:
-            message = f'model "{name}" is unknown: {nearest(name, self.config.backends)}'
-            raise HttpError(404, message, "model_not_found")
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
-        response.json(200, model)
+            raise self._unknown_model(name)
+        response.json(200, model_fields(name))
 
     def answer_options(self, response: ResponseWriter) -> None:
         """GET /api/options: what the page's form offers."""
@@ -8238,6 +8236,11 @@ class Server:
         body = parsed(request.body)
         if not body:
             raise HttpError(400, "the body is no JSON object")
+        # OpenAI's clients send null for what they leave open.
+        body = {key: value for key, value in body.items() if value is not None}
+        model = body.get("model")
+        if model in DALL_E and model not in self.config.backends and not body.get("stream"):
+            body.setdefault("response_format", "url")
         plans, ignored = self._plans(body)
         asker = request.headers.get("authorization", "")
         key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
@@ -8295,20 +8298,16 @@ class Server:
 
     def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
-        # OpenAI's clients send null for what they leave open.
-        body = {key: value for key, value in body.items() if value is not None}
         ignored: list[str] = []
         backend = self._backend(str(body.get("model") or "auto"), ignored)
         size = str(body.get("size") or "auto").lower()
         pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
         if not pixels:
             raise BadRequest("size is WxH or auto")
-        for field, choices in {
-            "response_format": ("b64_json", "url"),
-            "stream": (True, False),
-        }.items():
-            if field in body and body[field] not in choices:
-                raise BadRequest(f"{field} is one of {', '.join(map(str, choices))}")
+        if body.get("response_format", "url") not in ("b64_json", "url"):
+            raise BadRequest("response_format is b64_json or url")
+        if not isinstance(body.get("stream", False), bool):
+            raise BadRequest("stream is true or false")
         fields = {key: body[key] for key in ORDER_FIELDS if key in body}
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
@@ -8335,8 +8334,8 @@ class Server:
         order = from_mapping(Order, fields, "request", BadRequest)
         if not 1 <= order.n <= 10:
             raise BadRequest("n is 1 to 10")
-        known = {*ORDER_FIELDS, *passed, "model", "size", "response_format", "stream"}
-        ignored += [key for key in body if key not in known]
+        unknown = {*OPENAI_OPTIONS} - passed
+        ignored += [key for key in body if key not in PARAMS or key in unknown]
         return plans_of(order, self.config), ignored
 
     def _backend(self, model: str, ignored: list[str]) -> str:
@@ -8346,12 +8345,15 @@ class Server:
         """
         if model in self.config.backends:
             return model
-        if re.match(r"dall-e-[23]$|gpt-image-1", model):
+        if model in DALL_E or model.startswith("gpt-image-1"):
             ignored.append("model")
         elif model != "auto":
-            message = f'model "{model}" is unknown: {nearest(model, self.config.backends)}'
-            raise HttpError(404, message, "model_not_found")
+            raise self._unknown_model(model)
         return self.config.default_backend
+
+    def _unknown_model(self, name: str) -> HttpError:
+        message = f'model "{name}" is unknown: {nearest(name, self.config.backends)}'
+        return HttpError(404, message, "model_not_found")
 
     def _wait(self, call: Call, response: ResponseWriter) -> bool:
         """Wait for a change, half a second at most; whether more is expected after it.
@@ -8387,7 +8389,7 @@ class Server:
         response.json(200, document)
 
     def _stream(self, call: Call, response: ResponseWriter) -> None:
-        """Server-sent events: progress, each image once it is made, the worst error."""
+        """Server-sent events: each image once it is made, the worst error; progress between."""
         response.begin_stream()  # from here on an error is an event, since the status is out
         sent = 0
         shown = None
@@ -8401,17 +8403,24 @@ class Server:
             if more_expected and progress != shown:
                 shown = progress
                 fields = {**progress._asdict(), "note": progress.note or "waiting"}
-                response.event("imagen.progress", fields)
+                # A comment, which clients skip: OpenAI has no event for it.
+                response.sock.sendall(f": {to_json(fields)}\n\n".encode())
             for record in call.records[sent:]:
                 sent += 1
                 sidecar = record["sidecar"]
                 image = {
+                    "b64_json": "",  # which OpenAI's clients need beside a link
                     **self._fields(call, record, response.request),
                     "size": f"{sidecar['width']}x{sidecar['height']}",
                     "output_format": sidecar["mime_type"].removeprefix("image/"),
                     "created_at": int(time.time()),
                     "usage": usage_of([record]),
                 }
+                metadata = sidecar.get("metadata") or {}
+                for field, choices in EVENT_CHOICES.items():
+                    image[field] = "auto"
+                    if metadata.get(field) in choices:
+                        image[field] = metadata[field]
                 response.event("image_generation.completed", image)
         for error in worst_first(call.errors)[:1]:
             response.event("error", {"error": openai_fields(error)[1]})
@@ -8511,9 +8520,21 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
     (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
 )
+DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing else was asked for
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
 ORDER_FIELDS = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n")
 OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
+PARAMS = (*ORDER_FIELDS, *OPENAI_OPTIONS, "model", "size", "response_format", "stream")
+# What the events of a stream may say of an image, and "auto".
+EVENT_CHOICES = {
+    "quality": ("low", "medium", "high", "xhigh", "max"),
+    "background": ("transparent", "opaque"),
+}
+
+
+def model_fields(name: str) -> JsonObject:
+    """A backend as OpenAI's API shows a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
 
 
 def received(sock: socket.socket) -> bytes:
@@ -8569,11 +8590,11 @@ def _chunk(sock: socket.socket, begun: bytes) -> tuple[int, bytes]:
     """The size of the next chunk of a body, and what of it has come already."""
     while b"\r\n" not in begun:
         if len(begun) > 100:
-            raise HttpError(400, "no size of a chunk")
+            raise HttpError(400, "a chunk without its length")
         begun += received(sock)
     head, _, rest = begun.partition(b"\r\n")
     if not re.fullmatch(rb"[0-9a-fA-F]{1,8}(;.*)?", head):
-        raise HttpError(400, "no size of a chunk")
+        raise HttpError(400, "a chunk without its length")
     return int(head.partition(b";")[0], 16), rest
 
 
@@ -8594,14 +8615,31 @@ def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
     status = error.http_status
     if error.charged != "no":
         status = 424  # which no client repeats
-    return status, {
-        "message": str(error),
+    fields = error_fields(str(error), kind, code)
+    fields["hint"] = error.hint
+    fields["charged"] = error.charged
+    fields["imagen_code"] = error.code
+    return status, fields
+
+
+def error_fields(message: str, kind: str, code: str) -> JsonObject:
+    """An error in OpenAI's shape; `param` is the field that a complaint names first.
+
+    >>> error_fields("steps 900: 0 to 500", "invalid_request_error", "")["param"]
+    'steps'
+    """
+    param = None
+    if kind == "invalid_request_error":
+        if message.startswith("backend "):
+            param = "backend_opts"
+        param = next((word for word in re.findall(r"\w+", message) if word in PARAMS), param)
+    return {
+        "message": message,
         "type": kind,
-        "param": None,
-        "code": code,
-        "hint": error.hint,
-        "charged": error.charged,
-        "imagen_code": error.code,
+        "param": param,
+        "code": code or None,
+        "hint": "",
+        "charged": "no",
     }
 
 
@@ -8942,7 +8980,7 @@ async function* events(body) {
   while (!(part = await reader.read()).done) {
     const all = (text + part.value).split("\n\n")
     text = all.pop()
-    for (const event of all) yield JSON.parse(event.replace(/^event.*\ndata: /, ""))
+    for (const event of all) yield JSON.parse(event.replace(/^(event.*\ndata)?: /, ""))
   }
 }
 
