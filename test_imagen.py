@@ -17503,6 +17503,189 @@ def test_server_a_repeat_after_an_error_that_cost_nothing_is_tried_again_and_one
         ]
 
 
+class FaultyServer(Server):
+    """A paid Images API; the last word of a prompt says what goes wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paid = collections.Counter[str]()  # POSTs, by prompt
+        self.sent: dict[str, bytes] = {}  # of every image, what the client could have read
+
+    def respond(self, seen: Seen) -> object:
+        prompt = str(seen.json["prompt"])
+        fault = prompt.split()[-1]
+        image = png(64, 64, pad=3000, content=prompt.encode(), text={"Title": prompt})
+        with self.changed:
+            self.paid[prompt] += 1
+            if fault in ("fine", "hang"):
+                self.sent[prompt] = image
+            if fault == "cut":
+                self.sent[prompt] = image[:1500]
+            if fault == "unreadable":
+                self.sent[prompt] = image = b"no image: " + prompt.encode()
+        whole = as_answer(openai_images(image))
+        answers = {
+            "500": gpt_error("server_error"),
+            "502": html(502, "<h1>Bad gateway</h1>"),
+            "drop": hangup(),
+            "cut": cut(openai_images(image), 2100),
+            "hang": Answer(lambda wire: wire.stay(2.5) and whole.play(wire)),
+            "moderation": gpt_error("moderation_input"),
+            "quota": gpt_error("insufficient_quota"),
+            "401": status(401, {"error": {"message": "Incorrect API key provided."}}),
+        }
+        return answers.get(fault, whole)
+
+
+def gpt_error(kind: str) -> Answer:
+    """An error as OpenAI words it."""
+    code, group, name, text = GPT_ERRORS[kind]
+    return status(code, {"error": {"message": text, "type": group, "code": name or None}})
+
+
+# What a client is answered: where nothing was charged for sure, OpenAI's own status.
+CLIENT_FAULTS = {
+    "fine": 200,
+    "500": 424,
+    "502": 424,
+    "drop": 424,
+    "cut": 424,
+    "hang": 200,
+    "unreadable": 424,
+    "moderation": 400,
+    "quota": 402,
+    "401": 424,
+}
+
+# Each plays the faults in turn: argv is the server's base URL, then the prompts; a line of JSON for each, with the
+# status and the size of the image or the error. All defaults, but the patience of 2 s where that is the fault.
+CLIENT_OPENAI_PYTHON = """
+import base64, json, openai, sys
+client = openai.OpenAI(base_url=sys.argv[1], api_key="none")
+for prompt in sys.argv[2:]:
+    patience = {"timeout": 2} if prompt.endswith("hang") else {}
+    try:
+        image = client.images.generate(model="paint", prompt=prompt, **patience).data[0]
+        print(json.dumps([prompt, 200, len(base64.b64decode(image.b64_json))]))
+    except openai.APIError as problem:
+        print(json.dumps([prompt, getattr(problem, "status_code", 0), str(problem)]))
+"""
+CLIENT_LITELLM = """
+import base64, json, litellm, sys
+paint = {"model": "openai/paint", "api_base": sys.argv[1], "api_key": "none"}
+for prompt in sys.argv[2:]:
+    patience = {"timeout": 2} if prompt.endswith("hang") else {}
+    router = litellm.Router([{"model_name": "paint", "litellm_params": {**paint, **patience}}])
+    try:
+        image = router.image_generation(prompt, model="paint").data[0]
+        print(json.dumps([prompt, 200, len(base64.b64decode(image.b64_json))]))
+    except Exception as problem:
+        print(json.dumps([prompt, getattr(problem, "status_code", 0), str(problem)]))
+"""
+CLIENT_NODE = """
+const [name, baseURL, ...prompts] = process.argv.slice(2)
+const apiKey = "none"
+const hangs = prompt => prompt.endsWith("hang")
+
+async function openai() {
+  const { OpenAI } = await import("openai")
+  const client = new OpenAI({ baseURL, apiKey })
+  return async prompt => {
+    const patience = hangs(prompt) ? { timeout: 2000 } : {}
+    const answer = await client.images.generate({ model: "paint", prompt }, patience)
+    return Buffer.from(answer.data[0].b64_json, "base64").length
+  }
+}
+
+async function ai(model) {
+  const { generateImage } = await import("ai")
+  return async prompt => {
+    const patience = hangs(prompt) ? { abortSignal: AbortSignal.timeout(2000) } : {}
+    const { image } = await generateImage({ model, prompt, ...patience })
+    return image.uint8Array.length
+  }
+}
+
+const clients = {
+  openai,
+  "@ai-sdk/openai": async () => {
+    const { createOpenAI } = await import("@ai-sdk/openai")
+    return ai(createOpenAI({ baseURL, apiKey }).image("paint"))
+  },
+  "@ai-sdk/openai-compatible": async () => {
+    const { createOpenAICompatible } = await import("@ai-sdk/openai-compatible")
+    return ai(createOpenAICompatible({ name: "imagen", baseURL, apiKey }).imageModel("paint"))
+  },
+}
+const generate = await clients[name]()
+for (const prompt of prompts) {
+  const outcome = await generate(prompt).then(
+    size => [200, size],
+    problem => [problem.status ?? problem.statusCode ?? 0, String(problem)])
+  console.log(JSON.stringify([prompt, ...outcome]))
+}
+"""
+NPM = HERE.parent / ".ci-cache/npm/node_modules"
+NPM_CLIENTS = ("openai", "@ai-sdk/openai", "@ai-sdk/openai-compatible")
+LITELLM = HERE.parent / ".ci-cache/litellm/bin/python"
+
+
+def clients_pay_once(box: Box, programs: Mapping[str, Sequence[object]]) -> None:
+    """Each client meets each fault: one POST, the answer that fits, and on disk what was made."""
+    with contextlib.ExitStack() as stack:
+        remote = stack.enter_context(FaultyServer())
+        block = {"type": "openai", "model": "paint", "base_url": f"{remote.base}/v1"}
+        box.configure({"paint": {**block, "parallel": 16}})
+        server = stack.enter_context(Serving(box, "--parallel", "16"))
+        running = dict[str, subprocess.Popen[str]]()
+        for name, program in programs.items():
+            prompts = [f"{name} {fault}" for fault in CLIENT_FAULTS]
+            argv = [*map(str, program), f"{server.base}v1", *prompts]
+            running[name] = subprocess.Popen(
+                argv, env=box.environ, cwd=box.root, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        for name, process in running.items():
+            done = ended(process)
+            outcomes = {prompt: (code, more) for prompt, code, more in map(json.loads, done.lines)}
+            for fault, code in CLIENT_FAULTS.items():
+                outcome = outcomes.get(f"{name} {fault}", (done.err, done.out))
+                # The AI SDK does not ask again after its timeout.
+                assert outcome[0] == code or (fault == "hang" and "Timeout" in outcome[1]), outcome
+                image = remote.sent.get(f"{name} {fault}", b"")
+                assert outcome[0] != 200 or outcome[1] == len(image), outcome
+    posts = {f"{name} {fault}": 1 for name in programs for fault in CLIENT_FAULTS}
+    assert remote.paid == posts
+    assert box.run("recover", "--all").code == 10
+    files = [path.read_bytes() for path in box.out.iterdir()]
+    for prompt, image in remote.sent.items():
+        assert any(image in data or b64(image).encode() in data for data in files), prompt
+
+
+def test_server_the_official_clients_pay_once_whatever_goes_wrong(box: Box) -> None:
+    programs: dict[str, list[object]] = {}
+    if importlib.util.find_spec("openai"):
+        programs["openai of Python"] = [sys.executable, "-c", CLIENT_OPENAI_PYTHON]
+    node = shutil.which("node", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    npm = node and (NPM / "ai").exists()
+    if npm:
+        (box.root / "node_modules").symlink_to(NPM)
+        script = box.root / "client.mjs"
+        script.write_text(CLIENT_NODE)
+        programs |= {name: [node, script, name] for name in NPM_CLIENTS}
+    if programs:
+        clients_pay_once(box, programs)
+    if not npm or len(programs) < 4:
+        missing("node, what npm brings, or openai is not installed")
+
+
+@pytest.mark.clients
+def test_server_litellms_router_pays_once_whatever_goes_wrong(box: Box) -> None:
+    if not LITELLM.exists():
+        missing("litellm is not installed")
+    clients_pay_once(box, {"litellm": [LITELLM, "-c", CLIENT_LITELLM]})
+
+
 @pytest.mark.parametrize("when", ["in flight", "just finished"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_server_a_client_that_is_less_patient_than_the_remote_pays_once(
