@@ -17406,9 +17406,42 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
     assert len(box.ledger()) == 4
 
 
+def test_server_names_of_openais_models_mean_the_default_and_answer_as_those_did(
+    box: Box,
+) -> None:
+    box.configure({**SERVE_BLOCKS, "dall-e-3": {"type": "mock", "width": 32, "height": 32}})
+    link = {"response_format": "url"}
+    inline = {"response_format": "b64_json"}
+    rows: list[tuple[dict[str, Any], str, str]] = [
+        # The request, the backend, the form of the answer.
+        ({"model": "dall-e-2"}, "mock", "url"),
+        ({"model": "dall-e-2", "response_format": None}, "mock", "url"),
+        ({"model": "dall-e-2", **inline}, "mock", "b64_json"),
+        ({"model": "dall-e-3"}, "dall-e-3", "b64_json"),
+        ({"model": "dall-e-3", **link}, "dall-e-3", "url"),
+        ({"model": "gpt-image-1"}, "mock", "b64_json"),
+        ({"model": "gpt-image-1-mini", **link}, "mock", "url"),
+        ({"model": None, "style": "vivid", "quality": "hd"}, "mock", "b64_json"),
+    ]
+    with Serving(box) as server:
+        for fields, backend, form in rows:
+            (image,) = server.make(fields).json["data"]
+            assert {*image} == {"imagen", form}, fields
+            facts = server.get(f"/api/images/{image['imagen']['id']}").json
+            assert facts["backend"] == backend, fields
+            is_other = backend != fields["model"] and fields["model"] is not None
+            assert ("model" in image["imagen"]["ignored"]) == is_other, fields
+        streamed = server.make({"model": "dall-e-2", "stream": True}).body
+        assert json.loads(streamed.rpartition(b"data: ")[2])["b64_json"]
+
+
 SERVE_MISTAKES = """{"model": "mokc"} {"prompt": " "} {"prompt": null} {"prompt": ["a"]} {"n": 0} {"n": 11} {"n": true}
 {"size": "1x1"} {"size": "9x9x9"} {"seed": -2} {"seed": 1.5} {"style": "nothing"} {"backend_opts": {"parallel": 9}}
-{"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"}"""
+{"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"} {"backend_opts": {"sparkle": 1}} {"backend_opts": {"fail": "x"}}
+{"n": "two"} {"n": "1.5"} {"size": 512} {"seed": "7"} {"steps": -1} {"steps": "many"} {"negative_prompt": 5} {"style": 1}
+{"prompt": "a\\u0000"} {"negative_prompt": "\\ud800"} {"stream": "yes"} {"stream": 1} {"response_format": "png"}
+{"response_format": ["url"]} {"model": 3} {"model": "openai", "quality": 5} {"model": "openai", "size": "auto", "output_format": "bmp"}
+{"model": "openai", "size": "512x512"}"""
 
 
 @pytest.mark.parametrize("text", re.split(r"(?<=\})\s(?=\{)", SERVE_MISTAKES))
@@ -17418,11 +17451,14 @@ def test_server_a_request_that_cannot_be_meant_is_refused_before_anything_begins
     before = serving.box.ledger()
     response = serving.make(json.loads(text))
     error = response.json["error"]
-    known = (404, "model_not_found") if "model" in text else (400, "invalid_value")
+    *_, field = json.loads(text)
+    known = (404, "model_not_found") if field == "model" else (400, "invalid_value")
     assert (response.status, error["code"], error["type"]) == (*known, "invalid_request_error")
     assert error["charged"] == "no"
     assert error["message"]
-    assert set(error) >= {"param", "hint"}
+    assert "hint" in error
+    assert error["param"] == field
+    assert field in error["message"] or field == "backend_opts"
     assert response.headers.get("x-should-retry") != "true"
     assert serving.box.ledger() == before
 
@@ -17744,20 +17780,24 @@ def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, rem
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
-    with Serving(box) as server, server.client() as client:
-        slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
+    slow = {"backend_opts": {"delay_s": 0.4}, "seed": 7}
+    with Serving(box) as server, server.client(_strict_response_validation=True) as client:
         events = [*client.images.generate(prompt="a fox", n=2, stream=True, extra_body=slow)]
-        kinds = [event.type for event in events]
-        assert kinds[-2:] == 2 * ["image_generation.completed"]
-        assert len(kinds) >= 4
-        assert {*kinds[:-2]} == {"imagen.progress"}
-        shares = [event.done / event.total for event in events[:-2] if event.note == "drawing"]
-        assert len({*shares}) > 1
-        assert all(0 <= share <= 1 for share in shares)
-        assert {event.imagen["seed"] for event in events[-2:]} == {7, 8}
+        assert [event.type for event in events] == 2 * ["image_generation.completed"]
+        assert {event.imagen["seed"] for event in events} == {7, 8}
         assert events[-1].usage.total_tokens == 0
         assert (events[-1].size, events[-1].output_format) == ("64x64", "png")
+        assert (events[-1].quality, events[-1].background) == ("auto", "auto")
         assert imagen.sniff(io.BytesIO(base64.b64decode(events[-1].b64_json)))
+        # How far it is stands in comments, for who reads them.
+        text = server.make({**slow, "n": 2, "stream": True}).body.decode()
+        comments = [json.loads(line) for line in re.findall(r"(?m)^: (.*)$", text)]
+        shares = [
+            place["done"] / place["total"] for place in comments if place["note"] == "drawing"
+        ]
+        assert len({*shares}) > 1
+        assert all(0 <= share <= 1 for share in shares)
+        assert text.count("event: ") == 2
         with pytest.raises(openai.APIError, match="refused") as caught:
             [
                 *client.images.generate(
@@ -17767,6 +17807,23 @@ def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error
         assert caught.value.body["code"] == "moderation_blocked"
         with pytest.raises(openai.BadRequestError):
             client.images.generate(prompt="", stream=True)
+
+
+def test_server_what_a_stream_says_of_an_image_has_a_word_in_openais_schema(
+    box: Box, remotes: Any
+) -> None:
+    pytest.importorskip("openai")
+    answers = [{"quality": "max", "background": "transparent"}, {"quality": "standard"}]
+    remotes[2].script(*(openai_images(png(), **answer) for answer in answers))
+    with Serving(box) as server, server.client(_strict_response_validation=True) as client:
+        params = {"prompt": "a fox", "model": "openai", "stream": True}
+        for quality, background in (("max", "transparent"), ("auto", "auto")):
+            (event,) = client.images.generate(**params)
+            assert (event.quality, event.background) == (quality, background)
+            assert base64.b64decode(event.b64_json) == png()
+        (event,) = client.images.generate(**params, response_format="url")
+        assert event.b64_json == ""
+        assert server.get(event.url.removeprefix(server.base.rstrip("/"))).status == 200
 
 
 def test_server_the_gallery_has_the_newest_first_and_follows_the_ledger(box: Box) -> None:
@@ -18102,9 +18159,20 @@ def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Servin
         ("OPTIONS", "/", 405, "GET, HEAD"),
         ("GET", "/v1/images/edits", 404, None),
         ("POST", "/v1/images/edits", 404, None),
+        ("POST", "/v1/images/variations", 404, None),
+        ("POST", "/v1/chat/completions", 404, None),
+        ("POST", "/images/generations", 404, None),
     ):
         response = serving.ask(method, path)
         assert (response.status, response.headers.get("allow")) == (code, allow), (method, path)
+        error = response.json["error"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", None)
+        if code == 404:
+            assert error["code"] == "unknown_url"
+            assert f"{method} {path} is not here" in error["message"]
+            assert "POST /v1/images/generations" in error["message"]
+    photo = serving.ask("POST", "/v1/images/edits", b"x" * (4 << 20))
+    assert (photo.status, photo.json["error"]["code"]) == (404, "unknown_url")
     assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
 
 
