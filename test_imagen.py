@@ -17406,6 +17406,52 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
     assert len(box.ledger()) == 4
 
 
+def test_server_the_cases_of_openais_own_suites_pass_under_strict_validation(box: Box) -> None:
+    pytest.importorskip("openai")
+    everything: dict[str, Any] = {
+        "background": "transparent",
+        "model": "gpt-image-2",
+        "moderation": "low",
+        "n": 1,
+        "output_compression": 100,
+        "output_format": "png",
+        "partial_images": 1,
+        "quality": "medium",
+        "response_format": "url",
+        "size": "auto",
+        "style": "vivid",
+        "user": "user-1234",
+    }
+    with OpenAIServer(SERVE_KEY) as remote, contextlib.ExitStack() as stack:
+        block = {**SERVE_BLOCKS["openai"], "model": "gpt-image-2.6-flare", "base_url": remote.v1}
+        box.configure({"gpt-image-2": block, "gpt-4o-mini": SERVE_BLOCKS["mock"]})
+        server = stack.enter_context(Serving(box))
+        client = stack.enter_context(server.client(_strict_response_validation=True))
+        for params in ({}, {**everything, "stream": False}):
+            params = {"prompt": "A cute baby sea otter", **params}
+            raw = client.images.with_raw_response.generate(**params)
+            with client.images.with_streaming_response.generate(**params) as response:
+                answers = [client.images.generate(**params), raw.parse(), response.parse()]
+            for answer in answers:
+                assert answer.data[0].url or answer.data[0].b64_json
+        for params in ({}, everything):
+            params = {"prompt": "A cute baby sea otter", "stream": True, **params}
+            raw = client.images.with_raw_response.generate(**params)
+            with client.images.with_streaming_response.generate(**params) as response:
+                streams = [client.images.generate(**params), raw.parse(), response.parse()]
+                kinds = [event.type for stream in streams for event in stream]
+            assert kinds == 3 * ["image_generation.completed"]
+        models = client.models
+        raw = [models.with_raw_response.retrieve("gpt-4o-mini"), models.with_raw_response.list()]
+        assert raw[0].parse().id == models.retrieve("gpt-4o-mini").id == "gpt-4o-mini"
+        assert raw[1].parse().data == models.list().data
+        with pytest.raises(ValueError, match="non-empty"):
+            models.retrieve("")
+        with pytest.raises(pytest.importorskip("openai").NotFoundError, match="generations"):
+            client.images.edit(image=png(), prompt="a hat")
+    assert remote.posts == 12
+
+
 def test_server_names_of_openais_models_mean_the_default_and_answer_as_those_did(
     box: Box,
 ) -> None:
@@ -17553,7 +17599,7 @@ class FaultyServer(Server):
         image = png(64, 64, pad=3000, content=prompt.encode(), text={"Title": prompt})
         with self.changed:
             self.paid[prompt] += 1
-            if fault in ("fine", "hang"):
+            if fault in ("fine", "stream", "hang"):
                 self.sent[prompt] = image
             if fault == "cut":
                 self.sent[prompt] = image[:1500]
@@ -17582,6 +17628,7 @@ def gpt_error(kind: str) -> Answer:
 # What a client is answered: where nothing was charged for sure, OpenAI's own status.
 CLIENT_FAULTS = {
     "fine": 200,
+    "stream": 200,
     "500": 424,
     "502": 424,
     "drop": 424,
@@ -17601,7 +17648,10 @@ client = openai.OpenAI(base_url=sys.argv[1], api_key="none")
 for prompt in sys.argv[2:]:
     patience = {"timeout": 2} if prompt.endswith("hang") else {}
     try:
-        image = client.images.generate(model="paint", prompt=prompt, **patience).data[0]
+        if prompt.endswith("stream"):
+            (image,) = client.images.generate(model="paint", prompt=prompt, stream=True)
+        else:
+            image = client.images.generate(model="paint", prompt=prompt, **patience).data[0]
         print(json.dumps([prompt, 200, len(base64.b64decode(image.b64_json))]))
     except openai.APIError as problem:
         print(json.dumps([prompt, getattr(problem, "status_code", 0), str(problem)]))
@@ -17628,8 +17678,12 @@ async function openai() {
   const client = new OpenAI({ baseURL, apiKey })
   return async prompt => {
     const patience = hangs(prompt) ? { timeout: 2000 } : {}
-    const answer = await client.images.generate({ model: "paint", prompt }, patience)
-    return Buffer.from(answer.data[0].b64_json, "base64").length
+    const stream = prompt.endsWith("stream")
+    const answer = await client.images.generate({ model: "paint", prompt, stream }, patience)
+    const images = stream ? [] : answer.data
+    if (stream) for await (const event of answer) images.push(event)
+    if (images.length !== 1) throw Error(JSON.stringify(images.map(image => image.type)))
+    return Buffer.from(images[0].b64_json, "base64").length
   }
 }
 
