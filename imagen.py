@@ -8326,6 +8326,9 @@ class Server:
         # OpenAI's own options reach those backends that have an option of the same name.
         cls, _ = options_of(backend, self.config.backends)
         passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
+        # Those older models' own qualities, which come with their names.
+        if "model" in ignored and body.get("quality") in ("standard", "hd"):
+            passed.discard("quality")
         present = passed & body.keys()
         options = {key: body[key] for key in present if body[key] != "auto"}
         own = fields.get("backend_opts", {})
