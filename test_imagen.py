@@ -17618,6 +17618,7 @@ class FaultyServer(Server):
             "cut": cut(openai_images(image), 2100),
             "hang": Answer(lambda wire: wire.stay(2.5) and whole.play(wire)),
             "moderation": gpt_error("moderation_input"),
+            "blocked": gpt_error("moderation_output"),  # once it had been made
             "quota": gpt_error("insufficient_quota"),
             "401": status(401, {"error": {"message": "Incorrect API key provided."}}),
         }
@@ -17627,7 +17628,10 @@ class FaultyServer(Server):
 def gpt_error(kind: str) -> Answer:
     """An error as OpenAI words it."""
     code, group, name, text = GPT_ERRORS[kind]
-    return status(code, {"error": {"message": text, "type": group, "code": name or None}})
+    error: dict[str, object] = {"message": text, "type": group, "code": name or None}
+    if kind.startswith("moderation"):
+        error["moderation_details"] = {"moderation_stage": kind.removeprefix("moderation_")}
+    return status(code, {"error": error})
 
 
 # What a client is answered: where nothing was charged for sure, OpenAI's own status.
@@ -17641,6 +17645,7 @@ CLIENT_FAULTS = {
     "hang": 200,
     "unreadable": 424,
     "moderation": 400,
+    "blocked": 424,
     "quota": 402,
     "401": 424,
 }
