@@ -17993,7 +17993,7 @@ def test_server_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_doe
     (box.root / "bare" / "PIL").mkdir(parents=True)
     (box.root / "bare" / "PIL" / "__init__.py").write_text("raise ImportError")
     cache = box.root / ".cache" / "imagen" / "thumbs"
-    with Serving(box, PYTHONPATH=str(box.root / "bare")) as server:
+    with Serving(box, PYTHONPATH=f"{box.root / 'bare'}:{HERE.parent}") as server:
         bare = server.get(f"/thumbs/{record['id']}")
         assert bare.body == large.read_bytes()
         assert not cache.exists()
