@@ -16849,7 +16849,8 @@ def test_the_workers_clock_and_the_databases_isolation_have_no_part_in_it(crew: 
     for name, hours in (("early", -30), ("late", 30)):
         (crew.root / name).mkdir()
         (crew.root / name / "sitecustomize.py").write_text(wrong.format(hours * 3600))
-        crew.start("--concurrency", "2", host=name[::-1], PYTHONPATH=str(crew.root / name))
+        path = f"{crew.root / name}:{HERE.parent}"
+        crew.start("--concurrency", "2", host=name[::-1], PYTHONPATH=path)
     jobs = [crew.slow(n % 3, priority=n % 2) for n in range(12)]
     for job in jobs:
         assert crew.ends(job)["attempt"] == 1
