@@ -7843,6 +7843,8 @@ def sd_notify(text: str) -> None:
 CONNECTIONS_MAX = 256  # at a time; more are turned away
 HEAD_BYTES = 16 << 10
 BODY_BYTES = 256 << 10
+EDIT_BYTES = 64 << 20  # of a body with images
+EDITS_MAX = 15  # of these at a time, so that all together stay below 1 GB
 HEAD_S = 10.0  # for all of a request's head; likewise the others
 BODY_S = 20.0
 WRITE_S = 120.0
@@ -7907,6 +7909,7 @@ class Call(Runner):
         super().__init__(plans, config, parallel=plans[0].parallel)
         self.key = key  # the same for the same body
         self.ignored = ignored
+        self.kind = body["kind"]
         self.stream = body.get("stream") is True
         self.links = body.get("response_format") == "url"
         self.began = time.time()
@@ -7978,6 +7981,7 @@ class Server:
         self.calls = list[Call]()
         self._lock = threading.Lock()  # guards calls and connections
         self._connections = dict[socket.socket, float]()  # until when each may go on
+        self.edits = 0  # requests whose images are coming in
         self._stopped = False
         family = socket.AF_INET
         shown = host
@@ -8087,8 +8091,10 @@ class Server:
             match = re.fullmatch(pattern, request.path)
             if match and request.method in methods:
                 # Only now: what is turned away anyhow may be an upload of any size.
-                response.request = request._replace(body=self._read_body(sock, request))
-                self._grant(sock, WRITE_S)
+                if handler is not Server.answer_edits:  # which reads its own, to disk
+                    body = b"".join(self._body(response, BODY_BYTES))
+                    response.request = request._replace(body=body)
+                    self._grant(sock, WRITE_S)
                 handler(self, response, *match.groups())
                 return
             if match:
@@ -8097,7 +8103,7 @@ class Server:
             raise HttpError(
                 404,
                 f"{request.method} {request.path[:80]} is not here: this server makes images by "
-                "POST /v1/images/generations, and GET /v1/models lists its backends",
+                "POST /v1/images/generations and /edits, and GET /v1/models lists its backends",
                 "unknown_url",
             )
         allow = ", ".join(allowed)
@@ -8134,12 +8140,23 @@ class Server:
             body=body,
         )
 
-    def _read_body(self, sock: socket.socket, request: HttpRequest) -> bytes:
-        self._grant(sock, BODY_S)
+    def _body(self, response: ResponseWriter, most: int) -> Iterator[bytes]:
+        """The body of a request, piece by piece; HttpError where it has more than `most` bytes."""
+        sock = response.sock
+        request = response.request
         # curl waits for this before it sends a body of more than a kilobyte.
         if request.headers.get("expect", "").lower() == "100-continue":
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return received_body(sock, request.headers, request.body)
+        size = 0
+        granted = -1
+        for block in body_blocks(sock, request.headers, request.body, most):
+            size += len(block)
+            if size > most:
+                raise too_large(most)
+            if size >> 20 > granted:
+                granted = size >> 20
+                self._grant(sock, BODY_S)
+            yield block
 
     def _check_origin(self, request: HttpRequest) -> None:
         """HttpError where another site's page asks: DNS rebinding, CSRF."""
@@ -8230,10 +8247,70 @@ class Server:
 
         https://platform.openai.com/docs/api-reference/images/create
         """
+
+        body = parsed(response.request.body)
+        body.pop("images", None)  # these come in by /v1/images/edits alone
+        body.pop("mask", None)
+        self._answer(response, self._call(response, body))
+
+    def answer_edits(self, response: ResponseWriter) -> None:
+        """POST /v1/images/edits: a form, or JSON with data URIs and ids of our own images.
+
+        https://platform.openai.com/docs/api-reference/images/createEdit
+        """
+        with self._lock:
+            if self.edits >= EDITS_MAX:
+                raise HttpError(503, "too many images are coming in", "", {"Retry-After": "5"})
+            self.edits += 1
+        content_type = response.request.headers.get("content-type", "")
+        try:
+            with hidden_inputs() as hidden:
+                place = hidden()
+                with Spool(place, place) as file:
+                    for block in self._body(response, EDIT_BYTES):
+                        file.write(block)
+                self._grant(response.sock, WRITE_S)
+                if content_type.lower().startswith("multipart/form-data"):
+                    body = form_fields(place, content_type, hidden)
+                else:
+                    body = self._json_inputs(parsed(read_bytes(place)))
+                unlink_quietly(place)
+                call = self._call(response, body, "image_edit")
+        finally:
+            with self._lock:
+                self.edits -= 1
+        self._answer(response, call)
+
+    def _json_inputs(self, body: JsonObject) -> JsonObject:
+        """OpenAI's JSON form of an edit, with its images as an Order names them."""
+
+        def source(link: Any) -> str:
+            fields = link if isinstance(link, dict) else {}
+            if is_uuid(ident := str(fields.get("file_id"))):
+                record = record_of_image(ident)
+                if record.get("owner", "") in ("", self.config.owner_user_id):
+                    return ident
+                raise HttpError(404, "no image has this id")
+            address = str(fields.get("image_url"))
+            if not address.startswith("data:"):
+                raise BadRequest("images: a data URI or a file_id; no address is fetched for you")
+            return address
+
+        images = body.get("images")
+        if not images or not isinstance(images, list):
+            raise BadRequest("images: a list of {image_url} or {file_id} is needed")
+        body["images"] = [source(link) for link in images]
+        if body.get("mask"):
+            body["mask"] = source(body["mask"])
+        return body
+
+    def _call(
+        self, response: ResponseWriter, body: JsonObject, kind: str = "image_generation"
+    ) -> Call:
+        """The call that makes the images of a body: a new one, or the one that it repeats."""
         import hashlib
 
         request = response.request
-        body = parsed(request.body)
         if not body:
             raise HttpError(400, "the body is no JSON object")
         # OpenAI's clients send null for what they leave open.
@@ -8242,6 +8319,9 @@ class Server:
         if model in DALL_E and model not in self.config.backends and not body.get("stream"):
             body.setdefault("response_format", "url")
         plans, ignored = self._plans(body)
+        # Inputs count by their bytes, wherever they came from.
+        inputs = plans[0].record["sidecar"]
+        body |= {"images": inputs.get("inputs"), "mask": inputs.get("mask"), "kind": kind}
         asker = request.headers.get("authorization", "")
         key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
         with self._lock:
@@ -8258,6 +8338,10 @@ class Server:
                 call = Call(key, plans, self.config, self.say, body, ignored)
                 self.calls.append(call)
             call.clients += 1
+        return call
+
+    def _answer(self, response: ResponseWriter, call: Call) -> None:
+        """Wait for a call, and answer with its images."""
         self.start_calls()
         try:
             if call.stream:
@@ -8424,7 +8508,7 @@ class Server:
                     image[field] = "auto"
                     if metadata.get(field) in choices:
                         image[field] = metadata[field]
-                response.event("image_generation.completed", image)
+                response.event(f"{call.kind}.completed", image)
         for error in worst_first(call.errors)[:1]:
             response.event("error", {"error": openai_fields(error)[1]})
 
@@ -8518,6 +8602,7 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/v1/models", Server.answer_models),
     (GET, "/v1/models/([^/]+)", Server.answer_model),
     (("POST",), "/v1/images/generations", Server.answer_generations),
+    (("POST",), "/v1/images/edits", Server.answer_edits),
     (GET, "/api/options", Server.answer_options),
     (GET, "/api/images", Server.answer_images),
     (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
@@ -8525,8 +8610,11 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
 )
 DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing else was asked for
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
-ORDER_FIELDS = ("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n")
-OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation")
+ORDER_FIELDS = (
+    *("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n"),
+    *("images", "mask", "strength"),
+)
+OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation", "input_fidelity")
 PARAMS = (*ORDER_FIELDS, *OPENAI_OPTIONS, "model", "size", "response_format", "stream")
 # What the events of a stream may say of an image, and "auto".
 EVENT_CHOICES = {
@@ -8547,46 +8635,147 @@ def received(sock: socket.socket) -> bytes:
     raise ConnectionError("the client has left")
 
 
-def received_body(sock: socket.socket, headers: Strings, begun: bytes) -> bytes:
+def too_large(most: int) -> HttpError:
+    """The error of a body that is larger than that."""
+    return HttpError(413, f"the body has more than {most >> 10} kB")
+
+
+def body_blocks(sock: socket.socket, headers: Strings, begun: bytes, most: int) -> Iterator[bytes]:
     """The body of a request, of which `begun` has come already; unpacked where it is packed."""
-    too_large = HttpError(413, f"the body has more than {BODY_BYTES >> 10} kB")
     length = headers.get("content-length", "0")
-    if (
-        headers.get("transfer-encoding", "").lower() == "chunked"
-        and "content-length" not in headers
-    ):
-        body = b""
-        size, begun = _chunk(sock, begun)
-        while size:
-            if len(body) + size > BODY_BYTES:
-                raise too_large
-            while len(begun) < size + 2:
-                begun += received(sock)
-            body += begun[:size]
-            size, begun = _chunk(sock, begun[size + 2 :])
-        # What is left unread would reset the connection, and our answer with it.
-        while not begun.endswith(b"\r\n") and len(begun) < HEAD_BYTES:
-            begun += received(sock)
+    if "chunked" in headers.get("transfer-encoding", "") and "content-length" not in headers:
+        blocks = chunked_blocks(sock, begun, most)
     # A body without a length could be the beginning of another request: refused.
     elif "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
         raise HttpError(411, "a Content-Length is needed")
-    elif int(length) > BODY_BYTES:
-        raise too_large
+    elif int(length) > most:
+        raise too_large(most)
     else:
-        body = begun
-        while len(body) < int(length):
-            body += received(sock)
-        body = body[: int(length)]
-    if headers.get("content-encoding", "identity").lower() not in ("identity", "gzip"):
+        blocks = sized_blocks(sock, begun, int(length))
+    packing = headers.get("content-encoding", "identity").lower()
+    if packing not in ("identity", "gzip"):
         raise HttpError(415, "a body is packed by gzip or not at all")
-    if "gzip" in headers.get("content-encoding", "").lower():
-        try:
-            body = zlib.decompressobj(31).decompress(body, BODY_BYTES + 1)
-        except zlib.error:
-            raise HttpError(400, "the body is no gzip") from None
-        if len(body) > BODY_BYTES:
-            raise too_large
+    if packing == "identity":
+        yield from blocks
+        return
+    inflater = zlib.decompressobj(31)
+    try:
+        for block in blocks:
+            while block:
+                yield inflater.decompress(block, 1 << 20)
+                block = inflater.unconsumed_tail
+    except zlib.error:
+        raise HttpError(400, "the body is no gzip") from None
+
+
+def sized_blocks(sock: socket.socket, begun: bytes, left: int) -> Iterator[bytes]:
+    """`left` bytes, as they come."""
+    block = begun[:left]
+    yield block
+    while left := left - len(block):
+        block = received(sock)[:left]
+        yield block
+
+
+def chunked_blocks(sock: socket.socket, begun: bytes, most: int) -> Iterator[bytes]:
+    """A body in chunks, as they come."""
+    size, begun = _chunk(sock, begun)
+    while size:
+        if size > most:
+            raise too_large(most)
+        while size:
+            begun = begun or received(sock)
+            yield begun[:size]
+            size, begun = max(0, size - len(begun)), begun[size:]
+        while len(begun) < 2:
+            begun += received(sock)
+        size, begun = _chunk(sock, begun[2:])
+    # What is left unread would reset the connection, and our answer with it.
+    while not begun.endswith(b"\r\n") and len(begun) < HEAD_BYTES:
+        begun += received(sock)
+
+
+@contextmanager
+def hidden_inputs() -> Iterator[Callable[[], str]]:
+    """Gives names of files for what comes in, which are gone when this ends."""
+    folder = state_path("inputs")
+    paths: list[str] = []
+
+    def hidden() -> str:
+        paths.append(os.path.join(folder, f".{new_uuid()}"))
+        return paths[-1]
+
+    with or_disk(folder, "images that come in are copied there"):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        yield hidden
+    finally:
+        for path in paths:
+            unlink_quietly(path)
+
+
+def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> JsonObject:
+    """The fields of the form in a file; its images in files of their own."""
+    import mmap
+
+    body: JsonObject = {"images": []}
+    if not os.path.getsize(path):
+        raise HttpError(400, "the form is empty")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for part in form_parts(data, content_type):
+            name = part.name.partition("[")[0]
+            if name in ("image", "mask"):
+                place = hidden()
+                with open(place, "wb") as copy:
+                    for start in range(part.start, part.end, 1 << 20):
+                        copy.write(data[start : min(part.end, start + (1 << 20))])
+                if name == "mask":
+                    body["mask"] = place
+                else:
+                    body["images"].append(place)
+                continue
+            text = data[part.start : min(part.end, part.start + BODY_BYTES)].decode(
+                "utf-8", "replace"
+            )
+            body[name] = text
+            # A form knows text alone: what is a number or a switch elsewhere is one here.
+            if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
+                with suppress(ValueError):
+                    body[name] = json.loads(text)
+    if not body["images"]:
+        raise BadRequest("image: at least one is needed")
     return body
+
+
+class FormPart(NamedTuple):
+    """A part of a form: its name, and where in the body it stands."""
+
+    name: str
+    start: int
+    end: int
+
+
+def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
+    """The parts of a form (RFC 7578) in a mapped file; HttpError where it is none."""
+    match = re.search(r'boundary="?([^";,]{1,200})', content_type)
+    if not match:
+        raise HttpError(400, "a form without its boundary")
+    mark = b"--" + match[1].strip().encode("latin-1")
+    place = data.find(mark)
+    while place >= 0 and data[place + len(mark) : place + len(mark) + 2] == b"\r\n":
+        start = place + len(mark) + 2
+        body = data.find(b"\r\n\r\n", start)
+        place = data.find(b"\r\n" + mark, start)
+        if not start <= body < place or body - start > HEAD_BYTES:
+            raise HttpError(400, "a part of the form has no head, or breaks off")
+        head = data[start:body].decode("utf-8", "replace")
+        name = re.search(r'(?i)^content-disposition:.*?\bname="?([^";\r\n]*)', head, re.MULTILINE)
+        if not name:
+            raise HttpError(400, "a part of the form has no name")
+        yield FormPart(name[1], body + 4, place)
+        place += 2
+    if place < 0 or data[place + len(mark) : place + len(mark) + 2] != b"--":
+        raise HttpError(400, "the form breaks off")
 
 
 def _chunk(sock: socket.socket, begun: bytes) -> tuple[int, bytes]:
@@ -8632,7 +8821,7 @@ def error_fields(message: str, kind: str, code: str) -> JsonObject:
     'steps'
     """
     param = None
-    if kind == "invalid_request_error":
+    if kind == "invalid_request_error" and code != "unknown_url":
         if message.startswith("backend "):
             param = "backend_opts"
         param = next((word for word in re.findall(r"\w+", message) if word in PARAMS), param)
@@ -9320,7 +9509,8 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     if not terminal.live:
         terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
     if args.verbose:
-        terminal.note(f"{plans[0].request.backend} gets {to_json(plans[0].parameters)}")
+        chosen = {key: item for key, item in plans[0].parameters.items() if key != "prompt"}
+        terminal.note(f"{plans[0].request.backend} gets {to_json(chosen)}")
     runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()

@@ -17453,8 +17453,9 @@ def test_server_the_cases_of_openais_own_suites_pass_under_strict_validation(box
         assert raw[1].parse().data == models.list().data
         with pytest.raises(ValueError, match="non-empty"):
             models.retrieve("")
-        with pytest.raises(pytest.importorskip("openai").NotFoundError, match="generations"):
-            client.images.edit(image=png(), prompt="a hat")
+        missing = pytest.raises(pytest.importorskip("openai").NotFoundError, match="generations")
+        with pytest.warns(DeprecationWarning, match="deprecated"), missing:
+            client.images.create_variation(image=png())
     assert remote.posts == 13
 
 
@@ -18222,8 +18223,7 @@ def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Servin
         ("PUT", "/healthz", 405, "GET, HEAD"),
         ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD"),
         ("OPTIONS", "/", 405, "GET, HEAD"),
-        ("GET", "/v1/images/edits", 404, None),
-        ("POST", "/v1/images/edits", 404, None),
+        ("GET", "/v1/images/edits", 405, "POST"),
         ("POST", "/v1/images/variations", 404, None),
         ("POST", "/v1/chat/completions", 404, None),
         ("POST", "/images/generations", 404, None),
@@ -18236,9 +18236,125 @@ def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Servin
             assert error["code"] == "unknown_url"
             assert f"{method} {path} is not here" in error["message"]
             assert "POST /v1/images/generations" in error["message"]
-    photo = serving.ask("POST", "/v1/images/edits", b"x" * (4 << 20))
+    photo = serving.ask("POST", "/v1/images/variations", b"x" * (4 << 20))
     assert (photo.status, photo.json["error"]["code"]) == (404, "unknown_url")
     assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
+
+
+def serve_form(*parts: tuple[str, bytes], boundary: str = "b1") -> tuple[bytes, str]:
+    """A form and its content type; a name with = in it is a file's."""
+    body = b""
+    for name, data in parts:
+        field, _, file = name.partition("=")
+        more = f'; filename="{file}"\r\nContent-Type: image/png' if file else ""
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{more}\r\n\r\n'
+        body += head.encode() + data + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+def test_server_official_clients_edit_with_one_image_several_and_a_mask(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    image = png(64, 64)
+    with Serving(box) as server, server.client() as client:
+        one = client.images.edit(image=("a.png", image), prompt="a hat", size="64x64")
+        several = client.images.edit(
+            image=[("a.png", image), ("b.jpg", jpeg(64, 64))],
+            mask=("m.png", inputs_mask(64)),
+            prompt="a hat",
+            n=2,
+        )
+        events = [*client.images.edit(image=image, prompt="a hat", stream=True)]
+    assert [event.type for event in events] == ["image_edit.completed"]
+    assert (len(one.data), len(several.data)) == (1, 2)
+    entries = box.ledger()
+    counts = [len(entry["sidecar"]["inputs"]) for entry in entries]
+    assert counts == [1, 2, 2, 1]
+    assert ["mask" in entry["sidecar"] for entry in entries] == [False, True, True, False]
+    digests = {item["sha256"] for entry in entries for item in entry["sidecar"]["inputs"]}
+    assert digests == {hashlib.sha256(data).hexdigest() for data in (image, jpeg(64, 64))}
+    copies = {file.name for file in (box.state / "inputs").iterdir()}
+    assert copies == digests | {hashlib.sha256(inputs_mask(64)).hexdigest()}
+
+
+def test_server_edits_take_json_with_data_and_ids_of_own_images_and_fetch_no_address(
+    box: Box,
+) -> None:
+    owner = str(uuid.uuid4())
+    box.configure(SERVE_BLOCKS, owner_user_id=owner, output={"cloud_sync": "off"})
+    (path,) = box.fox("-b", "mock", "--size", "64x64").lines
+    mine = box.sidecar(path)["image_id"]
+    ledger = box.state / "ledger.jsonl"
+    stranger = json.loads(ledger.read_text()) | {
+        "id": imagen.new_uuid(),
+        "owner": str(uuid.uuid4()),
+    }
+    stranger["sidecar"] = stranger["sidecar"] | {"image_id": imagen.new_uuid()}
+    ledger.write_text(ledger.read_text() + json.dumps(stranger) + "\n")
+    data = f"data:image/png;base64,{b64(png(64, 64))}"
+    with Serving(box) as server, Remote(ok(png(64, 64)), repeat=True) as remote:
+        cases: list[tuple[object, int]] = [
+            ([{"image_url": data}], 200),
+            ([{"file_id": mine}, {"image_url": data}], 200),
+            ([{"file_id": stranger["sidecar"]["image_id"]}], 404),
+            ([{"file_id": str(uuid.uuid4())}], 404),
+            ([{"image_url": f"{remote.base}/a.png"}], 400),
+            ([{"image_url": f"file://{path}"}], 400),
+            ([{"image_url": path}], 400),
+            ([path], 400),
+            ([{"image_url": "data:image/png;base64,AAAA"}], 400),
+            ([], 400),
+            (path, 400),
+            (None, 400),
+        ]
+        for images, code in cases:
+            body = {"prompt": "a hat", "images": images, "size": "64x64"}
+            response = server.ask("POST", "/v1/images/edits", body)
+            assert response.status == code, (images, response.body[:200])
+        # Nor does the other door let anything in.
+        plain = {"prompt": "a hat", "images": [path], "mask": path, "size": "64x64"}
+        assert server.ask("POST", "/v1/images/generations", plain).status == 200
+        assert remote.seen == []
+    assert "inputs" not in box.ledger()[-1]["sidecar"]
+
+
+def test_server_a_form_that_is_none_is_told_so_and_leaves_nothing(serving: Serving) -> None:
+    image = ("image=a.png", png(16, 16))
+    prompt = ("prompt", b"a hat")
+    fine, kind = serve_form(image, prompt)
+    rng = random.Random(5)
+    wrong = [
+        (b"", kind),
+        (fine, "multipart/form-data"),
+        (fine, "multipart/form-data; boundary=other"),
+        (fine[:-10], kind),
+        (fine.replace(b"name=", b"nome="), kind),
+        (fine.replace(b"\r\n\r\n", b"\r\n"), kind),
+        (serve_form(prompt)[0], kind),
+        (serve_form(image)[0], kind),
+        (serve_form(image, prompt, ("n", b"99"))[0], kind),
+        (serve_form(("image=../../x.png", b"no image"), prompt)[0], kind),
+        (serve_form(("image=" + "x" * 20000, png()), prompt)[0], kind),
+        (b"--b1\r\n" * 2000, kind),
+    ]
+    for _ in range(40):
+        data = bytearray(fine)
+        for _ in range(4):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        wrong.append((bytes(data), kind))
+    for body, content_type in wrong:
+        response = serving.ask("POST", "/v1/images/edits", body, content_type=content_type)
+        assert response.status in (200, 400, 404, 413), (body[:100], response.body)
+    assert serving.ask("POST", "/v1/images/edits", fine, content_type=kind).status == 200
+    chunked = serving.ask(
+        "POST", "/v1/images/edits", gzip.compress(fine), content_type=kind, content_encoding="gzip"
+    )
+    assert chunked.status == 200
+    large = serve_form(("image=a.png", bytes(65 << 20)), prompt)[0]
+    assert serving.ask("POST", "/v1/images/edits", large[:1000], content_type=kind).status == 400
+    assert serving.ask("POST", "/v1/images/edits", large, content_type=kind).status == 413
+    folder = serving.box.state / "inputs"
+    assert all(re.fullmatch("[0-9a-f]{64}", file.name) for file in folder.iterdir())
+    assert not [*serving.box.root.rglob("x.png")]
 
 
 SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
@@ -19109,6 +19225,9 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     assert answer["images"][0]["prompt"] == prompt
     assert Path(answer["images"][0]["path"]).exists()
     flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
+    inputs = {"-i FILE", "-i last", "--mask FILE"}
+    assert inputs < {*flags}
+    flags = [word for word in flags if word not in inputs]
     assert len(flags) == 6
     for more in flags:
         assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
@@ -19737,7 +19856,7 @@ def test_commands_a_dry_run_needs_neither_key_nor_network_nor_pyyaml_and_leaves_
 ) -> None:
     (box.root / "yaml.py").write_text("raise ImportError('not here')")
     env = {
-        "PYTHONPATH": str(box.root),
+        "PYTHONPATH": f"{box.root}:{HERE.parent}",
         "PYTHONPROFILEIMPORTTIME": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
