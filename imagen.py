@@ -8207,7 +8207,7 @@ class Server:
         nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
             "frame-ancestors 'none'"
         )
         headers = {
@@ -8593,6 +8593,18 @@ class Server:
             if response.request.method == "GET":
                 response.sock.sendfile(file)
 
+    def answer_input(self, response: ResponseWriter, digest: str) -> None:
+        """GET /inputs/SHA256: the copy of an image that came in, as long as it is kept."""
+        path = state_path("inputs", digest)
+        sniffed = None
+        with suppress(OSError), open(path, "rb") as file:
+            sniffed = sniff(file)
+        if not sniffed:
+            raise HttpError(404, "this input is not here any more")
+        headers = {"Cache-Control": "private, max-age=3600"}
+        headers["Content-Type"] = MIME_TYPES[sniffed.format]
+        response.send(200, read_bytes(path), headers)
+
 
 IMAGE_ID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 GET = ("GET", "HEAD")
@@ -8607,6 +8619,7 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/api/images", Server.answer_images),
     (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
     (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
+    (GET, "/inputs/([0-9a-f]{64})", Server.answer_input),
 )
 DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing else was asked for
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
@@ -8998,6 +9011,9 @@ label > * { font-size: 1rem; color: var(--ink) }
 textarea { resize: vertical }
 #fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
   gap: .6rem; margin-top: .4rem }
+.pick { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
+#inputs button { padding: 0; line-height: 0 }
+#inputs img, #from img { height: 4rem; border-radius: .3rem }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 main { padding: 0 1rem 1rem }
 #grid { display: flex; flex-wrap: wrap; gap: .6rem }
@@ -9037,21 +9053,28 @@ dd { margin: 0 }
 <label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
 <label>Avoid<input id="negative"></label>
 <label>Options (JSON)<input id="opts"></label></div></details>
-<div><button class="main" id="go">Make it</button></div></form>
+<div class="row"><button class="main" id="go">Make it</button>
+<label class="pick">Start from images
+<input id="files" type="file" accept="image/*" multiple></label>
+<label class="pick" id="masked" hidden>Mask
+<input id="mask" type="file" accept="image/png"></label></div>
+<div id="inputs" class="row" role="group" aria-label="Images to start from" hidden></div></form>
 <main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
 <dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt="">
 <div><p id="text"></p>
 <div class="row"><button id="newer" aria-label="Newer">←</button>
 <button id="older" aria-label="Older">→</button><button id="close">Close</button>
 <button id="again" class="main">Again with a new seed</button>
+<button id="edit">Edit this</button>
 <button id="use">Use these settings</button><button id="copy">Copy prompt</button>
 <button id="command">Copy command line</button><a id="save">Download</a></div>
-<p id="note" role="status"></p><dl id="facts"></dl></div></dialog>
+<p id="note" role="status"></p><div id="from" class="row"></div>
+<dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
 const $ = id => document.getElementById(id)
 const write = (id, text) => { $(id).textContent = text }
 const make = (name, more) => Object.assign(document.createElement(name), more)
-let images = [], next = "", loading = false, round = 0, open
+let inputs = [], images = [], next = "", loading = false, round = 0, open
 
 function tell(text, look = "") {
   if ($("info").textContent !== text) write("info", text)
@@ -9102,6 +9125,30 @@ async function load(fresh) {
   if ($("more").getBoundingClientRect().top < innerHeight + 600) load()
 }
 
+function start(more) {
+  inputs.push(...more)
+  $("inputs").replaceChildren(...inputs.map(input => {
+    const button = make("button", { type: "button", title: "Take it out", onclick: () => {
+      inputs = inputs.filter(other => other !== input)
+      start([])
+    } })
+    const alt = input.name + ", take it out"
+    button.append(make("img", { src: URL.createObjectURL(input), alt }))
+    return button
+  }))
+  $("inputs").hidden = $("masked").hidden = !inputs.length
+}
+const pictures = list => [...list].filter(file => file.type.startsWith("image/"))
+
+async function edit(image) {
+  const blob = await (await get("/images/" + image.id, {})).blob()
+  inputs = []
+  start([new File([blob], image.name, { type: blob.type })])
+  $("detail").close()
+  $("prompt").focus()
+  scrollTo(0, 0)
+}
+
 const filled = facts => Object.entries(facts).filter(([, value]) => (value ?? "") !== "")
 const optioned = ({ requested: { backend_opts: opts } }) => opts ? JSON.stringify(opts) : ""
 const sized = ({ requested: { width, height } }) => width ? width + "x" + height : ""
@@ -9119,6 +9166,9 @@ function show(image) {
   $("facts").replaceChildren()
   for (const [key, value] of filled(facts))
     $("facts").append(make("dt", { textContent: key }), make("dd", { textContent: value }))
+  const from = [...image.inputs || [], ...image.mask ? [image.mask] : []]
+  $("from").replaceChildren(...from.map(({ name, sha256 }) => make("img", { alt: name,
+    src: "/inputs/" + sha256, onerror: event => event.target.remove() })))
   write("text", prompt)
   write("note", "")
   Object.assign($("big"), { alt: prompt, width, height, hidden: !exists })
@@ -9181,9 +9231,17 @@ async function generate() {
     size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
     steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
     backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
-  const response = await get("/v1/images/generations", { method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body) })  // in which NaN becomes null
+  let path = "/v1/images/generations", headers = { "Content-Type": "application/json" }
+  let data = JSON.stringify(body)  // in which NaN becomes null
+  if (inputs.length) {
+    const form = new FormData()
+    for (const [name, value] of Object.entries(JSON.parse(data)))
+      if ((value ?? "") !== "") form.append(name, value.trim ? value : JSON.stringify(value))
+    inputs.forEach(file => form.append("image[]", file))
+    if ($("mask").files[0]) form.append("mask", $("mask").files[0])
+    ;[path, headers, data] = ["/v1/images/edits", {}, form]
+  }
+  const response = await get(path, { method: "POST", headers, body: data })
   let made = 0
   for await (const event of events(response.body)) {
     if (event.error) throw event.error
@@ -9209,8 +9267,19 @@ $("form").onsubmit = async event => {
   $("go").disabled = false
   $("bar").hidden = true
 }
+$("files").onchange = () => {
+  start(pictures($("files").files))
+  $("files").value = ""
+}
+document.onpaste = event => start(pictures(event.clipboardData.files))
+ondragover = event => event.preventDefault()
+ondrop = event => {
+  event.preventDefault()
+  start(pictures(event.dataTransfer.files))
+}
 const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
   copy: () => copy(open.prompt), command: () => copy(command(open)),
+  edit: () => edit(open).catch(complain),
   use: () => fill(open.seed ?? ""), again: () => {
     fill("")
     $("go").click()

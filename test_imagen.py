@@ -18738,6 +18738,13 @@ class Tab:
         choose = f"it.value = {value!r}; it.dispatchEvent(new Event('change'))"
         self.js(f"(it => {{ {choose} }})(document.querySelector({selector!r}))")
 
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file, as in the dialog of a file field."""
+        root = self.browser("DOM.getDocument", self.session)["root"]["nodeId"]
+        found = self.browser("DOM.querySelector", self.session, nodeId=root, selector=selector)
+        node = found["nodeId"]
+        self.browser("DOM.setFileInputFiles", self.session, nodeId=node, files=[str(path)])
+
     def reported(self, *kinds: str) -> list[dict[str, Any]]:
         """What the browser reported of this page."""
         with self.browser.changed:
@@ -18769,7 +18776,7 @@ class Tab:
         assert self.reported("Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
         urls = [event["request"]["url"] for event in self.reported("Network.requestWillBeSent")]
         assert urls
-        assert [url for url in urls if not url.startswith((self.address, "data:"))] == []
+        assert [url for url in urls if not url.startswith((self.address, "data:", "blob:"))] == []
 
 
 class Gallery:
@@ -18832,7 +18839,7 @@ def gallery(box: Box, chromium: Chromium) -> Iterator[Gallery]:
 
 
 def test_server_the_page_is_one_small_document_that_asks_nobody_else_and_writes_text_only() -> None:
-    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 12 << 10
+    assert len(imagen.PAGE.replace("NONCE", "n" * 20).encode()) <= 18 << 10
     assert max(map(len, imagen.PAGE.splitlines())) <= 120
     assert not re.findall(
         r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|\son\w+=\"|eval", imagen.PAGE
@@ -18932,6 +18939,48 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
     tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
     tab.until("images.length === 3")
+
+
+@in_chromium
+def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
+    gallery: Gallery,
+) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    assert tab.js("$('inputs').hidden && $('masked').hidden")
+    # 1. Pasted, and taken out again.
+    pasted = f"""(() => {{
+      const data = new DataTransfer(), bytes = Uint8Array.from(atob("{b64(png(64, 64))}"), c => c.charCodeAt(0))
+      data.items.add(new File([bytes], "pasted.png", {{ type: "image/png" }}))
+      data.items.add(new File(["no"], "a.txt", {{ type: "text/plain" }}))
+      document.dispatchEvent(new ClipboardEvent("paste", {{ clipboardData: data }}))
+      return inputs.length
+    }})()"""
+    assert tab.js(pasted) == 1
+    assert tab.js("!$('inputs').hidden && !$('masked').hidden")
+    tab.click("#inputs button")
+    assert tab.js("inputs.length === 0 && $('inputs').hidden")
+    # 2. Edited: what is in the detail, with a second one and a mask.
+    tab.click("#grid button")
+    tab.click("#edit")
+    tab.until("inputs.length === 1 && !$('detail').open")
+    assert tab.js(pasted) == 2
+    size = tab.js("images[0].width")
+    mask = gallery.box.root / "mask.png"
+    mask.write_bytes(inputs_mask(size))
+    tab.upload("#mask", mask)
+    tab.type("#prompt", "the fox with a hat")
+    tab.click("#go")
+    tab.until("$('info').textContent === 'Done.'")
+    assert tab.tiles() == ["the fox with a hat", "an old fox"]
+    sidecar = gallery.box.ledger()[-1]["sidecar"]
+    assert [item["width"] for item in sidecar["inputs"]] == [size, 64]
+    assert sidecar["mask"]["width"] == size
+    # 3. Shown beside what was made of them.
+    tab.click("#grid button")
+    tab.until(
+        "[...document.querySelectorAll('#from img')].filter(i => i.naturalWidth).length === 3"
+    )
 
 
 @in_chromium
