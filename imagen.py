@@ -66,7 +66,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypedDict, TypeVar
 
 if typing.TYPE_CHECKING:
@@ -152,6 +152,12 @@ class BadRequest(ImagenError):
     code = "usage"
     exit_code = 2
     http_status = 400
+
+
+class KeyConflict(BadRequest):
+    """The same key was used for another request."""
+
+    http_status = 422
 
 
 class BadConfig(ImagenError):
@@ -947,6 +953,9 @@ class Order(NamedTuple):
     mask: str = ""  # likewise
     strength: Annotated[float, Between(0, 1)] = 0.0
     n: int = 1  # images
+    key: str = ""  # whoever repeats an order with this key gets the same images, paid once
+    caller: str = ""  # whose keys these are; "": the local user's
+    pay_again: bool = False  # where nobody can tell whether the images of this key were paid
     output: str = ""  # FILE, DIR/, or "" for what the config says
     cloud: str = ""  # on, off (private for ever), or "" for what the config says
 
@@ -4803,6 +4812,8 @@ class Record(TypedDict, total=False):
     job: str
     owner: str
     private: bool  # never to leave this machine
+    key: str  # of the order; the entry's id follows from it
+    ordered: str  # hash of what was ordered
     storage: str  # date/slug-seed: how the object's name begins; "": no cloud
     sidecar_wanted: bool
     sidecar: Sidecar
@@ -4819,6 +4830,7 @@ class Record(TypedDict, total=False):
     refused: bool  # the cloud will never take it
     over: bool  # there will be no image
     error: dict[str, str]
+    reused: bool  # made earlier, for the same key; never written down
 
 
 # Types of fields that nobody checks again. Others may be whatever a backend sent.
@@ -4914,11 +4926,33 @@ class Entry:
         os.unlink(self.path)
         self.unlock()
 
+    def discard(self) -> None:
+        """Undo its creation: nothing has come of it."""
+        os.unlink(self.path)
+        self.unlock()
+
     def unlock(self) -> None:
         """Leave the entry for another time."""
         if self.is_locked:
             os.close(self.fd)
         self.fd = -1
+
+
+def keyed_id(caller: str, key: str, number: int) -> str:
+    """The id of the entry of one image of an order with this key: here always the same."""
+    import uuid
+
+    path = state_path("namespace")
+    namespace = read_bytes(path).decode()
+    if not is_uuid(namespace):  # random, so that nobody elsewhere can guess what it leads to
+        hidden = f"{path}.{new_uuid()}"
+        with or_disk(path, "keys need it"):
+            write_file(hidden, new_uuid(), 0o600)
+            if not _take_names([(hidden, path)], str):
+                unlink_quietly(hidden)
+        unlink_quietly(hidden)
+        namespace = read_bytes(path).decode()
+    return str(uuid.uuid5(uuid.UUID(namespace), to_json([caller, key, number])))
 
 
 def append_line(fd: int, line: Fields, durable: bool) -> None:
@@ -5697,6 +5731,19 @@ class Plan(NamedTuple):
     parameters: Fields  # what would be sent, as far as it is known
     parallel: int
     record: Record  # how the journal entry will begin
+    pay_again: bool = False
+
+
+def order_hash(order: Order, sidecar: Sidecar) -> str:
+    """The hash of what a door asked for; how many, where to and how private do not count."""
+    import hashlib
+
+    fields = order._asdict()
+    for name in ("n", "key", "caller", "pay_again", "output", "cloud"):
+        del fields[name]
+    fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
+    fields["mask"] = sidecar.get("mask", {}).get("sha256")
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def plans_of(order: Order, config: Config) -> list[Plan]:
@@ -5711,6 +5758,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     seed = order.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4)) >> 1
+        if order.key:
+            seed = int(keyed_id(order.caller, order.key, 0)[-8:], 16) >> 1
     request = order.request()._replace(backend=order.backend or config.default_backend)
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
     if order.images or order.mask or order.strength:
@@ -5744,6 +5793,10 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "sidecar_wanted": config.output.write_metadata_json,
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
+        if order.key:
+            record["id"] = keyed_id(order.caller, order.key, number)
+            record["key"] = order.key
+            record["ordered"] = order_hash(order, record["sidecar"])
         plan = Plan(
             request=request,
             styled=styled,
@@ -5751,6 +5804,7 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             parameters=parameters,
             parallel=getattr(options, "parallel", 1),
             record=record,
+            pay_again=order.pay_again,
         )
         plans.append(plan)
     return plans
@@ -5793,6 +5847,8 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"n is 1 to {ORDER_IMAGES}")
     if len(order.images) > INPUTS:
         raise BadRequest(f"{len(order.images)} images to start from; {INPUTS} are the most")
+    if not re.fullmatch(r".{0,200}", order.key) or not order.key.isprintable():
+        raise BadRequest("key: 1 to 200 printable characters")
     if order.seed is not None and not 0 <= order.seed <= 2**63 - order.n:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
@@ -5885,6 +5941,7 @@ class Run(Context):
     def begin(self, plan: Plan) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
         at = now_iso()
+        self.id = plan.record.get("id", self.id)
         record: Record = {
             "id": self.id,
             "at": at,
@@ -6176,9 +6233,11 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     What can be checked is checked before the entry is opened.
     """
     # All that needs no network fails here, while nothing is on record and nothing is paid.
-    backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
-    prepare_folder(os.path.dirname(plan.record["name"]))
-    run.begin(plan)
+    with run.recording_failure() if run.begun else nullcontext():
+        backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
+        prepare_folder(os.path.dirname(plan.record["name"]))
+    if not run.begun:
+        run.begin(plan)
     try:
         with run.recording_failure(backend):
             run.check()
@@ -6188,7 +6247,68 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         if not fallback or "fallback_from" in plan.record["sidecar"]:
             raise
         run.warn(f"{problem}; {fallback} makes it instead")
+        run.begun = False
         return make(plan_instead(plan, fallback, config), config, run)
+
+
+# An order with a key, and what is known of an image of it:
+#
+#   nothing, or failed and not charged             made now
+#   somebody works on it                           waited for
+#   left open                                      recovered; unknown where nobody can tell
+#   made                                           that image; Disk where its file is gone
+#   closed, charged or maybe charged, no image     Unknown; made again with `pay_again` alone
+#   of another order                               KeyConflict
+def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
+    """The image that an order with the same key got; None where it has to be made.
+
+    The run has the entry then, so that nobody else makes it.
+    """
+    ident = plan.record["id"]
+    while True:
+        # 1. First the entry's name, then the ledger: between the two nobody can finish unseen.
+        try:
+            run.begin(plan)
+        except Busy:
+            entry = Entry.take(state_path("open", f"{ident}.jsonl"))
+            if not entry:
+                run.progress("waiting for who has the same key")
+                run.sleep(0.2)
+                continue
+            known = entry.record
+            if known.get("ordered") == plan.record["ordered"]:
+                if plan.pay_again and known.get("charged") == "unknown":
+                    run.adopt(entry)
+                    run.close()  # what it has left is in the ledger
+                    continue
+                if record := recover(entry, config, run):
+                    return {**record, "reused": True}
+                continue
+            entry.unlock()
+        else:
+            odd: list[str] = []
+            lines = attempts(needle=ident, warn=odd.append)
+            known = next((line for line in lines if line["id"] == ident), Record())
+            if odd and not known:  # a damaged line may have told of it
+                run.entry.discard()
+                raise Unknown(f"the ledger has a damaged line with {ident}", odd[0])
+            failed = known.get("charged", "no") == "no" and "path" not in known
+            same = known.get("ordered") == plan.record["ordered"]
+            if not known or (same and (failed or (plan.pay_again and "path" not in known))):
+                return None
+            run.entry.discard()
+            run.begun = False
+        # 2. What came of it.
+        if known.get("ordered") != plan.record["ordered"]:
+            raise KeyConflict(f"the key {plan.record['key']} was used for another request")
+        path = known.get("path")
+        if not path:
+            message = f"the images of this key were sent for at {known.get('at')}"
+            cure = "look at the backend's usage page; --pay-again makes them anew"
+            raise Unknown(message, cure, charged=known.get("charged", "unknown"))
+        if not os.path.exists(path):
+            raise Disk(f"{path}: made for this key at {known.get('at')}, and gone", "another --key")
+        return {**known, "reused": True}
 
 
 def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
@@ -6611,6 +6731,8 @@ class Runner:
         """What to do with one item: make the image of a plan, or end an entry."""
         if isinstance(item, Entry):
             return recover(item, self.config, run)
+        if "key" in item.record and (record := earlier_image(item, self.config, run)):
+            return record
         result = make(item, self.config, run)
         # All have their entries before the first is saved, so a kill loses none.
         entries = [open_further(run, remote) for remote in result.others]
@@ -8318,11 +8440,15 @@ class Server:
         model = body.get("model")
         if model in DALL_E and model not in self.config.backends and not body.get("stream"):
             body.setdefault("response_format", "url")
-        plans, ignored = self._plans(body)
+        asker = request.headers.get("authorization", "")
+        keyed = {}
+        if key := request.headers.get("idempotency-key"):
+            keyed = {"key": key, "caller": hashlib.sha256(asker.encode()).hexdigest()}
+        plans, ignored = self._plans(body, keyed)
         # Inputs count by their bytes, wherever they came from.
         inputs = plans[0].record["sidecar"]
         body |= {"images": inputs.get("inputs"), "mask": inputs.get("mask"), "kind": kind}
-        asker = request.headers.get("authorization", "")
+        body["key"] = key
         key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
         with self._lock:
             call = self._same_call(key, request)
@@ -8380,7 +8506,7 @@ class Server:
                     call.started = True
                     call.start()
 
-    def _plans(self, body: Fields) -> tuple[list[Plan], list[str]]:
+    def _plans(self, body: Fields, keyed: Fields) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
         ignored: list[str] = []
         backend = self._backend(str(body.get("model") or "auto"), ignored)
@@ -8392,7 +8518,7 @@ class Server:
             raise BadRequest("response_format is b64_json or url")
         if not isinstance(body.get("stream", False), bool):
             raise BadRequest("stream is true or false")
-        fields = {key: body[key] for key in ORDER_FIELDS if key in body}
+        fields = {**{key: body[key] for key in ORDER_FIELDS if key in body}, **keyed}
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
@@ -8524,6 +8650,8 @@ class Server:
                 "ignored": [*sidecar["ignored"], *call.ignored],
             }
         }
+        if record.get("reused"):
+            fields["imagen"]["reused"] = True
         if call.links:
             host = request.headers.get("host")
             fields["url"] = f"http://{host}/images/{image_id}?signature={self.sign(image_id)}"
@@ -9545,6 +9673,8 @@ ORDER_FLAGS = """
     -i --image FILE*        what to start from: a file, an http address, an id, last, or - for stdin
     --mask FILE             a PNG, transparent where the first image is to be made anew
     --strength S            how far from the first image, from 0 to 1
+    --key WORDS             the same key gives the same images again, paid once
+    --pay-again             where nobody can tell whether those of this key were paid
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
     --preview auto|on|off   show the image in tmux, kitty, iTerm2
     --no-preview            the same as --preview off
@@ -9637,7 +9767,7 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     options.update(options_from(args.opt or ()))
     if args.negative is not None:
         fields["negative_prompt"] = args.negative
-    for name in (*Request._fields, "n", "output"):
+    for name in (*Request._fields, "n", "output", "key", "pay_again"):
         value = getattr(args, name, None)
         if value is not None:
             fields[name] = value
@@ -9841,6 +9971,9 @@ class TerminalRunner(Runner):
         """An image is safe: its path is the result, before anything is uploaded."""
         image = {**record["sidecar"], "path": record["path"], "cloud": None}
         self.images[record["sidecar"]["image_id"]] = image
+        if record.get("reused"):
+            image["reused"] = True
+            self.terminal.note(f"made at {image.get('timestamp')} for this key")
         if not self.terminal.as_json:
             self.terminal.write(record["path"])
         if os.path.exists(f"{record['path']}.json"):

@@ -13922,6 +13922,114 @@ def test_pipeline_a_usage_table_of_another_gets_what_it_can_hold_once(
         deliver_whole(cloud, box, *done.lines)
 
 
+KEYED = ("--key", "invoice-17-hero", "-b", "cloud")
+
+
+@pytest.fixture
+def keyed(box: Box) -> Iterator[tuple[Box, OpenAIServer]]:
+    """A paid backend that counts its POSTs."""
+    with OpenAIServer() as server:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": server.v1}
+        box.configure({"cloud": {**block, "api_key_env": "CLOUD_KEY"}})
+        box.environ["CLOUD_KEY"] = server.key
+        yield box, server
+
+
+def test_pipeline_one_key_is_one_payment_and_the_same_image_again(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    first = box.run("generate", "a fox", *KEYED, "-n", "2")
+    assert first.code == 0, first.err
+    again = box.run("generate", "a fox", *KEYED, "-n", "2", "--json")
+    assert [image["path"] for image in again.json["images"]] == sorted(first.lines)
+    assert all(image["reused"] for image in again.json["images"])
+    assert server.posts == 2
+    # One more of the same order is one more; another order is none.
+    assert len(box.run("generate", "a fox", *KEYED, "-n", "3").lines) == 3
+    assert server.posts == 3
+    other = box.run("generate", "a hare", *KEYED, "--json")
+    assert (other.code, other.json["error"]["code"]) == (2, "usage")
+    assert "was used for another request" in other.json["error"]["message"]
+    # What is gone is not paid for anew.
+    Path(min(first.lines, key=lambda path: box.sidecar(path)["seed"])).unlink()
+    gone = box.run("generate", "a fox", *KEYED)
+    assert (gone.code, server.posts) == (8, 3)
+    assert (box.unfinished(), box.hidden()) == ([], [])
+    seeds = {entry["sidecar"]["seed"] for entry in box.ledger()}
+    assert len(seeds) == 3
+
+
+def test_pipeline_a_key_that_failed_free_of_charge_is_made_anew_and_an_unknown_one_never(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    server.script("moderation_input")
+    assert box.run("generate", "a fox", *KEYED).code == 5
+    server.script(status(500, "boom"))
+    lost = box.run("generate", "a fox", *KEYED)
+    assert (lost.code, server.posts) == (10, 2)
+    for _ in range(2):  # looked for, closed, and known as lost from then on
+        assert box.run("generate", "a fox", *KEYED).code == 10
+        assert server.posts == 2
+    paid = box.run("generate", "a fox", *KEYED, "--pay-again")
+    assert (paid.code, server.posts) == (0, 3)
+    assert box.run("generate", "a fox", *KEYED).lines == paid.lines
+    ledger = box.state / "ledger.jsonl"
+    ledger.write_text(re.sub(r'"charged": "yes"', '"charged": 7', ledger.read_text()))
+    damaged = box.run("generate", "a fox", *KEYED)
+    assert (damaged.code, server.posts) == (10, 3)
+    ledger.unlink()
+    ledger.mkdir()
+    assert box.run("generate", "a fox", *KEYED).code == 8
+    assert server.posts == 3
+
+
+def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    go = threading.Event()
+    answer = server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False))
+    server.script(hold(go, answer))
+    words = ("generate", "a fox", *KEYED)
+    with box.start(*words) as first:
+        server.wait_seen(1)
+        with box.start(*words) as second:
+            go.set()
+            paths = {process.communicate(timeout=60)[0] for process in (first, second)}
+        assert (first.returncode, second.returncode, len(paths), server.posts) == (0, 0, 1, 1)
+    # Killed while it waits for its answer: nobody can tell, so nobody pays.
+    stop = threading.Event()
+    server.script(hold(stop, answer))
+    words = ("generate", "a hare", "--key", "other", "-b", "cloud")
+    with box.start(*words) as killed:
+        server.wait_seen(2)
+        killed.kill()
+    stop.set()
+    assert (box.run(*words).code, server.posts) == (10, 2)
+
+
+def test_server_an_idempotency_key_outlives_a_restart_and_belongs_to_its_token(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    paths = []
+    for token in (SERVE_TOKEN, SERVE_TOKEN, ""):
+        env = {"IMAGEN_SERVE_TOKEN": token} if token else {}
+        with Serving(box, **env) as serving:
+            headers = {"authorization": f"Bearer {token}", "idempotency_key": "k-1"}
+            body = {"prompt": "a fox", "n": 1}
+            made = serving.ask("POST", "/v1/images/generations", body, **headers)
+            assert made.status == 200
+            paths.append(made.json["data"][0]["imagen"]["id"])
+            body["prompt"] = "a hare"
+            other = serving.ask("POST", "/v1/images/generations", body, **headers)
+            assert (other.status, other.json["error"]["charged"]) == (422, "no")
+    assert paths[0] == paths[1] != paths[2]
+    assert server.posts == 2
+
+
 # === Queue: imagen.jobs, one connection, one statement a turn ===
 Env = pytest.MonkeyPatch
 
