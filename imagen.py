@@ -5436,7 +5436,9 @@ class Runner:
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
-LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one connects anew
+# Classes of SQLSTATE: after these one connects anew, and these no repeat can mend.
+LOST = ("08", "25", "53", "57", "58", "XX")
+MISCONFIGURED = ("28", "3D", "3F", "42")
 
 
 def postgres_options(dsn: str) -> dict[str, str]:
@@ -5629,7 +5631,7 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
     hint = str(fields.get("H") or "")
     if code in ("42P01", "3F000"):
         hint = "imagen migrate"
-    if code[:2] in ("28", "3D", "3F", "42"):
+    if code[:2] in MISCONFIGURED:
         return BadConfig(message, hint)
     if code[:2] in LOST:
         return Unreachable(message, hint)
@@ -5677,6 +5679,9 @@ def _pg_socket(host: str, port: int, patience: float) -> PgSocket:
     return sock
 
 
+# Left out where any backend will do.
+OF_BACKEND = "AND coalesce(j.backend, '') = b.backend"
+
 # What a turn of the worker may have to do: one statement of these parts, one round trip,
 # one commit. `me` is the process, `slot` its place on this host, `lease` seconds. `attempt`
 # grows with each claim and never goes down, so (me, id, attempt) is a token that is good
@@ -5687,24 +5692,24 @@ TURN = {
     "disowned": """disowned AS (
   UPDATE imagen.jobs SET finished_at = CASE WHEN cancel_requested THEN now() END,
     status = CASE WHEN cancel_requested THEN 'canceled' ELSE 'pending' END,
-    max_attempts = max_attempts + 1,
+    max_attempts = least(max_attempts, 1000000) + 1,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
   WHERE status = 'running' AND claimed_by = :me::uuid AND NOT id = ANY(:mine::uuid[])
   RETURNING id, status)""",
     # outcomes; one that I wrote before, though the answer was lost, counts as written
     "settled": """outcome AS (
   SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int,
-    status text, image jsonb, error text, error_code text, delay float8, uncounted int,
+    status text, image text, error text, error_code text, delay float8, uncounted int,
     charged boolean)
 ), written AS (
-  UPDATE imagen.jobs j SET image_id = (o.image->>'id')::uuid,
+  UPDATE imagen.jobs j SET image_id = (o.image::jsonb->>'id')::uuid,
     status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled'
       ELSE o.status END,
     error = o.error, error_code = o.error_code, note = NULL,
     progress = CASE o.status WHEN 'done' THEN 1 END,
-    run_after = now() + make_interval(secs => coalesce(o.delay, 0)),
+    run_after = coalesce(now() + make_interval(secs => o.delay), j.run_after),
     finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
-    max_attempts = j.max_attempts + coalesce(o.uncounted, 0),
+    max_attempts = least(j.max_attempts, 1000000) + coalesce(o.uncounted, 0),
     receipt = CASE WHEN o.charged THEN j.receipt END,
     claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END,
     claimed_slot = NULL, lease_until = NULL
@@ -5716,7 +5721,7 @@ TURN = {
     steps, width, height, latency_ms, cost_usd_estimate, storage_path, sidecar)
   SELECT i.id, i.owner_user_id, i.prompt, i.prompt_hash, i.backend, i.model, i.seed,
     i.steps, i.width, i.height, i.latency_ms, i.cost_usd_estimate, i.storage_path, i.sidecar
-  FROM written, jsonb_populate_record(NULL::imagen.images, written.image) i
+  FROM written, jsonb_populate_record(NULL::imagen.images, written.image::jsonb) i
   WHERE written.image IS NOT NULL
   ON CONFLICT (id) DO NOTHING
 ), settled AS (
@@ -5731,19 +5736,20 @@ TURN = {
   UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
     lease_until = now() + make_interval(secs => :lease::float8),
     receipt = CASE WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
-      THEN coalesce(b.receipt, j.receipt) ELSE j.receipt END
+      THEN coalesce(b.receipt::jsonb, j.receipt) ELSE j.receipt END
   FROM jsonb_to_recordset(:heartbeats::jsonb)
-    AS b (id uuid, attempt int, progress real, note text, receipt jsonb, unpaid int[])
+    AS b (id uuid, attempt int, progress real, note text, receipt text, unpaid int[])
   WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
     AND j.status = 'running'
-  RETURNING j.id, j.receipt = b.receipt AS stands)""",
+  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands)""",
     "to_cancel": """to_cancel AS (
   SELECT id FROM imagen.jobs
   WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
     # jobs of the dead: of who held my slot, for certain; of the original worker, which knew
     # no leases; and those whose lease ran out while the server, and my connection to it,
     # were there long enough to have seen it renewed. What was paid for may be fetched by a
-    # few attempts more.
+    # few attempts more. It may be the job that kills: so it comes back later each time, and
+    # is `lost` from now on.
     "rescued": """dead AS (
   SELECT * FROM imagen.jobs
   WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
@@ -5752,9 +5758,11 @@ TURN = {
         AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
     OR (lease_until < now() AND :steady::boolean
         AND pg_postmaster_start_time() < now() - make_interval(secs => :lease::float8)))
-  ORDER BY seq LIMIT 50 FOR UPDATE SKIP LOCKED
+  LIMIT 50 FOR UPDATE SKIP LOCKED
 ), rescued AS (
-  UPDATE imagen.jobs j SET status = next.status,
+  UPDATE imagen.jobs j SET status = next.status, lost = j.lost + 1,
+    run_after = CASE next.status WHEN 'pending'
+      THEN now() + make_interval(secs => 2 ^ least(j.lost + 1, 8)) ELSE j.run_after END,
     finished_at = CASE WHEN next.status <> 'pending' THEN now() END,
     error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
     error_code = CASE next.status WHEN 'failed' THEN 'failed'
@@ -5777,32 +5785,91 @@ TURN = {
     AND EXISTS (SELECT FROM imagen.images WHERE id = d.image_id::uuid)
 ), delivered AS (SELECT * FROM jsonb_each_text(:images::jsonb) AS d (id, image_id))""",
     "waiting": """waiting AS (
-  SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
-    "claimed": """claimed AS (
-  UPDATE imagen.jobs j SET status = 'running', attempt = j.attempt + 1,
+  SELECT count(*) AS number FROM (
+    SELECT FROM imagen.jobs WHERE status = 'pending' LIMIT 1000) first)""",
+    # new jobs: of the highest priority, of the owner with the fewest running, who has waited
+    # for the longest time, the one that is due for the longest time; and one of each owner
+    # before a second. The index is read at one place for each owner and priority (`pair`),
+    # however many jobs wait there. A `lost` job runs with nothing beside it: until nothing
+    # runs here, it lets none of those behind it pass.
+    "claimed": """pair AS (
+  SELECT b.backend, first.* FROM unnest(:backends::text[]) AS b (backend), LATERAL (
+    SELECT j.owner_user_id, j.priority, j.run_after, j.seq FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+    ORDER BY j.owner_user_id, j.priority, j.run_after, j.seq LIMIT 1) first
+  UNION ALL
+  SELECT b.backend, next.* FROM pair b, LATERAL (
+    SELECT j.owner_user_id, j.priority, j.run_after, j.seq FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+      AND (j.owner_user_id, j.priority) > (b.owner_user_id, b.priority)
+    ORDER BY j.owner_user_id, j.priority, j.run_after, j.seq LIMIT 1) next
+), at_work AS (
+  SELECT owner_user_id, count(*) AS number FROM imagen.jobs WHERE status = 'running' GROUP BY 1
+), turn AS (
+  SELECT b.*, coalesce(number, 0) AS running,
+    (SELECT max(started_at) FROM imagen.jobs j WHERE j.owner_user_id = b.owner_user_id) AS served
+  FROM pair b LEFT JOIN at_work USING (owner_user_id)
+  WHERE b.run_after <= now() AND coalesce(number, 0) < coalesce(:per_owner::int, 1000000)
+  ORDER BY b.priority DESC, running, served NULLS FIRST, b.run_after, b.seq LIMIT :free::int
+), candidate AS (
+  SELECT b.*, next.*, row_number() OVER (PARTITION BY b.owner_user_id
+    ORDER BY b.priority DESC, next.due, next.number) AS nth
+  FROM turn b, LATERAL (
+    SELECT j.id, j.run_after AS due, j.seq AS number, j.lost FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+      AND j.owner_user_id = b.owner_user_id AND j.priority = b.priority AND j.run_after <= now()
+    ORDER BY j.run_after, j.seq LIMIT :free::int FOR UPDATE SKIP LOCKED) next
+), choice AS (
+  SELECT id, row_number() OVER line AS place, bool_or(lost > 0) OVER line AS behind_lost
+  FROM candidate WHERE running + nth <= coalesce(:per_owner::int, 1000000)
+  WINDOW line AS (ORDER BY priority DESC, running + nth,
+    CASE nth WHEN 1 THEN served ELSE now() END NULLS FIRST, due, number
+    ROWS UNBOUNDED PRECEDING)
+), claimed AS (
+  UPDATE imagen.jobs j SET status = 'running', attempt = least(j.attempt, 2147483646) + 1,
     claimed_by = :me::uuid, claimed_slot = :slot, started_at = now(),
     lease_until = now() + make_interval(secs => :lease::float8),
     progress = NULL, note = NULL, error = NULL, error_code = NULL
-  WHERE j.id = ANY(ARRAY(SELECT id FROM imagen.jobs
-    WHERE status = 'pending' AND run_after <= now() AND (:backends::text[] IS NULL
-      OR coalesce(nullif(backend, ''), :default::text) = ANY(:backends::text[]))
-    ORDER BY priority DESC, seq LIMIT :free::int FOR UPDATE SKIP LOCKED))
-  RETURNING j.*)""",
+  WHERE j.id = ANY(ARRAY(SELECT id FROM choice
+    WHERE place <= :free::int AND (NOT behind_lost OR (place = 1 AND :alone::boolean))))
+  RETURNING j.id, j.attempt, j.max_attempts, j.priority, j.seq, j.lost,
+    to_jsonb(j)::text AS fields), missed AS (
+  SELECT FROM turn WHERE NOT EXISTS (SELECT FROM candidate c WHERE c.backend = turn.backend
+    AND (c.owner_user_id, c.priority) = (turn.owner_user_id, turn.priority)))""",
 }
+# A job as JSON that any reader takes: options that none would, as rows from before there was a
+# check of them may have, are text here.
+JOB_JSON = """to_jsonb(j) || CASE WHEN backend_opts @? 'strict $.**{17}'
+    OR length(backend_opts::text) > 4000 THEN jsonb_build_object('backend_opts',
+      left(backend_opts::text, 4000)) ELSE '{}' END"""
 # Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
 
 Rows = dict[str, list[Any]]  # by the name of the part that gave them
 
 
+def no_rows() -> Rows:
+    """What a turn brings that brings nothing."""
+    return {part: [] for part in (*TURN, "woken", "missed")}
+
+
 @functools.cache
-def turn_sql(*parts: str) -> str:
-    """One statement of these parts of TURN, which also rings for jobs that become pending."""
-    selects = [f"SELECT '{part}', to_jsonb({part}) FROM {part}" for part in parts]  # noqa: S608 (names of our own)
+def turn_sql(any_backend: bool, *parts: str) -> str:
+    """One statement of these parts of TURN, which also rings for jobs that become pending.
+
+    What is in a row may be anybody's: it comes as text, and pg8000 has nothing to decode.
+    """
+    selects = [f"SELECT '{part}', to_jsonb({part})::text FROM {part}" for part in parts]  # noqa: S608 (names of our own)
     for part in WAKING.keys() & parts:
-        ring = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)"
+        ring = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)::text"
         selects.append(f"{ring} FROM {WAKING[part]} WHERE status = 'pending'")
-    return f"WITH {', '.join(TURN[part] for part in parts)} {' UNION ALL '.join(selects)}"
+    if "claimed" in parts:
+        selects.append("SELECT 'missed', 'true' FROM missed")
+    names = ", ".join(TURN[part] for part in parts)
+    sql = f"WITH RECURSIVE {names} {' UNION ALL '.join(selects)}"
+    if any_backend:
+        sql = sql.replace(OF_BACKEND, "")
+    return sql
 
 
 class Queue:
@@ -5811,7 +5878,7 @@ class Queue:
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always`: the parameters that stay: me, slot, lease, backends, default."""
         self.connection = connection
-        self.always = always
+        self.always = {"alone": True, "per_owner": None, **always}
         self.notified = False
         self._claiming = False
         self._prepared: JsonObject = {}
@@ -5833,11 +5900,11 @@ class Queue:
             # Nothing of ours is done after we gave up.
             f"SET statement_timeout = {900 * patience:.0f}; "
             "SET default_transaction_isolation = 'read committed'; "
-            # Jobs come faster than statistics of them: without these a claim sorts all that
-            # wait, and keeps doing so.
-            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off; "
-            # What these make dear in the planner's eyes is not worth compiling at every poll.
-            "SET jit = off"
+            # Jobs come faster than statistics of them: planned once, by the indexes, a claim
+            # reads no more than it needs. No ORDER BY of ours needs a sort of many rows:
+            # `enable_sort = off` would only make the estimate so high that each poll is compiled.
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; "
+            "SET plan_cache_mode = force_generic_plan"
         )
 
     def _on_notification(self, *_: Any) -> None:
@@ -5871,18 +5938,21 @@ class Queue:
         """The rows of a statement, which is prepared once; one round trip from then on."""
         if sql not in self._prepared:
             self._prepared[sql] = self.connection.prepare(sql)
-        return list(self._prepared[sql].run(**self.always, **params) or ())
+        return list(self._prepared[sql].run(**{**self.always, **params}) or ())
 
     def turn(self, **parts: Fields) -> Rows:
         """Do these parts of TURN, each with its parameters, in one transaction; their rows."""
-        sql = turn_sql(*[part for part in TURN if part in parts])
-        params: JsonObject = {}
+        params = dict(self.always)
         for part in parts.values():
             params.update(part)
-        rows: Rows = {part: [] for part in (*TURN, "woken")}
+        sql = turn_sql(not params["backends"], *[part for part in TURN if part in parts])
+        params["backends"] = params["backends"] or [""]
+        if params["default"] in params["backends"]:  # which a row need not name
+            params["backends"] = [*params["backends"], ""]
+        rows = no_rows()
         self._claiming = "claimed" in parts
         for part, row in self.run(sql, **params):
-            rows[part].append(row)
+            rows[part].append(json.loads(row))
         return rows
 
     def wait(self, timeout: float, *bells: socket.socket) -> bool:
@@ -5918,22 +5988,22 @@ BACKLOG_S = 60.0  # seconds between two looks for images that the cloud would no
 
 
 class JobRow(TypedDict):
-    """A row of imagen.jobs: these columns, and those that are called like fields of Order."""
+    """A claimed job: what the main thread needs of it, and the rest as the text that it came in."""
 
     id: str
     seq: int
     priority: int
-    owner_user_id: str
     attempt: int
     max_attempts: int
-    receipt: Fields | None
+    lost: int  # attempts whose worker was lost
+    fields: str  # the whole row, for `read_row`
 
 
 class Outcome(TypedDict, total=False):
     """What is to be written of an attempt that is over."""
 
     status: str
-    image: Fields | None  # its row of imagen.images
+    image: str | None  # its row of imagen.images, as JSON
     error: str
     error_code: str
     delay: float  # seconds until it may run again
@@ -5942,9 +6012,10 @@ class Outcome(TypedDict, total=False):
 
 
 class Receipt:
-    """A receipt on its way into the row; once `answered`, whether it `stands` there."""
+    """A receipt on its way into the row, as JSON; once `answered`, whether it `stands` there."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str = "") -> None:
+        self.text = text
         self.sent_at = 0.0
         self.stands = False
         self.answered = threading.Event()
@@ -5958,7 +6029,15 @@ def job_uuid(job: str, name: object) -> str:
 
 
 class Attempt(Run):
-    """One claimed job at work: what its thread and the main thread share."""
+    """One claimed job at work: what its thread and the main thread share.
+
+    What somebody else wrote, in the row or in an answer, becomes values and JSON in the job's
+    own thread, which alone fails where it cannot.
+    """
+
+    owner: str
+    order: Order
+    earlier_receipt: Fields | None  # what an earlier attempt may have paid
 
     def __init__(self, worker: Worker, row: JobRow) -> None:
         super().__init__(JOB_TIMEOUT, self._show, self._warn)
@@ -5968,10 +6047,6 @@ class Attempt(Run):
         self.job = row["id"]
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
-        columns: JsonObject = {**row}
-        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
-        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
-        self.order = Order(**fields)
         self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
@@ -5982,13 +6057,26 @@ class Attempt(Run):
         self.settled = threading.Event()
         self.was_ours = False  # once settled: the outcome was written, under the fence
 
+    def read_row(self) -> None:
+        """Take in what the row says; BadRequest where nobody can read it."""
+        try:
+            columns = json.loads(self.row["fields"])
+        except (ValueError, RecursionError) as problem:
+            raise BadRequest(f"the row cannot be read: {problem}") from None
+        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
+        self.order = Order(**fields)
+        self.owner = columns["owner_user_id"]
+        self.earlier_receipt = columns["receipt"]
+
     def _warn(self, text: str) -> None:
         self.worker.say(f"{self.job}: {text}", 4)
 
     def _show(self, progress: Progress) -> None:
         share = None
         if progress.done is not None and progress.total:
-            share = max(0.0, min(1.0, progress.done / progress.total))
+            # Rounded: what is next to nothing is more than a `real` can say.
+            share = round(max(0.0, min(1.0, progress.done / progress.total)), 4)
         self.shown = {"note": progress.note[:200], "progress": share}
 
     def sending(self) -> None:
@@ -6013,7 +6101,13 @@ class Attempt(Run):
     def renew_receipt(self) -> Receipt:
         """Have written what another worker needs to fetch what this one pays for."""
         # Nobody waits for an earlier one any more, and this one says all that it said.
-        self.receipt = Receipt()
+        fields = {
+            "attempt": self.number,
+            "at": self.entry.record["at"],
+            "host": socket.gethostname(),
+            "remote": cleaned(self.remote_ids),
+        }
+        self.receipt = Receipt(to_jsonb(fields))
         self.worker.ring()
         return self.receipt
 
@@ -6025,12 +6119,7 @@ class Attempt(Run):
         if not receipt.answered.is_set():
             receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
-            fields["receipt"] = {
-                "attempt": self.number,
-                "at": self.entry.record["at"],
-                "host": socket.gethostname(),
-                "remote": dict(self.remote_ids),
-            }
+            fields["receipt"] = receipt.text
         return fields
 
     def settle_job(self, outcome: Outcome) -> bool:
@@ -6049,13 +6138,28 @@ class Turn(NamedTuple):
     renewed: Sequence[Attempt] = ()
     free: int = 0  # slots for new jobs
 
+    def split(self) -> list[Turn]:
+        """The same a job and a part at a time."""
+        turns = [settling([pair]) for pair in self.finished]
+        turns += [renewing([run]) for run in self.renewed]
+        for part, params in self.parts.items():
+            if part not in ("settled", "renewed"):
+                turns.append(Turn({part: params}, free=self.free))
+        return turns
 
-def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Strings:
-    """The parameters of the part that writes these outcomes."""
+
+def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Turn:
+    """The turn that writes these outcomes."""
     rows = []
     for run, outcome in finished:
         rows.append({"id": run.job, "attempt": run.number, **outcome})
-    return {"outcomes": to_jsonb(rows)}
+    return Turn({"settled": {"outcomes": to_jsonb(rows)}}, finished=finished)
+
+
+def renewing(runs: Sequence[Attempt]) -> Turn:
+    """The turn that renews the leases of these jobs."""
+    heartbeats = to_jsonb([run.heartbeat() for run in runs])
+    return Turn({"renewed": {"heartbeats": heartbeats}}, renewed=runs)
 
 
 class Worker:
@@ -6134,7 +6238,8 @@ class Worker:
                     self.say("connected, listening")
                     self.run_turns(queue, once)
                     break
-            except ImagenError as problem:
+            except Exception as caught:  # jobs in hand go on, whatever happened here
+                problem = as_error(caught)
                 if isinstance(problem, BadConfig) and not self.begun:
                     raise
                 # Spread, or all workers come back in the same moment. Never longer than a
@@ -6231,7 +6336,7 @@ class Worker:
                 finished.append((run, outcome))
         parts: dict[str, Fields] = {}
         if finished:
-            parts["settled"] = settled_params(finished)
+            parts.update(settling(finished).parts)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
         # of those whose POST waits for its receipt.
         ended = {run for run, _ in finished}
@@ -6244,7 +6349,7 @@ class Worker:
             renewed = busy
             self._last_heartbeat = now
         if renewed:
-            parts["renewed"] = {"heartbeats": to_jsonb([run.heartbeat() for run in renewed])}
+            parts.update(renewing(renewed).parts)
         mine = {"mine": [*self.running]}
         if busy and (renewed or self._more_expected):
             parts["to_cancel"] = mine
@@ -6261,10 +6366,13 @@ class Worker:
             parts["delivered"] = {"images": to_jsonb(dict(self.delivered))}
         if self.undelivered:
             parts["ended"] = {"undelivered": [*self.undelivered]}
-        # 5. New jobs, for the slots of the finished ones too.
+        # 5. New jobs, for the slots of the finished ones too. What has taken a worker along
+        # runs alone.
         free = self.concurrency - len(busy)
-        if free and not self.stops and (self._more_expected or polling or finished):
-            parts["claimed"] = {"free": free}
+        if self.stops or any(run.row["lost"] for run in busy):
+            free = 0
+        if free and (self._more_expected or polling or finished):
+            parts["claimed"] = {"free": free, "alone": not busy}
         return Turn(parts, finished, renewed, free)
 
     def run_turn(self, queue: Queue, turn: Turn) -> None:
@@ -6274,24 +6382,43 @@ class Worker:
         try:
             rows = queue.turn(**turn.parts)
         except DatabaseError as problem:
-            reason = refused_value(problem)
-            if not reason or not any(outcome.get("image") for _, outcome in turn.finished):
+            fields = problem.args[0]
+            if fields["C"][:2] in (*LOST, *MISCONFIGURED):
                 raise
-            # imagen.images refuses a row: one outcome after the other is written, and the
-            # one that is refused alone goes without it. The rest of the turn comes again.
-            is_alone = len(turn.parts) == len(turn.finished) == 1
-            for run, outcome in turn.finished:
-                if is_alone:
-                    outcome["image"] = None
-                    outcome["error"] = clipped(f"imagen.images: {reason}")
-                alone = [(run, outcome)]
-                self.run_turn(queue, Turn({"settled": settled_params(alone)}, alone))
-            self._last_heartbeat = 0.0
-            self._more_expected = True
+            # Something in one row: each job by itself, and it fails alone.
+            alone = turn.split()
+            if len(alone) > 1:
+                for one in alone:
+                    self.run_turn(queue, one)
+            else:
+                self.refused(queue, turn, f"{fields['C']} {fields['M']}")
             return
         self.apply_turn(rows, turn)
         # More may wait than there was room for, or than was there when we looked.
         self._more_expected = bool(rows["woken"]) or 0 < turn.free == len(rows["claimed"])
+        if rows["missed"]:  # somebody else had these locked, and will have taken them
+            self._poll_at = min(self._poll_at, time.monotonic() + 0.05)
+
+    def refused(self, queue: Queue, turn: Turn, reason: str) -> None:
+        """The database does not take the one thing that a turn was to write."""
+        self.say(f"refused by the database: {', '.join(turn.parts)}: {reason}", 4)
+        for run, outcome in turn.finished:
+            # Without its image, then without any word of others, then not at all.
+            if outcome.get("image"):
+                outcome["image"] = None
+                outcome["error"] = clipped(f"imagen.images: {reason}")
+            elif outcome.get("error_code") != "bug":
+                outcome["error"] = ""
+                outcome["delay"] = 0.0
+                outcome["status"] = "failed"
+                outcome["error_code"] = "bug"
+            else:
+                self.apply_turn(no_rows(), turn)
+                return
+            self.run_turn(queue, settling([(run, outcome)]))
+        for run in turn.renewed:
+            run.stop("lost")
+            self.forget(run)
 
     def apply_turn(self, rows: Rows, turn: Turn) -> None:
         """See to what a turn brought."""
@@ -6362,9 +6489,11 @@ class Worker:
 
     def work(self, run: Attempt) -> None:
         """One job from its row to its outcome, in a thread of its own."""
-        config = self.config._replace(owner_user_id=run.row["owner_user_id"])
+        config = self.config
         # 1. The image, and its way to the cloud: the row is written together with the outcome.
         try:
+            run.read_row()
+            config = config._replace(owner_user_id=run.owner)
             record = self.image_of(run, config)
             run.image_exists = True
             if run.why == "user":
@@ -6398,7 +6527,7 @@ class Worker:
 
     def from_leftovers(self, run: Attempt, config: Config) -> Record | None:
         """What an earlier attempt has left on this host: the image, or the way to it."""
-        receipt = run.row["receipt"]
+        receipt = run.earlier_receipt
         own_id = run.id
         for leftover in entries():
             if leftover.record.get("job") != run.job:
@@ -6416,7 +6545,7 @@ class Worker:
 
     def from_receipt(self, run: Attempt, plan: Plan, config: Config) -> Record | None:
         """What another host may have paid for: as if we had sent it, and lost the answer."""
-        receipt = run.row["receipt"]
+        receipt = run.earlier_receipt
         if not receipt or receipt["attempt"] in run.unpaid:
             return None
         prepare_folder(os.path.dirname(plan.record["name"]))
@@ -6453,7 +6582,7 @@ class Worker:
                 f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
             )
         if record.get("object"):
-            outcome["image"] = image_row(record)
+            outcome["image"] = to_jsonb(image_row(record))
         return outcome
 
     def failure(self, run: Attempt, error: ImagenError) -> Outcome:
@@ -6472,7 +6601,7 @@ class Worker:
             outcome["status"] = "canceled"
         elif run.number < attempts_allowed(run, error):
             outcome["status"] = "pending"
-            outcome["delay"] = max(error.after, min(300.0, 2.0**run.number))
+            outcome["delay"] = max(error.after, 2.0 ** min(run.number, 8))
         return outcome
 
     def find_backlog(self) -> None:
@@ -6518,14 +6647,6 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     if not os.path.exists(run.entry.path):
         return 0
     return most + 3
-
-
-def refused_value(problem: Exception) -> str:
-    """Why the database refuses a value (SQLSTATE 22 and 23); "" for any other error."""
-    fields = problem.args[0]
-    if fields["C"][:2] not in ("22", "23"):
-        return ""
-    return f"{fields['C']} {fields['M']}"
 
 
 def clipped(text: str) -> str:
@@ -8916,9 +9037,9 @@ ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
   SELECT id, :owner::uuid, {_COLUMNS}
   FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
   ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (as above)
-LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
-  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""
-FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
+LIST = f"""SELECT {JOB_JSON} FROM imagen.jobs j
+  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""  # noqa: S608 (as above)
+FOLLOW = f"SELECT {JOB_JSON} FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"  # noqa: S608
 
 
 def job_requests(order: Order, config: Config) -> list[JsonObject]:

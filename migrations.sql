@@ -312,13 +312,16 @@ alter table imagen.jobs
   add column if not exists progress         real,      -- 0 … 1
   add column if not exists note             text,
   add column if not exists receipt          jsonb,     -- written before a paid call leaves
-  add column if not exists error_code       text;
+  add column if not exists error_code       text,
+  add column if not exists lost             int not null default 0,  -- attempts whose worker was lost
+  add column if not exists handed_back_at   timestamptz;  -- first, by a worker that could not make it
 alter table imagen.jobs alter column owner_user_id set default auth.uid();
 
 do $jobs$
 declare
   old record;
   wanted record;
+  deep text;
 begin
   -- What the original system made narrower is made anew.
   for old in select conname from pg_constraint where conrelid = 'imagen.jobs'::regclass and (
@@ -348,10 +351,29 @@ begin
       end;
     end if;
   end loop;
+  -- What a worker reads of a job: 16 levels, and numbers that JSON's readers know. A row that was there before may be
+  -- so: its own attempt will fail. (Without the exception, or with NOT VALID, nobody could even mark it as failed.)
+  if not exists (select from imagen_before where what = 'table imagen.jobs' and how like '%strict $.**{17}%') then
+    deep := 'not backend_opts @? ''strict $.**{17}'' and not backend_opts @? '
+            '''strict $.** ? (@.type() == "number" && (@ > 1e300 || @ < -1e300))''';
+    begin
+      execute format('alter table imagen.jobs add constraint imagen_jobs_depth_check check (%s)', deep);
+    exception when check_violation then
+      execute format('alter table imagen.jobs add constraint imagen_jobs_depth_check check (seq <= %s or (%s))',
+                     (select max(seq) from imagen.jobs), deep);
+    end;
+  end if;
 end
 $jobs$;
 
 create index if not exists imagen_jobs_ready_idx on imagen.jobs (priority desc, seq) where status = 'pending';
+-- A claim reads these at one place for each owner and priority; the second for a worker of some backends alone.
+create index if not exists imagen_jobs_turn_idx
+  on imagen.jobs (owner_user_id, priority, run_after, seq) where status = 'pending';
+create index if not exists imagen_jobs_backend_turn_idx
+  on imagen.jobs (coalesce(backend, ''), owner_user_id, priority, run_after, seq) where status = 'pending';
+create index if not exists imagen_jobs_served_idx
+  on imagen.jobs (owner_user_id, started_at) where started_at is not null;
 create index if not exists imagen_jobs_running_idx on imagen.jobs (id) where status = 'running';
 create index if not exists imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
 
