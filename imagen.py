@@ -949,6 +949,8 @@ class Backend:
     paid: ClassVar[bool] = True
     # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between.
     Options: ClassVar[type[Any]]
+    # The remote's fields that it fills itself, which a request's `extra` may not name.
+    OWN_FIELDS: ClassVar[str] = ""
 
     def __init__(self, name: str, options: Any) -> None:
         """Fails fast, with BadConfig: a variable unset, a URL malformed, a file not there."""
@@ -1023,6 +1025,7 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
             message = f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
             raise BadRequest(message)
         options = from_mapping(cls.Options, block)
+        check_extra(cls, options, opts.get("extra"))
         own = from_mapping(cls.Options, {**block, **opts})
         merged_fields = {}
         for key in opts:
@@ -1030,6 +1033,16 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
             if all(isinstance(value, Mapping) for value in both):
                 merged_fields[key] = {**both[0], **both[1]}
         return cls, own._replace(**merged_fields)
+
+
+def check_extra(cls: type[Backend], options: Any, extra: Any) -> None:
+    """BadRequest where a request's `extra` sets what price, record or block decide."""
+    if not isinstance(extra, Mapping):
+        return
+    for key in extra:
+        marked_by_block = str(getattr(options, "extra", EMPTY).get(key)).startswith("{")
+        if key in (*cls.OWN_FIELDS.split(), *cls.Options._fields) or marked_by_block:
+            raise BadRequest(f"extra.{key}: not for a request to set there", "use its own option")
 
 
 def open_backend(
@@ -2802,6 +2815,11 @@ class Replicate(Backend):
     Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
+    OWN_FIELDS = (
+        "prompt negative_prompt seed width height aspect_ratio megapixels"
+        " num_inference_steps num_outputs"
+    )
+
     class Options(NamedTuple):
         """`model` is owner/name, or owner/name:version for community models.
 
@@ -3139,6 +3157,8 @@ class OpenAI(Backend):
     https://developers.openai.com/api/reference/resources/images
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
+
+    OWN_FIELDS = "prompt negative_prompt seed size width height n steps"
 
     class Options(NamedTuple):
         """`extra` are further fields.

@@ -8552,7 +8552,11 @@ OPENAI_CHECKED = adapter_rows("""
 --size 1000x1000                          | gpt-image-2         | multiples of 16
 --opt output_format=svg                   | gpt-image-2.6-flare | svg
 --opt output_format=gif                   | gpt-image-2.6-flare | gif
---opt extra={"output_format":"svg"}       | gpt-image-2.6-flare | svg
+--opt extra={"output_format":"svg"}       | gpt-image-2.6-flare | extra.output_format
+--opt extra={"model":"gpt-image-2"}       | gpt-image-1-mini    | extra.model
+--opt extra={"prompt":"another"}          | gpt-image-1-mini    | extra.prompt
+--opt extra={"size":"4096x4096"}          | gpt-image-1-mini    | extra.size
+--opt extra={"n":4}                       | gpt-image-1-mini    | extra.n
 """)
 
 
@@ -8563,6 +8567,21 @@ def test_openai_what_is_sure_to_be_refused_is_refused_before_paying(
     with OpenAIServer() as server:
         done = openai_run(box, server, *flags.split(), model=model)
     assert (done.code, server.seen, box.ledger()) == (2, [], []) and hint in done.err, done.err
+
+
+def test_openai_extra_of_a_request_is_laid_over_the_blocks_field_by_field() -> None:
+    block = {"type": "openai", "model": "m", "extra": {"a": 1, "b": 2, "step": "{steps}"}}
+    _, options = imagen.options_of("x", {"x": block}, {"extra": {"b": 3, "c": 4}})
+    assert options.extra == {"a": 1, "b": 3, "c": 4, "step": "{steps}"}
+    replicate = {"type": "replicate", "model": "a/b"}
+    for kind, key in (
+        (block, "step"),
+        (block, "seed"),
+        (replicate, "num_outputs"),
+        (replicate, "model"),
+    ):
+        with pytest.raises(imagen.BadRequest, match=rf"extra\.{key}"):
+            imagen.options_of("x", {"x": kind}, {"extra": {key: 1}})
 
 
 OPENAI_ERRORS = adapter_rows("""
