@@ -1109,6 +1109,14 @@ class WorkerConfig(NamedTuple):
     lease_s: Seconds = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
+    job_timeout_s: Annotated[float, Between(1, 86400)] = 600.0  # for one attempt
+
+
+def check_worker(config: WorkerConfig) -> None:
+    """BadConfig where one late answer would cost a living worker its jobs."""
+    if config.heartbeat_s > config.lease_s / 3:
+        message = f"worker.heartbeat_s {config.heartbeat_s:g} with lease_s {config.lease_s:g}"
+        raise BadConfig(message, "a heartbeat takes a third of the lease at most")
 
 
 class Style(NamedTuple):
@@ -1138,7 +1146,7 @@ supabase:
   service_key_env: SUPABASE_SERVICE_ROLE_KEY
   database_url_env: IMAGEN_DATABASE_URL
   bucket: imagen-generated
-worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
+worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120, job_timeout_s: 600}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
@@ -1272,11 +1280,13 @@ def complaints(
         return errors, warnings
     # 3. What fails by itself where it is used, and would hold up those who do not use it.
     output = data.get("output")
-    if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
-        try:
+    try:
+        if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
             check_template(output["naming"])
-        except BadConfig as problem:
-            errors.append(str(problem))
+        if not errors:
+            check_worker(from_mapping(Config, data).worker)
+    except BadConfig as problem:
+        errors.append(str(problem))
     if isinstance(blocks, Mapping):
         for name, block in blocks.items():
             if not isinstance(block, Mapping | None):
@@ -5649,8 +5659,15 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
     code = str(fields.get("C", ""))
     message = f"{place}: {fields.get('M')} ({code})"
     hint = str(fields.get("H") or "")
-    if code in ("42P01", "3F000"):
+    if code in ("42P01", "42703", "3F000"):
         hint = "imagen migrate"
+        if re.search(r'"(storage|auth)[".]', message):
+            hint = (
+                "this is no Supabase project, or one whose Storage is not set up: see its Dashboard"
+            )
+    if "Tenant or user not found" in message:
+        hint = "its user is postgres.<ref>, its host your region's; or the project is paused"
+        return BadConfig(message, hint)
     if code[:2] in MISCONFIGURED:
         return BadConfig(message, hint)
     if code[:2] in LOST:
@@ -5660,19 +5677,37 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
 
 def _connected(pg: Any, options: Strings) -> Any:
     host = options["host"]
-    port = int(options["port"])
-    patience = float(options["connect_timeout"])
+    port = options["port"]
+    places: list[tuple[int, Any]] = [(socket.AF_UNIX, f"{host}/.s.PGSQL.{port}")]
+    if not host.startswith("/"):
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        places = [(family, address) for family, _, _, _, address in infos]
+    for place in places:
+        try:
+            return _connected_to(pg, options, *place)
+        except (pg.InterfaceError, OSError) as problem:
+            # One that is silent, or not there, may have a neighbour that answers.
+            if place != places[-1]:
+                continue
+            if {family for family, _ in places} == {socket.AF_INET6}:
+                raise Unreachable(
+                    f"Postgres at {host}:{port}, which has an IPv6 address alone: {problem}",
+                    "where there is no IPv6, use the session pooler's address (port 5432)",
+                ) from None
+            raise
+    raise AssertionError("there is at least one place")
+
+
+def _connected_to(pg: Any, options: Strings, family: int, address: Any) -> Any:
     login = {name: options[name] for name in ("user", "host", "database", "password")}
     contexts = postgres_tls(options)
     for context in contexts:
-        if host.startswith("/"):
-            sock = PgSocket(socket.AF_UNIX)
-        else:
-            sock = _pg_socket(host, port, patience)
+        sock = PgSocket(family)
         try:
-            sock.settimeout(patience)
-            if host.startswith("/"):
-                sock.connect(f"{host}/.s.PGSQL.{port}")
+            sock.settimeout(float(options["connect_timeout"]))
+            if family != socket.AF_UNIX:
+                _set_up_tcp(sock)
+            sock.connect(address)
             return pg.Connection(
                 **login, sock=sock, ssl_context=context, application_name=f"imagen {__version__}"
             )
@@ -5688,15 +5723,13 @@ def _connected(pg: Any, options: Strings) -> Any:
     raise AssertionError("postgres_tls gives at least one context")
 
 
-def _pg_socket(host: str, port: int, patience: float) -> PgSocket:
-    sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
+def _set_up_tcp(sock: PgSocket) -> None:
     # Without NODELAY a long prompt waits 40 ms; without keepalive a dead peer is never noticed.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return sock
 
 
 # Left out where any backend will do.
@@ -5766,8 +5799,8 @@ TURN = {
   SELECT id FROM imagen.jobs
   WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
     # jobs of the dead: of who held my slot, for certain; of the original worker, which knew
-    # no leases; and those whose lease ran out while the server, and my connection to it,
-    # were there long enough to have seen it renewed. What was paid for may be fetched by a
+    # no leases; and those whose lease ran out while the server, and my way to it, were
+    # there long enough to have seen it renewed. What was paid for may be fetched by a
     # few attempts more. It may be the job that kills: so it comes back later each time, and
     # is `lost` from now on.
     "rescued": """dead AS (
@@ -5920,6 +5953,7 @@ class Queue:
             # Nothing of ours is done after we gave up.
             f"SET statement_timeout = {900 * patience:.0f}; "
             "SET default_transaction_isolation = 'read committed'; "
+            "SET idle_session_timeout = 0; SET idle_in_transaction_session_timeout = 0; "
             # Jobs come faster than statistics of them: planned once, by the indexes, a claim
             # reads no more than it needs. No ORDER BY of ours needs a sort of many rows:
             # `enable_sort = off` would only make the estimate so high that each poll is compiled.
@@ -6003,8 +6037,8 @@ class Queue:
 # time. A job runs in a thread of its own, by `make`, `finish` and `deliver` as an image of
 # any other door, and rings the bell when it wants something written.
 
-JOB_TIMEOUT = 600.0  # seconds for one attempt
 BACKLOG_S = 60.0  # seconds between two looks for images that the cloud would not take
+REPEAT_S = 60.0  # seconds between two lines of the log about the same failure
 
 
 class JobRow(TypedDict):
@@ -6060,7 +6094,7 @@ class Attempt(Run):
     earlier_receipt: Fields | None  # what an earlier attempt may have paid
 
     def __init__(self, worker: Worker, row: JobRow) -> None:
-        super().__init__(JOB_TIMEOUT, self._show, self._warn)
+        super().__init__(worker.config.worker.job_timeout_s, self._show, self._warn)
         self.worker = worker
         self.row = row
         self.number = row["attempt"]
@@ -6196,6 +6230,7 @@ class Worker:
         name: str,
         backends: Sequence[str],
     ) -> None:
+        check_worker(config.worker)
         self.config = config
         self.say = say
         self.concurrency = concurrency
@@ -6217,6 +6252,13 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._backlog_thread: threading.Thread | None = None
         self._backlog_at = 0.0
+        self._pause = 0.05
+        self._reached_at = 0.0  # by the last turn that was done
+        self._steady_since = 0.0  # the server was reached again and again, by any connection
+        self._greeted = False  # since the last failure that was told of
+        self._failure = ""  # the last
+        self._failures = 0  # how often, since it was told of
+        self._failure_at = 0.0  # when it was
 
     def ring(self) -> None:
         """Wake the main thread."""
@@ -6241,7 +6283,6 @@ class Worker:
         """
         lease_s = self.config.worker.lease_s
         url_env = self.config.supabase.database_url_env
-        pause = 0.05
         while not self.is_over:
             # 1. Work for as long as there is a connection.
             try:
@@ -6254,8 +6295,6 @@ class Worker:
                         backends=self.backends,
                         default=self.config.default_backend,
                     )
-                    pause = 0.05
-                    self.say("connected, listening")
                     self.run_turns(queue, once)
                     break
             except Exception as caught:  # jobs in hand go on, whatever happened here
@@ -6265,8 +6304,8 @@ class Worker:
                 # Spread, or all workers come back in the same moment. Never longer than a
                 # quarter of the lease: once Postgres is back, ours runs out for the others.
                 spread = 0.5 + os.urandom(1)[0] / 255
-                wait_s = min(lease_s / 4, pause * spread)
-                self.say(f"{problem}; next try in {wait_s:.1f} s", 4)
+                wait_s = min(lease_s / 4, self._pause * spread)
+                self.failed(str(problem), f"; next try in {wait_s:.1f} s")
             # 2. Leave, where there is nothing more to wait for. The journal has what is left,
             # and whoever takes this slot goes on with it.
             self.stop_overdue()
@@ -6277,7 +6316,7 @@ class Worker:
             self._bell.settimeout(wait_s)
             with suppress(TimeoutError):
                 self._bell.recv(4096)
-            pause = min(5.0, pause * 2)
+            self._pause = min(5.0, self._pause * 2)
         sd_notify("STOPPING=1")
         patience = 1.0
         if self.stops < 2 and not self.outcomes:
@@ -6285,6 +6324,39 @@ class Worker:
         until = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def failed(self, failure: str, then: str = "") -> None:
+        """Tell of a failure once; of the same one again as a number, now and then."""
+        now = time.monotonic()
+        self._failures += 1
+        if failure == self._failure and now < self._failure_at + REPEAT_S:
+            return
+        count = ""
+        if failure == self._failure:
+            count = f" ({self._failures} times)"
+        self.say(f"{failure}{count}{then}", 4)
+        self._greeted = False
+        self._failure = failure
+        self._failures = 0
+        self._failure_at = now
+
+    def reached(self) -> None:
+        """The server has done a turn: neither it nor the way to it is what fails."""
+        now = time.monotonic()
+        if not self.is_steady(now):
+            self._steady_since = now
+        self._reached_at = now
+        self._pause = 0.05
+        if not self._greeted:
+            self._greeted = True
+            again = ""
+            if self._failures:
+                again = f", after {self._failures} more failures"
+            self.say(f"connected, listening{again}")
+
+    def is_steady(self, now: float) -> bool:
+        """Whether a living worker, cut off since our last turn, still has its lease."""
+        return now < self._reached_at + self.config.worker.lease_s / 3
 
     def may_leave_unwritten(self) -> bool:
         """Whether, without a database, all that runs is over and the time to write it is too."""
@@ -6312,12 +6384,13 @@ class Worker:
         An error leaves what is unwritten for the next connection.
         """
         tick = min(1.0, self.config.worker.heartbeat_s)
-        self._connected_at = time.monotonic()
         self._last_heartbeat = 0.0
         self._poll_at = 0.0
         self._more_expected = True  # jobs that are due, as far as we know
         # Who was away with Postgres may take now what it would not take then.
-        self._backlog_at = min(self._backlog_at, self._connected_at + 2.0)
+        self._backlog_at = min(self._backlog_at, time.monotonic() + 2.0)
+        if not self.begun:
+            queue.run("SELECT lost FROM imagen.jobs LIMIT 0")  # or nobody has migrated it
         # Claims whose answer was lost with the last connection go back before anything else.
         rows = queue.turn(disowned={"mine": [*self.running]})
         self.apply_turn(rows, Turn({}))
@@ -6334,6 +6407,7 @@ class Worker:
             turn = self.plan_turn(time.monotonic())
             if turn.parts:
                 self.run_turn(queue, turn)
+                self.reached()
             elif self._more_expected:
                 # Nothing is free for what we were told of: only take in what the server sent.
                 queue.connection.run("")
@@ -6378,9 +6452,10 @@ class Worker:
         polling = now >= self._poll_at
         if polling:
             parts["disowned"] = mine
-            parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
+            steady = self.is_steady(now) and now > self._steady_since + settings.lease_s
+            parts["rescued"] = {"steady": steady}
             parts["waiting"] = {}
-            self._poll_at = now + settings.poll_s
+            self._poll_at = now + min(settings.poll_s, settings.lease_s / 6)
         # 4. The backlog of images that the cloud would not take.
         if self.delivered:
             parts["delivered"] = {"images": to_jsonb(dict(self.delivered))}
@@ -6421,7 +6496,7 @@ class Worker:
 
     def refused(self, queue: Queue, turn: Turn, reason: str) -> None:
         """The database does not take the one thing that a turn was to write."""
-        self.say(f"refused by the database: {', '.join(turn.parts)}: {reason}", 4)
+        self.failed(f"refused by the database: {', '.join(turn.parts)}: {reason}")
         for run, outcome in turn.finished:
             # Without its image, then without any word of others, then not at all.
             if outcome.get("image"):
