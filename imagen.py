@@ -1110,6 +1110,7 @@ class WorkerConfig(NamedTuple):
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
     job_timeout_s: Annotated[float, Between(1, 86400)] = 600.0  # for one attempt
+    give_up_s: Annotated[float, Between(0, 1e7)] = 3600.0  # on what no worker is able to make
 
 
 def check_worker(config: WorkerConfig) -> None:
@@ -1146,7 +1147,8 @@ supabase:
   service_key_env: SUPABASE_SERVICE_ROLE_KEY
   database_url_env: IMAGEN_DATABASE_URL
   bucket: imagen-generated
-worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120, job_timeout_s: 600}
+worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120,
+  job_timeout_s: 600, give_up_s: 3600}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
@@ -5753,12 +5755,14 @@ TURN = {
     "settled": """outcome AS (
   SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int,
     status text, image text, error text, error_code text, delay float8, uncounted int,
-    charged boolean)
+    charged boolean, note text, handed_back boolean)
 ), written AS (
   UPDATE imagen.jobs j SET image_id = (o.image::jsonb->>'id')::uuid,
     status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled'
       ELSE o.status END,
-    error = o.error, error_code = o.error_code, note = NULL,
+    error = o.error, error_code = o.error_code, note = o.note,
+    handed_back_at = CASE WHEN o.handed_back THEN coalesce(j.handed_back_at, now())
+      ELSE j.handed_back_at END,
     progress = CASE o.status WHEN 'done' THEN 1 END,
     run_after = coalesce(now() + make_interval(secs => o.delay), j.run_after),
     finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
@@ -5832,11 +5836,20 @@ TURN = {
     # and those whose images the cloud has taken by now
     "delivered": """handed_in AS (
   UPDATE imagen.jobs j SET status = 'done', image_id = d.image_id::uuid,
-    error = NULL, error_code = NULL
+    error = NULL, error_code = NULL, note = NULL
   FROM jsonb_each_text(:images::jsonb) AS d (id, image_id)
   WHERE j.id = d.id::uuid AND j.image_id IS NULL AND j.status IN ('done', 'failed')
     AND EXISTS (SELECT FROM imagen.images WHERE id = d.image_id::uuid)
 ), delivered AS (SELECT * FROM jsonb_each_text(:images::jsonb) AS d (id, image_id))""",
+    # what was handed back for so long that nobody will make it: of backends paused here, and
+    # of all, where "" is
+    "given_up": """given_up AS (
+  UPDATE imagen.jobs j SET status = 'failed', finished_at = now(), error_code = p.code,
+    error = format('handed back for %s s, since no worker was able to: %s', :give_up, p.code)
+  FROM jsonb_each_text(:paused::jsonb) AS p (name, code)
+  WHERE j.status = 'pending' AND p.name IN ('', coalesce(nullif(j.backend, ''), :default))
+    AND j.handed_back_at < now() - make_interval(secs => :give_up::float8)
+  RETURNING j.id)""",
     "waiting": """waiting AS (
   SELECT count(*) AS number FROM (
     SELECT FROM imagen.jobs WHERE status = 'pending' LIMIT 1000) first)""",
@@ -6038,6 +6051,9 @@ class Queue:
 # any other door, and rings the bell when it wants something written.
 
 BACKLOG_S = 60.0  # seconds between two looks for images that the cloud would not take
+# What a job may fail with, uncharged, because its worker is broken: that is looked into.
+PROBE_BYTES = 1 << 20  # a quota shows in writing alone
+STALLING = ("config", "unreachable", "disk", "quota")
 REPEAT_S = 60.0  # seconds between two lines of the log about the same failure
 
 
@@ -6063,6 +6079,8 @@ class Outcome(TypedDict, total=False):
     delay: float  # seconds until it may run again
     uncounted: int  # attempts that shall not count
     charged: bool  # it was, or may have been: the receipt stays
+    note: str
+    handed_back: bool  # since this worker is not able to
 
 
 class Receipt:
@@ -6231,6 +6249,12 @@ class Worker:
         backends: Sequence[str],
     ) -> None:
         check_worker(config.worker)
+        # Whose the images are stands in the rows.
+        self.uncloudy = "; ".join(cloud_settings_missing(config._replace(owner_user_id="-")))
+        if config.output.cloud_sync == "on" and self.uncloudy:
+            raise BadConfig(f"output.cloud_sync is on: {self.uncloudy}")
+        if self.uncloudy:
+            say(f"not in the cloud: {self.uncloudy}", 4)
         self.config = config
         self.say = say
         self.concurrency = concurrency
@@ -6252,6 +6276,10 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._backlog_thread: threading.Thread | None = None
         self._backlog_at = 0.0
+        # Backend ("": all): the code of what is broken here. Replaced, never changed: two
+        # threads look at it.
+        self.paused: dict[str, str] = {}
+        self._stalling = threading.Lock()
         self._pause = 0.05
         self._reached_at = 0.0  # by the last turn that was done
         self._steady_since = 0.0  # the server was reached again and again, by any connection
@@ -6414,11 +6442,17 @@ class Worker:
                 self._more_expected = False
             # 3. What does not need the database.
             self.stop_overdue()
-            sd_notify(
-                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
-            )
+            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={self.status()}")
             if once and not (self._more_expected or self.running or self.outcomes):
                 return
+
+    def status(self) -> str:
+        """What `systemctl status` says."""
+        parts = [f"{len(self.running)} running, {self.waiting} pending"]
+        parts += [f"paused: {name or 'all'} ({code})" for name, code in self.paused.items()]
+        if self.uncloudy:
+            parts.append(f"not in the cloud: {self.uncloudy}")
+        return "; ".join(parts)
 
     def plan_turn(self, now: float) -> Turn:
         """What is to be done now, all in one turn."""
@@ -6455,6 +6489,9 @@ class Worker:
             steady = self.is_steady(now) and now > self._steady_since + settings.lease_s
             parts["rescued"] = {"steady": steady}
             parts["waiting"] = {}
+            if self.paused:
+                params = {"paused": to_jsonb(self.paused), "give_up": settings.give_up_s}
+                parts["given_up"] = params
             self._poll_at = now + min(settings.poll_s, settings.lease_s / 6)
         # 4. The backlog of images that the cloud would not take.
         if self.delivered:
@@ -6464,10 +6501,13 @@ class Worker:
         # 5. New jobs, for the slots of the finished ones too. What has taken a worker along
         # runs alone.
         free = self.concurrency - len(busy)
-        if self.stops or any(run.row["lost"] for run in busy):
+        if self.stops or "" in self.paused or any(run.row["lost"] for run in busy):
             free = 0
-        if free and (self._more_expected or polling or finished):
-            parts["claimed"] = {"free": free, "alone": not busy}
+        backends = self.backends
+        if self.paused:
+            backends = [*{*(backends or self.config.backends)} - self.paused.keys()]
+        if free and (backends or not self.paused) and (self._more_expected or polling or finished):
+            parts["claimed"] = {"free": free, "alone": not busy, "backends": backends}
         return Turn(parts, finished, renewed, free)
 
     def run_turn(self, queue: Queue, turn: Turn) -> None:
@@ -6673,11 +6713,11 @@ class Worker:
             upload_missing(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            outcome["error"] = clipped(
-                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
-            )
         if record.get("object"):
             outcome["image"] = to_jsonb(image_row(record))
+        else:
+            outcome["note"] = "made, not in the cloud"
+            self.say(f"{run.job}: made, not in the cloud: {record['path']}", 4)
         return outcome
 
     def failure(self, run: Attempt, error: ImagenError) -> Outcome:
@@ -6686,6 +6726,15 @@ class Worker:
         if run.why in ("released", "lost"):
             # Whoever is next may have to fetch what was paid for here.
             return Outcome(status="pending", uncounted=1, charged=charged or run.why == "lost")
+        if not charged and not run.why and error.code in STALLING and self.stalls(run, error.code):
+            return Outcome(
+                status="pending",
+                uncounted=1,
+                charged=False,
+                handed_back=True,
+                error="handed back: no worker is able to, so far",
+                error_code=error.code,
+            )
         outcome = Outcome(
             status="failed",
             error=clipped(f"{error}\n{error.hint}".strip()),
@@ -6698,6 +6747,49 @@ class Worker:
             outcome["status"] = "pending"
             outcome["delay"] = max(error.after, 2.0 ** min(run.number, 8))
         return outcome
+
+    def stalls(self, run: Attempt, code: str) -> bool:
+        """Whether it is this worker that is broken, and not the job: its backend is paused then."""
+        name = ""
+        if code != "disk":
+            name = run.order.backend or self.config.default_backend
+        with self._stalling:  # of many that fail at once, the first looks
+            if name not in self.paused and (problem := self.broken(name)):
+                self.say(f"{name or 'all backends'}: paused: {problem}", 4)
+                self.paused = {**self.paused, name: problem.code}
+                in_thread(self.resume, name)
+        return name in self.paused
+
+    def broken(self, name: str) -> ImagenError | None:
+        """What is wrong with a backend for any job; "": with the disk."""
+        try:
+            if name:
+                open_backend(name, self.config.backends).check(Context(CONNECT_TIMEOUT))
+                return None
+            output = full_path(os.path.expandvars(self.config.output.directory))
+            for folder in (output, state_path("open")):
+                prepare_folder(folder)
+                probe = os.path.join(folder, f".imagen-{self.me}.part")
+                try:
+                    write_file(probe, "0" * PROBE_BYTES)
+                finally:
+                    unlink_quietly(probe)
+            return None
+        except Exception as problem:
+            return as_error(problem)
+
+    def resume(self, name: str) -> None:
+        """Try a paused backend after 2, 4, … 60 s, until it works."""
+        pause = 2.0
+        while True:
+            time.sleep(pause)
+            if not self.broken(name):
+                break
+            pause = min(60.0, pause * 2)
+        self.paused = {key: code for key, code in self.paused.items() if key != name}
+        self.say(f"{name or 'all backends'}: works again", 4)
+        self._more_expected = True
+        self.ring()
 
     def find_backlog(self) -> None:
         """Look for images of jobs that the cloud would not take at their time."""

@@ -374,6 +374,8 @@ create index if not exists imagen_jobs_backend_turn_idx
   on imagen.jobs (coalesce(backend, ''), owner_user_id, priority, run_after, seq) where status = 'pending';
 create index if not exists imagen_jobs_served_idx
   on imagen.jobs (owner_user_id, started_at) where started_at is not null;
+create index if not exists imagen_jobs_handed_back_idx
+  on imagen.jobs (handed_back_at) where status = 'pending' and handed_back_at is not null;
 create index if not exists imagen_jobs_running_idx on imagen.jobs (id) where status = 'running';
 create index if not exists imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
 

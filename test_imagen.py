@@ -14876,6 +14876,19 @@ class JobsSystemd(contextlib.ExitStack):
             self.messages.append(self.sock.recv(4096).decode())
         return self.messages[before:]
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While inside, messages are taken in as they come: whoever sends into a full socket waits."""
+        over = threading.Event()
+        thread = imagen.in_thread(
+            lambda: all(
+                self.receive(0.1) is not None and not over.is_set() for _ in itertools.count()
+            )
+        )
+        yield
+        over.set()
+        thread.join()
+
     def until(self, text: str) -> None:
         """Until a message says so."""
         eventually(lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40)
@@ -15561,6 +15574,88 @@ def test_worker_run_after_survives_the_settling_and_a_job_has_its_configured_tim
     assert "not done within 1 s" in crew.ends(crew.slow(30), "failed")["error"]
 
 
+# The worker itself is what is broken
+
+
+def test_a_worker_without_a_key_or_its_backend_hands_back_pauses_that_backend_and_goes_on_when_it_works(
+    crew: Crew,
+) -> None:
+    crew.worker |= {"concurrency": 2}
+    port = quiet_port()
+    comfy = {"type": "comfyui", "base_url": f"http://127.0.0.1:{port}", "model": CHECKPOINTS[1]}
+    keyless = {
+        "type": "openai",
+        "model": "m",
+        "base_url": "http://127.0.0.1:9",
+        "api_key_env": "NO_SUCH_KEY",
+    }
+    crew.backends |= {"gpu": comfy, "keyless": keyless}
+    with JobsSystemd() as systemd, systemd.reading():
+        worker = crew.start(NOTIFY_SOCKET=systemd.path)
+        waiting = [crew.add(backend=name) for name in ("gpu", "keyless") for _ in range(20)]
+        mine = [crew.add(opts={"fail": code}) for code in ("config", "quota")]
+        for job, code in zip(mine, ("config", "quota"), strict=True):  # these are the rows' own
+            assert crew.ends(job, "failed")["error_code"] == code
+        crew.ends(crew.add())
+        both = ("gpu (unreachable)", "keyless (config)")
+        eventually(lambda: all(name in systemd.messages[-1] for name in both))
+        rows = [crew.row(job) for job in waiting]
+        assert {row["status"] for row in rows} == {"pending"}
+        tried = [row for row in rows if row["handed_back_at"]]
+        assert 2 <= len(tried) <= 4
+        assert all(row["max_attempts"] - row["attempt"] == 3 for row in tried)
+        assert {row["error_code"] for row in tried} == {"unreachable", "config"}
+        assert crew.log(worker).count("paused:") == 2
+        crew.database.sql(
+            "update imagen.jobs set handed_back_at = now() - interval '2 hours' where id = $1",
+            tried[0]["id"],
+        )
+        row = crew.ends(tried[0]["id"], "failed")
+        assert row["error_code"] in row["error"] and "3600 s" in row["error"]
+        with Comfy() as comfy, QueueWire(comfy.port, on=port):
+            crew.until(lambda: "gpu: works again" in crew.log(worker))
+            crew.until(
+                lambda: not [job for job in waiting[:20] if job in crew.jobs("pending", "running")]
+            )
+    assert crew.row(waiting[-1])["status"] == "pending"
+    assert worker.poll() is None
+
+
+def test_a_worker_whose_disk_is_full_takes_nothing_until_there_is_room(
+    crew: Crew, tmp_path: Path
+) -> None:
+    with output_disk(tmp_path / "small", 20 << 20) as small:
+        output_fill(small)
+        worker = crew.start("--concurrency", "2", IMAGEN_OUTPUT_DIR=str(small))
+        jobs = [crew.add() for _ in range(20)]
+        crew.until(lambda: "all backends: paused" in crew.log(worker))
+        crew.until(lambda: not crew.jobs("running"))
+        assert len(crew.jobs("pending")) == 20
+        (small / "filler").unlink()
+        for job in jobs:
+            crew.ends(job)
+    crew.whole(*jobs)
+
+
+def test_a_worker_that_was_told_to_reach_the_cloud_and_cannot_says_so(
+    box: Box, cloud: Cloud
+) -> None:
+    cloud.join(box, worker={})
+    del box.environ["SUPABASE_URL"]
+    done = box.run("worker", "--once", env={"IMAGEN_CLOUD_SYNC": "on"})
+    assert done.code == 3 and "SUPABASE_URL is not set" in done.err
+    with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
+        row = jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna))
+        assert (row["status"], row["image_id"], row["note"]) == (
+            "done",
+            None,
+            "made, not in the cloud",
+        )
+        assert "not in the cloud: SUPABASE_URL is not set" in worker.log()
+        assert str(next(box.out.glob("*.png"))) in worker.log()
+        systemd.until("STATUS=0 running, 0 pending; not in the cloud: SUPABASE_URL is not set")
+
+
 # Poison, orphans, what people do to rows
 
 
@@ -16075,9 +16170,9 @@ def test_worker_an_image_that_the_cloud_does_not_take_is_kept_and_handed_in_late
     )
     first = crew.start()
     row = crew.ends(crew.add())
-    assert row["image_id"] is None
-    assert "403" in row["error"]
-    assert str(crew.host().out) in row["error"]
+    assert (row["image_id"], row["error"], row["note"]) == (None, None, "made, not in the cloud")
+    assert "403" in crew.log()
+    assert str(crew.host().out) in crew.log()
     first.terminate()
     assert first.wait(20) == 0
     crew.cloud.faults.clear()
