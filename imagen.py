@@ -1113,6 +1113,23 @@ class WorkerConfig(NamedTuple):
     give_up_s: Annotated[float, Between(0, 1e7)] = 3600.0  # on what no worker is able to make
 
 
+Jobs = Annotated[int, Between(0, 1_000_000)]
+
+
+class OwnerLimits(NamedTuple):
+    """How many jobs of one owner may wait, and run; 0: any number."""
+
+    pending: Jobs = 0
+    running: Jobs = 0
+
+
+class LimitsConfig(NamedTuple):
+    """What a request may decide for itself."""
+
+    backends: tuple[str, ...] = ()  # that it may name; none: any
+    per_owner: OwnerLimits = OwnerLimits()
+
+
 def check_worker(config: WorkerConfig) -> None:
     """BadConfig where one late answer would cost a living worker its jobs."""
     if config.heartbeat_s > config.lease_s / 3:
@@ -1149,6 +1166,7 @@ supabase:
   bucket: imagen-generated
 worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120,
   job_timeout_s: 600, give_up_s: 3600}
+limits: {}                        # of jobs: backends: [name], per_owner: {pending: N, running: N}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
@@ -1178,6 +1196,7 @@ class Config(NamedTuple):
     output: OutputConfig = OutputConfig()
     supabase: SupabaseConfig = SupabaseConfig()
     worker: WorkerConfig = WorkerConfig()
+    limits: LimitsConfig = LimitsConfig()
     styles: Mapping[str, Style] = EMPTY
     backends: Mapping[str, Fields] = BUILTIN_BACKENDS
 
@@ -4613,6 +4632,12 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
 
+def check_limits(order: Order, limits: LimitsConfig) -> None:
+    """BadRequest where an order of somebody else names what is not for them."""
+    if limits.backends and order.backend not in ("", *limits.backends):
+        raise BadRequest(f'backend "{order.backend}": not one that a request may name')
+
+
 def check_text(text: str, place: str) -> None:
     """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
     try:
@@ -5670,6 +5695,8 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
     if "Tenant or user not found" in message:
         hint = "its user is postgres.<ref>, its host your region's; or the project is paused"
         return BadConfig(message, hint)
+    if code == "PT429":
+        return Busy(message, hint)
     if code[:2] in MISCONFIGURED:
         return BadConfig(message, hint)
     if code[:2] in LOST:
@@ -6018,7 +6045,17 @@ class Queue:
             params["backends"] = [*params["backends"], ""]
         rows = no_rows()
         self._claiming = "claimed" in parts
-        for part, row in self.run(sql, **params):
+        if not params["per_owner"]:
+            result = self.run(sql, **params)
+        else:  # who else claims counts what runs before us, or after
+            self.connection.run("BEGIN; SELECT pg_advisory_xact_lock(hashtext('imagen claims'))")
+            try:
+                result = self.run(sql, **params)
+            except Exception:
+                self.connection.run("ROLLBACK")
+                raise
+            self.connection.run("COMMIT")
+        for part, row in result:
             rows[part].append(json.loads(row))
         return rows
 
@@ -6322,6 +6359,7 @@ class Worker:
                         lease=lease_s,
                         backends=self.backends,
                         default=self.config.default_backend,
+                        per_owner=self.config.limits.per_owner.running or None,
                     )
                     self.run_turns(queue, once)
                     break
@@ -6530,7 +6568,12 @@ class Worker:
             return
         self.apply_turn(rows, turn)
         # More may wait than there was room for, or than was there when we looked.
-        self._more_expected = bool(rows["woken"]) or 0 < turn.free == len(rows["claimed"])
+        # And to a claim of the same turn, what has finished still ran: its owner may go on now.
+        self._more_expected = (
+            bool(rows["woken"])
+            or 0 < turn.free == len(rows["claimed"])
+            or bool(turn.finished and self.config.limits.per_owner.running)
+        )
         if rows["missed"]:  # somebody else had these locked, and will have taken them
             self._poll_at = min(self._poll_at, time.monotonic() + 0.05)
 
@@ -6653,6 +6696,7 @@ class Worker:
 
     def image_of(self, run: Attempt, config: Config) -> Record:
         """The record of the job's image: found here, fetched where it was paid for, or made."""
+        check_limits(run.order, config.limits)
         (plan,) = plans_of(run.order, config)
         if run.number > 1 and (record := self.from_leftovers(run, config)):
             return record
@@ -8982,10 +9026,12 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     except (OSError, ValueError) as problem:
         hint = "it stands beside imagen.py, or is named by --file"
         raise BadConfig(f"{path}: {problem}", hint) from None
-    with postgres(load_config(args.config).supabase.database_url_env) as database:
+    config = load_config(args.config)
+    with postgres(config.supabase.database_url_env) as database:
         # One text: a pooler may send two queries to two sessions.
         expose = {True: "on", False: "off"}[args.expose]
-        database.run(f"set local imagen.expose = '{expose}';{sql}")
+        settings = f"set local imagen.expose = '{expose}'; set local imagen.max_pending = "
+        database.run(f"{settings}'{config.limits.per_owner.pending}';{sql}")
         notices = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
     by_hand = [text for text in notices if text.startswith("by hand: ")]
     parts = dict(text.split(": ", 1) for text in notices if text.startswith("imagen_"))

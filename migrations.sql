@@ -389,6 +389,44 @@ $notify$;
 create or replace trigger imagen_jobs_notify after insert on imagen.jobs
   for each statement execute function imagen.jobs_notify();
 
+-- limits.per_owner.pending of imagen.yaml: `imagen migrate` writes it into the trigger. Without imagen.max_pending (in
+-- psql, say) what is there stays.
+create or replace function imagen.jobs_pending() returns trigger
+  language plpgsql security definer set search_path = '' as $pending$
+declare
+  whose   uuid;
+  waiting int;
+  most    int := tg_argv[0];
+begin
+  for whose in select distinct owner_user_id from inserted where status = 'pending' order by 1 loop
+    -- Two inserts of one owner count each other's rows.
+    perform pg_advisory_xact_lock(hashtext('imagen jobs of ' || whose));
+    select count(*) into waiting from (
+      select from imagen.jobs where owner_user_id = whose and status = 'pending' limit most + 1) as jobs;
+    if waiting > most then
+      raise sqlstate 'PT429' using
+        message = format('limits.per_owner.pending: at most %s jobs of one owner may wait', most),
+        hint = 'add it again once some of them are done, or cancel some';
+    end if;
+  end loop;
+  return null;
+end
+$pending$;
+
+do $limit$
+declare
+  most int := nullif(current_setting('imagen.max_pending', true), '');
+begin
+  if most = 0 and exists (select from imagen_before where what = 'trigger imagen_jobs_pending') then
+    drop trigger imagen_jobs_pending on imagen.jobs;
+  elsif most > 0 and not exists (select from imagen_before where what = 'trigger imagen_jobs_pending'
+                                 and how like format('%%jobs_pending(''%s'')', most)) then
+    execute format('create or replace trigger imagen_jobs_pending after insert on imagen.jobs
+      referencing new table as inserted for each statement execute function imagen.jobs_pending(%L)', most);
+  end if;
+end
+$limit$;
+
 alter table imagen.jobs enable row level security;
 drop policy if exists imagen_jobs_owner_select on imagen.jobs;
 create policy imagen_jobs_owner_select on imagen.jobs for select to authenticated

@@ -14437,6 +14437,72 @@ def test_queue_a_heartbeat_touches_no_index(
         assert any(f"WHERE (status = '{status}'" in row["indexdef"] for row in found)
 
 
+def test_queue_no_owner_has_more_jobs_waiting_than_the_limit_that_migrate_writes(
+    box: Box, database: Database
+) -> None:
+    def migrate(**limits: int) -> str:
+        box.configure(MOCK, limits={"per_owner": limits})
+        done = queue_migrate(box, database, "--json")
+        assert done.code == 0, done.err
+        return str(done.json["parts"]["imagen_jobs_init"])
+
+    assert "jobs_pending" not in migrate().replace("function imagen.jobs_pending", "")
+    anna, bert = database.user("anna"), database.user("bert")
+    assert "trigger imagen_jobs_pending" in migrate(pending=3)
+    assert migrate(pending=3) == "was there"
+    own = [jobs_add(database, anna, user=anna) for _ in range(3)]
+    for user in (anna, ""):
+        with pytest.raises(
+            SqlError, match=r"limits\.per_owner\.pending: at most 3 jobs"
+        ) as refused:
+            jobs_add(database, anna, user=user)
+        assert refused.value.code == "PT429"  # which PostgREST answers as 429
+    jobs_add(database, bert, user=bert)
+    with pytest.raises(SqlError, match="per_owner"):
+        database.sql(QUEUE_JOBS, bert, 1_000)
+    database.sql("select imagen.cancel_job($1::uuid)", own[0], user=anna)
+    jobs_add(database, anna, user=anna)
+    box.environ |= {"IMAGEN_DATABASE_URL": database.dsn(), "IMAGEN_OWNER_USER_ID": anna}
+    done = box.run("jobs", "add", "a fox")
+    assert done.code == 7 and "at most 3 jobs" in done.err, done.err
+    with database.session() as one, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        database.sql("truncate imagen.jobs")
+        one.sql("begin")
+        one.sql(QUEUE_JOBS, bert, 3)  # two at once count each other
+        other = pool.submit(database.sql, QUEUE_JOBS, bert, 1)
+        waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+        eventually(lambda: database.one(waits))
+        one.sql("commit")
+        with pytest.raises(SqlError, match="per_owner"):
+            other.result()
+    database.migrate()  # as psql does it: without a word of the limit it stays
+    with pytest.raises(SqlError, match="per_owner"):
+        jobs_add(database, bert)
+    migrate()
+    jobs_add(database, bert)
+
+
+def test_queue_an_owner_has_no_more_jobs_running_than_the_limit(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 20)
+    database.sql(QUEUE_JOBS, database.user("bert"), 2)
+    with (
+        queue_workers(queue_env, database, 3) as queues,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        for queue in queues:
+            queue.always["per_owner"] = 3
+        for _ in range(3):
+            [*pool.map(lambda queue: queue.turn(claimed={"free": 2}), queues)]
+        running = "select count(*)::int as n from imagen.jobs where status = 'running' group by owner_user_id order by 1"
+        assert [row["n"] for row in database.sql(running)] == [2, 3]
+        with pytest.raises(pg8000.native.DatabaseError):
+            queues[0].turn(claimed={"free": 1}, settled={"outcomes": "nonsense"})
+        assert queues[0].turn(waiting={})["waiting"] == [{"number": 17}]
+
+
 def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database: Database) -> None:
     database.migrate()
     with database.connect() as link:
@@ -14753,6 +14819,23 @@ def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
     ):  # fmt: skip
         done = box.run("worker", *flags.split())
         assert done.code == code and text in done.err and done.out == "", flags
+
+
+def test_worker_a_job_names_only_what_the_limits_let_it_name(box: Box, cloud: Cloud) -> None:
+    backends = {name: {"type": "mock"} for name in ("mock", "dear")}
+    cloud.join(
+        box,
+        backends=backends,
+        worker={},
+        limits={"backends": ["mock"], "per_owner": {"running": 1}},
+    )
+    ids = [jobs_add(cloud.database, cloud.anna, backend=name) for name in (None, "mock", "dear")]
+    assert box.run("worker", "--once", "--concurrency", "3").code == 0
+    rows = [jobs_row(cloud.database, ident) for ident in ids]
+    assert [row["status"] for row in rows] == ["done", "done", "failed"]
+    assert rows[2]["error_code"] == "usage" and '"dear": not one' in rows[2]["error"]
+    began = sorted((row["started_at"], row["finished_at"]) for row in rows)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(began))
 
 
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
