@@ -14838,6 +14838,46 @@ def test_worker_a_job_names_only_what_the_limits_let_it_name(box: Box, cloud: Cl
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(began))
 
 
+def release_before() -> Path:
+    """The folder of the release before: its imagen.py and its migrations.sql."""
+    folder = Path(tempfile.gettempdir()) / f"imagen-before-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    for name in ("imagen.py", "migrations.sql"):
+        shown = subprocess.run(
+            ["git", "show", f"22a4bc5:{name}"], cwd=HERE.parent, capture_output=True, text=True
+        )
+        if shown.returncode:
+            missing("the release before is not in this clone")
+        (folder / name).write_text(shown.stdout)
+    return folder
+
+
+def test_worker_and_database_of_two_releases_get_on(box: Box, database: Database) -> None:
+    before = release_before()
+    database.migrate((before / "migrations.sql").read_text())
+    anna = database.user("anna")
+    deep = json.loads('{"a": ' * 40 + "1" + "}" * 40)
+    old = jobs_add(database, anna, backend_opts=deep)
+    over = jobs_add(database, anna, status="done", backend_opts=deep)
+    with Cloud(database) as cloud:
+        cloud.join(box, worker={})
+        done = box.run("worker", "--once", timeout=30)
+        assert (done.code, "imagen migrate" in done.err) == (3, True), done.err
+        assert jobs_row(database, old)["status"] == "pending"
+        for _ in range(2):  # rows that break a rule of today do not stop it, and stay as they were
+            assert box.run("migrate").code == 0
+        assert jobs_row(database, over)["backend_opts"] == deep
+        with pytest.raises(SqlError, match="depth_check"):
+            jobs_add(database, anna, backend_opts=deep)
+        new = jobs_add(database, anna)
+        with box.start("worker", "--once", program=(str(before / "imagen.py"),)) as process:
+            assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        assert jobs_row(database, new)["status"] == "done"
+        assert jobs_row(database, old)["status"] == "failed"
+        assert len(cloud.objects()) == 1
+    shutil.rmtree(before)
+
+
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
