@@ -1037,11 +1037,10 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
 
 def check_extra(cls: type[Backend], options: Any, extra: Any) -> None:
     """BadRequest where a request's `extra` sets what price, record or block decide."""
-    if not isinstance(extra, Mapping):
-        return
-    for key in extra:
-        marked_by_block = str(getattr(options, "extra", EMPTY).get(key)).startswith("{")
-        if key in (*cls.OWN_FIELDS.split(), *cls.Options._fields) or marked_by_block:
+    if isinstance(extra, Mapping):
+        placed = [key for key, value in options.extra.items() if str(value).startswith("{")]
+        own = (*cls.OWN_FIELDS.split(), *cls.Options._fields, *placed)
+        for key in extra.keys() & own:
             raise BadRequest(f"extra.{key}: not for a request to set there", "use its own option")
 
 
@@ -1133,8 +1132,7 @@ class LimitsConfig(NamedTuple):
 def check_worker(config: WorkerConfig) -> None:
     """BadConfig where one late answer would cost a living worker its jobs."""
     if config.heartbeat_s > config.lease_s / 3:
-        message = f"worker.heartbeat_s {config.heartbeat_s:g} with lease_s {config.lease_s:g}"
-        raise BadConfig(message, "a heartbeat takes a third of the lease at most")
+        raise BadConfig(f"worker.heartbeat_s {config.heartbeat_s:g}: a third of lease_s at most")
 
 
 class Style(NamedTuple):
@@ -6321,9 +6319,9 @@ class Worker:
         self._reached_at = 0.0  # by the last turn that was done
         self._steady_since = 0.0  # the server was reached again and again, by any connection
         self._greeted = False  # since the last failure that was told of
-        self._failure = ""  # the last
-        self._failures = 0  # how often, since it was told of
+        self._failure = ""  # the last that was told of
         self._failure_at = 0.0  # when it was
+        self._failures = 0  # of all kinds
 
     def ring(self) -> None:
         """Wake the main thread."""
@@ -6395,16 +6393,11 @@ class Worker:
         """Tell of a failure once; of the same one again as a number, now and then."""
         now = time.monotonic()
         self._failures += 1
-        if failure == self._failure and now < self._failure_at + REPEAT_S:
-            return
-        count = ""
-        if failure == self._failure:
-            count = f" ({self._failures} times)"
-        self.say(f"{failure}{count}{then}", 4)
-        self._greeted = False
-        self._failure = failure
-        self._failures = 0
-        self._failure_at = now
+        if failure != self._failure or now > self._failure_at + REPEAT_S:
+            self.say(f"{failure}{then} (failure {self._failures})", 4)
+            self._greeted = False
+            self._failure = failure
+            self._failure_at = now
 
     def reached(self) -> None:
         """The server has done a turn: neither it nor the way to it is what fails."""
@@ -6415,10 +6408,7 @@ class Worker:
         self._pause = 0.05
         if not self._greeted:
             self._greeted = True
-            again = ""
-            if self._failures:
-                again = f", after {self._failures} more failures"
-            self.say(f"connected, listening{again}")
+            self.say(f"connected, listening ({self._failures} failures so far)")
 
     def is_steady(self, now: float) -> bool:
         """Whether a living worker, cut off since our last turn, still has its lease."""
@@ -6580,6 +6570,7 @@ class Worker:
     def refused(self, queue: Queue, turn: Turn, reason: str) -> None:
         """The database does not take the one thing that a turn was to write."""
         self.failed(f"refused by the database: {', '.join(turn.parts)}: {reason}")
+        self._more_expected = False  # the next poll tries it again
         for run, outcome in turn.finished:
             # Without its image, then without any word of others, then not at all.
             if outcome.get("image"):
