@@ -5853,7 +5853,8 @@ TURN = {
   FROM dead, LATERAL (SELECT CASE WHEN dead.cancel_requested THEN 'canceled'
     WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END
     THEN 'failed' ELSE 'pending' END AS status) next
-  WHERE j.id = dead.id RETURNING j.id, j.status)""",
+  WHERE j.id = dead.id
+  RETURNING j.id, j.status, extract(epoch FROM j.run_after - now()) AS delay)""",
     # of the jobs whose images wait here for the cloud: those that nobody will run again
     "ended": """ended AS (
   SELECT id FROM imagen.jobs
@@ -6170,7 +6171,7 @@ class Attempt(Run):
             columns = json.loads(self.row["fields"])
         except (ValueError, RecursionError) as problem:
             raise BadRequest(f"the row cannot be read: {problem}") from None
-        fields = {name: columns[name] for name in Request._fields if columns[name] is not None}
+        fields = {name: columns[name] for name in Request._fields if columns.get(name) is not None}
         fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
         self.order = Order(**fields)
         self.owner = columns["owner_user_id"]
@@ -6570,6 +6571,7 @@ class Worker:
     def refused(self, queue: Queue, turn: Turn, reason: str) -> None:
         """The database does not take the one thing that a turn was to write."""
         self.failed(f"refused by the database: {', '.join(turn.parts)}: {reason}")
+        self._greeted = True  # the way to it is as it was
         self._more_expected = False  # the next poll tries it again
         for run, outcome in turn.finished:
             # Without its image, then without any word of others, then not at all.
@@ -6625,6 +6627,8 @@ class Worker:
         # 4. News of other workers' jobs.
         for row in (*rows["disowned"], *rows["rescued"]):
             self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
+            # As of an outcome with a delay, no notification tells when it is due.
+            self._poll_at = min(self._poll_at, time.monotonic() + row.get("delay", 0.0))
         for row in rows["waiting"]:
             self.waiting = row["number"]
         # 5. New jobs; RETURNING promises no order.

@@ -14704,7 +14704,6 @@ def test_worker_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud)
             ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s",), ({"prompt": " "}, "usage", "prompt is empty",),
             ({"backend": "mok"}, "usage", 'backend "mok" is not configured: did you mean "mock"'),
             ({"style": "fhoto"}, "usage", '"photo"'), ({"height": None}, "usage", "needs width and height\n--size"),
-            ({"backend": "paid"}, "config", "NO_SUCH_KEY"),
         ]  # fmt: skip
         for key in ("base_url", "api_key_env", "api_key", "model", "cost_usd", "timeout", "type"):
             opts = {"backend": "paid", "backend_opts": {key: "http://127.0.0.1:9"}}
@@ -19817,7 +19816,8 @@ def test_readme_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQu
     bench_report(
         "kill -9, a restart after 1 s",
         "ms",
-        bench_spread("until the job runs again", took, 1800, "1800"),
+        # one of it until the restart, two until what was lost comes back
+        bench_spread("until the job runs again", took, 3800, "3800"),
     )
 
 
