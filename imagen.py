@@ -1137,6 +1137,8 @@ class Backend:
     Options: ClassVar[type[Any]]
     headers: Strings = EMPTY  # of its Access, for Http; set once it is open
     ca_file: str = ""
+    # The remote's fields that it fills itself, which a request's `extra` may not name.
+    OWN_FIELDS: ClassVar[str] = ""
 
     def __init__(self, name: str, options: Any) -> None:
         """Fails fast, with BadConfig: a variable unset, a URL malformed, a file not there."""
@@ -1221,6 +1223,7 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
             message = f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
             raise BadRequest(message)
         options = from_mapping(cls.Options, block)
+        check_extra(cls, options, opts.get("extra"))
         own = from_mapping(cls.Options, {**block, **opts})
         merged_fields = {}
         for key in opts:
@@ -1228,6 +1231,15 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
             if all(isinstance(value, Mapping) for value in both):
                 merged_fields[key] = {**both[0], **both[1]}
         return cls, own._replace(**merged_fields)
+
+
+def check_extra(cls: type[Backend], options: Any, extra: Any) -> None:
+    """BadRequest where a request's `extra` sets what price, record or block decide."""
+    if isinstance(extra, Mapping):
+        placed = [key for key, value in options.extra.items() if str(value).startswith("{")]
+        own = (*cls.OWN_FIELDS.split(), *cls.Options._fields, *placed)
+        for key in extra.keys() & own:
+            raise BadRequest(f"extra.{key}: not for a request to set there", "use its own option")
 
 
 def open_backend(
@@ -1311,6 +1323,31 @@ class WorkerConfig(NamedTuple):
     lease_s: Seconds = 45.0
     heartbeat_s: Annotated[float, Between(0.1, 1200)] = 10.0
     grace_s: Annotated[float, Between(0, 86400)] = 120.0
+    job_timeout_s: Annotated[float, Between(1, 86400)] = 600.0  # for one attempt
+    give_up_s: Annotated[float, Between(0, 1e7)] = 3600.0  # on what no worker is able to make
+
+
+Jobs = Annotated[int, Between(0, 1_000_000)]
+
+
+class OwnerLimits(NamedTuple):
+    """How many jobs of one owner may wait, and run; 0: any number."""
+
+    pending: Jobs = 0
+    running: Jobs = 0
+
+
+class LimitsConfig(NamedTuple):
+    """What a request may decide for itself."""
+
+    backends: tuple[str, ...] = ()  # that it may name; none: any
+    per_owner: OwnerLimits = OwnerLimits()
+
+
+def check_worker(config: WorkerConfig) -> None:
+    """BadConfig where one late answer would cost a living worker its jobs."""
+    if config.heartbeat_s > config.lease_s / 3:
+        raise BadConfig(f"worker.heartbeat_s {config.heartbeat_s:g}: a third of lease_s at most")
 
 
 class Style(NamedTuple):
@@ -1344,7 +1381,9 @@ supabase:
   service_key_env: SUPABASE_SERVICE_ROLE_KEY
   database_url_env: IMAGEN_DATABASE_URL
   bucket: imagen-generated
-worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
+worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120,
+  job_timeout_s: 600, give_up_s: 3600}
+limits: {}                        # of jobs: backends: [name], per_owner: {pending: N, running: N}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
 """
@@ -1374,6 +1413,7 @@ class Config(NamedTuple):
     output: OutputConfig = OutputConfig()
     supabase: SupabaseConfig = SupabaseConfig()
     worker: WorkerConfig = WorkerConfig()
+    limits: LimitsConfig = LimitsConfig()
     styles: Mapping[str, Style] = EMPTY
     backends: Mapping[str, Fields] = BUILTIN_BACKENDS
 
@@ -1487,11 +1527,13 @@ def complaints(
         return errors, warnings
     # 3. What fails by itself where it is used, and would hold up those who do not use it.
     output = data.get("output")
-    if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
-        try:
+    try:
+        if isinstance(output, Mapping) and isinstance(output.get("naming"), str):
             check_template(output["naming"])
-        except BadConfig as problem:
-            errors.append(str(problem))
+        if not errors:
+            check_worker(from_mapping(Config, data).worker)
+    except BadConfig as problem:
+        errors.append(str(problem))
     if isinstance(blocks, Mapping):
         for name, block in blocks.items():
             if not isinstance(block, Mapping | None):
@@ -3671,6 +3713,11 @@ class Replicate(Backend):
     Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
+    OWN_FIELDS = (
+        "prompt negative_prompt seed width height aspect_ratio megapixels"
+        " num_inference_steps num_outputs"
+    )
+
     class Options(NamedTuple):
         """`model` is owner/name, or owner/name:version for community models.
 
@@ -4048,6 +4095,8 @@ class OpenAI(Backend):
     https://developers.openai.com/api/reference/resources/images
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
+
+    OWN_FIELDS = "prompt negative_prompt seed size width height n steps"
 
     class Options(NamedTuple):
         """`extra` are further fields.
@@ -5868,6 +5917,12 @@ def check_request(request: Request) -> None:
         raise BadRequest(f"steps {request.steps}: 0 to 500")
 
 
+def check_limits(order: Order, limits: LimitsConfig) -> None:
+    """BadRequest where an order of somebody else names what is not for them."""
+    if limits.backends and order.backend not in ("", *limits.backends):
+        raise BadRequest(f'backend "{order.backend}": not one that a request may name')
+
+
 def check_text(text: str, place: str) -> None:
     """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
     try:
@@ -6825,7 +6880,9 @@ class Runner:
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 PG_VARIABLES = ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")
-LOST = ("08", "25", "53", "57", "58")  # classes of SQLSTATE after which one connects anew
+# Classes of SQLSTATE: after these one connects anew, and these no repeat can mend.
+LOST = ("08", "25", "53", "57", "58", "XX")
+MISCONFIGURED = ("28", "3D", "3F", "42")
 
 
 def postgres_options(dsn: str) -> dict[str, str]:
@@ -7016,9 +7073,18 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
     code = str(fields.get("C", ""))
     message = f"{place}: {fields.get('M')} ({code})"
     hint = str(fields.get("H") or "")
-    if code in ("42P01", "3F000"):
+    if code in ("42P01", "42703", "3F000"):
         hint = "imagen migrate"
-    if code[:2] in ("28", "3D", "3F", "42"):
+        if re.search(r'"(storage|auth)[".]', message):
+            hint = (
+                "this is no Supabase project, or one whose Storage is not set up: see its Dashboard"
+            )
+    if "Tenant or user not found" in message:
+        hint = "its user is postgres.<ref>, its host your region's; or the project is paused"
+        return BadConfig(message, hint)
+    if code == "PT429":
+        return Busy(message, hint)
+    if code[:2] in MISCONFIGURED:
         return BadConfig(message, hint)
     if code[:2] in LOST:
         return Unreachable(message, hint)
@@ -7027,19 +7093,37 @@ def postgres_error(place: str, fields: Fields) -> ImagenError:
 
 def _connected(pg: Any, options: Strings) -> Any:
     host = options["host"]
-    port = int(options["port"])
-    patience = float(options["connect_timeout"])
+    port = options["port"]
+    places: list[tuple[int, Any]] = [(socket.AF_UNIX, f"{host}/.s.PGSQL.{port}")]
+    if not host.startswith("/"):
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        places = [(family, address) for family, _, _, _, address in infos]
+    for place in places:
+        try:
+            return _connected_to(pg, options, *place)
+        except (pg.InterfaceError, OSError) as problem:
+            # One that is silent, or not there, may have a neighbour that answers.
+            if place != places[-1]:
+                continue
+            if {family for family, _ in places} == {socket.AF_INET6}:
+                raise Unreachable(
+                    f"Postgres at {host}:{port}, which has an IPv6 address alone: {problem}",
+                    "where there is no IPv6, use the session pooler's address (port 5432)",
+                ) from None
+            raise
+    raise AssertionError("there is at least one place")
+
+
+def _connected_to(pg: Any, options: Strings, family: int, address: Any) -> Any:
     login = {name: options[name] for name in ("user", "host", "database", "password")}
     contexts = postgres_tls(options)
     for context in contexts:
-        if host.startswith("/"):
-            sock = PgSocket(socket.AF_UNIX)
-        else:
-            sock = _pg_socket(host, port, patience)
+        sock = PgSocket(family)
         try:
-            sock.settimeout(patience)
-            if host.startswith("/"):
-                sock.connect(f"{host}/.s.PGSQL.{port}")
+            sock.settimeout(float(options["connect_timeout"]))
+            if family != socket.AF_UNIX:
+                _set_up_tcp(sock)
+            sock.connect(address)
             return pg.Connection(
                 **login, sock=sock, ssl_context=context, application_name=f"imagen {__version__}"
             )
@@ -7055,16 +7139,17 @@ def _connected(pg: Any, options: Strings) -> Any:
     raise AssertionError("postgres_tls gives at least one context")
 
 
-def _pg_socket(host: str, port: int, patience: float) -> PgSocket:
-    sock = PgSocket(fileno=socket.create_connection((host, port), patience).detach())
+def _set_up_tcp(sock: PgSocket) -> None:
     # Without NODELAY a long prompt waits 40 ms; without keepalive a dead peer is never noticed.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return sock
 
+
+# Left out where any backend will do.
+OF_BACKEND = "AND coalesce(j.backend, '') = b.backend"
 
 # What a turn of the worker may have to do: one statement of these parts, one round trip,
 # one commit. `me` is the process, `slot` its place on this host, `lease` seconds. `attempt`
@@ -7076,24 +7161,26 @@ TURN = {
     "disowned": """disowned AS (
   UPDATE imagen.jobs SET finished_at = CASE WHEN cancel_requested THEN now() END,
     status = CASE WHEN cancel_requested THEN 'canceled' ELSE 'pending' END,
-    max_attempts = max_attempts + 1,
+    max_attempts = least(max_attempts, 1000000) + 1,
     claimed_by = NULL, claimed_slot = NULL, lease_until = NULL
   WHERE status = 'running' AND claimed_by = :me::uuid AND NOT id = ANY(:mine::uuid[])
   RETURNING id, status)""",
     # outcomes; one that I wrote before, though the answer was lost, counts as written
     "settled": """outcome AS (
   SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int,
-    status text, image jsonb, error text, error_code text, delay float8, uncounted int,
-    charged boolean)
+    status text, image text, error text, error_code text, delay float8, uncounted int,
+    charged boolean, note text, handed_back boolean)
 ), written AS (
-  UPDATE imagen.jobs j SET image_id = (o.image->>'id')::uuid,
+  UPDATE imagen.jobs j SET image_id = (o.image::jsonb->>'id')::uuid,
     status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled'
       ELSE o.status END,
-    error = o.error, error_code = o.error_code, note = NULL,
+    error = o.error, error_code = o.error_code, note = o.note,
+    handed_back_at = CASE WHEN o.handed_back THEN coalesce(j.handed_back_at, now())
+      ELSE j.handed_back_at END,
     progress = CASE o.status WHEN 'done' THEN 1 END,
-    run_after = now() + make_interval(secs => coalesce(o.delay, 0)),
+    run_after = coalesce(now() + make_interval(secs => o.delay), j.run_after),
     finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
-    max_attempts = j.max_attempts + coalesce(o.uncounted, 0),
+    max_attempts = least(j.max_attempts, 1000000) + coalesce(o.uncounted, 0),
     receipt = CASE WHEN o.charged THEN j.receipt END,
     claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END,
     claimed_slot = NULL, lease_until = NULL
@@ -7105,7 +7192,7 @@ TURN = {
     steps, width, height, latency_ms, cost_usd_estimate, storage_path, sidecar)
   SELECT i.id, i.owner_user_id, i.prompt, i.prompt_hash, i.backend, i.model, i.seed,
     i.steps, i.width, i.height, i.latency_ms, i.cost_usd_estimate, i.storage_path, i.sidecar
-  FROM written, jsonb_populate_record(NULL::imagen.images, written.image) i
+  FROM written, jsonb_populate_record(NULL::imagen.images, written.image::jsonb) i
   WHERE written.image IS NOT NULL
   ON CONFLICT (id) DO NOTHING
 ), settled AS (
@@ -7120,19 +7207,20 @@ TURN = {
   UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
     lease_until = now() + make_interval(secs => :lease::float8),
     receipt = CASE WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
-      THEN coalesce(b.receipt, j.receipt) ELSE j.receipt END
+      THEN coalesce(b.receipt::jsonb, j.receipt) ELSE j.receipt END
   FROM jsonb_to_recordset(:heartbeats::jsonb)
-    AS b (id uuid, attempt int, progress real, note text, receipt jsonb, unpaid int[])
+    AS b (id uuid, attempt int, progress real, note text, receipt text, unpaid int[])
   WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
     AND j.status = 'running'
-  RETURNING j.id, j.receipt = b.receipt AS stands)""",
+  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands)""",
     "to_cancel": """to_cancel AS (
   SELECT id FROM imagen.jobs
   WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
     # jobs of the dead: of who held my slot, for certain; of the original worker, which knew
-    # no leases; and those whose lease ran out while the server, and my connection to it,
-    # were there long enough to have seen it renewed. What was paid for may be fetched by a
-    # few attempts more.
+    # no leases; and those whose lease ran out while the server, and my way to it, were
+    # there long enough to have seen it renewed. What was paid for may be fetched by a
+    # few attempts more. It may be the job that kills: so it comes back later each time, and
+    # is `lost` from now on.
     "rescued": """dead AS (
   SELECT * FROM imagen.jobs
   WHERE status = 'running' AND claimed_by IS DISTINCT FROM :me::uuid AND (
@@ -7141,9 +7229,11 @@ TURN = {
         AND coalesce(started_at, created_at) < now() - make_interval(secs => :lease::float8))
     OR (lease_until < now() AND :steady::boolean
         AND pg_postmaster_start_time() < now() - make_interval(secs => :lease::float8)))
-  ORDER BY seq LIMIT 50 FOR UPDATE SKIP LOCKED
+  LIMIT 50 FOR UPDATE SKIP LOCKED
 ), rescued AS (
-  UPDATE imagen.jobs j SET status = next.status,
+  UPDATE imagen.jobs j SET status = next.status, lost = j.lost + 1,
+    run_after = CASE next.status WHEN 'pending'
+      THEN now() + make_interval(secs => 2 ^ least(j.lost + 1, 8)) ELSE j.run_after END,
     finished_at = CASE WHEN next.status <> 'pending' THEN now() END,
     error = format('its worker was lost in attempt %s of %s', j.attempt, j.max_attempts),
     error_code = CASE next.status WHEN 'failed' THEN 'failed'
@@ -7152,7 +7242,8 @@ TURN = {
   FROM dead, LATERAL (SELECT CASE WHEN dead.cancel_requested THEN 'canceled'
     WHEN dead.attempt >= dead.max_attempts + CASE WHEN dead.receipt IS NULL THEN 0 ELSE 3 END
     THEN 'failed' ELSE 'pending' END AS status) next
-  WHERE j.id = dead.id RETURNING j.id, j.status)""",
+  WHERE j.id = dead.id
+  RETURNING j.id, j.status, extract(epoch FROM j.run_after - now()) AS delay)""",
     # of the jobs whose images wait here for the cloud: those that nobody will run again
     "ended": """ended AS (
   SELECT id FROM imagen.jobs
@@ -7160,38 +7251,106 @@ TURN = {
     # and those whose images the cloud has taken by now
     "delivered": """handed_in AS (
   UPDATE imagen.jobs j SET status = 'done', image_id = d.image_id::uuid,
-    error = NULL, error_code = NULL
+    error = NULL, error_code = NULL, note = NULL
   FROM jsonb_each_text(:images::jsonb) AS d (id, image_id)
   WHERE j.id = d.id::uuid AND j.image_id IS NULL AND j.status IN ('done', 'failed')
     AND EXISTS (SELECT FROM imagen.images WHERE id = d.image_id::uuid)
 ), delivered AS (SELECT * FROM jsonb_each_text(:images::jsonb) AS d (id, image_id))""",
+    # what was handed back for so long that nobody will make it: of backends paused here, and
+    # of all, where "" is
+    "given_up": """given_up AS (
+  UPDATE imagen.jobs j SET status = 'failed', finished_at = now(), error_code = p.code,
+    error = format('handed back for %s s, since no worker was able to: %s', :give_up, p.code)
+  FROM jsonb_each_text(:paused::jsonb) AS p (name, code)
+  WHERE j.status = 'pending' AND p.name IN ('', coalesce(nullif(j.backend, ''), :default))
+    AND j.handed_back_at < now() - make_interval(secs => :give_up::float8)
+  RETURNING j.id)""",
     "waiting": """waiting AS (
-  SELECT count(*) AS number FROM imagen.jobs WHERE status = 'pending')""",
-    "claimed": """claimed AS (
-  UPDATE imagen.jobs j SET status = 'running', attempt = j.attempt + 1,
+  SELECT count(*) AS number FROM (
+    SELECT FROM imagen.jobs WHERE status = 'pending' LIMIT 1000) first)""",
+    # new jobs: of the highest priority, of the owner with the fewest running, who has waited
+    # for the longest time, the one that is due for the longest time; and one of each owner
+    # before a second. The index is read at one place for each owner and priority (`pair`),
+    # however many jobs wait there. A `lost` job runs with nothing beside it: until nothing
+    # runs here, it lets none of those behind it pass.
+    "claimed": """pair AS (
+  SELECT b.backend, first.* FROM unnest(:backends::text[]) AS b (backend), LATERAL (
+    SELECT j.owner_user_id, j.priority, j.run_after, j.seq FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+    ORDER BY j.owner_user_id, j.priority, j.run_after, j.seq LIMIT 1) first
+  UNION ALL
+  SELECT b.backend, next.* FROM pair b, LATERAL (
+    SELECT j.owner_user_id, j.priority, j.run_after, j.seq FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+      AND (j.owner_user_id, j.priority) > (b.owner_user_id, b.priority)
+    ORDER BY j.owner_user_id, j.priority, j.run_after, j.seq LIMIT 1) next
+), at_work AS (
+  SELECT owner_user_id, count(*) AS number FROM imagen.jobs WHERE status = 'running' GROUP BY 1
+), turn AS (
+  SELECT b.*, coalesce(number, 0) AS running,
+    (SELECT max(started_at) FROM imagen.jobs j WHERE j.owner_user_id = b.owner_user_id) AS served
+  FROM pair b LEFT JOIN at_work USING (owner_user_id)
+  WHERE b.run_after <= now() AND coalesce(number, 0) < coalesce(:per_owner::int, 1000000)
+  ORDER BY b.priority DESC, running, served NULLS FIRST, b.run_after, b.seq LIMIT :free::int
+), candidate AS (
+  SELECT b.*, next.*, row_number() OVER (PARTITION BY b.owner_user_id
+    ORDER BY b.priority DESC, next.due, next.number) AS nth
+  FROM turn b, LATERAL (
+    SELECT j.id, j.run_after AS due, j.seq AS number, j.lost FROM imagen.jobs j
+    WHERE j.status = 'pending' AND coalesce(j.backend, '') = b.backend
+      AND j.owner_user_id = b.owner_user_id AND j.priority = b.priority AND j.run_after <= now()
+    ORDER BY j.run_after, j.seq LIMIT :free::int FOR UPDATE SKIP LOCKED) next
+), choice AS (
+  SELECT id, row_number() OVER line AS place, bool_or(lost > 0) OVER line AS behind_lost
+  FROM candidate WHERE running + nth <= coalesce(:per_owner::int, 1000000)
+  WINDOW line AS (ORDER BY priority DESC, running + nth,
+    CASE nth WHEN 1 THEN served ELSE now() END NULLS FIRST, due, number
+    ROWS UNBOUNDED PRECEDING)
+), claimed AS (
+  UPDATE imagen.jobs j SET status = 'running', attempt = least(j.attempt, 2147483646) + 1,
     claimed_by = :me::uuid, claimed_slot = :slot, started_at = now(),
     lease_until = now() + make_interval(secs => :lease::float8),
     progress = NULL, note = NULL, error = NULL, error_code = NULL
-  WHERE j.id = ANY(ARRAY(SELECT id FROM imagen.jobs
-    WHERE status = 'pending' AND run_after <= now() AND (:backends::text[] IS NULL
-      OR coalesce(nullif(backend, ''), :default::text) = ANY(:backends::text[]))
-    ORDER BY priority DESC, seq LIMIT :free::int FOR UPDATE SKIP LOCKED))
-  RETURNING j.*)""",
+  WHERE j.id = ANY(ARRAY(SELECT id FROM choice
+    WHERE place <= :free::int AND (NOT behind_lost OR (place = 1 AND :alone::boolean))))
+  RETURNING j.id, j.attempt, j.max_attempts, j.priority, j.seq, j.lost,
+    to_jsonb(j)::text AS fields), missed AS (
+  SELECT FROM turn WHERE NOT EXISTS (SELECT FROM candidate c WHERE c.backend = turn.backend
+    AND (c.owner_user_id, c.priority) = (turn.owner_user_id, turn.priority)))""",
 }
+# A job as JSON that any reader takes: options that none would, as rows from before there was a
+# check of them may have, are text here.
+JOB_JSON = """to_jsonb(j) || CASE WHEN backend_opts @? 'strict $.**{17}'
+    OR length(backend_opts::text) > 4000 THEN jsonb_build_object('backend_opts',
+      left(backend_opts::text, 4000)) ELSE '{}' END"""
 # Parts that make jobs pending, and where: no trigger rings for these.
 WAKING = {"disowned": "disowned", "settled": "written", "rescued": "rescued"}
 
 Rows = dict[str, list[Any]]  # by the name of the part that gave them
 
 
+def no_rows() -> Rows:
+    """What a turn brings that brings nothing."""
+    return {part: [] for part in (*TURN, "woken", "missed")}
+
+
 @functools.cache
-def turn_sql(*parts: str) -> str:
-    """One statement of these parts of TURN, which also rings for jobs that become pending."""
-    selects = [f"SELECT '{part}', to_jsonb({part}) FROM {part}" for part in parts]  # noqa: S608 (names of our own)
+def turn_sql(any_backend: bool, *parts: str) -> str:
+    """One statement of these parts of TURN, which also rings for jobs that become pending.
+
+    What is in a row may be anybody's: it comes as text, and pg8000 has nothing to decode.
+    """
+    selects = [f"SELECT '{part}', to_jsonb({part})::text FROM {part}" for part in parts]  # noqa: S608 (names of our own)
     for part in WAKING.keys() & parts:
-        ring = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)"
+        ring = "SELECT 'woken', to_jsonb(pg_notify('imagen_jobs', '')::text)::text"
         selects.append(f"{ring} FROM {WAKING[part]} WHERE status = 'pending'")
-    return f"WITH {', '.join(TURN[part] for part in parts)} {' UNION ALL '.join(selects)}"
+    if "claimed" in parts:
+        selects.append("SELECT 'missed', 'true' FROM missed")
+    names = ", ".join(TURN[part] for part in parts)
+    sql = f"WITH RECURSIVE {names} {' UNION ALL '.join(selects)}"
+    if any_backend:
+        sql = sql.replace(OF_BACKEND, "")
+    return sql
 
 
 class Queue:
@@ -7200,7 +7359,7 @@ class Queue:
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always`: the parameters that stay: me, slot, lease, backends, default."""
         self.connection = connection
-        self.always = always
+        self.always = {"alone": True, "per_owner": None, **always}
         self.notified = False
         self._claiming = False
         self._prepared: JsonObject = {}
@@ -7222,11 +7381,12 @@ class Queue:
             # Nothing of ours is done after we gave up.
             f"SET statement_timeout = {900 * patience:.0f}; "
             "SET default_transaction_isolation = 'read committed'; "
-            # Jobs come faster than statistics of them: without these a claim sorts all that
-            # wait, and keeps doing so.
-            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off; "
-            # What these make dear in the planner's eyes is not worth compiling at every poll.
-            "SET jit = off"
+            "SET idle_session_timeout = 0; SET idle_in_transaction_session_timeout = 0; "
+            # Jobs come faster than statistics of them: planned once, by the indexes, a claim
+            # reads no more than it needs. No ORDER BY of ours needs a sort of many rows:
+            # `enable_sort = off` would only make the estimate so high that each poll is compiled.
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; "
+            "SET plan_cache_mode = force_generic_plan"
         )
 
     def _on_notification(self, *_: Any) -> None:
@@ -7260,18 +7420,31 @@ class Queue:
         """The rows of a statement, which is prepared once; one round trip from then on."""
         if sql not in self._prepared:
             self._prepared[sql] = self.connection.prepare(sql)
-        return list(self._prepared[sql].run(**self.always, **params) or ())
+        return list(self._prepared[sql].run(**{**self.always, **params}) or ())
 
     def turn(self, **parts: Fields) -> Rows:
         """Do these parts of TURN, each with its parameters, in one transaction; their rows."""
-        sql = turn_sql(*[part for part in TURN if part in parts])
-        params: JsonObject = {}
+        params = dict(self.always)
         for part in parts.values():
             params.update(part)
-        rows: Rows = {part: [] for part in (*TURN, "woken")}
+        sql = turn_sql(not params["backends"], *[part for part in TURN if part in parts])
+        params["backends"] = params["backends"] or [""]
+        if params["default"] in params["backends"]:  # which a row need not name
+            params["backends"] = [*params["backends"], ""]
+        rows = no_rows()
         self._claiming = "claimed" in parts
-        for part, row in self.run(sql, **params):
-            rows[part].append(row)
+        if not params["per_owner"]:
+            result = self.run(sql, **params)
+        else:  # who else claims counts what runs before us, or after
+            self.connection.run("BEGIN; SELECT pg_advisory_xact_lock(hashtext('imagen claims'))")
+            try:
+                result = self.run(sql, **params)
+            except Exception:
+                self.connection.run("ROLLBACK")
+                raise
+            self.connection.run("COMMIT")
+        for part, row in result:
+            rows[part].append(json.loads(row))
         return rows
 
     def wait(self, timeout: float, *bells: socket.socket) -> bool:
@@ -7302,38 +7475,44 @@ class Queue:
 # time. A job runs in a thread of its own, by `make`, `finish` and `deliver` as an image of
 # any other door, and rings the bell when it wants something written.
 
-JOB_TIMEOUT = 600.0  # seconds for one attempt
 BACKLOG_S = 60.0  # seconds between two looks for images that the cloud would not take
+# What a job may fail with, uncharged, because its worker is broken: that is looked into.
+PROBE_BYTES = 1 << 20  # a quota shows in writing alone
+STALLING = ("config", "unreachable", "disk", "quota")
+REPEAT_S = 60.0  # seconds between two lines of the log about the same failure
 
 
 class JobRow(TypedDict):
-    """A row of imagen.jobs: these columns, and those that are called like fields of Order."""
+    """A claimed job: what the main thread needs of it, and the rest as the text that it came in."""
 
     id: str
     seq: int
     priority: int
-    owner_user_id: str
     attempt: int
     max_attempts: int
-    receipt: Fields | None
+    lost: int  # attempts whose worker was lost
+    fields: str  # the whole row, for `read_row`
 
 
 class Outcome(TypedDict, total=False):
     """What is to be written of an attempt that is over."""
 
     status: str
-    image: Fields | None  # its row of imagen.images
+    image: str | None  # its row of imagen.images, as JSON
     error: str
     error_code: str
     delay: float  # seconds until it may run again
     uncounted: int  # attempts that shall not count
     charged: bool  # it was, or may have been: the receipt stays
+    note: str
+    handed_back: bool  # since this worker is not able to
 
 
 class Receipt:
-    """A receipt on its way into the row; once `answered`, whether it `stands` there."""
+    """A receipt on its way into the row, as JSON; once `answered`, whether it `stands` there."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str = "") -> None:
+        self.text = text
         self.sent_at = 0.0
         self.stands = False
         self.answered = threading.Event()
@@ -7347,20 +7526,24 @@ def job_uuid(job: str, name: object) -> str:
 
 
 class Attempt(Run):
-    """One claimed job at work: what its thread and the main thread share."""
+    """One claimed job at work: what its thread and the main thread share.
+
+    What somebody else wrote, in the row or in an answer, becomes values and JSON in the job's
+    own thread, which alone fails where it cannot.
+    """
+
+    owner: str
+    order: Order
+    earlier_receipt: Fields | None  # what an earlier attempt may have paid
 
     def __init__(self, worker: Worker, row: JobRow) -> None:
-        super().__init__(JOB_TIMEOUT, self._show, self._warn)
+        super().__init__(worker.config.worker.job_timeout_s, self._show, self._warn)
         self.worker = worker
         self.row = row
         self.number = row["attempt"]
         self.job = row["id"]
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
-        columns: JsonObject = {**row}
-        fields = {name: columns[name] for name in Request._fields if columns.get(name) is not None}
-        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
-        self.order = Order(**fields)
         self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
@@ -7371,13 +7554,26 @@ class Attempt(Run):
         self.settled = threading.Event()
         self.was_ours = False  # once settled: the outcome was written, under the fence
 
+    def read_row(self) -> None:
+        """Take in what the row says; BadRequest where nobody can read it."""
+        try:
+            columns = json.loads(self.row["fields"])
+        except (ValueError, RecursionError) as problem:
+            raise BadRequest(f"the row cannot be read: {problem}") from None
+        fields = {name: columns[name] for name in Request._fields if columns.get(name) is not None}
+        fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
+        self.order = Order(**fields)
+        self.owner = columns["owner_user_id"]
+        self.earlier_receipt = columns["receipt"]
+
     def _warn(self, text: str) -> None:
         self.worker.say(f"{self.job}: {text}", 4)
 
     def _show(self, progress: Progress) -> None:
         share = None
         if progress.done is not None and progress.total:
-            share = max(0.0, min(1.0, progress.done / progress.total))
+            # Rounded: what is next to nothing is more than a `real` can say.
+            share = round(max(0.0, min(1.0, progress.done / progress.total)), 4)
         self.shown = {"note": progress.note[:200], "progress": share}
 
     def sending(self) -> None:
@@ -7402,7 +7598,13 @@ class Attempt(Run):
     def renew_receipt(self) -> Receipt:
         """Have written what another worker needs to fetch what this one pays for."""
         # Nobody waits for an earlier one any more, and this one says all that it said.
-        self.receipt = Receipt()
+        fields = {
+            "attempt": self.number,
+            "at": self.entry.record["at"],
+            "host": socket.gethostname(),
+            "remote": cleaned(self.remote_ids),
+        }
+        self.receipt = Receipt(to_jsonb(fields))
         self.worker.ring()
         return self.receipt
 
@@ -7414,12 +7616,7 @@ class Attempt(Run):
         if not receipt.answered.is_set():
             receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
-            fields["receipt"] = {
-                "attempt": self.number,
-                "at": self.entry.record["at"],
-                "host": socket.gethostname(),
-                "remote": dict(self.remote_ids),
-            }
+            fields["receipt"] = receipt.text
         return fields
 
     def settle_job(self, outcome: Outcome) -> bool:
@@ -7438,13 +7635,28 @@ class Turn(NamedTuple):
     renewed: Sequence[Attempt] = ()
     free: int = 0  # slots for new jobs
 
+    def split(self) -> list[Turn]:
+        """The same a job and a part at a time."""
+        turns = [settling([pair]) for pair in self.finished]
+        turns += [renewing([run]) for run in self.renewed]
+        for part, params in self.parts.items():
+            if part not in ("settled", "renewed"):
+                turns.append(Turn({part: params}, free=self.free))
+        return turns
 
-def settled_params(finished: Sequence[tuple[Attempt, Outcome]]) -> Strings:
-    """The parameters of the part that writes these outcomes."""
+
+def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Turn:
+    """The turn that writes these outcomes."""
     rows = []
     for run, outcome in finished:
         rows.append({"id": run.job, "attempt": run.number, **outcome})
-    return {"outcomes": to_jsonb(rows)}
+    return Turn({"settled": {"outcomes": to_jsonb(rows)}}, finished=finished)
+
+
+def renewing(runs: Sequence[Attempt]) -> Turn:
+    """The turn that renews the leases of these jobs."""
+    heartbeats = to_jsonb([run.heartbeat() for run in runs])
+    return Turn({"renewed": {"heartbeats": heartbeats}}, renewed=runs)
 
 
 class Worker:
@@ -7461,6 +7673,13 @@ class Worker:
         name: str,
         backends: Sequence[str],
     ) -> None:
+        check_worker(config.worker)
+        # Whose the images are stands in the rows.
+        self.uncloudy = "; ".join(cloud_settings_missing(config._replace(owner_user_id="-")))
+        if config.output.cloud_sync == "on" and self.uncloudy:
+            raise BadConfig(f"output.cloud_sync is on: {self.uncloudy}")
+        if self.uncloudy:
+            say(f"not in the cloud: {self.uncloudy}", 4)
         self.config = config
         self.say = say
         self.concurrency = concurrency
@@ -7482,6 +7701,17 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._backlog_thread: threading.Thread | None = None
         self._backlog_at = 0.0
+        # Backend ("": all): the code of what is broken here. Replaced, never changed: two
+        # threads look at it.
+        self.paused: dict[str, str] = {}
+        self._stalling = threading.Lock()
+        self._pause = 0.05
+        self._reached_at = 0.0  # by the last turn that was done
+        self._steady_since = 0.0  # the server was reached again and again, by any connection
+        self._greeted = False  # since the last failure that was told of
+        self._failure = ""  # the last that was told of
+        self._failure_at = 0.0  # when it was
+        self._failures = 0  # of all kinds
 
     def ring(self) -> None:
         """Wake the main thread."""
@@ -7506,7 +7736,6 @@ class Worker:
         """
         lease_s = self.config.worker.lease_s
         url_env = self.config.supabase.database_url_env
-        pause = 0.05
         while not self.is_over:
             # 1. Work for as long as there is a connection.
             try:
@@ -7518,19 +7747,19 @@ class Worker:
                         lease=lease_s,
                         backends=self.backends,
                         default=self.config.default_backend,
+                        per_owner=self.config.limits.per_owner.running or None,
                     )
-                    pause = 0.05
-                    self.say("connected, listening")
                     self.run_turns(queue, once)
                     break
-            except ImagenError as problem:
+            except Exception as caught:  # jobs in hand go on, whatever happened here
+                problem = as_error(caught)
                 if isinstance(problem, BadConfig) and not self.begun:
                     raise
                 # Spread, or all workers come back in the same moment. Never longer than a
                 # quarter of the lease: once Postgres is back, ours runs out for the others.
                 spread = 0.5 + os.urandom(1)[0] / 255
-                wait_s = min(lease_s / 4, pause * spread)
-                self.say(f"{problem}; next try in {wait_s:.1f} s", 4)
+                wait_s = min(lease_s / 4, self._pause * spread)
+                self.failed(str(problem), f"; next try in {wait_s:.1f} s")
             # 2. Leave, where there is nothing more to wait for. The journal has what is left,
             # and whoever takes this slot goes on with it.
             self.stop_overdue()
@@ -7541,7 +7770,7 @@ class Worker:
             self._bell.settimeout(wait_s)
             with suppress(TimeoutError):
                 self._bell.recv(4096)
-            pause = min(5.0, pause * 2)
+            self._pause = min(5.0, self._pause * 2)
         sd_notify("STOPPING=1")
         patience = 1.0
         if self.stops < 2 and not self.outcomes:
@@ -7549,6 +7778,31 @@ class Worker:
         until = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def failed(self, failure: str, then: str = "") -> None:
+        """Tell of a failure once; of the same one again as a number, now and then."""
+        now = time.monotonic()
+        self._failures += 1
+        if failure != self._failure or now > self._failure_at + REPEAT_S:
+            self.say(f"{failure}{then} (failure {self._failures})", 4)
+            self._greeted = False
+            self._failure = failure
+            self._failure_at = now
+
+    def reached(self) -> None:
+        """The server has done a turn: neither it nor the way to it is what fails."""
+        now = time.monotonic()
+        if not self.is_steady(now):
+            self._steady_since = now
+        self._reached_at = now
+        self._pause = 0.05
+        if not self._greeted:
+            self._greeted = True
+            self.say(f"connected, listening ({self._failures} failures so far)")
+
+    def is_steady(self, now: float) -> bool:
+        """Whether a living worker, cut off since our last turn, still has its lease."""
+        return now < self._reached_at + self.config.worker.lease_s / 3
 
     def may_leave_unwritten(self) -> bool:
         """Whether, without a database, all that runs is over and the time to write it is too."""
@@ -7576,12 +7830,13 @@ class Worker:
         An error leaves what is unwritten for the next connection.
         """
         tick = min(1.0, self.config.worker.heartbeat_s)
-        self._connected_at = time.monotonic()
         self._last_heartbeat = 0.0
         self._poll_at = 0.0
         self._more_expected = True  # jobs that are due, as far as we know
         # Who was away with Postgres may take now what it would not take then.
-        self._backlog_at = min(self._backlog_at, self._connected_at + 2.0)
+        self._backlog_at = min(self._backlog_at, time.monotonic() + 2.0)
+        if not self.begun:
+            queue.run("SELECT lost FROM imagen.jobs LIMIT 0")  # or nobody has migrated it
         # Claims whose answer was lost with the last connection go back before anything else.
         rows = queue.turn(disowned={"mine": [*self.running]})
         self.apply_turn(rows, Turn({}))
@@ -7598,17 +7853,24 @@ class Worker:
             turn = self.plan_turn(time.monotonic())
             if turn.parts:
                 self.run_turn(queue, turn)
+                self.reached()
             elif self._more_expected:
                 # Nothing is free for what we were told of: only take in what the server sent.
                 queue.connection.run("")
                 self._more_expected = False
             # 3. What does not need the database.
             self.stop_overdue()
-            sd_notify(
-                f"READY=1\nWATCHDOG=1\nSTATUS={len(self.running)} running, {self.waiting} pending"
-            )
+            sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={self.status()}")
             if once and not (self._more_expected or self.running or self.outcomes):
                 return
+
+    def status(self) -> str:
+        """What `systemctl status` says."""
+        parts = [f"{len(self.running)} running, {self.waiting} pending"]
+        parts += [f"paused: {name or 'all'} ({code})" for name, code in self.paused.items()]
+        if self.uncloudy:
+            parts.append(f"not in the cloud: {self.uncloudy}")
+        return "; ".join(parts)
 
     def plan_turn(self, now: float) -> Turn:
         """What is to be done now, all in one turn."""
@@ -7620,7 +7882,7 @@ class Worker:
                 finished.append((run, outcome))
         parts: dict[str, Fields] = {}
         if finished:
-            parts["settled"] = settled_params(finished)
+            parts.update(settling(finished).parts)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
         # of those whose POST waits for its receipt.
         ended = {run for run, _ in finished}
@@ -7633,7 +7895,7 @@ class Worker:
             renewed = busy
             self._last_heartbeat = now
         if renewed:
-            parts["renewed"] = {"heartbeats": to_jsonb([run.heartbeat() for run in renewed])}
+            parts.update(renewing(renewed).parts)
         mine = {"mine": [*self.running]}
         if busy and (renewed or self._more_expected):
             parts["to_cancel"] = mine
@@ -7642,18 +7904,28 @@ class Worker:
         polling = now >= self._poll_at
         if polling:
             parts["disowned"] = mine
-            parts["rescued"] = {"steady": now - self._connected_at > settings.lease_s}
+            steady = self.is_steady(now) and now > self._steady_since + settings.lease_s
+            parts["rescued"] = {"steady": steady}
             parts["waiting"] = {}
-            self._poll_at = now + settings.poll_s
+            if self.paused:
+                params = {"paused": to_jsonb(self.paused), "give_up": settings.give_up_s}
+                parts["given_up"] = params
+            self._poll_at = now + min(settings.poll_s, settings.lease_s / 6)
         # 4. The backlog of images that the cloud would not take.
         if self.delivered:
             parts["delivered"] = {"images": to_jsonb(dict(self.delivered))}
         if self.undelivered:
             parts["ended"] = {"undelivered": [*self.undelivered]}
-        # 5. New jobs, for the slots of the finished ones too.
+        # 5. New jobs, for the slots of the finished ones too. What has taken a worker along
+        # runs alone.
         free = self.concurrency - len(busy)
-        if free and not self.stops and (self._more_expected or polling or finished):
-            parts["claimed"] = {"free": free}
+        if self.stops or "" in self.paused or any(run.row["lost"] for run in busy):
+            free = 0
+        backends = self.backends
+        if self.paused:
+            backends = [*{*(backends or self.config.backends)} - self.paused.keys()]
+        if free and (backends or not self.paused) and (self._more_expected or polling or finished):
+            parts["claimed"] = {"free": free, "alone": not busy, "backends": backends}
         return Turn(parts, finished, renewed, free)
 
     def run_turn(self, queue: Queue, turn: Turn) -> None:
@@ -7663,24 +7935,50 @@ class Worker:
         try:
             rows = queue.turn(**turn.parts)
         except DatabaseError as problem:
-            reason = refused_value(problem)
-            if not reason or not any(outcome.get("image") for _, outcome in turn.finished):
+            fields = problem.args[0]
+            if fields["C"][:2] in (*LOST, *MISCONFIGURED):
                 raise
-            # imagen.images refuses a row: one outcome after the other is written, and the
-            # one that is refused alone goes without it. The rest of the turn comes again.
-            is_alone = len(turn.parts) == len(turn.finished) == 1
-            for run, outcome in turn.finished:
-                if is_alone:
-                    outcome["image"] = None
-                    outcome["error"] = clipped(f"imagen.images: {reason}")
-                alone = [(run, outcome)]
-                self.run_turn(queue, Turn({"settled": settled_params(alone)}, alone))
-            self._last_heartbeat = 0.0
-            self._more_expected = True
+            # Something in one row: each job by itself, and it fails alone.
+            alone = turn.split()
+            if len(alone) > 1:
+                for one in alone:
+                    self.run_turn(queue, one)
+            else:
+                self.refused(queue, turn, f"{fields['C']} {fields['M']}")
             return
         self.apply_turn(rows, turn)
         # More may wait than there was room for, or than was there when we looked.
-        self._more_expected = bool(rows["woken"]) or 0 < turn.free == len(rows["claimed"])
+        # And to a claim of the same turn, what has finished still ran: its owner may go on now.
+        self._more_expected = (
+            bool(rows["woken"])
+            or 0 < turn.free == len(rows["claimed"])
+            or bool(turn.finished and self.config.limits.per_owner.running)
+        )
+        if rows["missed"]:  # somebody else had these locked, and will have taken them
+            self._poll_at = min(self._poll_at, time.monotonic() + 0.05)
+
+    def refused(self, queue: Queue, turn: Turn, reason: str) -> None:
+        """The database does not take the one thing that a turn was to write."""
+        self.failed(f"refused by the database: {', '.join(turn.parts)}: {reason}")
+        self._greeted = True  # the way to it is as it was
+        self._more_expected = False  # the next poll tries it again
+        for run, outcome in turn.finished:
+            # Without its image, then without any word of others, then not at all.
+            if outcome.get("image"):
+                outcome["image"] = None
+                outcome["error"] = clipped(f"imagen.images: {reason}")
+            elif outcome.get("error_code") != "bug":
+                outcome["error"] = ""
+                outcome["delay"] = 0.0
+                outcome["status"] = "failed"
+                outcome["error_code"] = "bug"
+            else:
+                self.apply_turn(no_rows(), turn)
+                return
+            self.run_turn(queue, settling([(run, outcome)]))
+        for run in turn.renewed:
+            run.stop("lost")
+            self.forget(run)
 
     def apply_turn(self, rows: Rows, turn: Turn) -> None:
         """See to what a turn brought."""
@@ -7718,6 +8016,8 @@ class Worker:
         # 4. News of other workers' jobs.
         for row in (*rows["disowned"], *rows["rescued"]):
             self.say(f"{row['id']}: its worker was lost; {row['status']}", 4)
+            # As of an outcome with a delay, no notification tells when it is due.
+            self._poll_at = min(self._poll_at, time.monotonic() + row.get("delay", 0.0))
         for row in rows["waiting"]:
             self.waiting = row["number"]
         # 5. New jobs; RETURNING promises no order.
@@ -7751,9 +8051,11 @@ class Worker:
 
     def work(self, run: Attempt) -> None:
         """One job from its row to its outcome, in a thread of its own."""
-        config = self.config._replace(owner_user_id=run.row["owner_user_id"])
+        config = self.config
         # 1. The image, and its way to the cloud: the row is written together with the outcome.
         try:
+            run.read_row()
+            config = config._replace(owner_user_id=run.owner)
             record = self.image_of(run, config)
             run.image_exists = True
             if run.why == "user":
@@ -7778,6 +8080,7 @@ class Worker:
 
     def image_of(self, run: Attempt, config: Config) -> Record:
         """The record of the job's image: found here, fetched where it was paid for, or made."""
+        check_limits(run.order, config.limits)
         (plan,) = plans_of(run.order, config)
         if run.number > 1 and (record := self.from_leftovers(run, config)):
             return record
@@ -7787,7 +8090,7 @@ class Worker:
 
     def from_leftovers(self, run: Attempt, config: Config) -> Record | None:
         """What an earlier attempt has left on this host: the image, or the way to it."""
-        receipt = run.row["receipt"]
+        receipt = run.earlier_receipt
         own_id = run.id
         for leftover in entries():
             if leftover.record.get("job") != run.job:
@@ -7805,7 +8108,7 @@ class Worker:
 
     def from_receipt(self, run: Attempt, plan: Plan, config: Config) -> Record | None:
         """What another host may have paid for: as if we had sent it, and lost the answer."""
-        receipt = run.row["receipt"]
+        receipt = run.earlier_receipt
         if not receipt or receipt["attempt"] in run.unpaid:
             return None
         prepare_folder(os.path.dirname(plan.record["name"]))
@@ -7838,11 +8141,11 @@ class Worker:
             upload_missing(run, config, ("object",))
         except ImagenError as problem:
             self.say(f"{run.job}: {problem}", 4)
-            outcome["error"] = clipped(
-                f"{problem}; the image is at {record['path']} on {socket.gethostname()}"
-            )
         if record.get("object"):
-            outcome["image"] = image_row(record)
+            outcome["image"] = to_jsonb(image_row(record))
+        else:
+            outcome["note"] = "made, not in the cloud"
+            self.say(f"{run.job}: made, not in the cloud: {record['path']}", 4)
         return outcome
 
     def failure(self, run: Attempt, error: ImagenError) -> Outcome:
@@ -7851,6 +8154,15 @@ class Worker:
         if run.why in ("released", "lost"):
             # Whoever is next may have to fetch what was paid for here.
             return Outcome(status="pending", uncounted=1, charged=charged or run.why == "lost")
+        if not charged and not run.why and error.code in STALLING and self.stalls(run, error.code):
+            return Outcome(
+                status="pending",
+                uncounted=1,
+                charged=False,
+                handed_back=True,
+                error="handed back: no worker is able to, so far",
+                error_code=error.code,
+            )
         outcome = Outcome(
             status="failed",
             error=clipped(f"{error}\n{error.hint}".strip()),
@@ -7861,8 +8173,51 @@ class Worker:
             outcome["status"] = "canceled"
         elif run.number < attempts_allowed(run, error):
             outcome["status"] = "pending"
-            outcome["delay"] = max(error.after, min(300.0, 2.0**run.number))
+            outcome["delay"] = max(error.after, 2.0 ** min(run.number, 8))
         return outcome
+
+    def stalls(self, run: Attempt, code: str) -> bool:
+        """Whether it is this worker that is broken, and not the job: its backend is paused then."""
+        name = ""
+        if code != "disk":
+            name = run.order.backend or self.config.default_backend
+        with self._stalling:  # of many that fail at once, the first looks
+            if name not in self.paused and (problem := self.broken(name)):
+                self.say(f"{name or 'all backends'}: paused: {problem}", 4)
+                self.paused = {**self.paused, name: problem.code}
+                in_thread(self.resume, name)
+        return name in self.paused
+
+    def broken(self, name: str) -> ImagenError | None:
+        """What is wrong with a backend for any job; "": with the disk."""
+        try:
+            if name:
+                open_backend(name, self.config.backends).check(Context(CONNECT_TIMEOUT))
+                return None
+            output = full_path(os.path.expandvars(self.config.output.directory))
+            for folder in (output, state_path("open")):
+                prepare_folder(folder)
+                probe = os.path.join(folder, f".imagen-{self.me}.part")
+                try:
+                    write_file(probe, "0" * PROBE_BYTES)
+                finally:
+                    unlink_quietly(probe)
+            return None
+        except Exception as problem:
+            return as_error(problem)
+
+    def resume(self, name: str) -> None:
+        """Try a paused backend after 2, 4, … 60 s, until it works."""
+        pause = 2.0
+        while True:
+            time.sleep(pause)
+            if not self.broken(name):
+                break
+            pause = min(60.0, pause * 2)
+        self.paused = {key: code for key, code in self.paused.items() if key != name}
+        self.say(f"{name or 'all backends'}: works again", 4)
+        self._more_expected = True
+        self.ring()
 
     def find_backlog(self) -> None:
         """Look for images of jobs that the cloud would not take at their time."""
@@ -7907,14 +8262,6 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     if not os.path.exists(run.entry.path):
         return 0
     return most + 3
-
-
-def refused_value(problem: Exception) -> str:
-    """Why the database refuses a value (SQLSTATE 22 and 23); "" for any other error."""
-    fields = problem.args[0]
-    if fields["C"][:2] not in ("22", "23"):
-        return ""
-    return f"{fields['C']} {fields['M']}"
 
 
 def clipped(text: str) -> str:
@@ -10413,10 +10760,12 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
     except (OSError, ValueError) as problem:
         hint = "it stands beside imagen.py, or is named by --file"
         raise BadConfig(f"{path}: {problem}", hint) from None
-    with postgres(load_config(args.config).supabase.database_url_env) as database:
+    config = load_config(args.config)
+    with postgres(config.supabase.database_url_env) as database:
         # One text: a pooler may send two queries to two sessions.
         expose = {True: "on", False: "off"}[args.expose]
-        database.run(f"set local imagen.expose = '{expose}';{sql}")
+        settings = f"set local imagen.expose = '{expose}'; set local imagen.max_pending = "
+        database.run(f"{settings}'{config.limits.per_owner.pending}';{sql}")
         notices = [notice.get(b"M", b"").decode("utf-8", "replace") for notice in database.notices]
     by_hand = [text for text in notices if text.startswith("by hand: ")]
     parts = dict(text.split(": ", 1) for text in notices if text.startswith("imagen_"))
@@ -10663,9 +11012,9 @@ ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
   SELECT id, :owner::uuid, {_COLUMNS}
   FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
   ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (as above)
-LIST = """SELECT to_jsonb(j) FROM imagen.jobs j
-  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""
-FOLLOW = "SELECT to_jsonb(j) FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"
+LIST = f"""SELECT {JOB_JSON} FROM imagen.jobs j
+  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""  # noqa: S608 (as above)
+FOLLOW = f"SELECT {JOB_JSON} FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"  # noqa: S608
 
 
 def job_requests(order: Order, config: Config) -> list[JsonObject]:

@@ -312,13 +312,16 @@ alter table imagen.jobs
   add column if not exists progress         real,      -- 0 … 1
   add column if not exists note             text,
   add column if not exists receipt          jsonb,     -- written before a paid call leaves
-  add column if not exists error_code       text;
+  add column if not exists error_code       text,
+  add column if not exists lost             int not null default 0,  -- attempts whose worker was lost
+  add column if not exists handed_back_at   timestamptz;  -- first, by a worker that could not make it
 alter table imagen.jobs alter column owner_user_id set default auth.uid();
 
 do $jobs$
 declare
   old record;
   wanted record;
+  deep text;
 begin
   -- What the original system made narrower is made anew.
   for old in select conname from pg_constraint where conrelid = 'imagen.jobs'::regclass and (
@@ -348,10 +351,31 @@ begin
       end;
     end if;
   end loop;
+  -- What a worker reads of a job: 16 levels, and numbers that JSON's readers know. A row that was there before may be
+  -- so: its own attempt will fail. (Without the exception, or with NOT VALID, nobody could even mark it as failed.)
+  if not exists (select from imagen_before where what = 'table imagen.jobs' and how like '%strict $.**{17}%') then
+    deep := 'not backend_opts @? ''strict $.**{17}'' and not backend_opts @? '
+            '''strict $.** ? (@.type() == "number" && (@ > 1e300 || @ < -1e300))''';
+    begin
+      execute format('alter table imagen.jobs add constraint imagen_jobs_depth_check check (%s)', deep);
+    exception when check_violation then
+      execute format('alter table imagen.jobs add constraint imagen_jobs_depth_check check (seq <= %s or (%s))',
+                     (select max(seq) from imagen.jobs), deep);
+    end;
+  end if;
 end
 $jobs$;
 
 create index if not exists imagen_jobs_ready_idx on imagen.jobs (priority desc, seq) where status = 'pending';
+-- A claim reads these at one place for each owner and priority; the second for a worker of some backends alone.
+create index if not exists imagen_jobs_turn_idx
+  on imagen.jobs (owner_user_id, priority, run_after, seq) where status = 'pending';
+create index if not exists imagen_jobs_backend_turn_idx
+  on imagen.jobs (coalesce(backend, ''), owner_user_id, priority, run_after, seq) where status = 'pending';
+create index if not exists imagen_jobs_served_idx
+  on imagen.jobs (owner_user_id, started_at) where started_at is not null;
+create index if not exists imagen_jobs_handed_back_idx
+  on imagen.jobs (handed_back_at) where status = 'pending' and handed_back_at is not null;
 create index if not exists imagen_jobs_running_idx on imagen.jobs (id) where status = 'running';
 create index if not exists imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
 
@@ -364,6 +388,44 @@ end
 $notify$;
 create or replace trigger imagen_jobs_notify after insert on imagen.jobs
   for each statement execute function imagen.jobs_notify();
+
+-- limits.per_owner.pending of imagen.yaml: `imagen migrate` writes it into the trigger. Without imagen.max_pending (in
+-- psql, say) what is there stays.
+create or replace function imagen.jobs_pending() returns trigger
+  language plpgsql security definer set search_path = '' as $pending$
+declare
+  whose   uuid;
+  waiting int;
+  most    int := tg_argv[0];
+begin
+  for whose in select distinct owner_user_id from inserted where status = 'pending' order by 1 loop
+    -- Two inserts of one owner count each other's rows.
+    perform pg_advisory_xact_lock(hashtext('imagen jobs of ' || whose));
+    select count(*) into waiting from (
+      select from imagen.jobs where owner_user_id = whose and status = 'pending' limit most + 1) as jobs;
+    if waiting > most then
+      raise sqlstate 'PT429' using
+        message = format('limits.per_owner.pending: at most %s jobs of one owner may wait', most),
+        hint = 'add it again once some of them are done, or cancel some';
+    end if;
+  end loop;
+  return null;
+end
+$pending$;
+
+do $limit$
+declare
+  most int := nullif(current_setting('imagen.max_pending', true), '');
+begin
+  if most = 0 and exists (select from imagen_before where what = 'trigger imagen_jobs_pending') then
+    drop trigger imagen_jobs_pending on imagen.jobs;
+  elsif most > 0 and not exists (select from imagen_before where what = 'trigger imagen_jobs_pending'
+                                 and how like format('%%jobs_pending(''%s'')', most)) then
+    execute format('create or replace trigger imagen_jobs_pending after insert on imagen.jobs
+      referencing new table as inserted for each statement execute function imagen.jobs_pending(%L)', most);
+  end if;
+end
+$limit$;
 
 alter table imagen.jobs enable row level security;
 drop policy if exists imagen_jobs_owner_select on imagen.jobs;

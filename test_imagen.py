@@ -9321,7 +9321,11 @@ OPENAI_CHECKED = adapter_rows("""
 --size 1000x1000                          | gpt-image-2         | multiples of 16
 --opt output_format=svg                   | gpt-image-2.6-flare | svg
 --opt output_format=gif                   | gpt-image-2.6-flare | gif
---opt extra={"output_format":"svg"}       | gpt-image-2.6-flare | svg
+--opt extra={"output_format":"svg"}       | gpt-image-2.6-flare | extra.output_format
+--opt extra={"model":"gpt-image-2"}       | gpt-image-1-mini    | extra.model
+--opt extra={"prompt":"another"}          | gpt-image-1-mini    | extra.prompt
+--opt extra={"size":"4096x4096"}          | gpt-image-1-mini    | extra.size
+--opt extra={"n":4}                       | gpt-image-1-mini    | extra.n
 """)
 
 
@@ -9332,6 +9336,21 @@ def test_openai_what_is_sure_to_be_refused_is_refused_before_paying(
     with OpenAIServer() as server:
         done = openai_run(box, server, *flags.split(), model=model)
     assert (done.code, server.seen, box.ledger()) == (2, [], []) and hint in done.err, done.err
+
+
+def test_openai_extra_of_a_request_is_laid_over_the_blocks_field_by_field() -> None:
+    block = {"type": "openai", "model": "m", "extra": {"a": 1, "b": 2, "step": "{steps}"}}
+    _, options = imagen.options_of("x", {"x": block}, {"extra": {"b": 3, "c": 4}})
+    assert options.extra == {"a": 1, "b": 3, "c": 4, "step": "{steps}"}
+    replicate = {"type": "replicate", "model": "a/b"}
+    for kind, key in (
+        (block, "step"),
+        (block, "seed"),
+        (replicate, "num_outputs"),
+        (replicate, "model"),
+    ):
+        with pytest.raises(imagen.BadRequest, match=rf"extra\.{key}"):
+            imagen.options_of("x", {"x": kind}, {"extra": {key: 1}})
 
 
 OPENAI_ERRORS = adapter_rows("""
@@ -14095,7 +14114,9 @@ def queue_tls() -> Iterator[QueuePostgres]:
 class QueueWire:
     """Stands between a client and the server, and does to the bytes what networks and poolers do to them."""
 
-    def __init__(self, port: int, pooled: str = "", drip: bool = False) -> None:
+    def __init__(
+        self, port: int, pooled: str = "", drip: bool = False, host: str = "127.0.0.1", on: int = 0
+    ) -> None:
         self.pooled = pooled
         self.drip = drip
         self.sent = 0
@@ -14104,7 +14125,7 @@ class QueueWire:
         self.open = threading.Event()
         self.open.set()
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, on))
         self.port = self._listener.getsockname()[1]
         self._socks = [self._listener]
         self._accepting = imagen.in_thread(self._accept)
@@ -14496,6 +14517,63 @@ def test_queue_a_notification_wakes_however_it_arrives(
                 connection.run("")
 
 
+def test_queue_of_several_addresses_the_next_is_tried_after_silence(
+    box: Box, database: Database
+) -> None:
+    """A host's name with two addresses, in a hosts file that this command alone sees: the first is mute."""
+    mute = socket.create_server(("127.0.0.1", 0))
+    port = mute.getsockname()[1]
+    hosts = box.root / "hosts"
+    hosts.write_text("127.0.0.1 two.example\n127.0.0.2 two.example\n")
+    enter = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*enter, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("no namespace for a hosts file of its own")
+    dsn = f"postgresql://imagen_migrator:postgres@two.example:{port}/{database.name}?connect_timeout=1"
+    code = (
+        "import imagen\nwith imagen.postgres('IMAGEN_DATABASE_URL') as c: print(c.run('select 42'))"
+    )
+    with mute, QueueWire(database.server.port, host="127.0.0.2", on=port):
+        done = subprocess.run(
+            [*enter, sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); {code}"],
+            env={**box.environ, "IMAGEN_DATABASE_URL": dsn}, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.stdout == "[[42]]\n", done.stderr
+        mute.settimeout(1)
+        mute.accept()[0].close()  # it was tried
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "hint"),
+    [
+        ({"C": "XX000", "M": "Tenant or user not found"}, imagen.BadConfig, "postgres.<ref>"),
+        ({"C": "XX000", "M": "could not read block"}, imagen.Unreachable, ""),
+        ({"C": "42P01", "M": 'relation "storage.buckets" does not exist'}, imagen.BadConfig, "Dashboard"),
+        ({"C": "3F000", "M": 'schema "auth" does not exist'}, imagen.BadConfig, "Dashboard"),
+        ({"C": "3F000", "M": 'schema "imagen" does not exist'}, imagen.BadConfig, "imagen migrate"),
+        ({"C": "42703", "M": 'column "lost" does not exist'}, imagen.BadConfig, "imagen migrate"),
+    ],
+)  # fmt: skip
+def test_queue_what_servers_and_poolers_say_gets_words_that_help(
+    fields: Any, kind: type[Exception], hint: str
+) -> None:
+    error = imagen.postgres_error("Postgres at x:1", fields)
+    assert type(error) is kind
+    assert hint in error.hint
+
+
+def test_queue_a_host_of_ipv6_alone_is_told_of_as_such(queue_env: Env) -> None:
+    dsn = "postgresql://u:p@[2001:db8::1]:5432/d?connect_timeout=1"
+    with (
+        pytest.raises(imagen.Unreachable, match="IPv6 address alone") as caught,
+        queue_opened(queue_env, dsn),
+    ):
+        pass
+    assert "session pooler" in caught.value.hint
+
+
 def test_queue_an_error_that_is_not_the_databases_closes_the_connection(
     queue_env: Env, database: Database
 ) -> None:
@@ -14755,6 +14833,138 @@ def test_queue_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
             assert len(queue.turn(claimed={"free": 4})["claimed"]) == 4
         queue.turn(rescued={"steady": True})
         assert read() - before < 2000
+
+
+QUEUE_OWNERS = """with made as (
+  insert into auth.users (id, aud, role, email) select md5(n::text)::uuid, 'authenticated', 'authenticated', n || '@x'
+  from generate_series(1, $1::text::int) n on conflict do nothing returning id)
+insert into imagen.jobs (owner_user_id, prompt, run_after, backend)
+select id, 'a fox', now() + $3::interval, $4 from made, generate_series(1, $2::text::int)"""
+
+
+def queue_plan(queue: imagen.Queue, *parts: str, backends: Sequence[str] = ()) -> Any:
+    """How the server does a turn of these parts: EXPLAIN's document."""
+    params = {
+        **queue.always,
+        "backends": list(backends) or [""],
+        "free": 1,
+        "mine": [],
+        "steady": True,
+    }
+    sql = imagen.turn_sql(not backends, *parts)
+    ((document,),) = queue.connection.run(f"explain (analyze, format json) {sql}", **params)
+    return document[0]["Plan"]
+
+
+def queue_nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from queue_nodes(part)
+
+
+def test_queue_a_claim_looks_once_at_each_owner_however_many_jobs_wait(
+    queue_env: Env, postgres16: Postgres
+) -> None:
+    with postgres16.database() as database:
+        database.migrate()
+        with queue_workers(queue_env, database, 1) as (queue,):
+            for owners, each, delay, backend, only in (
+                (50, 200, "0", None, ()), (50, 200, "0", "mock", ("mock",)),
+                (1, 10_000, "1 day", None, ()), (1, 10_000, "0", "other", ("mock",)),
+            ):  # fmt: skip
+                database.sql("truncate imagen.jobs; delete from auth.users")
+                database.sql(QUEUE_OWNERS, owners, each, delay, backend)
+                plan = queue_plan(queue, "claimed", backends=only)
+                nodes = [*queue_nodes(plan)]
+                scans = [
+                    node
+                    for node in nodes
+                    if "Scan" in node["Node Type"] and "Relation Name" in node
+                ]
+                assert {node["Node Type"] for node in scans} <= {"Index Scan", "Index Only Scan"}
+                rows = sum(node["Actual Rows"] * node["Actual Loops"] for node in scans)
+                assert rows <= 5 * owners + 5, (owners, rows)
+                assert plan["Total Cost"] < 20_000  # from 100,000 on a stock server compiles it
+                index = "imagen_jobs_backend_turn_idx" if only else "imagen_jobs_turn_idx"
+                assert index in {node.get("Index Name") for node in nodes}
+
+
+def test_queue_a_poll_is_too_cheap_to_be_compiled_and_costs_next_to_nothing(
+    queue_env: Env, queue_tls: QueuePostgres
+) -> None:
+    """On Debian's server with its stock settings, jit among them."""
+    with queue_tls.database() as database:
+        database.sql(f"alter database {database.name} set jit = on")
+        database.migrate(role="postgres")
+        with queue_opened(queue_env, database.dsn("postgres")) as connection:
+            queue = imagen.Queue(connection, **queue_always())
+            assert connection.run("show jit") == [["on"]]
+            poll = ("disowned", "rescued", "waiting", "claimed")
+            assert queue_plan(queue, *poll)["Total Cost"] < 20_000
+            parts: dict[str, Any] = {
+                "disowned": {"mine": []},
+                "rescued": {"steady": True},
+                "waiting": {},
+            }
+            parts["claimed"] = {"free": 1}
+            ((pid,),) = connection.run("select pg_backend_pid()")
+            used = Path(f"/proc/{pid}/schedstat")
+            if not used.exists():
+                return
+            costs = []
+            for _ in range(20):
+                before = int(used.read_text().split()[0])
+                queue.turn(**parts)
+                costs.append((int(used.read_text().split()[0]) - before) / 1e6)
+            assert statistics.median(costs) < 2, costs
+
+
+def test_queue_claims_are_fair_among_owners(queue_env: Env, database: Database) -> None:
+    database.migrate()
+    anna, bert, cleo = (database.user(name) for name in ("anna", "bert", "cleo"))
+    with queue_workers(queue_env, database, 1) as (queue,):
+
+        def claims(free: int = 1, **more: Any) -> list[str]:
+            rows = queue.turn(claimed={"free": free, **more})["claimed"]
+            owners = [json.loads(row["fields"])["owner_user_id"] for row in rows]
+            return [{anna: "a", bert: "b", cleo: "c"}[owner] for owner in owners]
+
+        def over(*owners: str) -> None:
+            database.sql(
+                "update imagen.jobs set status = 'done' where status = 'running' and owner_user_id = any($1)",
+                list(owners),
+            )
+
+        database.sql(QUEUE_JOBS, anna, 50)
+        assert claims(3) == ["a", "a", "a"]
+        database.sql(QUEUE_JOBS, bert, 5)
+        assert claims() == ["b"]  # who has the fewest running
+        database.sql(QUEUE_JOBS, cleo, 1)
+        assert claims() == ["c"]  # and was never served
+        over(anna, bert, cleo)
+        assert [claims() for _ in range(4)] == [
+            ["a"],
+            ["b"],
+            ["a"],
+            ["b"],
+        ]  # the longest unserved first
+        over(anna, bert)
+        database.sql(QUEUE_JOBS, cleo, 9)
+        assert sorted(claims(3)) == ["a", "b", "c"]  # one of each before a second
+        assert sorted(claims(5)) == ["a", "a", "b", "c", "c"]  # bert has no more
+        over(anna, bert, cleo)
+        database.sql("update imagen.jobs set priority = 1 where owner_user_id = $1", anna)
+        assert claims(2) == ["a", "a"]  # within a priority
+        over(anna)
+        database.sql("update imagen.jobs set run_after = '2020-01-01' where seq = 40")
+        (row,) = queue.turn(claimed={"free": 1})["claimed"]
+        assert row["seq"] == 40  # of one owner what is due for the longest time
+        database.sql(
+            "update imagen.jobs set run_after = '2999-01-01' where owner_user_id = $1 and status = 'pending'",
+            anna,
+        )
+        assert claims(9) == ["c"] * 6
+        assert claims(9) == []
 
 
 def test_queue_statements_are_prepared_once(queue_env: Env, database: Database) -> None:
@@ -15703,7 +15913,7 @@ def test_queue_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_d
     }
     before = {status: jobs_row(database, ident) for status, ident in ids.items()}
     with Cloud(database) as cloud:
-        cloud.join(box, worker={"lease_s": 1})
+        cloud.join(box, worker={"lease_s": 1, "heartbeat_s": 0.2})
         first = box.run("migrate", "--json").json["parts"]["imagen_jobs_init"]
         assert "changed: table imagen.jobs" in first
         assert "changed: trigger imagen_jobs_notify" in first
@@ -15719,6 +15929,10 @@ def test_queue_the_originals_jobs_are_upgraded_in_place_and_its_stale_ones_are_d
             "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'imagen_jobs_notify'"
         )
         assert "FOR EACH STATEMENT" in database.one(trigger)
+        assert box.run("worker", "--once").code == 0
+        rescued = jobs_row(database, ids["running"])
+        assert (rescued["status"], rescued["lost"]) == ("pending", 1)
+        database.sql("update imagen.jobs set run_after = now()")
         assert box.run("worker", "--once").code == 0
         rows = [jobs_row(database, ident) for ident in ids.values()]
         assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
@@ -15788,7 +16002,79 @@ def test_queue_a_heartbeat_touches_no_index(
         "select indexdef from pg_indexes where schemaname = 'imagen' and tablename = 'jobs'"
     )
     for status in ("pending", "running"):
-        assert sum(f"WHERE (status = '{status}'" in row["indexdef"] for row in found) == 1
+        assert any(f"WHERE (status = '{status}'" in row["indexdef"] for row in found)
+
+
+def test_queue_no_owner_has_more_jobs_waiting_than_the_limit_that_migrate_writes(
+    box: Box, database: Database
+) -> None:
+    def migrate(**limits: int) -> str:
+        box.configure(MOCK, limits={"per_owner": limits})
+        done = queue_migrate(box, database, "--json")
+        assert done.code == 0, done.err
+        return str(done.json["parts"]["imagen_jobs_init"])
+
+    assert "jobs_pending" not in migrate().replace("function imagen.jobs_pending", "")
+    anna, bert = database.user("anna"), database.user("bert")
+    assert "trigger imagen_jobs_pending" in migrate(pending=3)
+    assert migrate(pending=3) == "was there"
+    own = [jobs_add(database, anna, user=anna) for _ in range(3)]
+    for user in (anna, ""):
+        with pytest.raises(
+            SqlError, match=r"limits\.per_owner\.pending: at most 3 jobs"
+        ) as refused:
+            jobs_add(database, anna, user=user)
+        assert refused.value.code == "PT429"  # which PostgREST answers as 429
+    jobs_add(database, bert, user=bert)
+    with pytest.raises(SqlError, match="per_owner"):
+        database.sql(QUEUE_JOBS, bert, 1_000)
+    database.sql("select imagen.cancel_job($1::uuid)", own[0], user=anna)
+    jobs_add(database, anna, user=anna)
+    box.environ |= {"IMAGEN_DATABASE_URL": database.dsn(), "IMAGEN_OWNER_USER_ID": anna}
+    done = box.run("jobs", "add", "a fox")
+    assert done.code == 7 and "at most 3 jobs" in done.err, done.err
+    with database.session() as one, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        database.sql("truncate imagen.jobs")
+        one.sql("begin")
+        one.sql(QUEUE_JOBS, bert, 3)  # two at once count each other
+        other = pool.submit(database.sql, QUEUE_JOBS, bert, 1)
+        waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+        eventually(lambda: database.one(waits))
+        one.sql("commit")
+        with pytest.raises(SqlError, match="per_owner"):
+            other.result()
+    database.migrate()  # as psql does it: without a word of the limit it stays
+    with pytest.raises(SqlError, match="per_owner"):
+        jobs_add(database, bert)
+    migrate()
+    jobs_add(database, bert)
+
+
+def test_queue_an_owner_has_no_more_jobs_running_than_the_limit(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    database.sql(QUEUE_JOBS, database.user("anna"), 20)
+    database.sql(QUEUE_JOBS, database.user("bert"), 2)
+    with (
+        queue_workers(queue_env, database, 3) as queues,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        for queue in queues:
+            queue.always["per_owner"] = 3
+        with database.session() as session:
+            session.sql("begin")
+            session.sql("select pg_advisory_xact_lock(hashtext('imagen claims'))")
+            turns = [pool.submit(queue.turn, claimed={"free": 2}) for queue in queues]
+            waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+            eventually(lambda: database.one(waits) == 3)
+            session.sql("commit")
+        assert sum(len(turn.result()["claimed"]) for turn in turns) == 5
+        running = "select count(*)::int as n from imagen.jobs where status = 'running' group by owner_user_id order by 1"
+        assert [row["n"] for row in database.sql(running)] == [2, 3]
+        with pytest.raises(pg8000.native.DatabaseError):
+            queues[0].turn(claimed={"free": 1}, settled={"outcomes": "nonsense"})
+        assert queues[0].turn(waiting={})["waiting"] == [{"number": 17}]
 
 
 def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database: Database) -> None:
@@ -16015,7 +16301,6 @@ def test_worker_a_job_that_fails_says_why_and_what_to_do(box: Box, cloud: Cloud)
             ({"backend_opts": {"delay_s": "long"}}, "usage", "delay_s",), ({"prompt": " "}, "usage", "prompt is empty",),
             ({"backend": "mok"}, "usage", 'backend "mok" is not configured: did you mean "mock"'),
             ({"style": "fhoto"}, "usage", '"photo"'), ({"height": None}, "usage", "needs width and height\n--size"),
-            ({"backend": "paid"}, "config", "NO_SUCH_KEY"),
         ]  # fmt: skip
         for key in ("base_url", "api_key_env", "api_key", "model", "cost_usd", "timeout", "type"):
             opts = {"backend": "paid", "backend_opts": {key: "http://127.0.0.1:9"}}
@@ -16115,6 +16400,14 @@ def test_worker_backend_limits_what_is_taken(box: Box, cloud: Cloud) -> None:
     assert {row["backend"] for row in cloud.rows()} == {"other", "mock"}
 
 
+def test_worker_a_heartbeat_that_a_lease_cannot_spare_is_refused(box: Box) -> None:
+    box.configure(MOCK, worker={"lease_s": 10, "heartbeat_s": 4})
+    for command in (("config", "validate"), ("worker",)):
+        done = box.run(*command)
+        assert done.code == 3 and "worker.heartbeat_s 4: a third of lease_s" in done.err, done.err
+    assert box.run("generate", "a fox").code == 0
+
+
 def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
     for flags, code, text in (
         ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
@@ -16122,6 +16415,63 @@ def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
     ):  # fmt: skip
         done = box.run("worker", *flags.split())
         assert done.code == code and text in done.err and done.out == "", flags
+
+
+def test_worker_a_job_names_only_what_the_limits_let_it_name(box: Box, cloud: Cloud) -> None:
+    backends = {name: {"type": "mock"} for name in ("mock", "dear")}
+    cloud.join(
+        box,
+        backends=backends,
+        worker={},
+        limits={"backends": ["mock"], "per_owner": {"running": 1}},
+    )
+    ids = [jobs_add(cloud.database, cloud.anna, backend=name) for name in (None, "mock", "dear")]
+    assert box.run("worker", "--once", "--concurrency", "3").code == 0
+    rows = [jobs_row(cloud.database, ident) for ident in ids]
+    assert [row["status"] for row in rows] == ["done", "done", "failed"]
+    assert rows[2]["error_code"] == "usage" and '"dear": not one' in rows[2]["error"]
+    began = sorted((row["started_at"], row["finished_at"]) for row in rows)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(began))
+
+
+def release_before() -> Path:
+    """The folder of the release before: its imagen.py and its migrations.sql."""
+    folder = Path(tempfile.gettempdir()) / f"imagen-before-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    for name in ("imagen.py", "migrations.sql"):
+        shown = subprocess.run(
+            ["git", "show", f"22a4bc5:{name}"], cwd=HERE.parent, capture_output=True, text=True
+        )
+        if shown.returncode:
+            missing("the release before is not in this clone")
+        (folder / name).write_text(shown.stdout)
+    return folder
+
+
+def test_worker_and_database_of_two_releases_get_on(box: Box, database: Database) -> None:
+    before = release_before()
+    database.migrate((before / "migrations.sql").read_text())
+    anna = database.user("anna")
+    deep = json.loads('{"a": ' * 40 + "1" + "}" * 40)
+    old = jobs_add(database, anna, backend_opts=deep)
+    over = jobs_add(database, anna, status="done", backend_opts=deep)
+    with Cloud(database) as cloud:
+        cloud.join(box, worker={})
+        done = box.run("worker", "--once", timeout=30)
+        assert (done.code, "imagen migrate" in done.err) == (3, True), done.err
+        assert jobs_row(database, old)["status"] == "pending"
+        for _ in range(2):  # rows that break a rule of today do not stop it, and stay as they were
+            assert box.run("migrate").code == 0
+        assert jobs_row(database, over)["backend_opts"] == deep
+        with pytest.raises(SqlError, match="depth_check"):
+            jobs_add(database, anna, backend_opts=deep)
+        new = jobs_add(database, anna)
+        with box.start("worker", "--once", program=(str(before / "imagen.py"),)) as process:
+            assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        assert jobs_row(database, new)["status"] == "done"
+        assert jobs_row(database, old)["status"] == "failed"
+        assert len(cloud.objects()) == 1
+    shutil.rmtree(before)
 
 
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
@@ -16245,6 +16595,19 @@ class JobsSystemd(contextlib.ExitStack):
             self.messages.append(self.sock.recv(4096).decode())
         return self.messages[before:]
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While inside, messages are taken in as they come: whoever sends into a full socket waits."""
+        over = threading.Event()
+        thread = imagen.in_thread(
+            lambda: all(
+                self.receive(0.1) is not None and not over.is_set() for _ in itertools.count()
+            )
+        )
+        yield
+        over.set()
+        thread.join()
+
     def until(self, text: str) -> None:
         """Until a message says so."""
         eventually(lambda: any(text in message.split("\n") for message in self.receive(0.1)), 40)
@@ -16282,7 +16645,7 @@ def test_worker_systemd_hears_ready_status_watchdog_and_stopping(box: Box, cloud
 
 
 def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={"lease_s": 1})
+    cloud.join(box, worker={"lease_s": 1, "heartbeat_s": 0.3})
     lost = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
     with (
         JobsSystemd() as systemd,
@@ -16290,9 +16653,11 @@ def test_without_a_database_systemd_is_told_so_and_the_worker_lives(box: Box, cl
     ):
         systemd.until("STATUS=no database; 0 running")
         # Who comes back later than a quarter of the lease might find its jobs taken.
-        eventually(lambda: worker.log().count("next try") > 7)
-        pauses = [float(pause) for pause in re.findall(r"next try in (\S+) s", worker.log())]
-        assert 0 <= min(pauses) < max(pauses) <= 0.25
+        began = time.monotonic()
+        status = "WATCHDOG=1\nSTATUS=no database; 0 running"
+        eventually(lambda: systemd.receive(0.1) and systemd.messages.count(status) > 12)
+        assert time.monotonic() < began + 12 * 0.6
+        assert worker.log().count("next try") == 1
         assert worker.process.poll() is None
         assert worker.stopped() == 0
 
@@ -16340,7 +16705,7 @@ def test_worker_the_unit_is_without_fault_and_starts_what_the_readme_installs(
     )
     assert (
         int(settings["TimeoutStopSec"])
-        > imagen.JOB_TIMEOUT + imagen.DELIVERY_S
+        > imagen.WorkerConfig().job_timeout_s + imagen.DELIVERY_S
         > imagen.WorkerConfig().grace_s
     )
     assert "~/" + settings["EnvironmentFile"].removeprefix("%h/") in readme
@@ -16560,7 +16925,7 @@ class Crew:
         self, prompt: str = "a fox", *, opts: Mapping[str, Any] | None = None, **columns: Any
     ) -> str:
         """The id of a new job of anna's; `opts` are its backend_opts."""
-        columns |= {"prompt": prompt, "owner_user_id": self.cloud.anna}
+        columns = {"prompt": prompt, "owner_user_id": self.cloud.anna, **columns}
         columns |= {"backend_opts": json.dumps(opts)} if opts else {}
         places = ", ".join(f"${n + 1}" for n in range(len(columns)))
         sql = f"insert into imagen.jobs ({', '.join(columns)}) values ({places}) returning id::text"
@@ -16864,6 +17229,152 @@ def test_worker_an_image_row_that_is_refused_costs_no_other_job_its_lease(crew: 
     assert "lost" not in crew.log()
 
 
+def test_worker_rescues_though_no_session_lasts_as_long_as_a_lease(crew: Crew) -> None:
+    first = crew.start()
+    job = crew.slow(30)
+    crew.runs(job)
+    first.send_signal(signal.SIGSTOP)
+    (frozen,) = crew.sessions()
+    second = crew.start(host="there")
+    ended = threading.Event()
+
+    def end_sessions() -> None:
+        while not ended.wait(0.7):
+            for pid in {*crew.sessions()} - {frozen}:
+                crew.database.sql("select pg_terminate_backend($1)", pid)
+
+    thread = imagen.in_thread(end_sessions)
+    try:
+        crew.until(lambda: crew.row(job)["lost"])
+    finally:
+        ended.set()
+        thread.join()
+    assert crew.log(second).count("next try") <= 3, crew.log(second)
+    assert crew.log(second).count("listening") <= 4
+
+
+def test_worker_a_database_that_is_read_only_is_told_of_once_and_tried_less_and_less(
+    crew: Crew,
+) -> None:
+    worker = crew.start()
+    name = crew.database.name
+    crew.database.sql(f"alter database {name} set default_transaction_read_only = on")
+    crew.terminate()
+    with JobsSystemd() as systemd:
+        second = crew.host().start(
+            "worker",
+            env={"NOTIFY_SOCKET": systemd.path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        crew.started.append(second)
+        (crew.root / "1.log").touch()
+        systemd.until("STATUS=no database; 0 running")
+        time.sleep(2)
+        assert 2 < len(systemd.receive(1)) < 12
+    crew.until(lambda: "25006" in crew.log(worker))
+    assert len(crew.log(worker).splitlines()) <= 6, crew.log(worker)
+    crew.database.sql(
+        "set default_transaction_read_only = off; alter database "
+        + name
+        + " reset default_transaction_read_only"
+    )
+    crew.until(lambda: crew.log(worker).count("listening") == 2)
+    crew.whole(crew.ends(crew.add())["id"])
+
+
+def test_worker_run_after_survives_the_settling_and_a_job_has_its_configured_time(
+    crew: Crew,
+) -> None:
+    crew.worker |= {"job_timeout_s": 1}
+    crew.start()
+    due = datetime(2020, 1, 1, tzinfo=UTC)
+    assert crew.ends(crew.add(run_after=due))["run_after"] == due
+    assert "not done within 1 s" in crew.ends(crew.slow(30), "failed")["error"]
+
+
+# The worker itself is what is broken
+
+
+def test_a_worker_without_a_key_or_its_backend_hands_back_pauses_that_backend_and_goes_on_when_it_works(
+    crew: Crew,
+) -> None:
+    crew.worker |= {"concurrency": 2}
+    port = quiet_port()
+    comfy = {"type": "comfyui", "base_url": f"http://127.0.0.1:{port}", "model": CHECKPOINTS[1]}
+    keyless = {
+        "type": "openai",
+        "model": "m",
+        "base_url": "http://127.0.0.1:9",
+        "api_key_env": "NO_SUCH_KEY",
+    }
+    crew.backends |= {"gpu": comfy, "keyless": keyless}
+    with JobsSystemd() as systemd, systemd.reading():
+        worker = crew.start(NOTIFY_SOCKET=systemd.path)
+        waiting = [crew.add(backend=name) for name in ("gpu", "keyless") for _ in range(20)]
+        mine = [crew.add(opts={"fail": code}) for code in ("config", "quota")]
+        for job, code in zip(mine, ("config", "quota"), strict=True):  # these are the rows' own
+            assert crew.ends(job, "failed")["error_code"] == code
+        crew.ends(crew.add())
+        both = ("gpu (unreachable)", "keyless (config)")
+        eventually(lambda: all(name in systemd.messages[-1] for name in both))
+        rows = [crew.row(job) for job in waiting]
+        assert {row["status"] for row in rows} == {"pending"}
+        tried = [row for row in rows if row["handed_back_at"]]
+        assert 2 <= len(tried) <= 4
+        assert all(row["max_attempts"] - row["attempt"] == 3 for row in tried)
+        assert {row["error_code"] for row in tried} == {"unreachable", "config"}
+        assert crew.log(worker).count("paused:") == 2
+        crew.database.sql(
+            "update imagen.jobs set handed_back_at = now() - interval '2 hours' where id = $1",
+            tried[0]["id"],
+        )
+        row = crew.ends(tried[0]["id"], "failed")
+        assert row["error_code"] in row["error"] and "3600 s" in row["error"]
+        with Comfy() as comfy, QueueWire(comfy.port, on=port):
+            crew.until(lambda: "gpu: works again" in crew.log(worker))
+            crew.until(
+                lambda: not [job for job in waiting[:20] if job in crew.jobs("pending", "running")]
+            )
+    assert crew.row(waiting[-1])["status"] == "pending"
+    assert worker.poll() is None
+
+
+def test_a_worker_whose_disk_is_full_takes_nothing_until_there_is_room(
+    crew: Crew, tmp_path: Path
+) -> None:
+    with output_disk(tmp_path / "small", 20 << 20) as small:
+        output_fill(small)
+        worker = crew.start("--concurrency", "2", IMAGEN_OUTPUT_DIR=str(small))
+        jobs = [crew.add() for _ in range(20)]
+        crew.until(lambda: "all backends: paused" in crew.log(worker))
+        crew.until(lambda: not crew.jobs("running"))
+        assert len(crew.jobs("pending")) == 20
+        (small / "filler").unlink()
+        for job in jobs:
+            crew.ends(job)
+    crew.whole(*jobs)
+
+
+def test_a_worker_that_was_told_to_reach_the_cloud_and_cannot_says_so(
+    box: Box, cloud: Cloud
+) -> None:
+    cloud.join(box, worker={})
+    del box.environ["SUPABASE_URL"]
+    done = box.run("worker", "--once", env={"IMAGEN_CLOUD_SYNC": "on"})
+    assert done.code == 3 and "SUPABASE_URL is not set" in done.err
+    with JobsSystemd() as systemd, JobsWorker(box, NOTIFY_SOCKET=systemd.path) as worker:
+        row = jobs_until(cloud.database, jobs_add(cloud.database, cloud.anna))
+        assert (row["status"], row["image_id"], row["note"]) == (
+            "done",
+            None,
+            "made, not in the cloud",
+        )
+        assert "not in the cloud: SUPABASE_URL is not set" in worker.log()
+        assert str(next(box.out.glob("*.png"))) in worker.log()
+        systemd.until("STATUS=0 running, 0 pending; not in the cloud: SUPABASE_URL is not set")
+
+
 # Poison, orphans, what people do to rows
 
 
@@ -16877,6 +17388,150 @@ def test_a_job_that_kills_its_worker_each_time_fails_after_its_last_attempt(crew
     row = crew.ends(job, "failed")
     assert (row["attempt"], row["error_code"]) == (3, "failed")
     assert "lost in attempt 3 of 3" in row["error"]
+
+
+def test_a_job_that_kills_its_worker_takes_no_neighbour_along_and_ends_alone(crew: Crew) -> None:
+    crew.backends |= {"other": TINY["mock"]}
+    poison = crew.slow(30)
+    innocent = [crew.slow(0.5) for _ in range(7)]
+    for attempt in (1, 2, 3):
+        worker = crew.start("--concurrency", "8")
+        crew.runs(poison, attempt)
+        crew.until(lambda attempt=attempt: attempt > 1 or len(crew.jobs("running")) == 8)
+        if attempt > 1:
+            fresh = crew.slow(0.1, priority=1)
+            for _ in "12":  # by the second heartbeat it would have been taken
+                beat = crew.row(poison)["lease_until"]
+                crew.until(lambda beat=beat: crew.row(poison)["lease_until"] > beat)
+            assert crew.jobs("running") == [poison]
+            assert crew.row(fresh)["status"] == "pending"
+            innocent.append(fresh)
+        crew.kill(worker)
+        crew.start("--backend", "other")  # in the same slot, and takes none of them itself
+        crew.until(lambda attempt=attempt: crew.row(poison)["lost"] == attempt)
+        row = crew.row(poison)
+        if attempt < 3:
+            assert 0 < (row["run_after"] - row["now"]).total_seconds() <= 2**attempt
+        crew.kill(crew.started[-1])
+        crew.database.sql(
+            "update imagen.jobs set run_after = '2020-01-01' where status = 'pending'"
+        )
+        crew.database.sql("update imagen.jobs set run_after = '2019-01-01' where id = $1", poison)
+    assert (row["status"], row["attempt"]) == ("failed", 3)
+    crew.start("--concurrency", "8")
+    assert [crew.ends(job)["lost"] for job in innocent] == [*[1] * 7, 0, 0]
+    crew.whole(*innocent)
+
+
+HOSTILE_JSON = (
+    '{"a": 1e5000}', '{"a": -1e16000}', '{"a": ' + "[" * 1100 + "]" * 1100 + "}",
+    '{"extra": ' * 700 + "1" + "}" * 700, '{"delay_s": 1e300}', '{"fail": "bug"}', '{"a": 1e-5000}', "{}",
+    '{"fail": {"x": ["' + "y" * 9000 + '"]}}', '{"width": 99999999999999999999}', '{"": null}',
+)  # fmt: skip
+
+
+def hostile_rows(crew: Crew, count: int, seed: int) -> list[str]:
+    """The ids of jobs whose requests are random nonsense, as far as the table lets it in."""
+    chance = random.Random(seed)
+    owner = crew.database.user("mallory")
+    texts = (
+        "x",
+        "'; drop",
+        "\u202e\ufffd",
+        "🦊" * 300,
+        "\\u0000",
+        "%s",
+        "\x7f\x1b[2J",
+        "{seed}",
+        " ",
+        "../..",
+    )
+    ids = []
+    while len(ids) < count:
+        columns: dict[str, Any] = {"prompt": chance.choice(texts), "owner_user_id": owner}
+        choices: dict[str, Sequence[Any]] = {
+            "negative_prompt": texts, "style": texts, "backend": (*texts, "mock", ""), "width": (16, 17, 8192),
+            "height": (16, 8192), "steps": (0, 500), "seed": (0, 2**63 - 1), "backend_opts": HOSTILE_JSON,
+            "priority": (-(2**31), 2**31 - 1), "attempt": (7, 2**31 - 1), "max_attempts": (-(2**31), 2**31 - 1),
+        }  # fmt: skip
+        for name in chance.sample([*choices], chance.randint(1, 4)):
+            columns[name] = chance.choice(choices[name])
+        places = ", ".join(f"${n + 1}" for n in range(len(columns)))
+        sql = f"insert into imagen.jobs ({', '.join(columns)}) values ({places}) returning id::text"
+        with contextlib.suppress(SqlError):
+            ids.append(str(crew.database.one(sql, *columns.values())))
+    return ids
+
+
+def hostile_run(crew: Crew, count: int, seed: int) -> list[str]:
+    """Hostile rows, half of them from before there was a check of them, and two honest people's jobs beside them."""
+    database = crew.database
+    database.sql("alter table imagen.jobs drop constraint imagen_jobs_depth_check")
+    database.sql("alter table imagen.jobs drop constraint imagen_jobs_opts_check")
+    ids = hostile_rows(crew, count // 2, seed)
+    database.migrate()
+    ids += hostile_rows(crew, count - count // 2, seed + 1)
+    bert = database.user("bert")
+    honest = [crew.add(), crew.add(owner_user_id=bert)]
+    worker = crew.start("--concurrency", "8")
+    crew.until(lambda: not crew.jobs("pending", "running"), 60 + count / 2)
+    honest += [crew.add(), crew.add(owner_user_id=bert)]
+    for job in honest:
+        crew.ends(job)
+    assert worker.poll() is None
+    assert crew.log(worker).count("listening") == 1, crew.log(worker)[-3000:]
+    assert "unexpected" not in crew.log(worker).replace("mock: unexpected", "")
+    return ids
+
+
+def test_worker_random_hostile_rows_hurt_nobody_but_themselves(crew: Crew) -> None:
+    ids = hostile_run(crew, 500, 7)
+    assert not {*ids}.difference(crew.jobs("done", "failed"))
+    listed = crew.host().run("jobs", "list", "--json")
+    assert listed.code == 0, listed.err
+    with pytest.raises(SqlError, match="depth_check"):
+        crew.add(opts={"a": functools.reduce(lambda inner, _: [inner], range(17), 1)})
+    crew.ends(
+        crew.add(opts={"fail": functools.reduce(lambda inner, _: [inner], range(15), 1)}), "failed"
+    )
+
+
+def test_worker_no_row_that_the_database_refuses_ends_more_than_its_job(crew: Crew) -> None:
+    """Each step of a turn meets a row that throws: claim, receipt, heartbeat, outcome, image."""
+    crew.database.sql(
+        "create function public.angry() returns trigger language plpgsql as $$ begin"
+        " if new.prompt = 'angry ' || tg_argv[0] then raise exception 'no %', tg_argv[0]; end if; return new; end $$"
+    )
+    for when in ("insert on imagen.images", "update on imagen.jobs"):
+        table = when.split(".")[1]
+        crew.database.sql(
+            f"create trigger angry before {when} for each row"
+            + " when (new.status = 'done')" * (table == "jobs")
+            + f" execute function public.angry('{table}')"
+        )
+    body = bytearray(png(64, 64))
+    body[16:20] = b"\xff" * 4  # as wide as no integer of Postgres is
+    deep = functools.reduce(lambda inner, _: [inner], range(600), 1)
+    with Remote(ok(openai_images(bytes(body)))) as wide, Remote(status(201, {"id": deep})) as odd:
+        paint = {"type": "openai", "base_url": wide.base, "model": "m"}
+        replicate = {"type": "replicate", "base_url": odd.base, "model": "a/b"}
+        crew.backends |= {"wide": paint, "odd": {**replicate, **PAINT_KEYS["replicate"]}}
+        worker = crew.start("--concurrency", "4")
+        neighbour = crew.slow(4)
+        crew.runs(neighbour)
+        for columns, outcome, code, text in (
+            ({"prompt": "angry images"}, "done", None, "P0001 no images"),
+            ({"prompt": "angry jobs"}, "failed", "bug", None),
+            ({"backend": "wide"}, "done", None, "22003"),
+            ({"backend": "odd"}, "failed", "unknown", "charged"),
+            ({"attempt": 2**31 - 1, "max_attempts": 2**31 - 1}, "done", None, None),
+        ):
+            row = crew.ends(crew.add(**columns), outcome)
+            assert row["error_code"] == code, row
+            assert text is None or text in row["error"], row
+        assert crew.ends(neighbour)["attempt"] == 1
+        assert worker.poll() is None
+        assert crew.log(worker).count("listening") == 1
 
 
 def test_jobs_that_the_original_worker_left_running_are_run_again(crew: Crew) -> None:
@@ -17027,7 +17682,7 @@ def test_a_worker_frozen_before_its_paid_post_does_not_pay_after_its_job_was_res
     crew: Crew, cable: Cable, painter: Painter, written: bool
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b'"receipt": {', cable.freeze)
+    cable.when(b'"receipt": "{', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     if written:  # the receipt is, but its worker does not learn of it in time
@@ -17100,7 +17755,7 @@ def test_worker_a_host_whose_own_journal_knows_of_no_payment_believes_the_receip
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b'"receipt": {', cable.freeze)
+    cable.when(b'"receipt": "{', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.kill(first)
@@ -17158,7 +17813,7 @@ def test_worker_without_a_database_nothing_is_paid(
     crew: Crew, cable: Cable, painter: Painter
 ) -> None:
     first = crew.start(via=cable)
-    cable.when(b'"receipt": {', cable.freeze)
+    cable.when(b'"receipt": "{', cable.freeze)
     job = crew.add()
     assert cable.hit.wait(10)
     crew.until(lambda: "timed out" in crew.log(first))
@@ -17242,9 +17897,9 @@ def test_worker_an_image_that_the_cloud_does_not_take_is_kept_and_handed_in_late
     )
     first = crew.start()
     row = crew.ends(crew.add())
-    assert row["image_id"] is None
-    assert "403" in row["error"]
-    assert str(crew.host().out) in row["error"]
+    assert (row["image_id"], row["error"], row["note"]) == (None, None, "made, not in the cloud")
+    assert "403" in crew.log()
+    assert str(crew.host().out) in crew.log()
     first.terminate()
     assert first.wait(20) == 0
     crew.cloud.faults.clear()
@@ -21617,7 +22272,8 @@ def test_readme_bench_a_killed_worker_s_job_runs_again_soon(bench_queue: BenchQu
     bench_report(
         "kill -9, a restart after 1 s",
         "ms",
-        bench_spread("until the job runs again", took, 1800, "1800"),
+        # one of it until the restart, two until what was lost comes back
+        bench_spread("until the job runs again", took, 3800, "3800"),
     )
 
 
