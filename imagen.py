@@ -5347,6 +5347,25 @@ MASK_PIXELS = 16_000_000
 INPUT_KEPT_S = 86400.0  # of a copy that no open entry names
 
 
+@contextmanager
+def hidden_inputs() -> Iterator[Callable[[], str]]:
+    """Gives names of files for what comes in, which are gone when this ends."""
+    folder = state_path("inputs")
+    paths: list[str] = []
+
+    def hidden() -> str:
+        paths.append(os.path.join(folder, f".{new_uuid()}"))
+        return paths[-1]
+
+    with or_disk(folder, "images that come in are copied there"):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        yield hidden
+    finally:
+        for path in paths:
+            unlink_quietly(path)
+
+
 def input_of(source: str, ctx: Context) -> Input:
     """The copy of the image that `source` names: a path, an http address, a data URI, an id.
 
@@ -5603,6 +5622,27 @@ class Supabase:
         query = f"id=eq.{image_id}&select=id,storage_path"
         rows = postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
         return str(rows[0]["storage_path"]) if rows else ""
+
+    def fetch(self, path: str, owner: str, place: str) -> None:
+        """An object that this owner may read, into a new file at `place`.
+
+        BadRequest for any other, before it is read: below their own folder, or an image of theirs.
+        """
+        from urllib.parse import quote
+
+        url = self.object_url(path)
+        if not path.startswith(f"{owner}/"):
+            query = f"owner_user_id=eq.{owner}&storage_path=eq.{quote(path, safe='')}"
+            if not postgrest_rows(
+                self.tables("imagen").get(f"/images?select=storage_path&limit=1&{query}")
+            ):
+                raise BadRequest(f"{path}: not one that this job's owner may read")
+        try:
+            source = self.storage.download(f"/object/{url}")
+        except (BadConfig, BadRequest) as problem:
+            raise BadRequest(f"{path}: cannot be fetched: {problem}") from None
+        with source, Spool(place, place) as copy:
+            copy_into(source, copy)
 
     def add_image(self, row: Fields) -> str:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
@@ -7561,6 +7601,8 @@ class Attempt(Run):
         except (ValueError, RecursionError) as problem:
             raise BadRequest(f"the row cannot be read: {problem}") from None
         fields = {name: columns[name] for name in Request._fields if columns.get(name) is not None}
+        self.inputs = columns.get("inputs") or []  # paths in the bucket
+        self.mask = fields.pop("mask", None) or ""
         fields.setdefault("seed", int(self.job[-8:], 16) & 0x7FFFFFFF)
         self.order = Order(**fields)
         self.owner = columns["owner_user_id"]
@@ -8081,7 +8123,18 @@ class Worker:
     def image_of(self, run: Attempt, config: Config) -> Record:
         """The record of the job's image: found here, fetched where it was paid for, or made."""
         check_limits(run.order, config.limits)
-        (plan,) = plans_of(run.order, config)
+        with hidden_inputs() as hidden:
+            order = run.order
+            if run.inputs or run.mask:
+                cloud = Supabase(run.delivery(INPUT_S), config.supabase)
+                places = [hidden() for _ in run.inputs]
+                for path, place in zip(run.inputs, places, strict=True):
+                    cloud.fetch(path, run.owner, place)
+                order = order._replace(images=tuple(places))
+                if run.mask:
+                    order = order._replace(mask=hidden())
+                    cloud.fetch(run.mask, run.owner, order.mask)
+            (plan,) = plans_of(order, config)
         if run.number > 1 and (record := self.from_leftovers(run, config)):
             return record
         if record := self.from_receipt(run, plan, config):
@@ -9181,25 +9234,6 @@ def chunked_blocks(sock: socket.socket, begun: bytes, most: int) -> Iterator[byt
     # What is left unread would reset the connection, and our answer with it.
     while not begun.endswith(b"\r\n") and len(begun) < HEAD_BYTES:
         begun += received(sock)
-
-
-@contextmanager
-def hidden_inputs() -> Iterator[Callable[[], str]]:
-    """Gives names of files for what comes in, which are gone when this ends."""
-    folder = state_path("inputs")
-    paths: list[str] = []
-
-    def hidden() -> str:
-        paths.append(os.path.join(folder, f".{new_uuid()}"))
-        return paths[-1]
-
-    with or_disk(folder, "images that come in are copied there"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    try:
-        yield hidden
-    finally:
-        for path in paths:
-            unlink_quietly(path)
 
 
 def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> JsonObject:

@@ -313,6 +313,9 @@ alter table imagen.jobs
   add column if not exists note             text,
   add column if not exists receipt          jsonb,     -- written before a paid call leaves
   add column if not exists error_code       text,
+  add column if not exists inputs           text[],    -- paths in the bucket that the owner may read
+  add column if not exists mask             text,      -- likewise
+  add column if not exists strength         real,
   add column if not exists lost             int not null default 0,  -- attempts whose worker was lost
   add column if not exists handed_back_at   timestamptz;  -- first, by a worker that could not make it
 alter table imagen.jobs alter column owner_user_id set default auth.uid();
@@ -339,7 +342,9 @@ begin
       ('imagen_jobs_steps_check', 'check (steps between 0 and 500)'),
       ('imagen_jobs_seed_check', 'check (seed >= 0)'),
       ('imagen_jobs_names_check', 'check (char_length(backend) <= 200 and char_length(style) <= 200)'),
-      ('imagen_jobs_opts_check', 'check (jsonb_typeof(backend_opts) = ''object'' and octet_length(backend_opts::text) <= 16384)')
+      ('imagen_jobs_opts_check', 'check (jsonb_typeof(backend_opts) = ''object'' and octet_length(backend_opts::text) <= 16384)'),
+      ('imagen_jobs_inputs_check', 'check (cardinality(inputs) <= 16 and octet_length(array_to_string(inputs, '''')) <= 16384'
+        ' and char_length(mask) <= 1024 and strength between 0 and 1)')
     ) as v (name, rule)
   loop
     if not exists (select from pg_constraint where conrelid = 'imagen.jobs'::regclass and (conname = wanted.name
@@ -437,7 +442,8 @@ create policy imagen_jobs_owner_insert on imagen.jobs for insert to authenticate
 revoke all on imagen.jobs from anon, authenticated;
 grant all on imagen.jobs to service_role;
 grant select on imagen.jobs to authenticated;
-grant insert (prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, owner_user_id, status)
+grant insert (prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, inputs, mask, strength,
+  owner_user_id, status)
   on imagen.jobs to authenticated;
 
 -- What has become of the caller's own job: canceled at once while it waits, "running" where its worker is asked to stop.

@@ -16251,6 +16251,54 @@ def jobs_http(cloud: Cloud, method: str, path: str, user: str, body: object = No
         return json.load(answer)
 
 
+def jobs_upload(cloud: Cloud, path: str, data: bytes) -> None:
+    """An object in the bucket, put there with the service key."""
+    headers = {**cloud.headers(), "Content-Type": "image/png"}
+    url = f"{cloud.base}/storage/v1/object/imagen-generated/{path}"
+    request = urllib.request.Request(url, data, headers, method="POST")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
+def test_worker_a_job_starts_from_images_that_its_owner_may_read_and_from_no_other(
+    box: Box, cloud: Cloud
+) -> None:
+    cloud.join(box, worker={})
+    anna = cloud.database.user("anna")
+    bert = cloud.database.user("bert")
+    jobs_upload(cloud, f"{anna}/in/a.png", png(64, 64))
+    jobs_upload(cloud, f"{anna}/mask.png", inputs_mask(64))
+    jobs_upload(cloud, f"{bert}/secret.png", png(64, 64, content=b"secret"))
+    with JobsWorker(box):
+        first = jobs_add(cloud.database, anna)
+        made = jobs_until(cloud.database, first)
+        [image] = cloud.rows()
+        fields = {"inputs": [f"{anna}/in/a.png", image["storage_path"]], "mask": f"{anna}/mask.png"}
+        edited = jobs_until(cloud.database, jobs_add(cloud.database, anna, strength=0.5, **fields))
+        assert (made["status"], edited["status"], edited["error"]) == ("done", "done", None)
+        inputs = cloud.rows()[-1]["sidecar"]["inputs"]
+        assert [item["width"] for item in inputs] == [64, 64]
+        read = cloud.count("GET", "/storage/v1/object/")
+        forbidden = [
+            f"{bert}/secret.png",
+            "nobody.png",
+            f"{anna}/../{bert}/secret.png",
+            f"/{bert}/secret.png",
+            f"../other/{bert}/secret.png",
+            f"{anna}/",
+            "",
+        ]
+        jobs = [jobs_add(cloud.database, anna, inputs=[path]) for path in forbidden]
+        # What is an image of anna's is none of bert's.
+        jobs.append(jobs_add(cloud.database, bert, inputs=[image["storage_path"]]))
+        ended = [jobs_until(cloud.database, job) for job in jobs]
+        assert {(row["status"], row["error_code"]) for row in ended} == {("failed", "usage")}
+        assert cloud.count("GET", "/storage/v1/object/") == read
+        gone = jobs_until(cloud.database, jobs_add(cloud.database, anna, inputs=[f"{anna}/x.png"]))
+        assert (gone["status"], "cannot be fetched" in gone["error"]) == ("failed", True)
+    assert not [file for file in (box.state / "inputs").iterdir() if file.name.startswith(".")]
+
+
 def test_worker_a_job_that_a_signed_in_user_inserts_becomes_their_image(
     box: Box, cloud: Cloud
 ) -> None:
