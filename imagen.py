@@ -5830,6 +5830,7 @@ def order_hash(order: Order, sidecar: Sidecar) -> str:
     fields = order._asdict()
     for name in ("n", "key", "caller", "pay_again", "output", "cloud"):
         del fields[name]
+    fields["backend_opts"] = dict(order.backend_opts)
     fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
     fields["mask"] = sidecar.get("mask", {}).get("sha256")
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -10392,6 +10393,174 @@ class GenerateRunner(TerminalRunner):
             fields = ", ".join(sorted(ignored))
             run.warn(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
         return record
+
+
+@command(
+    f"""
+    file FILE            a line each: a JSON object like an order, or a prompt; - is stdin
+    -o --output DIR/     where the images go, but for rows that say so themselves
+    -b --backend NAME    likewise
+    --parallel N         images at a time; otherwise what the backend's block says
+    {TIMEOUT}
+    --dry-run            check all rows, and say what they would cost
+    """
+)
+def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
+    """make images by the rows of a file; once more, it goes on where it was stopped"""
+    config = load_config(args.config)
+    rows = batch_rows(args)
+    images = 0
+    usd = 0.0
+    unknown = 0
+    parallel = args.parallel or 0
+    for row in rows:  # a mistake in the last row is told before the first is paid
+        try:
+            plans = plans_of(row.order, config)
+        except (BadRequest, BadConfig) as problem:
+            raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
+        images += len(plans)
+        unknown += sum(plan.price.usd is None for plan in plans)
+        usd += sum(plan.price.usd or 0.0 for plan in plans)
+        parallel = parallel or plans[0].parallel
+    if args.dry_run:
+        document = {"dry_run": True, "rows": len(rows), "images": images, "usd": round(usd, 6)}
+        text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
+        return terminal.result({**document, "unknown": unknown}, text)
+    return BatchRunner(rows, config, terminal, args.timeout, parallel or 1).run()
+
+
+class BatchRow:
+    """A row of a batch, and what has come of it."""
+
+    def __init__(self, number: int, order: Order) -> None:
+        self.number = number
+        self.order = order
+        self.left = order.n
+        self.images: list[JsonObject] = []
+        self.error: ImagenError | None = None
+
+
+def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
+    """The rows of a batch; those without a key get one by file, folder, words and number."""
+    import hashlib
+
+    output = args.output or ""
+    place = os.path.abspath(args.file)
+    if args.file == "-":
+        place = "-"
+        lines = prompt_from_stdin().splitlines()
+    else:
+        try:
+            with open(full_path(args.file), encoding="utf-8-sig") as file:
+                lines = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise BadRequest(f"{args.file}: {problem}") from None
+    rows = []
+    equal: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields: JsonObject = {"prompt": line.strip()}
+        if line.lstrip().startswith("{"):
+            fields = parsed(line.encode())
+            if not fields:
+                raise BadRequest(f"row {number}: no JSON object")
+        if reserved := fields.keys() & {"caller", "pay_again"}:
+            raise BadRequest(f"row {number}: {reserved.pop()} is not for rows")
+        fields = {"output": output, "backend": args.backend or "", **fields}
+        text = to_json([place, os.path.abspath(output), fields])
+        equal[text] = equal.get(text, 0) + 1
+        fields.setdefault("key", hashlib.sha256(f"{text}{equal[text]}".encode()).hexdigest())
+        rows.append(BatchRow(number, from_mapping(Order, fields, f"row {number}", BadRequest)))
+    if not rows:
+        raise BadRequest(f"{args.file}: no rows")
+    return rows
+
+
+class BatchRunner(TerminalRunner):
+    """The images of all rows; a JSON line for each row, in their order, once it is over."""
+
+    STOPPING_ERRORS = (BadConfig, Disk, Quota)
+
+    def __init__(
+        self,
+        rows: Sequence[BatchRow],
+        config: Config,
+        terminal: Terminal,
+        timeout: float,
+        parallel: int,
+    ) -> None:
+        items = [(row, number) for row in rows for number in range(row.order.n)]
+        super().__init__(items, config, terminal, timeout, parallel)
+        self.rows = rows
+        self.shown = 0  # rows
+        self.began = time.monotonic()
+
+    def attempt(self, item: tuple[BatchRow, int], run: Run) -> Record | None:
+        """One image of a row."""
+        row, number = item
+        try:
+            plan = plans_of(row.order, self.config)[number]
+            record = super().attempt(plan, run)
+        except Exception as problem:
+            row.error = as_error(problem)
+            raise
+        finally:
+            with self.changed:
+                row.left -= 1
+        if record:
+            image = {**record["sidecar"], "path": record["path"]}
+            if record.get("reused"):
+                image["reused"] = True
+            row.images.append(image)
+        return record
+
+    def show_rows(self) -> None:
+        """The lines of the rows that are over, up to the first that is not."""
+        with self.changed:
+            over = []
+            while self.shown < len(self.rows) and not self.rows[self.shown].left:
+                over.append(self.rows[self.shown])
+                self.shown += 1
+        for row in over:
+            document: JsonObject = {"row": row.number, "ok": not row.error, "images": row.images}
+            if row.error:
+                document["error"] = self.terminal.fields(row.error)
+            self.terminal.write(to_json(document))
+            row.images = []
+
+    def draw(self) -> None:
+        """One progress line over all; and the rows that are over."""
+        self.show_rows()
+        made = len(self.records)
+        done = made + len(self.errors)
+        usd = sum(record["sidecar"].get("cost_usd_estimate") or 0.0 for record in self.records)
+        note = f"{made} made, {len(self.errors)} failed, {money(usd)}"
+        elapsed = time.monotonic() - self.began
+        usual = None
+        if done:
+            usual = elapsed * self.count / done
+        self.terminal.progress(Progress(note, done, self.count), elapsed, usual, "")
+
+    def result(self) -> int:
+        """The last rows, and the exit code."""
+        self.show_rows()
+        failed = [row.number for row in self.rows if row.error or row.left]
+        error = self.worst()
+        if failed and not isinstance(error, Interrupted):
+            numbers = ", ".join(map(str, failed[:50]))
+            message = f"{len(failed)} of {len(self.rows)} rows failed: {numbers}"
+            error = Partial(message, "the same command again makes what is missing")
+        if error:
+            self.terminal.report(error)
+            return error.exit_code
+        return 0
+
+    def on_image(self, record: Record) -> None:
+        """It goes into its row's line."""
+
+    def on_delivered(self, record: Record | None) -> None:
+        """Likewise."""
 
 
 @command("--check  ask each of them, at no cost, whether it is ready")

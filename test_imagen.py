@@ -20493,6 +20493,58 @@ def test_terminal_what_cannot_be_written_is_an_error(here: Box, words: str) -> N
 
 
 # === Commands: argparse and main() ===
+def test_commands_a_batch_goes_on_where_it_was_killed_and_pays_for_nothing_twice(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    rows = [json.dumps({"prompt": f"fox {number}"}) for number in range(6)]
+    rows += ["a plain prompt", "", "a plain prompt", json.dumps({"prompt": "two", "n": 2})]
+    (box.root / "rows.jsonl").write_text("\n".join(rows))
+    words = ("batch", "rows.jsonl", "-o", "made/", "--parallel", "2")
+    priced = box.run(*words, "--dry-run", "--json")
+    assert (priced.json["rows"], priced.json["images"], server.posts) == (9, 10, 0)
+    gate = threading.Event()
+    answer = server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False))
+    server.script(answer, answer, answer, hold(gate, answer), hold(gate, answer))
+    with box.start(*words) as process:
+        eventually(lambda: server.posts == 5)
+        process.kill()
+    gate.set()
+    again = box.run(*words)
+    posts = server.posts
+    assert again.code == 9, again.err  # the two that were in flight: nobody can tell
+    lines = [json.loads(line) for line in again.lines]
+    assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 9, 10]
+    failed = [line for line in lines if not line["ok"]]
+    assert {line["error"]["code"] for line in failed} == {"unknown"}
+    assert (len(failed), posts) == (2, 10)
+    assert f"rows failed: {failed[0]['row']}, {failed[1]['row']}" in again.err
+    once_more = box.run(*words)
+    assert (once_more.code, server.posts) == (9, posts)
+    paths = [image["path"] for line in lines for image in line["images"]]
+    assert len({*paths}) == len(paths) == 8
+    assert all(Path(path).parent == box.root / "made" for path in paths)
+
+
+def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
+    broken = {
+        '{"prompt": "a", "width": 3000000, "height": 1}': "row 2: size",
+        '{"prompt": 7}': "row 2.prompt",
+        '{"prompt": "a", "colour": 1}': "row 2.colour: unknown",
+        '{"prompt": "a", "caller": "x"}': "row 2: caller",
+        "{no json": "row 2: no JSON object",
+        '{"prompt": "a", "backend": "nobody"}': 'row 2: backend "nobody"',
+    }
+    for row, expected in broken.items():
+        done = box.run("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
+        assert (done.code, done.out, expected in done.err) == (2, "", True), done.err
+    assert box.ledger() == []
+    missing = box.run("batch", "nothing.txt")
+    assert (missing.code, "nothing.txt" in missing.err) == (2, True)
+    made = box.run("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
+    assert [json.loads(line)["images"][0]["prompt"] for line in made.lines] == ["a fox", "a hare"]
+
+
 def test_commands_serve_takes_numbers_within_bounds_alone(box: Box) -> None:
     for flag, wrong in (("--port", "65536"), ("--port", "-1"), ("--parallel", "0")):
         done = box.run("serve", f"{flag}={wrong}")
