@@ -37,6 +37,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     Output      names, and files that are never half there
     Preview     tmux, kitty, iTerm2
     Journal     what is unfinished, and the ledger of what is finished
+    Inputs      images that come in: local copies by hash
     Supabase    objects in a private bucket, rows that tell of them, signed links
     Pipeline    plans_of, make, finish, deliver; and recover, which is the same steps again
     Queue       imagen.jobs, one connection, one statement a turn

@@ -4776,7 +4776,7 @@ def test_contract_a_request_sets_only_what_the_adapter_marks(kind: str) -> None:
 
 
 def test_contract_a_request_asks_for_nothing_by_itself() -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "negative_prompt": "",
         "width": 0,
         "height": 0,
@@ -4785,9 +4785,10 @@ def test_contract_a_request_asks_for_nothing_by_itself() -> None:
         "style": "",
         "backend": "",
     }
-    assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields, "backend_opts": {}}
+    fields |= {"backend_opts": {}, "images": (), "mask": None, "strength": 0.0}
+    assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields}
     result = imagen.Result(io.BytesIO(), "image/png")
-    assert result[2:] == (None, None, None, None, (), {})
+    assert result[2:] == (None, None, None, None, (), {}, ())
     for shared in (imagen.Request("x").backend_opts, result.metadata):
         with pytest.raises(TypeError):
             shared["x"] = 1
@@ -7625,11 +7626,11 @@ def test_comfyui_the_authority_of_a_certificate_is_named_by_ca_file(tmp_path: Pa
     with HttpTLS(tmp_path / "pem", {"system": {"comfyui_version": "9"}}) as remote:
         blocks = {"gpu": {"type": "comfyui", "base_url": remote.base, "model": "x"}}
         with pytest.raises(imagen.Unreachable) as caught:
-            imagen.open_backend("gpu", blocks).generate(AdapterContext(2), imagen.Request("a"))
+            imagen.open_backend("gpu", blocks).generate(AdapterContext(30), imagen.Request("a"))
         assert "ca_file" in caught.value.hint
         blocks["gpu"]["ca_file"] = str(tmp_path / "pem")
         with pytest.raises(imagen.BadConfig, match='model "x" is not on'):
-            imagen.open_backend("gpu", blocks).generate(AdapterContext(2), imagen.Request("a"))
+            imagen.open_backend("gpu", blocks).generate(AdapterContext(30), imagen.Request("a"))
 
 
 def test_comfyui_who_is_asleep_is_stood_in_for_before_anything_is_sent_and_never_after(
@@ -10479,10 +10480,12 @@ PREVIEW_NAMES = (
         ("sh -c 'viewer \"$1\"' - {path}", True),
     ],
 )
-def test_preview_a_files_name_is_never_run_by_a_shell(here: Box, command: str, runs: bool) -> None:
+def test_preview_a_files_name_is_never_run_by_a_shell(
+    here: Box, monkeypatch: pytest.MonkeyPatch, command: str, runs: bool
+) -> None:
     viewer = preview_script(here.root / "viewer", 'printf "%s\\0" "$@" >>seen; echo >>ended')
-    os.environ["PATH"] = f"{here.root}:{os.environ['PATH']}"
-    os.chdir(here.root)
+    monkeypatch.setenv("PATH", str(here.root), prepend=":")
+    monkeypatch.chdir(here.root)
     paths = [str(here.root / "a b" / name) for name in PREVIEW_NAMES]
     output = imagen.OutputConfig(preview="on", preview_command=command)
     warnings: list[str] = []
