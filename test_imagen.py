@@ -12565,7 +12565,7 @@ def test_pipeline_words_are_sent_and_recorded_as_they_were_written_or_refused_wi
     server = pipeline_witness
     before = server.posts
     extra = {"x_field": option}
-    flags = ["--opt", f"extra={json.dumps(extra)}", "--negative", negative]
+    flags = ["--opt", f"extra={json.dumps(extra)}", f"--negative={negative}"]
     if quality:
         flags += ["--opt", f"quality={json.dumps(quality)}"]
     if style:
