@@ -43,6 +43,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     Queue       imagen.jobs, one connection, one statement a turn
     Worker      takes jobs, keeps their leases, hands their images in
     Server      the OpenAI-compatible API, and a page to look at what was made
+    MCP         tools for agents, a JSON object a line on stdin and stdout
     Terminal    one line that rewrites itself; everything else a person reads
     Commands    argparse and main()
 """
@@ -9822,6 +9823,399 @@ get("/api/options").then(options => {
 """
 
 
+# === MCP: tools for agents, a JSON object a line on stdin and stdout ===
+#
+# https://modelcontextprotocol.io/specification/2026-07-28, which knows no session, and those before
+# it, which begin with `initialize`. The protocol itself repeats calls after a broken pipe, so what
+# costs money has a request_id, which is the key of an order. No answer holds image bytes.
+
+MCP_VERSIONS = ("2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
+MCP_META = "io.modelcontextprotocol/"
+MCP_PROGRESS_S = 10.0
+MCP_LINE_BYTES = 1 << 20
+MCP_RULES = """\
+Images are made by generate_image, which may cost money (see list_backends). Give each new image a
+new request_id, and repeat a call only with the same one: then it is paid once, and the same image
+comes again. After an error with charged "yes" or "unknown" never call again without it: use
+recover_images. Show the user the path; never read the file into the conversation."""
+
+
+class McpArguments(NamedTuple):
+    """What generate_image takes."""
+
+    prompt: str
+    backend: str = ""
+    style: str = ""
+    negative_prompt: str = ""
+    size: str = ""
+    n: Annotated[int, Between(1, 10)] = 1
+    seed: int | None = None
+    images: tuple[str, ...] = ()
+    mask: str = ""
+    strength: Annotated[float, Between(0, 1)] = 0.0
+    request_id: str = ""
+    max_cost: float | None = None
+
+
+class McpQuery(NamedTuple):
+    """What list_images takes."""
+
+    query: str = ""
+    limit: Annotated[int, Between(1, 100)] = 10
+
+
+class McpNothing(NamedTuple):
+    """What the other tools take."""
+
+
+MCP_FIELDS = {
+    "prompt": "what to see, in the user's words",
+    "backend": "one of list_backends; empty: the default. Another may cost money: ask the user",
+    "size": "WxH in pixels, such as 1024x768; empty: the backend's own",
+    "n": "how many, with seeds in a row",
+    "images": "images to start from: ids of list_images, or paths of files",
+    "mask": "a PNG, transparent where the first image is to be made anew",
+    "strength": "how far from the first image; 0: the backend's default",
+    "request_id": "a word of yours for this image; the same one when you repeat the call",
+    "max_cost": "USD that this call may cost; lower than what the session may",
+    "query": "words that must stand in the prompt",
+}
+# Name → what it takes, whether it only looks, and what it is for.
+MCP_TOOLS: dict[str, tuple[Any, bool, str]] = {
+    "generate_image": (McpArguments, False, MCP_RULES),
+    "list_images": (McpQuery, True, "The images made here, newest first: paths, prompts, seeds."),
+    "recover_images": (McpNothing, False, "Fetches images whose outcome is unknown; pays nothing."),
+    "list_backends": (McpNothing, True, "What can make images, what it takes, and what it costs."),
+}
+
+
+class McpError(Exception):
+    """An error of the protocol: a code of JSON-RPC, a sentence, and data."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.data = data
+
+
+class Mcp:
+    """One session with one client. `send` writes a line."""
+
+    def __init__(
+        self, config: Config, send: Callable[[str], None], most_usd: float, folders: Sequence[str]
+    ) -> None:
+        self.config = config
+        self.send = send
+        self.most_usd = most_usd
+        self.spent = 0.0
+        self.folders = [os.path.realpath(folder) for folder in folders]
+        self.calls: dict[Any, Runner] = {}  # by the request's id
+        self.runners: list[Runner] = []
+        self.cancelled: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def line(self, raw: bytes) -> None:
+        """Answer a line, now or from a thread of its own."""
+        try:
+            if len(raw) > MCP_LINE_BYTES:
+                raise McpError(-32700, "the line is too long")
+            try:
+                message = json.loads(raw)
+            except (ValueError, RecursionError):
+                raise McpError(-32700, "no JSON") from None
+            if not isinstance(message, dict) or not isinstance(message.get("method", ""), str):
+                raise McpError(-32600, "no request")
+        except McpError as problem:
+            self.answer({}, None, problem)
+            return
+        params = message.get("params")
+        if not isinstance(params, dict):
+            params = {}
+        method = message.get("method", "")
+        if method == "notifications/cancelled":
+            self.cancel(params.get("requestId"))
+        if "id" not in message or not method:
+            return  # a notification, or the answer to something that we never ask
+        if method == "tools/call":
+            in_thread(self.respond, message, params)
+        else:
+            self.respond(message, params)
+
+    def respond(self, message: Fields, params: Fields) -> None:
+        """Answer a request."""
+        try:
+            self.answer(message, self.result(message, params))
+        except McpError as problem:
+            self.answer(message, None, problem)
+        except Exception as problem:
+            self.answer(message, None, McpError(-32603, str(as_error(problem))))
+
+    def answer(self, message: Fields, result: Any, error: McpError | None = None) -> None:
+        """Send a result or an error; nothing any more where the request was cancelled."""
+        document: JsonObject = {"jsonrpc": "2.0", "id": message.get("id")}
+        if error:
+            document["error"] = {"code": error.code, "message": str(error)}
+            if error.data is not None:
+                document["error"]["data"] = error.data
+        else:
+            document["result"] = result
+        with self._lock:
+            if not self.is_cancelled(message):
+                self.send(to_json(document))
+
+    def is_cancelled(self, message: Fields) -> bool:
+        """Whether the client wants no more of this request."""
+        return to_json(message.get("id")) in self.cancelled
+
+    def cancel(self, ident: Any) -> None:
+        """End what is free; what was paid for goes on, and is shown by list_images."""
+        with self._lock:
+            self.cancelled.add(to_json(ident))
+            runner = self.calls.get(to_json(ident))
+        if runner:
+            runner.stop("user")
+
+    def result(self, message: Fields, params: Fields) -> JsonObject:
+        """The result of a request."""
+        meta = params.get("_meta")
+        version = meta.get(f"{MCP_META}protocolVersion") if isinstance(meta, dict) else None
+        if version not in (None, *MCP_VERSIONS):
+            data = {"supported": [*MCP_VERSIONS], "requested": version}
+            raise McpError(-32022, f"unknown protocol version {version}", data)
+        server = {"name": "imagen", "version": __version__}
+        tools: JsonObject = {"capabilities": {"tools": {}}, "instructions": MCP_RULES}
+        lasting = {"ttlMs": 3_600_000, "cacheScope": "private"}
+        result: JsonObject = {}
+        method = message["method"]
+        if method == "initialize":
+            chosen = params.get("protocolVersion")
+            if chosen not in MCP_VERSIONS[1:]:
+                chosen = MCP_VERSIONS[1]
+            result = {"protocolVersion": chosen, "serverInfo": server, **tools}
+        elif method == "server/discover":
+            result = {"supportedVersions": [*MCP_VERSIONS], **tools, **lasting}
+            result["_meta"] = {f"{MCP_META}serverInfo": server}
+        elif method == "tools/list":
+            result = {"tools": [mcp_tool(name) for name in MCP_TOOLS], **lasting}
+        elif method == "tools/call":
+            result = self.call(message, params)
+        elif method != "ping":
+            raise McpError(-32601, f"{method[:80]}: no such method")
+        if version:
+            result["resultType"] = "complete"
+        return result
+
+    def call(self, message: Fields, params: Fields) -> JsonObject:
+        """What a tool answers; an error of its own is a result too."""
+        name = params.get("name")
+        if name not in MCP_TOOLS:
+            raise McpError(-32602, f"no tool {name!r}: {nearest(str(name), MCP_TOOLS)}")
+        shape, _, _ = MCP_TOOLS[name]
+        links = []
+        try:
+            arguments = from_mapping(shape, params.get("arguments"), "", BadRequest)
+            document = getattr(self, name)(arguments, message, params)
+            for image in document.get("images", []):
+                uri = f"file://{urllib_quote(image['path'])}"
+                link = {
+                    "type": "resource_link",
+                    "uri": uri,
+                    "name": os.path.basename(image["path"]),
+                }
+                links.append({**link, "mimeType": image["mime_type"]})
+        except Exception as problem:
+            error = as_error(problem)
+            document = {"ok": False, "images": [], "error": mcp_error(error)}
+        return {
+            "content": [{"type": "text", "text": to_json(document)}, *links],
+            "structuredContent": document,
+            "isError": not document["ok"],
+        }
+
+    def generate_image(
+        self, arguments: McpArguments, message: Fields, params: Fields
+    ) -> JsonObject:
+        """Make images, and say where they are."""
+        fields = arguments._asdict()
+        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})|", fields.pop("size"))
+        if not size:
+            raise BadRequest("size is WxH, such as 1024x768")
+        limit = fields.pop("max_cost")
+        fields["width"] = int(size[1] or 0)
+        fields["height"] = int(size[2] or 0)
+        fields["key"] = fields.pop("request_id")
+        fields["images"] = [self.checked(source) for source in fields["images"]]
+        if fields["mask"]:
+            fields["mask"] = self.checked(fields["mask"])
+        plans = plans_of(from_mapping(Order, fields, "", BadRequest), self.config)
+        usd = sum(plan.price.usd or 0.0 for plan in plans)
+        left = self.most_usd - self.spent
+        if limit is not None:
+            left = min(left, limit)
+        if usd > left:
+            text = f"{usd:g} USD are more than the {max(0.0, left):g} that are left"
+            raise Quota(text, "the user may allow more with imagen mcp --max-cost")
+        runner = Runner(plans, self.config, parallel=plans[0].parallel)
+        self.follow(runner, message, params)
+        return self.outcome(runner)
+
+    def recover_images(self, _: McpNothing, message: Fields, params: Fields) -> JsonObject:
+        """End what is unfinished."""
+        taken = [entry for row in unfinished() if (entry := Entry.take(row.path))]
+        runner = Runner(taken, self.config)
+        runner.STOPPING_ERRORS = ()  # type: ignore[misc]  # one entry says nothing of the next
+        self.follow(runner, message, params)
+        return self.outcome(runner)
+
+    def list_images(self, query: McpQuery, *_: Any) -> JsonObject:
+        """The newest images of the config's owner."""
+        records = images_made(terms=query.query.split())
+        own = (r for r in records if r.get("owner", "") in ("", self.config.owner_user_id))
+        images = [mcp_image(record) for record in itertools.islice(own, query.limit)]
+        return {"ok": True, "images": images}
+
+    def list_backends(self, *_: Any) -> JsonObject:
+        """What is configured."""
+        rows = []
+        for name in self.config.backends:
+            row: JsonObject = {"name": name, "default": name == self.config.default_backend}
+            try:
+                cls, options = options_of(name, self.config.backends)
+                takes = cls.takes(options)
+                price = cls.price(options, Request("a fox", backend=name))
+                row.update(paid=cls.paid, usd=price.usd, model=getattr(options, "model", None))
+                row.update(images=takes.images, mask=takes.mask, strength=takes.strength)
+            except ImagenError as problem:
+                row["error"] = str(problem)
+            rows.append(row)
+        return {"ok": True, "images": [], "backends": rows}
+
+    def checked(self, source: str) -> str:
+        """An image to start from, if an agent may name it: an id, or a file in our folders."""
+        if source == "last" or is_uuid(source):
+            record = find_image(source)
+            if record and record.get("owner", "") in ("", self.config.owner_user_id):
+                return source
+            raise BadRequest(f"{source}: no image of that id is known here")
+        path = os.path.realpath(os.path.expanduser(source))
+        if any(os.path.commonpath([folder, path]) == folder for folder in self.folders):
+            return path
+        raise BadRequest(f"{source}: not in a folder that is open to agents", "--allow-path DIR")
+
+    def follow(self, runner: Runner, message: Fields, params: Fields) -> None:
+        """Wait for a runner; tell the client how far it is, where it wants to know."""
+        meta = params.get("_meta")
+        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        with self._lock:
+            self.calls[to_json(message["id"])] = runner
+            self.runners.append(runner)
+            if self.is_cancelled(message):
+                runner.stop("user")
+        began = told_at = time.monotonic()
+        runner.start()
+        while runner.busy:
+            with runner.changed:
+                runner.changed.wait(0.2)
+                progress = next(reversed(runner.active.values()), Progress("finishing"))
+            now = time.monotonic()
+            if token is None or now < told_at + MCP_PROGRESS_S:
+                continue
+            told_at = now
+            note = f"{progress.note or 'waiting'}, {len(runner.records)} made"
+            fields = {"progressToken": token, "progress": round(now - began, 1), "message": note}
+            with self._lock:
+                if not self.is_cancelled(message):
+                    document = {
+                        "jsonrpc": "2.0",
+                        "method": "notifications/progress",
+                        "params": fields,
+                    }
+                    self.send(to_json(document))
+        with self._lock:
+            self.runners.remove(runner)
+            self.calls.pop(to_json(message["id"]), None)
+            costs = (record["sidecar"].get("cost_usd_estimate") for record in runner.records)
+            self.spent += sum(cost or 0.0 for cost in costs)
+
+    def outcome(self, runner: Runner) -> JsonObject:
+        """What a runner made, and its worst error."""
+        errors = sorted(runner.errors, key=lambda error: error.charged == "no")
+        document: JsonObject = {"ok": not errors, "images": [*map(mcp_image, runner.records)]}
+        if errors:
+            document["error"] = mcp_error(errors[0])
+        return document
+
+    def stop(self) -> None:
+        """The client has gone: free work ends, what was paid for is waited for."""
+        with self._lock:
+            runners = [*self.runners]
+        for runner in runners:
+            runner.stop("user")
+        until = time.monotonic() + self.config.worker.grace_s
+        while any(runner.busy for runner in runners) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def urllib_quote(path: str) -> str:
+    """A path as it stands in a URL."""
+    from urllib.parse import quote
+
+    return quote(path)
+
+
+def mcp_error(error: ImagenError) -> JsonObject:
+    """An error as an agent should read it."""
+    fields = {"code": error.code, "message": str(error), "hint": error.hint}
+    advice = "you may call again with the same request_id"
+    if error.charged != "no":
+        advice = "do not call again: use recover_images"
+    elif not error.retryable:
+        advice = "do not call again unchanged"
+    return {**fields, "charged": error.charged, "advice": advice}
+
+
+def mcp_image(record: Record) -> JsonObject:
+    """What an agent may know of an image."""
+    sidecar: Fields = record["sidecar"]
+    image = {
+        "path": record["path"],
+        "id": sidecar["image_id"],
+        "prompt": sidecar["prompt"],
+        "backend": str(sidecar.get("backend")),
+        "mime_type": sidecar.get("mime_type") or "image/png",
+        "seed": sidecar.get("seed"),
+        "cost_usd": sidecar.get("cost_usd_estimate"),
+        "charged": sidecar.get("charged") or "no",
+    }
+    if record.get("reused"):
+        image["reused"] = True
+    return image
+
+
+def mcp_tool(name: str) -> JsonObject:
+    """A tool as the client is told of it."""
+    shape, looks, description = MCP_TOOLS[name]
+    taken = schema(shape)
+    for field, fields in taken["properties"].items():
+        if field in MCP_FIELDS:
+            fields["description"] = MCP_FIELDS[field]
+    image = {"type": "object", "properties": {"path": {"type": "string"}, "id": {"type": "string"}}}
+    made = {"ok": {"type": "boolean"}, "images": {"type": "array", "items": image}}
+    made |= {"error": {"type": "object"}, "backends": {"type": "array"}}
+    return {
+        "name": name,
+        "description": description,
+        "inputSchema": taken,
+        "outputSchema": {"type": "object", "properties": made, "required": ["ok", "images"]},
+        "annotations": {
+            "readOnlyHint": looks,
+            "destructiveHint": False,
+            "idempotentHint": looks,
+            "openWorldHint": not looks,
+        },
+    }
+
+
 # === Terminal: one line that rewrites itself; everything else a person reads ===
 
 
@@ -10562,6 +10956,28 @@ class BatchRunner(TerminalRunner):
 
     def on_delivered(self, record: Record | None) -> None:
         """Likewise."""
+
+
+@command(
+    """
+    --max-cost USD     what one session may spend (2)
+    --allow-path DIR*  where agents may take images from, besides here and the output folder
+    """
+)
+def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
+    """tools for agents, by the Model Context Protocol on stdin and stdout"""
+    config = load_config(args.config)
+    try:
+        most = float(args.max_cost)
+    except ValueError:
+        raise BadRequest(f"--max-cost {args.max_cost}: not a number of USD") from None
+    folders = [os.getcwd(), path_setting(config.output.directory), *(args.allow_path or ())]
+    session = Mcp(config, terminal.write, most, folders)
+    for line in sys.stdin.buffer:
+        if line.strip():
+            session.line(line)
+    session.stop()
+    return 0
 
 
 @command("--check  ask each of them, at no cost, whether it is ready")

@@ -20148,6 +20148,253 @@ def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) 
             server.communicate(timeout=30)
 
 
+# === MCP: tools for agents, a JSON object a line on stdin and stdout ===
+class McpTalk:
+    """`imagen mcp`, spoken to line by line; every line of its stdout has to be JSON."""
+
+    def __init__(self, box: Box, *args: str) -> None:
+        self.process = box.start("mcp", *args, stdin=subprocess.PIPE)
+        self.numbers = itertools.count(1)
+        self.lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        if self.process.stdin and self.process.stdin.closed:
+            self.process.stdin = None
+        self.process.communicate()
+
+    def send(self, method: str, **params: Any) -> int:
+        """A request; its id."""
+        number = next(self.numbers)
+        self.write(json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}))
+        return number
+
+    def write(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def answer(self, number: object) -> dict[str, Any]:
+        """The answer to a request; what comes before it is in `lines`."""
+        assert self.process.stdout
+        while True:
+            message = json.loads(self.process.stdout.readline())
+            if message.get("id") == number and "method" not in message:
+                return dict(message)
+            self.lines.append(message)
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.answer(self.send(method, **params))
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """The result of a tool."""
+        answer = self.ask("tools/call", name=tool, arguments=arguments)
+        result = dict(answer["result"])
+        assert json.loads(result["content"][0]["text"]) == result["structuredContent"]
+        assert all(part["type"] in ("text", "resource_link") for part in result["content"])
+        return result
+
+
+def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
+    modern = {"_meta": {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}}
+    with McpTalk(box) as talk:
+        for wanted, expected in (("2024-11-05", "2024-11-05"), ("1999-01-01", "2025-11-25")):
+            begun = talk.ask("initialize", protocolVersion=wanted, capabilities={})["result"]
+            assert begun["protocolVersion"] == expected
+            assert begun["serverInfo"] == {"name": "imagen", "version": imagen.__version__}
+        talk.write(json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"}))
+        assert talk.ask("ping")["result"] == {}
+        found = talk.ask("server/discover", **modern)["result"]
+        assert found["supportedVersions"][0] == "2026-07-28"
+        assert found["resultType"] == "complete"
+        tools = talk.ask("tools/list", **modern)["result"]["tools"]
+        refused = talk.ask("ping", _meta={"io.modelcontextprotocol/protocolVersion": "3000-01-01"})
+        assert (refused["error"]["code"], refused["error"]["data"]["requested"]) == (
+            -32022,
+            "3000-01-01",
+        )
+        assert talk.ask("resources/list")["error"]["code"] == -32601
+        assert talk.ask("tools/call", name="rm")["error"]["code"] == -32602
+    names = [tool["name"] for tool in tools]
+    assert names == ["generate_image", "list_images", "recover_images", "list_backends"]
+    make = tools[0]
+    assert make["inputSchema"]["required"] == ["prompt"]
+    assert "same" in make["inputSchema"]["properties"]["request_id"]["description"]
+    assert make["annotations"]["destructiveHint"] is False
+    assert make["annotations"]["openWorldHint"] is True
+
+
+def test_mcp_one_request_id_is_one_payment_also_after_the_server_was_started_anew(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    paths = []
+    for _ in range(2):
+        with McpTalk(box) as talk:
+            result = talk.call("generate_image", prompt="a fox", request_id="r-1")
+            [image] = result["structuredContent"]["images"]
+            paths.append(image["path"])
+            link = result["content"][1]
+            assert link["uri"] == f"file://{urllib.parse.quote(image['path'])}"
+            assert "b64" not in json.dumps(result)
+    assert (len({*paths}), server.posts) == (1, 1)
+    assert image["reused"] is True
+    server.script(status(500, "boom"))
+    with McpTalk(box) as talk:
+        lost = talk.call("generate_image", prompt="a hare", request_id="r-2")
+        assert lost["isError"] is True
+        error = lost["structuredContent"]["error"]
+        assert (error["code"], error["charged"]) == ("unknown", "unknown")
+        assert error["advice"] == "do not call again: use recover_images"
+        assert talk.call("generate_image", prompt="a hare", request_id="r-2")["isError"]
+        assert server.posts == 2
+        listed = talk.call("list_images", query="fox")["structuredContent"]["images"]
+        assert [image["path"] for image in listed] == paths[:1]
+
+
+def test_mcp_an_agent_names_no_file_outside_and_spends_no_more_than_it_may(box: Box) -> None:
+    paid = {"type": "openai", "model": "x", "base_url": "http://127.0.0.1:9", "cost_usd": 0.3}
+    box.configure({"mock": {"type": "mock"}, "paid": paid})
+    outside = box.root.parent / f"outside-{box.root.name}.png"
+    outside.write_bytes(png(64, 64))
+    (box.root / "in.png").write_bytes(png(64, 64))
+    (box.root / "link.png").symlink_to(outside)
+    with McpTalk(box, "--max-cost", "0.5") as talk:
+        fine = talk.call("generate_image", prompt="a", images=["in.png"], size="64x64")
+        assert fine["isError"] is False
+        for path in (str(outside), "link.png", "../x.png", "~/../x.png"):
+            refused = talk.call("generate_image", prompt="a", images=[path])
+            assert "open to agents" in refused["structuredContent"]["error"]["message"]
+        for path in ("http://127.0.0.1:9/x.png", "data:image/png;base64,AAAA", "-", ""):
+            refused = talk.call("generate_image", prompt="a", images=[path])
+            assert refused["structuredContent"]["error"]["code"] == "usage"
+        for arguments in ({"n": 2}, {"max_cost": 0.1}):
+            dear = talk.call("generate_image", prompt="a", backend="paid", **arguments)
+            assert dear["structuredContent"]["error"]["code"] == "quota"
+        for arguments in ({"size": "big"}, {"n": 11}, {"prompt": 7}, {"colour": 1}):
+            wrong = talk.call("generate_image", **{"prompt": "a", **arguments})
+            assert wrong["structuredContent"]["error"]["code"] == "usage"
+        rows = talk.call("list_backends")["structuredContent"]["backends"]
+        assert {row["name"]: row["usd"] for row in rows if row["name"] in ("mock", "paid")} == {
+            "mock": 0.0,
+            "paid": 0.3,
+        }
+    with McpTalk(box, "--allow-path", str(outside.parent)) as talk:
+        assert not talk.call("generate_image", prompt="a", images=[str(outside)])["isError"]
+    outside.unlink()
+
+
+def test_mcp_odd_lines_are_errors_and_end_nothing(box: Box) -> None:
+    rng = random.Random(3)
+    fine = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {}})
+    odd = [
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        '"x"',
+        "{}",
+        '{"id": 1}',
+        '{"method": 7, "id": 2}',
+        "[" * 5000,
+    ]
+    odd += ['{"id": {"a": 1}, "method": "ping", "params": []}', '{"method": "notifications/x"}']
+    for _ in range(1500):
+        line = list(fine)
+        for _ in range(rng.randrange(1, 6)):
+            line[rng.randrange(len(line))] = rng.choice('{}[]":,x0\\\x00é')
+        odd.append("".join(line).replace("\n", " "))
+    odd.append(json.dumps({"id": 3, "method": "ping", "params": {"pad": "x" * (2 << 20)}}))
+    with McpTalk(box) as talk:
+        writer = threading.Thread(target=lambda: [talk.write(line) for line in odd] and None)
+        writer.start()
+        seen = 0
+        assert talk.process.stdout
+        while seen < 1:
+            message = json.loads(talk.process.stdout.readline())
+            seen += message.get("error", {}).get("message") == "the line is too long"
+            assert message["jsonrpc"] == "2.0"
+            if "error" in message:
+                assert message["error"]["code"] in (-32700, -32600, -32601, -32602, -32022, -32603)
+        writer.join()
+        assert talk.ask("ping", x=1)["result"] == {}
+        assert talk.process.stdin
+        talk.process.stdin.close()
+        assert talk.process.wait(30) == 0
+
+
+def test_mcp_a_cancelled_call_says_no_more_and_what_was_paid_is_listed(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    config = json.loads((box.root / "config" / "imagen.yaml").read_text())
+    config["backends"]["slow"] = {"type": "mock", "delay_s": 60}
+    box.configure(config["backends"])
+    gate = threading.Event()
+    answer = server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False))
+    server.script(hold(gate, answer))
+    with McpTalk(box) as talk:
+        slow = talk.send(
+            "tools/call", name="generate_image", arguments={"prompt": "a", "backend": "slow"}
+        )
+        paid = talk.send("tools/call", name="generate_image", arguments={"prompt": "paid for"})
+        server.wait_seen(1)
+        for number in (slow, paid):
+            cancelled = {"method": "notifications/cancelled", "params": {"requestId": number}}
+            talk.write(json.dumps({"jsonrpc": "2.0", **cancelled}))
+        assert talk.ask("ping")["result"] == {}
+        gate.set()
+        shown = eventually(
+            lambda: talk.call("list_images", query="paid")["structuredContent"]["images"]
+        )
+        assert shown[0]["prompt"] == "paid for"
+        assert talk.process.stdin
+        talk.process.stdin.close()
+        assert talk.process.wait(30) == 0
+    ids = [line.get("id") for line in talk.lines]
+    assert slow not in ids
+    assert paid not in ids
+    assert server.posts == 1
+
+
+def test_mcp_the_official_client_lists_calls_and_checks_results_in_every_mode(
+    box: Box,
+) -> None:
+    pytest.importorskip("mcp")
+    script = """
+import asyncio, json, sys
+import mcp
+async def talk(mode):
+    program = mcp.StdioServerParameters(command=sys.argv[1], args=["-P", "-m", "imagen", "mcp"], env=json.loads(sys.argv[2]))
+    async with mcp.Client(mcp.stdio_client(program), mode=mode) as client:
+        tools = [tool.name for tool in (await client.list_tools()).tools]
+        arguments = {"prompt": "a fox", "backend": "mock", "size": "64x64", "request_id": "same"}
+        results = [await client.call_tool("generate_image", arguments) for _ in range(2)]
+        wrong = await client.call_tool("generate_image", {"prompt": ""})
+        paths = [result.structured_content["images"][0]["path"] for result in results]
+        return [client.protocol_version, tools, paths, wrong.is_error]
+print(json.dumps([asyncio.run(talk(mode)) for mode in ("auto", "legacy", "2026-07-28")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, sys.executable, json.dumps(box.environ)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=box.root,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert [version for version, *_ in outcomes] == ["2026-07-28", "2025-11-25", "2026-07-28"]
+    assert len({path for _, _, paths, _ in outcomes for path in paths}) == 1
+    assert all(wrong for *_, wrong in outcomes)
+    assert len(box.ledger()) == 1
+
+
 # === Terminal: one line that rewrites itself; everything else a person reads ===
 def terminal_frames(drawn: str) -> list[str]:
     """Every progress line that was drawn, without its colour."""
