@@ -7682,7 +7682,7 @@ class Turn(NamedTuple):
 
     def split(self) -> list[Turn]:
         """The same a job and a part at a time."""
-        turns = [settling([pair]) for pair in self.finished]
+        turns = [turn_of_outcomes([pair]) for pair in self.finished]
         turns += [renewing([run]) for run in self.renewed]
         for part, params in self.parts.items():
             if part not in ("settled", "renewed"):
@@ -7690,7 +7690,7 @@ class Turn(NamedTuple):
         return turns
 
 
-def settling(finished: Sequence[tuple[Attempt, Outcome]]) -> Turn:
+def turn_of_outcomes(finished: Sequence[tuple[Attempt, Outcome]]) -> Turn:
     """The turn that writes these outcomes."""
     rows = []
     for run, outcome in finished:
@@ -7927,7 +7927,7 @@ class Worker:
                 finished.append((run, outcome))
         parts: dict[str, Fields] = {}
         if finished:
-            parts.update(settling(finished).parts)
+            parts.update(turn_of_outcomes(finished).parts)
         # 2. Leases: of all when it is time, sooner where progress is to be shown; and at once
         # of those whose POST waits for its receipt.
         ended = {run for run, _ in finished}
@@ -7986,8 +7986,8 @@ class Worker:
             # Something in one row: each job by itself, and it fails alone.
             alone = turn.split()
             if len(alone) > 1:
-                for one in alone:
-                    self.run_turn(queue, one)
+                for part in alone:
+                    self.run_turn(queue, part)
             else:
                 self.refused(queue, turn, f"{fields['C']} {fields['M']}")
             return
@@ -8020,7 +8020,7 @@ class Worker:
             else:
                 self.apply_turn(no_rows(), turn)
                 return
-            self.run_turn(queue, settling([(run, outcome)]))
+            self.run_turn(queue, turn_of_outcomes([(run, outcome)]))
         for run in turn.renewed:
             run.stop("lost")
             self.forget(run)
@@ -8703,7 +8703,8 @@ class Server:
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
         # What the client shows, and what that should be: any pair that is equal will do.
-        proofs = [(bearer, self.token), (cookies.get("imagen", ""), self.sign("cookie"))]
+        proofs = [(bearer, self.token)]
+        proofs.append((cookies.get("imagen", ""), self.sign("cookie")))
         if request.path == "/":
             proofs.append((request.query.get("token", ""), self.token))
         # A link is for one image: whoever has it sees this one and no other.
@@ -8909,7 +8910,11 @@ class Server:
                     call.started = True
                     call.start()
 
-    def _plans(self, body: Fields, keyed: Fields) -> tuple[list[Plan], list[str]]:
+    def _plans(
+        self,
+        body: Fields,
+        keyed: Fields,
+    ) -> tuple[list[Plan], list[str]]:
         """The plans for a body, and the names of its fields that nobody here knows."""
         ignored: list[str] = []
         backend = self._backend(str(body.get("model") or "auto"), ignored)
@@ -9184,7 +9189,12 @@ def too_large(most: int) -> HttpError:
     return HttpError(413, f"the body has more than {most >> 10} kB")
 
 
-def body_blocks(sock: socket.socket, headers: Strings, begun: bytes, most: int) -> Iterator[bytes]:
+def body_blocks(
+    sock: socket.socket,
+    headers: Strings,
+    begun: bytes,
+    most: int,
+) -> Iterator[bytes]:
     """The body of a request, of which `begun` has come already; unpacked where it is packed."""
     length = headers.get("content-length", "0")
     if "chunked" in headers.get("transfer-encoding", "") and "content-length" not in headers:
@@ -9246,7 +9256,9 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     body: JsonObject = {"images": []}
     if not os.path.getsize(path):
         raise HttpError(400, "the form is empty")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for part in form_parts(data, content_type):
             name = part.name.partition("[")[0]
             if name in ("image", "mask"):
@@ -9287,8 +9299,12 @@ def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
         raise HttpError(400, "a form without its boundary")
     mark = b"--" + match[1].strip().encode("latin-1")
     place = data.find(mark)
-    while place >= 0 and data[place + len(mark) : place + len(mark) + 2] == b"\r\n":
+    while place >= 0:
         start = place + len(mark) + 2
+        if data[start - 2 : start] == b"--":
+            return
+        if data[start - 2 : start] != b"\r\n":
+            break
         body = data.find(b"\r\n\r\n", start)
         place = data.find(b"\r\n" + mark, start)
         if not start <= body < place or body - start > HEAD_BYTES:
@@ -9299,8 +9315,7 @@ def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
             raise HttpError(400, "a part of the form has no name")
         yield FormPart(name[1], body + 4, place)
         place += 2
-    if place < 0 or data[place + len(mark) : place + len(mark) + 2] != b"--":
-        raise HttpError(400, "the form breaks off")
+    raise HttpError(400, "the form breaks off")
 
 
 def _chunk(sock: socket.socket, begun: bytes) -> tuple[int, bytes]:
@@ -9902,7 +9917,11 @@ class Mcp:
     """One session with one client. `send` writes a line."""
 
     def __init__(
-        self, config: Config, send: Callable[[str], None], most_usd: float, folders: Sequence[str]
+        self,
+        config: Config,
+        send: Callable[[str], None],
+        most_usd: float,
+        folders: Sequence[str],
     ) -> None:
         self.config = config
         self.send = send
@@ -10070,7 +10089,7 @@ class Mcp:
     def list_images(self, query: McpQuery, *_: Any) -> JsonObject:
         """The newest images of the config's owner."""
         records = images_made(terms=query.query.split())
-        own = (r for r in records if r.get("owner", "") in ("", self.config.owner_user_id))
+        own = filter(self.may_see, records)
         images = [mcp_image(record) for record in itertools.islice(own, query.limit)]
         return {"ok": True, "images": images}
 
@@ -10083,18 +10102,23 @@ class Mcp:
                 cls, options = options_of(name, self.config.backends)
                 takes = cls.takes(options)
                 price = cls.price(options, Request("a fox", backend=name))
-                row.update(paid=cls.paid, usd=price.usd, model=getattr(options, "model", None))
+                row.update(paid=cls.paid, usd=price.usd)
+                row["model"] = getattr(options, "model", None)
                 row.update(images=takes.images, mask=takes.mask, strength=takes.strength)
             except ImagenError as problem:
                 row["error"] = str(problem)
             rows.append(row)
         return {"ok": True, "images": [], "backends": rows}
 
+    def may_see(self, record: Record) -> bool:
+        """Whether an image is of the config's owner, or of nobody."""
+        return record.get("owner", "") in ("", self.config.owner_user_id)
+
     def checked(self, source: str) -> str:
         """An image to start from, if an agent may name it: an id, or a file in our folders."""
         if source == "last" or is_uuid(source):
             record = find_image(source)
-            if record and record.get("owner", "") in ("", self.config.owner_user_id):
+            if record and self.may_see(record):
                 return source
             raise BadRequest(f"{source}: no image of that id is known here")
         path = os.path.realpath(os.path.expanduser(source))
@@ -10199,7 +10223,8 @@ def mcp_tool(name: str) -> JsonObject:
     for field, fields in taken["properties"].items():
         if field in MCP_FIELDS:
             fields["description"] = MCP_FIELDS[field]
-    image = {"type": "object", "properties": {"path": {"type": "string"}, "id": {"type": "string"}}}
+    words = {"type": "string"}
+    image = {"type": "object", "properties": {"path": words, "id": words}}
     made = {"ok": {"type": "boolean"}, "images": {"type": "array", "items": image}}
     made |= {"error": {"type": "object"}, "backends": {"type": "array"}}
     return {
@@ -10485,7 +10510,8 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     if not terminal.live:
         terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
     if args.verbose:
-        chosen = {key: item for key, item in plans[0].parameters.items() if key != "prompt"}
+        chosen = dict(plans[0].parameters)
+        chosen.pop("prompt", None)
         terminal.note(f"{plans[0].request.backend} gets {to_json(chosen)}")
     runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
@@ -10590,8 +10616,10 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
         message = f"--like {name}: neither a sidecar nor an image with one beside it"
         raise BadRequest(message, hint)
     # What was asked for, not what came of it.
-    sidecar: JsonObject = {**record["sidecar"], **(record["sidecar"].get("requested") or {})}
-    style = {**STYLES, **styles}.get(str(sidecar.get("style")), Style())
+    sidecar: JsonObject = dict(record["sidecar"])
+    sidecar.update(sidecar.get("requested") or {})
+    known = {**STYLES, **styles}
+    style = known.get(str(sidecar.get("style")), Style())
     negative = str(sidecar.get("negative_prompt") or "").removesuffix(style.negative)
     sidecar["negative_prompt"] = negative.removesuffix(", ")
     folder = os.path.dirname(record["path"])
@@ -10818,7 +10846,8 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
         usd += sum(plan.price.usd or 0.0 for plan in plans)
         parallel = parallel or plans[0].parallel
     if args.dry_run:
-        document = {"dry_run": True, "rows": len(rows), "images": images, "usd": round(usd, 6)}
+        document: JsonObject = {"dry_run": True, "rows": len(rows), "images": images}
+        document["usd"] = round(usd, 6)
         text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
         return terminal.result({**document, "unknown": unknown}, text)
     return BatchRunner(rows, config, terminal, args.timeout, parallel or 1).run()
@@ -10971,7 +11000,8 @@ def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
         most = float(args.max_cost)
     except ValueError:
         raise BadRequest(f"--max-cost {args.max_cost}: not a number of USD") from None
-    folders = [os.getcwd(), path_setting(config.output.directory), *(args.allow_path or ())]
+    folders = [os.getcwd(), path_setting(config.output.directory)]
+    folders += args.allow_path or ()
     session = Mcp(config, terminal.write, most, folders)
     for line in sys.stdin.buffer:
         if line.strip():
@@ -11743,7 +11773,8 @@ def job_error(job: Fields) -> ImagenError:
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     """the OpenAI-compatible API and the gallery, over HTTP"""
-    if not 0 <= args.port < 65536 or not 1 <= args.parallel <= 64 or not 0 <= args.queue <= 1000:
+    fine = 0 <= args.port < 65536 and 1 <= args.parallel <= 64
+    if not fine or not 0 <= args.queue <= 1000:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64, --queue 0 to 1000")
     config = load_config(args.config)
     token = ""

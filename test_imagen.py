@@ -14032,7 +14032,7 @@ def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended
     assert (box.run(*words).code, server.posts) == (10, 2)
 
 
-def test_server_an_idempotency_key_outlives_a_restart_and_belongs_to_its_token(
+def test_pipeline_an_idempotency_key_outlives_a_restart_and_belongs_to_its_token(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
     box, server = keyed
