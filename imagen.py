@@ -4354,6 +4354,14 @@ class Supabase:
         if not response.mapping().get("Key"):  # a page of somebody in between
             raise Failed(f"{response.status}: the answer names no object")
 
+    def delete_object(self, path: str) -> None:
+        """Delete what is at `path`, if anything is."""
+        try:
+            self.storage.send("DELETE", f"/object/{self.object_url(path)}", io.BytesIO())
+        except BadConfig as problem:
+            if " NoSuchKey: " not in str(problem):
+                raise
+
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
@@ -5195,8 +5203,10 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
             # Refused for good: the next part may still go through.
             if part == "usage":
                 run.note_best_effort(usage="for good")
-            else:
-                run.note_best_effort(refused=True)
+                continue
+            if part == "row" and not withdrawn(run, cloud):
+                break
+            run.note_best_effort(refused=True)
     if errors:
         raise errors[0]
 
@@ -5248,6 +5258,19 @@ def upload_row(run: Run, cloud: Supabase) -> None:
         run.note_best_effort(object="", sidecar={"storage_path": None})
         return
     run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
+
+
+def withdrawn(run: Run, cloud: Supabase) -> bool:
+    """Delete the object whose row was refused for good, if nobody else's; False: later."""
+    path = run.entry.record["object"]
+    if _is_ours(path, run):
+        try:
+            cloud.delete_object(path)
+        except ImagenError as problem:
+            run.warn(f"cloud sync: {path}: not deleted: {problem}")
+            return False
+        run.note_best_effort(object="")
+    return True
 
 
 def _is_ours(path: str, run: Run) -> bool:

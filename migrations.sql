@@ -158,6 +158,10 @@ begin
   perform pg_temp.imagen_make('policy imagen_images_insert_path', '
     create policy imagen_images_insert_path on imagen.images as restrictive for insert to authenticated
       with check (imagen.may_name(storage_path))');
+  -- Nor what is not there yet: only where nobody but the caller can put something.
+  perform pg_temp.imagen_make('policy imagen_images_insert_folder', '
+    create policy imagen_images_insert_folder on imagen.images as restrictive for insert to authenticated
+      with check (starts_with(storage_path, (select auth.uid())::text || ''/''))');
   perform pg_temp.imagen_make('policy imagen_images_owner_update', '
     create policy imagen_images_owner_update on imagen.images for update to authenticated
       using (owner_user_id = (select auth.uid())) with check (owner_user_id = (select auth.uid()))');
@@ -205,6 +209,19 @@ begin
   perform pg_temp.imagen_make('policy imagen_objects_insert', '
     create policy imagen_objects_insert on storage.objects for insert to authenticated
       with check (bucket_id = ''imagen-generated'')');
+  -- Whatever other policies there are: nobody but the service puts anything where another's image is, or will be.
+  perform pg_temp.imagen_make('policy imagen_objects_insert_folder', '
+    create policy imagen_objects_insert_folder on storage.objects as restrictive for insert to public
+      with check (bucket_id <> ''imagen-generated'' or starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_move_folder', '
+    create policy imagen_objects_move_folder on storage.objects as restrictive for update to public
+      with check (bucket_id <> ''imagen-generated'' or starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_folder_select', '
+    create policy imagen_objects_folder_select on storage.objects for select to authenticated
+      using (bucket_id = ''imagen-generated'' and starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_folder_delete', '
+    create policy imagen_objects_folder_delete on storage.objects for delete to authenticated
+      using (bucket_id = ''imagen-generated'' and starts_with(name, (select auth.uid())::text || ''/''))');
 end
 $policies$;
 

@@ -11844,6 +11844,8 @@ def test_pipeline_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(
     assert "Failing row" not in line
     assert ("imagen sync" in line) == (not final)
     assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
+    if final:  # nor is an object left that no row will ever tell of
+        assert cloud.objects() == {}
     cloud.faults.clear()
     assert synced.run("sync").code == 0
     assert bool(cloud.rows()) == (not final)
@@ -13528,7 +13530,8 @@ def queue_rls(postgres: Postgres) -> Iterator[Database]:
             queue_object(database, f"{name}.png")
             queue_image(database, database.user(name), f"{name}.png")
         queue_object(database, "orphan.png")
-        queue_object(database, "upload.png", owner=database.user("anna"))
+        anna = database.user("anna")
+        queue_object(database, f"{anna}/upload.png", owner=anna)
         queue_object(database, "theirs.png", "other")
         database.sql("insert into mai.imagen_usage (backend) values ('mock')", role="service_role")
         yield database
@@ -13560,15 +13563,19 @@ def queue_tried(database: Database, who: str, text: str, before: str = "") -> in
 
 
 QUEUE_INSERT = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values"
+QUEUE_OBJECT = "insert into storage.objects (bucket_id, name) values"
 QUEUE_MATRIX = """
 a place's freedom  | select imagen.may_name('new.png')                                        | 1 1 42501 42501
 imagen.images      | select 1 from imagen.images                                              | 1 1 42501 2
 anna's images      | select 1 from imagen.images where owner_user_id = <anna>                 | 1 0 42501 1
-a row for anna     | INSERT (<anna>, 'p', 'mock', 'new.png')                                  | 1 42501 42501 1
-a row for bert     | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 1 42501 1
+a row for anna     | INSERT (<anna>, 'p', 'mock', <anna> || '/new.png')                       | 1 42501 42501 1
+a row for bert     | INSERT (<bert>, 'p', 'mock', <bert> || '/new.png')                       | 42501 1 42501 1
+what is to come    | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 42501 42501 1
+her place to come  | INSERT (<bert>, 'p', 'mock', <anna> || '/new.png')                       | 42501 42501 42501 1
+a longer name      | INSERT (<bert>, 'p', 'mock', <bert> || '2/new.png')                      | 42501 42501 42501 1
 anna's path        | INSERT (<bert>, 'p', 'mock', 'anna.png')                                 | 42501 42501 42501 23505
-anna's own upload  | INSERT (<anna>, 'p', 'mock', 'upload.png')                               | 1 42501 42501 1
-bert at that place | INSERT (<bert>, 'p', 'mock', 'upload.png')                               | 42501 42501 42501 1
+anna's own upload  | INSERT (<anna>, 'p', 'mock', <anna> || '/upload.png')                    | 1 42501 42501 1
+bert at that place | INSERT (<bert>, 'p', 'mock', <anna> || '/upload.png')                    | 42501 42501 42501 1
 an orphan's path   | INSERT (<bert>, 'p', 'mock', 'orphan.png')                               | 42501 42501 42501 1
 nobody's row       | INSERT (null, 'p', 'mock', 'new.png')                                    | 42501 42501 42501 23502
 tags of anna       | update imagen.images set tags = '{a}' where owner_user_id = <anna>       | 1 0 42501 1
@@ -13580,13 +13587,16 @@ usage              | select 1 from mai.imagen_usage                             
 a new usage        | insert into mai.imagen_usage (owner_user_id) values (<anna>)             | 42501 42501 42501 1
 another usage      | update mai.imagen_usage set cost_usd_estimate = 0                        | 42501 42501 42501 1
 a usage's end      | delete from mai.imagen_usage                                             | 42501 42501 42501 1
-objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 1 1 0 4
+objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 2 1 0 4
+anna's upload      | select 1 from storage.objects where name = <anna> || '/upload.png'       | 1 0 0 1
 anna's object      | select 1 from storage.objects where name = 'anna.png'                    | 1 0 0 1
-all objects        | select 1 from storage.objects                                            | 2 2 0 5
-a new object       | insert into storage.objects (bucket_id, name) values ('imagen-generated', 'x') | 1 1 42501 1
-one elsewhere      | insert into storage.objects (bucket_id, name) values ('other', 'x')      | 42501 42501 42501 1
+all objects        | select 1 from storage.objects                                            | 3 2 0 5
+a new object       | OBJECT ('imagen-generated', <anna> || '/x')                              | 1 42501 42501 1
+one where rows are | OBJECT ('imagen-generated', 'x')                                         | 42501 42501 42501 1
+a folder's name    | OBJECT ('imagen-generated', <anna>)                                      | 42501 42501 42501 1
+one elsewhere      | OBJECT ('other', 'x')                                                    | 42501 42501 42501 1
 another object     | update storage.objects set name = name || '2'                            | 0 0 0 5
-an object's end    | delete from storage.objects                                              | 0 0 0 5
+an object's end    | delete from storage.objects                                              | 1 0 0 5
 buckets            | select 1 from storage.buckets                                            | 0 0 0 2
 a new bucket       | insert into storage.buckets (id, name) values ('x', 'x')                 | 42501 42501 42501 1
 a public bucket    | update storage.buckets set public = true                                 | 0 0 0 2
@@ -13597,7 +13607,9 @@ a bucket's end     | delete from storage.buckets where id = 'new'               
 @pytest.mark.parametrize(
     ("text", "outcomes"),
     [
-        pytest.param(text.replace("INSERT", QUEUE_INSERT), outcomes, id=name)
+        pytest.param(
+            text.replace("INSERT", QUEUE_INSERT).replace("OBJECT", QUEUE_OBJECT), outcomes, id=name
+        )
         for name, text, outcomes in (
             re.split(r" +\| ", line) for line in QUEUE_MATRIX.strip().splitlines()
         )
@@ -13764,8 +13776,11 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     policies = queue_database.sql(
         "select concat(qual, with_check) as text, roles::text from pg_policies"
     )
-    assert len(policies) == 8
-    assert {row["roles"] for row in policies} == {"{authenticated}"}
+    assert len(policies) == 13
+    assert collections.Counter(row["roles"] for row in policies) == {
+        "{authenticated}": 11,
+        "{public}": 2,  # restrictive: they give nobody anything
+    }
     assert [
         row
         for row in policies
