@@ -4957,16 +4957,17 @@ class Run(Context):
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         kind = self._failure_kind(error, ended)
         error = kind(message, hint, charged=self.charged, after=error.after)
-        # 3. The entry: kept for `recover`, kept for `deliver`, or closed.
+        # 3. The entry: kept for `deliver`, which reports what it cost, for `recover`, or closed.
         self.note_best_effort(
             charged=self.charged, error={"code": error.code, "message": str(error)}
         )
-        if not ended:
-            self.entry.unlock()
-        elif missing_uploads(self.entry.record):
-            self.note_best_effort(over=True)  # `deliver` reports what it cost, and closes it
-        else:
+        to_report = missing_uploads(self.entry.record)
+        if ended and to_report:
+            self.note_best_effort(over=True)
+        elif ended:
             self.close()
+        elif not to_report:
+            self.entry.unlock()
         return error
 
     # Whether a failed attempt leaves nothing to recover, so that its entry may close:
@@ -6734,6 +6735,8 @@ class Worker:
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
+            if run.begun and not run.entry.record.get("over"):
+                run.entry.unlock()  # for whoever runs it next
         # 2. Into the database, however long that takes.
         was_ours = run.settle_job(outcome)
         if not run.begun or not run.entry.is_locked:

@@ -12389,13 +12389,13 @@ def test_pipeline_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
     assert cloud.objects() == {}
 
 
-def test_pipeline_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recover(
+def test_pipeline_an_unknown_attempt_is_reported_at_once_and_corrected_by_recover(
     cloud: Cloud, synced: Box
 ) -> None:
     with output_replicate(synced) as server:
         server.lose_next_answer()
         assert synced.fox("--seed", "7").code == 10
-        assert deliver_usage(cloud) == []
+        assert deliver_usage(cloud) == [("unknown", False)]
         for _ in "12":
             assert synced.run("sync").code == 0
             assert deliver_usage(cloud) == [("unknown", False)]
