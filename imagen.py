@@ -9443,7 +9443,9 @@ def count_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> 
     """What `jobs stats` says."""
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         ((stats,),) = database.run(STATS)
-    return terminal.result(stats, *aligned(row.values() for row in stats["groups"]))
+    columns = ("what", "backend", "owner", "code", "jobs", "since")
+    lines = [[row[column] for column in columns] for row in stats["groups"]]
+    return terminal.result(stats, *aligned(lines))
 
 
 def insert_jobs(variable: str, sql: str, ids: Sequence[str], parameters: JsonObject) -> int:
