@@ -6273,7 +6273,6 @@ class Attempt(Run):
         fields = {
             "attempt": self.number,
             "at": self.entry.record["at"],
-            "host": socket.gethostname(),
             "remote": cleaned(self.remote_ids),
         }
         self.receipt = Receipt(to_jsonb(fields))
@@ -6837,9 +6836,12 @@ class Worker:
                 error="handed back: no worker is able to, so far",
                 error_code=error.code,
             )
+        text = f"{error}\n{error.hint}".strip()
+        if clipped(text) != text:
+            self.say(f"{run.job}: {text}", 4)
         outcome = Outcome(
             status="failed",
-            error=clipped(f"{error}\n{error.hint}".strip()),
+            error=clipped(text),
             error_code=error.code,
             charged=charged,
         )
@@ -6943,8 +6945,19 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     return most + 3
 
 
+# What tells of this machine: addresses, hosts with their ports, paths, names of its backends.
+PRIVATE = r"""\w+://[^\s"']*[^\s"':;,.]|\b(localhost|[\w-]+(\.[\w-]+)+):\d+"""
+PRIVATE += r"""|(?<![\w.…])~?/[^:;"'\n]+|known: .*"""
+
+
 def clipped(text: str) -> str:
-    """At most 4 kB of an error, for the row."""
+    """At most 4 kB of an error, for the row: without what is in the log alone.
+
+    >>> clipped("http://localhost:8188/x and gpu.lan:80: silent; /home/a b/c.png: full")
+    '… and …: silent; …: full'
+    """
+    host = re.escape(socket.gethostname())
+    text = re.sub(rf"{PRIVATE}|\b{host}\b", "…", text)
     return text.encode("utf-8", "replace")[:4096].decode("utf-8", "ignore")
 
 
@@ -6954,6 +6967,8 @@ def take_slot(name: str) -> tuple[str, int]:
     After a taken name, the next number. Who gets it knows that whoever had it before is
     dead: the kernel says so.
     """
+    import hashlib
+
     for number in range(1, 1000):
         file = f"worker-{name}-{number}.lock"
         if number == 1:
@@ -6963,7 +6978,9 @@ def take_slot(name: str) -> tuple[str, int]:
             place = os.fstat(lock)
             # A reboot frees all slots without killing anybody: then the lease decides.
             boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
-            return f"{boot}:{place.st_dev}:{place.st_ino}", lock
+            slot = f"{boot}:{place.st_dev}:{place.st_ino}"
+            # Job rows hold it, and their owners read those.
+            return hashlib.sha256(slot.encode()).hexdigest(), lock
     raise Busy(f"a thousand workers are called {name}")
 
 

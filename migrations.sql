@@ -631,6 +631,9 @@ grant execute on function imagen.cancel_job(uuid) to authenticated, service_role
 do $others$
 begin
   perform pg_temp.imagen_cascade('imagen.jobs');
+  -- Owners read their rows, which tell nothing of a machine; the worker of an older release wrote its name.
+  update imagen.jobs set receipt = receipt - 'host'
+   where receipt ? 'host' and status not in ('pending', 'running');
   -- A web app sees its jobs go on, each user their own: Realtime asks the policies.
   if exists (select from pg_publication where pubname = 'supabase_realtime' and not puballtables)
      and not exists (select from imagen_before where what = 'publication supabase_realtime') then

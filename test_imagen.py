@@ -13869,7 +13869,9 @@ POST   /storage/v1/object/sign/imagen-generated/PATH | {"expiresIn": 60}
 POST   /storage/v1/object/sign/imagen-generated      | {"expiresIn": 60, "paths": ["PATH", "ANNA/own.png"]}
 POST   /storage/v1/object/list/imagen-generated      | {"prefix": ""}
 PUT    /storage/v1/object/imagen-generated/PATH      | image
+POST   /storage/v1/object/imagen-generated/PATH      | image
 PUT    /storage/v1/object/imagen-generated/2026-12-01/to-come.png | image
+POST   /storage/v1/object/imagen-generated/2026-12-01/to-come.png | image
 POST   /storage/v1/object/imagen-generated/ANNA/own.png | image
 POST   /storage/v1/object/imagen-generated/ANNA/new.png | image
 POST   /storage/v1/object/imagen-generated/BERT      | image
@@ -13892,7 +13894,9 @@ def queue_attack(cloud: Cloud, line: str, who: Mapping[str, str], names: Mapping
     data = png(9) if body == "image" else body.encode() or None
     headers = {**cloud.headers(**who), "Accept-Profile": schema, "Content-Profile": schema}
     headers |= {"Content-Type": "image/png" if body == "image" else "application/json"}
-    headers |= {"Prefer": "return=representation,resolution=merge-duplicates", "x-upsert": "true"}
+    headers["Prefer"] = "return=representation"
+    if "on_conflict" in path:
+        headers["Prefer"] += ",resolution=merge-duplicates"
     request = urllib.request.Request(cloud.base + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -13908,11 +13912,15 @@ def test_queue_no_call_of_another_user_or_of_nobody_reaches_anything(
 ) -> None:
     if before:
         database.migrate(before)
-    # What a project may have had before: policies of other names, which let everybody in.
-    for action, rule in (("insert", "with check"), ("update", "using")):
-        database.sql(
-            f"create policy theirs_{action} on storage.objects for {action} {rule} (bucket_id = 'imagen-generated')"
-        )
+    # What a project may have had before: policies of other names, which let everybody in, and
+    # show people what they have uploaded.
+    ours = "bucket_id = 'imagen-generated'"
+    for action, rule in (
+        ("insert", f"with check ({ours})"),
+        ("update", f"using ({ours})"),
+        ("select", f"using ({ours} and owner_id = auth.uid()::text)"),
+    ):
+        database.sql(f"create policy theirs_{action} on storage.objects for {action} {rule}")
     database.migrate()
     with Cloud(database) as cloud:
         path = "2026-11-28/a-secret-7-3f2a9c01.png"
@@ -15233,6 +15241,8 @@ def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> No
     assert (
         len({row["claimed_slot"] for row in rows}) == len({row["claimed_by"] for row in rows}) == 2
     )
+    # An owner who reads the row learns nothing of this machine.
+    assert all(re.fullmatch("[0-9a-f]{64}", row["claimed_slot"]) for row in rows)
     assert {path.name for path in box.state.glob("worker-*")} == {
         "worker-gpu.lock",
         "worker-gpu-2.lock",
@@ -16486,6 +16496,7 @@ def test_a_worker_killed_after_its_paid_post_left_leaves_nothing_to_pay_again(
             and receipt_now
         )
     )
+    assert receipt.keys() == {"attempt", "at", "remote"}  # its owner reads it
     crew.kill(first)
     if painter.kind == "replicate":
         server.finish()
@@ -19496,6 +19507,37 @@ def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
         **{code: name for name, code in ERRORS_EXITS.items()},
     }
     assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == ERRORS_EXITS
+
+
+def test_the_readmes_statements_delete_images_and_users_and_tell_what_was_paid(
+    box: Box, cloud: Cloud, readme: str
+) -> None:
+    cloud.join(box, backends=MOCK_SMALL)
+    database = cloud.database
+    old, users, usage = (
+        block for block in readme_blocks(readme, "sql") if "imagen.jobs" not in block
+    )
+    database.sql("set client_min_messages = error; create publication supabase_realtime")
+    (publish,) = re.findall(r"`(alter publication [^`]*)`", readme)
+    for seed in (1, 2):
+        assert box.fox("--seed", str(seed)).code == 0
+    database.sql(old)
+    assert len(cloud.rows()) == 2  # too young
+    database.sql("update imagen.images set made_at = now() - interval '400 days' where seed = 1")
+    database.sql(old)
+    assert [row["seed"] for row in cloud.rows()] == [2]
+    database.sql(publish)
+    database.sql(
+        "insert into mai.imagen_usage (owner_user_id, cost_usd_estimate, charged)"
+        " values ($1::uuid, 0.5, 'yes')",
+        cloud.anna,
+    )
+    (row,) = database.sql(usage, user=cloud.anna)
+    assert (float(row["usd"]), row["images"]) == (0.5, 1)
+    database.sql(users.replace("anna@example.com", "anna@example.org"))
+    assert cloud.rows() == []
+    assert box.run("sync").code == 0
+    assert cloud.objects() == {}
 
 
 def test_the_readmes_statements_make_a_job_done_and_prune_it(
