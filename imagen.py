@@ -6947,7 +6947,7 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
 
 # What tells of this machine: addresses, hosts with their ports, paths, names of its backends.
 PRIVATE = r"""\w+://[^\s"']*[^\s"':;,.]|\b(localhost|[\w-]+(\.[\w-]+)+):\d+"""
-PRIVATE += r"""|(?<![\w.…])~?/[^:;"'\n]+|known: .*"""
+PRIVATE += r"""|(?<![\w.…])~?/[^:;"'\n]+|(?<=configured: )known: .*"""
 
 
 def clipped(text: str) -> str:

@@ -15233,6 +15233,32 @@ def test_worker_and_database_of_two_releases_get_on(box: Box, database: Database
     shutil.rmtree(before)
 
 
+def test_worker_deletes_what_people_deleted_and_reports_what_an_attempt_without_an_image_cost(
+    box: Box, cloud: Cloud, here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = {"type": "replicate", "api_token_env": "TOKEN", "model": "a/b"}
+    cloud.join(box, backends={"mock": {"type": "mock"}, "paid": block}, worker={})
+    box.environ["TOKEN"] = "r8_stand_in"
+    place = f"{cloud.anna}/own.png"
+    queue_ask(cloud, f"/storage/v1/object/imagen-generated/{place}", png(), cloud.anna)
+    image = queue_image(cloud.database, cloud.anna, place)
+    # A worker was killed behind its POST, and another could not find out what became of it.
+    for name, value in box.environ.items():
+        monkeypatch.setenv(name, value)
+    run = imagen.Run()
+    run.job = jobs_add(cloud.database, cloud.anna, status="failed", error_code="unknown")
+    run.begin(imagen.plans_of(imagen.Order("a fox", backend="paid"), imagen.load_config(""))[0])
+    imagen.Run.sending(run)
+    run.entry.unlock()
+    assert deliver_rpc(cloud, "delete_image", {"image": image}, cloud.anna) is True
+    with JobsWorker(box):
+        eventually(lambda: not cloud.objects())
+        eventually(lambda: deliver_usage(cloud) == [("unknown", False)])
+    (gone,) = cloud.rows("imagen.deletions")
+    assert (str(gone["image_id"]), gone["storage_path"]) == (image, place)
+    assert gone["object_deleted_at"]
+
+
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
