@@ -4657,6 +4657,8 @@ def check_order(order: Order) -> None:
     for field in ("prompt", "negative_prompt"):
         check_text(getattr(order, field), field)
     check_text("\n".join(order.tags), "tags")
+    if max(map(len, order.tags), default=0) > 200:
+        raise BadRequest("a tag has at most 200 characters")
     if not order.prompt.strip():
         raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
     letters = len(order.prompt)
