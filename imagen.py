@@ -5243,10 +5243,8 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
             # Refused for good: the next part may still go through.
             if part == "usage":
                 run.note_best_effort(usage="for good")
-                continue
-            if part == "row" and not withdrawn(run, cloud):
-                break
-            run.note_best_effort(refused=True)
+            else:
+                run.note_best_effort(refused=True)
     if errors:
         raise errors[0]
 
@@ -5297,20 +5295,19 @@ def upload_row(run: Run, cloud: Supabase) -> None:
         # Release 0.1.0 put it at a path that may be somebody else's by now.
         run.note_best_effort(object="", sidecar={"storage_path": None})
         return
-    run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
+    try:
+        run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
+    except BadRequest:
+        withdraw(run, cloud)
+        raise
 
 
-def withdrawn(run: Run, cloud: Supabase) -> bool:
-    """Delete the object whose row was refused for good, if nobody else's; False: later."""
+def withdraw(run: Run, cloud: Supabase) -> None:
+    """Delete the object that will have no row, if its name says that it is this entry's."""
     path = run.entry.record["object"]
     if _is_ours(path, run):
-        try:
-            cloud.delete_object(path)
-        except ImagenError as problem:
-            run.warn(f"cloud sync: {path}: not deleted: {problem}")
-            return False
+        cloud.delete_object(path)
         run.note_best_effort(object="")
-    return True
 
 
 def _is_ours(path: str, run: Run) -> bool:
@@ -9124,17 +9121,15 @@ def cmd_delete(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config(args.config)
     if not args.images:
         raise BadRequest("an image is missing", "its path, its sidecar or its id")
-    deleted = []
-    lines = []
+    deleted = {}
     error = None
     for name in args.images:
         try:
-            deleted.append(delete_image(name, args.local, config))
-            lines.append(name)
+            deleted[name] = delete_image(name, args.local, config)
         except ImagenError as problem:
-            error = error or problem
-            terminal.report(problem)
-    return terminal.result({"deleted": deleted}, *lines, error=error)
+            shown = terminal.report(problem)
+            error = error or shown
+    return terminal.result({"deleted": [*deleted.values()]}, *deleted, error=error)
 
 
 def delete_image(name: str, local: bool, config: Config) -> JsonObject:
@@ -9159,7 +9154,7 @@ def delete_image(name: str, local: bool, config: Config) -> JsonObject:
         cloud = Supabase(Context(DELIVERY_S), config.supabase, sidecar.get("prompt", ""))
         in_cloud = cloud.delete_image(image_id)
         if entry and entry.record.get("object"):
-            withdrawn(run, cloud)
+            withdraw(run, cloud)
     with suppress(ImagenError):  # what it cost may be reported later
         deliver(run, config)
     if not in_cloud and not local:
@@ -9461,9 +9456,7 @@ def cancel_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) ->
 def count_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs stats` says."""
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
-        ((stats,),) = database.run(STATS)
-    columns = ("what", "backend", "owner", "code", "jobs", "since")
-    lines = [[row[column] for column in columns] for row in stats["groups"]]
+        ((stats, lines),) = database.run(STATS)
     return terminal.result(stats, *aligned(lines))
 
 
@@ -9520,7 +9513,7 @@ LIST = f"""SELECT {JOB_JSON} FROM imagen.jobs j
     AND (:owner::uuid IS NULL OR owner_user_id = :owner::uuid)
     AND NOT EXISTS (SELECT FROM unnest(:words::text[]) AS word
       WHERE position(lower(word) IN lower(concat_ws(' ', prompt, style))) = 0)
-  ORDER BY seq DESC LIMIT :number::int"""  # noqa: S608 (as above)
+  ORDER BY seq DESC LIMIT :n::int"""  # noqa: S608 (as above)
 # `handed_back_at` is younger than the table.
 STATS = """WITH jobs AS (
   SELECT status, coalesce(backend, '') AS backend, owner_user_id AS owner, error_code AS code,
@@ -9546,7 +9539,9 @@ SELECT jsonb_build_object(
   'failed_last_hour', coalesce(sum(jobs) FILTER (WHERE what = 'failed'), 0),
   'paused', coalesce(sum(jobs) FILTER (WHERE what = 'paused'), 0),
   'not_in_cloud', coalesce(sum(jobs) FILTER (WHERE what = 'not in the cloud'), 0),
-  'groups', coalesce(jsonb_agg(to_jsonb(stats) ORDER BY what, jobs DESC), '[]')) FROM stats"""
+  'groups', coalesce(jsonb_agg(to_jsonb(stats) ORDER BY what, jobs DESC), '[]')),
+  coalesce(jsonb_agg(jsonb_build_array(what, backend, owner, code, jobs, since)
+    ORDER BY what, jobs DESC), '[]') FROM stats"""
 FOLLOW = f"SELECT {JOB_JSON} FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"  # noqa: S608
 
 
@@ -9568,12 +9563,7 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
 
 def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs list` says."""
-    terms = {
-        "status": args.status,
-        "owner": args.owner,
-        "words": args.words,
-        "number": args.n or 50,
-    }
+    terms = {"status": args.status, "owner": args.owner, "words": args.words, "n": args.n or 50}
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
