@@ -960,6 +960,7 @@ class Order(NamedTuple):
     pay_again: bool = False  # where nobody can tell whether the images of this key were paid
     output: str = ""  # FILE, DIR/, or "" for what the config says
     cloud: str = ""  # on, off (private for ever), or "" for what the config says
+    tags: tuple[str, ...] = ()  # of its row in the cloud
 
     def request(self) -> Request:
         """The first image of the order, without its inputs."""
@@ -4849,6 +4850,7 @@ class Sidecar(TypedDict, total=False):
     imagen_version: str
     complete: bool  # False: its end is missing
     private: bool
+    tags: list[str]  # that its row begins with
 
 
 class Record(TypedDict, total=False):
@@ -5607,6 +5609,14 @@ class Supabase:
         if not response.mapping().get("Key"):  # a page of somebody in between
             raise Failed(f"{response.status}: the answer names no object")
 
+    def delete_object(self, path: str) -> None:
+        """Delete what is at `path`, if anything is."""
+        try:
+            self.storage.send("DELETE", f"/object/{self.object_url(path)}", io.BytesIO())
+        except BadConfig as problem:
+            if " NoSuchKey: " not in str(problem):
+                raise
+
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
@@ -5621,8 +5631,7 @@ class Supabase:
 
     def storage_path_of(self, image_id: str) -> str:
         """Where the row of an image says that its object is; "" where there is no such row."""
-        query = f"id=eq.{image_id}&select=id,storage_path"
-        rows = postgrest_rows(self.tables("imagen").get(f"/images?{query}"))
+        rows = self._rows(f"id=eq.{image_id}")
         return str(rows[0]["storage_path"]) if rows else ""
 
     def fetch(self, path: str, owner: str, place: str) -> None:
@@ -5635,9 +5644,7 @@ class Supabase:
         url = self.object_url(path)
         if not path.startswith(f"{owner}/"):
             query = f"owner_user_id=eq.{owner}&storage_path=eq.{quote(path, safe='')}"
-            if not postgrest_rows(
-                self.tables("imagen").get(f"/images?select=storage_path&limit=1&{query}")
-            ):
+            if not self._rows(f"{query}&limit=1"):
                 raise BadRequest(f"{path}: not one that this job's owner may read")
         try:
             source = self.storage.download(f"/object/{url}")
@@ -5645,6 +5652,37 @@ class Supabase:
             raise BadRequest(f"{path}: cannot be fetched: {problem}") from None
         with source, Spool(place, place) as copy:
             copy_into(source, copy)
+
+    def _rows(self, query: str) -> list[Fields]:
+        images = self.tables("imagen").get(f"/images?{query}&select=id,storage_path")
+        return postgrest_rows(images)
+
+    def delete_image(self, image_id: str) -> bool:
+        """Delete the row of an image, and the object that it alone names; whether there was one."""
+        from urllib.parse import quote
+
+        path = self.storage_path_of(image_id)
+        if path:
+            images = self.tables("imagen")
+            images.send("DELETE", f"/images?id=eq.{image_id}", io.BytesIO())
+            if not self._rows(f"storage_path=eq.{quote(path)}"):
+                self.delete_object(path)
+        return bool(path)
+
+    def empty_outbox(self) -> None:
+        """Delete the objects of images whose rows somebody deleted."""
+        deletions = self.tables("imagen")
+        try:
+            rows = postgrest_rows(deletions.get("/rpc/objects_to_delete"))
+        except BadConfig as problem:
+            if not str(problem).startswith("404 "):  # where nobody has migrated it yet
+                raise
+            return
+        for row in rows:
+            with suppress(BadRequest):  # nothing can have such a name
+                self.delete_object(row["storage_path"])
+            done = io.BytesIO(b'{"object_deleted_at": "now"}')
+            deletions.send("PATCH", f"/deletions?image_id=eq.{row['image_id']}", done)
 
     def add_image(self, row: Fields) -> str:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
@@ -5753,6 +5791,7 @@ def without(prompt: str, text: str) -> str:
 def image_row(record: Record) -> JsonObject:
     """The row of imagen.images for a journal record whose object is uploaded."""
     sidecar = {**record["sidecar"], "storage_path": record["object"]}
+    tags = {"tags": sidecar["tags"]} if "tags" in sidecar else {}
     columns = (
         "prompt",
         "backend",
@@ -5771,6 +5810,7 @@ def image_row(record: Record) -> JsonObject:
         **{name: sidecar.get(name) for name in columns},
         "prompt_hash": prompt_hash(record["sidecar"]["prompt"]),
         "sidecar": sidecar,
+        **tags,
     }
 
 
@@ -5885,6 +5925,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "sidecar_wanted": config.output.write_metadata_json,
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
+        if order.tags:
+            record["sidecar"]["tags"] = [*order.tags]
         if order.key:
             record["id"] = keyed_id(order.caller, order.key, number)
             record["key"] = order.key
@@ -5935,6 +5977,9 @@ def image_name(output: str, request: Request, config: OutputConfig, now: float) 
 def check_order(order: Order) -> None:
     """BadRequest where an order cannot be meant by any backend."""
     check_request(order.request())
+    check_text("\n".join(order.tags), "tags")
+    if max(map(len, order.tags), default=0) > 200:
+        raise BadRequest("a tag has at most 200 characters")
     if not 1 <= order.n <= ORDER_IMAGES:
         raise BadRequest(f"n is 1 to {ORDER_IMAGES}")
     if len(order.images) > INPUTS:
@@ -6248,16 +6293,17 @@ class Run(Context):
             sending = self.entry.record.get("sending")
             hint = f"sent {sending}: the backend's usage page tells more; this entry is closed"
         error = kind(message, hint, charged=self.charged, after=error.after)
-        # 3. The entry: kept for `recover`, kept for `deliver`, or closed.
+        # 3. The entry: kept for `deliver`, which reports what it cost, for `recover`, or closed.
         self.note_best_effort(
             charged=self.charged, error={"code": error.code, "message": str(error)}
         )
-        if not ended:
-            self.entry.unlock()
-        elif missing_uploads(self.entry.record):
-            self.note_best_effort(over=True)  # `deliver` reports what it cost, and closes it
-        else:
+        to_report = missing_uploads(self.entry.record)
+        if ended and to_report:
+            self.note_best_effort(over=True)
+        elif ended:
             self.close()
+        elif not to_report:
+            self.entry.unlock()
         return error
 
     # Whether a failed attempt leaves nothing to recover, so that its entry may close:
@@ -6677,7 +6723,19 @@ def upload_row(run: Run, cloud: Supabase) -> None:
         # Release 0.1.0 put it at a path that may be somebody else's by now.
         run.note_best_effort(object="", sidecar={"storage_path": None})
         return
-    run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
+    try:
+        run.note_best_effort(object=cloud.add_image(image_row(record)), row=True)
+    except BadRequest:
+        withdraw(run, cloud)
+        raise
+
+
+def withdraw(run: Run, cloud: Supabase) -> None:
+    """Delete the object that will have no row, if its name says that it is this entry's."""
+    path = run.entry.record["object"]
+    if _is_ours(path, run):
+        cloud.delete_object(path)
+        run.note_best_effort(object="")
 
 
 def _is_ours(path: str, run: Run) -> bool:
@@ -7646,7 +7704,6 @@ class Attempt(Run):
         fields = {
             "attempt": self.number,
             "at": self.entry.record["at"],
-            "host": socket.gethostname(),
             "remote": cleaned(self.remote_ids),
         }
         self.receipt = Receipt(to_jsonb(fields))
@@ -8108,6 +8165,8 @@ class Worker:
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
+            if run.begun and not run.entry.record.get("over"):
+                run.entry.unlock()  # for whoever runs it next
         # 2. Into the database, however long that takes.
         was_ours = run.settle_job(outcome)
         if not run.begun or not run.entry.is_locked:
@@ -8219,9 +8278,12 @@ class Worker:
                 error="handed back: no worker is able to, so far",
                 error_code=error.code,
             )
+        text = f"{error}\n{error.hint}".strip()
+        if clipped(text) != text:
+            self.say(f"{run.job}: {text}", 4)
         outcome = Outcome(
             status="failed",
-            error=clipped(f"{error}\n{error.hint}".strip()),
+            error=clipped(text),
             error_code=error.code,
             charged=charged,
         )
@@ -8276,12 +8338,17 @@ class Worker:
         self.ring()
 
     def find_backlog(self) -> None:
-        """Look for images of jobs that the cloud would not take at their time."""
+        """Look for what the cloud would not take at its time, images of jobs and what they cost.
+
+        And delete what it is to have no longer.
+        """
         undelivered = {}
         for entry in entries():
             job = entry.record.get("job")
-            if job and entry.record.get("path") and missing_uploads(entry.record):
+            if job and missing_uploads(entry.record):
                 undelivered[job] = entry.path
+        with suppress(ImagenError):  # then in a minute
+            Supabase(Context(DELIVERY_S), self.config.supabase).empty_outbox()
         # A job that is to run again will find the image by itself: the database has to say.
         self.undelivered = undelivered
         self.ring()
@@ -8320,8 +8387,19 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
     return most + 3
 
 
+# What tells of this machine: addresses, hosts with their ports, paths, names of its backends.
+PRIVATE = r"""\w+://[^\s"']*[^\s"':;,.]|\b(localhost|[\w-]+(\.[\w-]+)+):\d+"""
+PRIVATE += r"""|(?<![\w.…])~?/[^:;"'\n]+|(?<=configured: )known: .*"""
+
+
 def clipped(text: str) -> str:
-    """At most 4 kB of an error, for the row."""
+    """At most 4 kB of an error, for the row: without what is in the log alone.
+
+    >>> clipped("http://localhost:8188/x and gpu.lan:80: silent; /home/a b/c.png: full")
+    '… and …: silent; …: full'
+    """
+    host = re.escape(socket.gethostname())
+    text = re.sub(rf"{PRIVATE}|\b{host}\b", "…", text)
     return text.encode("utf-8", "replace")[:4096].decode("utf-8", "ignore")
 
 
@@ -8331,6 +8409,8 @@ def take_slot(name: str) -> tuple[str, int]:
     After a taken name, the next number. Who gets it knows that whoever had it before is
     dead: the kernel says so.
     """
+    import hashlib
+
     for number in range(1, 1000):
         file = f"worker-{name}-{number}.lock"
         if number == 1:
@@ -8340,7 +8420,9 @@ def take_slot(name: str) -> tuple[str, int]:
             place = os.fstat(lock)
             # A reboot frees all slots without killing anybody: then the lease decides.
             boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
-            return f"{boot}:{place.st_dev}:{place.st_ino}", lock
+            slot = f"{boot}:{place.st_dev}:{place.st_ino}"
+            # Job rows hold it, and their owners read those.
+            return hashlib.sha256(slot.encode()).hexdigest(), lock
     raise Busy(f"a thousand workers are called {name}")
 
 
@@ -10482,6 +10564,7 @@ ORDER_FLAGS = """
     --no-preview            the same as --preview off
     --cloud                 sync to Supabase, or say what is missing
     --no-cloud              this image stays private for ever
+    --tag WORD*             of its row in the cloud; may be given again
     {TIMEOUT}
     --dry-run               say what would be done, and what it would cost
     """
@@ -10494,6 +10577,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         order = order._replace(cloud="off")
     elif args.cloud:
         order = order._replace(cloud="on")
+    order = order._replace(tags=tuple(args.tag or ()))
     if not args.timeout > 0:
         raise BadRequest("--timeout is more than 0 seconds")
     offered = not args.backend and (order.backend or config.default_backend) != "mock"
@@ -11265,7 +11349,7 @@ class ForgetRunner(RecoverRunner):
     """
 )
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
-    """upload what the cloud still lacks"""
+    """upload what the cloud still lacks, and delete the objects of images deleted there"""
     config = load_config(args.config)
     opened = entries()
     if args.paths:
@@ -11273,6 +11357,11 @@ def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
     else:  # also attempts of unknown outcome: what they cost is reported
         rows = [row for row in opened if row.state == "to deliver" or missing_uploads(row.record)]
     incomplete = [row for row in rows if missing_uploads(row.record)]
+    if not args.dry_run and not cloud_settings_missing(config):
+        try:
+            Supabase(Context(DELIVERY_S), config.supabase).empty_outbox()
+        except ImagenError as problem:
+            terminal.say(f"deletions: {problem}")
     if args.dry_run or not rows:
         return show_missing(incomplete, terminal)
     # Who was killed behind the last step left nothing to do but to close the entry.
@@ -11358,11 +11447,9 @@ def may_have_row(sidecar: Fields) -> bool:
 def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     """an address where anybody can fetch an image of the private bucket for a while"""
     config = load_config(args.config)
-    match = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", args.expires)
-    if not match:
+    seconds = duration(args.expires)
+    if not seconds:
         raise BadRequest(f'--expires "{args.expires}": not a time', "such as 30m, 12h, 7d")
-    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    seconds = int(match[1]) * units[match[2]]
     cloud = Supabase(Context(DELIVERY_S), config.supabase)
     record = find_image(args.image)
     image_id = args.image
@@ -11383,6 +11470,83 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
         message = f"{path} is not in the bucket {cloud.bucket}"
         raise BadRequest(message, "imagen sync PATH uploads it") from None
     return terminal.result({"url": url, "storage_path": path, "expires_in": seconds}, url)
+
+
+def duration(text: str) -> int:
+    """The seconds that 45, 30m, 12h or 7d are; 0 where it is no such time."""
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    match = re.fullmatch(r"([1-9]\d{0,8})([smhdw]?)", text)
+    return int(match[1]) * units[match[2]] if match else 0
+
+
+def moment(text: str, sign: int) -> str:
+    """The UTC time that `text` names: as ISO 8601, or, `sign` times as far from now, as 30m."""
+    seconds = duration(text)
+    at = time.time() + sign * seconds
+    if not seconds:
+        at = epoch(text)
+    if not 0 < at < 2**37:
+        raise BadRequest(f'"{text}": not a time', "such as 30m, 7d or 2026-12-24T18:00")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+@command(
+    """
+    images IMAGE…  paths, sidecars or image ids
+    --local        the file and its sidecar too
+    """
+)
+def cmd_delete(args: argparse.Namespace, terminal: Terminal) -> int:
+    """delete images from the cloud; what they cost stays in the ledger"""
+    config = load_config(args.config)
+    if not args.images:
+        raise BadRequest("an image is missing", "its path, its sidecar or its id")
+    deleted = {}
+    error = None
+    for name in args.images:
+        try:
+            deleted[name] = delete_image(name, args.local, config)
+        except ImagenError as problem:
+            shown = terminal.report(problem)
+            error = error or shown
+    return terminal.result({"deleted": [*deleted.values()]}, *deleted, error=error)
+
+
+def delete_image(name: str, local: bool, config: Config) -> JsonObject:
+    """Delete the row and the object of an image, and with `local` its files; what was deleted."""
+    record = find_image(name) or Record()
+    sidecar: Fields = record.get("sidecar") or {}
+    image_id = sidecar.get("image_id", name)
+    if not is_uuid(image_id):
+        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
+    # 1. Nothing of it is delivered any more.
+    run = Run(DELIVERY_S)
+    entry_path = state_path("open", f"{record.get('id')}.jsonl")
+    if entry := Entry.take(entry_path):
+        run.adopt(entry)
+        run.note_best_effort(refused=True)
+    elif os.path.exists(entry_path):
+        raise Busy(f"{name}: somebody works on it", "wait for that, then try again")
+    # 2. The cloud, unless it never had it.
+    in_cloud = False
+    set_up = not cloud_settings_missing(config._replace(owner_user_id="-"))
+    if not sidecar.get("private") and (set_up or not local or record.get("row")):
+        cloud = Supabase(Context(DELIVERY_S), config.supabase, sidecar.get("prompt", ""))
+        in_cloud = cloud.delete_image(image_id)
+        if entry and entry.record.get("object"):
+            withdraw(run, cloud)
+    with suppress(ImagenError):  # what it cost may be reported later
+        deliver(run, config)
+    if not in_cloud and not local:
+        raise BadRequest(f"{name} is not in the cloud", "--local deletes its file")
+    # 3. This disk.
+    path = None
+    if local and record:
+        path = record["path"]
+        for file in (path, f"{path}.json"):
+            with or_disk(file, "delete it by hand"), suppress(FileNotFoundError):
+                os.unlink(file)
+    return {"image_id": image_id, "cloud": in_cloud, "path": path}
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -11580,50 +11744,115 @@ def handle_stops(handler: Any) -> None:
 
 @command(
     f"""
-    action add|list|cancel|retry  what to do
-    prompt [PROMPT|ID]            add: what to see; cancel, retry: the job
-    {ORDER_FLAGS}
-    --wait                        add, retry: until the job is over, whose outcome is the exit code
+    action add|list|stats|cancel|retry  what to do
+    words [PROMPT|ID|WORD…]     add: what to see; cancel, retry: jobs; list: what a prompt holds
+    {ORDER_FLAGS.replace(" (1)", "; list: that many jobs")}
+    --run-after TIME            add: not before, such as 30m from now, or 2026-12-24T18:00
+    --priority N                add: the higher, the sooner
+    --wait                      add, retry: until the job is over, whose outcome is the exit code
     --status pending|running|done|failed|canceled  list: these alone
+    --owner UUID                list: the jobs of this user
+    --failed                    retry: all that failed, but for what may have been charged
+    --since TIME                retry --failed: since then, such as 2h ago, or 2026-12-24
+    --code CODE                 retry --failed: with this error, such as busy
+    --pay-again                 retry: one job, even if it may have been charged
     """
 )
 def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
-    """add, list, cancel or retry jobs of imagen.jobs"""
-    config = load_config(args.config)
-    job = args.prompt or ""
-    requests = []
-    if args.action == "add":
-        requests = job_requests(order_from(args, config.styles), config)
-    elif args.action != "list" and not is_uuid(job):
-        raise BadRequest(f'{args.action} "{job}": not the id of a job', "imagen jobs list")
+    """add, list, count, cancel or retry jobs of imagen.jobs"""
+    actions = {
+        "add": add_jobs,
+        "list": list_jobs,
+        "stats": count_jobs,
+        "cancel": cancel_jobs,
+        "retry": retry_jobs,
+    }
+    return actions[args.action](args, load_config(args.config), terminal)
+
+
+def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
+    """What `jobs add` does."""
+    args.prompt, *others = args.words or [None]
+    if others:
+        raise BadRequest("a prompt of several words stands in quotes")
+    requests = job_requests(order_from(args, config.styles), config)
+    for request in requests:
+        request["priority"] = args.priority
+        if args.run_after:
+            request["run_after"] = moment(args.run_after, 1)
+    return begin_jobs(ADD, requests, args, config, terminal)
+
+
+def retry_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
+    """What `jobs retry` does."""
+    if (args.failed and args.words) or (args.pay_again and len(args.words) != 1):
+        raise BadRequest("--failed takes no id, and --pay-again one")
+    if not args.failed:
+        requests = [{"id": new_uuid(), "job": job} for job in job_ids(args)]
+        return begin_jobs(RETRY, requests, args, config, terminal)
+    since = None
+    if args.since:
+        since = moment(args.since, -1)
+    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+        requests = [row for (row,) in database.run(FAILED, since=since, code=args.code)]
+    return begin_jobs(RETRY, requests, args, config, terminal)
+
+
+def job_ids(args: argparse.Namespace) -> list[str]:
+    """The jobs that a command line names."""
+    for word in args.words or [""]:
+        if not is_uuid(word):
+            raise BadRequest(f'{args.action} "{word}": not the id of a job', "imagen jobs list")
+    return list(args.words)
+
+
+def begin_jobs(
+    sql: str,
+    requests: Sequence[Fields],
+    args: argparse.Namespace,
+    config: Config,
+    terminal: Terminal,
+) -> int:
+    """Insert jobs, whose ids we have made, and, where that is asked for, wait for their end."""
     variable = config.supabase.database_url_env
-    if args.action in ("add", "retry"):
-        if args.action == "retry":
-            requests = [{"id": new_uuid()}]
-        ids = [request["id"] for request in requests]
-        # Before anything waits: whatever becomes of this command, the jobs can be found.
-        if args.wait:
-            terminal.note("\n".join(f"job {ident}" for ident in ids))
-        parameters = {"requests": to_jsonb(requests)}
-        sql = ADD
-        if args.action == "add":
-            parameters["owner"] = config.owner_user_id
-        else:
-            sql = RETRY
-            parameters["job"] = job
-        if insert_jobs(variable, sql, ids, parameters) < len(ids):
-            raise BadRequest(f"{job}: no such job", "imagen jobs list")
-        if args.wait:
-            return follow_jobs(ids, terminal, variable)
-        jobs = [{"id": ident, "status": "pending"} for ident in ids]
-        return terminal.result({"jobs": jobs}, *ids)
-    with postgres(variable, patience=DELIVERY_S) as database:
-        if args.action == "list":
-            return list_jobs(database.run(LIST, status=args.status), terminal)
-        ((status,),) = database.run("SELECT imagen.cancel_job(:job::uuid)", job=job)
-        if not status:
-            raise BadRequest(f"{job}: no job that waits or runs", "imagen jobs list")
-        return terminal.result({"jobs": [{"id": job, "status": status}]}, f"{job}  {status}")
+    ids = [request["id"] for request in requests]
+    # Before anything waits: whatever becomes of this command, the jobs can be found.
+    if args.wait:
+        terminal.note("\n".join(f"job {ident}" for ident in ids))
+    parameters = {
+        "requests": to_jsonb(requests),
+        "owner": config.owner_user_id,
+        "pay_again": args.pay_again,
+    }
+    if ids and insert_jobs(variable, sql, ids, parameters) < len(ids):
+        message = f"{', '.join(args.words)}: no such job, or one that may have been charged"
+        raise BadRequest(message, "imagen jobs list; --pay-again makes it all the same")
+    if ids and args.wait:
+        return follow_jobs(ids, terminal, variable)
+    jobs = [{"id": ident, "status": "pending"} for ident in ids]
+    return terminal.result({"jobs": jobs}, *ids)
+
+
+def cancel_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
+    """What `jobs cancel` does."""
+    ids = job_ids(args)
+    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+        rows = database.run(CANCEL, ids=ids)
+    over = [job for job, status in rows if not status]
+    error = None
+    if over:
+        message = f"{', '.join(over)}: no job that waits or runs"
+        error = terminal.report(BadRequest(message, "imagen jobs list"))
+    jobs = [{"id": job, "status": status} for job, status in rows if status]
+    lines = [f"{job['id']}  {job['status']}" for job in jobs]
+    return terminal.result({"jobs": jobs}, *lines, error=error)
+
+
+def count_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
+    """What `jobs stats` says."""
+    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+        ((stats, lines),) = database.run(STATS)
+    return terminal.result(stats, *aligned(lines))
 
 
 def insert_jobs(variable: str, sql: str, ids: Sequence[str], parameters: JsonObject) -> int:
@@ -11656,14 +11885,58 @@ def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> Image
 
 _COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
 RETRY = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
-  SELECT (:requests::jsonb->0->>'id')::uuid, owner_user_id, {_COLUMNS}
-  FROM imagen.jobs WHERE id = :job::uuid ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (names of our own)
-ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
-  SELECT id, :owner::uuid, {_COLUMNS}
+  SELECT r.id, owner_user_id, {_COLUMNS}
+  FROM jsonb_to_recordset(:requests::jsonb) AS r (id uuid, job uuid)
+  JOIN imagen.jobs j ON j.id = r.job
+  WHERE receipt IS NULL OR :pay_again::boolean ORDER BY seq
+  ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (names of our own)
+ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS}, run_after, priority)
+  SELECT id, :owner::uuid, {_COLUMNS}, coalesce(run_after, now()), coalesce(priority, 0)
   FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
   ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (as above)
+CANCEL = """SELECT job::text, imagen.cancel_job(job)
+  FROM unnest(:ids::uuid[]) WITH ORDINALITY AS j (job, place) ORDER BY place"""
+# Of each job the same id whenever it is asked for: none is repeated twice.
+FAILED = """SELECT jsonb_build_object('id', again, 'job', j.id)
+  FROM imagen.jobs j, CAST(md5(j.id || ' again') AS uuid) AS again
+  WHERE status = 'failed' AND receipt IS NULL AND error_code IS DISTINCT FROM 'unknown'
+    AND (:since::timestamptz IS NULL OR finished_at >= :since::timestamptz)
+    AND (:code::text IS NULL OR error_code = :code::text)
+    AND NOT EXISTS (SELECT FROM imagen.jobs r WHERE r.id = again) ORDER BY seq"""
 LIST = f"""SELECT {JOB_JSON} FROM imagen.jobs j
-  WHERE :status::text IS NULL OR status = :status::text ORDER BY seq DESC LIMIT 50"""  # noqa: S608 (as above)
+  WHERE (:status::text IS NULL OR status = :status::text)
+    AND (:owner::uuid IS NULL OR owner_user_id = :owner::uuid)
+    AND NOT EXISTS (SELECT FROM unnest(:words::text[]) AS word
+      WHERE position(lower(word) IN lower(concat_ws(' ', prompt, style))) = 0)
+  ORDER BY seq DESC LIMIT :n::int"""  # noqa: S608 (as above)
+# `handed_back_at` is younger than the table.
+STATS = """WITH jobs AS (
+  SELECT status, coalesce(backend, '') AS backend, owner_user_id AS owner, error_code AS code,
+    note, image_id, created_at, finished_at, to_jsonb(j)->>'handed_back_at' AS handed_back
+  FROM imagen.jobs j
+  WHERE status IN ('pending', 'running') OR finished_at > now() - interval '1 hour'
+    OR (status = 'done' AND image_id IS NULL AND note > '')
+), stats AS (
+  SELECT status AS what, backend, owner::text, '' AS code, count(*) AS jobs,
+    min(created_at) AS since
+  FROM jobs WHERE status IN ('pending', 'running') GROUP BY status, backend, owner
+  UNION ALL SELECT 'failed', backend, '', coalesce(code, ''), count(*), min(finished_at)
+  FROM jobs WHERE status = 'failed' GROUP BY backend, code
+  UNION ALL SELECT 'paused', backend, '', code, count(*), min(handed_back)::timestamptz
+  FROM jobs WHERE status = 'pending' AND handed_back IS NOT NULL GROUP BY backend, code
+  UNION ALL SELECT 'not in the cloud', '', '', '', count(*), min(finished_at)
+  FROM jobs WHERE status = 'done' AND image_id IS NULL AND note > '' HAVING count(*) > 0
+)
+SELECT jsonb_build_object(
+  'pending', coalesce(sum(jobs) FILTER (WHERE what = 'pending'), 0),
+  'oldest', min(since) FILTER (WHERE what = 'pending'),
+  'running', coalesce(sum(jobs) FILTER (WHERE what = 'running'), 0),
+  'failed_last_hour', coalesce(sum(jobs) FILTER (WHERE what = 'failed'), 0),
+  'paused', coalesce(sum(jobs) FILTER (WHERE what = 'paused'), 0),
+  'not_in_cloud', coalesce(sum(jobs) FILTER (WHERE what = 'not in the cloud'), 0),
+  'groups', coalesce(jsonb_agg(to_jsonb(stats) ORDER BY what, jobs DESC), '[]')),
+  coalesce(jsonb_agg(jsonb_build_array(what, backend, owner, code, jobs, since)
+    ORDER BY what, jobs DESC), '[]') FROM stats"""
 FOLLOW = f"SELECT {JOB_JSON} FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORDER BY seq"  # noqa: S608
 
 
@@ -11683,9 +11956,11 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
     return requests
 
 
-def list_jobs(rows: Sequence[Sequence[Any]], terminal: Terminal) -> int:
+def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs list` says."""
-    jobs = [job for (job,) in rows]
+    terms = {"status": args.status, "owner": args.owner, "words": args.words, "n": args.n or 50}
+    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+        jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
     for job in jobs:
         created = job["created_at"][:16]

@@ -18,7 +18,8 @@ create or replace function pg_temp.imagen_state() returns table (part text, what
            case c.relname when 'jobs' then 'imagen_jobs_init' when 'imagen_usage' then 'imagen_usage_init'
                           else 'imagen_schema_init' end as part
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind = 'r' and (n.nspname, c.relname) in (('imagen', 'images'), ('imagen', 'jobs'), ('mai', 'imagen_usage'))
+    where c.relkind = 'r' and (n.nspname, c.relname) in
+      (('imagen', 'images'), ('imagen', 'deletions'), ('imagen', 'jobs'), ('mai', 'imagen_usage'))
   )
   select case nspname when 'mai' then 'imagen_usage_init' else 'imagen_schema_grants' end, 'schema ' || nspname,
          nspacl::text from pg_namespace where nspname in ('imagen', 'mai')
@@ -47,10 +48,13 @@ create or replace function pg_temp.imagen_state() returns table (part text, what
   select part, 'trigger ' || tgname, pg_get_triggerdef(g.oid) from pg_trigger g join tables t on t.oid = g.tgrelid
   where not tgisinternal
   union all
-  select case proname when 'owns_object' then 'imagen_storage_policies' when 'may_name' then 'imagen_schema_init'
-                      else 'imagen_jobs_init' end,
+  select case when proname = 'owns_object' then 'imagen_storage_policies' when proname = 'my_usage' then 'imagen_usage_init'
+              when proname like '%job%' then 'imagen_jobs_init' else 'imagen_schema_init' end,
          'function imagen.' || proname, concat_ws(' ', prosrc, prosecdef, proacl::text, proconfig::text)
   from pg_proc where pronamespace = to_regnamespace('imagen')
+  union all
+  select 'imagen_jobs_init', 'publication ' || pubname, 'imagen.jobs' from pg_publication_tables
+  where pubname = 'supabase_realtime' and schemaname = 'imagen' and tablename = 'jobs'
   union all
   select 'imagen_storage_bucket', 'bucket ' || id, concat_ws(' ', public, file_size_limit, allowed_mime_types::text)
   from storage.buckets where id = 'imagen-generated'
@@ -73,13 +77,26 @@ begin
 end
 $make$;
 
+-- Whoever is deleted in auth.users takes their rows along.
+create or replace function pg_temp.imagen_cascade(changed regclass) returns void language plpgsql as $cascade$
+declare old record;
+begin
+  for old in select conname, pg_get_constraintdef(oid) as rule from pg_constraint
+             where conrelid = changed and contype = 'f' and confrelid = 'auth.users'::regclass and confdeltype in ('a', 'r')
+  loop
+    execute format('alter table %s drop constraint %I, add constraint %2$I %s', changed, old.conname, regexp_replace(
+      replace(old.rule, ' ON DELETE RESTRICT', ''), '(REFERENCES \S+\(\w+\))', '\1 ON DELETE CASCADE'));
+  end loop;
+end
+$cascade$;
+
 -- ---------------------------------------------------------------- imagen_schema_init
 
 create schema if not exists imagen;
 
 create table if not exists imagen.images (
   id                uuid primary key default gen_random_uuid(),
-  owner_user_id     uuid not null references auth.users (id),
+  owner_user_id     uuid not null references auth.users (id) on delete cascade,
   prompt            text not null,
   prompt_hash       text,           -- sha256 of the prompt in UTF-8, hex
   backend           text not null,
@@ -93,7 +110,19 @@ create table if not exists imagen.images (
   storage_path      text not null,  -- inside the bucket
   sidecar           jsonb,
   tags              text[] default '{}',
-  created_at        timestamptz default now()
+  created_at        timestamptz default now(),
+  made_at           timestamptz,    -- the sidecar's time, which a delivery may be far behind
+  mime_type         text,
+  bytes             bigint
+);
+
+-- The images whose rows were deleted: their objects are still to be deleted, which only Storage's API may do, by the
+-- worker or by `imagen sync`; and none of them comes back for 30 days, by a delivery that was on its way.
+create table if not exists imagen.deletions (
+  image_id          uuid primary key,
+  storage_path      text not null,
+  deleted_at        timestamptz not null default now(),
+  object_deleted_at timestamptz
 );
 
 do $images$
@@ -105,7 +134,8 @@ begin
     select * from (values
       ('prompt_hash', 'text'), ('model', 'text'), ('seed', 'bigint'), ('steps', 'int'), ('width', 'int'),
       ('height', 'int'), ('latency_ms', 'int'), ('cost_usd_estimate', 'numeric(10, 6)'), ('sidecar', 'jsonb'),
-      ('tags', 'text[] default ''{}'''), ('created_at', 'timestamptz default now()')) as columns (name, type)
+      ('tags', 'text[] default ''{}'''), ('created_at', 'timestamptz default now()'), ('made_at', 'timestamptz'),
+      ('mime_type', 'text'), ('bytes', 'bigint')) as columns (name, type)
     where not exists (select from pg_attribute
                       where attrelid = 'imagen.images'::regclass and attname = name and not attisdropped)
   loop
@@ -114,6 +144,10 @@ begin
 
   perform pg_temp.imagen_make('index imagen_images_owner_created_idx',
     'create index imagen_images_owner_created_idx on imagen.images (owner_user_id, created_at desc)');
+  perform pg_temp.imagen_make('index imagen_images_owner_made_idx',
+    'create index imagen_images_owner_made_idx on imagen.images (owner_user_id, made_at desc)');
+  perform pg_temp.imagen_make('index imagen_deletions_open_idx',
+    'create index imagen_deletions_open_idx on imagen.deletions (deleted_at) where object_deleted_at is null');
   perform pg_temp.imagen_make('index imagen_images_backend_idx',
     'create index imagen_images_backend_idx on imagen.images (backend)');
   perform pg_temp.imagen_make('index imagen_images_tags_idx',
@@ -134,8 +168,94 @@ begin
   if not (select relrowsecurity from pg_class where oid = 'imagen.images'::regclass) then
     alter table imagen.images enable row level security;
   end if;
+  if not (select relrowsecurity from pg_class where oid = 'imagen.deletions'::regclass) then
+    alter table imagen.deletions enable row level security;
+  end if;
+  perform pg_temp.imagen_cascade('imagen.images');
 end
 $images$;
+
+-- What anybody may have written as a time; null where it is none.
+create or replace function imagen.moment(text) returns timestamptz
+  language plpgsql stable set search_path = '' as $moment$
+begin
+  return $1::timestamptz;
+exception when others then
+  return null;
+end
+$moment$;
+
+create or replace function imagen.images_insert() returns trigger
+  language plpgsql security definer set search_path = '' as $insert$
+begin
+  if exists (select from imagen.deletions where image_id = new.id and deleted_at > now() - interval '30 days') then
+    raise check_violation using message = 'this image was deleted';  -- which nobody tries a second time
+  end if;
+  -- Whoever writes the row, an older release too, has these in the sidecar.
+  new.made_at := coalesce(new.made_at, imagen.moment(new.sidecar ->> 'timestamp'), new.created_at, now());
+  new.mime_type := coalesce(new.mime_type, new.sidecar ->> 'mime_type');
+  if new.bytes is null and new.sidecar ->> 'bytes' ~ '^\d{1,15}$' then
+    new.bytes := new.sidecar ->> 'bytes';
+  end if;
+  if coalesce(new.tags, '{}') = '{}' and jsonb_typeof(new.sidecar -> 'tags') = 'array' then
+    new.tags := array(select jsonb_array_elements_text(new.sidecar -> 'tags'));
+  end if;
+  return new;
+end
+$insert$;
+
+-- However a row goes: by imagen.delete_image, with its owner, or by hand.
+create or replace function imagen.images_delete() returns trigger
+  language plpgsql security definer set search_path = '' as $delete$
+begin
+  delete from imagen.deletions where object_deleted_at is not null and deleted_at < now() - interval '30 days';
+  insert into imagen.deletions (image_id, storage_path) select id, storage_path from deleted
+  on conflict (image_id) do update
+    set storage_path = excluded.storage_path, deleted_at = now(), object_deleted_at = null;
+  return null;
+end
+$delete$;
+
+-- An object that another row names is not among them.
+create or replace function imagen.objects_to_delete() returns table (image_id uuid, storage_path text)
+  language sql stable set search_path = '' as $objects$
+  select d.image_id, d.storage_path from imagen.deletions d
+  where d.object_deleted_at is null and d.storage_path <> ''
+    and not exists (select from imagen.images i where i.storage_path = d.storage_path)
+  order by d.deleted_at limit 100
+$objects$;
+
+-- Whether there was such an image of the caller's. Who comes without a token has a login to the database.
+create or replace function imagen.delete_image(image uuid) returns boolean
+  language plpgsql security definer set search_path = '' as $image$
+begin
+  delete from imagen.images
+   where id = image
+     and (owner_user_id = (select auth.uid()) or coalesce((select auth.role()), 'service_role') = 'service_role');
+  return found;
+end
+$image$;
+
+do $triggers$
+begin
+  perform pg_temp.imagen_make('trigger imagen_images_insert', '
+    create trigger imagen_images_insert before insert on imagen.images
+      for each row execute function imagen.images_insert()');
+  perform pg_temp.imagen_make('trigger imagen_images_delete', '
+    create trigger imagen_images_delete after delete on imagen.images
+      referencing old table as deleted for each statement execute function imagen.images_delete()');
+  if not exists (select from imagen_before where what = 'table imagen.images' and how like '%made_at%') then
+    update imagen.images
+       set made_at = coalesce(imagen.moment(sidecar ->> 'timestamp'), created_at),
+           mime_type = sidecar ->> 'mime_type',
+           bytes = case when sidecar ->> 'bytes' ~ '^\d{1,15}$' then (sidecar ->> 'bytes')::bigint end;
+  end if;
+end
+$triggers$;
+revoke execute on function imagen.images_insert(), imagen.images_delete(), imagen.objects_to_delete(),
+  imagen.delete_image(uuid), imagen.moment(text) from public, anon;
+grant execute on function imagen.delete_image(uuid) to authenticated, service_role;
+grant execute on function imagen.objects_to_delete() to service_role;
 
 -- Nor may a row name what somebody else uploaded and has no row yet, or no longer.
 create or replace function imagen.may_name(path text) returns boolean
@@ -158,6 +278,10 @@ begin
   perform pg_temp.imagen_make('policy imagen_images_insert_path', '
     create policy imagen_images_insert_path on imagen.images as restrictive for insert to authenticated
       with check (imagen.may_name(storage_path))');
+  -- Nor what is not there yet: only where nobody but the caller can put something.
+  perform pg_temp.imagen_make('policy imagen_images_insert_folder', '
+    create policy imagen_images_insert_folder on imagen.images as restrictive for insert to authenticated
+      with check (starts_with(storage_path, (select auth.uid())::text || ''/''))');
   perform pg_temp.imagen_make('policy imagen_images_owner_update', '
     create policy imagen_images_owner_update on imagen.images for update to authenticated
       using (owner_user_id = (select auth.uid())) with check (owner_user_id = (select auth.uid()))');
@@ -205,6 +329,19 @@ begin
   perform pg_temp.imagen_make('policy imagen_objects_insert', '
     create policy imagen_objects_insert on storage.objects for insert to authenticated
       with check (bucket_id = ''imagen-generated'')');
+  -- Whatever other policies there are: nobody but the service puts anything where another's image is, or will be.
+  perform pg_temp.imagen_make('policy imagen_objects_insert_folder', '
+    create policy imagen_objects_insert_folder on storage.objects as restrictive for insert to public
+      with check (bucket_id <> ''imagen-generated'' or starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_move_folder', '
+    create policy imagen_objects_move_folder on storage.objects as restrictive for update to public
+      with check (bucket_id <> ''imagen-generated'' or starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_folder_select', '
+    create policy imagen_objects_folder_select on storage.objects for select to authenticated
+      using (bucket_id = ''imagen-generated'' and starts_with(name, (select auth.uid())::text || ''/''))');
+  perform pg_temp.imagen_make('policy imagen_objects_folder_delete', '
+    create policy imagen_objects_folder_delete on storage.objects for delete to authenticated
+      using (bucket_id = ''imagen-generated'' and starts_with(name, (select auth.uid())::text || ''/''))');
 end
 $policies$;
 
@@ -250,6 +387,7 @@ notify pgrst, 'reload schema';
 
 -- One row for each paid call; the prompt itself never. A table that is already there is left as it is.
 do $usage$
+declare moment name;
 begin
   if to_regclass('mai.imagen_usage') is null then
     create schema if not exists mai;
@@ -270,10 +408,38 @@ begin
       host              text
     );
     create index imagen_usage_created_idx on mai.imagen_usage (created_at);
+    create index imagen_usage_owner_idx on mai.imagen_usage (owner_user_id, created_at);
     alter table mai.imagen_usage enable row level security;
     revoke all on mai.imagen_usage from public, anon, authenticated;
     grant usage on schema mai to service_role;
     grant all on mai.imagen_usage to service_role;
+  end if;
+  select max(attname) into moment from pg_attribute
+  where attrelid = 'mai.imagen_usage'::regclass and attname in ('created_at', 'at') and atttypid = 'timestamptz'::regtype;
+  if not (has_schema_privilege('service_role', 'mai', 'usage')
+          and has_table_privilege('service_role', 'mai.imagen_usage', 'select')
+          and has_table_privilege('service_role', 'mai.imagen_usage', 'insert')
+          and has_table_privilege('service_role', 'mai.imagen_usage', 'update')) then
+    raise warning 'by hand: grant usage on schema mai to service_role; '
+                  'grant select, insert, update on mai.imagen_usage to service_role; without it no usage is recorded';
+  end if;
+  -- What the caller's own images have cost. A table of somebody else's may have other columns.
+  if moment is null or not exists (
+      select from pg_attribute where attrelid = 'mai.imagen_usage'::regclass and attname = 'owner_user_id'
+        and atttypid = 'uuid'::regtype and not attisdropped) then
+    raise warning 'by hand: mai.imagen_usage has no owner_user_id or no time, so there is no imagen.my_usage';
+  else
+    execute format($function$
+      create or replace function imagen.my_usage(since timestamptz default now() - interval '30 days')
+        returns table (at timestamptz, image_id text, backend text, model text, cost_usd numeric, charged text)
+        language sql stable security definer set search_path = '' as $my$
+        select u.%1$I, j ->> 'image_id', j ->> 'backend', j ->> 'model',
+               coalesce(j ->> 'cost_usd_estimate', j ->> 'cost_usd')::numeric, j ->> 'charged'
+        from mai.imagen_usage u, to_jsonb(u) j
+        where u.owner_user_id = (select auth.uid()) and u.%1$I >= since order by u.%1$I desc
+      $my$$function$, moment);
+    revoke execute on function imagen.my_usage(timestamptz) from public, anon;
+    grant execute on function imagen.my_usage(timestamptz) to authenticated;
   end if;
 end
 $usage$;
@@ -282,7 +448,7 @@ $usage$;
 
 create table if not exists imagen.jobs (
   id               uuid primary key default gen_random_uuid(),
-  owner_user_id    uuid not null default auth.uid() references auth.users (id),
+  owner_user_id    uuid not null default auth.uid() references auth.users (id) on delete cascade,
   prompt           text not null,
   backend          text,            -- null: the worker's default
   style            text,
@@ -467,6 +633,24 @@ end
 $cancel$;
 revoke all on function imagen.cancel_job(uuid) from public, anon;
 grant execute on function imagen.cancel_job(uuid) to authenticated, service_role;
+
+do $others$
+begin
+  perform pg_temp.imagen_cascade('imagen.jobs');
+  -- Owners read their rows, which tell nothing of a machine; the worker of an older release wrote its name.
+  update imagen.jobs set receipt = receipt - 'host'
+   where receipt ? 'host' and status not in ('pending', 'running');
+  -- A web app sees its jobs go on, each user their own: Realtime asks the policies.
+  if exists (select from pg_publication where pubname = 'supabase_realtime' and not puballtables)
+     and not exists (select from imagen_before where what = 'publication supabase_realtime') then
+    begin
+      alter publication supabase_realtime add table imagen.jobs;
+    exception when insufficient_privilege then
+      raise warning 'by hand: as its owner, alter publication supabase_realtime add table imagen.jobs';
+    end;
+  end if;
+end
+$others$;
 
 -- ---------------------------------------------------------------- the report
 

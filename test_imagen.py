@@ -13307,6 +13307,8 @@ def test_pipeline_a_cloud_that_fails_is_one_warning_and_sync_makes_it_good(
     assert "Failing row" not in line
     assert ("imagen sync" in line) == (not final)
     assert (len(synced.unfinished()), len(synced.ledger())) == ((0, 1) if final else (1, 0))
+    if final:  # nor is an object left that no row will ever tell of
+        assert cloud.objects() == {}
     cloud.faults.clear()
     assert synced.run("sync").code == 0
     assert bool(cloud.rows()) == (not final)
@@ -13795,6 +13797,113 @@ def test_pipeline_recover_delivers_what_was_killed_once_it_had_its_name(
     deliver_whole(cloud, synced, *done.lines)
 
 
+def deliver_rpc(cloud: Cloud, name: str, body: object, user: str = "", key: str = "") -> Any:
+    """What a function of ours answers over HTTP, or the code of its refusal."""
+    code, document = queue_ask(cloud, f"/rest/v1/rpc/{name}", body, user, key)
+    return json.loads(document) if code == 200 else code
+
+
+def test_pipeline_a_deleted_image_is_gone_and_no_delivery_brings_it_back(
+    cloud: Cloud, synced: Box
+) -> None:
+    tags = ("--tag", "fox", "--tag", "für Anna, 'quoted'")
+    first, second, third = (deliver_made(synced, *tags, seed=seed).lines[0] for seed in (1, 2, 7))
+    row = deliver_whole(cloud, synced, third)
+    sidecar = synced.sidecar(third)
+    assert row["tags"] == sidecar["tags"] == [*tags[1::2]]
+    assert row["made_at"] == datetime.fromisoformat(sidecar["timestamp"])
+    assert (row["mime_type"], row["bytes"]) == (sidecar["mime_type"], sidecar["bytes"])
+    ledger = synced.ledger()
+    # By its path: row and object; the file stays, and so does the line that says what it cost.
+    assert synced.run("delete", first).out == f"{first}\n"
+    assert len(cloud.rows()) == len(cloud.objects()) == 2
+    assert Path(first).exists() and synced.ledger() == ledger
+    # By its id: the files too.
+    ident = synced.sidecar(second)["image_id"]
+    done = synced.run("delete", ident, str(uuid.uuid4()), "--local", "--json")
+    assert done.json["deleted"][0] == {"image_id": ident, "cloud": True, "path": second}
+    assert [Path(name).exists() for name in (second, f"{second}.json")] == [False, False]
+    # By its owner, whose object follows with the next sync; by nobody else.
+    mine = str(row["id"])
+    assert deliver_rpc(cloud, "delete_image", {"image": mine}, cloud.bert) is False
+    assert deliver_rpc(cloud, "delete_image", {"image": mine}, key=cloud.anon_key) == 401
+    assert [str(row["id"]) for row in cloud.rows()] == [mine]
+    assert deliver_rpc(cloud, "delete_image", {"image": mine}, cloud.anna) is True
+    assert cloud.rows() == [] and len(cloud.objects()) == 1
+    assert synced.run("sync", "--dry-run").code == 0 and len(cloud.objects()) == 1
+    assert synced.run("sync").code == 0 and cloud.objects() == {}
+    assert all(row["object_deleted_at"] for row in cloud.rows("imagen.deletions")[-1:])
+    # What was on its way while it was deleted is refused for good, and takes its object along.
+    done = synced.run("sync", third)
+    assert "this image was deleted" in done.err
+    assert cloud.rows() == [] and cloud.objects() == {} and synced.unfinished() == []
+    cloud.database.sql("update imagen.deletions set deleted_at = now() - interval '31 days'")
+    assert synced.run("sync", third).code == 0
+    deliver_whole(cloud, synced, third)
+    cases = [
+        (("delete",), 2, "missing"),
+        (("delete", "x.png"), 2, "no image"),
+        (("delete", first), 2, "not in"),
+    ]
+    for args, code, text in cases:
+        done = synced.run(*args)
+        assert (done.code, text in done.err) == (code, True), args
+
+
+def test_pipeline_deleting_stops_a_delivery_that_waits(cloud: Cloud, synced: Box) -> None:
+    cloud.fault(DELIVER_ROW, status(503), math.inf)
+    (path,) = deliver_made(synced).lines
+    assert len(synced.unfinished()) == len(cloud.objects()) == 1
+    cloud.faults.clear()
+    done = synced.run("delete", path, "--local", "--json")
+    assert (done.code, done.json["deleted"][0]["cloud"]) == (0, False)
+    assert (cloud.rows(), cloud.objects(), synced.unfinished()) == ([], {}, [])
+    assert len(synced.ledger()) == 1 and not Path(path).exists()
+    assert synced.run("sync").err == "nothing to sync\n"
+
+
+def test_pipeline_an_object_that_another_row_names_is_never_deleted(
+    cloud: Cloud, synced: Box
+) -> None:
+    (path,) = deliver_made(synced).lines
+    (row,) = cloud.rows()
+    cloud.database.sql("drop index imagen.imagen_images_storage_path_key")
+    other = queue_image(cloud.database, cloud.bert, row["storage_path"])
+    assert synced.run("delete", path).code == 0
+    assert synced.run("sync").code == 0
+    assert len(cloud.objects()) == 1
+    cloud.database.sql("delete from imagen.images where id = $1", other)
+    assert synced.run("sync").code == 0
+    assert cloud.objects() == {}
+
+
+def test_pipeline_the_command_line_gets_on_with_the_database_of_the_release_before(
+    database: Database, box: Box
+) -> None:
+    database.migrate((release_before() / "migrations.sql").read_text())
+    with Cloud(database) as cloud:
+        cloud.join(box, backends=MOCK_SMALL, worker={})
+        first = deliver_made(box, "--tag", "a").lines[0]
+        assert cloud.rows()[0]["tags"] == ["a"]
+        (ident,) = box.run("jobs", "add", "a fox", "--priority", "2").lines
+        stats = box.run("jobs", "stats", "--json").json
+        assert (stats["pending"], stats["groups"][0]["owner"]) == (1, cloud.anna)
+        assert box.run("jobs", "cancel", ident).out == f"{ident}  canceled\n"
+        assert box.run("sync").err == "nothing to sync\n"
+        assert box.run("delete", first).code == 0
+        assert (cloud.rows(), cloud.objects()) == ([], {})
+        refused = box.run("worker", "--once")
+        assert refused.code == 3 and "imagen migrate" in refused.err
+        # And migrated with rows, twice.
+        kept = deliver_made(box, "--tag", "b").lines[0]
+        assert box.run("migrate").code == 0
+        again = box.run("migrate", "--json").json["parts"]
+        assert {*again.values()} <= {"was there", "left to the Dashboard"}
+        row = deliver_whole(cloud, box, kept)
+        assert row["made_at"] == datetime.fromisoformat(box.sidecar(kept)["timestamp"])
+        assert row["bytes"] == Path(kept).stat().st_size
+
+
 # What was paid: a row for each paid call
 
 DELIVER_USAGE = "POST /rest/v1/imagen_usage"
@@ -13850,13 +13959,13 @@ def test_pipeline_an_attempt_without_an_image_has_a_usage_row_if_it_was_charged(
     assert cloud.objects() == {}
 
 
-def test_pipeline_an_unknown_attempt_is_reported_by_sync_and_corrected_by_recover(
+def test_pipeline_an_unknown_attempt_is_reported_at_once_and_corrected_by_recover(
     cloud: Cloud, synced: Box
 ) -> None:
     with output_replicate(synced) as server:
         server.lose_next_answer()
         assert synced.fox("--seed", "7").code == 10
-        assert deliver_usage(cloud) == []
+        assert deliver_usage(cloud) == [("unknown", False)]
         for _ in "12":
             assert synced.run("sync").code == 0
             assert deliver_usage(cloud) == [("unknown", False)]
@@ -15099,7 +15208,8 @@ def queue_rls(postgres: Postgres) -> Iterator[Database]:
             queue_object(database, f"{name}.png")
             queue_image(database, database.user(name), f"{name}.png")
         queue_object(database, "orphan.png")
-        queue_object(database, "upload.png", owner=database.user("anna"))
+        anna = database.user("anna")
+        queue_object(database, f"{anna}/upload.png", owner=anna)
         queue_object(database, "theirs.png", "other")
         database.sql("insert into mai.imagen_usage (backend) values ('mock')", role="service_role")
         yield database
@@ -15131,15 +15241,19 @@ def queue_tried(database: Database, who: str, text: str, before: str = "") -> in
 
 
 QUEUE_INSERT = "insert into imagen.images (owner_user_id, prompt, backend, storage_path) values"
+QUEUE_OBJECT = "insert into storage.objects (bucket_id, name) values"
 QUEUE_MATRIX = """
 a place's freedom  | select imagen.may_name('new.png')                                        | 1 1 42501 42501
 imagen.images      | select 1 from imagen.images                                              | 1 1 42501 2
 anna's images      | select 1 from imagen.images where owner_user_id = <anna>                 | 1 0 42501 1
-a row for anna     | INSERT (<anna>, 'p', 'mock', 'new.png')                                  | 1 42501 42501 1
-a row for bert     | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 1 42501 1
+a row for anna     | INSERT (<anna>, 'p', 'mock', <anna> || '/new.png')                       | 1 42501 42501 1
+a row for bert     | INSERT (<bert>, 'p', 'mock', <bert> || '/new.png')                       | 42501 1 42501 1
+what is to come    | INSERT (<bert>, 'p', 'mock', 'new.png')                                  | 42501 42501 42501 1
+her place to come  | INSERT (<bert>, 'p', 'mock', <anna> || '/new.png')                       | 42501 42501 42501 1
+a longer name      | INSERT (<bert>, 'p', 'mock', <bert> || '2/new.png')                      | 42501 42501 42501 1
 anna's path        | INSERT (<bert>, 'p', 'mock', 'anna.png')                                 | 42501 42501 42501 23505
-anna's own upload  | INSERT (<anna>, 'p', 'mock', 'upload.png')                               | 1 42501 42501 1
-bert at that place | INSERT (<bert>, 'p', 'mock', 'upload.png')                               | 42501 42501 42501 1
+anna's own upload  | INSERT (<anna>, 'p', 'mock', <anna> || '/upload.png')                    | 1 42501 42501 1
+bert at that place | INSERT (<bert>, 'p', 'mock', <anna> || '/upload.png')                    | 42501 42501 42501 1
 an orphan's path   | INSERT (<bert>, 'p', 'mock', 'orphan.png')                               | 42501 42501 42501 1
 nobody's row       | INSERT (null, 'p', 'mock', 'new.png')                                    | 42501 42501 42501 23502
 tags of anna       | update imagen.images set tags = '{a}' where owner_user_id = <anna>       | 1 0 42501 1
@@ -15151,13 +15265,16 @@ usage              | select 1 from mai.imagen_usage                             
 a new usage        | insert into mai.imagen_usage (owner_user_id) values (<anna>)             | 42501 42501 42501 1
 another usage      | update mai.imagen_usage set cost_usd_estimate = 0                        | 42501 42501 42501 1
 a usage's end      | delete from mai.imagen_usage                                             | 42501 42501 42501 1
-objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 1 1 0 4
+objects of ours    | select 1 from storage.objects where bucket_id = 'imagen-generated'       | 2 1 0 4
+anna's upload      | select 1 from storage.objects where name = <anna> || '/upload.png'       | 1 0 0 1
 anna's object      | select 1 from storage.objects where name = 'anna.png'                    | 1 0 0 1
-all objects        | select 1 from storage.objects                                            | 2 2 0 5
-a new object       | insert into storage.objects (bucket_id, name) values ('imagen-generated', 'x') | 1 1 42501 1
-one elsewhere      | insert into storage.objects (bucket_id, name) values ('other', 'x')      | 42501 42501 42501 1
+all objects        | select 1 from storage.objects                                            | 3 2 0 5
+a new object       | OBJECT ('imagen-generated', <anna> || '/x')                              | 1 42501 42501 1
+one where rows are | OBJECT ('imagen-generated', 'x')                                         | 42501 42501 42501 1
+a folder's name    | OBJECT ('imagen-generated', <anna>)                                      | 42501 42501 42501 1
+one elsewhere      | OBJECT ('other', 'x')                                                    | 42501 42501 42501 1
 another object     | update storage.objects set name = name || '2'                            | 0 0 0 5
-an object's end    | delete from storage.objects                                              | 0 0 0 5
+an object's end    | delete from storage.objects                                              | 1 0 0 5
 buckets            | select 1 from storage.buckets                                            | 0 0 0 2
 a new bucket       | insert into storage.buckets (id, name) values ('x', 'x')                 | 42501 42501 42501 1
 a public bucket    | update storage.buckets set public = true                                 | 0 0 0 2
@@ -15168,7 +15285,9 @@ a bucket's end     | delete from storage.buckets where id = 'new'               
 @pytest.mark.parametrize(
     ("text", "outcomes"),
     [
-        pytest.param(text.replace("INSERT", QUEUE_INSERT), outcomes, id=name)
+        pytest.param(
+            text.replace("INSERT", QUEUE_INSERT).replace("OBJECT", QUEUE_OBJECT), outcomes, id=name
+        )
         for name, text, outcomes in (
             re.split(r" +\| ", line) for line in QUEUE_MATRIX.strip().splitlines()
         )
@@ -15277,6 +15396,161 @@ def test_queue_over_http_an_object_is_for_its_owner_once_its_row_is_there(cloud:
     assert rows[2]["code"] == "42501"
 
 
+QUEUE_ATTACKS = """
+GET    /rest/v1/images
+GET    /rest/v1/images?id=eq.IMAGE
+GET    /rest/v1/images?select=*,jobs(*)
+HEAD   /rest/v1/images?owner_user_id=eq.ANNA
+PATCH  /rest/v1/images?id=eq.IMAGE                | {"tags": ["x"]}
+PATCH  /rest/v1/images?id=eq.IMAGE                | {"owner_user_id": "BERT"}
+PATCH  /rest/v1/images                            | {"storage_path": "BERT/x.png"}
+DELETE /rest/v1/images?id=eq.IMAGE
+POST   /rest/v1/images                            | {"owner_user_id": "ANNA", "prompt": "p", "backend": "b", "storage_path": "BERT/x.png"}
+POST   /rest/v1/images                            | {"owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "PATH"}
+POST   /rest/v1/images                            | {"owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "2026-12-01/to-come.png"}
+POST   /rest/v1/images                            | {"owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "ANNA/x.png"}
+POST   /rest/v1/images                            | {"owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "BERT"}
+POST   /rest/v1/images?on_conflict=id             | {"id": "IMAGE", "owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "BERT/x.png"}
+POST   /rest/v1/images?on_conflict=storage_path   | {"owner_user_id": "BERT", "prompt": "p", "backend": "b", "storage_path": "PATH"}
+GET    /rest/v1/jobs
+GET    /rest/v1/jobs?id=eq.JOB&select=receipt,error,note
+PATCH  /rest/v1/jobs?id=eq.JOB                    | {"status": "pending"}
+DELETE /rest/v1/jobs?id=eq.JOB
+POST   /rest/v1/jobs                              | {"prompt": "p", "owner_user_id": "ANNA"}
+POST   /rest/v1/jobs                              | {"prompt": "p", "priority": 9}
+POST   /rest/v1/jobs                              | {"prompt": "p", "status": "running"}
+POST   /rest/v1/jobs                              | {"prompt": "p", "image_id": "IMAGE"}
+POST   /rest/v1/rpc/cancel_job                    | {"job": "JOB"}
+POST   /rest/v1/rpc/delete_image                  | {"image": "IMAGE"}
+POST   /rest/v1/rpc/objects_to_delete             | {}
+POST   /rest/v1/rpc/my_usage                      | {"since": "-infinity"}
+POST   /rest/v1/rpc/owns_object                   | {"path": "PATH"}
+POST   /rest/v1/rpc/images_delete                 | {}
+GET    /rest/v1/deletions
+POST   /rest/v1/deletions                         | {"image_id": "IMAGE", "storage_path": "PATH"}
+PATCH  /rest/v1/deletions?storage_path=neq.x      | {"storage_path": "PATH", "object_deleted_at": null}
+DELETE /rest/v1/deletions?storage_path=neq.x
+MAI    /rest/v1/imagen_usage                      | {"owner_user_id": "BERT", "cost_usd_estimate": -5}
+GET    /storage/v1/object/imagen-generated/PATH
+GET    /storage/v1/object/authenticated/imagen-generated/PATH
+GET    /storage/v1/object/public/imagen-generated/PATH
+GET    /storage/v1/object/info/imagen-generated/PATH
+GET    /storage/v1/object/authenticated/imagen-generated/ANNA/own.png
+POST   /storage/v1/object/sign/imagen-generated/PATH | {"expiresIn": 60}
+POST   /storage/v1/object/sign/imagen-generated      | {"expiresIn": 60, "paths": ["PATH", "ANNA/own.png"]}
+POST   /storage/v1/object/list/imagen-generated      | {"prefix": ""}
+PUT    /storage/v1/object/imagen-generated/PATH      | image
+POST   /storage/v1/object/imagen-generated/PATH      | image
+PUT    /storage/v1/object/imagen-generated/2026-12-01/to-come.png | image
+POST   /storage/v1/object/imagen-generated/2026-12-01/to-come.png | image
+POST   /storage/v1/object/imagen-generated/ANNA/own.png | image
+POST   /storage/v1/object/imagen-generated/ANNA/new.png | image
+POST   /storage/v1/object/imagen-generated/BERT      | image
+DELETE /storage/v1/object/imagen-generated/PATH
+DELETE /storage/v1/object/imagen-generated           | {"prefixes": ["PATH", "ANNA/own.png"]}
+PUT    /storage/v1/bucket/imagen-generated           | {"public": true}
+"""
+
+
+def queue_attack(cloud: Cloud, line: str, who: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Everything that somebody learns by one call: status, headers, body."""
+    for name, value in names.items():
+        line = re.sub(rf"\b{name}\b", value, line)
+    call, _, body = line.partition(" | ")
+    method, path = call.split()
+    schema = "imagen"
+    if method == "MAI":
+        schema = "mai"
+        method = "POST"
+    data = png(9) if body == "image" else body.encode() or None
+    headers = {**cloud.headers(**who), "Accept-Profile": schema, "Content-Profile": schema}
+    headers |= {"Content-Type": "image/png" if body == "image" else "application/json"}
+    headers["Prefer"] = "return=representation"
+    if "on_conflict" in path:
+        headers["Prefer"] += ",resolution=merge-duplicates"
+    request = urllib.request.Request(cloud.base + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return f"{answer.status} {answer.headers} {answer.read()!r}"
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return f"{answer.code} {answer.headers} {answer.read()!r}"
+
+
+@pytest.mark.parametrize("before", ["", QUEUE_ORIGINAL], ids=["new", "original"])
+def test_queue_no_call_of_another_user_or_of_nobody_reaches_anything(
+    database: Database, before: str
+) -> None:
+    if before:
+        database.migrate(before)
+    # What a project may have had before: policies of other names, which let everybody in, and
+    # show people what they have uploaded.
+    ours = "bucket_id = 'imagen-generated'"
+    for action, rule in (
+        ("insert", f"with check ({ours})"),
+        ("update", f"using ({ours})"),
+        ("select", f"using ({ours} and owner_id = auth.uid()::text)"),
+    ):
+        database.sql(f"create policy theirs_{action} on storage.objects for {action} {rule}")
+    database.migrate()
+    with Cloud(database) as cloud:
+        path = "2026-11-28/a-secret-7-3f2a9c01.png"
+        own = f"{cloud.anna}/own.png"
+        for name, user in ((path, ""), (own, cloud.anna)):
+            code, _ = queue_ask(cloud, f"/storage/v1/object/imagen-generated/{name}", png(), user)
+            assert code == 200
+        image = queue_image(database, cloud.anna, path)
+        gone = queue_image(database, cloud.anna, "2026-11-27/a-secret.png")
+        database.sql("update imagen.images set prompt = 'a secret'")
+        database.sql("delete from imagen.images where id = $1", gone)
+        job = jobs_add(database, cloud.anna, "a secret", status="running", image_id=image)
+        if not before:
+            database.sql(
+                "insert into mai.imagen_usage (owner_user_id, model) values ($1::uuid, 'a secret')",
+                cloud.anna,
+            )
+        tables = ("imagen.images", "imagen.jobs", "imagen.deletions", "mai.imagen_usage")
+        tables = (*tables, "storage.objects", "storage.buckets")
+        state = {table: cloud.rows(table) for table in tables}
+        stored = dict(cloud.storage.bytes)
+        names = {"IMAGE": image, "JOB": job, "PATH": path, "ANNA": cloud.anna, "BERT": cloud.bert}
+        calls = QUEUE_ATTACKS.strip().splitlines()
+        assert len(calls) >= 35
+        for line in calls:
+            for who in ({"user": cloud.bert}, {"key": cloud.anon_key}):
+                told = queue_attack(cloud, line, who, names)
+                # Neither her words, nor her image, nor that there is one.
+                learned = told.replace(f'"path":"{path}"', "").replace(f'"path": "{path}"', "")
+                assert "secret" not in re.sub(r"Content-Location:.*", "", learned), (line, told)
+                assert repr(png())[2:40] not in told, (line, told)
+                now = {table: cloud.rows(table) for table in tables}
+                assert now == state and cloud.storage.bytes == stored, (line, who, told)
+        # Nor does what is bert's own become a way in.
+        code, _ = queue_ask(
+            cloud, f"/storage/v1/object/imagen-generated/{cloud.bert}/x.png", png(), cloud.bert
+        )
+        assert code == 200
+        for name in (path, "2026-12-01/to-come.png", f"{cloud.anna}/x.png"):
+            with pytest.raises(SqlError, match="row-level security"):
+                database.sql(
+                    "update storage.objects set name = $1 where owner_id = $2",
+                    *(name, cloud.bert),
+                    user=cloud.bert,
+                )
+        row = {"owner_user_id": cloud.bert, "prompt": "p", "backend": "b"}
+        row["storage_path"] = f"{cloud.bert}/x.png"
+        assert queue_ask(cloud, "/rest/v1/images", row, cloud.bert)[0] == 201
+        assert (
+            queue_attack(
+                cloud,
+                "DELETE /storage/v1/object/imagen-generated/BERT/x.png",
+                {"user": cloud.bert},
+                names,
+            )[:3]
+            == "200"
+        )
+
+
 def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     box: Box, queue_database: Database
 ) -> None:
@@ -15298,7 +15572,8 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     columns = """id uuid not null gen_random_uuid() | owner_user_id uuid not null | prompt text not null
       | prompt_hash text | backend text not null | model text | seed bigint | steps integer | width integer
       | height integer | latency_ms integer | cost_usd_estimate numeric(10,6) | storage_path text not null
-      | sidecar jsonb | tags text[] '{}'::text[] | created_at timestamp with time zone now()"""
+      | sidecar jsonb | tags text[] '{}'::text[] | created_at timestamp with time zone now()
+      | made_at timestamp with time zone | mime_type text | bytes bigint"""
     text = """select concat_ws(' ', attname, format_type(atttypid, atttypmod), case when attnotnull then 'not null' end,
       pg_get_expr(adbin, adrelid)) as line
       from pg_attribute left join pg_attrdef on (adrelid, adnum) = (attrelid, attnum)
@@ -15309,6 +15584,10 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     assert {row["indexdef"].removeprefix("CREATE ") for row in indexes} == {
         "UNIQUE INDEX images_pkey ON imagen.images USING btree (id)",
         "INDEX imagen_images_owner_created_idx ON imagen.images USING btree (owner_user_id, created_at DESC)",
+        "INDEX imagen_images_owner_made_idx ON imagen.images USING btree (owner_user_id, made_at DESC)",
+        "UNIQUE INDEX deletions_pkey ON imagen.deletions USING btree (image_id)",
+        "INDEX imagen_deletions_open_idx ON imagen.deletions USING btree (deleted_at) WHERE (object_deleted_at IS NULL)",
+        "INDEX imagen_usage_owner_idx ON mai.imagen_usage USING btree (owner_user_id, created_at)",
         "INDEX imagen_images_backend_idx ON imagen.images USING btree (backend)",
         "INDEX imagen_images_tags_idx ON imagen.images USING gin (tags)",
         "UNIQUE INDEX imagen_images_storage_path_key ON imagen.images USING btree (storage_path)",
@@ -15318,7 +15597,7 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     keys = "select pg_get_constraintdef(oid) from pg_constraint where conrelid = 'imagen.images'::regclass"
     assert (
         queue_database.one(f"{keys} and contype = 'f'")
-        == "FOREIGN KEY (owner_user_id) REFERENCES auth.users(id)"
+        == "FOREIGN KEY (owner_user_id) REFERENCES auth.users(id) ON DELETE CASCADE"
     )
     (bucket,) = queue_database.sql("select * from storage.buckets")
     assert (bucket["id"], bucket["name"], bucket["public"]) == (
@@ -15335,8 +15614,11 @@ def test_queue_migrating_makes_what_is_promised_and_again_changes_nothing(
     policies = queue_database.sql(
         "select concat(qual, with_check) as text, roles::text from pg_policies"
     )
-    assert len(policies) == 8
-    assert {row["roles"] for row in policies} == {"{authenticated}"}
+    assert len(policies) == 13
+    assert collections.Counter(row["roles"] for row in policies) == {
+        "{authenticated}": 11,
+        "{public}": 2,  # restrictive: they give nobody anything
+    }
     assert [
         row
         for row in policies
@@ -15480,7 +15762,7 @@ def test_queue_a_database_of_the_original_is_extended_in_place(
         r"(?!schema |grants imagen\.|.*(imagen\.jobs|imagen_jobs))"
     )  # which are upgraded, see below
     gone = {line for line in before - after if kept.match(line)}
-    assert gone == set()
+    assert [line for line in gone if "auth.users" not in line] == []
     assert not [line for line in after - before if "mai.imagen_usage" in line]
     assert not any("imagen_images_storage_path_key" in line for line in after)
     now = {table: queue_database.sql(f"select * from {table}") for table in tables}
@@ -15507,6 +15789,74 @@ def test_queue_a_database_of_the_original_is_extended_in_place(
     )  # though the original's policy lets them
 
 
+def test_queue_a_user_who_is_deleted_takes_images_and_jobs_along_and_their_objects_follow(
+    box: Box, database: Database
+) -> None:
+    database.migrate(QUEUE_ORIGINAL)
+    with Cloud(database) as cloud:
+        cloud.join(box, backends=MOCK_SMALL)
+        for _ in "12":
+            assert box.run("migrate").code == 0
+        deliver_made(box)
+        jobs_add(database, cloud.anna, image_id=str(cloud.rows()[0]["id"]), status="done")
+        kept = queue_image(database, cloud.bert, "bert.png")
+        database.sql(
+            "set role supabase_auth_admin; delete from auth.users where id = '"
+            + cloud.anna
+            + "'; reset role"
+        )
+        assert [str(row["id"]) for row in cloud.rows()] == [kept]
+        assert cloud.rows("imagen.jobs") == []
+        assert len(cloud.objects()) == 1
+        assert box.run("sync").code == 0
+        assert cloud.objects() == {}
+
+
+def test_queue_what_an_image_cost_is_told_to_its_owner(database: Database) -> None:
+    database.migrate()
+    anna = database.user("anna")
+    for owner, usd, days in ((anna, 0.25, 1), (anna, 4, 40), (database.user("bert"), 8, 1)):
+        database.sql(
+            "insert into mai.imagen_usage (owner_user_id, cost_usd_estimate, host, created_at)"
+            " values ($1::uuid, $2, 'gpu', now() - $3 * interval '1 day')",
+            *(owner, usd, days),
+        )
+    usage = "select sum(cost_usd)::float8 from imagen.my_usage"
+    assert database.one(f"{usage}()", user=anna) == 0.25
+    assert database.one(f"{usage}('-infinity')", user=anna) == 4.25
+    with pytest.raises(SqlError, match="permission denied"):
+        database.sql("select * from imagen.my_usage()", role="anon")
+
+
+def test_queue_migrate_says_what_a_table_of_usage_lacks_and_adds_the_jobs_to_realtime(
+    box: Box, database: Database
+) -> None:
+    database.sql(
+        "set client_min_messages = error; create publication supabase_realtime; reset client_min_messages;"
+        "create schema mai; create table mai.imagen_usage (at timestamptz, owner_user_id uuid, cost_usd real)"
+    )
+    database.sql(
+        "alter table mai.imagen_usage owner to imagen_migrator; grant usage on schema mai to imagen_migrator with grant option"
+    )
+    refused = queue_migrate(box, database).err
+    assert (
+        "by hand: as its owner, alter publication supabase_realtime add table imagen.jobs"
+        in refused
+    )
+    (statement,) = re.findall(r"by hand: (grant usage on schema mai .*); without", refused)
+    database.sql(f"{statement}; alter publication supabase_realtime owner to imagen_migrator")
+    done = queue_migrate(box, database, "--json").json
+    assert "publication supabase_realtime" in done["parts"]["imagen_jobs_init"]
+    assert [text for text in done["by_hand"] if "Data API" not in text] == []
+    member = "select tablename from pg_publication_tables where pubname = 'supabase_realtime'"
+    assert database.one(member) == "jobs"
+    anna = database.user("anna")
+    database.sql("insert into mai.imagen_usage values (now(), $1::uuid, 0.5)", anna)
+    assert database.one("select sum(cost_usd)::float8 from imagen.my_usage()", user=anna) == 0.5
+    database.sql("update imagen.jobs set note = 'a'")  # as the publication lets it
+    assert "was there" in queue_migrate(box, database, "--json").json["parts"]["imagen_jobs_init"]
+
+
 def test_queue_columns_that_an_older_release_lacks_are_added(database: Database) -> None:
     database.migrate("""create schema imagen; create table imagen.images (id uuid primary key default gen_random_uuid(),
       owner_user_id uuid not null references auth.users (id), prompt text not null, backend text not null,
@@ -15524,7 +15874,7 @@ def test_queue_columns_that_an_older_release_lacks_are_added(database: Database)
         None,
     )
     assert isinstance(row["created_at"], datetime)
-    assert len(row) == 17
+    assert len(row) == 20
 
 
 def test_queue_the_newest_of_two_hundred_thousand_come_by_index(database: Database) -> None:
@@ -16525,6 +16875,32 @@ def test_worker_and_database_of_two_releases_get_on(box: Box, database: Database
     shutil.rmtree(before)
 
 
+def test_worker_deletes_what_people_deleted_and_reports_what_an_attempt_without_an_image_cost(
+    box: Box, cloud: Cloud, here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = {"type": "replicate", "api_token_env": "TOKEN", "model": "a/b"}
+    cloud.join(box, backends={"mock": {"type": "mock"}, "paid": block}, worker={})
+    box.environ["TOKEN"] = "r8_stand_in"
+    place = f"{cloud.anna}/own.png"
+    queue_ask(cloud, f"/storage/v1/object/imagen-generated/{place}", png(), cloud.anna)
+    image = queue_image(cloud.database, cloud.anna, place)
+    # A worker was killed behind its POST, and another could not find out what became of it.
+    for name, value in box.environ.items():
+        monkeypatch.setenv(name, value)
+    run = imagen.Run()
+    run.job = jobs_add(cloud.database, cloud.anna, status="failed", error_code="unknown")
+    run.begin(imagen.plans_of(imagen.Order("a fox", backend="paid"), imagen.load_config(""))[0])
+    imagen.Run.sending(run)
+    run.entry.unlock()
+    assert deliver_rpc(cloud, "delete_image", {"image": image}, cloud.anna) is True
+    with JobsWorker(box):
+        eventually(lambda: not cloud.objects())
+        eventually(lambda: deliver_usage(cloud) == [("unknown", False)])
+    (gone,) = cloud.rows("imagen.deletions")
+    assert (str(gone["image_id"]), gone["storage_path"]) == (image, place)
+    assert gone["object_deleted_at"]
+
+
 def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={})
     with JobsWorker(box, "--name", "gpu"), JobsWorker(box, "--name", "gpu"):
@@ -16533,6 +16909,8 @@ def test_worker_a_taken_name_takes_the_next_number(box: Box, cloud: Cloud) -> No
     assert (
         len({row["claimed_slot"] for row in rows}) == len({row["claimed_by"] for row in rows}) == 2
     )
+    # An owner who reads the row learns nothing of this machine.
+    assert all(re.fullmatch("[0-9a-f]{64}", row["claimed_slot"]) for row in rows)
     assert {path.name for path in box.state.glob("worker-*")} == {
         "worker-gpu.lock",
         "worker-gpu-2.lock",
@@ -17787,6 +18165,7 @@ def test_a_worker_killed_after_its_paid_post_left_leaves_nothing_to_pay_again(
             and receipt_now
         )
     )
+    assert receipt.keys() == {"attempt", "at", "remote"}  # its owner reads it
     crew.kill(first)
     if painter.kind == "replicate":
         server.finish()
@@ -21609,6 +21988,57 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
 
 
+def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, worker={})
+    add = functools.partial(jobs_add, cloud.database)
+    receipt = {"attempt": 1, "remote": {}}
+    now = datetime.now(UTC)
+    ago = (now - timedelta(hours=3)).isoformat()
+    over = {"status": "failed", "finished_at": now.isoformat()}
+    busy = add(cloud.anna, "a red fox", error_code="busy", **over)
+    old = add(cloud.anna, error_code="busy", **{**over, "finished_at": ago})
+    paid = add(cloud.anna, error_code="unknown", receipt=receipt, **over)
+    add(cloud.anna, error_code="refused", **over)
+    add(cloud.bert, status="running", started_at=now.isoformat())
+    add(cloud.bert, backend="gpu", error_code="unreachable", handed_back_at=ago)
+    add(cloud.anna, status="done", note="made, not in the cloud", finished_at=ago)
+    stats = box.run("jobs", "stats", "--json").json
+    numbers = {key: stats[key] for key in stats if key not in ("groups", "oldest", "ok")}
+    assert numbers == {
+        "pending": 1, "running": 1, "failed_last_hour": 3, "paused": 1, "not_in_cloud": 1,
+    }  # fmt: skip
+    (paused,) = (row for row in stats["groups"] if row["what"] == "paused")
+    assert (paused["backend"], paused["code"], paused["jobs"]) == ("gpu", "unreachable", 1)
+    lines = box.run("jobs", "stats").lines
+    assert any(re.match(r"paused +gpu +unreachable +1 ", line) for line in lines), lines
+    # What failed, was not charged, and is not retried yet.
+    retry = ("jobs", "retry", "--failed", "--code", "busy")
+    (again,) = box.run(*retry, "--since", "2h").lines
+    assert jobs_row(cloud.database, again)["prompt"] == "a red fox"
+    (older,) = box.run(*retry).lines
+    assert {again, older}.isdisjoint({busy, old, paid})
+    assert box.run(*retry).out == ""
+    refused = box.run("jobs", "retry", paid)
+    assert refused.code == 2 and "--pay-again" in refused.err
+    (dear,) = box.run("jobs", "retry", paid, "--pay-again").lines
+    for flags in (("--failed", paid), ("--failed", "--pay-again"), (paid, old, "--pay-again")):
+        assert box.run("jobs", "retry", *flags).code == 2
+    # Those that are listed, and several at once that are canceled.
+    assert [*jobs_listed(box, "RED", "fox")] == [again, busy]
+    assert len(jobs_listed(box, "--owner", cloud.bert)) == 2
+    assert [*jobs_listed(box, "-n", "1")] == [dear]
+    done = box.run("jobs", "cancel", again, busy, dear, "--json")
+    assert done.code == 2 and f"{busy}: no job that waits" in done.json["error"]["message"]
+    assert [job["id"] for job in done.json["jobs"]] == [again, dear]
+    (later,) = box.run("jobs", "add", "x", "--run-after", "2h", "--priority", "-3").lines
+    row = jobs_row(cloud.database, later)
+    assert row["priority"] == -3
+    wait = datetime.fromisoformat(row["run_after"]) - now
+    assert timedelta(hours=1.9) < wait < timedelta(hours=2.2)
+    for flags in (("a", "b"), ("a", "--run-after", "soon"), ("a", "--run-after", "9999999-01-01")):
+        assert box.run("jobs", "add", *flags).code == 2
+
+
 def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
     cloud.join(box, worker={"concurrency": 4})
     wait = ("jobs", "add", "--wait", "a fox", "--size", "64x64")
@@ -21896,6 +22326,37 @@ def test_the_readmes_exit_codes_are_those_of_the_errors(readme: str) -> None:
         **{code: name for name, code in ERRORS_EXITS.items()},
     }
     assert {name: error.exit_code for name, error in imagen.ERRORS.items()} == ERRORS_EXITS
+
+
+def test_the_readmes_statements_delete_images_and_users_and_tell_what_was_paid(
+    box: Box, cloud: Cloud, readme: str
+) -> None:
+    cloud.join(box, backends=MOCK_SMALL)
+    database = cloud.database
+    old, users, usage = (
+        block for block in readme_blocks(readme, "sql") if "imagen.jobs" not in block
+    )
+    database.sql("set client_min_messages = error; create publication supabase_realtime")
+    (publish,) = re.findall(r"`(alter publication [^`]*)`", readme)
+    for seed in (1, 2):
+        assert box.fox("--seed", str(seed)).code == 0
+    database.sql(old)
+    assert len(cloud.rows()) == 2  # too young
+    database.sql("update imagen.images set made_at = now() - interval '400 days' where seed = 1")
+    database.sql(old)
+    assert [row["seed"] for row in cloud.rows()] == [2]
+    database.sql(publish)
+    database.sql(
+        "insert into mai.imagen_usage (owner_user_id, cost_usd_estimate, charged)"
+        " values ($1::uuid, 0.5, 'yes')",
+        cloud.anna,
+    )
+    (row,) = database.sql(usage, user=cloud.anna)
+    assert (float(row["usd"]), row["images"]) == (0.5, 1)
+    database.sql(users.replace("anna@example.com", "anna@example.org"))
+    assert cloud.rows() == []
+    assert box.run("sync").code == 0
+    assert cloud.objects() == {}
 
 
 def test_the_readmes_statements_make_a_job_done_and_prune_it(
