@@ -192,7 +192,6 @@ class Busy(ImagenError):
 class Disk(ImagenError):
     code = "disk"
     exit_code = 8
-    http_status = 424
     retryable = True
 
 
@@ -205,13 +204,11 @@ class Partial(ImagenError):
 class Unknown(ImagenError):
     code = "unknown"
     exit_code = 10
-    http_status = 424
 
 
 class Failed(ImagenError):
     code = "failed"
     exit_code = 11
-    http_status = 424
 
 
 class Ended(Failed):
@@ -221,7 +218,6 @@ class Ended(Failed):
 class Interrupted(ImagenError):
     code = "interrupted"
     exit_code = 130
-    http_status = 424
     retryable = True
 
 
@@ -502,17 +498,39 @@ def excerpt(data: bytes | bytearray, most: int = 300) -> str:
     return redact(text)[:most] or "nothing"
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """One JSON text, umlauts as they are; every file and answer of ours is written through this."""
+def to_json(value: Any, indent: int | None = None, surrogates: str = "backslashreplace") -> str:
+    """One JSON text, umlauts as they are; every file and answer of ours is written through this.
+
+    A lone surrogate, such as of an odd path, becomes \\udce9.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    # A lone surrogate, such as of an odd path, becomes \\udce9.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text.encode("utf-8", surrogates).decode()
 
 
 def to_jsonb(value: Any) -> str:
     """The same as Postgres takes it, which knows no lone surrogates."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return to_json(value, surrogates="replace")
+
+
+def merge_line(record: Any, line: Fields) -> None:
+    """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
+    for key, value in line.items():
+        known = record.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            value = {**known, **value}
+        record[key] = value
+
+
+def replaced(value: Any, marks: Fields) -> Any:
+    """`value` with what each text in it that is a mark stands for; a field for None is left out."""
+    if isinstance(value, list | tuple):
+        return [replaced(item, marks) for item in value]
+    if isinstance(value, Mapping):
+        pairs = [(key, item, replaced(item, marks)) for key, item in value.items()]
+        return {key: new for key, old, new in pairs if old is None or new is not None}
+    if isinstance(value, str):
+        return marks.get(value, value)
+    return value
 
 
 def new_uuid() -> str:
@@ -702,27 +720,18 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
 
     A megabyte at a time. Padding may be missing, and the end too.
     """
-    pending = b""
-    step = 1 << 20
-    for start in range(0, len(text), step):
-        piece = pending + bytes(text[start : start + step])
-        last = start + step >= len(text)
-        cut = len(piece)
-        if not last:  # half an escape waits
-            cut = max(0, piece.rfind(b"\\", cut - 6))
-            if cut < len(piece) - 6:
-                cut = len(piece)
-        pending = piece[cut:]
-        plain = re.sub(rb"\\u00(\w\w)", lambda hit: bytes.fromhex(hit[1].decode()), piece[:cut])
+    rest = half = b""
+    for start in range(0, len(text), 1 << 20):
+        piece = rest + half + text[start : start + (1 << 20)]
+        # Half an escape waits for its other half, and four characters make three bytes.
+        half = re.findall(rb"(?:\\(?:u\w{0,3})?)?\Z", piece[-5:])[0]
+        plain = piece.removesuffix(half)
+        plain = re.sub(rb"\\u00(\w\w)", lambda hit: bytes.fromhex(hit[1].decode()), plain)
         plain = re.sub(rb"\\[nrt]|\\", b"", plain).translate(BASE64_ALPHABET)
-        # Four characters at a time; of the last ones padding may be missing, or the end.
-        rest = len(plain) % 4
-        if last and rest > 1:
-            plain += b"=" * (4 - rest)
-        else:
-            pending = plain[len(plain) - rest :] + pending
-            plain = plain[: len(plain) - rest]
-        spool.write(binascii.a2b_base64(plain))
+        rest = plain[len(plain) // 4 * 4 :]
+        spool.write(binascii.a2b_base64(plain.removesuffix(rest)))
+    if len(rest) > 1:
+        spool.write(binascii.a2b_base64(rest + b"=="))
     spool.seek(0)
     return spool
 
@@ -731,42 +740,32 @@ BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def png_plane(file: BinaryIO) -> Iterator[bytes]:
-    """The last channel of an 8-bit PNG, row by row, as far as it is asked for.
+    """The last channel of an 8-bit PNG, row by row, undone as far as it is asked for.
 
     That is the alpha of RGBA and of grey with alpha, and of a palette what tRNS makes of it.
     ValueError where there is no alpha.
     """
-    file.seek(16)
-    width, height, depth, color, interlaced = _unpack(file, ">IIBBxxB4x")
+    file.seek(0)
+    chunks = [*png_chunks(file.read())]
+    width, height, depth, color, interlaced = struct.unpack(">IIBBxxB", chunks[0][1])
     channels = {3: 1, 4: 2, 6: 4}.get(color, 0)
     if depth != 8 or interlaced or not channels:
         raise ValueError("an 8-bit PNG with alpha, and not interlaced, is needed")
-    inflater = zlib.decompressobj()
-    table = bytes(256)
-    line = bytearray()
-    above = bytes(width)
-    kind = b""
-    while height > 0:
-        length, kind = _unpack(file, ">I4s")
-        if kind == b"tRNS":
-            table = file.read(length).ljust(256, b"\xff")
-        elif kind != b"IDAT":
-            file.seek(length, os.SEEK_CUR)
-        elif color == 3 and not any(table):
+    table = bytes(range(256))
+    if color == 3:
+        table = dict(chunks).get(b"tRNS", b"").ljust(256, b"\xff")
+        if min(table) == 255:
             raise ValueError("its palette has no transparent color")
-        else:
-            packed = file.read(length)
-            while packed and height > 0:
-                line += inflater.decompress(packed, 1 << 20)
-                packed = inflater.unconsumed_tail
-                rows, left = divmod(len(line), 1 + width * channels)
-                for start in range(0, len(line) - left, 1 + width * channels):
-                    row = bytes(line[start : start + 1 + width * channels])
-                    above = png_unfiltered(row[0], row[channels::channels], above)
-                    yield above.translate(table) if color == 3 else above
-                height -= rows
-                del line[: len(line) - left]
-        file.seek(4, os.SEEK_CUR)
+    size = 1 + width * channels
+    packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
+    lines = zlib.decompressobj().decompress(packed, size * height)
+    if len(lines) < size * height:
+        raise zlib.error("it breaks off")
+    row = bytes(width)
+    for start in range(0, len(lines), size):
+        line = lines[start + channels : start + size : channels]
+        row = png_unfiltered(lines[start], line, row)
+        yield row.translate(table)
 
 
 def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
@@ -910,12 +909,17 @@ class Request(NamedTuple):
 
     def marks(self) -> dict[str, Input]:
         """What stands for each input where an option or a workflow has a place for it."""
-        marks = {}
-        for number, image in enumerate(self.images, 1):
-            marks[f"{{image{number}}}".replace("1}", "}")] = image
+        marks = {image_mark(number): image for number, image in enumerate(self.images, 1)}
         if self.mask:
             marks["{mask}"] = self.mask
         return marks
+
+
+def image_mark(number: int) -> str:
+    """How an option or a workflow names the place of the first, second, … image."""
+    if number == 1:
+        return "{image}"
+    return f"{{image{number}}}"
 
 
 def size_fault(width: int, height: int) -> str:
@@ -1159,12 +1163,19 @@ class Backend:
         raise BadConfig(f"{type(self).__name__} makes no images")
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
-        """The image of an attempt that somebody else began; only where the remote keeps results.
+        """The image of an attempt that somebody else began, where the remote keeps results.
+
+        Otherwise the answer to its POST may be here, whole or cut off, with the image in it.
 
         `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent;
         `body`, the prompt and seed that were sent; and `taken`, the ids of other attempts' jobs.
         """
-        raise Ended("this kind of backend keeps no results")
+        spool = ctx.spool()
+        _, end = image_in(inflated(ctx.kept_answer()), spool)
+        if not end:
+            raise Ended("this kind of backend keeps no results")
+        spool.seek(0)
+        return Result(spool, "", model=getattr(self.options, "model", None))
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
         """End the remote job; called with a fresh 3-second context. Raises where that failed."""
@@ -1211,14 +1222,8 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
         for key in opts.keys() - allowed:
             message = f'backend "{name}" takes no request option "{key}": {nearest(key, allowed)}'
             raise BadRequest(message)
-        options = from_mapping(cls.Options, block)
-        own = from_mapping(cls.Options, {**block, **opts})
-        merged_fields = {}
-        for key in opts:
-            both = (getattr(options, key), getattr(own, key))
-            if all(isinstance(value, Mapping) for value in both):
-                merged_fields[key] = {**both[0], **both[1]}
-        return cls, own._replace(**merged_fields)
+        merge_line(block, opts)
+        return cls, from_mapping(cls.Options, block)
 
 
 def open_backend(
@@ -1338,21 +1343,20 @@ supabase:
 worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
+  flux-schnell-local: {"type": "comfyui", "base_url": "http://localhost:8188", \
+"model": "flux1-schnell.safetensors", "default_steps": 4}
+  flux-schnell-replicate: {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN", \
+"model": "black-forest-labs/flux-schnell"}
+  flux-dev-replicate: {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN", \
+"model": "black-forest-labs/flux-dev"}
+  gpt-image: {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"}
+  mock: {"type": "mock"}
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
 # are laid over them by name.
-_REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
+_blocks = SAMPLE.partition("backends:\n")[2].splitlines()
 BUILTIN_BACKENDS: Mapping[str, Fields] = {
-    "flux-schnell-local": {
-        "type": "comfyui",
-        "base_url": "http://localhost:8188",
-        "model": "flux1-schnell.safetensors",
-        "default_steps": 4,
-    },
-    "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
-    "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
-    "gpt-image": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"},
-    "mock": {"type": "mock"},
+    name.strip(): json.loads(block) for name, _, block in (line.partition(":") for line in _blocks)
 }
 
 
@@ -1371,8 +1375,8 @@ class Config(NamedTuple):
 
 def sample_text() -> str:
     """What `imagen config init` writes."""
-    lines = (f"  {name}: {json.dumps(block)}\n" for name, block in BUILTIN_BACKENDS.items())
-    return SAMPLE + re.sub(r'"([\w./-]+)"', r"\1", "".join(lines))
+    settings, heading, blocks = SAMPLE.partition("backends:\n")
+    return settings + heading + re.sub(r'"([\w./-]+)"', r"\1", blocks)
 
 
 def full_path(path: str) -> str:
@@ -1831,34 +1835,35 @@ class Multipart:
     """The body of a form with files (RFC 7578), streamed from them; each time the same bytes."""
 
     def __init__(self, fields: Fields, files: Sequence[tuple[str, Input]]) -> None:
-        self.boundary = new_uuid()
-        self._parts: list[tuple[bytes, str]] = []  # what stands before a file, and its path
-        text = ""
-        for name, value in fields.items():
-            shown = value if isinstance(value, str) else to_json(value)
-            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"'
-            text += f"\r\n\r\n{shown}\r\n"
-        for name, image in files:
-            ending = image.mime_type.partition("/")[2]
-            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"; '
-            text += f'filename="{image.sha256[:16]}.{ending}"\r\nContent-Type: {image.mime_type}'
-            self._parts.append((f"{text}\r\n\r\n".encode(), image.path))
-            text = "\r\n"
-        self._end = f"{text}--{self.boundary}--\r\n".encode()
-
-    def headers(self) -> dict[str, str]:
-        """What announces it."""
-        sizes = [len(head) + os.path.getsize(path) for head, path in self._parts]
-        kind = f"multipart/form-data; boundary={self.boundary}"
-        return {"Content-Type": kind, "Content-Length": str(sum(sizes) + len(self._end))}
+        boundary = new_uuid()
+        self._parts: list[bytes | Input] = []
+        size = 0
+        for name, value in (*fields.items(), *files):
+            head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'
+            if isinstance(value, Input):
+                kind = value.mime_type
+                head += f'; filename="{value.sha256[:16]}.{kind[6:]}"\r\nContent-Type: {kind}'
+                content: bytes | Input = value
+                size += os.path.getsize(value.path)
+            else:
+                content = str(value if isinstance(value, str) else to_json(value)).encode()
+            self._parts += [f"{head}\r\n\r\n".encode(), content, b"\r\n"]
+        self._parts.append(f"--{boundary}--\r\n".encode())
+        size += sum(len(part) for part in self._parts if isinstance(part, bytes))
+        # What announces it.
+        self.headers = {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(size),
+        }
 
     def __iter__(self) -> Iterator[bytes]:
-        for head, path in self._parts:
-            yield head
-            with open(path, "rb") as file:
+        for part in self._parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            with open(part.path, "rb") as file:
                 while block := file.read(1 << 16):
                     yield block
-        yield self._end
 
 
 def data_uri(image: Input) -> str:
@@ -1942,9 +1947,7 @@ class Http:
 
     def upload(self, path: str, form: Multipart) -> HttpResponse:
         """The 2xx response to a form with files that may be sent twice without harm."""
-        headers = form.headers()
-        url = self.base + path
-        return self._repeated(lambda: self._exchange(url, form, method="POST", headers=headers))
+        return self._repeated(lambda: self._exchange(self.base + path, form))
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
         """The 2xx response to a request that may be made twice without harm.
@@ -1966,15 +1969,13 @@ class Http:
         Sent once, and again only after a response that proves `no`.
         """
         data: bytes | Multipart = json.dumps(body).encode()
-        headers: Strings = EMPTY
         if files:
             data = Multipart(body, files)
-            headers = data.headers()
         fields = body.get("input", body)
         self.ctx.identity = {name: fields[name] for name in ("prompt", "seed") if name in fields}
 
         def attempt() -> HttpResponse:
-            response = self._exchange(self.base + path, data, paid=True, headers=headers)
+            response = self._exchange(self.base + path, data, paid=True)
             if not_accepted(response):
                 self.ctx.settle(self.explain(response).charged)
             return response
@@ -2046,7 +2047,7 @@ class Http:
         ours = origin(url) == origin(self.base)
         usual = {"User-Agent": f"imagen/{__version__}"}
         if body is not None:
-            usual["Content-Type"] = "application/json"
+            usual.update(getattr(body, "headers", {"Content-Type": "application/json"}))
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
         # Keys go to the base URL's own origin, and along no redirect.
         if ours:
@@ -2350,8 +2351,7 @@ class Mock(Backend):
         if options.fail:
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
         size = self.plan(options, request)
-        seed = request.seed or 0
-        image, kept = mock_edit(request, seed, size["width"], size["height"])
+        image, kept = mock_picture(request, size["width"], size["height"])
         metadata: JsonObject = {}
         if request.images:
             metadata["inputs"] = [image.sha256 for image in request.images]
@@ -2360,23 +2360,19 @@ class Mock(Backend):
             image=io.BytesIO(image),
             mime_type="image/png",
             model="mock",
-            seed=seed,
+            seed=request.seed or 0,
             cost_usd=0.0,
             ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
             metadata=metadata,
         )
 
 
-def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
-    return mock_edit(Request(prompt), seed, width, height)[0]
+def mock_picture(request: Request, width: int, height: int) -> tuple[bytes, bool]:
+    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below.
 
-
-def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[bytes, bool]:
-    """The same with the request's images: the hash of each flies as a small flag at the top.
-
-    And whether the mask kept anything: what it covers stays as it is in the first image, where that
-    is a picture of ours and of this size.
+    The hash of each image of the request flies as a small flag at the top. And whether the mask
+    kept anything: what it covers stays as it is in the first image, where that is a picture of ours
+    and of this size.
     """
     import hashlib
 
@@ -2384,6 +2380,7 @@ def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[byt
     # A row is painted as a few runs of one palette index, so a megapixel takes some
     # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
     # three layers of hills); 254 is paper, 255 ink.
+    seed = request.seed or 0
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
@@ -2436,13 +2433,8 @@ def mock_keep(rows: list[bytearray], request: Request) -> bytes:
         for number, alpha in enumerate(png_plane(file)):
             start = 1 + number * (size[0] + 1)
             old = lines[start : start + size[0]]
-            if 0 in alpha:
-                triples = zip(rows[number], old, alpha, strict=True)
-                rows[number][:] = bytes(
-                    new if not opaque else kept for new, kept, opaque in triples
-                )
-            else:
-                rows[number][:] = old
+            pairs = zip(alpha, zip(rows[number], old, strict=True), strict=True)
+            rows[number][:] = bytes(pair[opaque > 0] for opaque, pair in pairs)
     return chunks[b"PLTE"]
 
 
@@ -2603,14 +2595,15 @@ class ComfyUI(Backend):
         # A file prefix of its own keeps a cached run from naming an older run's file.
         prefix = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         for spec in graph.values():
-            if "filename_prefix" in spec["inputs"]:
-                spec["inputs"]["filename_prefix"] = prefix
+            inputs = spec["inputs"]
+            if "filename_prefix" in inputs:
+                inputs["filename_prefix"] = prefix
                 # Who takes a folder apart takes no slash here.
-                if any(re.search("path|folder|dir", key) for key in spec["inputs"]):
-                    spec["inputs"]["filename_prefix"] = prefix.replace("/", "-")
+                if re.search("path|folder|dir", " ".join(inputs)):
+                    inputs["filename_prefix"] = prefix.replace("/", "-")
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-        with comfy_watching(self, ctx, f"/ws?clientId={client_id}", prompt_id):
+        with comfy_watching(self, ctx, body):
             try:
                 self._submit(http, body)
             except BadConfig:
@@ -2644,7 +2637,7 @@ class ComfyUI(Backend):
                 ctx.progress("queued")
             ctx.sleep(0.25)
         output = self.workflow.output if self.workflow else ""
-        file, others = comfy_outcome(entry, output)
+        file, *others = comfy_outcome(entry, output)
         further: list[Fields] = []
         if "file" in remote:
             file = remote["file"]
@@ -2667,14 +2660,11 @@ class ComfyUI(Backend):
                 if not any(http.get_json("/queue").values()):
                     http.post("/free", {"unload_models": True, "free_memory": True})
         ignored = tuple(remote.get("ignored") or ())
-        seed = request.seed
-        if "seed" in ignored:
-            seed = None
         return Result(
             image=image,
             mime_type="image/png",
             model=remote.get("model"),
-            seed=seed,
+            seed=None if "seed" in ignored else request.seed,
             steps=remote.get("steps") or None,
             cost_usd=0.0,
             ignored=ignored,
@@ -2710,9 +2700,8 @@ class ComfyUI(Backend):
         graph = self._graph(http, Request("a fox", seed=0)).graph
         if faults := comfy_faults(graph, http.get_json("/object_info")):
             raise BadConfig("; ".join(faults), "install what is missing, or change the workflow")
-        model = self.options.workflow
         if self.workflow:
-            model = f"{model} with {self.workflow.chosen()}"
+            model = f"{self.options.workflow} with {self.workflow.chosen()}"
         else:
             model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
@@ -2727,21 +2716,22 @@ class ComfyUI(Backend):
         if self.workflow:
             return self.workflow.filled(request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
+
+        def installed(folder: str, names: Iterable[str]) -> list[str]:
+            return [comfy_find(http, name, folder)[0] for name in names]
+
         split = folder != "checkpoints"
         family = comfy_family(model, split)
         clip: Sequence[str] = ()
         vae = ""
         if split:
-            clip = [
-                comfy_find(http, name, "text_encoders")[0] for name in options.clip or family.clip
-            ]
-            vae = comfy_find(http, options.vae or family.vae, "vae")[0]
+            clip = installed("text_encoders", options.clip or family.clip)
+            [vae] = installed("vae", [options.vae or family.vae])
             if len(clip) != len(family.clip):
                 cure = f"clip: [{', '.join(family.clip)}]"
                 raise BadConfig(f"clip: {model} has {len(family.clip)} text encoders", cure)
-        loras = [
-            lora._replace(name=comfy_find(http, lora.name, "loras")[0]) for lora in options.loras
-        ]
+        names = installed("loras", [lora.name for lora in options.loras])
+        loras = [*zip(names, [lora.strength for lora in options.loras], strict=True)]
         options = options._replace(model=model, clip=clip, vae=vae, loras=loras)
         return comfy_graph(family, options, request)
 
@@ -2753,9 +2743,9 @@ class ComfyUI(Backend):
         # 1. One job by its id, without everybody else's queue, where the server can tell it.
         if self.has_jobs:
             try:
-                status = http.get_json(f"/api/jobs/{prompt_id}").get("status")
+                status = str(http.get_json(f"/api/jobs/{prompt_id}").get("status"))
                 if status in ("pending", "in_progress"):
-                    return str(status).replace("in_progress", "running"), {}
+                    return status.replace("in_progress", "running"), {}
             except BadConfig as problem:
                 self.has_jobs = "not found" in str(problem)
         # 2. Two looks: between them it may move from the queue into history.
@@ -2991,41 +2981,16 @@ def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> 
     return model, clip, vae
 
 
-def comfy_size(family: ComfyFamily, images: Sequence[Input]) -> tuple[int, int]:
-    """Width and height where the request has none: the first image's shape, the family's pixels."""
-    if not images:
+def comfy_size(family: ComfyFamily, request: Request) -> tuple[int, int]:
+    """The request's size, or else the first image's shape at the family's number of pixels."""
+    if request.width:
+        return request.width, request.height
+    if not request.images:
         return family.edge, family.edge
-    first = images[0]
-    scale = min(1.0, family.edge / (first.width * first.height) ** 0.5)
-    width, height = (max(64, round(edge * scale / 16) * 16) for edge in (first.width, first.height))
+    first = request.images[0]
+    scale = min(1.0, family.edge / (first.width * first.height) ** 0.5) / 16
+    width, height = (max(4, round(edge * scale)) * 16 for edge in (first.width, first.height))
     return width, height
-
-
-def comfy_guided(
-    node: Callable[..., Any],
-    schedule: Fields,
-    guide: Fields,
-    latent: Any,
-    size: tuple[int, int],
-    sampler: Fields,
-) -> Any:
-    """The link to the samples of a sampler that is put together from its parts."""
-    if guide["cfg"] > 1:
-        guider = node("CFGGuider", model=schedule["model"], **guide)
-    else:
-        guider = node("BasicGuider", model=schedule["model"], conditioning=guide["positive"])
-    if schedule["scheduler"] == "Flux2Scheduler":
-        sigmas = node("Flux2Scheduler", steps=schedule["steps"], width=size[0], height=size[1])
-    else:
-        sigmas = node("BasicScheduler", **schedule)
-    return node(
-        "SamplerCustomAdvanced",
-        noise=node("RandomNoise", noise_seed=sampler["seed"]),
-        guider=guider,
-        latent_image=latent,
-        sampler=node("KSamplerSelect", sampler_name=sampler["sampler_name"]),
-        sigmas=sigmas,
-    )
 
 
 def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGraph:
@@ -3042,12 +3007,8 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
     cfg = options.cfg or family.cfg
     steps = request.steps or family.steps
     guidance = options.guidance or family.guidance
-    width = request.width
-    height = request.height
-    if not width:
-        width, height = comfy_size(family, request.images)
+    width, height = comfy_size(family, request)
     loaded = [node("LoadImage", image=mark) for mark in request.marks()]
-    masks = [loaded.pop()] if request.mask else []
     # 2. The parts of the model.
     model, clip, vae = comfy_parts(node, family, options)
 
@@ -3065,26 +3026,24 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
                 link = node("ReferenceLatent", conditioning=link, latent=reference)
         return link
 
-    positive = encoded(request.prompt)
-    plain = positive
+    guide: JsonObject = {"positive": encoded(request.prompt), "cfg": cfg}
+    if cfg > 1 or not split:
+        guide["negative"] = encoded(request.negative_prompt)
+    elif not family.guided:
+        guide["negative"] = node("ConditioningZeroOut", conditioning=guide["positive"])
     if guidance and not (split and family.name == "schnell"):
-        positive = node("FluxGuidance", guidance=guidance, conditioning=positive)
+        guide["positive"] = node("FluxGuidance", guidance=guidance, conditioning=guide["positive"])
     denoise = 1.0
     if loaded and not family.references:
         # It starts from the image, and goes so far from it.
         denoise = request.strength or 0.75
         fit = {"upscale_method": "lanczos", "width": width, "height": height, "crop": "center"}
         latent = node("VAEEncode", pixels=node("ImageScale", image=loaded[0], **fit), vae=vae)
-        for mask in masks:
+        if request.mask:
             # LoadImage's second output is what is transparent.
-            latent = node("SetLatentNoiseMask", samples=latent, mask=[mask[0], 1])
+            latent = node("SetLatentNoiseMask", samples=latent, mask=[loaded[1][0], 1])
     else:
         latent = node(family.latent, width=width, height=height, batch_size=1)
-    guide = {"positive": positive, "cfg": cfg}
-    if cfg > 1 or not split:
-        guide["negative"] = encoded(request.negative_prompt)
-    elif not family.guided:
-        guide["negative"] = node("ConditioningZeroOut", conditioning=plain)
     # 4. The sampling, and the image.
     schedule = {
         "model": model,
@@ -3092,11 +3051,27 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
         "steps": steps,
         "denoise": denoise,
     }
-    sampler = {"seed": request.seed, "sampler_name": options.sampler or family.sampler}
-    if family.guided:
-        samples = comfy_guided(node, schedule, guide, latent, (width, height), sampler)
-    else:
+    sampler: JsonObject = {"sampler_name": options.sampler or family.sampler}
+    if not family.guided:
+        sampler["seed"] = request.seed
         samples = node("KSampler", latent_image=latent, **guide, **schedule, **sampler)
+    else:
+        if cfg > 1:
+            guider = node("CFGGuider", model=model, **guide)
+        else:
+            guider = node("BasicGuider", model=model, conditioning=guide["positive"])
+        if schedule["scheduler"] == "Flux2Scheduler":
+            sigmas = node("Flux2Scheduler", steps=steps, width=width, height=height)
+        else:
+            sigmas = node("BasicScheduler", **schedule)
+        samples = node(
+            "SamplerCustomAdvanced",
+            noise=node("RandomNoise", noise_seed=request.seed),
+            guider=guider,
+            latent_image=latent,
+            sampler=node("KSamplerSelect", **sampler),
+            sigmas=sigmas,
+        )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
     ignored = []
     # At cfg 1 a negative prompt has no effect at all.
@@ -3112,10 +3087,7 @@ def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
         form = Multipart({"type": "input", "overwrite": "true"}, [("image", image)])
         answer = http.upload("/upload/image", form).mapping()
         names[mark] = "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
-    for spec in graph.values():
-        for key, value in spec["inputs"].items():
-            if isinstance(value, str):
-                spec["inputs"][key] = names.get(value, value)
+    graph.update(replaced(graph, names))
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
@@ -3202,20 +3174,26 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
     # 1. What the config says.
     places: dict[str, list[Place]] = {}
     output = str(nodes.get("output") or "")
-    for name in nodes.keys() - {"output"}:
-        if name not in (*COMFY_FIELDS, "image", "mask"):
-            names = [*COMFY_FIELDS, "image", "mask", "output"]
+    names = (*COMFY_FIELDS, "image", "mask", "output")
+    for name, named in nodes.items():
+        if name not in names:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, names)}")
-        named = nodes[name] or []
+        if name == "output":
+            continue
         if isinstance(named, str):
             named = [named]
-        for place in map(str, named):
+        row = []
+        for number, place in enumerate(map(str, named or ()), 1):
             if place not in known:
                 raise comfy_misplaced(path, graph, f'nodes.{name}: it has no "{place}"')
-        places[name] = [place.rpartition(".")[::2] for place in map(str, named)]
-        if name in ("image", "mask"):
-            for number, (node, key) in enumerate(places.pop(name), 1):
-                graph[node]["inputs"][key] = f"{{{name}{number}}}".replace("1}", "}")
+            node, _, key = place.rpartition(".")
+            row.append((node, key))
+            if name == "image":
+                graph[node]["inputs"][key] = image_mark(number)
+            elif name == "mask":
+                graph[node]["inputs"][key] = "{mask}"
+        if name in COMFY_FIELDS:
+            places[name] = row
     if output and output not in graph:
         raise BadConfig(f'workflow {path}: nodes.output: it has no node "{output}"')
     # 2. What the graph itself says.
@@ -3242,18 +3220,15 @@ def comfy_read(path: str) -> Graph:
         document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
-    for wrapper in ("input", "workflow", "prompt"):
-        if isinstance(document, dict) and isinstance(document.get(wrapper), dict):
-            document = document[wrapper]
     graph: Graph = {}
     if isinstance(document, dict):
+        for wrapper in ("input", "workflow", "prompt"):
+            if isinstance(inner := document.get(wrapper), dict):
+                document = inner
         for node, spec in document.items():
-            if (
-                isinstance(spec, dict)
-                and "class_type" in spec
-                and isinstance(spec.get("inputs"), dict)
-            ):
-                graph[node] = spec
+            with suppress(AttributeError, KeyError, TypeError):
+                if spec["class_type"] and isinstance(spec["inputs"], dict):
+                    graph[node] = spec
     if not graph:
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
@@ -3400,8 +3375,8 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     return unique, [*dict.fromkeys(filter(None, texts))]
 
 
-def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]]:
-    """The image file that a history entry means: {filename, subfolder, type}; and its other images.
+def comfy_outcome(entry: Fields, output: str = "") -> list[Fields]:
+    """The images of a history entry, {filename, subfolder, type}; first the one that is meant.
 
     `output`: the node that has to have made it; "": the last one. Ended where there is none.
     """
@@ -3420,13 +3395,17 @@ def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]
         if "OutOfMemory" in str(details.get("exception_type")):
             hint = "out of GPU memory: ask for a smaller size"
         raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
-    files = [*comfy_files(entry)]
-    images = [(node, file) for node, file in files if comfy_is_image(file)]
-    if output:
-        images = [(node, file) for node, file in images if node == output]
+    images = []
+    others = []
+    for node, file in comfy_files(entry):
+        ending = str(file["filename"]).rpartition(".")[2].lower().replace("jpeg", "jpg")
+        if ending in MIME_TYPES and output in ("", node):
+            images.append((node, file))
+        others.append(str(file["filename"]))
     if not images:
-        made = ", ".join(str(file["filename"]) for _, file in files)
-        reason = f"the server made only {made}" if made else "the server returned no images"
+        reason = "the server returned no images"
+        if others:
+            reason = f"the server made only {', '.join(others)}"
         raise Ended(reason, "does the workflow end in a SaveImage node?")
     # The history lists nodes in any order. Who has most behind it was executed last; the first
     # of its images is the one that the seed alone decides.
@@ -3442,13 +3421,7 @@ def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]
         return file.get("type") == "output", depth
 
     _, file = max(images, key=rank)
-    return file, [other for _, other in images if other is not file]
-
-
-def comfy_is_image(file: Fields) -> bool:
-    """Whether a file of the server is a picture, by its name."""
-    ending = str(file["filename"]).rpartition(".")[2].lower()
-    return ending.replace("jpeg", "jpg") in MIME_TYPES
+    return [file, *(other for _, other in images if other is not file)]
 
 
 def comfy_files(entry: Fields) -> Iterator[tuple[str, Fields]]:
@@ -3536,7 +3509,7 @@ def comfy_choices(spec: Any) -> list[str]:
 
 
 @contextmanager
-def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) -> Iterator[None]:
+def comfy_watching(backend: ComfyUI, ctx: Context, body: Fields) -> Iterator[None]:
     """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
     listening = Context()
     greeted = threading.Event()
@@ -3544,11 +3517,12 @@ def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) ->
     def listen() -> None:
         # Progress is a courtesy, and losing it does no harm: /history is what counts.
         with suppress(Exception):
-            for text in websocket_texts(listening, backend, path):
+            for text in websocket_texts(listening, backend, body["client_id"]):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
-                if event.get("type") == "progress" and data.get("prompt_id") == prompt_id:
+                ours = data.get("prompt_id") == body["prompt_id"]
+                if event.get("type") == "progress" and ours:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
         greeted.set()
 
@@ -3562,8 +3536,8 @@ def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) ->
         listener.join(0.5)
 
 
-def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes]:
-    """The JSON messages of a server's websocket, read only (RFC 6455).
+def websocket_texts(ctx: Context, backend: ComfyUI, client_id: str) -> Iterator[bytes]:
+    """The JSON messages of a server's websocket for this client, read only (RFC 6455).
 
     Until the server closes it or `ctx` is stopped.
     """
@@ -3571,11 +3545,10 @@ def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes
     from contextlib import closing
 
     scheme, host, port = origin(backend.base)
-    connect: Any = http.client.HTTPConnection
+    server = http.client.HTTPConnection(host, port, timeout=2)
     if scheme == "https":
-        connect = functools.partial(
-            http.client.HTTPSConnection, context=tls_context(backend.ca_file)
-        )
+        tls = tls_context(backend.ca_file)
+        server = http.client.HTTPSConnection(host, port, timeout=2, context=tls)
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
@@ -3583,9 +3556,11 @@ def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes
         **backend.headers,
         "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
-    with closing(connect(host, port, timeout=2)) as server:
-        prefix = "/".join(["", *backend.base.split("/")[3:]])
-        server.request("GET", prefix + path, headers=headers)
+    with closing(server):
+        # The base URL's own path stands behind its third slash.
+        _, _, _, *path = backend.base.split("/")
+        url = "/".join(["", *path, f"ws?clientId={client_id}"])
+        server.request("GET", url, headers=headers)
         with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
             read = response.fp.read
@@ -3613,7 +3588,7 @@ class ReplicateModel(NamedTuple):
     Others get width, height, steps and negative prompt as the request has them.
     """
 
-    usd: float | None  # one image, in the table of PRICED
+    usd: float | None = None  # one image, in the table of PRICED
     steps: bool = False  # whether it takes num_inference_steps
     longest: int = 0  # pixels of an edge, from 256 on; 0: it takes an aspect ratio alone
     step: int = 1  # that an edge must be a multiple of
@@ -3631,16 +3606,14 @@ REPLICATE_MODELS = {
     ),
     "black-forest-labs/flux-1.1-pro": ReplicateModel(0.04, longest=1440, step=32),
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
-    "black-forest-labs/flux-2-pro": ReplicateModel(
-        None, longest=2048, step=16, image="input_images[]"
-    ),
-    "black-forest-labs/flux-fill-pro": ReplicateModel(None, image="image", mask="mask"),
-    "black-forest-labs/flux-kontext-dev": ReplicateModel(None, image="input_image"),
-    "black-forest-labs/flux-kontext-pro": ReplicateModel(None, image="input_image"),
-    "black-forest-labs/flux-kontext-max": ReplicateModel(None, image="input_image"),
-    "google/nano-banana": ReplicateModel(None, image="image_input[]"),
-    "openai/gpt-image-1": ReplicateModel(None, image="input_images[]"),
-    "qwen/qwen-image-edit": ReplicateModel(None, image="image"),
+    "black-forest-labs/flux-2-pro": ReplicateModel(longest=2048, step=16, image="input_images[]"),
+    "black-forest-labs/flux-fill-pro": ReplicateModel(image="image", mask="mask"),
+    "black-forest-labs/flux-kontext-dev": ReplicateModel(image="input_image"),
+    "black-forest-labs/flux-kontext-pro": ReplicateModel(image="input_image"),
+    "black-forest-labs/flux-kontext-max": ReplicateModel(image="input_image"),
+    "google/nano-banana": ReplicateModel(image="image_input[]"),
+    "openai/gpt-image-1": ReplicateModel(image="input_images[]"),
+    "qwen/qwen-image-edit": ReplicateModel(image="image"),
 }
 REPLICATE_INLINE = 256 << 10  # bytes of an image that goes along as a data URI
 # Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
@@ -3694,12 +3667,12 @@ class Replicate(Backend):
     @classmethod
     def takes(cls, options: Options) -> Takes:
         """What the table knows of the model, or what `extra` has a place for."""
-        known = REPLICATE_MODELS.get(options.model.partition(":")[0], ReplicateModel(None))
+        known = REPLICATE_MODELS.get(options.model.partition(":")[0], ReplicateModel())
         images = len(re.findall(r"\{image\d*\}", to_json(options.extra)))
         if known.image:
             images = 14 if known.image.endswith("[]") else 1
-        mask = bool(known.mask) or "{mask}" in to_json(options.extra)
-        return Takes(images, mask, bool(known.strength))
+        mask = known.mask or "{mask}" in to_json(options.extra)
+        return Takes(images, bool(mask), bool(known.strength))
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
@@ -3779,19 +3752,12 @@ class Replicate(Backend):
         """The inputs with links to the request's images where their marks stand."""
         links = {}
         for mark, image in request.marks().items():
-            links[mark] = data_uri(image) if os.path.getsize(image.path) <= REPLICATE_INLINE else ""
-            if not links[mark]:  # free, and may be sent twice; it expires there by itself
+            if os.path.getsize(image.path) <= REPLICATE_INLINE:
+                links[mark] = data_uri(image)
+            else:  # free, and may be sent twice; it expires there by itself
                 answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
                 links[mark] = str(answer["urls"]["get"])
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: filled(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [filled(item) for item in value]
-            return links.get(value, value) if isinstance(value, str) else value
-
-        return filled(inputs)
+        return replaced(inputs, links)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -4096,39 +4062,40 @@ class OpenAI(Backend):
         """Pay, and take the image out of the response."""
         options = self.options
         http = self._http(ctx)
-        body, ignored = openai_body(options, request)
+        body, _ = openai_body(options, request)
         ctx.progress("waiting for the image")
-        if not request.images:
-            response = http.pay("/images/generations", body)
-        elif options.edits_as == "json":
-            links = [{"image_url": data_uri(image)} for image in request.images]
-            body["images"] = links
+        path = "/images/generations"
+        files: list[tuple[str, Input]] = []
+        if request.images:
+            path = "/images/edits"
+        if options.edits_as == "json":
+            links = [{"image_url": data_uri(image)} for image in request.marks().values()]
             if request.mask:
-                body["mask"] = {"image_url": data_uri(request.mask)}
-            response = http.pay("/images/edits", body)
+                body["mask"] = links.pop()
+            if links:
+                body["images"] = links
         else:
             name = "image" if len(request.images) == 1 else "image[]"
             files = [(name, image) for image in request.images]
             if request.mask:
                 files.append(("mask", request.mask))
-            response = http.pay("/images/edits", body, files)
-        return self._result(ctx, response.body, response.headers, request, ignored)
+        response = http.pay(path, body, files)
+        return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
-        _, ignored = openai_body(self.options, request)
-        if remote.get("url"):
-            image = self._fetch(ctx, str(remote["url"]))
-            return Result(image, "", model=self.options.model, ignored=ignored)
+        if link := remote.get("url"):
+            _, ignored = openai_body(self.options, request)
+            return Result(self._fetch(ctx, link), "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
-            return self._result(ctx, body, EMPTY, request, ignored, Ended)
-        raise Ended("this kind of backend keeps no results")
+            return self._result(ctx, body, EMPTY, request, Ended)
+        return super().resume(ctx, remote, request)
 
-    def _fetch(self, ctx: Context, link: str) -> BinaryIO:
+    def _fetch(self, ctx: Context, link: Any) -> BinaryIO:
         # The link is all that we have of an image that was paid for.
         ctx.remote(url=link)
         try:
-            return self._http(ctx).download(joined(self.base + "/", link))
+            return self._http(ctx).download(joined(self.base + "/", str(link)))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
 
@@ -4138,10 +4105,10 @@ class OpenAI(Backend):
         body: bytes | bytearray,
         headers: Any,
         request: Request,
-        ignored: tuple[str, ...],
         without_image: type[ImagenError] = Unknown,
     ) -> Result:
         options = self.options
+        _, ignored = openai_body(options, request)
         # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
         document, image = openai_answer(body, ctx)
         item = (openai_data(document) or [{}])[0]
@@ -4154,7 +4121,7 @@ class OpenAI(Backend):
         # 2. The image, from the response or behind its link.
         if not image and not link:
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or self._fetch(ctx, str(link))
+        image = image or self._fetch(ctx, link)
         # 3. What is known of it.
         cost = openai_cost(options.model, usage)
         if cost is None:
@@ -4224,22 +4191,8 @@ def openai_body(options: Any, request: Request) -> Prepared:
     if request.images and options.input_fidelity and not options.model.startswith("gpt-image-2"):
         body["input_fidelity"] = options.input_fidelity
     # `extra` may place a value of the request under a name of its own.
-    marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = set()
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [filled(item) for item in value]
-        if isinstance(value, Mapping):
-            pairs = [(key, item, filled(item)) for key, item in value.items()]
-            # What the request has no value for is left out.
-            return {key: new for key, old, new in pairs if old is None or new is not None}
-        if mark := marks.get(str(value)):
-            placed.add(mark)
-            return values[mark]
-        return value
-
-    body.update(filled(options.extra))
+    marks = dict(zip(("{seed}", "{steps}", "{negative}"), values.values(), strict=True))
+    body.update(replaced(options.extra, marks))
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -4247,8 +4200,12 @@ def openai_body(options: Any, request: Request) -> Prepared:
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    sent = {*body, *placed}
-    ignored = (field for field in values if values[field] is not None and field not in sent)
+    text = to_json(options.extra)
+    placed = [mark for mark in marks if f'"{mark}"' in text]
+    ignored = []
+    for (field, value), mark in zip(values.items(), marks, strict=True):
+        if value is not None and field not in body and mark not in placed:
+            ignored.append(field)
     return body, tuple(ignored)
 
 
@@ -4934,15 +4891,6 @@ def append_line(fd: int, line: Fields, durable: bool) -> None:
         os.fsync(fd)
 
 
-def merge_line(record: Any, line: Fields) -> None:
-    """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
-    for key, value in line.items():
-        known = record.get(key)
-        if isinstance(known, dict) and isinstance(value, Mapping):
-            value = {**known, **value}
-        record[key] = value
-
-
 def merged(text: bytes) -> JsonObject:
     """What the lines of an entry say together; a torn line says nothing.
 
@@ -5271,13 +5219,14 @@ def input_of(source: str, ctx: Context) -> Input:
     """
     import hashlib
 
-    record: Record | None = None
     place = source
+    image_id = ""
     if source == "last" or is_uuid(source):
         record = find_image(source)
         if not record:
             raise BadRequest(f"{source}: no image of that id is known here")
         place = record["path"]
+        image_id = record["sidecar"]["image_id"]
     name = os.path.basename(place.partition("?")[0]) or "image"
     if source.startswith("data:"):
         name = "data"
@@ -5290,17 +5239,26 @@ def input_of(source: str, ctx: Context) -> Input:
         with spool:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
-            image = checked_input(spool, name)
+            sniffed = checked_input(spool, name)
+            orientation = 1
+            if sniffed.format == "jpg":
+                orientation = exif_orientation(spool)
             spool.seek(0)
             digest = hashlib.file_digest(spool, "sha256").hexdigest()
         path = os.path.join(folder, digest)
         os.replace(hidden, path)
     finally:
         unlink_quietly(hidden)
-    image_id = ""
-    if record:
-        image_id = record["sidecar"]["image_id"]
-    return image._replace(path=path, sha256=digest, image_id=image_id)
+    return Input(
+        path=path,
+        name=name,
+        sha256=digest,
+        width=sniffed.width,
+        height=sniffed.height,
+        mime_type=MIME_TYPES[sniffed.format],
+        image_id=image_id,
+        orientation=orientation,
+    )
 
 
 def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
@@ -5325,8 +5283,8 @@ def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
         raise BadRequest(f"{place[:100]}: more than {most >> 20} MB")
 
 
-def checked_input(spool: Spool, name: str) -> Input:
-    """What an image that came in is, still without path and hash."""
+def checked_input(spool: Spool, name: str) -> Sniffed:
+    """What an image that came in is; BadRequest where nobody could take it."""
     sniffed = sniff(spool)
     if not sniffed:
         cure = "PNG, JPEG, WebP and GIF are; convert it, for example with ImageMagick"
@@ -5336,18 +5294,7 @@ def checked_input(spool: Spool, name: str) -> Input:
     if sniffed.width * sniffed.height > INPUT_PIXELS:
         size = f"{sniffed.width}x{sniffed.height}"
         raise BadRequest(f"{name}: {size} is more than {INPUT_PIXELS // 10**6} megapixels")
-    orientation = 1
-    if sniffed.format == "jpg":
-        orientation = exif_orientation(spool)
-    return Input(
-        path="",
-        name=name,
-        sha256="",
-        width=sniffed.width,
-        height=sniffed.height,
-        mime_type=MIME_TYPES[sniffed.format],
-        orientation=orientation,
-    )
+    return sniffed
 
 
 def check_mask(mask: Input, image: Input) -> None:
@@ -5366,7 +5313,7 @@ def check_mask(mask: Input, image: Input) -> None:
                 raise ValueError("no pixel of it is transparent, so nothing would be made anew")
     except (ValueError, struct.error, zlib.error) as problem:
         cure = "a PNG that is transparent where the image is to be made anew"
-        raise BadRequest(f"the mask: {problem or 'it breaks off'}", cure) from None
+        raise BadRequest(f"the mask: {problem}", cure) from None
 
 
 def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
@@ -5383,7 +5330,7 @@ def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
         raise BadRequest(message, f"backends that can: {', '.join(others) or 'none'}")
     if not request.images and (request.mask or request.strength):
         raise BadRequest("a mask or a strength needs an image to start from", "--image FILE")
-    for image in (*request.images, *filter(None, [request.mask])):
+    for image in request.marks().values():
         if image.mime_type not in {MIME_TYPES[kind] for kind in takes.formats}:
             kinds = ", ".join(takes.formats)
             raise BadRequest(f"{image.name}: {request.backend} takes {kinds} alone")
@@ -5394,15 +5341,9 @@ def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
         check_mask(request.mask, request.images[0])
 
 
-def inputs_in(sidecar: Sidecar) -> tuple[tuple[Input, ...], Input | None]:
-    """The images and the mask that a sidecar names, whose copies may be gone."""
-    images = []
-    for fields in (*sidecar.get("inputs", []), sidecar.get("mask")):
-        if fields:
-            path = state_path("inputs", str(fields["sha256"]))
-            images.append(Input(path=path, **fields))
-    mask = images.pop() if sidecar.get("mask") else None
-    return tuple(images), mask
+def input_in(fields: Fields) -> Input:
+    """An input that a sidecar names, whose copy may be gone."""
+    return Input(path=state_path("inputs", str(fields["sha256"])), **fields)
 
 
 def input_again(fields: Fields, folder: str) -> str:
@@ -5421,14 +5362,10 @@ def input_again(fields: Fields, folder: str) -> str:
 
 def sweep_inputs() -> None:
     """Remove the copies that no open entry names, and that nobody has waiting any more."""
-    folder = state_path("inputs")
-    named: set[str] = set()
-    for row in entries():
-        images, mask = inputs_in(row.record.get("sidecar") or {})
-        named.update(image.path for image in (*images, *filter(None, [mask])))
+    named = to_json([row.record for row in entries()])
     with suppress(FileNotFoundError):
-        for item in os.scandir(folder):
-            if item.path not in named and item.stat().st_mtime < time.time() - INPUT_KEPT_S:
+        for item in os.scandir(state_path("inputs")):
+            if item.name not in named and item.stat().st_mtime < time.time() - INPUT_KEPT_S:
                 unlink_quietly(item.path)
 
 
@@ -5799,8 +5736,16 @@ def check_order(order: Order) -> None:
 
 def check_request(request: Request) -> None:
     """BadRequest where a request, as written or dressed by a style, cannot be meant."""
-    for field in ("prompt", "negative_prompt"):
-        check_text(getattr(request, field), field)
+    for place in ("prompt", "negative_prompt"):
+        text = getattr(request, place)
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
+            raise BadRequest(message, "write it in UTF-8") from None
+        # NUL, which no database takes.
+        if "\0" in text:
+            raise BadRequest(f"{place}: a NUL stands behind {text.partition(chr(0))[0][-20:]!r}")
     if not request.prompt.strip():
         raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
     letters = len(request.prompt)
@@ -5810,17 +5755,6 @@ def check_request(request: Request) -> None:
         raise BadRequest(fault, "--size 1024x1024")
     if not 0 <= request.steps <= 500:
         raise BadRequest(f"steps {request.steps}: 0 to 500")
-
-
-def check_text(text: str, place: str) -> None:
-    """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
-        raise BadRequest(message, "write it in UTF-8") from None
-    if "\0" in text:
-        raise BadRequest(f"{place}: a NUL stands behind {text.partition(chr(0))[0][-20:]!r}")
 
 
 def refuse_keys(order: Order, config: Config) -> None:
@@ -6160,7 +6094,9 @@ def styled_request(sidecar: Sidecar) -> Request:
     fields = {**requested, **sidecar}
     fields["prompt"] = sidecar["styled_prompt"]
     fields["steps"] = requested["steps"]
-    fields["images"], fields["mask"] = inputs_in(sidecar)
+    fields["images"] = tuple(map(input_in, sidecar.get("inputs", ())))
+    if mask := sidecar.get("mask"):
+        fields["mask"] = input_in(mask)
     return request_of(fields)
 
 
@@ -6217,7 +6153,12 @@ def finish(run: Run, result: Result) -> Record:
         image = result.image
         if isinstance(image, bytes | bytearray):
             image = io.BytesIO(image)
-        with image as source, spooled(source, run) as spool:
+        with image as source:
+            if isinstance(source, Spool):
+                spool = source
+            else:
+                spool = run.spool()
+                copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
             seed = run.entry.record["sidecar"].get("seed")
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
@@ -6245,15 +6186,6 @@ def open_further(run: Run, remote: Fields) -> Entry:
     return Entry.create(record)
 
 
-def spooled(source: BinaryIO | Spool, run: Run) -> Spool:
-    """The spool that an image came in, or a new one with its bytes."""
-    if isinstance(source, Spool):
-        return source
-    spool = run.spool()
-    copy_into(source, spool)
-    return spool
-
-
 def save(run: Run, place: str) -> Record:
     """From the complete image at `place` to its name, its sidecar and the record.
 
@@ -6276,7 +6208,10 @@ def save(run: Run, place: str) -> Record:
     run.note_best_effort(
         image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
-    warn_of_size(run, record["sidecar"], sidecar)
+    requested = [record["sidecar"].get(side) for side in ("width", "height")]
+    made = [sidecar["width"], sidecar["height"]]
+    if requested[0] and requested != made:
+        run.warn("asked {}x{}, got {}x{}".format(*requested, *made))
     # 3. Named, its sidecar first, and on record under that name.
     text = None
     if record.get("sidecar_wanted", True):
@@ -6293,14 +6228,6 @@ def save(run: Run, place: str) -> Record:
     if text and not os.path.exists(f"{path}.json"):
         run.warn(f"{path}.json: the sidecar could not be written")
     return record
-
-
-def warn_of_size(run: Run, requested: Sidecar, made: Sidecar) -> None:
-    """Say where an image has other pixels than were asked of its backend."""
-    width = requested.get("width")
-    height = requested.get("height")
-    if width and (width, height) != (made["width"], made["height"]):
-        run.warn(f"asked {width}x{height}, got {made['width']}x{made['height']}")
 
 
 def object_path(storage: str, entry_id: str, ending: str) -> str:
@@ -6469,11 +6396,10 @@ def _is_ours(path: str, run: Run) -> bool:
 def upload_usage(run: Run, cloud: Supabase) -> None:
     """Report what an attempt cost; again where that was not known the first time."""
     record = run.entry.record
-    reported = record["charged"]
-    if cloud.add_usage(usage_row(record)):
-        run.note_best_effort(usage=reported)
-    else:
-        run.note_best_effort(usage="for good")
+    reported: str = record["charged"]
+    if not cloud.add_usage(usage_row(record)):
+        reported = "for good"
+    run.note_best_effort(usage=reported)
 
 
 def recover(entry: Entry, config: Config, run: Run) -> Record | None:
@@ -6524,24 +6450,10 @@ def _claimed_image(run: Run) -> Record | None:
     return record
 
 
-def _answered(run: Run) -> Result | None:
-    # The answer to the paid POST may be here, whole or cut off, with the image in it.
-    body = inflated(run.kept_answer())
-    spool = run.spool()
-    with run.recording_failure():
-        _, end = image_in(body, spool)
-    if not end:
-        return None
-    spool.seek(0)
-    return Result(spool, "", model=run.entry.record["sidecar"].get("model"))
-
-
 def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
-    if type(backend).resume is Backend.resume and (result := _answered(run)):
-        return result
     others = []
     if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
         others = [row.record for row in entries()] + [*attempts()]
