@@ -298,8 +298,9 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
         items = enumerate(value)
         return tuple(_shape(args[0], item, f"{where}[{i}]", complaints) for i, item in items)
     if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(value, Mapping | None):
+        item = args[1]
         pairs = (value or {}).items()
-        return {str(key): _shape(args[1], v, f"{where}.{key}", complaints) for key, v in pairs}
+        return {str(key): _shape(item, v, f"{where}.{key}", complaints) for key, v in pairs}
     if kind is Literal:
         return _shape_literal(args, value, where, complaints)
     if hint is float and type(value) is int and abs(value) < 1e300:
@@ -427,6 +428,13 @@ def marked(cls: Any, mark: str) -> list[str]:
     return [name for name, hint in hints if mark in getattr(hint, "__metadata__", ())]
 
 
+def sparse(shape: Any) -> JsonObject:
+    """The fields of a NamedTuple that are not at their defaults."""
+    defaults = shape._field_defaults
+    fields = shape._asdict()
+    return {key: value for key, value in fields.items() if value != defaults.get(key)}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """What to say after "unknown": the nearest known name, or all of them."""
     import difflib
@@ -446,9 +454,11 @@ class Secret:
         if re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value) or value in KEY_SPELLINGS:
             return
         quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
-        spellings = {value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
+        escaped = json.dumps(value)[1:-1]
+        spellings = {value, quoted, quoted.replace("%2F", "/"), escaped}
         if value.startswith("eyJ"):  # a JWT: its payload and signature are secret by themselves
-            spellings.update(part for part in value.split(".")[1:] if len(part) > 7)
+            parts = value.split(".")[1:]
+            spellings.update(part for part in parts if len(part) > 7)
         KEY_SPELLINGS[:] = sorted(spellings.union(KEY_SPELLINGS), key=len, reverse=True)
 
     def reveal(self) -> str:
@@ -526,8 +536,12 @@ def replaced(value: Any, marks: Fields) -> Any:
     if isinstance(value, list | tuple):
         return [replaced(item, marks) for item in value]
     if isinstance(value, Mapping):
-        pairs = [(key, item, replaced(item, marks)) for key, item in value.items()]
-        return {key: new for key, old, new in pairs if old is None or new is not None}
+        fields = {}
+        for key, old in value.items():
+            new = replaced(old, marks)
+            if old is None or new is not None:
+                fields[key] = new
+        return fields
     if isinstance(value, str):
         return marks.get(value, value)
     return value
@@ -726,7 +740,7 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
         # Half an escape waits for its other half, and four characters make three bytes.
         half = re.findall(rb"(?:\\(?:u\w{0,3})?)?\Z", piece[-5:])[0]
         plain = piece.removesuffix(half)
-        plain = re.sub(rb"\\u00(\w\w)", lambda hit: bytes.fromhex(hit[1].decode()), plain)
+        plain = re.sub(rb"\\u00(\w\w)", lambda hit: binascii.a2b_hex(hit[1]), plain)
         plain = re.sub(rb"\\[nrt]|\\", b"", plain).translate(BASE64_ALPHABET)
         rest = plain[len(plain) // 4 * 4 :]
         spool.write(binascii.a2b_base64(plain.removesuffix(rest)))
@@ -772,13 +786,13 @@ def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     """A channel of one row as it was before a PNG's filter; its pixels do not touch others."""
     if kind == 0:
         return bytes(line)
-    if kind == 2:
-        return bytes((x + up) & 255 for x, up in zip(line, above, strict=True))
     row = bytearray()
     left = corner = 0
     for x, up in zip(line, above, strict=True):
         base = left
-        if kind == 3:
+        if kind == 2:
+            base = up
+        elif kind == 3:
             base = (left + up) // 2
         elif kind == 4:
             # Paeth: which of the three is nearest to left + up - corner; on a tie in this order.
@@ -822,14 +836,14 @@ def png_text(data: bytes, keyword: str) -> str:
             continue
         if kind == b"tEXt":
             return text.decode("latin-1")
-        packed = kind == b"zTXt"
-        if kind == b"iTXt":
-            packed = text[:1] == b"\1"
-            text = text[2:].split(b"\0", 2)[-1]
-        elif packed:
-            text = text[1:]
+        if kind == b"zTXt":  # as an iTXt would have it
+            text = b"\1\0\0\0" + text[1:]
+        packed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]
         with suppress(zlib.error):
-            return (zlib.decompress(text) if packed else text).decode("utf-8", "replace")
+            if packed:
+                text = zlib.decompress(text)
+            return text.decode("utf-8", "replace")
     return ""
 
 
@@ -956,9 +970,15 @@ class Order(NamedTuple):
 
     def request(self) -> Request:
         """The first image of the order, without its inputs."""
-        fields = self._asdict()
-        own = Request._fields
-        return Request(**{name: fields[name] for name in own if name not in ("images", "mask")})
+        return request_of({**self._asdict(), "images": (), "mask": None})
+
+
+def request_of(fields: Any) -> Request:
+    """The request in a mapping that may hold other things too; what it lacks is at its default."""
+    if not isinstance(fields, Mapping):
+        fields = {}
+    known = {name: fields[name] for name in Request._fields if name in fields}
+    return Request("")._replace(**known)
 
 
 class Result(NamedTuple):
@@ -1016,7 +1036,12 @@ class Context:
         self._stopped = threading.Event()
         self._sockets: set[socket.socket] = set()
 
-    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
+    def progress(
+        self,
+        note: str,
+        done: float | None = None,
+        total: float | None = None,
+    ) -> None:
         """A word for a person, and how far it is where the backend says."""
         note = printable(str(note))
         if isinstance(done, int | float) and isinstance(total, int | float):
@@ -1046,12 +1071,9 @@ class Context:
             self.why = self.why or "deadline"
         if self.why == "deadline":
             raise Failed(f"not done within {self.timeout:g} s", "give it longer with --timeout")
-        if self.why == "user":
-            raise Interrupted("interrupted")
-        if self.why == "released":
-            raise Interrupted("interrupted; the job there goes on")
+        messages = {"user": "interrupted", "released": "interrupted; the job there goes on"}
         if self.why:
-            raise Interrupted(f"stopped: the job was {self.why}")
+            raise Interrupted(messages.get(self.why, f"stopped: the job was {self.why}"))
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
@@ -1199,7 +1221,11 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     return add
 
 
-def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Backend], Any]:
+def options_of(
+    name: str,
+    blocks: Fields,
+    opts: Fields = EMPTY,
+) -> tuple[type[Backend], Any]:
     """The adapter class of the backend called `name`, and its checked Options.
 
     A request's `opts` are laid over the block; BadRequest where it may not set them.
@@ -1250,7 +1276,8 @@ def open_backend(
 
 def access_of(block: Fields | None) -> Access:
     """The Access in a backend's block."""
-    fields = {key: value for key, value in (block or {}).items() if key in Access._fields}
+    block = block or {}
+    fields = {key: block[key] for key in Access._fields if key in block}
     return from_mapping(Access, fields)
 
 
@@ -1354,10 +1381,8 @@ backends:
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
 # are laid over them by name.
-_blocks = SAMPLE.partition("backends:\n")[2].splitlines()
-BUILTIN_BACKENDS: Mapping[str, Fields] = {
-    name.strip(): json.loads(block) for name, _, block in (line.partition(":") for line in _blocks)
-}
+_BLOCKS = re.findall("(?m)^  (.+?): ({.+)", SAMPLE)
+BUILTIN_BACKENDS: Mapping[str, Fields] = {name: json.loads(block) for name, block in _BLOCKS}
 
 
 class Config(NamedTuple):
@@ -1620,8 +1645,9 @@ def load_env_file(path: str) -> None:
         match = re.fullmatch(form, line, re.ASCII)
         if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        if match[1]:
-            os.environ.setdefault(match[1], match[2] or match[3] or match[4] or "")
+        name, *values = match.groups("")
+        if name:
+            os.environ.setdefault(name, "".join(values))
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1835,35 +1861,29 @@ class Multipart:
     """The body of a form with files (RFC 7578), streamed from them; each time the same bytes."""
 
     def __init__(self, fields: Fields, files: Sequence[tuple[str, Input]]) -> None:
-        boundary = new_uuid()
-        self._parts: list[bytes | Input] = []
-        size = 0
-        for name, value in (*fields.items(), *files):
-            head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'
-            if isinstance(value, Input):
-                kind = value.mime_type
-                head += f'; filename="{value.sha256[:16]}.{kind[6:]}"\r\nContent-Type: {kind}'
-                content: bytes | Input = value
-                size += os.path.getsize(value.path)
-            else:
-                content = str(value if isinstance(value, str) else to_json(value)).encode()
-            self._parts += [f"{head}\r\n\r\n".encode(), content, b"\r\n"]
-        self._parts.append(f"--{boundary}--\r\n".encode())
-        size += sum(len(part) for part in self._parts if isinstance(part, bytes))
+        self._parts = (*fields.items(), *files)
+        self._boundary = new_uuid()
         # What announces it.
         self.headers = {
-            "Content-Type": f"multipart/form-data; boundary={boundary}",
-            "Content-Length": str(size),
+            "Content-Type": f"multipart/form-data; boundary={self._boundary}",
+            "Content-Length": str(sum(map(len, self))),
         }
 
     def __iter__(self) -> Iterator[bytes]:
-        for part in self._parts:
-            if isinstance(part, bytes):
-                yield part
-                continue
-            with open(part.path, "rb") as file:
-                while block := file.read(1 << 16):
-                    yield block
+        for name, value in self._parts:
+            head = f'--{self._boundary}\r\nContent-Disposition: form-data; name="{name}"'
+            if isinstance(value, Input):
+                kind = value.mime_type
+                head += f'; filename="{value.sha256[:16]}.{kind[6:]}"\r\nContent-Type: {kind}'
+                yield f"{head}\r\n\r\n".encode()
+                with open(value.path, "rb") as file:
+                    while block := file.read(1 << 16):
+                        yield block
+            else:
+                text = value if isinstance(value, str) else to_json(value)
+                yield f"{head}\r\n\r\n{text}".encode()
+            yield b"\r\n"
+        yield f"--{self._boundary}--\r\n".encode()
 
 
 def data_uri(image: Input) -> str:
@@ -1963,7 +1983,12 @@ class Http:
 
         return self._repeated(attempt)
 
-    def pay(self, path: str, body: Fields, files: Sequence[tuple[str, Input]] = ()) -> HttpResponse:
+    def pay(
+        self,
+        path: str,
+        body: Fields,
+        files: Sequence[tuple[str, Input]] = (),
+    ) -> HttpResponse:
         """The 2xx response to a POST that costs money: JSON, or a form where there are `files`.
 
         Sent once, and again only after a response that proves `no`.
@@ -1972,7 +1997,8 @@ class Http:
         if files:
             data = Multipart(body, files)
         fields = body.get("input", body)
-        self.ctx.identity = {name: fields[name] for name in ("prompt", "seed") if name in fields}
+        named = ("prompt", "seed")
+        self.ctx.identity = {name: fields[name] for name in named if name in fields}
 
         def attempt() -> HttpResponse:
             response = self._exchange(self.base + path, data, paid=True)
@@ -2183,7 +2209,12 @@ def tls_context(ca_file: str) -> Any:
         raise BadConfig(f"ca_file: {ca_file}: {problem}") from None
 
 
-def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None], tls: Any) -> Any:
+def _opener(
+    ctx: Context,
+    stack: ExitStack,
+    first_byte: Callable[[], None],
+    tls: Any,
+) -> Any:
     """urllib's opener, but a stop can shut its sockets.
 
     `first_byte` is called before one leaves. Without urllib's error and redirect processors
@@ -2329,7 +2360,8 @@ class Mock(Backend):
         width = options.width
         height = options.height
         for image in request.images[:1]:
-            width, height = (min(max(16, edge), 8192) for edge in (image.width, image.height))
+            width = min(max(16, image.width), 8192)
+            height = min(max(16, image.height), 8192)
         return {
             "width": request.width or width,
             "height": request.height or height,
@@ -2403,10 +2435,11 @@ def mock_picture(request: Request, width: int, height: int) -> tuple[bytes, bool
             index = shade + 45 * (y - top) // height
             rows[y][left:right] = bytes((index,)) * (right - left)
     for number, image in enumerate(request.images):
-        for y in range(2, min(8, height)):
-            flag = bytes(byte % 254 for byte in bytes.fromhex(image.sha256)[:3] for _ in range(4))
-            rows[y][2 + 14 * number : 14 + 14 * number] = flag
-        for row in rows[:8]:
+        left = 2 + 14 * number
+        colors = bytes.fromhex(image.sha256)[:3]
+        flag = bytes(byte % 254 for byte in colors for _ in range(4))
+        for row in rows[2:8]:
+            row[left : left + 12] = flag
             del row[width:]
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
@@ -2422,19 +2455,19 @@ def mock_keep(rows: list[bytearray], request: Request) -> bytes:
     """Put back what the mask covers; the palette that this needs, b"" where it cannot be done."""
     if not request.mask:
         return b""
-    size = (len(rows[0]), len(rows))
     image = request.images[0]
     with open(image.path, "rb") as file:
         chunks = dict(png_chunks(file.read()))
-    if size != (image.width, image.height) or b"PLTE" not in chunks:
+    width = len(rows[0])
+    if (width, len(rows)) != (image.width, image.height) or b"PLTE" not in chunks:
         return b""
     lines = zlib.decompress(chunks[b"IDAT"])
     with open(request.mask.path, "rb") as file:
         for number, alpha in enumerate(png_plane(file)):
-            start = 1 + number * (size[0] + 1)
-            old = lines[start : start + size[0]]
-            pairs = zip(alpha, zip(rows[number], old, strict=True), strict=True)
-            rows[number][:] = bytes(pair[opaque > 0] for opaque, pair in pairs)
+            start = 1 + number * (width + 1)
+            pairs = zip(rows[number], lines[start : start + width], strict=True)
+            pixels = zip(alpha, pairs, strict=True)
+            rows[number][:] = bytes(pair[opaque > 0] for opaque, pair in pixels)
     return chunks[b"PLTE"]
 
 
@@ -2716,22 +2749,21 @@ class ComfyUI(Backend):
         if self.workflow:
             return self.workflow.filled(request)
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
-
-        def installed(folder: str, names: Iterable[str]) -> list[str]:
-            return [comfy_find(http, name, folder)[0] for name in names]
-
         split = folder != "checkpoints"
         family = comfy_family(model, split)
         clip: Sequence[str] = ()
         vae = ""
         if split:
-            clip = installed("text_encoders", options.clip or family.clip)
-            [vae] = installed("vae", [options.vae or family.vae])
+            clip = [
+                comfy_find(http, name, "text_encoders")[0] for name in options.clip or family.clip
+            ]
+            vae = comfy_find(http, options.vae or family.vae, "vae")[0]
             if len(clip) != len(family.clip):
                 cure = f"clip: [{', '.join(family.clip)}]"
                 raise BadConfig(f"clip: {model} has {len(family.clip)} text encoders", cure)
-        names = installed("loras", [lora.name for lora in options.loras])
-        loras = [*zip(names, [lora.strength for lora in options.loras], strict=True)]
+        loras = [
+            lora._replace(name=comfy_find(http, lora.name, "loras")[0]) for lora in options.loras
+        ]
         options = options._replace(model=model, clip=clip, vae=vae, loras=loras)
         return comfy_graph(family, options, request)
 
@@ -2948,7 +2980,11 @@ def comfy_family(model: str, split: bool) -> ComfyFamily:
     )
 
 
-def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> tuple[Any, ...]:
+def comfy_parts(
+    node: Callable[..., Any],
+    family: ComfyFamily,
+    options: Any,
+) -> tuple[Any, ...]:
     """The links to model, text encoder and VAE; without `options.clip` they come in one file."""
     if not options.clip:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
@@ -2989,8 +3025,8 @@ def comfy_size(family: ComfyFamily, request: Request) -> tuple[int, int]:
         return family.edge, family.edge
     first = request.images[0]
     scale = min(1.0, family.edge / (first.width * first.height) ** 0.5) / 16
-    width, height = (max(4, round(edge * scale)) * 16 for edge in (first.width, first.height))
-    return width, height
+    width = max(4, round(first.width * scale)) * 16
+    return width, max(4, round(first.height * scale)) * 16
 
 
 def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGraph:
@@ -3037,8 +3073,14 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
     if loaded and not family.references:
         # It starts from the image, and goes so far from it.
         denoise = request.strength or 0.75
-        fit = {"upscale_method": "lanczos", "width": width, "height": height, "crop": "center"}
-        latent = node("VAEEncode", pixels=node("ImageScale", image=loaded[0], **fit), vae=vae)
+        fit = {
+            "image": loaded[0],
+            "upscale_method": "lanczos",
+            "width": width,
+            "height": height,
+            "crop": "center",
+        }
+        latent = node("VAEEncode", pixels=node("ImageScale", **fit), vae=vae)
         if request.mask:
             # LoadImage's second output is what is transparent.
             latent = node("SetLatentNoiseMask", samples=latent, mask=[loaded[1][0], 1])
@@ -3086,7 +3128,7 @@ def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
     for mark, image in request.marks().items():
         form = Multipart({"type": "input", "overwrite": "true"}, [("image", image)])
         answer = http.upload("/upload/image", form).mapping()
-        names[mark] = "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
+        names[mark] = f"{answer.get('subfolder') or ''}/{answer['name']}".lstrip("/")
     graph.update(replaced(graph, names))
 
 
@@ -3127,7 +3169,10 @@ class ComfyWorkflow(NamedTuple):
 
     def chosen(self) -> dict[str, list[str]]:
         """The places, as `nodes` in the config would name them."""
-        return {name: [".".join(place) for place in row] for name, row in self.places.items()}
+        chosen = {}
+        for name, places in self.places.items():
+            chosen[name] = [f"{node}.{key}" for node, key in places]
+        return chosen
 
     def filled(self, request: Request) -> ComfyGraph:
         """The graph with the request's values; what it leaves open stays as it is in the file."""
@@ -3204,7 +3249,8 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
             raise comfy_misplaced(path, graph, "which of its texts is the prompt?")
         places = {**found, **places}
     # 3. Without a place for the prompt every image would be the same.
-    workflow = ComfyWorkflow(graph, {name: row for name, row in places.items() if row}, output)
+    places = {name: row for name, row in places.items() if row}
+    workflow = ComfyWorkflow(graph, places, output)
     if not workflow.takes("prompt"):
         raise comfy_misplaced(
             path, graph, "no place for the prompt: put {prompt} there, or name one"
@@ -3274,7 +3320,12 @@ def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
     return [*nodes]
 
 
-def comfy_values(graph: Graph, node: str, field: str, role: str = "") -> list[Place]:
+def comfy_values(
+    graph: Graph,
+    node: str,
+    field: str,
+    role: str = "",
+) -> list[Place]:
     """The places of a field's values in a node, or in those that its inputs are linked to."""
     name, kind = COMFY_INPUTS[field]
     behind = rf".*({name}).*|value|default|int|number"
@@ -3398,10 +3449,11 @@ def comfy_outcome(entry: Fields, output: str = "") -> list[Fields]:
     images = []
     others = []
     for node, file in comfy_files(entry):
-        ending = str(file["filename"]).rpartition(".")[2].lower().replace("jpeg", "jpg")
+        name = str(file["filename"])
+        ending = name.rpartition(".")[2].lower().replace("jpeg", "jpg")
         if ending in MIME_TYPES and output in ("", node):
             images.append((node, file))
-        others.append(str(file["filename"]))
+        others.append(name)
     if not images:
         reason = "the server returned no images"
         if others:
@@ -3411,7 +3463,8 @@ def comfy_outcome(entry: Fields, output: str = "") -> list[Fields]:
     # of its images is the one that the seed alone decides.
     graph = {}
     with suppress(IndexError, KeyError, TypeError):
-        graph = {node: spec for node, spec in entry["prompt"][2].items() if spec["inputs"]}
+        specs = entry["prompt"][2].items()
+        graph = {node: spec for node, spec in specs if spec["inputs"]}
 
     def rank(pair: tuple[str, Fields]) -> tuple[bool, int]:
         node, file = pair
@@ -3443,7 +3496,8 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
         if not known:
             faults.append(f"node {node}: {spec['class_type']} is not installed")
             continue
-        inputs = {**known["input"].get("required", {}), **known["input"].get("optional", {})}
+        kinds = known["input"]
+        inputs = {**kinds.get("required", {}), **kinds.get("optional", {})}
         for key, value in spec["inputs"].items():
             choices = comfy_choices(inputs.get(key))
             if isinstance(value, str) and choices and value not in choices:
@@ -3453,13 +3507,11 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
 
 
 def comfy_error(response: HttpResponse) -> ImagenError:
-    """What a response complains of.
+    """What a response complains of; AttributeError or KeyError where it has no body of ComfyUI's.
 
     Its node_errors, which a 200 may have too, say more than the rest.
     """
     document = response.json()
-    if not isinstance(document, dict):
-        return explain_status(response)
     lines = []
     kinds = set()
     for node, spec in (document.get("node_errors") or {}).items():
@@ -3471,9 +3523,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
         return BadRequest("; ".join(lines))
     if lines:
         return BadConfig("; ".join(lines))
-    error = document.get("error")
-    if not isinstance(error, dict):
-        return explain_status(response)
+    error = document["error"]
     text = excerpt(f"{error.get('message', '')} {error.get('details', '')}".encode())
     hint = ""
     if "node" in text.lower():
@@ -3501,11 +3551,10 @@ def comfy_choices(spec: Any) -> list[str]:
     """The values an enum input takes, in its old or new shape; [] where there are none."""
     if not spec:
         return []
-    if isinstance(spec[0], list):
-        return spec[0]
-    if len(spec) < 2:
-        return []
-    return list(spec[1].get("options", ()))
+    first, *details = spec
+    if isinstance(first, list):
+        return first
+    return list(dict(*details).get("options", ()))
 
 
 @contextmanager
@@ -3517,7 +3566,7 @@ def comfy_watching(backend: ComfyUI, ctx: Context, body: Fields) -> Iterator[Non
     def listen() -> None:
         # Progress is a courtesy, and losing it does no harm: /history is what counts.
         with suppress(Exception):
-            for text in websocket_texts(listening, backend, body["client_id"]):
+            for text in websocket_texts(listening, backend, f"/ws?clientId={body['client_id']}"):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
@@ -3536,8 +3585,8 @@ def comfy_watching(backend: ComfyUI, ctx: Context, body: Fields) -> Iterator[Non
         listener.join(0.5)
 
 
-def websocket_texts(ctx: Context, backend: ComfyUI, client_id: str) -> Iterator[bytes]:
-    """The JSON messages of a server's websocket for this client, read only (RFC 6455).
+def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes]:
+    """The JSON messages of a server's websocket, read only (RFC 6455).
 
     Until the server closes it or `ctx` is stopped.
     """
@@ -3545,10 +3594,11 @@ def websocket_texts(ctx: Context, backend: ComfyUI, client_id: str) -> Iterator[
     from contextlib import closing
 
     scheme, host, port = origin(backend.base)
-    server = http.client.HTTPConnection(host, port, timeout=2)
+    connect: Any = http.client.HTTPConnection
     if scheme == "https":
-        tls = tls_context(backend.ca_file)
-        server = http.client.HTTPSConnection(host, port, timeout=2, context=tls)
+        connect = functools.partial(
+            http.client.HTTPSConnection, context=tls_context(backend.ca_file)
+        )
     headers = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
@@ -3556,11 +3606,9 @@ def websocket_texts(ctx: Context, backend: ComfyUI, client_id: str) -> Iterator[
         **backend.headers,
         "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
     }
-    with closing(server):
-        # The base URL's own path stands behind its third slash.
-        _, _, _, *path = backend.base.split("/")
-        url = "/".join(["", *path, f"ws?clientId={client_id}"])
-        server.request("GET", url, headers=headers)
+    with closing(connect(host, port, timeout=2)) as server:
+        prefix = "/".join(["", *backend.base.split("/")[3:]])
+        server.request("GET", prefix + path, headers=headers)
         with ctx.watching(server.sock), server.getresponse() as response:
             server.sock.settimeout(None)
             read = response.fp.read
@@ -3688,8 +3736,7 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        inputs = self._with_images(http, self.plan(self.options, request), request)
-        body: JsonObject = {"input": inputs}
+        body: JsonObject = {"input": self._with_images(http, request)}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -3748,7 +3795,7 @@ class Replicate(Backend):
         keys.update(self.headers)
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
 
-    def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
+    def _with_images(self, http: Http, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
         links = {}
         for mark, image in request.marks().items():
@@ -3757,7 +3804,7 @@ class Replicate(Backend):
             else:  # free, and may be sent twice; it expires there by itself
                 answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
                 links[mark] = str(answer["urls"]["get"])
-        return replaced(inputs, links)
+        return replaced(self.plan(self.options, request), links)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -4804,8 +4851,8 @@ def state_path(*parts: str) -> str:
     entries_folder = os.path.join(folder, "open")
     if not os.path.isdir(entries_folder):
         with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            os.makedirs(entries_folder, mode=0o700, exist_ok=True)
+            for place in (folder, entries_folder):
+                os.makedirs(place, mode=0o700, exist_ok=True)
     return os.path.join(folder, *parts)
 
 
@@ -4939,19 +4986,11 @@ def from_release_before(record: JsonObject) -> Record:
     return typing.cast(Record, record)
 
 
-def request_of(fields: Any) -> Request:
-    """The request in a mapping that may hold other things too; what it lacks is at its default."""
-    if not isinstance(fields, Mapping):
-        fields = {}
-    known = {name: fields[name] for name in Request._fields if name in fields}
-    return Request("")._replace(**known)
-
-
 def input_fields(image: Input) -> JsonObject:
     """What a sidecar says of an input."""
-    fields = image._asdict()
+    fields = sparse(image)
     del fields["path"]
-    return {key: value for key, value in fields.items() if value != Input._field_defaults.get(key)}
+    return fields
 
 
 def first_sidecar(
@@ -5199,7 +5238,8 @@ def find_image(name: str) -> Record | None:
             return record
     if not sidecar:
         return None
-    return Record(id=image_id, at=sidecar.get("timestamp", ""), path=path, sidecar=sidecar)
+    at = sidecar.get("timestamp", "")
+    return Record(id=image_id, at=at, path=path, sidecar=sidecar)
 
 
 # === Inputs: images that come in: local copies by hash ===
@@ -5212,13 +5252,16 @@ MASK_PIXELS = 16_000_000
 INPUT_KEPT_S = 86400.0  # of a copy that no open entry names
 
 
-def input_of(source: str, ctx: Context) -> Input:
+def input_of(source: str | Input, ctx: Context) -> Input:
     """The copy of the image that `source` names: a path, an http address, a data URI, an id.
 
+    What is a copy already, as for a fallback, is taken as it is.
     BadRequest where it is no whole image of a size and format that anybody takes.
     """
     import hashlib
 
+    if isinstance(source, Input):
+        return source
     place = source
     image_id = ""
     if source == "last" or is_uuid(source):
@@ -5797,21 +5840,17 @@ class Run(Context):
 
         A paid POST that nobody can take back is waited for.
         """
-        if why == "user" and self.in_flight:
+        # A paid POST has left, and there is no id yet by which to cancel it.
+        if why == "user" and self.charged == "unknown" and not self.remote_ids:
             self.stop_pending = True
             return
         super().stop(why)
         if self._delivery and why != "deadline":
             self._delivery.stop(why)
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether a paid POST has left, and there is no id yet by which to cancel it."""
-        return self.charged == "unknown" and not self.remote_ids
-
-    def delivery(self, seconds: float) -> Context:
+    def delivery(self) -> Context:
         """The context of what comes after the work: a deadline of its own, but the same stop."""
-        self._delivery = Context(seconds, self._on_progress, self._on_warning)
+        self._delivery = Context(DELIVERY_S, self._on_progress, self._on_warning)
         if self.why not in ("", "deadline"):
             self._delivery.stop(self.why)
         return self._delivery
@@ -5854,6 +5893,9 @@ class Run(Context):
         self.answer = state_path("open", f"{self.id}.answer")
         self.fallback = state_path("open", f"{self.id}.part")
         self.answer_fallback = f"{self.hidden}.answer"
+        # Where bytes of this attempt may lie without a name: the image first, then answers.
+        images = (self.hidden, self.part, self.fallback)
+        self.hidden_files = (*images, self.answer, self.answer_fallback)
 
     # Every paid POST passes here, whoever asked for it. What may forbid it stands before the note:
     # once that is on disk, the attempt counts as sent.
@@ -5932,21 +5974,17 @@ class Run(Context):
 
     def complete_image_path(self) -> str:
         """Where a complete image of this entry lies without its name; "" where there is none."""
-        for path in (self.hidden, self.part, self.fallback):
+        for path in self.hidden_files[:3]:
             with suppress(OSError), open(path, "rb") as file:
                 sniffed = sniff(file)
                 if sniffed and sniffed.complete:
                     return path
         return ""
 
-    def hidden_files(self) -> Sequence[str]:
-        """Where bytes of this attempt may lie without a name: the image first, then answers."""
-        return (self.hidden, self.part, self.fallback, self.answer, self.answer_fallback)
-
     def clean(self) -> None:
         """Unlink the hidden names, unless that was done."""
         if not self._cleaned:
-            for path in (*self.hidden_files(), f"{self.hidden}.json"):
+            for path in (*self.hidden_files, f"{self.hidden}.json"):
                 unlink_quietly(path)
         self._cleaned = True
 
@@ -5975,7 +6013,7 @@ class Run(Context):
         if self.charged == "no" or self._cleaned or self.entry.record.get("path"):
             return True
         name = self.entry.record["name"].replace("{ext}", "bin")
-        for path in self.hidden_files():
+        for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
             with open(path, "rb") as source:
@@ -6004,10 +6042,7 @@ class Run(Context):
             yield
         except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
             error = self._record_failure(as_error(problem), backend)
-            cause = None
-            if not isinstance(problem, ImagenError):
-                cause = problem
-            raise error from cause
+            raise error from (None if isinstance(problem, ImagenError) else problem)
 
     def _record_failure(self, error: ImagenError, backend: Backend | None) -> ImagenError:
         # 1. Stop what goes on: the file here, the job there.
@@ -6067,7 +6102,7 @@ class Run(Context):
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
-            ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
+            ids = [str(self.remote_ids[key]) for key in self.remote_ids if key.endswith("id")]
             message += f" ({', '.join(ids)})"
         if cancelled:
             message += "; cancelled there"
@@ -6098,12 +6133,6 @@ def styled_request(sidecar: Sidecar) -> Request:
     if mask := sidecar.get("mask"):
         fields["mask"] = input_in(mask)
     return request_of(fields)
-
-
-def sparse(request: Request) -> JsonObject:
-    """A request without the fields that are at their defaults."""
-    defaults = Request._field_defaults
-    return {key: value for key, value in request._asdict().items() if value != defaults.get(key)}
 
 
 def make(plan: Plan, config: Config, run: Run) -> Result:
@@ -6318,7 +6347,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.note_best_effort(owner=config.owner_user_id)
-    ctx = run.delivery(DELIVERY_S)
+    ctx = run.delivery()
     errors = []
     while missing := [part for part in missing_uploads(record) if part in parts]:
         part = missing[0]
@@ -6328,7 +6357,14 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
         except Exception as problem:  # nothing of the cloud fails a generation
             error = as_error(problem)
             final = isinstance(error, BadRequest)
-            errors.append(_upload_error(part, error, final, ctx.why))
+            title = "usage" if part == "usage" else "cloud sync"
+            hints = []
+            if ctx.why != "deadline":  # which no --timeout moves
+                hints.append(error.hint)
+            if not final:
+                hints.append("later: imagen sync")
+            hint = "; ".join(filter(None, hints))
+            errors.append(type(error)(f"{title}: {error}", hint))
             if not final:
                 break
             # Refused for good: the next part may still go through.
@@ -6338,18 +6374,6 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
                 run.note_best_effort(refused=True)
     if errors:
         raise errors[0]
-
-
-def _upload_error(part: str, error: ImagenError, final: bool, why: str) -> ImagenError:
-    title = "cloud sync"
-    if part == "usage":
-        title = "usage"
-    hints = []
-    if why != "deadline":  # which no --timeout moves
-        hints.append(error.hint)
-    if not final:
-        hints.append("later: imagen sync")
-    return type(error)(f"{title}: {error}", "; ".join(filter(None, hints)))
 
 
 def upload_object(run: Run, cloud: Supabase) -> None:
@@ -6369,7 +6393,8 @@ def upload_object(run: Run, cloud: Supabase) -> None:
         if uploaded := cloud.storage_path_of(run.image_id):
             run.note_best_effort(object=uploaded, row=True)
             return
-        path = object_path(record["storage"], run.id, os.path.splitext(image)[1][1:])
+        _, ending = os.path.splitext(image)
+        path = object_path(record["storage"], run.id, ending[1:])
     with open(image, "rb") as file:
         if run.began_elsewhere:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -6460,7 +6485,7 @@ def _resume(run: Run, config: Config) -> Result:
     remote = {
         "since": record.get("sending", ""),
         "body": record.get("body"),
-        "taken": [str((other.get("remote") or {}).get("id")) for other in others],
+        "taken": [str(other["remote"].get("id")) for other in others if other.get("remote")],
         **run.remote_ids,
     }
     with run.recording_failure(backend):
@@ -9238,7 +9263,13 @@ class Terminal:
             "retryable": repeatable(error),
         }
 
-    def progress(self, now: Progress, elapsed: float, usual: float | None, count: str) -> None:
+    def progress(
+        self,
+        now: Progress,
+        elapsed: float,
+        usual: float | None,
+        count: str,
+    ) -> None:
         """Show how far something is, in as much room as there is."""
         columns = 80
         with suppress(OSError):
@@ -9313,7 +9344,8 @@ def usual_seconds(plan: Plan) -> float | None:
     for record in images_made(backend=plan.request.backend):
         sidecar = record["sidecar"]
         same_model = model in (None, sidecar.get("model"))
-        same_size = size in ((0, 0), (sidecar.get("width"), sidecar.get("height")))
+        made = (sidecar.get("width"), sidecar.get("height"))
+        same_size = size in ((0, 0), made)
         latency = sidecar.get("latency_ms")
         if same_model and same_size and isinstance(latency, int):
             times.append(latency / 1000)
@@ -9536,8 +9568,7 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
         sidecar["mask"] = input_again(mask, folder)
     fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
     order = from_mapping(Order, fields, f"--like {name}", BadRequest)
-    defaults = Order._field_defaults
-    return {key: value for key, value in order._asdict().items() if value != defaults.get(key)}
+    return sparse(order)
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:

@@ -11213,6 +11213,21 @@ def test_inputs_of_a_workflow_stand_where_its_marks_or_nodes_say(inputs_here: Bo
         assert (refused.code, "cannot take a mask" in refused.err) == (2, True)
 
 
+def test_inputs_each_has_a_mark_of_its_own() -> None:
+    image = imagen.Input("/a.png", "a.png", "0" * 64, 16, 16, "image/png")
+    marks = imagen.Request("a fox", images=(image,) * 12, mask=image).marks()
+    assert [*marks] == ["{image}", *(f"{{image{number}}}" for number in range(2, 13)), "{mask}"]
+
+
+def test_inputs_go_along_to_who_makes_it_instead(inputs_here: Box) -> None:
+    asleep = {**INPUTS_BLOCKS["sdxl"], "base_url": "http://127.0.0.1:9", "fallback": "mock"}
+    inputs_here.configure({"asleep": asleep})
+    made = inputs_here.fox("-b", "asleep", "-i", "a.png", "--size", "64x64")
+    assert made.code == 0, made.err
+    sidecar = inputs_here.sidecar(made.lines[0])
+    assert (sidecar["backend"], sidecar["inputs"][0]["name"]) == ("mock", "a.png")
+
+
 def test_inputs_mock_shows_what_it_got_and_keeps_what_the_mask_keeps(inputs_here: Box) -> None:
     first = inputs_here.fox("-b", "mock", "--size", "64x64").lines[0]
     mask = inputs_mask(64)
