@@ -3311,13 +3311,11 @@ def comfy_links(graph: Graph, node: str) -> dict[str, str]:
 def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
     """The nodes behind these inputs (a pattern) of a node, the nearest first."""
     links = comfy_links(graph, node)
-    waiting = [links[key] for key in links if re.fullmatch(inputs, key)]
-    nodes: dict[str, None] = {}
-    for source in waiting:
-        if source not in nodes:
-            nodes[source] = None
-            waiting += comfy_links(graph, source).values()
-    return [*nodes]
+    nodes = [links[key] for key in links if re.fullmatch(inputs, key)]
+    for source in nodes:
+        further = comfy_links(graph, source).values()
+        nodes += [link for link in further if link not in nodes]
+    return [*dict.fromkeys(nodes)]
 
 
 def comfy_values(
@@ -3393,10 +3391,8 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     for node, spec in graph.items():
         if spec["inputs"].keys() & COMFY_SEEDS and comfy_links(graph, node).keys() & COMFY_GUIDES:
             passes.append(node)
-    later = set()
-    for node in passes:
-        if set(passes) & set(comfy_upstream(graph, node, "(?!model).*")):
-            later.add(node)
+    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in passes}
+    later = [node for node in passes if not behind.keys().isdisjoint(behind[node])]
     for node in sorted(passes, key=later.__contains__):
         # 2. Their texts. All inputs of one encoder get the prompt, but not all that is joined.
         guider = comfy_links(graph, node).get("guider", node)
@@ -4247,11 +4243,11 @@ def openai_body(options: Any, request: Request) -> Prepared:
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    text = to_json(options.extra)
-    placed = [mark for mark in marks if f'"{mark}"' in text]
+    extra = replaced(options.extra, EMPTY)
     ignored = []
     for (field, value), mark in zip(values.items(), marks, strict=True):
-        if value is not None and field not in body and mark not in placed:
+        # A mark that has a place there would change it.
+        if value is not None and field not in body and replaced(extra, {mark: None}) == extra:
             ignored.append(field)
     return body, tuple(ignored)
 
