@@ -200,7 +200,6 @@ class Busy(ImagenError):
 class Disk(ImagenError):
     code = "disk"
     exit_code = 8
-    http_status = 424
     retryable = True
 
 
@@ -213,13 +212,11 @@ class Partial(ImagenError):
 class Unknown(ImagenError):
     code = "unknown"
     exit_code = 10
-    http_status = 424
 
 
 class Failed(ImagenError):
     code = "failed"
     exit_code = 11
-    http_status = 424
 
 
 class Ended(Failed):
@@ -229,7 +226,6 @@ class Ended(Failed):
 class Interrupted(ImagenError):
     code = "interrupted"
     exit_code = 130
-    http_status = 424
     retryable = True
 
 
@@ -310,8 +306,9 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
         items = enumerate(value)
         return tuple(_shape(args[0], item, f"{where}[{i}]", complaints) for i, item in items)
     if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(value, Mapping | None):
+        item = args[1]
         pairs = (value or {}).items()
-        return {str(key): _shape(args[1], v, f"{where}.{key}", complaints) for key, v in pairs}
+        return {str(key): _shape(item, v, f"{where}.{key}", complaints) for key, v in pairs}
     if kind is Literal:
         return _shape_literal(args, value, where, complaints)
     if hint is float and type(value) is int and abs(value) < 1e300:
@@ -439,6 +436,13 @@ def marked(cls: Any, mark: str) -> list[str]:
     return [name for name, hint in hints if mark in getattr(hint, "__metadata__", ())]
 
 
+def sparse(shape: Any) -> JsonObject:
+    """The fields of a NamedTuple that are not at their defaults."""
+    defaults = shape._field_defaults
+    fields = shape._asdict()
+    return {key: value for key, value in fields.items() if value != defaults.get(key)}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """What to say after "unknown": the nearest known name, or all of them."""
     import difflib
@@ -458,9 +462,11 @@ class Secret:
         if re.fullmatch(r".{0,7}|[a-z_-]{0,19}", value) or value in KEY_SPELLINGS:
             return
         quoted = "".join(c if c.isalnum() or c in "-._~" else f"%{ord(c):02X}" for c in value)
-        spellings = {value, quoted, quoted.replace("%2F", "/"), json.dumps(value)[1:-1]}
+        escaped = json.dumps(value)[1:-1]
+        spellings = {value, quoted, quoted.replace("%2F", "/"), escaped}
         if value.startswith("eyJ"):  # a JWT: its payload and signature are secret by themselves
-            spellings.update(part for part in value.split(".")[1:] if len(part) > 7)
+            parts = value.split(".")[1:]
+            spellings.update(part for part in parts if len(part) > 7)
         KEY_SPELLINGS[:] = sorted(spellings.union(KEY_SPELLINGS), key=len, reverse=True)
 
     def reveal(self) -> str:
@@ -510,17 +516,43 @@ def excerpt(data: bytes | bytearray, most: int = 300) -> str:
     return redact(text)[:most] or "nothing"
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """One JSON text, umlauts as they are; every file and answer of ours is written through this."""
+def to_json(value: Any, indent: int | None = None, surrogates: str = "backslashreplace") -> str:
+    """One JSON text, umlauts as they are; every file and answer of ours is written through this.
+
+    A lone surrogate, such as of an odd path, becomes \\udce9.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    # A lone surrogate, such as of an odd path, becomes \\udce9.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text.encode("utf-8", surrogates).decode()
 
 
 def to_jsonb(value: Any) -> str:
     """The same as Postgres takes it, which knows no lone surrogates."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return to_json(value, surrogates="replace")
+
+
+def merge_line(record: Any, line: Fields) -> None:
+    """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
+    for key, value in line.items():
+        known = record.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            value = {**known, **value}
+        record[key] = value
+
+
+def replaced(value: Any, marks: Fields) -> Any:
+    """`value` with what each text in it that is a mark stands for; a field for None is left out."""
+    if isinstance(value, list | tuple):
+        return [replaced(item, marks) for item in value]
+    if isinstance(value, Mapping):
+        fields = {}
+        for key, old in value.items():
+            new = replaced(old, marks)
+            if old is None or new is not None:
+                fields[key] = new
+        return fields
+    if isinstance(value, str):
+        return marks.get(value, value)
+    return value
 
 
 def new_uuid() -> str:
@@ -710,27 +742,18 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
 
     A megabyte at a time. Padding may be missing, and the end too.
     """
-    pending = b""
-    step = 1 << 20
-    for start in range(0, len(text), step):
-        piece = pending + bytes(text[start : start + step])
-        last = start + step >= len(text)
-        cut = len(piece)
-        if not last:  # half an escape waits
-            cut = max(0, piece.rfind(b"\\", cut - 6))
-            if cut < len(piece) - 6:
-                cut = len(piece)
-        pending = piece[cut:]
-        plain = re.sub(rb"\\u00(\w\w)", lambda hit: bytes.fromhex(hit[1].decode()), piece[:cut])
+    rest = half = b""
+    for start in range(0, len(text), 1 << 20):
+        piece = rest + half + text[start : start + (1 << 20)]
+        # Half an escape waits for its other half, and four characters make three bytes.
+        half = re.findall(rb"(?:\\(?:u\w{0,3})?)?\Z", piece[-5:])[0]
+        plain = piece.removesuffix(half)
+        plain = re.sub(rb"\\u00(\w\w)", lambda hit: binascii.a2b_hex(hit[1]), plain)
         plain = re.sub(rb"\\[nrt]|\\", b"", plain).translate(BASE64_ALPHABET)
-        # Four characters at a time; of the last ones padding may be missing, or the end.
-        rest = len(plain) % 4
-        if last and rest > 1:
-            plain += b"=" * (4 - rest)
-        else:
-            pending = plain[len(plain) - rest :] + pending
-            plain = plain[: len(plain) - rest]
-        spool.write(binascii.a2b_base64(plain))
+        rest = plain[len(plain) // 4 * 4 :]
+        spool.write(binascii.a2b_base64(plain.removesuffix(rest)))
+    if len(rest) > 1:
+        spool.write(binascii.a2b_base64(rest + b"=="))
     spool.seek(0)
     return spool
 
@@ -739,55 +762,45 @@ BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def png_plane(file: BinaryIO) -> Iterator[bytes]:
-    """The last channel of an 8-bit PNG, row by row, as far as it is asked for.
+    """The last channel of an 8-bit PNG, row by row, undone as far as it is asked for.
 
     That is the alpha of RGBA and of grey with alpha, and of a palette what tRNS makes of it.
     ValueError where there is no alpha.
     """
-    file.seek(16)
-    width, height, depth, color, interlaced = _unpack(file, ">IIBBxxB4x")
+    file.seek(0)
+    chunks = [*png_chunks(file.read())]
+    width, height, depth, color, interlaced = struct.unpack(">IIBBxxB", chunks[0][1])
     channels = {3: 1, 4: 2, 6: 4}.get(color, 0)
     if depth != 8 or interlaced or not channels:
         raise ValueError("an 8-bit PNG with alpha, and not interlaced, is needed")
-    inflater = zlib.decompressobj()
-    table = bytes(256)
-    line = bytearray()
-    above = bytes(width)
-    kind = b""
-    while height > 0:
-        length, kind = _unpack(file, ">I4s")
-        if kind == b"tRNS":
-            table = file.read(length).ljust(256, b"\xff")
-        elif kind != b"IDAT":
-            file.seek(length, os.SEEK_CUR)
-        elif color == 3 and not any(table):
+    table = bytes(range(256))
+    if color == 3:
+        table = dict(chunks).get(b"tRNS", b"").ljust(256, b"\xff")
+        if min(table) == 255:
             raise ValueError("its palette has no transparent color")
-        else:
-            packed = file.read(length)
-            while packed and height > 0:
-                line += inflater.decompress(packed, 1 << 20)
-                packed = inflater.unconsumed_tail
-                rows, left = divmod(len(line), 1 + width * channels)
-                for start in range(0, len(line) - left, 1 + width * channels):
-                    row = bytes(line[start : start + 1 + width * channels])
-                    above = png_unfiltered(row[0], row[channels::channels], above)
-                    yield above.translate(table) if color == 3 else above
-                height -= rows
-                del line[: len(line) - left]
-        file.seek(4, os.SEEK_CUR)
+    size = 1 + width * channels
+    packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
+    lines = zlib.decompressobj().decompress(packed, size * height)
+    if len(lines) < size * height:
+        raise zlib.error("it breaks off")
+    row = bytes(width)
+    for start in range(0, len(lines), size):
+        line = lines[start + channels : start + size : channels]
+        row = png_unfiltered(lines[start], line, row)
+        yield row.translate(table)
 
 
 def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     """A channel of one row as it was before a PNG's filter; its pixels do not touch others."""
     if kind == 0:
         return bytes(line)
-    if kind == 2:
-        return bytes((x + up) & 255 for x, up in zip(line, above, strict=True))
     row = bytearray()
     left = corner = 0
     for x, up in zip(line, above, strict=True):
         base = left
-        if kind == 3:
+        if kind == 2:
+            base = up
+        elif kind == 3:
             base = (left + up) // 2
         elif kind == 4:
             # Paeth: which of the three is nearest to left + up - corner; on a tie in this order.
@@ -831,14 +844,14 @@ def png_text(data: bytes, keyword: str) -> str:
             continue
         if kind == b"tEXt":
             return text.decode("latin-1")
-        packed = kind == b"zTXt"
-        if kind == b"iTXt":
-            packed = text[:1] == b"\1"
-            text = text[2:].split(b"\0", 2)[-1]
-        elif packed:
-            text = text[1:]
+        if kind == b"zTXt":  # as an iTXt would have it
+            text = b"\1\0\0\0" + text[1:]
+        packed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]
         with suppress(zlib.error):
-            return (zlib.decompress(text) if packed else text).decode("utf-8", "replace")
+            if packed:
+                text = zlib.decompress(text)
+            return text.decode("utf-8", "replace")
     return ""
 
 
@@ -918,12 +931,17 @@ class Request(NamedTuple):
 
     def marks(self) -> dict[str, Input]:
         """What stands for each input where an option or a workflow has a place for it."""
-        marks = {}
-        for number, image in enumerate(self.images, 1):
-            marks[f"{{image{number}}}".replace("1}", "}")] = image
+        marks = {image_mark(number): image for number, image in enumerate(self.images, 1)}
         if self.mask:
             marks["{mask}"] = self.mask
         return marks
+
+
+def image_mark(number: int) -> str:
+    """How an option or a workflow names the place of the first, second, … image."""
+    if number == 1:
+        return "{image}"
+    return f"{{image{number}}}"
 
 
 def size_fault(width: int, height: int) -> str:
@@ -964,9 +982,15 @@ class Order(NamedTuple):
 
     def request(self) -> Request:
         """The first image of the order, without its inputs."""
-        fields = self._asdict()
-        own = Request._fields
-        return Request(**{name: fields[name] for name in own if name not in ("images", "mask")})
+        return request_of({**self._asdict(), "images": (), "mask": None})
+
+
+def request_of(fields: Any) -> Request:
+    """The request in a mapping that may hold other things too; what it lacks is at its default."""
+    if not isinstance(fields, Mapping):
+        fields = {}
+    known = {name: fields[name] for name in Request._fields if name in fields}
+    return Request("")._replace(**known)
 
 
 class Result(NamedTuple):
@@ -1024,7 +1048,12 @@ class Context:
         self._stopped = threading.Event()
         self._sockets: set[socket.socket] = set()
 
-    def progress(self, note: str, done: float | None = None, total: float | None = None) -> None:
+    def progress(
+        self,
+        note: str,
+        done: float | None = None,
+        total: float | None = None,
+    ) -> None:
         """A word for a person, and how far it is where the backend says."""
         note = printable(str(note))
         if isinstance(done, int | float) and isinstance(total, int | float):
@@ -1054,12 +1083,9 @@ class Context:
             self.why = self.why or "deadline"
         if self.why == "deadline":
             raise Failed(f"not done within {self.timeout:g} s", "give it longer with --timeout")
-        if self.why == "user":
-            raise Interrupted("interrupted")
-        if self.why == "released":
-            raise Interrupted("interrupted; the job there goes on")
+        messages = {"user": "interrupted", "released": "interrupted; the job there goes on"}
         if self.why:
-            raise Interrupted(f"stopped: the job was {self.why}")
+            raise Interrupted(messages.get(self.why, f"stopped: the job was {self.why}"))
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a stop or the deadline, which raise."""
@@ -1173,12 +1199,19 @@ class Backend:
         raise BadConfig(f"{type(self).__name__} makes no images")
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
-        """The image of an attempt that somebody else began; only where the remote keeps results.
+        """The image of an attempt that somebody else began, where the remote keeps results.
+
+        Otherwise the answer to its POST may be here, whole or cut off, with the image in it.
 
         `remote` is what ctx.remote() was told, which may lack the id; `since`, when it was sent;
         `body`, the prompt and seed that were sent; and `taken`, the ids of other attempts' jobs.
         """
-        raise Ended("this kind of backend keeps no results")
+        spool = ctx.spool()
+        _, end = image_in(inflated(ctx.kept_answer()), spool)
+        if not end:
+            raise Ended("this kind of backend keeps no results")
+        spool.seek(0)
+        return Result(spool, "", model=getattr(self.options, "model", None))
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
         """End the remote job; called with a fresh 3-second context. Raises where that failed."""
@@ -1202,7 +1235,11 @@ def register(kind: str) -> Callable[[type[Backend]], type[Backend]]:
     return add
 
 
-def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Backend], Any]:
+def options_of(
+    name: str,
+    blocks: Fields,
+    opts: Fields = EMPTY,
+) -> tuple[type[Backend], Any]:
     """The adapter class of the backend called `name`, and its checked Options.
 
     A request's `opts` are laid over the block; BadRequest where it may not set them.
@@ -1227,13 +1264,8 @@ def options_of(name: str, blocks: Fields, opts: Fields = EMPTY) -> tuple[type[Ba
             raise BadRequest(message)
         options = from_mapping(cls.Options, block)
         check_extra(cls, options, opts.get("extra"))
-        own = from_mapping(cls.Options, {**block, **opts})
-        merged_fields = {}
-        for key in opts:
-            both = (getattr(options, key), getattr(own, key))
-            if all(isinstance(value, Mapping) for value in both):
-                merged_fields[key] = {**both[0], **both[1]}
-        return cls, own._replace(**merged_fields)
+        merge_line(block, opts)
+        return cls, from_mapping(cls.Options, block)
 
 
 def check_extra(cls: type[Backend], options: Any, extra: Any) -> None:
@@ -1269,7 +1301,8 @@ def open_backend(
 
 def access_of(block: Fields | None) -> Access:
     """The Access in a backend's block."""
-    fields = {key: value for key, value in (block or {}).items() if key in Access._fields}
+    block = block or {}
+    fields = {key: block[key] for key in Access._fields if key in block}
     return from_mapping(Access, fields)
 
 
@@ -1389,22 +1422,19 @@ worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120,
 limits: {}                        # of jobs: backends: [name], per_owner: {pending: N, running: N}
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
+  flux-schnell-local: {"type": "comfyui", "base_url": "http://localhost:8188", \
+"model": "flux1-schnell.safetensors", "default_steps": 4}
+  flux-schnell-replicate: {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN", \
+"model": "black-forest-labs/flux-schnell"}
+  flux-dev-replicate: {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN", \
+"model": "black-forest-labs/flux-dev"}
+  gpt-image: {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"}
+  mock: {"type": "mock"}
 """
 # The sample's backends are built in, so that `-b gpt-image` needs no file; a file's own
 # are laid over them by name.
-_REPLICATE = {"type": "replicate", "api_token_env": "REPLICATE_API_TOKEN"}
-BUILTIN_BACKENDS: Mapping[str, Fields] = {
-    "flux-schnell-local": {
-        "type": "comfyui",
-        "base_url": "http://localhost:8188",
-        "model": "flux1-schnell.safetensors",
-        "default_steps": 4,
-    },
-    "flux-schnell-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-schnell"},
-    "flux-dev-replicate": {**_REPLICATE, "model": "black-forest-labs/flux-dev"},
-    "gpt-image": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "OPENAI_API_KEY"},
-    "mock": {"type": "mock"},
-}
+_BLOCKS = re.findall("(?m)^  (.+?): ({.+)", SAMPLE)
+BUILTIN_BACKENDS: Mapping[str, Fields] = {name: json.loads(block) for name, block in _BLOCKS}
 
 
 class Config(NamedTuple):
@@ -1423,8 +1453,8 @@ class Config(NamedTuple):
 
 def sample_text() -> str:
     """What `imagen config init` writes."""
-    lines = (f"  {name}: {json.dumps(block)}\n" for name, block in BUILTIN_BACKENDS.items())
-    return SAMPLE + re.sub(r'"([\w./-]+)"', r"\1", "".join(lines))
+    settings, heading, blocks = SAMPLE.partition("backends:\n")
+    return settings + heading + re.sub(r'"([\w./-]+)"', r"\1", blocks)
 
 
 def full_path(path: str) -> str:
@@ -1670,8 +1700,9 @@ def load_env_file(path: str) -> None:
         match = re.fullmatch(form, line, re.ASCII)
         if not match:
             raise BadConfig(f"env_file {path}, line {number}: not KEY=VALUE")
-        if match[1]:
-            os.environ.setdefault(match[1], match[2] or match[3] or match[4] or "")
+        name, *values = match.groups("")
+        if name:
+            os.environ.setdefault(name, "".join(values))
 
 
 # === Styles: named ways to dress a prompt ===
@@ -1885,34 +1916,29 @@ class Multipart:
     """The body of a form with files (RFC 7578), streamed from them; each time the same bytes."""
 
     def __init__(self, fields: Fields, files: Sequence[tuple[str, Input]]) -> None:
-        self.boundary = new_uuid()
-        self._parts: list[tuple[bytes, str]] = []  # what stands before a file, and its path
-        text = ""
-        for name, value in fields.items():
-            shown = value if isinstance(value, str) else to_json(value)
-            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"'
-            text += f"\r\n\r\n{shown}\r\n"
-        for name, image in files:
-            ending = image.mime_type.partition("/")[2]
-            text += f'--{self.boundary}\r\nContent-Disposition: form-data; name="{name}"; '
-            text += f'filename="{image.sha256[:16]}.{ending}"\r\nContent-Type: {image.mime_type}'
-            self._parts.append((f"{text}\r\n\r\n".encode(), image.path))
-            text = "\r\n"
-        self._end = f"{text}--{self.boundary}--\r\n".encode()
-
-    def headers(self) -> dict[str, str]:
-        """What announces it."""
-        sizes = [len(head) + os.path.getsize(path) for head, path in self._parts]
-        kind = f"multipart/form-data; boundary={self.boundary}"
-        return {"Content-Type": kind, "Content-Length": str(sum(sizes) + len(self._end))}
+        self._parts = (*fields.items(), *files)
+        self._boundary = new_uuid()
+        # What announces it.
+        self.headers = {
+            "Content-Type": f"multipart/form-data; boundary={self._boundary}",
+            "Content-Length": str(sum(map(len, self))),
+        }
 
     def __iter__(self) -> Iterator[bytes]:
-        for head, path in self._parts:
-            yield head
-            with open(path, "rb") as file:
-                while block := file.read(1 << 16):
-                    yield block
-        yield self._end
+        for name, value in self._parts:
+            head = f'--{self._boundary}\r\nContent-Disposition: form-data; name="{name}"'
+            if isinstance(value, Input):
+                kind = value.mime_type
+                head += f'; filename="{value.sha256[:16]}.{kind[6:]}"\r\nContent-Type: {kind}'
+                yield f"{head}\r\n\r\n".encode()
+                with open(value.path, "rb") as file:
+                    while block := file.read(1 << 16):
+                        yield block
+            else:
+                text = value if isinstance(value, str) else to_json(value)
+                yield f"{head}\r\n\r\n{text}".encode()
+            yield b"\r\n"
+        yield f"--{self._boundary}--\r\n".encode()
 
 
 def data_uri(image: Input) -> str:
@@ -1996,9 +2022,7 @@ class Http:
 
     def upload(self, path: str, form: Multipart) -> HttpResponse:
         """The 2xx response to a form with files that may be sent twice without harm."""
-        headers = form.headers()
-        url = self.base + path
-        return self._repeated(lambda: self._exchange(url, form, method="POST", headers=headers))
+        return self._repeated(lambda: self._exchange(self.base + path, form))
 
     def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
         """The 2xx response to a request that may be made twice without harm.
@@ -2014,21 +2038,25 @@ class Http:
 
         return self._repeated(attempt)
 
-    def pay(self, path: str, body: Fields, files: Sequence[tuple[str, Input]] = ()) -> HttpResponse:
+    def pay(
+        self,
+        path: str,
+        body: Fields,
+        files: Sequence[tuple[str, Input]] = (),
+    ) -> HttpResponse:
         """The 2xx response to a POST that costs money: JSON, or a form where there are `files`.
 
         Sent once, and again only after a response that proves `no`.
         """
         data: bytes | Multipart = json.dumps(body).encode()
-        headers: Strings = EMPTY
         if files:
             data = Multipart(body, files)
-            headers = data.headers()
         fields = body.get("input", body)
-        self.ctx.identity = {name: fields[name] for name in ("prompt", "seed") if name in fields}
+        named = ("prompt", "seed")
+        self.ctx.identity = {name: fields[name] for name in named if name in fields}
 
         def attempt() -> HttpResponse:
-            response = self._exchange(self.base + path, data, paid=True, headers=headers)
+            response = self._exchange(self.base + path, data, paid=True)
             if not_accepted(response):
                 self.ctx.settle(self.explain(response).charged)
             return response
@@ -2100,7 +2128,7 @@ class Http:
         ours = origin(url) == origin(self.base)
         usual = {"User-Agent": f"imagen/{__version__}"}
         if body is not None:
-            usual["Content-Type"] = "application/json"
+            usual.update(getattr(body, "headers", {"Content-Type": "application/json"}))
         request = urllib.request.Request(url, body, {**usual, **headers}, method=method)
         # Keys go to the base URL's own origin, and along no redirect.
         if ours:
@@ -2236,7 +2264,12 @@ def tls_context(ca_file: str) -> Any:
         raise BadConfig(f"ca_file: {ca_file}: {problem}") from None
 
 
-def _opener(ctx: Context, stack: ExitStack, first_byte: Callable[[], None], tls: Any) -> Any:
+def _opener(
+    ctx: Context,
+    stack: ExitStack,
+    first_byte: Callable[[], None],
+    tls: Any,
+) -> Any:
     """urllib's opener, but a stop can shut its sockets.
 
     `first_byte` is called before one leaves. Without urllib's error and redirect processors
@@ -2382,7 +2415,8 @@ class Mock(Backend):
         width = options.width
         height = options.height
         for image in request.images[:1]:
-            width, height = (min(max(16, edge), 8192) for edge in (image.width, image.height))
+            width = min(max(16, image.width), 8192)
+            height = min(max(16, image.height), 8192)
         return {
             "width": request.width or width,
             "height": request.height or height,
@@ -2404,8 +2438,7 @@ class Mock(Backend):
         if options.fail:
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
         size = self.plan(options, request)
-        seed = request.seed or 0
-        image, kept = mock_edit(request, seed, size["width"], size["height"])
+        image, kept = mock_picture(request, size["width"], size["height"])
         metadata: JsonObject = {}
         if request.images:
             metadata["inputs"] = [image.sha256 for image in request.images]
@@ -2414,23 +2447,19 @@ class Mock(Backend):
             image=io.BytesIO(image),
             mime_type="image/png",
             model="mock",
-            seed=seed,
+            seed=request.seed or 0,
             cost_usd=0.0,
             ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
             metadata=metadata,
         )
 
 
-def mock_picture(prompt: str, seed: int, width: int, height: int) -> bytes:
-    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below."""
-    return mock_edit(Request(prompt), seed, width, height)[0]
+def mock_picture(request: Request, width: int, height: int) -> tuple[bytes, bool]:
+    """A PNG: a sun over hills, placed by a hash of prompt and seed; the prompt below.
 
-
-def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[bytes, bool]:
-    """The same with the request's images: the hash of each flies as a small flag at the top.
-
-    And whether the mask kept anything: what it covers stays as it is in the first image, where that
-    is a picture of ours and of this size.
+    The hash of each image of the request flies as a small flag at the top. And whether the mask
+    kept anything: what it covers stays as it is in the first image, where that is a picture of ours
+    and of this size.
     """
     import hashlib
 
@@ -2438,6 +2467,7 @@ def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[byt
     # A row is painted as a few runs of one palette index, so a megapixel takes some
     # thousand steps, not a million. Indices 0 … 253 go from light to dark (sun, sky, then
     # three layers of hills); 254 is paper, 255 ink.
+    seed = request.seed or 0
     dice = hashlib.sha512(f"{prompt}\0{seed}".encode("utf-8", "replace")).digest()
     ramp = bytes(100 - i * 72 // (width + height) for i in range(width + height))
     rows = [bytearray(ramp[y : y + width]) for y in range(height)]
@@ -2460,10 +2490,11 @@ def mock_edit(request: Request, seed: int, width: int, height: int) -> tuple[byt
             index = shade + 45 * (y - top) // height
             rows[y][left:right] = bytes((index,)) * (right - left)
     for number, image in enumerate(request.images):
-        for y in range(2, min(8, height)):
-            flag = bytes(byte % 254 for byte in bytes.fromhex(image.sha256)[:3] for _ in range(4))
-            rows[y][2 + 14 * number : 14 + 14 * number] = flag
-        for row in rows[:8]:
+        left = 2 + 14 * number
+        colors = bytes.fromhex(image.sha256)[:3]
+        flag = bytes(byte % 254 for byte in colors for _ in range(4))
+        for row in rows[2:8]:
+            row[left : left + 12] = flag
             del row[width:]
     mock_write(rows, prompt)
     tint = [110 + dice[60 + channel] % 130 for channel in range(3)]
@@ -2479,24 +2510,19 @@ def mock_keep(rows: list[bytearray], request: Request) -> bytes:
     """Put back what the mask covers; the palette that this needs, b"" where it cannot be done."""
     if not request.mask:
         return b""
-    size = (len(rows[0]), len(rows))
     image = request.images[0]
     with open(image.path, "rb") as file:
         chunks = dict(png_chunks(file.read()))
-    if size != (image.width, image.height) or b"PLTE" not in chunks:
+    width = len(rows[0])
+    if (width, len(rows)) != (image.width, image.height) or b"PLTE" not in chunks:
         return b""
     lines = zlib.decompress(chunks[b"IDAT"])
     with open(request.mask.path, "rb") as file:
         for number, alpha in enumerate(png_plane(file)):
-            start = 1 + number * (size[0] + 1)
-            old = lines[start : start + size[0]]
-            if 0 in alpha:
-                triples = zip(rows[number], old, alpha, strict=True)
-                rows[number][:] = bytes(
-                    new if not opaque else kept for new, kept, opaque in triples
-                )
-            else:
-                rows[number][:] = old
+            start = 1 + number * (width + 1)
+            pairs = zip(rows[number], lines[start : start + width], strict=True)
+            pixels = zip(alpha, pairs, strict=True)
+            rows[number][:] = bytes(pair[opaque > 0] for opaque, pair in pixels)
     return chunks[b"PLTE"]
 
 
@@ -2657,14 +2683,15 @@ class ComfyUI(Backend):
         # A file prefix of its own keeps a cached run from naming an older run's file.
         prefix = f"{self.options.filename_prefix}/{prompt_id}".lstrip("/")
         for spec in graph.values():
-            if "filename_prefix" in spec["inputs"]:
-                spec["inputs"]["filename_prefix"] = prefix
+            inputs = spec["inputs"]
+            if "filename_prefix" in inputs:
+                inputs["filename_prefix"] = prefix
                 # Who takes a folder apart takes no slash here.
-                if any(re.search("path|folder|dir", key) for key in spec["inputs"]):
-                    spec["inputs"]["filename_prefix"] = prefix.replace("/", "-")
+                if re.search("path|folder|dir", " ".join(inputs)):
+                    inputs["filename_prefix"] = prefix.replace("/", "-")
         ctx.remote(prompt_id=prompt_id, model=model, steps=steps, ignored=ignored)
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": client_id}
-        with comfy_watching(self, ctx, f"/ws?clientId={client_id}", prompt_id):
+        with comfy_watching(self, ctx, body):
             try:
                 self._submit(http, body)
             except BadConfig:
@@ -2698,7 +2725,7 @@ class ComfyUI(Backend):
                 ctx.progress("queued")
             ctx.sleep(0.25)
         output = self.workflow.output if self.workflow else ""
-        file, others = comfy_outcome(entry, output)
+        file, *others = comfy_outcome(entry, output)
         further: list[Fields] = []
         if "file" in remote:
             file = remote["file"]
@@ -2721,14 +2748,11 @@ class ComfyUI(Backend):
                 if not any(http.get_json("/queue").values()):
                     http.post("/free", {"unload_models": True, "free_memory": True})
         ignored = tuple(remote.get("ignored") or ())
-        seed = request.seed
-        if "seed" in ignored:
-            seed = None
         return Result(
             image=image,
             mime_type="image/png",
             model=remote.get("model"),
-            seed=seed,
+            seed=None if "seed" in ignored else request.seed,
             steps=remote.get("steps") or None,
             cost_usd=0.0,
             ignored=ignored,
@@ -2764,9 +2788,8 @@ class ComfyUI(Backend):
         graph = self._graph(http, Request("a fox", seed=0)).graph
         if faults := comfy_faults(graph, http.get_json("/object_info")):
             raise BadConfig("; ".join(faults), "install what is missing, or change the workflow")
-        model = self.options.workflow
         if self.workflow:
-            model = f"{model} with {self.workflow.chosen()}"
+            model = f"{self.options.workflow} with {self.workflow.chosen()}"
         else:
             model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
@@ -2807,9 +2830,9 @@ class ComfyUI(Backend):
         # 1. One job by its id, without everybody else's queue, where the server can tell it.
         if self.has_jobs:
             try:
-                status = http.get_json(f"/api/jobs/{prompt_id}").get("status")
+                status = str(http.get_json(f"/api/jobs/{prompt_id}").get("status"))
                 if status in ("pending", "in_progress"):
-                    return str(status).replace("in_progress", "running"), {}
+                    return status.replace("in_progress", "running"), {}
             except BadConfig as problem:
                 self.has_jobs = "not found" in str(problem)
         # 2. Two looks: between them it may move from the queue into history.
@@ -3012,7 +3035,11 @@ def comfy_family(model: str, split: bool) -> ComfyFamily:
     )
 
 
-def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> tuple[Any, ...]:
+def comfy_parts(
+    node: Callable[..., Any],
+    family: ComfyFamily,
+    options: Any,
+) -> tuple[Any, ...]:
     """The links to model, text encoder and VAE; without `options.clip` they come in one file."""
     if not options.clip:
         model = node("CheckpointLoaderSimple", ckpt_name=options.model)
@@ -3045,41 +3072,16 @@ def comfy_parts(node: Callable[..., Any], family: ComfyFamily, options: Any) -> 
     return model, clip, vae
 
 
-def comfy_size(family: ComfyFamily, images: Sequence[Input]) -> tuple[int, int]:
-    """Width and height where the request has none: the first image's shape, the family's pixels."""
-    if not images:
+def comfy_size(family: ComfyFamily, request: Request) -> tuple[int, int]:
+    """The request's size, or else the first image's shape at the family's number of pixels."""
+    if request.width:
+        return request.width, request.height
+    if not request.images:
         return family.edge, family.edge
-    first = images[0]
-    scale = min(1.0, family.edge / (first.width * first.height) ** 0.5)
-    width, height = (max(64, round(edge * scale / 16) * 16) for edge in (first.width, first.height))
-    return width, height
-
-
-def comfy_guided(
-    node: Callable[..., Any],
-    schedule: Fields,
-    guide: Fields,
-    latent: Any,
-    size: tuple[int, int],
-    sampler: Fields,
-) -> Any:
-    """The link to the samples of a sampler that is put together from its parts."""
-    if guide["cfg"] > 1:
-        guider = node("CFGGuider", model=schedule["model"], **guide)
-    else:
-        guider = node("BasicGuider", model=schedule["model"], conditioning=guide["positive"])
-    if schedule["scheduler"] == "Flux2Scheduler":
-        sigmas = node("Flux2Scheduler", steps=schedule["steps"], width=size[0], height=size[1])
-    else:
-        sigmas = node("BasicScheduler", **schedule)
-    return node(
-        "SamplerCustomAdvanced",
-        noise=node("RandomNoise", noise_seed=sampler["seed"]),
-        guider=guider,
-        latent_image=latent,
-        sampler=node("KSamplerSelect", sampler_name=sampler["sampler_name"]),
-        sigmas=sigmas,
-    )
+    first = request.images[0]
+    scale = min(1.0, family.edge / (first.width * first.height) ** 0.5) / 16
+    width = max(4, round(first.width * scale)) * 16
+    return width, max(4, round(first.height * scale)) * 16
 
 
 def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGraph:
@@ -3096,12 +3098,8 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
     cfg = options.cfg or family.cfg
     steps = request.steps or family.steps
     guidance = options.guidance or family.guidance
-    width = request.width
-    height = request.height
-    if not width:
-        width, height = comfy_size(family, request.images)
+    width, height = comfy_size(family, request)
     loaded = [node("LoadImage", image=mark) for mark in request.marks()]
-    masks = [loaded.pop()] if request.mask else []
     # 2. The parts of the model.
     model, clip, vae = comfy_parts(node, family, options)
 
@@ -3119,26 +3117,30 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
                 link = node("ReferenceLatent", conditioning=link, latent=reference)
         return link
 
-    positive = encoded(request.prompt)
-    plain = positive
+    guide: JsonObject = {"positive": encoded(request.prompt), "cfg": cfg}
+    if cfg > 1 or not split:
+        guide["negative"] = encoded(request.negative_prompt)
+    elif not family.guided:
+        guide["negative"] = node("ConditioningZeroOut", conditioning=guide["positive"])
     if guidance and not (split and family.name == "schnell"):
-        positive = node("FluxGuidance", guidance=guidance, conditioning=positive)
+        guide["positive"] = node("FluxGuidance", guidance=guidance, conditioning=guide["positive"])
     denoise = 1.0
     if loaded and not family.references:
         # It starts from the image, and goes so far from it.
         denoise = request.strength or 0.75
-        fit = {"upscale_method": "lanczos", "width": width, "height": height, "crop": "center"}
-        latent = node("VAEEncode", pixels=node("ImageScale", image=loaded[0], **fit), vae=vae)
-        for mask in masks:
+        fit = {
+            "image": loaded[0],
+            "upscale_method": "lanczos",
+            "width": width,
+            "height": height,
+            "crop": "center",
+        }
+        latent = node("VAEEncode", pixels=node("ImageScale", **fit), vae=vae)
+        if request.mask:
             # LoadImage's second output is what is transparent.
-            latent = node("SetLatentNoiseMask", samples=latent, mask=[mask[0], 1])
+            latent = node("SetLatentNoiseMask", samples=latent, mask=[loaded[1][0], 1])
     else:
         latent = node(family.latent, width=width, height=height, batch_size=1)
-    guide = {"positive": positive, "cfg": cfg}
-    if cfg > 1 or not split:
-        guide["negative"] = encoded(request.negative_prompt)
-    elif not family.guided:
-        guide["negative"] = node("ConditioningZeroOut", conditioning=plain)
     # 4. The sampling, and the image.
     schedule = {
         "model": model,
@@ -3146,11 +3148,27 @@ def comfy_graph(family: ComfyFamily, options: Any, request: Request) -> ComfyGra
         "steps": steps,
         "denoise": denoise,
     }
-    sampler = {"seed": request.seed, "sampler_name": options.sampler or family.sampler}
-    if family.guided:
-        samples = comfy_guided(node, schedule, guide, latent, (width, height), sampler)
-    else:
+    sampler: JsonObject = {"sampler_name": options.sampler or family.sampler}
+    if not family.guided:
+        sampler["seed"] = request.seed
         samples = node("KSampler", latent_image=latent, **guide, **schedule, **sampler)
+    else:
+        if cfg > 1:
+            guider = node("CFGGuider", model=model, **guide)
+        else:
+            guider = node("BasicGuider", model=model, conditioning=guide["positive"])
+        if schedule["scheduler"] == "Flux2Scheduler":
+            sigmas = node("Flux2Scheduler", steps=steps, width=width, height=height)
+        else:
+            sigmas = node("BasicScheduler", **schedule)
+        samples = node(
+            "SamplerCustomAdvanced",
+            noise=node("RandomNoise", noise_seed=request.seed),
+            guider=guider,
+            latent_image=latent,
+            sampler=node("KSamplerSelect", **sampler),
+            sigmas=sigmas,
+        )
     node("SaveImage", images=node("VAEDecode", samples=samples, vae=vae), filename_prefix="")
     ignored = []
     # At cfg 1 a negative prompt has no effect at all.
@@ -3165,11 +3183,8 @@ def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
     for mark, image in request.marks().items():
         form = Multipart({"type": "input", "overwrite": "true"}, [("image", image)])
         answer = http.upload("/upload/image", form).mapping()
-        names[mark] = "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
-    for spec in graph.values():
-        for key, value in spec["inputs"].items():
-            if isinstance(value, str):
-                spec["inputs"][key] = names.get(value, value)
+        names[mark] = f"{answer.get('subfolder') or ''}/{answer['name']}".lstrip("/")
+    graph.update(replaced(graph, names))
 
 
 # Placeholder in a workflow, or key of `nodes` → field of the request.
@@ -3209,7 +3224,10 @@ class ComfyWorkflow(NamedTuple):
 
     def chosen(self) -> dict[str, list[str]]:
         """The places, as `nodes` in the config would name them."""
-        return {name: [".".join(place) for place in row] for name, row in self.places.items()}
+        chosen = {}
+        for name, places in self.places.items():
+            chosen[name] = [f"{node}.{key}" for node, key in places]
+        return chosen
 
     def filled(self, request: Request) -> ComfyGraph:
         """The graph with the request's values; what it leaves open stays as it is in the file."""
@@ -3256,20 +3274,26 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
     # 1. What the config says.
     places: dict[str, list[Place]] = {}
     output = str(nodes.get("output") or "")
-    for name in nodes.keys() - {"output"}:
-        if name not in (*COMFY_FIELDS, "image", "mask"):
-            names = [*COMFY_FIELDS, "image", "mask", "output"]
+    names = (*COMFY_FIELDS, "image", "mask", "output")
+    for name, named in nodes.items():
+        if name not in names:
             raise BadConfig(f"nodes.{name}: unknown, {nearest(name, names)}")
-        named = nodes[name] or []
+        if name == "output":
+            continue
         if isinstance(named, str):
             named = [named]
-        for place in map(str, named):
+        row = []
+        for number, place in enumerate(map(str, named or ()), 1):
             if place not in known:
                 raise comfy_misplaced(path, graph, f'nodes.{name}: it has no "{place}"')
-        places[name] = [place.rpartition(".")[::2] for place in map(str, named)]
-        if name in ("image", "mask"):
-            for number, (node, key) in enumerate(places.pop(name), 1):
-                graph[node]["inputs"][key] = f"{{{name}{number}}}".replace("1}", "}")
+            node, _, key = place.rpartition(".")
+            row.append((node, key))
+            if name == "image":
+                graph[node]["inputs"][key] = image_mark(number)
+            elif name == "mask":
+                graph[node]["inputs"][key] = "{mask}"
+        if name in COMFY_FIELDS:
+            places[name] = row
     if output and output not in graph:
         raise BadConfig(f'workflow {path}: nodes.output: it has no node "{output}"')
     # 2. What the graph itself says.
@@ -3280,7 +3304,8 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
             raise comfy_misplaced(path, graph, "which of its texts is the prompt?")
         places = {**found, **places}
     # 3. Without a place for the prompt every image would be the same.
-    workflow = ComfyWorkflow(graph, {name: row for name, row in places.items() if row}, output)
+    places = {name: row for name, row in places.items() if row}
+    workflow = ComfyWorkflow(graph, places, output)
     if not workflow.takes("prompt"):
         raise comfy_misplaced(
             path, graph, "no place for the prompt: put {prompt} there, or name one"
@@ -3296,18 +3321,15 @@ def comfy_read(path: str) -> Graph:
         document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
         raise BadConfig(f"workflow {path}: {problem}") from None
-    for wrapper in ("input", "workflow", "prompt"):
-        if isinstance(document, dict) and isinstance(document.get(wrapper), dict):
-            document = document[wrapper]
     graph: Graph = {}
     if isinstance(document, dict):
+        for wrapper in ("input", "workflow", "prompt"):
+            if isinstance(inner := document.get(wrapper), dict):
+                document = inner
         for node, spec in document.items():
-            if (
-                isinstance(spec, dict)
-                and "class_type" in spec
-                and isinstance(spec.get("inputs"), dict)
-            ):
-                graph[node] = spec
+            with suppress(AttributeError, KeyError, TypeError):
+                if spec["class_type"] and isinstance(spec["inputs"], dict):
+                    graph[node] = spec
     if not graph:
         raise BadConfig(
             f"workflow {path}: not in API format", 'in ComfyUI use "Export (API)", not "Save"'
@@ -3344,16 +3366,19 @@ def comfy_links(graph: Graph, node: str) -> dict[str, str]:
 def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
     """The nodes behind these inputs (a pattern) of a node, the nearest first."""
     links = comfy_links(graph, node)
-    waiting = [links[key] for key in links if re.fullmatch(inputs, key)]
-    nodes: dict[str, None] = {}
-    for source in waiting:
-        if source not in nodes:
-            nodes[source] = None
-            waiting += comfy_links(graph, source).values()
-    return [*nodes]
+    nodes = [links[key] for key in links if re.fullmatch(inputs, key)]
+    for source in nodes:
+        further = comfy_links(graph, source).values()
+        nodes += [link for link in further if link not in nodes]
+    return [*dict.fromkeys(nodes)]
 
 
-def comfy_values(graph: Graph, node: str, field: str, role: str = "") -> list[Place]:
+def comfy_values(
+    graph: Graph,
+    node: str,
+    field: str,
+    role: str = "",
+) -> list[Place]:
     """The places of a field's values in a node, or in those that its inputs are linked to."""
     name, kind = COMFY_INPUTS[field]
     behind = rf".*({name}).*|value|default|int|number"
@@ -3421,10 +3446,8 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     for node, spec in graph.items():
         if spec["inputs"].keys() & COMFY_SEEDS and comfy_links(graph, node).keys() & COMFY_GUIDES:
             passes.append(node)
-    later = set()
-    for node in passes:
-        if set(passes) & set(comfy_upstream(graph, node, "(?!model).*")):
-            later.add(node)
+    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in passes}
+    later = [node for node in passes if not behind.keys().isdisjoint(behind[node])]
     for node in sorted(passes, key=later.__contains__):
         # 2. Their texts. All inputs of one encoder get the prompt, but not all that is joined.
         guider = comfy_links(graph, node).get("guider", node)
@@ -3454,8 +3477,8 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     return unique, [*dict.fromkeys(filter(None, texts))]
 
 
-def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]]:
-    """The image file that a history entry means: {filename, subfolder, type}; and its other images.
+def comfy_outcome(entry: Fields, output: str = "") -> list[Fields]:
+    """The images of a history entry, {filename, subfolder, type}; first the one that is meant.
 
     `output`: the node that has to have made it; "": the last one. Ended where there is none.
     """
@@ -3474,19 +3497,25 @@ def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]
         if "OutOfMemory" in str(details.get("exception_type")):
             hint = "out of GPU memory: ask for a smaller size"
         raise Ended(f"{details.get('node_type', 'a node')} failed: {reason}", hint)
-    files = [*comfy_files(entry)]
-    images = [(node, file) for node, file in files if comfy_is_image(file)]
-    if output:
-        images = [(node, file) for node, file in images if node == output]
+    images = []
+    others = []
+    for node, file in comfy_files(entry):
+        name = str(file["filename"])
+        ending = name.rpartition(".")[2].lower().replace("jpeg", "jpg")
+        if ending in MIME_TYPES and output in ("", node):
+            images.append((node, file))
+        others.append(name)
     if not images:
-        made = ", ".join(str(file["filename"]) for _, file in files)
-        reason = f"the server made only {made}" if made else "the server returned no images"
+        reason = "the server returned no images"
+        if others:
+            reason = f"the server made only {', '.join(others)}"
         raise Ended(reason, "does the workflow end in a SaveImage node?")
     # The history lists nodes in any order. Who has most behind it was executed last; the first
     # of its images is the one that the seed alone decides.
     graph = {}
     with suppress(IndexError, KeyError, TypeError):
-        graph = {node: spec for node, spec in entry["prompt"][2].items() if spec["inputs"]}
+        specs = entry["prompt"][2].items()
+        graph = {node: spec for node, spec in specs if spec["inputs"]}
 
     def rank(pair: tuple[str, Fields]) -> tuple[bool, int]:
         node, file = pair
@@ -3496,13 +3525,7 @@ def comfy_outcome(entry: Fields, output: str = "") -> tuple[Fields, list[Fields]
         return file.get("type") == "output", depth
 
     _, file = max(images, key=rank)
-    return file, [other for _, other in images if other is not file]
-
-
-def comfy_is_image(file: Fields) -> bool:
-    """Whether a file of the server is a picture, by its name."""
-    ending = str(file["filename"]).rpartition(".")[2].lower()
-    return ending.replace("jpeg", "jpg") in MIME_TYPES
+    return [file, *(other for _, other in images if other is not file)]
 
 
 def comfy_files(entry: Fields) -> Iterator[tuple[str, Fields]]:
@@ -3524,7 +3547,8 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
         if not known:
             faults.append(f"node {node}: {spec['class_type']} is not installed")
             continue
-        inputs = {**known["input"].get("required", {}), **known["input"].get("optional", {})}
+        kinds = known["input"]
+        inputs = {**kinds.get("required", {}), **kinds.get("optional", {})}
         for key, value in spec["inputs"].items():
             choices = comfy_choices(inputs.get(key))
             if isinstance(value, str) and choices and value not in choices:
@@ -3534,13 +3558,11 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
 
 
 def comfy_error(response: HttpResponse) -> ImagenError:
-    """What a response complains of.
+    """What a response complains of; AttributeError or KeyError where it has no body of ComfyUI's.
 
     Its node_errors, which a 200 may have too, say more than the rest.
     """
     document = response.json()
-    if not isinstance(document, dict):
-        return explain_status(response)
     lines = []
     kinds = set()
     for node, spec in (document.get("node_errors") or {}).items():
@@ -3552,9 +3574,7 @@ def comfy_error(response: HttpResponse) -> ImagenError:
         return BadRequest("; ".join(lines))
     if lines:
         return BadConfig("; ".join(lines))
-    error = document.get("error")
-    if not isinstance(error, dict):
-        return explain_status(response)
+    error = document["error"]
     text = excerpt(f"{error.get('message', '')} {error.get('details', '')}".encode())
     hint = ""
     if "node" in text.lower():
@@ -3582,15 +3602,14 @@ def comfy_choices(spec: Any) -> list[str]:
     """The values an enum input takes, in its old or new shape; [] where there are none."""
     if not spec:
         return []
-    if isinstance(spec[0], list):
-        return spec[0]
-    if len(spec) < 2:
-        return []
-    return list(spec[1].get("options", ()))
+    first, *details = spec
+    if isinstance(first, list):
+        return first
+    return list(dict(*details).get("options", ()))
 
 
 @contextmanager
-def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) -> Iterator[None]:
+def comfy_watching(backend: ComfyUI, ctx: Context, body: Fields) -> Iterator[None]:
     """While inside, ctx.progress gets the sampler's steps from the server's websocket."""
     listening = Context()
     greeted = threading.Event()
@@ -3598,11 +3617,12 @@ def comfy_watching(backend: ComfyUI, ctx: Context, path: str, prompt_id: str) ->
     def listen() -> None:
         # Progress is a courtesy, and losing it does no harm: /history is what counts.
         with suppress(Exception):
-            for text in websocket_texts(listening, backend, path):
+            for text in websocket_texts(listening, backend, f"/ws?clientId={body['client_id']}"):
                 greeted.set()
                 event = json.loads(text)
                 data = event.get("data") or {}
-                if event.get("type") == "progress" and data.get("prompt_id") == prompt_id:
+                ours = data.get("prompt_id") == body["prompt_id"]
+                if event.get("type") == "progress" and ours:
                     ctx.progress("sampling", data.get("value"), data.get("max"))
         greeted.set()
 
@@ -3667,7 +3687,7 @@ class ReplicateModel(NamedTuple):
     Others get width, height, steps and negative prompt as the request has them.
     """
 
-    usd: float | None  # one image, in the table of PRICED
+    usd: float | None = None  # one image, in the table of PRICED
     steps: bool = False  # whether it takes num_inference_steps
     longest: int = 0  # pixels of an edge, from 256 on; 0: it takes an aspect ratio alone
     step: int = 1  # that an edge must be a multiple of
@@ -3685,16 +3705,14 @@ REPLICATE_MODELS = {
     ),
     "black-forest-labs/flux-1.1-pro": ReplicateModel(0.04, longest=1440, step=32),
     "black-forest-labs/flux-pro": ReplicateModel(0.055, longest=1440, step=32),
-    "black-forest-labs/flux-2-pro": ReplicateModel(
-        None, longest=2048, step=16, image="input_images[]"
-    ),
-    "black-forest-labs/flux-fill-pro": ReplicateModel(None, image="image", mask="mask"),
-    "black-forest-labs/flux-kontext-dev": ReplicateModel(None, image="input_image"),
-    "black-forest-labs/flux-kontext-pro": ReplicateModel(None, image="input_image"),
-    "black-forest-labs/flux-kontext-max": ReplicateModel(None, image="input_image"),
-    "google/nano-banana": ReplicateModel(None, image="image_input[]"),
-    "openai/gpt-image-1": ReplicateModel(None, image="input_images[]"),
-    "qwen/qwen-image-edit": ReplicateModel(None, image="image"),
+    "black-forest-labs/flux-2-pro": ReplicateModel(longest=2048, step=16, image="input_images[]"),
+    "black-forest-labs/flux-fill-pro": ReplicateModel(image="image", mask="mask"),
+    "black-forest-labs/flux-kontext-dev": ReplicateModel(image="input_image"),
+    "black-forest-labs/flux-kontext-pro": ReplicateModel(image="input_image"),
+    "black-forest-labs/flux-kontext-max": ReplicateModel(image="input_image"),
+    "google/nano-banana": ReplicateModel(image="image_input[]"),
+    "openai/gpt-image-1": ReplicateModel(image="input_images[]"),
+    "qwen/qwen-image-edit": ReplicateModel(image="image"),
 }
 REPLICATE_INLINE = 256 << 10  # bytes of an image that goes along as a data URI
 # Aspect ratio → a ratio halfway to that of the pixels it comes out as, so that asking
@@ -3753,12 +3771,12 @@ class Replicate(Backend):
     @classmethod
     def takes(cls, options: Options) -> Takes:
         """What the table knows of the model, or what `extra` has a place for."""
-        known = REPLICATE_MODELS.get(options.model.partition(":")[0], ReplicateModel(None))
+        known = REPLICATE_MODELS.get(options.model.partition(":")[0], ReplicateModel())
         images = len(re.findall(r"\{image\d*\}", to_json(options.extra)))
         if known.image:
             images = 14 if known.image.endswith("[]") else 1
-        mask = bool(known.mask) or "{mask}" in to_json(options.extra)
-        return Takes(images, mask, bool(known.strength))
+        mask = known.mask or "{mask}" in to_json(options.extra)
+        return Takes(images, bool(mask), bool(known.strength))
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
@@ -3774,8 +3792,7 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        inputs = self._with_images(http, self.plan(self.options, request), request)
-        body: JsonObject = {"input": inputs}
+        body: JsonObject = {"input": self._with_images(http, request)}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -3834,23 +3851,16 @@ class Replicate(Backend):
         keys.update(self.headers)
         return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
 
-    def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
+    def _with_images(self, http: Http, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
         links = {}
         for mark, image in request.marks().items():
-            links[mark] = data_uri(image) if os.path.getsize(image.path) <= REPLICATE_INLINE else ""
-            if not links[mark]:  # free, and may be sent twice; it expires there by itself
+            if os.path.getsize(image.path) <= REPLICATE_INLINE:
+                links[mark] = data_uri(image)
+            else:  # free, and may be sent twice; it expires there by itself
                 answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
                 links[mark] = str(answer["urls"]["get"])
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: filled(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [filled(item) for item in value]
-            return links.get(value, value) if isinstance(value, str) else value
-
-        return filled(inputs)
+        return replaced(self.plan(self.options, request), links)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -4157,39 +4167,40 @@ class OpenAI(Backend):
         """Pay, and take the image out of the response."""
         options = self.options
         http = self._http(ctx)
-        body, ignored = openai_body(options, request)
+        body, _ = openai_body(options, request)
         ctx.progress("waiting for the image")
-        if not request.images:
-            response = http.pay("/images/generations", body)
-        elif options.edits_as == "json":
-            links = [{"image_url": data_uri(image)} for image in request.images]
-            body["images"] = links
+        path = "/images/generations"
+        files: list[tuple[str, Input]] = []
+        if request.images:
+            path = "/images/edits"
+        if options.edits_as == "json":
+            links = [{"image_url": data_uri(image)} for image in request.marks().values()]
             if request.mask:
-                body["mask"] = {"image_url": data_uri(request.mask)}
-            response = http.pay("/images/edits", body)
+                body["mask"] = links.pop()
+            if links:
+                body["images"] = links
         else:
             name = "image" if len(request.images) == 1 else "image[]"
             files = [(name, image) for image in request.images]
             if request.mask:
                 files.append(("mask", request.mask))
-            response = http.pay("/images/edits", body, files)
-        return self._result(ctx, response.body, response.headers, request, ignored)
+        response = http.pay(path, body, files)
+        return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
-        _, ignored = openai_body(self.options, request)
-        if remote.get("url"):
-            image = self._fetch(ctx, str(remote["url"]))
-            return Result(image, "", model=self.options.model, ignored=ignored)
+        if link := remote.get("url"):
+            _, ignored = openai_body(self.options, request)
+            return Result(self._fetch(ctx, link), "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
-            return self._result(ctx, body, EMPTY, request, ignored, Ended)
-        raise Ended("this kind of backend keeps no results")
+            return self._result(ctx, body, EMPTY, request, Ended)
+        return super().resume(ctx, remote, request)
 
-    def _fetch(self, ctx: Context, link: str) -> BinaryIO:
+    def _fetch(self, ctx: Context, link: Any) -> BinaryIO:
         # The link is all that we have of an image that was paid for.
         ctx.remote(url=link)
         try:
-            return self._http(ctx).download(joined(self.base + "/", link))
+            return self._http(ctx).download(joined(self.base + "/", str(link)))
         except (Unreachable, BadConfig, BadRequest, Failed) as problem:
             raise Unknown(f"made, but its link could not be fetched: {problem}") from None
 
@@ -4199,10 +4210,10 @@ class OpenAI(Backend):
         body: bytes | bytearray,
         headers: Any,
         request: Request,
-        ignored: tuple[str, ...],
         without_image: type[ImagenError] = Unknown,
     ) -> Result:
         options = self.options
+        _, ignored = openai_body(options, request)
         # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
         document, image = openai_answer(body, ctx)
         item = (openai_data(document) or [{}])[0]
@@ -4215,7 +4226,7 @@ class OpenAI(Backend):
         # 2. The image, from the response or behind its link.
         if not image and not link:
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or self._fetch(ctx, str(link))
+        image = image or self._fetch(ctx, link)
         # 3. What is known of it.
         cost = openai_cost(options.model, usage)
         if cost is None:
@@ -4285,22 +4296,8 @@ def openai_body(options: Any, request: Request) -> Prepared:
     if request.images and options.input_fidelity and not options.model.startswith("gpt-image-2"):
         body["input_fidelity"] = options.input_fidelity
     # `extra` may place a value of the request under a name of its own.
-    marks = {"{seed}": "seed", "{steps}": "steps", "{negative}": "negative_prompt"}
-    placed = set()
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [filled(item) for item in value]
-        if isinstance(value, Mapping):
-            pairs = [(key, item, filled(item)) for key, item in value.items()]
-            # What the request has no value for is left out.
-            return {key: new for key, old, new in pairs if old is None or new is not None}
-        if mark := marks.get(str(value)):
-            placed.add(mark)
-            return values[mark]
-        return value
-
-    body.update(filled(options.extra))
+    marks = dict(zip(("{seed}", "{steps}", "{negative}"), values.values(), strict=True))
+    body.update(replaced(options.extra, marks))
     body = {key: value for key, value in body.items() if value is not None}
     if body.get("n") != 1:
         raise BadRequest("n: one request makes one image here", "-n N makes several")
@@ -4308,8 +4305,12 @@ def openai_body(options: Any, request: Request) -> Prepared:
         raise BadRequest(
             f"output_format {body['output_format']}: not one that ImaGen keeps", "png, jpeg or webp"
         )
-    sent = {*body, *placed}
-    ignored = (field for field in values if values[field] is not None and field not in sent)
+    extra = replaced(options.extra, EMPTY)
+    ignored = []
+    for (field, value), mark in zip(values.items(), marks, strict=True):
+        # A mark that has a place there would change it.
+        if value is not None and field not in body and replaced(extra, {mark: None}) == extra:
+            ignored.append(field)
     return body, tuple(ignored)
 
 
@@ -4912,8 +4913,8 @@ def state_path(*parts: str) -> str:
     entries_folder = os.path.join(folder, "open")
     if not os.path.isdir(entries_folder):
         with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            os.makedirs(entries_folder, mode=0o700, exist_ok=True)
+            for place in (folder, entries_folder):
+                os.makedirs(place, mode=0o700, exist_ok=True)
     return os.path.join(folder, *parts)
 
 
@@ -5021,15 +5022,6 @@ def append_line(fd: int, line: Fields, durable: bool) -> None:
         os.fsync(fd)
 
 
-def merge_line(record: Any, line: Fields) -> None:
-    """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
-    for key, value in line.items():
-        known = record.get(key)
-        if isinstance(known, dict) and isinstance(value, Mapping):
-            value = {**known, **value}
-        record[key] = value
-
-
 def merged(text: bytes) -> JsonObject:
     """What the lines of an entry say together; a torn line says nothing.
 
@@ -5078,19 +5070,11 @@ def from_release_before(record: JsonObject) -> Record:
     return typing.cast(Record, record)
 
 
-def request_of(fields: Any) -> Request:
-    """The request in a mapping that may hold other things too; what it lacks is at its default."""
-    if not isinstance(fields, Mapping):
-        fields = {}
-    known = {name: fields[name] for name in Request._fields if name in fields}
-    return Request("")._replace(**known)
-
-
 def input_fields(image: Input) -> JsonObject:
     """What a sidecar says of an input."""
-    fields = image._asdict()
+    fields = sparse(image)
     del fields["path"]
-    return {key: value for key, value in fields.items() if value != Input._field_defaults.get(key)}
+    return fields
 
 
 def first_sidecar(
@@ -5338,7 +5322,8 @@ def find_image(name: str) -> Record | None:
             return record
     if not sidecar:
         return None
-    return Record(id=image_id, at=sidecar.get("timestamp", ""), path=path, sidecar=sidecar)
+    at = sidecar.get("timestamp", "")
+    return Record(id=image_id, at=at, path=path, sidecar=sidecar)
 
 
 # === Inputs: images that come in: local copies by hash ===
@@ -5370,20 +5355,24 @@ def hidden_inputs() -> Iterator[Callable[[], str]]:
             unlink_quietly(path)
 
 
-def input_of(source: str, ctx: Context) -> Input:
+def input_of(source: str | Input, ctx: Context) -> Input:
     """The copy of the image that `source` names: a path, an http address, a data URI, an id.
 
+    What is a copy already, as for a fallback, is taken as it is.
     BadRequest where it is no whole image of a size and format that anybody takes.
     """
     import hashlib
 
-    record: Record | None = None
+    if isinstance(source, Input):
+        return source
     place = source
+    image_id = ""
     if source == "last" or is_uuid(source):
         record = find_image(source)
         if not record:
             raise BadRequest(f"{source}: no image of that id is known here")
         place = record["path"]
+        image_id = record["sidecar"]["image_id"]
     name = os.path.basename(place.partition("?")[0]) or "image"
     if source.startswith("data:"):
         name = "data"
@@ -5396,17 +5385,26 @@ def input_of(source: str, ctx: Context) -> Input:
         with spool:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
-            image = checked_input(spool, name)
+            sniffed = checked_input(spool, name)
+            orientation = 1
+            if sniffed.format == "jpg":
+                orientation = exif_orientation(spool)
             spool.seek(0)
             digest = hashlib.file_digest(spool, "sha256").hexdigest()
         path = os.path.join(folder, digest)
         os.replace(hidden, path)
     finally:
         unlink_quietly(hidden)
-    image_id = ""
-    if record:
-        image_id = record["sidecar"]["image_id"]
-    return image._replace(path=path, sha256=digest, image_id=image_id)
+    return Input(
+        path=path,
+        name=name,
+        sha256=digest,
+        width=sniffed.width,
+        height=sniffed.height,
+        mime_type=MIME_TYPES[sniffed.format],
+        image_id=image_id,
+        orientation=orientation,
+    )
 
 
 def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
@@ -5431,8 +5429,8 @@ def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
         raise BadRequest(f"{place[:100]}: more than {most >> 20} MB")
 
 
-def checked_input(spool: Spool, name: str) -> Input:
-    """What an image that came in is, still without path and hash."""
+def checked_input(spool: Spool, name: str) -> Sniffed:
+    """What an image that came in is; BadRequest where nobody could take it."""
     sniffed = sniff(spool)
     if not sniffed:
         cure = "PNG, JPEG, WebP and GIF are; convert it, for example with ImageMagick"
@@ -5442,18 +5440,7 @@ def checked_input(spool: Spool, name: str) -> Input:
     if sniffed.width * sniffed.height > INPUT_PIXELS:
         size = f"{sniffed.width}x{sniffed.height}"
         raise BadRequest(f"{name}: {size} is more than {INPUT_PIXELS // 10**6} megapixels")
-    orientation = 1
-    if sniffed.format == "jpg":
-        orientation = exif_orientation(spool)
-    return Input(
-        path="",
-        name=name,
-        sha256="",
-        width=sniffed.width,
-        height=sniffed.height,
-        mime_type=MIME_TYPES[sniffed.format],
-        orientation=orientation,
-    )
+    return sniffed
 
 
 def check_mask(mask: Input, image: Input) -> None:
@@ -5472,7 +5459,7 @@ def check_mask(mask: Input, image: Input) -> None:
                 raise ValueError("no pixel of it is transparent, so nothing would be made anew")
     except (ValueError, struct.error, zlib.error) as problem:
         cure = "a PNG that is transparent where the image is to be made anew"
-        raise BadRequest(f"the mask: {problem or 'it breaks off'}", cure) from None
+        raise BadRequest(f"the mask: {problem}", cure) from None
 
 
 def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
@@ -5489,7 +5476,7 @@ def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
         raise BadRequest(message, f"backends that can: {', '.join(others) or 'none'}")
     if not request.images and (request.mask or request.strength):
         raise BadRequest("a mask or a strength needs an image to start from", "--image FILE")
-    for image in (*request.images, *filter(None, [request.mask])):
+    for image in request.marks().values():
         if image.mime_type not in {MIME_TYPES[kind] for kind in takes.formats}:
             kinds = ", ".join(takes.formats)
             raise BadRequest(f"{image.name}: {request.backend} takes {kinds} alone")
@@ -5500,15 +5487,9 @@ def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
         check_mask(request.mask, request.images[0])
 
 
-def inputs_in(sidecar: Sidecar) -> tuple[tuple[Input, ...], Input | None]:
-    """The images and the mask that a sidecar names, whose copies may be gone."""
-    images = []
-    for fields in (*sidecar.get("inputs", []), sidecar.get("mask")):
-        if fields:
-            path = state_path("inputs", str(fields["sha256"]))
-            images.append(Input(path=path, **fields))
-    mask = images.pop() if sidecar.get("mask") else None
-    return tuple(images), mask
+def input_in(fields: Fields) -> Input:
+    """An input that a sidecar names, whose copy may be gone."""
+    return Input(path=state_path("inputs", str(fields["sha256"])), **fields)
 
 
 def input_again(fields: Fields, folder: str) -> str:
@@ -5527,14 +5508,10 @@ def input_again(fields: Fields, folder: str) -> str:
 
 def sweep_inputs() -> None:
     """Remove the copies that no open entry names, and that nobody has waiting any more."""
-    folder = state_path("inputs")
-    named: set[str] = set()
-    for row in entries():
-        images, mask = inputs_in(row.record.get("sidecar") or {})
-        named.update(image.path for image in (*images, *filter(None, [mask])))
+    named = to_json([row.record for row in entries()])
     with suppress(FileNotFoundError):
-        for item in os.scandir(folder):
-            if item.path not in named and item.stat().st_mtime < time.time() - INPUT_KEPT_S:
+        for item in os.scandir(state_path("inputs")):
+            if item.name not in named and item.stat().st_mtime < time.time() - INPUT_KEPT_S:
                 unlink_quietly(item.path)
 
 
@@ -5990,10 +5967,21 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
 
+def check_text(text: str, place: str) -> None:
+    """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
+        raise BadRequest(message, "write it in UTF-8") from None
+    if "\0" in text:
+        raise BadRequest(f"{place}: a NUL stands behind {text.partition(chr(0))[0][-20:]!r}")
+
+
 def check_request(request: Request) -> None:
     """BadRequest where a request, as written or dressed by a style, cannot be meant."""
-    for field in ("prompt", "negative_prompt"):
-        check_text(getattr(request, field), field)
+    check_text(request.prompt, "prompt")
+    check_text(request.negative_prompt, "negative_prompt")
     if not request.prompt.strip():
         raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
     letters = len(request.prompt)
@@ -6009,17 +5997,6 @@ def check_limits(order: Order, limits: LimitsConfig) -> None:
     """BadRequest where an order of somebody else names what is not for them."""
     if limits.backends and order.backend not in ("", *limits.backends):
         raise BadRequest(f'backend "{order.backend}": not one that a request may name')
-
-
-def check_text(text: str, place: str) -> None:
-    """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
-        raise BadRequest(message, "write it in UTF-8") from None
-    if "\0" in text:
-        raise BadRequest(f"{place}: a NUL stands behind {text.partition(chr(0))[0][-20:]!r}")
 
 
 def refuse_keys(order: Order, config: Config) -> None:
@@ -6062,21 +6039,17 @@ class Run(Context):
 
         A paid POST that nobody can take back is waited for.
         """
-        if why == "user" and self.in_flight:
+        # A paid POST has left, and there is no id yet by which to cancel it.
+        if why == "user" and self.charged == "unknown" and not self.remote_ids:
             self.stop_pending = True
             return
         super().stop(why)
         if self._delivery and why != "deadline":
             self._delivery.stop(why)
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether a paid POST has left, and there is no id yet by which to cancel it."""
-        return self.charged == "unknown" and not self.remote_ids
-
-    def delivery(self, seconds: float) -> Context:
+    def delivery(self) -> Context:
         """The context of what comes after the work: a deadline of its own, but the same stop."""
-        self._delivery = Context(seconds, self._on_progress, self._on_warning)
+        self._delivery = Context(DELIVERY_S, self._on_progress, self._on_warning)
         if self.why not in ("", "deadline"):
             self._delivery.stop(self.why)
         return self._delivery
@@ -6120,6 +6093,9 @@ class Run(Context):
         self.answer = state_path("open", f"{self.id}.answer")
         self.fallback = state_path("open", f"{self.id}.part")
         self.answer_fallback = f"{self.hidden}.answer"
+        # Where bytes of this attempt may lie without a name: the image first, then answers.
+        images = (self.hidden, self.part, self.fallback)
+        self.hidden_files = (*images, self.answer, self.answer_fallback)
 
     # Every paid POST passes here, whoever asked for it. What may forbid it stands before the note:
     # once that is on disk, the attempt counts as sent.
@@ -6198,21 +6174,17 @@ class Run(Context):
 
     def complete_image_path(self) -> str:
         """Where a complete image of this entry lies without its name; "" where there is none."""
-        for path in (self.hidden, self.part, self.fallback):
+        for path in self.hidden_files[:3]:
             with suppress(OSError), open(path, "rb") as file:
                 sniffed = sniff(file)
                 if sniffed and sniffed.complete:
                     return path
         return ""
 
-    def hidden_files(self) -> Sequence[str]:
-        """Where bytes of this attempt may lie without a name: the image first, then answers."""
-        return (self.hidden, self.part, self.fallback, self.answer, self.answer_fallback)
-
     def clean(self) -> None:
         """Unlink the hidden names, unless that was done."""
         if not self._cleaned:
-            for path in (*self.hidden_files(), f"{self.hidden}.json"):
+            for path in (*self.hidden_files, f"{self.hidden}.json"):
                 unlink_quietly(path)
         self._cleaned = True
 
@@ -6241,7 +6213,7 @@ class Run(Context):
         if self.charged == "no" or self._cleaned or self.entry.record.get("path"):
             return True
         name = self.entry.record["name"].replace("{ext}", "bin")
-        for path in self.hidden_files():
+        for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
             with open(path, "rb") as source:
@@ -6270,10 +6242,7 @@ class Run(Context):
             yield
         except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
             error = self._record_failure(as_error(problem), backend)
-            cause = None
-            if not isinstance(problem, ImagenError):
-                cause = problem
-            raise error from cause
+            raise error from (None if isinstance(problem, ImagenError) else problem)
 
     def _record_failure(self, error: ImagenError, backend: Backend | None) -> ImagenError:
         # 1. Stop what goes on: the file here, the job there.
@@ -6334,7 +6303,7 @@ class Run(Context):
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
-            ids = [str(value) for key, value in self.remote_ids.items() if key.endswith("id")]
+            ids = [str(self.remote_ids[key]) for key in self.remote_ids if key.endswith("id")]
             message += f" ({', '.join(ids)})"
         if cancelled:
             message += "; cancelled there"
@@ -6361,14 +6330,10 @@ def styled_request(sidecar: Sidecar) -> Request:
     fields = {**requested, **sidecar}
     fields["prompt"] = sidecar["styled_prompt"]
     fields["steps"] = requested["steps"]
-    fields["images"], fields["mask"] = inputs_in(sidecar)
+    fields["images"] = tuple(map(input_in, sidecar.get("inputs", ())))
+    if mask := sidecar.get("mask"):
+        fields["mask"] = input_in(mask)
     return request_of(fields)
-
-
-def sparse(request: Request) -> JsonObject:
-    """A request without the fields that are at their defaults."""
-    defaults = Request._field_defaults
-    return {key: value for key, value in request._asdict().items() if value != defaults.get(key)}
 
 
 def make(plan: Plan, config: Config, run: Run) -> Result:
@@ -6481,7 +6446,12 @@ def finish(run: Run, result: Result) -> Record:
         image = result.image
         if isinstance(image, bytes | bytearray):
             image = io.BytesIO(image)
-        with image as source, spooled(source, run) as spool:
+        with image as source:
+            if isinstance(source, Spool):
+                spool = source
+            else:
+                spool = run.spool()
+                copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
             seed = run.entry.record["sidecar"].get("seed")
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
@@ -6509,15 +6479,6 @@ def open_further(run: Run, remote: Fields) -> Entry:
     return Entry.create(record)
 
 
-def spooled(source: BinaryIO | Spool, run: Run) -> Spool:
-    """The spool that an image came in, or a new one with its bytes."""
-    if isinstance(source, Spool):
-        return source
-    spool = run.spool()
-    copy_into(source, spool)
-    return spool
-
-
 def save(run: Run, place: str) -> Record:
     """From the complete image at `place` to its name, its sidecar and the record.
 
@@ -6540,7 +6501,10 @@ def save(run: Run, place: str) -> Record:
     run.note_best_effort(
         image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
-    warn_of_size(run, record["sidecar"], sidecar)
+    requested = [record["sidecar"].get(side) for side in ("width", "height")]
+    made = [sidecar["width"], sidecar["height"]]
+    if requested[0] and requested != made:
+        run.warn("asked {}x{}, got {}x{}".format(*requested, *made))
     # 3. Named, its sidecar first, and on record under that name.
     text = None
     if record.get("sidecar_wanted", True):
@@ -6557,14 +6521,6 @@ def save(run: Run, place: str) -> Record:
     if text and not os.path.exists(f"{path}.json"):
         run.warn(f"{path}.json: the sidecar could not be written")
     return record
-
-
-def warn_of_size(run: Run, requested: Sidecar, made: Sidecar) -> None:
-    """Say where an image has other pixels than were asked of its backend."""
-    width = requested.get("width")
-    height = requested.get("height")
-    if width and (width, height) != (made["width"], made["height"]):
-        run.warn(f"asked {width}x{height}, got {made['width']}x{made['height']}")
 
 
 def object_path(storage: str, entry_id: str, ending: str) -> str:
@@ -6655,7 +6611,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.note_best_effort(owner=config.owner_user_id)
-    ctx = run.delivery(DELIVERY_S)
+    ctx = run.delivery()
     errors = []
     while missing := [part for part in missing_uploads(record) if part in parts]:
         part = missing[0]
@@ -6665,7 +6621,14 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
         except Exception as problem:  # nothing of the cloud fails a generation
             error = as_error(problem)
             final = isinstance(error, BadRequest)
-            errors.append(_upload_error(part, error, final, ctx.why))
+            title = "usage" if part == "usage" else "cloud sync"
+            hints = []
+            if ctx.why != "deadline":  # which no --timeout moves
+                hints.append(error.hint)
+            if not final:
+                hints.append("later: imagen sync")
+            hint = "; ".join(filter(None, hints))
+            errors.append(type(error)(f"{title}: {error}", hint))
             if not final:
                 break
             # Refused for good: the next part may still go through.
@@ -6675,18 +6638,6 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
                 run.note_best_effort(refused=True)
     if errors:
         raise errors[0]
-
-
-def _upload_error(part: str, error: ImagenError, final: bool, why: str) -> ImagenError:
-    title = "cloud sync"
-    if part == "usage":
-        title = "usage"
-    hints = []
-    if why != "deadline":  # which no --timeout moves
-        hints.append(error.hint)
-    if not final:
-        hints.append("later: imagen sync")
-    return type(error)(f"{title}: {error}", "; ".join(filter(None, hints)))
 
 
 def upload_object(run: Run, cloud: Supabase) -> None:
@@ -6706,7 +6657,8 @@ def upload_object(run: Run, cloud: Supabase) -> None:
         if uploaded := cloud.storage_path_of(run.image_id):
             run.note_best_effort(object=uploaded, row=True)
             return
-        path = object_path(record["storage"], run.id, os.path.splitext(image)[1][1:])
+        _, ending = os.path.splitext(image)
+        path = object_path(record["storage"], run.id, ending[1:])
     with open(image, "rb") as file:
         if run.began_elsewhere:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -6745,11 +6697,10 @@ def _is_ours(path: str, run: Run) -> bool:
 def upload_usage(run: Run, cloud: Supabase) -> None:
     """Report what an attempt cost; again where that was not known the first time."""
     record = run.entry.record
-    reported = record["charged"]
-    if cloud.add_usage(usage_row(record)):
-        run.note_best_effort(usage=reported)
-    else:
-        run.note_best_effort(usage="for good")
+    reported: str = record["charged"]
+    if not cloud.add_usage(usage_row(record)):
+        reported = "for good"
+    run.note_best_effort(usage=reported)
 
 
 def recover(entry: Entry, config: Config, run: Run) -> Record | None:
@@ -6800,31 +6751,17 @@ def _claimed_image(run: Run) -> Record | None:
     return record
 
 
-def _answered(run: Run) -> Result | None:
-    # The answer to the paid POST may be here, whole or cut off, with the image in it.
-    body = inflated(run.kept_answer())
-    spool = run.spool()
-    with run.recording_failure():
-        _, end = image_in(body, spool)
-    if not end:
-        return None
-    spool.seek(0)
-    return Result(spool, "", model=run.entry.record["sidecar"].get("model"))
-
-
 def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
-    if type(backend).resume is Backend.resume and (result := _answered(run)):
-        return result
     others = []
     if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
         others = [row.record for row in entries()] + [*attempts()]
     remote = {
         "since": record.get("sending", ""),
         "body": record.get("body"),
-        "taken": [str((other.get("remote") or {}).get("id")) for other in others],
+        "taken": [str(other["remote"].get("id")) for other in others if other.get("remote")],
         **run.remote_ids,
     }
     with run.recording_failure(backend):
@@ -8188,7 +8125,7 @@ class Worker:
         with hidden_inputs() as hidden:
             order = run.order
             if run.inputs or run.mask:
-                cloud = Supabase(run.delivery(INPUT_S), config.supabase)
+                cloud = Supabase(run.delivery(), config.supabase)
                 places = [hidden() for _ in run.inputs]
                 for path, place in zip(run.inputs, places, strict=True):
                     cloud.fetch(path, run.owner, place)
@@ -10407,7 +10344,13 @@ class Terminal:
             "retryable": repeatable(error),
         }
 
-    def progress(self, now: Progress, elapsed: float, usual: float | None, count: str) -> None:
+    def progress(
+        self,
+        now: Progress,
+        elapsed: float,
+        usual: float | None,
+        count: str,
+    ) -> None:
         """Show how far something is, in as much room as there is."""
         columns = 80
         with suppress(OSError):
@@ -10482,7 +10425,8 @@ def usual_seconds(plan: Plan) -> float | None:
     for record in images_made(backend=plan.request.backend):
         sidecar = record["sidecar"]
         same_model = model in (None, sidecar.get("model"))
-        same_size = size in ((0, 0), (sidecar.get("width"), sidecar.get("height")))
+        made = (sidecar.get("width"), sidecar.get("height"))
+        same_size = size in ((0, 0), made)
         latency = sidecar.get("latency_ms")
         if same_model and same_size and isinstance(latency, int):
             times.append(latency / 1000)
@@ -10712,8 +10656,7 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
         sidecar["mask"] = input_again(mask, folder)
     fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
     order = from_mapping(Order, fields, f"--like {name}", BadRequest)
-    defaults = Order._field_defaults
-    return {key: value for key, value in order._asdict().items() if value != defaults.get(key)}
+    return sparse(order)
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:

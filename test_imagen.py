@@ -7130,7 +7130,7 @@ def mock_pixels(data: bytes) -> list[list[tuple[int, int, int]]]:
 @functools.cache
 def mock_strip(prompt: str, edge: int = 256) -> tuple[list[list[bool]], Any, Any]:
     """Where the ink is on the strip of paper at the foot, row by row; and the colors of paper and ink."""
-    rows = mock_pixels(imagen.mock_picture(prompt, 7, edge, edge))
+    rows = mock_pixels(imagen.mock_picture(imagen.Request(prompt, seed=7), edge, edge)[0])
     paper = rows[-1][0]
     top = edge
     while rows[top - 1][0] == rows[top - 1][-1] == paper and len(set(rows[top - 1])) <= 2:
@@ -7157,7 +7157,11 @@ def mock_glyphs(prompt: str) -> list[tuple[int, frozenset[tuple[int, int]]]]:
 
 def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
     expected = [*itertools.product(("a fox", "a fax"), (7, 8), (64, 96), (64, 96))]
-    assert len({imagen.mock_picture(*params) for params in expected * 2}) == len(expected)
+    pictures = set()
+    for prompt, seed, width, height in expected * 2:
+        request = imagen.Request(prompt, seed=seed)
+        pictures.add(imagen.mock_picture(request, width, height)[0])
+    assert len(pictures) == len(expected)
     made = [box.fox("--size", "64x64", "--seed", seed).lines[0] for seed in ("7", "7", "8")]
     first, same, other = (Path(path).read_bytes() for path in made)
     assert len(set(made)) == 3
@@ -7167,7 +7171,7 @@ def test_the_mock_is_deterministic_in_prompt_seed_and_size(box: Box) -> None:
 @pytest.mark.parametrize("size", [(64, 64), (1024, 1024)], ids=str)
 def test_a_mock_picture_has_many_colors(size: tuple[int, int]) -> None:
     for prompt in MOCK_PROMPTS[:3]:
-        rows = mock_pixels(imagen.mock_picture(prompt, 7, *size))
+        rows = mock_pixels(imagen.mock_picture(imagen.Request(prompt, seed=7), *size)[0])
         assert (len(rows[0]), len(rows)) == size
         assert len({color for row in rows for color in row}) >= 64
 
@@ -7175,7 +7179,7 @@ def test_a_mock_picture_has_many_colors(size: tuple[int, int]) -> None:
 def test_mock_two_prompts_differ_in_layout() -> None:
     edges = []
     for prompt in MOCK_PROMPTS:
-        upper = mock_pixels(imagen.mock_picture(prompt, 7, 256, 256))[
+        upper = mock_pixels(imagen.mock_picture(imagen.Request(prompt, seed=7), 256, 256)[0])[
             :128
         ]  # above the strip; colors do not count
         edges.append(
@@ -7204,7 +7208,7 @@ def test_mock_text_chunks_hold_prompt_and_seed(box: Box) -> None:
 def test_mock_any_prompt_and_size_gives_a_whole_picture(
     prompt: str, seed: int, width: int, height: int
 ) -> None:
-    picture = imagen.mock_picture(prompt, seed, width, height)
+    picture = imagen.mock_picture(imagen.Request(prompt, seed=seed), width, height)[0]
     assert imagen.sniff(io.BytesIO(picture)) == ("png", width, height, True)
 
 
@@ -7310,7 +7314,7 @@ def test_mock_a_delay_is_waited_for_and_what_was_ignored_is_named() -> None:
     began = time.monotonic()
     result = backend.generate(imagen.Context(), imagen.Request("a fox", "rain", 64, 96, 4, 7))
     assert 0.25 <= time.monotonic() - began < 20
-    assert result.image.read() == imagen.mock_picture("a fox", 7, 64, 96)
+    assert result.image.read() == imagen.mock_picture(imagen.Request("a fox", seed=7), 64, 96)[0]
     assert (result.mime_type, result.seed, result.cost_usd) == ("image/png", 7, 0.0)
     assert set(result.ignored) == {"steps", "negative_prompt"}
 
@@ -7722,7 +7726,7 @@ def test_comfyui_the_image_that_is_meant_is_the_last_one_saved(case: str) -> Non
             listed[node] = {"text": made}
     entry = {"prompt": [0, "x", graph, {}, []], "outputs": listed, "status": {}}
     if meant:
-        file, others = imagen.comfy_outcome(entry)
+        file, *others = imagen.comfy_outcome(entry)
         assert file["filename"] == meant
         assert meant not in str(others)
         assert "mp4" not in str(others)
@@ -11229,6 +11233,21 @@ def test_inputs_of_a_workflow_stand_where_its_marks_or_nodes_say(inputs_here: Bo
         assert ("input", "", posted["50"]["inputs"]["image"]) in comfy.files
         refused = inputs_here.fox("-i", "a.png", "--mask", "mask.png")
         assert (refused.code, "cannot take a mask" in refused.err) == (2, True)
+
+
+def test_inputs_each_has_a_mark_of_its_own() -> None:
+    image = imagen.Input("/a.png", "a.png", "0" * 64, 16, 16, "image/png")
+    marks = imagen.Request("a fox", images=(image,) * 12, mask=image).marks()
+    assert [*marks] == ["{image}", *(f"{{image{number}}}" for number in range(2, 13)), "{mask}"]
+
+
+def test_inputs_go_along_to_who_makes_it_instead(inputs_here: Box) -> None:
+    asleep = {**INPUTS_BLOCKS["sdxl"], "base_url": "http://127.0.0.1:9", "fallback": "mock"}
+    inputs_here.configure({"asleep": asleep})
+    made = inputs_here.fox("-b", "asleep", "-i", "a.png", "--size", "64x64")
+    assert made.code == 0, made.err
+    sidecar = inputs_here.sidecar(made.lines[0])
+    assert (sidecar["backend"], sidecar["inputs"][0]["name"]) == ("mock", "a.png")
 
 
 def test_inputs_mock_shows_what_it_got_and_keeps_what_the_mask_keeps(inputs_here: Box) -> None:
