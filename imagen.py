@@ -10490,6 +10490,9 @@ ORDER_FLAGS = """
 --negative TEXT    what not to see
 -n N               that many images, with seeds N, N+1, … (1)
 --opt KEY=VALUE*   an option of the backend; VALUE may be JSON
+-i --image FILE*   what to start from: a file, an http address, an id, last, or - for stdin
+--mask FILE        a PNG, transparent where the first image is to be made anew
+--strength S       how far from the first image, from 0 to 1
 --like FILE|last   take everything from an image made before; other flags override
 """
 
@@ -10498,9 +10501,6 @@ ORDER_FLAGS = """
     f"""
     prompt [PROMPT]         what to see; - reads it from stdin
     {ORDER_FLAGS}
-    -i --image FILE*        what to start from: a file, an http address, an id, last, or - for stdin
-    --mask FILE             a PNG, transparent where the first image is to be made anew
-    --strength S            how far from the first image, from 0 to 1
     --key WORDS             the same key gives the same images again, paid once
     --pay-again             where nobody can tell whether those of this key were paid
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
@@ -11809,7 +11809,8 @@ def insert_jobs(variable: str, sql: str, ids: Sequence[str], parameters: JsonObj
         try:
             with postgres(variable, patience=DELIVERY_S) as database:
                 reached = True
-                database.run(sql, **parameters)
+                [[columns]] = database.run(REQUESTED, names=_COLUMNS.split(", "))
+                database.run(sql.replace("COLUMNS", columns), **parameters)
                 return len(database.run(FOLLOW, ids=list(ids)))
         except (Unreachable, KeyboardInterrupt) as problem:
             if not reached:
@@ -11826,17 +11827,23 @@ def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> Image
     return kind(f"{', '.join(ids)}: may be in the queue; {reason}", hint, charged="unknown")
 
 
-_COLUMNS = "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts"
-RETRY = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS})
-  SELECT r.id, owner_user_id, {_COLUMNS}
+_COLUMNS = (
+    "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, "
+    "inputs, mask, strength"
+)
+RETRY = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS)
+  SELECT r.id, owner_user_id, COLUMNS
   FROM jsonb_to_recordset(:requests::jsonb) AS r (id uuid, job uuid)
   JOIN imagen.jobs j ON j.id = r.job
   WHERE receipt IS NULL OR :pay_again::boolean ORDER BY seq
-  ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (names of our own)
-ADD = f"""INSERT INTO imagen.jobs (id, owner_user_id, {_COLUMNS}, run_after, priority)
-  SELECT id, :owner::uuid, {_COLUMNS}, coalesce(run_after, now()), coalesce(priority, 0)
+  ON CONFLICT (id) DO NOTHING"""
+ADD = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS, run_after, priority)
+  SELECT id, :owner::uuid, COLUMNS, coalesce(run_after, now()), coalesce(priority, 0)
   FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
-  ON CONFLICT (id) DO NOTHING"""  # noqa: S608 (as above)
+  ON CONFLICT (id) DO NOTHING"""
+# Of a request, as far as the database knows them by now.
+REQUESTED = """SELECT string_agg(column_name, ', ') FROM information_schema.columns
+  WHERE table_schema = 'imagen' AND table_name = 'jobs' AND column_name = ANY(:names::text[])"""
 CANCEL = """SELECT job::text, imagen.cancel_job(job)
   FROM unnest(:ids::uuid[]) WITH ORDINALITY AS j (job, place) ORDER BY place"""
 # Of each job the same id whenever it is asked for: none is repeated twice.
@@ -11887,9 +11894,14 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
     """The columns of an order's jobs, one for each image."""
     if not config.owner_user_id:
         raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
-    plans_of(order, config)
+    planned = plans_of(order, config)[0].request
     fields = sparse(order.request())
     request = {key: value for key, value in fields.items() if value != ""}
+    if planned.images:
+        cloud = Supabase(Context(DELIVERY_S), config.supabase)
+        request["inputs"] = [upload_input(image, cloud, config) for image in planned.images]
+        if planned.mask:
+            request["mask"] = upload_input(planned.mask, cloud, config)
     requests = []
     for number in range(order.n):
         requests.append({"id": new_uuid(), **request})
@@ -11897,6 +11909,14 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
         if order.seed is not None:
             requests[-1]["seed"] = order.seed + number
     return requests
+
+
+def upload_input(image: Input, cloud: Supabase, config: Config) -> str:
+    """The path in the bucket where the owner's jobs find an input."""
+    path = f"{config.owner_user_id}/in/{image.sha256}.{image.mime_type.partition('/')[2]}"
+    with open(image.path, "rb") as file:
+        cloud.upload(path, file, image.mime_type, image.sha256)
+    return path
 
 
 def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:

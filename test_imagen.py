@@ -16671,6 +16671,24 @@ def test_worker_a_job_starts_from_images_that_its_owner_may_read_and_from_no_oth
     assert not [file for file in (box.state / "inputs").iterdir() if file.name.startswith(".")]
 
 
+def test_worker_jobs_add_uploads_the_images_and_a_retry_keeps_them(box: Box, cloud: Cloud) -> None:
+    anna = cloud.database.user("anna")
+    cloud.join(box, owner=anna, worker={})
+    (box.root / "a.png").write_bytes(png(64, 64))
+    (box.root / "mask.png").write_bytes(inputs_mask(64))
+    flags = ("-i", "a.png", "--mask", "mask.png", "--strength", "0.5", "-b", "mock")
+    with JobsWorker(box):
+        added = box.run("jobs", "add", "a hat", *flags, "--wait", "--json")
+        assert added.code == 0, added.err
+        [job] = cloud.rows("imagen.jobs")
+        again = box.run("jobs", "retry", str(job["id"]), "--wait")
+        assert again.code == 0, again.err
+    inputs = [row["sidecar"]["inputs"][0]["sha256"] for row in cloud.rows()]
+    assert inputs == [hashlib.sha256(png(64, 64)).hexdigest()] * 2
+    assert all(row["sidecar"]["strength"] == 0.5 for row in cloud.rows())
+    assert all(row["sidecar"]["mask"]["width"] == 64 for row in cloud.rows())
+
+
 def test_worker_a_job_that_a_signed_in_user_inserts_becomes_their_image(
     box: Box, cloud: Cloud
 ) -> None:
