@@ -9270,29 +9270,25 @@ def chunked_blocks(sock: socket.socket, begun: bytes, most: int) -> Iterator[byt
 
 def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> JsonObject:
     """The fields of the form in a file; its images in files of their own."""
-    import mmap
-
     body: JsonObject = {"images": []}
     if not os.path.getsize(path):
         raise HttpError(400, "the form is empty")
-    with ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
-        data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    with open(path, "rb") as file:
+        data = FormFile(file.fileno())
         for part in form_parts(data, content_type):
             name = part.name.partition("[")[0]
             if name in ("image", "mask"):
                 place = hidden()
                 with open(place, "wb") as copy:
                     for start in range(part.start, part.end, 1 << 20):
-                        copy.write(data[start : min(part.end, start + (1 << 20))])
+                        copy.write(data.cut(start, min(part.end, start + (1 << 20))))
                 if name == "mask":
                     body["mask"] = place
                 else:
                     body["images"].append(place)
                 continue
-            text = data[part.start : min(part.end, part.start + BODY_BYTES)].decode(
-                "utf-8", "replace"
-            )
+            end = min(part.end, part.start + BODY_BYTES)
+            text = data.cut(part.start, end).decode("utf-8", "replace")
             body[name] = text
             # A form knows text alone: what is a number or a switch elsewhere is one here.
             if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
@@ -9303,6 +9299,28 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     return body
 
 
+class FormFile:
+    """A file that is searched and cut piece by piece, for it may not fit into memory."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def cut(self, start: int, end: int) -> bytes:
+        """What stands there."""
+        return os.pread(self.fd, end - start, start)
+
+    def find(self, mark: bytes, start: int = 0) -> int:
+        """Where `mark` stands next; -1 where it does not."""
+        before = b""
+        while block := os.pread(self.fd, 1 << 20, start):
+            place = (before + block).find(mark)
+            if place >= 0:
+                return start - len(before) + place
+            start += len(block)
+            before = (before + block)[1 - len(mark) :]
+        return -1
+
+
 class FormPart(NamedTuple):
     """A part of a form: its name, and where in the body it stands."""
 
@@ -9311,8 +9329,8 @@ class FormPart(NamedTuple):
     end: int
 
 
-def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
-    """The parts of a form (RFC 7578) in a mapped file; HttpError where it is none."""
+def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
+    """The parts of a form (RFC 7578) in a file; HttpError where it is none."""
     match = re.search(r'boundary="?([^";,]{1,200})', content_type)
     if not match:
         raise HttpError(400, "a form without its boundary")
@@ -9320,15 +9338,16 @@ def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
     place = data.find(mark)
     while place >= 0:
         start = place + len(mark) + 2
-        if data[start - 2 : start] == b"--":
+        follows = data.cut(start - 2, start)
+        if follows == b"--":
             return
-        if data[start - 2 : start] != b"\r\n":
+        if follows != b"\r\n":
             break
         body = data.find(b"\r\n\r\n", start)
         place = data.find(b"\r\n" + mark, start)
         if not start <= body < place or body - start > HEAD_BYTES:
             raise HttpError(400, "a part of the form has no head, or breaks off")
-        head = data[start:body].decode("utf-8", "replace")
+        head = data.cut(start, body).decode("utf-8", "replace")
         name = re.search(r'(?i)^content-disposition:.*?\bname="?([^";\r\n]*)', head, re.MULTILINE)
         if not name:
             raise HttpError(400, "a part of the form has no name")
