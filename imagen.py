@@ -4364,23 +4364,6 @@ class Supabase:
             if " NoSuchKey: " not in str(problem):
                 raise
 
-    def sign(self, path: str, seconds: int) -> str:
-        """An address where anybody can fetch the image at `path` for that long."""
-        from urllib.parse import quote
-
-        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
-        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
-        signed = str(response.mapping().get("signedURL"))
-        place, _, query = signed.rpartition("?")
-        if not place:
-            raise Failed("the answer has no signed address")
-        return f"{self.storage.base}{quote(place)}?{query}"
-
-    def storage_path_of(self, image_id: str) -> str:
-        """Where the row of an image says that its object is; "" where there is no such row."""
-        rows = self._rows(f"id=eq.{image_id}")
-        return str(rows[0]["storage_path"]) if rows else ""
-
     def _rows(self, query: str) -> list[Fields]:
         images = self.tables("imagen").get(f"/images?{query}&select=id,storage_path")
         return postgrest_rows(images)
@@ -4411,6 +4394,23 @@ class Supabase:
                 self.delete_object(row["storage_path"])
             done = io.BytesIO(b'{"object_deleted_at": "now"}')
             deletions.send("PATCH", f"/deletions?image_id=eq.{row['image_id']}", done)
+
+    def sign(self, path: str, seconds: int) -> str:
+        """An address where anybody can fetch the image at `path` for that long."""
+        from urllib.parse import quote
+
+        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
+        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
+        signed = str(response.mapping().get("signedURL"))
+        place, _, query = signed.rpartition("?")
+        if not place:
+            raise Failed("the answer has no signed address")
+        return f"{self.storage.base}{quote(place)}?{query}"
+
+    def storage_path_of(self, image_id: str) -> str:
+        """Where the row of an image says that its object is; "" where there is no such row."""
+        rows = self._rows(f"id=eq.{image_id}")
+        return str(rows[0]["storage_path"]) if rows else ""
 
     def add_image(self, row: Fields) -> str:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
@@ -4597,6 +4597,9 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
     """
     # 1. What no backend could mean.
     check_order(order)
+    check_text("\n".join(order.tags), "tags")
+    if max(map(len, order.tags), default=0) > 200:
+        raise BadRequest("a tag has at most 200 characters")
     refuse_keys(order, config)
     # 2. What was left open: seed, backend, cloud.
     seed = order.seed
@@ -4627,8 +4630,6 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "sidecar_wanted": config.output.write_metadata_json,
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
-        if order.tags:
-            record["sidecar"]["tags"] = [*order.tags]
         plan = Plan(
             request=request,
             styled=styled,
@@ -4637,6 +4638,8 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             parallel=getattr(options, "parallel", 1),
             record=record,
         )
+        if order.tags:
+            record["sidecar"]["tags"] = [*order.tags]
         plans.append(plan)
     return plans
 
@@ -4656,9 +4659,6 @@ def check_order(order: Order) -> None:
     """BadRequest where an order cannot be meant by any backend."""
     for field in ("prompt", "negative_prompt"):
         check_text(getattr(order, field), field)
-    check_text("\n".join(order.tags), "tags")
-    if max(map(len, order.tags), default=0) > 200:
-        raise BadRequest("a tag has at most 200 characters")
     if not order.prompt.strip():
         raise BadRequest("the prompt is empty", 'imagen generate "a fox in the snow"')
     letters = len(order.prompt)
@@ -4704,7 +4704,7 @@ def refuse_keys(order: Order, config: Config) -> None:
     for variable in variables:
         if value := os.environ.get(variable, "").strip():
             Secret(value)
-    text = f"{order.prompt}\n{order.negative_prompt}\n{order.backend_opts}"
+    text = f"{order.prompt}\n{order.negative_prompt}\n{order.backend_opts}{order.tags}"
     if redact(text) != text:
         raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 
