@@ -5594,23 +5594,6 @@ class Supabase:
             if " NoSuchKey: " not in str(problem):
                 raise
 
-    def sign(self, path: str, seconds: int) -> str:
-        """An address where anybody can fetch the image at `path` for that long."""
-        from urllib.parse import quote
-
-        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
-        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
-        signed = str(response.mapping().get("signedURL"))
-        place, _, query = signed.rpartition("?")
-        if not place:
-            raise Failed("the answer has no signed address")
-        return f"{self.storage.base}{quote(place)}?{query}"
-
-    def storage_path_of(self, image_id: str) -> str:
-        """Where the row of an image says that its object is; "" where there is no such row."""
-        rows = self._rows(f"id=eq.{image_id}")
-        return str(rows[0]["storage_path"]) if rows else ""
-
     def fetch(self, path: str, owner: str, place: str) -> None:
         """An object that this owner may read, into a new file at `place`.
 
@@ -5660,6 +5643,23 @@ class Supabase:
                 self.delete_object(row["storage_path"])
             done = io.BytesIO(b'{"object_deleted_at": "now"}')
             deletions.send("PATCH", f"/deletions?image_id=eq.{row['image_id']}", done)
+
+    def sign(self, path: str, seconds: int) -> str:
+        """An address where anybody can fetch the image at `path` for that long."""
+        from urllib.parse import quote
+
+        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
+        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
+        signed = str(response.mapping().get("signedURL"))
+        place, _, query = signed.rpartition("?")
+        if not place:
+            raise Failed("the answer has no signed address")
+        return f"{self.storage.base}{quote(place)}?{query}"
+
+    def storage_path_of(self, image_id: str) -> str:
+        """Where the row of an image says that its object is; "" where there is no such row."""
+        rows = self._rows(f"id=eq.{image_id}")
+        return str(rows[0]["storage_path"]) if rows else ""
 
     def add_image(self, row: Fields) -> str:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
@@ -6011,7 +6011,7 @@ def refuse_keys(order: Order, config: Config) -> None:
     for variable in variables:
         if value := os.environ.get(variable, "").strip():
             Secret(value)
-    text = f"{order.prompt}\n{order.negative_prompt}\n{order.backend_opts}"
+    text = f"{order.prompt}\n{order.negative_prompt}\n{order.backend_opts}{order.tags}"
     if redact(text) != text:
         raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 

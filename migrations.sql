@@ -177,7 +177,7 @@ $images$;
 
 -- What anybody may have written as a time; null where it is none.
 create or replace function imagen.moment(text) returns timestamptz
-  language plpgsql stable set search_path = '' as $moment$
+  language plpgsql stable strict set search_path = '' as $moment$
 begin
   return $1::timestamptz;
 exception when others then
@@ -387,7 +387,10 @@ notify pgrst, 'reload schema';
 
 -- One row for each paid call; the prompt itself never. A table that is already there is left as it is.
 do $usage$
-declare moment name;
+declare
+  moment name;
+  grants text := 'grant usage on schema mai to service_role; '
+                 'grant select, insert, update on mai.imagen_usage to service_role';
 begin
   if to_regclass('mai.imagen_usage') is null then
     create schema if not exists mai;
@@ -420,8 +423,8 @@ begin
           and has_table_privilege('service_role', 'mai.imagen_usage', 'select')
           and has_table_privilege('service_role', 'mai.imagen_usage', 'insert')
           and has_table_privilege('service_role', 'mai.imagen_usage', 'update')) then
-    raise warning 'by hand: grant usage on schema mai to service_role; '
-                  'grant select, insert, update on mai.imagen_usage to service_role; without it no usage is recorded';
+    perform set_config('imagen.usage_lacks', grants, true);  -- for the report
+    raise warning 'by hand: %; without it no usage is recorded', grants;
   end if;
   -- What the caller's own images have cost. A table of somebody else's may have other columns.
   if moment is null or not exists (
@@ -668,6 +671,9 @@ begin
     group by 1 order by array_position('{imagen_schema_init,imagen_schema_grants,imagen_storage_bucket,
       imagen_storage_policies,imagen_pgrst_expose,imagen_usage_init,imagen_jobs_init}', coalesce(new.part, old.part))
   loop
+    if line.part = 'imagen_usage_init' and current_setting('imagen.usage_lacks', true) <> '' then
+      line.olds := 'lacks: ' || current_setting('imagen.usage_lacks');
+    end if;
     raise notice '%: %', line.part, coalesce(line.news, line.olds);
   end loop;
 end

@@ -15797,7 +15797,10 @@ def test_queue_a_database_of_the_original_is_extended_in_place(
     second = queue_migrate(box, queue_database)
     assert "imagen_images_storage_path_key" in second.lines[0]
     assert "storage_path" not in second.err
-    assert {line.split(maxsplit=1)[1] for line in second.lines[1:]} == {
+    # Its table of usage stays as it is, rights and all: what it lacks stands there.
+    grants = [line for line in second.lines if "lacks: grant usage on schema mai" in line]
+    assert [line.split()[0] for line in grants] == ["imagen_usage_init"]
+    assert {line.split(maxsplit=1)[1] for line in second.lines[1:] if line not in grants} == {
         "was there",
         "left to the Dashboard",
     }
@@ -15863,6 +15866,8 @@ def test_queue_migrate_says_what_a_table_of_usage_lacks_and_adds_the_jobs_to_rea
         in refused
     )
     (statement,) = re.findall(r"by hand: (grant usage on schema mai .*); without", refused)
+    second = queue_migrate(box, database, "--json").json["parts"]["imagen_usage_init"]
+    assert second == f"lacks: {statement}"
     database.sql(f"{statement}; alter publication supabase_realtime owner to imagen_migrator")
     done = queue_migrate(box, database, "--json").json
     assert "publication supabase_realtime" in done["parts"]["imagen_jobs_init"]
@@ -16465,7 +16470,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
-    "backend_opts", "status",
+    "backend_opts", "inputs", "mask", "strength", "status",
 }  # fmt: skip
 
 
