@@ -1152,7 +1152,7 @@ class Backend:
     paid: ClassVar[bool] = True
     # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between.
     Options: ClassVar[type[Any]]
-    headers: Strings = EMPTY  # of its Access, for Http; set once it is open
+    headers: Strings = EMPTY  # for Http: its own, and, once it is open, those of its Access
     ca_file: str = ""
 
     def __init__(self, name: str, options: Any) -> None:
@@ -1262,7 +1262,7 @@ def open_backend(
     with _complaints_about(name, opts):
         backend = cls(name, options)
         access = access_of(blocks[name])
-        headers = {}
+        headers = {**backend.headers}
         if access.basic_auth_env:
             login = secret_from(access.basic_auth_env).reveal().encode()
             basic = Secret(binascii.b2a_base64(login, newline=False).decode())
@@ -2817,16 +2817,14 @@ class ComfyUI(Backend):
 
 
 # What a model is (in one file, or without its other parts, or one of these) → the
-# node that knows all of them.
+# node that knows all of them, and the option that names another.
 COMFY_LOADERS = {
-    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
-    "diffusion_models": ("UNETLoader", "unet_name"),
-    "text_encoders": ("DualCLIPLoader", "clip_name1"),
-    "vae": ("VAELoader", "vae_name"),
-    "loras": ("LoraLoader", "lora_name"),
+    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name", "model"),
+    "diffusion_models": ("UNETLoader", "unet_name", "model"),
+    "text_encoders": ("DualCLIPLoader", "clip_name1", "clip"),
+    "vae": ("VAELoader", "vae_name", "vae"),
+    "loras": ("LoraLoader", "lora_name", "loras"),
 }
-# What finds none of them → the option that names another.
-COMFY_OPTIONS = {"text_encoders": "clip", "vae": "vae", "loras": "loras"}
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 COMFY_FILE_BYTES = 64 << 20  # of a workflow file, which may be an image
 
@@ -2838,14 +2836,13 @@ def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
     """
     installed = []
     for folder in folders:
-        node, field = COMFY_LOADERS[folder]
+        node, field, option = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
         names = comfy_choices(known["input"]["required"].get(field))
         if name := comfy_match(model, names, begins=folder not in COMFY_MODELS):
             return name, folder
         installed += names
     cure = nearest(model, installed).replace("known: ", "installed: ", 1)
-    option = COMFY_OPTIONS.get(folders[0], "model")
     raise BadConfig(f'{option} "{model}" is not on {http.base}: {cure}', f"name it with {option}:")
 
 
@@ -3701,7 +3698,8 @@ class Replicate(Backend):
             raise BadConfig(f'model: "{options.model}" is not owner/name or owner/name:version')
         self.model, _, self.version = options.model.partition(":")
         self.base = checked_url(options.base_url, path="/v1")
-        self.token = secret_from(options.api_token_env)
+        token = secret_from(options.api_token_env).reveal()
+        self.headers = {"Authorization": f"Bearer {token}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -3787,9 +3785,8 @@ class Replicate(Backend):
         return f"{self.model}, {page.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
-        keys = {"Authorization": f"Bearer {self.token.reveal()}"}
-        keys.update(self.headers)
-        return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, replicate_error, timeout, self.ca_file)
 
     def _with_images(self, http: Http, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
@@ -4078,9 +4075,8 @@ class OpenAI(Backend):
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
-        self.key: Secret | None = None
         if variable:
-            self.key = secret_from(variable)
+            self.headers = {"Authorization": f"Bearer {secret_from(variable).reveal()}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -4195,11 +4191,8 @@ class OpenAI(Backend):
         return str(model)
 
     def _http(self, ctx: Context) -> Http:
-        keys = {}
-        if self.key:
-            keys["Authorization"] = f"Bearer {self.key.reveal()}"
-        keys.update(self.headers)
-        return Http(ctx, self.base, keys, openai_error, self.options.timeout, self.ca_file)
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
 
 
 def openai_body(options: Any, request: Request) -> Prepared:
