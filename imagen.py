@@ -37,6 +37,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     Output      names, and files that are never half there
     Preview     tmux, kitty, iTerm2
     Journal     what is unfinished, and the ledger of what is finished
+    Inputs      images that come in: local copies by hash
     Supabase    objects in a private bucket, rows that tell of them, signed links
     Pipeline    plans_of, make, finish, deliver; and recover, which is the same steps again
     Queue       imagen.jobs, one connection, one statement a turn
@@ -2383,11 +2384,11 @@ class Mock(Backend):
         if options.fail:
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
         size = self.plan(options, request)
-        image, kept = mock_picture(request, size["width"], size["height"])
+        image, masked = mock_picture(request, size["width"], size["height"])
         metadata: JsonObject = {}
         if request.images:
             metadata["inputs"] = [image.sha256 for image in request.images]
-            metadata["kept_by_the_mask"] = kept
+            metadata["kept_by_the_mask"] = masked
         return Result(
             image=io.BytesIO(image),
             mime_type="image/png",
@@ -3241,10 +3242,10 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
     # 2. What the graph itself says.
     text = json.dumps(graph)
     if not any(f"{{{name}}}" in text for name in COMFY_FIELDS):
-        found, prompts = comfy_places(graph)
+        own_places, prompts = comfy_places(graph)
         if len(prompts) > 1 and "prompt" not in places:
             raise comfy_misplaced(path, graph, "which of its texts is the prompt?")
-        places = {**found, **places}
+        places = {**own_places, **places}
     # 3. Without a place for the prompt every image would be the same.
     places = {name: row for name, row in places.items() if row}
     workflow = ComfyWorkflow(graph, places, output)
@@ -3730,7 +3731,8 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        body: JsonObject = {"input": self._with_images(http, request)}
+        inputs = self._with_images(http, self.plan(self.options, request), request)
+        body: JsonObject = {"input": inputs}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -3788,7 +3790,7 @@ class Replicate(Backend):
         timeout = self.options.timeout
         return Http(ctx, self.base, self.headers, replicate_error, timeout, self.ca_file)
 
-    def _with_images(self, http: Http, request: Request) -> Any:
+    def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
         links = {}
         for mark, image in request.marks().items():
@@ -3797,7 +3799,7 @@ class Replicate(Backend):
             else:  # free, and may be sent twice; it expires there by itself
                 answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
                 links[mark] = str(answer["urls"]["get"])
-        return replaced(self.plan(self.options, request), links)
+        return replaced(inputs, links)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -5350,15 +5352,15 @@ def check_mask(mask: Input, image: Input) -> None:
 
 def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
     """BadRequest where a backend could not honour all inputs; `others` names those that can."""
-    lacks = []
+    refused = []
     if len(request.images) > takes.images:
-        lacks.append(f"{len(request.images)} images (at most {takes.images})")
+        refused.append(f"{len(request.images)} images (at most {takes.images})")
     if request.mask and not takes.mask:
-        lacks.append("a mask")
+        refused.append("a mask")
     if request.strength and not takes.strength:
-        lacks.append("a strength")
-    if lacks:
-        message = f"{request.backend} cannot take {', '.join(lacks)}"
+        refused.append("a strength")
+    if refused:
+        message = f"{request.backend} cannot take {', '.join(refused)}"
         raise BadRequest(message, f"backends that can: {', '.join(others) or 'none'}")
     if not request.images and (request.mask or request.strength):
         raise BadRequest("a mask or a strength needs an image to start from", "--image FILE")
