@@ -1164,7 +1164,7 @@ class Backend:
     paid: ClassVar[bool] = True
     # NamedTuple of its block in imagen.yaml, minus `type`; marks: KEY, REQUEST, Between.
     Options: ClassVar[type[Any]]
-    headers: Strings = EMPTY  # of its Access, for Http; set once it is open
+    headers: Strings = EMPTY  # for Http: its own, and, once it is open, those of its Access
     ca_file: str = ""
     # The remote's fields that it fills itself, which a request's `extra` may not name.
     OWN_FIELDS: ClassVar[str] = ""
@@ -1287,7 +1287,7 @@ def open_backend(
     with _complaints_about(name, opts):
         backend = cls(name, options)
         access = access_of(blocks[name])
-        headers = {}
+        headers = {**backend.headers}
         if access.basic_auth_env:
             login = secret_from(access.basic_auth_env).reveal().encode()
             basic = Secret(binascii.b2a_base64(login, newline=False).decode())
@@ -2438,11 +2438,11 @@ class Mock(Backend):
         if options.fail:
             raise ERRORS[options.fail](f"failing with `{options.fail}`, as its options ask")
         size = self.plan(options, request)
-        image, kept = mock_picture(request, size["width"], size["height"])
+        image, masked = mock_picture(request, size["width"], size["height"])
         metadata: JsonObject = {}
         if request.images:
             metadata["inputs"] = [image.sha256 for image in request.images]
-            metadata["kept_by_the_mask"] = kept
+            metadata["kept_by_the_mask"] = masked
         return Result(
             image=io.BytesIO(image),
             mime_type="image/png",
@@ -2872,16 +2872,14 @@ class ComfyUI(Backend):
 
 
 # What a model is (in one file, or without its other parts, or one of these) → the
-# node that knows all of them.
+# node that knows all of them, and the option that names another.
 COMFY_LOADERS = {
-    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name"),
-    "diffusion_models": ("UNETLoader", "unet_name"),
-    "text_encoders": ("DualCLIPLoader", "clip_name1"),
-    "vae": ("VAELoader", "vae_name"),
-    "loras": ("LoraLoader", "lora_name"),
+    "checkpoints": ("CheckpointLoaderSimple", "ckpt_name", "model"),
+    "diffusion_models": ("UNETLoader", "unet_name", "model"),
+    "text_encoders": ("DualCLIPLoader", "clip_name1", "clip"),
+    "vae": ("VAELoader", "vae_name", "vae"),
+    "loras": ("LoraLoader", "lora_name", "loras"),
 }
-# What finds none of them → the option that names another.
-COMFY_OPTIONS = {"text_encoders": "clip", "vae": "vae", "loras": "loras"}
 COMFY_MODELS = ("checkpoints", "diffusion_models")
 COMFY_FILE_BYTES = 64 << 20  # of a workflow file, which may be an image
 
@@ -2893,14 +2891,13 @@ def comfy_find(http: Http, model: str, *folders: str) -> tuple[str, str]:
     """
     installed = []
     for folder in folders:
-        node, field = COMFY_LOADERS[folder]
+        node, field, option = COMFY_LOADERS[folder]
         known = http.get_json(f"/object_info/{node}").get(node) or {"input": {"required": {}}}
         names = comfy_choices(known["input"]["required"].get(field))
         if name := comfy_match(model, names, begins=folder not in COMFY_MODELS):
             return name, folder
         installed += names
     cure = nearest(model, installed).replace("known: ", "installed: ", 1)
-    option = COMFY_OPTIONS.get(folders[0], "model")
     raise BadConfig(f'{option} "{model}" is not on {http.base}: {cure}', f"name it with {option}:")
 
 
@@ -3299,10 +3296,10 @@ def comfy_workflow(path: str, nodes: Fields) -> ComfyWorkflow:
     # 2. What the graph itself says.
     text = json.dumps(graph)
     if not any(f"{{{name}}}" in text for name in COMFY_FIELDS):
-        found, prompts = comfy_places(graph)
+        own_places, prompts = comfy_places(graph)
         if len(prompts) > 1 and "prompt" not in places:
             raise comfy_misplaced(path, graph, "which of its texts is the prompt?")
-        places = {**found, **places}
+        places = {**own_places, **places}
     # 3. Without a place for the prompt every image would be the same.
     places = {name: row for name, row in places.items() if row}
     workflow = ComfyWorkflow(graph, places, output)
@@ -3761,7 +3758,8 @@ class Replicate(Backend):
             raise BadConfig(f'model: "{options.model}" is not owner/name or owner/name:version')
         self.model, _, self.version = options.model.partition(":")
         self.base = checked_url(options.base_url, path="/v1")
-        self.token = secret_from(options.api_token_env)
+        token = secret_from(options.api_token_env).reveal()
+        self.headers = {"Authorization": f"Bearer {token}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -3792,7 +3790,8 @@ class Replicate(Backend):
         """Pay, poll, download."""
         http = self._http(ctx)
         path = f"/models/{self.model}/predictions"
-        body: JsonObject = {"input": self._with_images(http, request)}
+        inputs = self._with_images(http, self.plan(self.options, request), request)
+        body: JsonObject = {"input": inputs}
         if self.version:
             path = "/predictions"
             body["version"] = self.version
@@ -3847,11 +3846,10 @@ class Replicate(Backend):
         return f"{self.model}, {page.get('visibility', 'found')}"
 
     def _http(self, ctx: Context) -> Http:
-        keys = {"Authorization": f"Bearer {self.token.reveal()}"}
-        keys.update(self.headers)
-        return Http(ctx, self.base, keys, replicate_error, self.options.timeout, self.ca_file)
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, replicate_error, timeout, self.ca_file)
 
-    def _with_images(self, http: Http, request: Request) -> Any:
+    def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
         links = {}
         for mark, image in request.marks().items():
@@ -3860,7 +3858,7 @@ class Replicate(Backend):
             else:  # free, and may be sent twice; it expires there by itself
                 answer = http.upload("/files", Multipart(EMPTY, [("content", image)])).mapping()
                 links[mark] = str(answer["urls"]["get"])
-        return replaced(self.plan(self.options, request), links)
+        return replaced(inputs, links)
 
     def _ended(self, http: Http, prediction: Any) -> Any:
         """The prediction as it is once it runs no more."""
@@ -4140,9 +4138,8 @@ class OpenAI(Backend):
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
-        self.key: Secret | None = None
         if variable:
-            self.key = secret_from(variable)
+            self.headers = {"Authorization": f"Bearer {secret_from(variable).reveal()}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -4257,11 +4254,8 @@ class OpenAI(Backend):
         return str(model)
 
     def _http(self, ctx: Context) -> Http:
-        keys = {}
-        if self.key:
-            keys["Authorization"] = f"Bearer {self.key.reveal()}"
-        keys.update(self.headers)
-        return Http(ctx, self.base, keys, openai_error, self.options.timeout, self.ca_file)
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
 
 
 def openai_body(options: Any, request: Request) -> Prepared:
@@ -5464,15 +5458,15 @@ def check_mask(mask: Input, image: Input) -> None:
 
 def check_inputs(request: Request, takes: Takes, others: Sequence[str]) -> None:
     """BadRequest where a backend could not honour all inputs; `others` names those that can."""
-    lacks = []
+    refused = []
     if len(request.images) > takes.images:
-        lacks.append(f"{len(request.images)} images (at most {takes.images})")
+        refused.append(f"{len(request.images)} images (at most {takes.images})")
     if request.mask and not takes.mask:
-        lacks.append("a mask")
+        refused.append("a mask")
     if request.strength and not takes.strength:
-        lacks.append("a strength")
-    if lacks:
-        message = f"{request.backend} cannot take {', '.join(lacks)}"
+        refused.append("a strength")
+    if refused:
+        message = f"{request.backend} cannot take {', '.join(refused)}"
         raise BadRequest(message, f"backends that can: {', '.join(others) or 'none'}")
     if not request.images and (request.mask or request.strength):
         raise BadRequest("a mask or a strength needs an image to start from", "--image FILE")
