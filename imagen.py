@@ -6048,6 +6048,11 @@ class Run(Context):
             self._delivery.stop(self.why)
         return self._delivery
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an entry, and it is ours."""
+        return self.begun and self.entry.is_locked
+
     def begin(self, plan: Plan) -> None:
         """Open the journal entry: from here on nothing is forgotten."""
         at = now_iso()
@@ -6336,10 +6341,10 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     What can be checked is checked before the entry is opened.
     """
     # All that needs no network fails here, while nothing is on record and nothing is paid.
-    with run.recording_failure() if run.begun else nullcontext():
+    with run.recording_failure() if run.is_open else nullcontext():
         backend = open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
         prepare_folder(os.path.dirname(plan.record["name"]))
-    if not run.begun:
+    if not run.is_open:
         run.begin(plan)
     try:
         with run.recording_failure(backend):
@@ -6584,7 +6589,7 @@ def deliver(run: Run, config: Config) -> None:
     Raises what failed, when the entry is closed (refused for good) or unlocked, for `sync` to go on
     with. A run without an entry, or that has let it go, gets nothing done.
     """
-    if not run.begun or not run.entry.is_locked:
+    if not run.is_open:
         return
     record = run.entry.record
     try:
@@ -10255,8 +10260,8 @@ def mcp_tool(name: str) -> JsonObject:
     for field, fields in taken["properties"].items():
         if field in MCP_FIELDS:
             fields["description"] = MCP_FIELDS[field]
-    words = {"type": "string"}
-    image = {"type": "object", "properties": {"path": words, "id": words}}
+    text = {"type": "string"}
+    image = {"type": "object", "properties": {"path": text, "id": text}}
     made = {"ok": {"type": "boolean"}, "images": {"type": "array", "items": image}}
     made |= {"error": {"type": "object"}, "backends": {"type": "array"}}
     return {
