@@ -11706,7 +11706,7 @@ def handle_stops(handler: Any) -> None:
 @command(
     f"""
     action add|list|stats|cancel|retry  what to do
-    words [PROMPT|ID|WORD…]     add: what to see; cancel, retry: jobs; list: what a prompt holds
+    items [PROMPT|ID|WORD…]     add: what to see; cancel, retry: jobs; list: what a prompt holds
     {ORDER_FLAGS.replace(" (1)", "; list: that many jobs")}
     --run-after TIME            add: not before, such as 30m from now, or 2026-12-24T18:00
     --priority N                add: the higher, the sooner
@@ -11733,7 +11733,7 @@ def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs add` does."""
-    args.prompt, *others = args.words or [None]
+    args.prompt, *others = args.items or [None]
     if others:
         raise BadRequest("a prompt of several words stands in quotes")
     requests = job_requests(order_from(args, config.styles), config)
@@ -11746,7 +11746,7 @@ def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> in
 
 def retry_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs retry` does."""
-    if (args.failed and args.words) or (args.pay_again and len(args.words) != 1):
+    if (args.failed and args.items) or (args.pay_again and len(args.items) != 1):
         raise BadRequest("--failed takes no id, and --pay-again one")
     if not args.failed:
         requests = [{"id": new_uuid(), "job": job} for job in job_ids(args)]
@@ -11761,10 +11761,10 @@ def retry_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> 
 
 def job_ids(args: argparse.Namespace) -> list[str]:
     """The jobs that a command line names."""
-    for word in args.words or [""]:
+    for word in args.items or [""]:
         if not is_uuid(word):
             raise BadRequest(f'{args.action} "{word}": not the id of a job', "imagen jobs list")
-    return list(args.words)
+    return list(args.items)
 
 
 def begin_jobs(
@@ -11786,7 +11786,7 @@ def begin_jobs(
         "pay_again": args.pay_again,
     }
     if ids and insert_jobs(variable, sql, ids, parameters) < len(ids):
-        message = f"{', '.join(args.words)}: no such job, or one that may have been charged"
+        message = f"{', '.join(args.items)}: no such job, or one that may have been charged"
         raise BadRequest(message, "imagen jobs list; --pay-again makes it all the same")
     if ids and args.wait:
         return follow_jobs(ids, terminal, variable)
@@ -11939,7 +11939,7 @@ def upload_input(image: Input, cloud: Supabase, config: Config) -> str:
 
 def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
     """What `jobs list` says."""
-    terms = {"status": args.status, "owner": args.owner, "words": args.words, "n": args.n or 50}
+    terms = {"status": args.status, "owner": args.owner, "words": args.items, "n": args.n or 50}
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
