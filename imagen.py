@@ -4924,7 +4924,7 @@ class Entry:
     def create(cls, record: Record) -> Entry:
         """A new entry, locked before anybody can see it; Busy where its name is taken."""
         path = state_path("open", f"{record['id']}.jsonl")
-        hidden = state_path("open", f".{record['id']}")
+        hidden = state_path("open", f".{new_uuid()}")  # two may want the same name at once
         with or_disk(path, "the journal lives there; make room for it"):
             entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), Record())
             try:
@@ -6391,6 +6391,8 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
                     continue
                 if record := recover(entry, config, run):
                     return {**record, "reused": True}
+                if entry.is_locked:  # over: the ledger has to know, and then says the rest
+                    run.close()
                 continue
             entry.unlock()
         else:
@@ -6445,11 +6447,12 @@ def finish(run: Run, result: Result) -> Record:
         image = result.image
         if isinstance(image, bytes | bytearray):
             image = io.BytesIO(image)
-        with image as source:
+        with ExitStack() as stack:
+            source = stack.enter_context(image)
             if isinstance(source, Spool):
                 spool = source
             else:
-                spool = run.spool()
+                spool = stack.enter_context(run.spool())
                 copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
             seed = run.entry.record["sidecar"].get("seed")
@@ -10965,8 +10968,10 @@ class BatchRunner(TerminalRunner):
         self.shown = 0  # rows
         self.began = time.monotonic()
 
-    def attempt(self, item: tuple[BatchRow, int], run: Run) -> Record | None:
-        """One image of a row."""
+    def attempt(self, item: tuple[BatchRow, int] | Entry, run: Run) -> Record | None:
+        """One image of a row; or a further one of the same run, which has its entry already."""
+        if isinstance(item, Entry):
+            return super().attempt(item, run)
         row, number = item
         try:
             plan = plans_of(row.order, self.config)[number]
