@@ -3923,8 +3923,10 @@ class Cloud(Server):
         self.faults: list[tuple[str | Callable[[Seen], object], Answer, float]] = []
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.rest.stop()
-        super().__exit__(kind, *rest)
+        try:
+            super().__exit__(kind, *rest)
+        finally:
+            self.rest.stop()  # last, or a request that is late would start it anew
 
     def token(self, user: str, expires_in: float = 3600) -> str:
         """What a signed-in user's browser holds; goes as Bearer, beside the anon or publishable key as apikey."""
