@@ -8974,6 +8974,8 @@ class Server:
         if isinstance(own, dict):  # else `from_mapping` complains of it
             fields["backend_opts"] = {**own, **options}
         order = from_mapping(Order, fields, "request", BadRequest)
+        if self.token and backend != self.config.default_backend:
+            check_limits(order, self.config.limits)
         if not 1 <= order.n <= 10:
             raise BadRequest("n is 1 to 10")
         unknown = {*OPENAI_OPTIONS} - passed

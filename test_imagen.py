@@ -19482,6 +19482,24 @@ def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Servin
     assert serving.ask("HEAD", "/healthz").body == serving.ask("HEAD", "/nothing").body == b""
 
 
+def test_server_with_a_token_a_request_names_only_what_the_limits_let_it_name(box: Box) -> None:
+    blocks = {name: {"type": "mock", "width": 64, "height": 64} for name in ("own", "open", "shut")}
+    box.configure(blocks, limits={"backends": ["open"]})
+    for token, codes in ((SERVE_TOKEN, [200, 200, 400]), ("", [200, 200, 200])):
+        env = {"IMAGEN_SERVE_TOKEN": token} if token else {}
+        with Serving(box, **env) as server:
+            answers = []
+            for model in ("auto", "open", "shut"):
+                body = {"prompt": "a fox", "model": model}
+                answers.append(
+                    server.ask(
+                        "POST", "/v1/images/generations", body, authorization=f"Bearer {token}"
+                    )
+                )
+            assert [answer.status for answer in answers] == codes
+    assert "not one that a request may name" not in answers[0].body.decode()
+
+
 def serve_form(*parts: tuple[str, bytes], boundary: str = "b1") -> tuple[bytes, str]:
     """A form and its content type; a name with = in it is a file's."""
     body = b""
