@@ -6424,11 +6424,13 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
 def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
     """The same image, under the same name, by the backend called `name`."""
     request = plan.request._replace(backend=name, backend_opts=EMPTY)
-    [instead] = plans_of(Order(**request._asdict()), config)
-    record = instead.record.copy()
-    record["name"] = plan.record["name"]
-    record["storage"] = plan.record["storage"]
-    record["private"] = plan.record["private"]
+    tags = tuple(plan.record["sidecar"].get("tags", ()))
+    [instead] = plans_of(Order(**request._asdict(), tags=tags), config)
+    # Name, key and owner stay those of the order.
+    record = plan.record.copy()
+    record["paid"] = instead.record["paid"]
+    record["price"] = instead.record["price"]
+    record["sidecar"] = instead.record["sidecar"]
     record["sidecar"]["fallback_from"] = plan.request.backend
     return instead._replace(record=record)
 

@@ -7656,6 +7656,8 @@ def test_comfyui_who_is_asleep_is_stood_in_for_before_anything_is_sent_and_never
         sidecar = box.sidecar(made.json["images"][0]["path"])
         assert (sidecar["backend"], sidecar["fallback_from"]) == ("mock", "asleep")
         assert (box.unfinished(), box.hidden()) == ([], [])
+        words = ("-b", "asleep", "--size", "64x64", "--key", "k", "-q")
+        assert box.fox(*words).lines == box.fox(*words).lines  # the key goes along
         assert box.fox("-b", "deaf").code == 4  # one stands in, not one after the other
         comfy.fail_next("execution_error")
         assert box.fox("-b", "gpu").code == 11
