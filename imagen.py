@@ -5367,10 +5367,10 @@ def input_of(source: str | Input, ctx: Context) -> Input:
             raise BadRequest(f"{source}: no image of that id is known here")
         place = record["path"]
         image_id = record["sidecar"]["image_id"]
-    name = os.path.basename(place.partition("?")[0]) or "image"
-    if source.startswith("data:"):
-        name = "data"
     folder = state_path("inputs")
+    name = os.path.basename(place.partition("?")[0]) or "image"
+    if source.startswith(("data:", f"{folder}/.")):  # the name of a part of a form would be ours
+        name = "data"
     hidden = os.path.join(folder, f".{new_uuid()}")
     with or_disk(folder, "copies of inputs live there"):
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -9351,7 +9351,7 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
             break
         body = data.find(b"\r\n\r\n", start)
         place = data.find(b"\r\n" + mark, start)
-        if not start <= body < place or body - start > HEAD_BYTES:
+        if not start <= body <= place - 4 or body - start > HEAD_BYTES:
             raise HttpError(400, "a part of the form has no head, or breaks off")
         head = data.cut(start, body).decode("utf-8", "replace")
         name = re.search(r'(?i)^content-disposition:.*?\bname="?([^";\r\n]*)', head, re.MULTILINE)
@@ -11238,7 +11238,6 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     if prefix and len(paths) > 1:
         raise BadRequest(f"{prefix}: several unfinished images begin so", "imagen recover")
     sweep_journal()
-    sweep_inputs()
     config = load_config(args.config)
     taken = [entry for entry in map(Entry.take, paths) if entry]
     fault = journal_fault()
@@ -11253,7 +11252,9 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.report(fault)
     elif len(taken) < len(paths):
         terminal.note(f"somebody works on {len(paths) - len(taken)} more")
-    return runner.run()
+    code = runner.run()
+    sweep_inputs()
+    return code
 
 
 def list_unfinished(terminal: Terminal) -> int:
