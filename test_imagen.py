@@ -14168,6 +14168,156 @@ def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended
     assert (box.run(*words).code, server.posts) == (10, 2)
 
 
+CLOCK = """
+import os, time
+began = time.monotonic()
+def shown():
+    return float(open(os.environ["CLOCK"]).read()) + time.monotonic() - began
+time.time = shown
+"""
+
+
+def set_clock(box: Box, day: str) -> None:
+    """What the children take for now: noon of a day. Their Python has another time; imagen.py is as it is."""
+    folder = box.root / "clock"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(CLOCK)
+    (folder / "now").write_text(str(datetime.fromisoformat(f"{day}T12:00").timestamp()))
+    box.environ["CLOCK"] = str(folder / "now")
+    box.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{HERE.parent}"
+
+
+def set_budget(box: Box, server: OpenAIServer, **budget: Any) -> None:
+    """A backend whose images cost 0.04, and what may be spent."""
+    server.models = [*GPT_MODELS, "gpt-image-9"]
+    cloud = {"type": "openai", "model": "gpt-image-9", "base_url": server.v1}
+    cloud["api_key_env"] = "CLOUD_KEY"
+    tokens = {**cloud, "model": "gpt-image-1-mini"}
+    backends = {"cloud": {**cloud, "cost_usd": 0.04}, "unpriced": cloud, "tokens": tokens}
+    box.configure(backends, budget=budget)
+
+
+def test_pipeline_eight_at_once_spend_no_more_than_what_is_left_for_three(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_budget(box, server, per_day=0.13)
+    done = [
+        ended(process) for process in [box.start("generate", "a fox", "--json") for _ in "8" * 8]
+    ]
+    assert server.posts == 3
+    assert sorted(one.code for one in done) == [0] * 3 + [6] * 5
+    error = next(one.json["error"] for one in done if one.code)
+    assert (error["code"], error["charged"]) == ("quota", "no")
+    assert "budget.per_day: $0.04 of the $0.01 that are left" in error["message"]
+    assert re.search(r"more from \d{4}-\d\d-\d\d 00:00 on", error["hint"])
+    assert (box.unfinished(), box.hidden()) == ([], [])
+    total = box.run("cost", "--json").json["total"]
+    assert (total["usd"], total["estimated"], total["reserved"]) == (0.12, 0.12, 0)
+
+
+def test_pipeline_a_budget_begins_anew_with_its_period_and_not_with_a_clock_that_goes_back(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_budget(box, server, per_day=0.05, per_month=0.09)
+    spent = "per_day"
+    for day, refused in {
+        "2026-03-30": "",
+        "2026-03-29": spent,
+        "2026-03-31": "",
+        "2026-03-30 ": spent,
+        "2026-04-01": "",
+        "2026-03-31 ": spent,
+        "2026-04-02": "",
+        "2026-04-03": "per_month",
+        "2026-05-01": "",
+    }.items():
+        set_clock(box, day.strip())
+        done = box.fox()
+        assert (done.code, refused in done.err) == (6 if refused else 0, True), (day, done.err)
+    assert server.posts == 5
+    assert "more from 2026-05-02 00:00 on" in box.fox().err
+    months = box.run("cost", "--by", "month", "--json").json["rows"]
+    assert {row["month"]: row["usd"] for row in months} == {
+        "2026-03": 0.08,
+        "2026-04": 0.08,
+        "2026-05": 0.04,
+    }
+
+
+def test_pipeline_what_an_outcome_costs_is_settled_freed_or_counted_for_its_day(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_clock(box, "2026-03-30")
+    set_budget(box, server, per_day=0.09)
+    # What was turned away is free again, also by a limit that ends.
+    server.script("moderation_input", "rate_limit", retry_after_ms="1")
+    assert [box.fox().code for _ in "12"] == [5, 0]
+    # Nobody knows: it counts for the day on which it was sent, open or closed.
+    server.script(status(500, "boom"))
+    assert box.fox().code == 10
+    for _ in "12":
+        assert box.fox().code == 6
+        assert box.run("cost", "--json").json["total"]["reserved"] == 0.04
+        box.run("recover", "--all")
+    set_clock(box, "2026-03-31")
+    # Reserved is the worst that the table says, counted is what the answer says.
+    set_budget(box, server, per_day=0.06)
+    paid = [box.fox("-b", "tokens", "--json").json["images"][0] for _ in "12"]
+    reported = sum(image["cost_usd_estimate"] for image in paid)
+    total = box.run("cost", "--since", "2026-03-31", "--json").json["total"]
+    assert (total["reported"], total["estimated"]) == (pytest.approx(reported), 0)
+    # Without a price it goes on until nothing is left, or is refused.
+    assert box.fox("-b", "unpriced").code == 0
+    set_budget(box, server, per_day=0.06, unknown="refuse")
+    refused = box.fox("-b", "unpriced")
+    assert (refused.code, "nobody knows the price" in refused.err) == (6, True)
+    posts = server.posts
+    for limits in ({"per_image": 0.03}, {"per_command": 0.03}, {"per_day": reported}):
+        set_budget(box, server, **limits)
+        assert box.fox().code == 6
+    set_budget(box, server, per_command=0.01)
+    capped = box.run("generate", "a fox", "-n", "4", "--max-cost", "0.09", "--json")
+    assert (capped.code, capped.json["error"]["code"], server.posts) == (9, "partial", posts + 2)
+    assert "of the $0.01 that are left" in capped.json["error"]["message"]
+    # A ledger that cannot be read stops what it would count, and nothing else.
+    (box.state / "ledger.jsonl").rename(box.state / "elsewhere")
+    (box.state / "ledger.jsonl").mkdir()
+    for budget, code in (({"per_day": 9.0}, 8), ({"per_image": -1}, 3), ({"per_image": 1e9}, 3)):
+        set_budget(box, server, **budget)
+        assert box.fox().code == code
+    assert server.posts == posts + 2
+
+
+def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(here: Box) -> None:
+    # Two who are about to send: one lives, the other has been killed.
+    entries = []
+    for _ in "12":
+        [plan] = imagen.plans_of(imagen.Order("a fox", backend="mock"), imagen.Config())
+        run = imagen.Run()
+        run.begin(plan)
+        run.entry.note(paid=True, price=0.04, reserved=0.04)
+        entries.append(run.entry)
+    entries[1].unlock()
+    rows = [*imagen.attempts(under_way=True)]
+    assert [imagen.cost_of(row) for row in rows] == [("unknown", 0.04)]
+    assert rows[0]["id"] == entries[0].record["id"]
+    entries[0].unlock()
+
+
+def test_pipeline_a_price_table_that_has_aged_is_told_once(box: Box) -> None:
+    block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": "http://127.0.0.1:9"}
+    box.configure({"cloud": block})
+    words = ("generate", "a fox", "-n", "3", "--dry-run")
+    set_clock(box, "2026-12-01")
+    assert "prices are of" not in box.run(*words).err
+    set_clock(box, "2027-12-01")
+    assert box.run(*words).err.count("prices are of a table of 2026-11-20") == 1
+    assert "prices" not in box.run(*words, "-b", "mock").err
+
+
 def test_pipeline_an_idempotency_key_outlives_a_restart_and_belongs_to_its_token(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
