@@ -10823,15 +10823,13 @@ def detached(ids: Sequence[str], terminal: Terminal) -> bool:
             with suppress(OSError), open(locked(path)):
                 if os.path.getmtime(path) < time.time() - DETACHED_S:
                     os.unlink(path)
-    paths = [state_path(f"detached-{ident}") for ident in ids]
-    try:
-        log = locked(paths[0], os.O_CREAT)
-    except BlockingIOError:
-        return False  # somebody makes them already
-    os.ftruncate(log, 0)
-    for path in paths[1:]:
+    place = state_path(f"detached-{new_uuid()}")
+    log = locked(place, os.O_CREAT)
+    for ident in ids:
+        path = state_path(f"detached-{ident}")
         unlink_quietly(path)
-        os.link(paths[0], path)
+        with suppress(FileExistsError):  # of who does the same, and has the same keys
+            os.link(place, path)
     if os.fork():
         return False
     os.setsid()

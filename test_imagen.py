@@ -17035,6 +17035,77 @@ def test_worker_a_job_names_only_what_the_limits_let_it_name(box: Box, cloud: Cl
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(began))
 
 
+def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_workers_there_are(
+    crew: Crew,
+) -> None:
+    anna, bert = crew.cloud.anna, crew.cloud.bert
+    with OpenAIServer() as server:
+        server.models = ["gpt-image-9"]
+        block = {"type": "openai", "model": "gpt-image-9", "base_url": server.v1, "cost_usd": 0.04}
+        paint = {**block, "api_key_env": "OPENAI_API_KEY"}
+        for host in ("here", "there"):
+            crew.cloud.join(
+                crew.host(host),
+                backends={"paint": paint},
+                worker=crew.worker,
+                limits={"per_owner": {"usd_per_day": 0.13}},
+            )
+        jobs = [crew.add() for _ in range(6)] + [crew.add(owner_user_id=bert)]
+        for host in crew.hosts:
+            crew.start("--concurrency", "3", host=host)
+        rows = [
+            crew.until(lambda job=job: crew.row(job)["finished_at"] and crew.row(job))
+            for job in jobs
+        ]
+        assert sorted(row["status"] for row in rows) == ["done"] * 4 + ["failed"] * 3
+        assert (server.posts, rows[-1]["status"]) == (4, "done")
+        refused = next(row for row in rows if row["status"] == "failed")
+        assert (refused["error_code"], refused["receipt"]) == ("quota", None)
+        assert "usd_per_day: $0.01 are left, and not $0.04" in refused["error"]
+        assert re.search(r"more at \d{4}-\d\d-\d\dT00:00", refused["error"])
+        assert "paused" not in crew.log()
+        paid = [row["receipt"]["usd"] for row in rows if row["receipt"]]
+        assert paid == [0.04] * 4
+        # Yesterday's do not count; what was cheaper than reserved counts as what it was.
+        spent = {"at": "2001-01-01T00:00:00+00:00"}
+        crew.database.sql(
+            "update imagen.jobs set receipt = receipt || $1::jsonb", json.dumps(spent)
+        )
+        assert crew.ends(crew.add(owner_user_id=anna))["receipt"]["usd"] == 0.04
+
+
+def test_worker_one_key_of_an_owner_is_one_job(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends=MOCK, worker={})
+    anna, bert = cloud.anna, cloud.bert
+    first = jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})[0]["id"]
+    with pytest.raises(urllib.error.HTTPError) as twice:
+        jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})
+    answer = json.load(twice.value)
+    assert (twice.value.code, answer["code"], answer["details"]) == (409, "23505", first)
+    jobs_http(cloud, "POST", "jobs", bert, {"prompt": "a fox", "key": "k-1"})
+    # From the command line: the id of the first, unless it is for something else.
+    for _ in "12":
+        assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [first]
+    other = box.run("jobs", "add", "a hare", "--key", "k-1", "--json")
+    assert (other.code, first in other.json["error"]["message"]) == (2, True)
+    assert box.run("jobs", "add", "a fox", "--key", "k-1", "-n", "2").code == 2
+    words = ("jobs", "add", "a fox", "--key", "k-2", "-b", "mock", "--seed", "7", "--strength", "0")
+    at_once = [ended(process).lines for process in [box.start(*words) for _ in "1234"]]
+    assert len({line for lines in at_once for line in lines}) == 1
+    # What failed, or was canceled, at no cost leaves its key to the next; what may have cost keeps it.
+    sql = "update imagen.jobs set status = 'failed', receipt = $2::jsonb where id = $1::uuid"
+    cloud.database.sql(sql, first, None)
+    [retried] = box.run("jobs", "retry", first).lines
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    assert "its key has another" in box.run("jobs", "retry", first).err
+    cloud.database.sql(sql, retried, json.dumps({"attempt": 1}))
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    assert box.run("jobs", "retry", retried, "--pay-again").code == 0
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    keys = cloud.database.sql("select key from imagen.jobs where owner_user_id = $1::uuid", anna)
+    assert sorted(str(row["key"]) for row in keys) == ["None", "k-1", "k-1", "k-2"]
+
+
 def release_before() -> Path:
     """The folder of the release before: its imagen.py and its migrations.sql."""
     folder = Path(tempfile.gettempdir()) / f"imagen-before-{os.getpid()}"
@@ -21371,6 +21442,66 @@ def test_commands_a_batch_goes_on_where_it_was_killed_and_pays_for_nothing_twice
     paths = [image["path"] for line in lines for image in line["images"]]
     assert len({*paths}) == len(paths) == 8
     assert all(Path(path).parent == box.root / "made" for path in paths)
+
+
+def test_commands_a_detached_command_outlives_the_shell_that_began_it(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    answer = server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False))
+    gates = [threading.Event() for _ in range(3)]
+    server.script(*[hold(gate, answer) for gate in gates])
+    # A chat's shell: its group is killed once it has said what it had to say.
+    words = ("generate", "a fox", "--detach", "--key", "k", "-n", "2")
+    shell = box.start(*words, start_new_session=True)
+    ids = ended(shell).lines
+    server.wait_seen(2)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert (shell.returncode, len({*ids})) == (0, 2)
+    soon = box.run("wait", *ids, "--timeout", "1.5", "--json")
+    assert (soon.code, soon.json["error"]["code"]) == (7, "busy")
+    # Twice is once; and who waits gets all, in the end.
+    assert box.run(*words).lines == ids
+    with box.start("wait", *ids) as waiting:
+        for gate in gates:
+            gate.set()
+        done = ended(waiting)
+    assert (done.code, len({*done.lines}), server.posts) == (0, 2, 2), done.err
+    assert all(Path(path).exists() for path in done.lines)
+    assert {*box.run("wait", *ids).lines} == {*done.lines}
+    assert {*box.run("wait", *[box.sidecar(path)["image_id"] for path in done.lines]).lines} == {
+        *done.lines
+    }
+
+
+def test_commands_wait_ends_as_generate_would_have(keyed: tuple[Box, OpenAIServer]) -> None:
+    box, server = keyed
+    server.script("moderation_input")
+    [refused] = box.run("generate", "a fox", "--detach").lines
+    done = box.run("wait", refused, "--json")
+    assert (done.code, done.json["error"]["code"], done.json["error"]["charged"]) == (
+        5,
+        "refused",
+        "no",
+    )
+    assert done.json["error"]["hint"] == "reword the prompt"
+    # Killed while its POST is out, by whoever kills everything.
+    server.script(hold(threading.Event(), ok(b"")))
+    [killed] = box.run("generate", "a fox", "--detach").lines
+    server.wait_seen(2)
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"HOME={box.root}\0".encode() in environ.read_bytes():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+    lost = box.run("wait", killed, "--json")
+    assert (lost.code, lost.json["error"]["charged"]) == (10, "unknown")
+    assert lost.json["error"]["hint"] == f"imagen recover {killed}"
+    # What cannot begin says so at once, and what nobody began neither waits.
+    missing_key = box.run("generate", "a fox", "--detach", env={"CLOUD_KEY": ""})
+    assert (missing_key.code, missing_key.out) == (3, "")
+    assert box.run("wait", str(uuid.uuid4())).code == 2
+    assert box.run("wait").code == box.run("wait", "x").code == 2
 
 
 def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
