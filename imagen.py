@@ -10094,7 +10094,7 @@ get("/api/options").then(options => {
 
 MCP_VERSIONS = ("2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 MCP_META = "io.modelcontextprotocol/"
-MCP_PROGRESS_S = 10.0
+MCP_PROGRESS_S = 0.5  # less than any client waits for a sign of life
 MCP_LINE_BYTES = 1 << 20
 MCP_USD = 2.0  # of a session for which nobody says what it may spend
 MCP_RULES = """\
@@ -12431,20 +12431,26 @@ description: Make an image from a prompt with ImaGen. Use when the user asks for
 ---
 # /imagine PROMPT
 
-Run this with the user's words in place of PROMPT, and give it time: an image may take minutes.
-Behind `<<'END'` no letter of the prompt means anything to the shell.
+Run this with the user's words in place of PROMPT, and a word of your own for this image in place of
+KEY: the same one whenever you repeat it, and then it is paid once. It prints an id at once, and the
+work goes on by itself. Behind `<<'END'` no letter of the prompt means anything to the shell.
 
-    COMMAND generate - --json -q <<'END'
+    COMMAND generate - --detach --key KEY -q <<'END'
     PROMPT
     END
+
+Then run this with that id (of several images: all) in place of ID, as often as it ends with 7:
+
+    COMMAND wait ID --timeout 90 --json
 
 - Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists
   them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
   Another backend may cost money: that is the user's choice, also after an error.
-- "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
+- "The same, but …": `COMMAND generate --like last --seed 8 --detach --key KEY -q`, with the flags
+  that change.
 - To change an image, add `-i FILE` (or `-i last`; repeat it for several) and `--mask FILE`.
-- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
-  with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
+- With `--json` the stdout of `wait` is one document: `ok`, `images`, and where something went wrong
+  `error` with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
   bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
@@ -12454,9 +12460,9 @@ Behind `<<'END'` no letter of the prompt means anything to the shell.
 | 1, 11 | report it; again only if the user says so, and only where `error.charged` is `no` |
 | 2 | mend the request by `error.message` and `error.hint`, once |
 | 3 | tell the user which key or setting is missing or wrong |
-| 4, 7 | nothing was charged: wait a minute, try once more |
+| 4, 7 | `wait` again; unless it was `still under way`, first the other, with the same KEY |
 | 5 | **never repeat**: it was refused; offer other words |
-| 6 | **never repeat**: the account is empty |
+| 6 | **never repeat**: the account, or the budget that the user has set, is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
 | 10 | **never repeat**: it may be charged; `COMMAND recover ID` tells (`error.hint` has the id) |

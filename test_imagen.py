@@ -18868,7 +18868,7 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
             assert facts["requested"]["steps"] == 3
         assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
         assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
-    assert len(box.ledger()) == 4
+    assert sum("path" in line for line in box.ledger()) == 4
 
 
 def test_server_the_cases_of_openais_own_suites_pass_under_strict_validation(box: Box) -> None:
@@ -20747,12 +20747,13 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     assert advice.keys() == {0, *ERRORS_EXITS.values()}
     assert {code for code, text in advice.items() if "never repeat" in text} == {5, 6, 10}
 
-    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
-    block = textwrap.dedent(block)
+    begin, wait = map(textwrap.dedent, re.findall(r"(?m)(?:^    .+\n)+", text))
     prompt = 'it\'s "$HOME" `id` -n größe'
-    made = shell(block.replace("PROMPT", prompt))
+    begun = shell(begin.replace("PROMPT", prompt))
+    assert (begun.returncode, begun.stderr) == (0, "")
+    made = shell(wait.replace("ID", begun.stdout.strip()))
     answer = json.loads(made.stdout)
-    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
+    assert (made.returncode, answer["ok"]) == (0, True), made.stderr
     assert answer["images"][0]["prompt"] == prompt
     assert Path(answer["images"][0]["path"]).exists()
     flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
@@ -20761,7 +20762,7 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     flags = [word for word in flags if word not in inputs]
     assert len(flags) == 6
     for more in flags:
-        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
+        assert shell(begin.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
     *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
     assert [word.removeprefix(own).split()[0] for word in commands] == [
         "styles",
@@ -20774,7 +20775,8 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
 
     with Remote(reset()) as remote:
         box.configure({"ai": {"type": "openai", "model": "any", "base_url": remote.base}})
-        lost = shell(block)
+        ident = shell(begin.replace("KEY", "OTHER")).stdout.strip()
+        lost = shell(wait.replace("ID", ident))
         error = json.loads(lost.stdout)["error"]
         assert (lost.returncode, error["charged"]) == (10, "unknown")
         assert error["message"]
@@ -21028,6 +21030,67 @@ def test_mcp_a_cancelled_call_says_no_more_and_what_was_paid_is_listed(
     assert slow not in ids
     assert paid not in ids
     assert server.posts == 1
+
+
+MCP_NODE = """\
+const [module, negotiation, command, env] = process.argv.slice(2)
+const old = module.endsWith("sdk")
+const { Client } = await import(old ? `${module}/client/index.js` : module)
+const { StdioClientTransport } = await import(`${module}${old ? "/client" : ""}/stdio${old ? ".js" : ""}`)
+const options = negotiation ? { versionNegotiation: { mode: negotiation } } : {}
+const client = new Client({ name: "tests", version: "1" }, options)
+await client.connect(new StdioClientTransport({ command, args: ["-P", "-m", "imagen", "mcp"], env: JSON.parse(env) }))
+const call = (fields, more) => {
+  const request = { name: "generate_image", arguments: { prompt: "a fox", backend: "mock", size: "64x64", ...fields } }
+  return old ? client.callTool(request, undefined, more) : client.callTool(request, more)
+}
+const tools = (await client.listTools()).tools.map(tool => tool.name)
+const made = await call({ request_id: "same" })
+const again = await call({ request_id: "same" })
+const wrong = await call({ prompt: "" })
+const progress = []
+const slow = await call({ backend: "slow" }, { timeout: 1500, resetTimeoutOnProgress: true, onprogress: one => progress.push(one.progress) })
+const stop = new AbortController()
+const cancelled = call({ backend: "slower" }, { signal: stop.signal, onprogress: () => stop.abort("enough") })
+const outcome = await cancelled.then(() => "made", problem => `${problem}`)
+const listed = await client.callTool({ name: "list_images", arguments: {} })
+const paths = [made, again, slow].map(result => result.structuredContent.images[0].path)
+console.log(JSON.stringify([tools, paths, wrong.isError, progress, outcome, listed.structuredContent.images.length,
+  client.getNegotiatedProtocolVersion?.() ?? client.getServerVersion().name]))
+await client.close()
+"""
+
+
+def test_mcp_the_official_clients_of_node_list_call_wait_and_cancel(box: Box) -> None:
+    node = shutil.which("node", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not node or not (NPM / "@modelcontextprotocol/client").exists():
+        missing("node, or what npm brings, is not installed")
+    mocks = {name: {"type": "mock", "delay_s": s} for name, s in {"slow": 3, "slower": 60}.items()}
+    box.configure({"mock": {"type": "mock"}, **mocks})
+    (box.root / "node_modules").symlink_to(NPM)
+    (box.root / "talk.mjs").write_text(MCP_NODE)
+    running = []
+    for client, mode in (("sdk", ""), ("client", ""), ("client", "auto")):
+        words = [f"@modelcontextprotocol/{client}", mode, sys.executable, json.dumps(box.environ)]
+        process = subprocess.Popen(
+            [node, "talk.mjs", *words], env=box.environ, cwd=box.root, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        running.append(process)
+    outcomes = []
+    for process in running:
+        done = ended(process)
+        assert done.code == 0, done.err
+        outcomes.append(done.json)
+    for tools, paths, wrong, progress, cancelled, listed, _ in outcomes:
+        assert tools == ["generate_image", "list_images", "recover_images", "list_backends"]
+        # Made once for all of them; and 3 s of work under a timeout of 1.5 s.
+        assert paths[0] == paths[1] == outcomes[0][1][0]
+        assert Path(paths[2]).exists()
+        assert (wrong, listed > 1, "enough" in cancelled) == (True, True, True)
+        assert progress == sorted({*progress}) and len(progress) > 1
+    assert [version for *_, version in outcomes] == ["imagen", "2025-11-25", "2026-07-28"]
+    assert sum("path" in line for line in box.ledger()) == 4
 
 
 def test_mcp_the_official_client_lists_calls_and_checks_results_in_every_mode(
@@ -22248,9 +22311,9 @@ def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: st
     started = subprocess.run(command, env=box.environ, capture_output=True, text=True, timeout=60)
     assert json.loads(started.stdout)["sha256"] == digest, started.stderr
     skill = box.run("skill", program=(str(copy),)).out
-    (line,) = (line for line in skill.splitlines() if "generate - --json" in line)
+    (line,) = (line for line in skill.splitlines() if "generate - --detach" in line)
     words = shlex.split(line.partition("<<")[0])
-    assert words[1:] == [str(copy), "generate", "-", "--json", "-q"]
+    assert words[1:] == [str(copy), "generate", "-", "--detach", "--key", "KEY", "-q"]
     assert str(HERE) not in skill
 
 
