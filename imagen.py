@@ -4123,9 +4123,8 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
-# Tokens of an image of 1024x1024 that comes out; "" and others: as of the best.
-OPENAI_QUALITIES = {"low": 272, "medium": 1056}
-OPENAI_BEST = 4160
+# Tokens of an image of 1024x1024 that comes out; of another quality: as of the best.
+OPENAI_QUALITIES = {"low": 272, "medium": 1056, "high": 4160}
 OPENAI_INPUT = 7000  # tokens of an image that goes in, at most
 # Of a response, what the sidecar keeps.
 OPENAI_METADATA = (
@@ -4197,16 +4196,13 @@ class OpenAI(Backend):
         """The config's price; the tokens that decide are counted in the response alone."""
         if options.cost_usd is not None:
             return Price(options.cost_usd, "config")
-        if options.model.startswith(tuple(OPENAI_TOKENS)):
-            pixels = request.width * request.height or 1536 * 1024
-            share = pixels / (1024 * 1024)
-            usage: JsonObject = {
-                "input_tokens": len(request.prompt) + OPENAI_INPUT * len(request.marks()),
-                "input_tokens_details": {"image_tokens": OPENAI_INPUT * len(request.marks())},
-                "output_tokens": OPENAI_QUALITIES.get(options.quality, OPENAI_BEST) * share,
-            }
-            worst = openai_cost(options.model, usage)
-            return Price(None, f"by the answer's tokens, {PRICED}", worst)
+        for name, (text, image, out) in OPENAI_TOKENS.items():
+            if options.model.startswith(name):
+                pixels = request.width * request.height or 1536 * 1024
+                best = OPENAI_QUALITIES.get(options.quality, OPENAI_QUALITIES["high"])
+                usd = len(request.prompt) * text + len(request.marks()) * OPENAI_INPUT * image
+                usd += best * pixels / 1024**2 * out
+                return Price(None, f"by the answer's tokens, {PRICED}", usd / 1e6)
         return Price()
 
     def generate(self, ctx: Context, request: Request) -> Result:
@@ -5299,34 +5295,20 @@ def may_cost(row: OpenEntry) -> bool:
 
 
 def cost_of(record: Record) -> tuple[str, float]:
-    """How the cost of an attempt is known (reported, estimated, unknown), and the USD that count.
+    """The USD that count for an attempt, and what they are: reported, estimated, or reserved.
 
-    Where it is unknown, those are what was reserved.
+    These as long as nobody knows the others.
     """
     charged = record.get("charged", "no")
-    if charged == "no" and "path" not in record:
-        return "estimated", 0.0
     price = record.get("price")
     usd = record.get("sidecar", Sidecar()).get("cost_usd_estimate")
+    if charged == "no" and "path" not in record:
+        return "estimated", 0.0
     if charged == "unknown" or usd is None:
-        return "unknown", record.get("reserved") or price or 0.0
+        return "reserved", record.get("reserved") or price or 0.0
     if usd == price:
         return "estimated", usd
     return "reported", usd
-
-
-def periods() -> dict[str, tuple[float, float]]:
-    """When those of a budget began, and when they end, by the local clock."""
-    year, month, day, *_ = time.localtime(time.time())
-    dates = {
-        "per_day": ((year, month, day), (year, month, day + 1)),
-        "per_month": ((year, month, 1), (year, month + 1, 1)),
-    }
-    midnight = (0, 0, 0, 0, 0, -1)
-    return {
-        name: (time.mktime((*start, *midnight)), time.mktime((*end, *midnight)))
-        for name, (start, end) in dates.items()
-    }
 
 
 def _ledger_record(line: bytes) -> Record:
@@ -6251,32 +6233,34 @@ class Run(Context):
             return
         with or_disk(state_path("ledger.jsonl"), "a budget needs it"), locked_ledger():
             self.purse.usd.pop(self.id, None)  # of the POST that was turned away
+            year, month, day, *_ = time.localtime(time.time())
+            begins = {"per_day": (year, month, day), "per_month": (year, month, 1)}
+            ends = {"per_day": (year, month, day + 1), "per_month": (year, month + 1, 1)}
             spent = {"per_image": 0.0, "per_command": sum(self.purse.usd.values())}
-            ends = {}
-            for name, (start, end) in periods().items():
-                if name in limits:
-                    spent[name] = self._spent_since(start)
-                    local = time.localtime(end)
-                    ends[name] = f"more from {time.strftime('%Y-%m-%d %H:%M', local)} on"
+            for name in limits.keys() & begins:
+                spent[name] = self._spent_since(begins[name])
             for name, most in limits.items():
                 left = round(most - spent[name], 6)
                 # What has no price passes for as long as anything is left.
                 if (usd or 1e-6) > left:
+                    hint = "--max-cost, or budget, says how much"
+                    if name in ends:
+                        end = time.mktime((*ends[name], 0, 0, 0, 0, 0, -1))
+                        hint = time.strftime("more from %Y-%m-%d 00:00 on", time.localtime(end))
                     message = f"budget.{name}: ${usd or 0:g} of the ${max(0, left):g} that are left"
-                    raise OverBudget(
-                        message, ends.get(name, "--max-cost, or budget, says how much")
-                    )
+                    raise OverBudget(message, hint)
             self.entry.note(reserved=usd)
             self.purse.usd[self.id] = usd or 0.0
 
-    def _spent_since(self, start: float) -> float:
+    def _spent_since(self, begin: tuple[int, ...]) -> float:
         if fault := journal_fault():
             raise fault
         spent = 0.0
         # Also what is later than now: a clock that was set back frees nothing.
         for record in attempts(needle='"paid": true', warn=self.warn, under_way=True):
             own = record["id"] == self.id and record.get("at") == self.entry.record["at"]
-            if not own and epoch(record.get("sending") or record.get("at", "")) >= start:
+            sent = time.localtime(epoch(record.get("sending") or record.get("at", "")))
+            if not own and sent[:3] >= begin:
                 spent += cost_of(record)[1]
         return spent
 
@@ -10175,8 +10159,7 @@ class Mcp:
         self.send = send
         self.purse = Purse(config.budget)
         self.folders = [os.path.realpath(folder) for folder in folders]
-        self.calls: dict[Any, Runner] = {}  # by the request's id
-        self.runners: list[Runner] = []
+        self.calls: dict[Runner, str] = {}  # and the ids of their requests, as JSON
         self.cancelled: set[Any] = set()
         self._lock = threading.Lock()
 
@@ -10237,9 +10220,9 @@ class Mcp:
         """End what is free; what was paid for goes on, and is shown by list_images."""
         with self._lock:
             self.cancelled.add(to_json(ident))
-            runner = self.calls.get(to_json(ident))
-        if runner:
-            runner.stop("user")
+            for runner, request in self.calls.items():
+                if request == to_json(ident):
+                    runner.stop("user")
 
     def result(self, message: Fields, params: Fields) -> JsonObject:
         """The result of a request."""
@@ -10273,6 +10256,8 @@ class Mcp:
 
     def call(self, message: Fields, params: Fields) -> JsonObject:
         """What a tool answers; an error of its own is a result too."""
+        from urllib.parse import quote
+
         name = params.get("name")
         if name not in MCP_TOOLS:
             raise McpError(-32602, f"no tool {name!r}: {nearest(str(name), MCP_TOOLS)}")
@@ -10281,14 +10266,14 @@ class Mcp:
         try:
             arguments = from_mapping(shape, params.get("arguments"), "", BadRequest)
             document = getattr(self, name)(arguments, message, params)
-            for image in document.get("images", []):
-                uri = f"file://{urllib_quote(image['path'])}"
+            for image in document["images"]:
                 link = {
                     "type": "resource_link",
-                    "uri": uri,
+                    "uri": f"file://{quote(image['path'])}",
                     "name": os.path.basename(image["path"]),
+                    "mimeType": image["mime_type"],
                 }
-                links.append({**link, "mimeType": image["mime_type"]})
+                links.append(link)
         except Exception as problem:
             error = as_error(problem)
             document = {"ok": False, "images": [], "error": mcp_error(error)}
@@ -10379,8 +10364,7 @@ class Mcp:
         token = meta.get("progressToken") if isinstance(meta, dict) else None
         runner.purse = self.purse
         with self._lock:
-            self.calls[to_json(message["id"])] = runner
-            self.runners.append(runner)
+            self.calls[runner] = to_json(message["id"])
             if self.is_cancelled(message):
                 runner.stop("user")
         began = told_at = time.monotonic()
@@ -10404,8 +10388,7 @@ class Mcp:
                     }
                     self.send(to_json(document))
         with self._lock:
-            self.runners.remove(runner)
-            self.calls.pop(to_json(message["id"]), None)
+            del self.calls[runner]
 
     def outcome(self, runner: Runner) -> JsonObject:
         """What a runner made, and its worst error."""
@@ -10418,19 +10401,12 @@ class Mcp:
     def stop(self) -> None:
         """The client has gone: free work ends, what was paid for is waited for."""
         with self._lock:
-            runners = [*self.runners]
+            runners = [*self.calls]
         for runner in runners:
             runner.stop("user")
         until = time.monotonic() + self.config.worker.grace_s
         while any(runner.busy for runner in runners) and time.monotonic() < until:
             time.sleep(0.05)
-
-
-def urllib_quote(path: str) -> str:
-    """A path as it stands in a URL."""
-    from urllib.parse import quote
-
-    return quote(path)
 
 
 def mcp_error(error: ImagenError) -> JsonObject:
@@ -11921,6 +11897,9 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"images": images}, *aligned(lines))
 
 
+COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
+
+
 @command(
     """
     --since DATE                          YYYY-MM-DD
@@ -11937,35 +11916,32 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD')
     if fault := journal_fault():
         raise fault
-    total = {"images": 0, "usd": 0.0, "reported": 0.0, "estimated": 0.0}
-    total |= {"unknown": 0, "reserved": 0.0}
     groups: dict[str, JsonObject] = {}
+    total: JsonObject = dict.fromkeys(COST_COLUMNS, 0)
     for record in attempts(warn=terminal.say, under_way=True):
-        sidecar: Fields = record.get("sidecar", EMPTY)
-        made = "path" in record
         at = record.get("at", "")
+        made = "path" in record
         if at[:10] < since or (not made and record.get("charged", "no") == "no"):
             continue
         known, usd = cost_of(record)
-        keys = {"day": at[:10], "month": at[:7], "owner": record.get("owner")}
-        key = str(keys.get(args.by, sidecar.get(args.by)) or "")
-        for row in (total, groups.setdefault(key, dict.fromkeys(total, 0))):
+        sidecar: Fields = record.get("sidecar", EMPTY)
+        keys = {**sidecar, "day": at[:10], "month": at[:7], "owner": record.get("owner")}
+        group = groups.setdefault(str(keys.get(args.by) or ""), dict.fromkeys(COST_COLUMNS, 0))
+        for row in (group, total):
+            row[known] += usd
             row["images"] += made
-            if known == "unknown":
-                row["unknown"] += 1
-                row["reserved"] = round(row["reserved"] + usd, 6)
-            else:
-                row["usd"] = round(row["usd"] + usd, 6)
-                row[known] = round(row[known] + usd, 6)
-    rows = [{args.by: key, **groups[key]} for key in sorted(groups)]
+            row["unknown"] += known == "reserved"
     lines = []
-    for row in (*rows, {args.by: "total", **total}):
-        parts = [f"{money(row[part])} {part}" for part in ("reported", "estimated") if row[part]]
+    for key, row in (*sorted(groups.items()), ("total", total)):
+        row["usd"] = row["reported"] + row["estimated"]
+        row.update({column: round(value, 6) for column, value in row.items()})
+        known_as = ("reported", "estimated", "reserved")
+        parts = [f"{money(row[column])} {column}" for column in known_as if row[column]]
         if row["unknown"]:
-            parts.append(f"and {row['unknown']} of unknown cost")
-        if row["reserved"]:
-            parts.append(f"for which {money(row['reserved'])} is reserved")
-        lines.append((row[args.by], row["images"], "images", money(row["usd"]), ", ".join(parts)))
+            parts.append(f"{row['unknown']} of unknown cost")
+        lines.append((key, row["images"], "images", money(row["usd"]), ", ".join(parts)))
+    rows = [{args.by: key, **groups[key]} for key in sorted(groups)]
+    return terminal.result({"rows": rows, "total": total}, *aligned(lines))
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
@@ -12174,16 +12150,17 @@ def insert_jobs(
                 reached = True
                 [[columns]] = database.run(REQUESTED, names=_COLUMNS.split(", "))
                 key = requests[0].get("key")
-                if key and "key" not in columns.split(", "):
-                    raise BadConfig("this database knows no keys of jobs", "imagen migrate")
+                keyed = {"key": key, "owner": parameters["owner"]}
+                if key:
+                    database.run(KEYED, **keyed)  # or this database knows no keys yet
                 database.run(sql.replace("COLUMNS", columns), **parameters)
                 jobs = [job for (job,) in database.run(FOLLOW, ids=ids)]
                 if key and not jobs:
-                    [[earlier]] = database.run(KEYED, key=key, owner=parameters["owner"])
-                    if any(earlier[name] != requests[0].get(name) for name in columns.split(", ")):
+                    [[job]] = database.run(KEYED, **keyed)
+                    if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
                         message = f"the key {key} was used for another request"
-                        raise KeyConflict(f"{message}, of job {earlier['id']}")
-                    jobs = [earlier]
+                        raise KeyConflict(f"{message}, of job {job['id']}")
+                    jobs = [job]
                 return jobs
         except (Unreachable, KeyboardInterrupt) as problem:
             if not reached:
@@ -12450,8 +12427,8 @@ Then run this with that id (of several images: all) in place of ID, as often as 
   that change.
 - To change an image, add `-i FILE` (or `-i last`; repeat it for several) and `--mask FILE`.
 - With `--json` the stdout of `wait` is one document: `ok`, `images`, and where something went wrong
-  `error` with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
-  bytes into the conversation.
+  `error` with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read
+  image bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |

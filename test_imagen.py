@@ -14302,7 +14302,7 @@ def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(her
         entries.append(run.entry)
     entries[1].unlock()
     rows = [*imagen.attempts(under_way=True)]
-    assert [imagen.cost_of(row) for row in rows] == [("unknown", 0.04)]
+    assert [imagen.cost_of(row) for row in rows] == [("reserved", 0.04)]
     assert rows[0]["id"] == entries[0].record["id"]
     entries[0].unlock()
 
