@@ -11291,22 +11291,20 @@ class BatchRunner(TerminalRunner):
         row, number = item
         try:
             plan = plans_of(batch_order(row, self.args), self.config)[number]
-            record = super().attempt(plan, run)
+            record = super().attempt(plan, run) or Record()
+            image: JsonObject = {**record["sidecar"], "path": record["path"]}
+            if record.get("reused"):
+                image["reused"] = True
+            else:
+                self.usd += image["cost_usd_estimate"] or 0.0
+            row.images += (image,)
         except Exception as problem:
             # Its frames would keep all that they worked on.
             row.error = as_error(problem).with_traceback(None)
             raise row.error from None
         finally:
-            with self.changed:
+            with self.changed:  # its line is written once none is left
                 row.left -= 1
-        if not record:
-            return None
-        image: JsonObject = {**record["sidecar"], "path": record["path"]}
-        if record.get("reused"):
-            image["reused"] = True
-        else:
-            self.usd += image["cost_usd_estimate"] or 0.0
-        row.images += (image,)
         return MADE  # the runner keeps one of each image
 
     def show_rows(self) -> None:

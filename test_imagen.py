@@ -20974,7 +20974,7 @@ def test_mcp_odd_lines_are_errors_and_end_nothing(box: Box) -> None:
         "[" * 5000,
     ]
     odd += ['{"id": {"a": 1}, "method": "ping", "params": []}', '{"method": "notifications/x"}']
-    for _ in range(1500):
+    for _ in range(5000):
         line = list(fine)
         for _ in range(rng.randrange(1, 6)):
             line[rng.randrange(len(line))] = rng.choice('{}[]":,x0\\\x00é')
@@ -21565,6 +21565,58 @@ def test_commands_wait_ends_as_generate_would_have(keyed: tuple[Box, OpenAIServe
     assert (missing_key.code, missing_key.out) == (3, "")
     assert box.run("wait", str(uuid.uuid4())).code == 2
     assert box.run("wait").code == box.run("wait", "x").code == 2
+
+
+def test_commands_a_batch_that_is_killed_at_random_pays_once_a_row_and_tells_every_row(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    rng = random.Random(5)
+    for place in range(3):
+        rows = [f"place {place} row {number}" for number in range(6)]
+        (box.root / "rows.txt").write_text("\n".join(rows))
+        words = ("batch", "rows.txt", "-o", f"made-{place}/", "--parallel", "2")
+        before = server.posts
+        posts_until = before + rng.randrange(1, 6)
+        with box.start(*words) as process:
+            eventually(lambda most=posts_until: server.posts >= most)
+            process.kill()
+        lines = [json.loads(line) for line in box.run(*words).lines]
+        prompts = collections.Counter(body["prompt"] for body in server.bodies[before:])
+        assert {*prompts.values()} == {1}
+        assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        paths = [image["path"] for line in lines for image in line["images"]]
+        lost = [line["error"]["code"] for line in lines if not line["ok"]]
+        assert {*lost} <= {"unknown"}
+        assert len({*paths}) == 6 - len(lost)
+        assert {*map(str, (box.root / f"made-{place}").glob("*.png"))} == {*paths}
+
+
+def test_commands_what_is_far_too_large_for_a_batch_or_a_key_is_told(box: Box) -> None:
+    with open(box.root / "huge.jsonl", "wb") as huge:
+        huge.truncate(100 << 20)
+    done = box.run("batch", "huge.jsonl", "-b", "mock")
+    assert (done.code, "huge.jsonl: more than 64 MB" in done.err) == (2, True)
+    key = "k" * (1 << 20)
+    row = json.dumps({"prompt": "a fox", "key": key})
+    done = box.run("batch", "-", "-b", "mock", input=row)
+    assert (done.code, "row 1: key: 1 to 200 printable" in done.err) == (2, True)
+    assert len(done.err) < 1000
+    with McpTalk(box) as talk:
+        refused = talk.call("generate_image", prompt="a fox", request_id=key[:900_000])
+        assert "1 to 200 printable" in refused["structuredContent"]["error"]["message"]
+        number = talk.send("tools/call", name="generate_image", arguments={"request_id": key})
+        assert talk.ask("ping")["result"] == {}
+        assert [line["error"]["message"] for line in talk.lines] == ["the line is too long"]
+        assert number
+    with Serving(box) as serving:
+        headers = {"idempotency_key": key}
+        answer = serving.ask("POST", "/v1/images/generations", {"prompt": "a fox"}, **headers)
+        assert answer.status in (400, 431)
+    # Lines end where a file's lines end; what else may separate them is part of a prompt.
+    odd = json.dumps({"prompt": "a\u2028fox\x85"}, ensure_ascii=False)
+    made = box.run("batch", "-", "-b", "mock", input=f"{odd}\r\n")
+    assert made.json["ok"] is True
 
 
 def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
