@@ -92,7 +92,7 @@ EMPTY: Fields = types.MappingProxyType({})
 #   BadConfig    config          3   424  no     a setting, key or permission is missing or wrong
 #   Unreachable  unreachable     4   503  yes    the backend or the database was not reached
 #   Refused      refused         5   400  no     moderation: not this image, today or tomorrow
-#   Quota        quota           6   402  no     the account is empty
+#   Quota        quota           6   402  no     the account, or a budget of ours, is empty
 #   Busy         busy            7   429  yes    rate limit or overload: not accepted, not charged
 #   Disk         disk            8   424  yes    the local disk is full or not ours to write
 #   Partial      partial         9   207  no     some of the images were made
@@ -188,6 +188,10 @@ class Quota(ImagenError):
     code = "quota"
     exit_code = 6
     http_status = 402
+
+
+class OverBudget(Quota):
+    """A budget of ours is spent: no fault of the backend."""
 
 
 class Busy(ImagenError):
@@ -434,6 +438,15 @@ def marked(cls: Any, mark: str) -> list[str]:
     """The fields of `cls` whose hint carries `mark` (KEY or REQUEST)."""
     hints = hints_of(cls).items()
     return [name for name, hint in hints if mark in getattr(hint, "__metadata__", ())]
+
+
+def as_mapping(value: Any) -> Any:
+    """A NamedTuple, and those in it, as mappings."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: as_mapping(item) for key, item in value.items()}
+    return value
 
 
 def sparse(shape: Any) -> JsonObject:
@@ -1012,6 +1025,13 @@ class Price(NamedTuple):
 
     usd: float | None = None  # None: unknown
     source: str = ""  # "table of 2026-11-20", "config"
+    worst: float | None = None  # where it is known only afterwards: at most so much
+
+    def most(self) -> float | None:
+        """What a budget reserves for it; None: nobody knows."""
+        if self.usd is None:
+            return self.worst
+        return self.usd
 
 
 class Progress(NamedTuple):
@@ -1364,13 +1384,25 @@ class WorkerConfig(NamedTuple):
 
 
 Jobs = Annotated[int, Between(0, 1_000_000)]
+Usd = Annotated[float | None, Between(0, 1e6)]  # None: any sum
 
 
 class OwnerLimits(NamedTuple):
-    """How many jobs of one owner may wait, and run; 0: any number."""
+    """How many jobs of one owner may wait, and run (0: any number), and what they may cost."""
 
     pending: Jobs = 0
     running: Jobs = 0
+    usd_per_day: Usd = None
+
+
+class BudgetConfig(NamedTuple):
+    """What may be spent from this state folder."""
+
+    per_image: Usd = None
+    per_command: Usd = None
+    per_day: Usd = None
+    per_month: Usd = None
+    unknown: Literal["allow", "refuse"] = "allow"  # what has no price before it is made
 
 
 class LimitsConfig(NamedTuple):
@@ -1419,7 +1451,10 @@ supabase:
   bucket: imagen-generated
 worker: {concurrency: 1, poll_s: 5, lease_s: 45, heartbeat_s: 10, grace_s: 120,
   job_timeout_s: 600, give_up_s: 3600}
-limits: {}                        # of jobs: backends: [name], per_owner: {pending: N, running: N}
+limits: {}                        # of jobs: backends: [name], per_owner: {pending, running, \
+usd_per_day}
+budget: {}                        # USD: per_image, per_command, per_day, per_month; \
+unknown: allow | refuse
 styles: {}                        # name: suffix, or name: {suffix, negative, width, height}
 backends:
   flux-schnell-local: {"type": "comfyui", "base_url": "http://localhost:8188", \
@@ -1447,6 +1482,7 @@ class Config(NamedTuple):
     supabase: SupabaseConfig = SupabaseConfig()
     worker: WorkerConfig = WorkerConfig()
     limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
     styles: Mapping[str, Style] = EMPTY
     backends: Mapping[str, Fields] = BUILTIN_BACKENDS
 
@@ -3695,6 +3731,7 @@ class ReplicateModel(NamedTuple):
 
 REPLICATE_KEEPS_S = 3600.0  # results and inputs; and how far a clock may have been set back
 PRICED = "table of 2026-11-20"
+PRICES_LAST_S = 180 * 86400.0  # until somebody should look whether they still hold
 REPLICATE_MODELS = {
     "black-forest-labs/flux-schnell": ReplicateModel(0.003, steps=True),
     "black-forest-labs/flux-dev": ReplicateModel(
@@ -4086,6 +4123,9 @@ OPENAI_TOKENS = {
     "gpt-image-1.5": (5.0, 8.0, 32.0),
     "gpt-image-2": (5.0, 8.0, 30.0),
 }
+# Tokens of an image of 1024x1024 that comes out; of another quality: as of the best.
+OPENAI_QUALITIES = {"low": 272, "medium": 1056, "high": 4160}
+OPENAI_INPUT = 7000  # tokens of an image that goes in, at most
 # Of a response, what the sidecar keeps.
 OPENAI_METADATA = (
     "created",
@@ -4156,8 +4196,13 @@ class OpenAI(Backend):
         """The config's price; the tokens that decide are counted in the response alone."""
         if options.cost_usd is not None:
             return Price(options.cost_usd, "config")
-        if options.model.startswith(tuple(OPENAI_TOKENS)):
-            return Price(None, f"by the answer's tokens, {PRICED}")
+        for name, (text, image, out) in OPENAI_TOKENS.items():
+            if options.model.startswith(name):
+                pixels = request.width * request.height or 1536 * 1024
+                best = OPENAI_QUALITIES.get(options.quality, OPENAI_QUALITIES["high"])
+                usd = len(request.prompt) * text + len(request.marks()) * OPENAI_INPUT * image
+                usd += best * pixels / 1024**2 * out
+                return Price(None, f"by the answer's tokens, {PRICED}", usd / 1e6)
         return Price()
 
     def generate(self, ctx: Context, request: Request) -> Result:
@@ -4660,6 +4705,17 @@ def locked(path: str, flags: int = 0, wait: bool = False) -> int:
     return fd
 
 
+def is_locked(path: str) -> bool:
+    """Whether somebody has the lock of a file; no where it is not there."""
+    try:
+        os.close(locked(path))
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def same_file(first: str | int, second: str) -> bool:
     """Whether both are one file; False where either is not there."""
     try:
@@ -4866,6 +4922,7 @@ class Record(TypedDict, total=False):
     sidecar_wanted: bool
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
+    reserved: float | None  # USD that count until it is known what it costs
     body: JsonObject  # what identifies it there: its own prompt and seed
     remote: JsonObject  # the remote's ids
     charged: Charged
@@ -4967,9 +5024,9 @@ class Entry:
 
     def to_ledger(self) -> None:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
-        open_fields = ("sending", "name", "claim", "storage")
+        open_fields = ("name", "claim", "storage")
         line = {key: value for key, value in self.record.items() if key not in open_fields}
-        with open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab") as file:
+        with locked_ledger() as file:
             append_line(file.fileno(), line, durable=bool(self.record.get("paid")))
         os.unlink(self.path)
         self.unlock()
@@ -4984,6 +5041,11 @@ class Entry:
         if self.is_locked:
             os.close(self.fd)
         self.fd = -1
+
+
+def locked_ledger() -> BinaryIO:
+    """The ledger, which nobody else writes to, or counts, until it is closed."""
+    return open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab")
 
 
 def keyed_id(caller: str, key: str, number: int) -> str:
@@ -5191,14 +5253,17 @@ def attempts(
     before: str = "",
     needle: str = "",
     warn: Callable[[str], object] = str,
+    under_way: bool = False,
 ) -> Iterator[Record]:
     """Attempts, newest first, each once: open entries that have their image, then the ledger.
 
     `terms`: only lines that hold all of them, in lower case. `before`: only what is older than the
     image with this id. `needle`: only lines of the ledger with this in them, letter by letter.
-    `warn` hears once of lines that nobody can use.
+    `warn` hears once of lines that nobody can use. `under_way`: also open entries that may cost
+    something before they have an image.
     """
-    opened = [row.record for row in reversed(entries()) if "path" in row.record]
+    rows = reversed(entries())
+    opened = [row.record for row in rows if "path" in row.record or (under_way and may_cost(row))]
     ids = [record["sidecar"]["image_id"] for record in opened]
     if before in ids:
         opened = opened[ids.index(before) + 1 :]
@@ -5209,14 +5274,41 @@ def attempts(
     lines = _ledger_lines(before.encode(), needle.encode(), spelled)
     seen = set()
     for record in itertools.chain(opened, map(_ledger_record, filter(None, lines))):
-        ident = record.get("id")
+        ident = (record.get("id"), record.get("at"))  # a key's attempts have one id
         if ident in seen:
             continue
         seen.add(ident)
-        if ident:
+        if "id" in record:
             yield record
         else:
             warn("the ledger has lines that are damaged, or of a newer release: left out")
+
+
+def may_cost(row: OpenEntry) -> bool:
+    """Whether an entry without an image counts: it was sent, or its process is about to."""
+    if row.record.get("reserved") and row.record.get("charged", "no") == "no":
+        if entry := Entry.take(row.path):  # that process has ended
+            entry.unlock()
+            return False
+        row.record["charged"] = "unknown"
+    return row.record.get("charged", "no") != "no"
+
+
+def cost_of(record: Record) -> tuple[str, float]:
+    """The USD that count for an attempt, and what they are: reported, estimated, or reserved.
+
+    These as long as nobody knows the others.
+    """
+    charged = record.get("charged", "no")
+    price = record.get("price")
+    usd = record.get("sidecar", Sidecar()).get("cost_usd_estimate")
+    if charged == "no" and "path" not in record:
+        return "estimated", 0.0
+    if charged == "unknown" or usd is None:
+        return "reserved", record.get("reserved") or price or 0.0
+    if usd == price:
+        return "estimated", usd
+    return "reported", usd
 
 
 def _ledger_record(line: bytes) -> Record:
@@ -6010,11 +6102,26 @@ def refuse_keys(order: Order, config: Config) -> None:
         raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 
 
+class Purse:
+    """What one command may spend, and has spent; its runs share it."""
+
+    def __init__(self, budget: BudgetConfig) -> None:
+        self.budget = budget
+        self.usd: dict[str, float] = {}  # by entry: reserved, and once it is over what it cost
+
+    def settle(self, run: Run) -> None:
+        """The run is over."""
+        if run.id in self.usd:
+            _, self.usd[run.id] = cost_of(run.entry.record)
+
+
 class Run(Context):
     """One attempt: the context of its adapter, and the journal entry that outlives it."""
 
     entry: Entry
     paid: bool
+    price = Price()
+    purse = Purse(BudgetConfig())  # without limits
     begun = False  # whether there is an entry
     began_elsewhere = False  # by a process that has ended, so nobody knows how long it took
     _spool: Spool | None = None
@@ -6104,6 +6211,8 @@ class Run(Context):
         Disk, and nothing is sent, where that fails.
         """
         self.check()
+        self.reserve()
+        self.fence()
         with or_disk(self.entry.path, "nothing was sent: the journal has to come first"):
             self.entry.note(
                 durable=True,
@@ -6112,6 +6221,51 @@ class Run(Context):
                 body=self.identity,
             )
         self.charged = "unknown"
+
+    def reserve(self) -> None:
+        """Have the price count for whoever shares a budget; OverBudget where it is too much."""
+        budget = self.purse.budget
+        limits = {name: most for name, most in budget._asdict().items() if isinstance(most, float)}
+        usd = self.price.most()
+        if usd is None and budget.unknown == "refuse":
+            raise OverBudget("nobody knows the price before", "budget.unknown: allow")
+        if usd == 0 or not limits:
+            return
+        with or_disk(state_path("ledger.jsonl"), "a budget needs it"), locked_ledger():
+            self.purse.usd.pop(self.id, None)  # of the POST that was turned away
+            year, month, day, *_ = time.localtime(time.time())
+            begins = {"per_day": (year, month, day), "per_month": (year, month, 1)}
+            ends = {"per_day": (year, month, day + 1), "per_month": (year, month + 1, 1)}
+            spent = {"per_image": 0.0, "per_command": sum(self.purse.usd.values())}
+            for name in limits.keys() & begins:
+                spent[name] = self._spent_since(begins[name])
+            for name, most in limits.items():
+                left = round(most - spent[name], 6)
+                # What has no price passes for as long as anything is left.
+                if (usd or 1e-6) > left:
+                    hint = "--max-cost, or budget, says how much"
+                    if name in ends:
+                        end = time.mktime((*ends[name], 0, 0, 0, 0, 0, -1))
+                        hint = time.strftime("more from %Y-%m-%d 00:00 on", time.localtime(end))
+                    message = f"budget.{name}: ${usd or 0:g} of the ${max(0, left):g} that are left"
+                    raise OverBudget(message, hint)
+            self.entry.note(reserved=usd)
+            self.purse.usd[self.id] = usd or 0.0
+
+    def _spent_since(self, begin: tuple[int, ...]) -> float:
+        if fault := journal_fault():
+            raise fault
+        spent = 0.0
+        # Also what is later than now: a clock that was set back frees nothing.
+        for record in attempts(needle='"paid": true', warn=self.warn, under_way=True):
+            own = record["id"] == self.id and record.get("at") == self.entry.record["at"]
+            sent = time.localtime(epoch(record.get("sending") or record.get("at", "")))
+            if not own and sent[:3] >= begin:
+                spent += cost_of(record)[1]
+        return spent
+
+    def fence(self) -> None:
+        """What else has to be on record elsewhere; a job's receipt, in its row."""
 
     def settle(self, charged: Charged) -> None:
         """The remote said whether this costs money."""
@@ -6349,6 +6503,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     try:
         with run.recording_failure(backend):
             run.check()
+            run.price = plan.price
             return backend.generate(run, plan.styled)
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
@@ -6791,6 +6946,7 @@ class Runner:
         self.config = config
         self.timeout = timeout
         self.parallel = parallel
+        self.purse = Purse(config.budget)
         self.active: dict[Run, Progress] = {}
         self.records: list[Record] = []  # of the images, in the order in which they were made
         self.errors: list[ImagenError] = []
@@ -6860,6 +7016,7 @@ class Runner:
                 item = self.waiting.pop(0)
                 run = Run(self.timeout, on_warning=self.on_warning)
                 run._on_progress = functools.partial(self._progressed, run)
+                run.purse = self.purse
                 self.active[run] = Progress()
             if self.stopped:  # a signal came between the two
                 run.stop(self.stopped)
@@ -6875,6 +7032,7 @@ class Runner:
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
+        self.purse.settle(run)
         with self.changed:
             if record:
                 self.records.append(record)
@@ -7211,7 +7369,7 @@ TURN = {
     "settled": """outcome AS (
   SELECT * FROM jsonb_to_recordset(:outcomes::jsonb) AS o (id uuid, attempt int,
     status text, image text, error text, error_code text, delay float8, uncounted int,
-    charged boolean, note text, handed_back boolean)
+    charged boolean, usd float8, note text, handed_back boolean)
 ), written AS (
   UPDATE imagen.jobs j SET image_id = (o.image::jsonb->>'id')::uuid,
     status = CASE WHEN o.status = 'pending' AND j.cancel_requested THEN 'canceled'
@@ -7223,7 +7381,8 @@ TURN = {
     run_after = coalesce(now() + make_interval(secs => o.delay), j.run_after),
     finished_at = CASE WHEN o.status <> 'pending' OR j.cancel_requested THEN now() END,
     max_attempts = least(j.max_attempts, 1000000) + coalesce(o.uncounted, 0),
-    receipt = CASE WHEN o.charged THEN j.receipt END,
+    receipt = CASE WHEN o.charged
+      THEN j.receipt || jsonb_strip_nulls(jsonb_build_object('usd', o.usd)) END,
     claimed_by = CASE WHEN o.status <> 'pending' THEN j.claimed_by END,
     claimed_slot = NULL, lease_until = NULL
   FROM outcome o WHERE j.id = o.id AND j.attempt = o.attempt
@@ -7244,17 +7403,31 @@ TURN = {
   WHERE j.claimed_by = :me::uuid AND j.status = o.status AND j.status <> 'running')""",
     # leases renewed; a job that does not come back is not mine any more. A receipt is
     # written with it, under the same fence, and never over one that may have been paid for:
-    # `stands` says whether it is in the row now.
-    "renewed": """renewed AS (
+    # `stands` says whether it is in the row now. Nor is it where its owner's receipts of this day,
+    # and those before it in this statement, leave less than its `usd`: `left_over` is below 0.
+    "renewed": """beat AS (
+  SELECT b.*, j.owner_user_id, sum(b.usd) OVER (PARTITION BY j.owner_user_id ORDER BY j.seq) AS sum
+  FROM jsonb_to_recordset(:heartbeats::jsonb) AS b (id uuid, attempt int, progress real,
+    note text, receipt text, unpaid int[], usd float8) JOIN imagen.jobs j USING (id)
+), priced AS (
+  SELECT b.*, (SELECT :usd_per_day::float8 - b.sum - coalesce(sum((r.receipt->>'usd')::float8), 0)
+    FROM imagen.jobs r WHERE b.usd IS NOT NULL AND :usd_per_day::float8 IS NOT NULL
+      AND r.owner_user_id = b.owner_user_id AND r.receipt IS NOT NULL
+      AND r.started_at > date_trunc('day', now()) - interval '1 day'
+      AND (r.receipt->>'at')::timestamptz >= date_trunc('day', now())
+      AND NOT EXISTS (SELECT FROM beat o WHERE o.id = r.id AND o.usd IS NOT NULL)) AS left_over
+  FROM beat b
+), renewed AS (
   UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
     lease_until = now() + make_interval(secs => :lease::float8),
-    receipt = CASE WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
+    receipt = CASE WHEN b.left_over < -1e-9 THEN j.receipt
+      WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
       THEN coalesce(b.receipt::jsonb, j.receipt) ELSE j.receipt END
-  FROM jsonb_to_recordset(:heartbeats::jsonb)
-    AS b (id uuid, attempt int, progress real, note text, receipt text, unpaid int[])
+  FROM priced b
   WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
     AND j.status = 'running'
-  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands)""",
+  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands, b.left_over,
+    date_trunc('day', now()) + interval '1 day' AS until)""",
     "to_cancel": """to_cancel AS (
   SELECT id FROM imagen.jobs
   WHERE id = ANY(:mine::uuid[]) AND claimed_by = :me::uuid AND cancel_requested)""",
@@ -7401,7 +7574,7 @@ class Queue:
     def __init__(self, connection: Any, **always: Any) -> None:
         """`always`: the parameters that stay: me, slot, lease, backends, default."""
         self.connection = connection
-        self.always = {"alone": True, "per_owner": None, **always}
+        self.always = {"alone": True, "per_owner": None, "usd_per_day": None, **always}
         self.notified = False
         self._claiming = False
         self._prepared: JsonObject = {}
@@ -7475,9 +7648,9 @@ class Queue:
             params["backends"] = [*params["backends"], ""]
         rows = no_rows()
         self._claiming = "claimed" in parts
-        if not params["per_owner"]:
+        if not params["per_owner"] and params["usd_per_day"] is None:
             result = self.run(sql, **params)
-        else:  # who else claims counts what runs before us, or after
+        else:  # who else claims, or pays, counts what does so before us, or after
             self.connection.run("BEGIN; SELECT pg_advisory_xact_lock(hashtext('imagen claims'))")
             try:
                 result = self.run(sql, **params)
@@ -7546,17 +7719,19 @@ class Outcome(TypedDict, total=False):
     delay: float  # seconds until it may run again
     uncounted: int  # attempts that shall not count
     charged: bool  # it was, or may have been: the receipt stays
+    usd: float  # which the receipt says from then on
     note: str
     handed_back: bool  # since this worker is not able to
 
 
 class Receipt:
-    """A receipt on its way into the row, as JSON; once `answered`, whether it `stands` there."""
+    """A receipt on its way into the row, as JSON; once `answered`, what the `row` says of it."""
 
-    def __init__(self, text: str = "") -> None:
+    def __init__(self, text: str = "", usd: float = 0.0) -> None:
         self.text = text
+        self.usd = usd  # that it wants of what its owner may spend
         self.sent_at = 0.0
-        self.stands = False
+        self.row: Fields = EMPTY  # whether it stands there, and else what its owner has left
         self.answered = threading.Event()
 
 
@@ -7584,6 +7759,7 @@ class Attempt(Run):
         self.row = row
         self.number = row["attempt"]
         self.job = row["id"]
+        self.purse = Purse(worker.config.budget)
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
         self.shown: JsonObject = {"note": None, "progress": None}
@@ -7620,18 +7796,22 @@ class Attempt(Run):
             share = round(max(0.0, min(1.0, progress.done / progress.total)), 4)
         self.shown = {"note": progress.note[:200], "progress": share}
 
-    def sending(self) -> None:
+    def fence(self) -> None:
         """The receipt stands in the row, under the fence, before a paid POST leaves."""
-        self.check()
         receipt = self.renew_receipt()
         while not receipt.answered.wait(0.5):
             self.check()
+        left = receipt.row.get("left_over")
+        if left is not None and left < 0 and not receipt.row["stands"]:
+            message = f"limits.per_owner.usd_per_day: ${max(0, left + receipt.usd):g} are left"
+            raise OverBudget(
+                f"{message}, and not ${receipt.usd:g}", f"more at {receipt.row['until']}"
+            )
         # Who was frozen since it was sent may have lost the lease that it was good for.
         lease_end = receipt.sent_at + self.worker.config.worker.lease_s
-        if not receipt.stands or time.monotonic() > lease_end:
+        if not receipt.row.get("stands") or time.monotonic() > lease_end:
             self.stop("lost")
             self.check()  # which raises
-        super().sending()
 
     def remote(self, **ids: Any) -> None:
         """The remote's ids: on this disk at once, in the row with the main thread's next turn."""
@@ -7642,12 +7822,14 @@ class Attempt(Run):
     def renew_receipt(self) -> Receipt:
         """Have written what another worker needs to fetch what this one pays for."""
         # Nobody waits for an earlier one any more, and this one says all that it said.
+        usd = self.price.most()
         fields = {
             "attempt": self.number,
             "at": self.entry.record["at"],
             "remote": cleaned(self.remote_ids),
+            "usd": usd,
         }
-        self.receipt = Receipt(to_jsonb(fields))
+        self.receipt = Receipt(to_jsonb(fields), 1e-6 if usd is None else usd)
         self.worker.ring()
         return self.receipt
 
@@ -7660,10 +7842,14 @@ class Attempt(Run):
             receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
             fields["receipt"] = receipt.text
+            if not self.remote_ids:  # else it has been paid
+                fields["usd"] = receipt.usd
         return fields
 
     def settle_job(self, outcome: Outcome) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was ours."""
+        if outcome.get("charged") and self.begun:
+            _, outcome["usd"] = cost_of(self.entry.record)
         self.worker.outcomes.append((self, outcome))
         self.worker.ring()
         self.settled.wait()
@@ -7791,6 +7977,7 @@ class Worker:
                         backends=self.backends,
                         default=self.config.default_backend,
                         per_owner=self.config.limits.per_owner.running or None,
+                        usd_per_day=self.config.limits.per_owner.usd_per_day,
                     )
                     self.run_turns(queue, once)
                     break
@@ -8042,14 +8229,14 @@ class Worker:
             run.was_ours = status is not None
             run.settled.set()
         # 2. Leases: renewed, or lost; and the receipts that went with them.
-        renewed = {row["id"]: row["stands"] for row in rows["renewed"]}
+        renewed = {row["id"]: row for row in rows["renewed"]}
         for run in turn.renewed:
             if run.job not in renewed:
                 self.say(f"{run.job}: its lease was lost", 4)
                 self.forget(run)
                 run.stop("lost")
             if not run.receipt_sent.answered.is_set():
-                run.receipt_sent.stands = bool(renewed.get(run.job))
+                run.receipt_sent.row = renewed.get(run.job, EMPTY)
                 run.receipt_sent.answered.set()
         # 3. Jobs that somebody wants canceled; those whose image exists are past that.
         for row in rows["to_cancel"]:
@@ -8210,7 +8397,8 @@ class Worker:
         if run.why in ("released", "lost"):
             # Whoever is next may have to fetch what was paid for here.
             return Outcome(status="pending", uncounted=1, charged=charged or run.why == "lost")
-        if not charged and not run.why and error.code in STALLING and self.stalls(run, error.code):
+        stalling = error.code in STALLING and not isinstance(error, OverBudget)
+        if not charged and not run.why and stalling and self.stalls(run, error.code):
             return Outcome(
                 status="pending",
                 uncounted=1,
@@ -9890,8 +10078,9 @@ get("/api/options").then(options => {
 
 MCP_VERSIONS = ("2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 MCP_META = "io.modelcontextprotocol/"
-MCP_PROGRESS_S = 10.0
+MCP_PROGRESS_S = 0.5  # less than any client waits for a sign of life
 MCP_LINE_BYTES = 1 << 20
+MCP_USD = 2.0  # of a session for which nobody says what it may spend
 MCP_RULES = """\
 Images are made by generate_image, which may cost money (see list_backends). Give each new image a
 new request_id, and repeat a call only with the same one: then it is paid once, and the same image
@@ -9964,16 +10153,13 @@ class Mcp:
         self,
         config: Config,
         send: Callable[[str], None],
-        most_usd: float,
         folders: Sequence[str],
     ) -> None:
         self.config = config
         self.send = send
-        self.most_usd = most_usd
-        self.spent = 0.0
+        self.purse = Purse(config.budget)
         self.folders = [os.path.realpath(folder) for folder in folders]
-        self.calls: dict[Any, Runner] = {}  # by the request's id
-        self.runners: list[Runner] = []
+        self.calls: dict[Runner, str] = {}  # and the ids of their requests, as JSON
         self.cancelled: set[Any] = set()
         self._lock = threading.Lock()
 
@@ -10034,9 +10220,9 @@ class Mcp:
         """End what is free; what was paid for goes on, and is shown by list_images."""
         with self._lock:
             self.cancelled.add(to_json(ident))
-            runner = self.calls.get(to_json(ident))
-        if runner:
-            runner.stop("user")
+            for runner, request in self.calls.items():
+                if request == to_json(ident):
+                    runner.stop("user")
 
     def result(self, message: Fields, params: Fields) -> JsonObject:
         """The result of a request."""
@@ -10070,6 +10256,8 @@ class Mcp:
 
     def call(self, message: Fields, params: Fields) -> JsonObject:
         """What a tool answers; an error of its own is a result too."""
+        from urllib.parse import quote
+
         name = params.get("name")
         if name not in MCP_TOOLS:
             raise McpError(-32602, f"no tool {name!r}: {nearest(str(name), MCP_TOOLS)}")
@@ -10078,14 +10266,14 @@ class Mcp:
         try:
             arguments = from_mapping(shape, params.get("arguments"), "", BadRequest)
             document = getattr(self, name)(arguments, message, params)
-            for image in document.get("images", []):
-                uri = f"file://{urllib_quote(image['path'])}"
+            for image in document["images"]:
                 link = {
                     "type": "resource_link",
-                    "uri": uri,
+                    "uri": f"file://{quote(image['path'])}",
                     "name": os.path.basename(image["path"]),
+                    "mimeType": image["mime_type"],
                 }
-                links.append({**link, "mimeType": image["mime_type"]})
+                links.append(link)
         except Exception as problem:
             error = as_error(problem)
             document = {"ok": False, "images": [], "error": mcp_error(error)}
@@ -10111,13 +10299,13 @@ class Mcp:
         if fields["mask"]:
             fields["mask"] = self.checked(fields["mask"])
         plans = plans_of(from_mapping(Order, fields, "", BadRequest), self.config)
-        usd = sum(plan.price.usd or 0.0 for plan in plans)
-        left = self.most_usd - self.spent
+        usd = sum(plan.price.most() or 0.0 for plan in plans)
+        left = (self.config.budget.per_command or 0.0) - sum(self.purse.usd.values())
         if limit is not None:
             left = min(left, limit)
         if usd > left:
-            text = f"{usd:g} USD are more than the {max(0.0, left):g} that are left"
-            raise Quota(text, "the user may allow more with imagen mcp --max-cost")
+            text = f"${usd:g} are more than the ${max(0.0, left):g} that are left"
+            raise OverBudget(text, "the user may allow more with imagen mcp --max-cost")
         runner = Runner(plans, self.config, parallel=plans[0].parallel)
         self.follow(runner, message, params)
         return self.outcome(runner)
@@ -10174,9 +10362,9 @@ class Mcp:
         """Wait for a runner; tell the client how far it is, where it wants to know."""
         meta = params.get("_meta")
         token = meta.get("progressToken") if isinstance(meta, dict) else None
+        runner.purse = self.purse
         with self._lock:
-            self.calls[to_json(message["id"])] = runner
-            self.runners.append(runner)
+            self.calls[runner] = to_json(message["id"])
             if self.is_cancelled(message):
                 runner.stop("user")
         began = told_at = time.monotonic()
@@ -10200,10 +10388,7 @@ class Mcp:
                     }
                     self.send(to_json(document))
         with self._lock:
-            self.runners.remove(runner)
-            self.calls.pop(to_json(message["id"]), None)
-            costs = (record["sidecar"].get("cost_usd_estimate") for record in runner.records)
-            self.spent += sum(cost or 0.0 for cost in costs)
+            del self.calls[runner]
 
     def outcome(self, runner: Runner) -> JsonObject:
         """What a runner made, and its worst error."""
@@ -10216,19 +10401,12 @@ class Mcp:
     def stop(self) -> None:
         """The client has gone: free work ends, what was paid for is waited for."""
         with self._lock:
-            runners = [*self.runners]
+            runners = [*self.calls]
         for runner in runners:
             runner.stop("user")
         until = time.monotonic() + self.config.worker.grace_s
         while any(runner.busy for runner in runners) and time.monotonic() < until:
             time.sleep(0.05)
-
-
-def urllib_quote(path: str) -> str:
-    """A path as it stands in a URL."""
-    from urllib.parse import quote
-
-    return quote(path)
 
 
 def mcp_error(error: ImagenError) -> JsonObject:
@@ -10504,6 +10682,9 @@ EVERYWHERE = """
 TIMEOUT = """
 --timeout S  seconds for one image (600)
 """
+MAX_COST = """
+--max-cost USD  what this command may spend; else budget.per_command
+"""
 ORDER_FLAGS = """
 -b --backend NAME  one of `imagen backends`
 -s --style NAME    one of `imagen styles`
@@ -10528,6 +10709,7 @@ ORDER_FLAGS = """
     {ORDER_FLAGS}
     --key WORDS             the same key gives the same images again, paid once
     --pay-again             where nobody can tell whether those of this key were paid
+    --detach                go on in the background, and print ids for `imagen wait` at once
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
     --preview auto|on|off   show the image in tmux, kitty, iTerm2
     --no-preview            the same as --preview off
@@ -10535,23 +10717,27 @@ ORDER_FLAGS = """
     --no-cloud              this image stays private for ever
     --tag WORD*             of its row in the cloud; may be given again
     {TIMEOUT}
+    {MAX_COST}
     --dry-run               say what would be done, and what it would cost
     """
 )
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
-    config = load_config(args.config)
+    config = budgeted(load_config(args.config), args.max_cost)
     order = order_from(args, config.styles)
     if args.no_cloud:
         order = order._replace(cloud="off")
     elif args.cloud:
         order = order._replace(cloud="on")
     order = order._replace(tags=tuple(args.tag or ()))
+    if args.detach and not order.key:
+        order = order._replace(key=new_uuid())
     if not args.timeout > 0:
         raise BadRequest("--timeout is more than 0 seconds")
     offered = not args.backend and (order.backend or config.default_backend) != "mock"
     with offering_mock(offered):
         plans = plans_of(order, config)
+    tell_old_prices(plans, terminal)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -10566,6 +10752,11 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         chosen = dict(plans[0].parameters)
         chosen.pop("prompt", None)
         terminal.note(f"{plans[0].request.backend} gets {to_json(chosen)}")
+    if args.detach:
+        open_backend(plans[0].request.backend, config.backends, plans[0].request.backend_opts)
+        ids = [plan.record["id"] for plan in plans]
+        if not detached(ids, terminal):
+            return terminal.result({"ids": ids}, *ids)
     runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
     runner.offered = offered
     runner.requested = sparse(order.request()).keys()
@@ -10579,6 +10770,51 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         preview = "off"
     show_preview(paths, config.output._replace(preview=preview), terminal.say)
     return code
+
+
+def budgeted(config: Config, most: float | None) -> Config:
+    """The config with what `--max-cost` says."""
+    if most is None:
+        return config
+    budget = from_mapping(BudgetConfig, {"per_command": most}, "--max-cost", BadRequest)
+    return config._replace(budget=config.budget._replace(per_command=budget.per_command))
+
+
+def tell_old_prices(plans: Iterable[Plan], terminal: Terminal) -> None:
+    """One line where the table that prices come from is older than 180 days."""
+    priced = any(plan.price.source.endswith(PRICED) for plan in plans)
+    if priced and time.time() > epoch(PRICED.split()[-1]) + PRICES_LAST_S:
+        terminal.note(f"imagen: prices are of a {PRICED}: a newer imagen.py may know better")
+
+
+def detached(ids: Sequence[str], terminal: Terminal) -> bool:
+    """Go on in a session of our own, out of reach of who ends the caller's.
+
+    False in the process of the caller. The other one has its stdout and stderr in the state folder,
+    under the name of each id, locked while it works; its last line there is its JSON document.
+    """
+    for name in os.listdir(state_path()):
+        if name.startswith("detached-"):
+            path = state_path(name)
+            with suppress(OSError), open(locked(path)):
+                if os.path.getmtime(path) < time.time() - DETACHED_S:
+                    os.unlink(path)
+    place = state_path(f"detached-{new_uuid()}")
+    log = locked(place, os.O_CREAT)
+    for ident in ids:
+        path = state_path(f"detached-{ident}")
+        unlink_quietly(path)
+        with suppress(FileExistsError):  # of who does the same, and has the same keys
+            os.link(place, path)
+    if os.fork():
+        return False
+    os.setsid()
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    terminal.live = False
+    terminal.as_json = True
+    return True
 
 
 @contextmanager
@@ -10871,18 +11107,76 @@ class GenerateRunner(TerminalRunner):
 
 
 @command(
+    """
+    ids ID…      what `generate --detach` has printed
+    --timeout S  seconds to wait; then exit code 7 (86400)
+    """
+)
+def cmd_wait(args: argparse.Namespace, terminal: Terminal) -> int:
+    """wait for what `generate --detach` makes, and print the paths"""
+    if not args.ids or not all(map(is_uuid, args.ids)):
+        raise BadRequest("an id is missing", "imagen generate --detach prints them")
+    config = load_config(args.config)
+    return WaitRunner(args.ids, config, terminal, args.timeout, len(args.ids)).run()
+
+
+class WaitRunner(TerminalRunner):
+    """Images that another process makes."""
+
+    STOPPING_ERRORS = ()
+
+    def attempt(self, item: str, run: Run) -> Record | None:
+        """The image with this id, once it is there; else why there is none."""
+        log = state_path(f"detached-{item}")
+        while True:
+            # First whether its process is at work, then what it has left.
+            at_work = is_locked(log)
+            record = attempt_called(item)
+            if "path" in record:
+                return record
+            if not at_work:
+                break
+            if run.left() < 1:
+                raise Busy(f"{item}: still under way", f"imagen wait {item}")
+            run.sleep(0.2)
+        # The last line of the log is the document of its command.
+        document = parsed(read_bytes(log).rstrip().rpartition(b"\n")[2])
+        if not record and not document and not os.path.exists(log):
+            raise BadRequest(f"{item}: nothing is known of it here", "imagen list; imagen recover")
+        fields = {
+            "code": "unknown" if record else "failed",
+            "message": f"{item}: its process was killed",
+            "hint": f"imagen recover {item}",
+            **document.get("error", EMPTY),
+            **record.get("error", EMPTY),
+        }
+        kind = ERRORS.get(fields["code"], Failed)
+        charged = record.get("charged", "no")
+        raise kind(fields["message"], fields["hint"], charged=charged)
+
+
+def attempt_called(ident: str) -> Record:
+    """The newest attempt with this id, or whose image has it; empty where there is none."""
+    for record in attempts(needle=ident, under_way=True):
+        if ident in (record["id"], record.get("sidecar", EMPTY).get("image_id")):
+            return record
+    return Record()
+
+
+@command(
     f"""
     file FILE            a line each: a JSON object like an order, or a prompt; - is stdin
     -o --output DIR/     where the images go, but for rows that say so themselves
     -b --backend NAME    likewise
     --parallel N         images at a time; otherwise what the backend's block says
     {TIMEOUT}
+    {MAX_COST}
     --dry-run            check all rows, and say what they would cost
     """
 )
 def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images by the rows of a file; once more, it goes on where it was stopped"""
-    config = load_config(args.config)
+    config = budgeted(load_config(args.config), args.max_cost)
     rows = batch_rows(args)
     images = 0
     usd = 0.0
@@ -10890,9 +11184,10 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     parallel = args.parallel or 0
     for row in rows:  # a mistake in the last row is told before the first is paid
         try:
-            plans = plans_of(row.order, config)
+            plans = plans_of(batch_order(row, args), config)
         except (BadRequest, BadConfig) as problem:
             raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
+        row.left = len(plans)
         images += len(plans)
         unknown += sum(plan.price.usd is None for plan in plans)
         usd += sum(plan.price.usd or 0.0 for plan in plans)
@@ -10902,55 +11197,70 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
         document["usd"] = round(usd, 6)
         text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
         return terminal.result({**document, "unknown": unknown}, text)
-    return BatchRunner(rows, config, terminal, args.timeout, parallel or 1).run()
+    return BatchRunner(rows, args, config, terminal, parallel or 1).run()
 
 
 class BatchRow:
-    """A row of a batch, and what has come of it."""
+    """A row of a batch, and what has come of it. There may be tens of thousands."""
 
-    def __init__(self, number: int, order: Order) -> None:
+    __slots__ = ("error", "images", "left", "line", "number", "twin")
+
+    def __init__(self, number: int, line: str, twin: int) -> None:
         self.number = number
-        self.order = order
-        self.left = order.n
-        self.images: list[JsonObject] = []
+        self.line = line
+        self.twin = twin  # among equal rows
+        self.left = 0  # images
+        self.images: tuple[JsonObject, ...] = ()
         self.error: ImagenError | None = None
 
 
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
-    """The rows of a batch; those without a key get one by file, folder, words and number."""
-    import hashlib
-
-    output = args.output or ""
-    place = os.path.abspath(args.file)
-    if args.file == "-":
-        place = "-"
-        lines = prompt_from_stdin().splitlines()
-    else:
-        try:
-            with open(full_path(args.file), encoding="utf-8-sig") as file:
-                lines = file.read().splitlines()
-        except (OSError, UnicodeDecodeError) as problem:
-            raise BadRequest(f"{args.file}: {problem}") from None
+    """The rows of a batch."""
+    source: Any = sys.stdin.fileno()
+    if args.file != "-":
+        source = full_path(args.file)
+    try:
+        with open(source, "rb", closefd=args.file != "-") as file:
+            data = file.read(BATCH_BYTES + 1)
+        if len(data) > BATCH_BYTES:
+            raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
+        lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
+    except (OSError, UnicodeDecodeError) as problem:
+        raise BadRequest(f"{args.file}: {problem}") from None
     rows = []
     equal: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        fields: JsonObject = {"prompt": line.strip()}
-        if line.lstrip().startswith("{"):
-            fields = parsed(line.encode())
-            if not fields:
-                raise BadRequest(f"row {number}: no JSON object")
-        if reserved := fields.keys() & {"caller", "pay_again"}:
-            raise BadRequest(f"row {number}: {reserved.pop()} is not for rows")
-        fields = {"output": output, "backend": args.backend or "", **fields}
-        text = to_json([place, os.path.abspath(output), fields])
-        equal[text] = equal.get(text, 0) + 1
-        fields.setdefault("key", hashlib.sha256(f"{text}{equal[text]}".encode()).hexdigest())
-        rows.append(BatchRow(number, from_mapping(Order, fields, f"row {number}", BadRequest)))
+        if line := line.strip():
+            equal[line] = equal.get(line, 0) + 1
+            rows.append(BatchRow(number, line, equal[line]))
     if not rows:
         raise BadRequest(f"{args.file}: no rows")
     return rows
+
+
+def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
+    """The order of a row; without a key it gets one by file, folder, words and number."""
+    import hashlib
+
+    fields: JsonObject = {"prompt": row.line}
+    if row.line.startswith("{"):
+        fields = parsed(row.line.encode())
+        if not fields:
+            raise BadRequest("no JSON object")
+    if reserved := fields.keys() & {"caller", "pay_again"}:
+        raise BadRequest(f"{reserved.pop()} is not for rows")
+    output = args.output or ""
+    place = args.file
+    if place != "-":
+        place = os.path.abspath(place)
+    fields = {"output": output, "backend": args.backend or "", **fields}
+    text = f"{to_json([place, os.path.abspath(output), fields])}{row.twin}"
+    fields.setdefault("key", hashlib.sha256(text.encode()).hexdigest())
+    return from_mapping(Order, fields, f"row {row.number}", BadRequest)
+
+
+BATCH_BYTES = 64 << 20
+MADE = Record()
 
 
 class BatchRunner(TerminalRunner):
@@ -10961,14 +11271,16 @@ class BatchRunner(TerminalRunner):
     def __init__(
         self,
         rows: Sequence[BatchRow],
+        args: argparse.Namespace,
         config: Config,
         terminal: Terminal,
-        timeout: float,
         parallel: int,
     ) -> None:
-        items = [(row, number) for row in rows for number in range(row.order.n)]
-        super().__init__(items, config, terminal, timeout, parallel)
+        items = [(row, number) for row in rows for number in range(row.left)]
+        super().__init__(items, config, terminal, args.timeout, parallel)
         self.rows = rows
+        self.args = args
+        self.usd = 0.0
         self.shown = 0  # rows
         self.began = time.monotonic()
 
@@ -10978,20 +11290,22 @@ class BatchRunner(TerminalRunner):
             return super().attempt(item, run)
         row, number = item
         try:
-            plan = plans_of(row.order, self.config)[number]
-            record = super().attempt(plan, run)
-        except Exception as problem:
-            row.error = as_error(problem)
-            raise
-        finally:
-            with self.changed:
-                row.left -= 1
-        if record:
-            image = {**record["sidecar"], "path": record["path"]}
+            plan = plans_of(batch_order(row, self.args), self.config)[number]
+            record = super().attempt(plan, run) or Record()
+            image: JsonObject = {**record["sidecar"], "path": record["path"]}
             if record.get("reused"):
                 image["reused"] = True
-            row.images.append(image)
-        return record
+            else:
+                self.usd += image["cost_usd_estimate"] or 0.0
+            row.images += (image,)
+        except Exception as problem:
+            # Its frames would keep all that they worked on.
+            row.error = as_error(problem).with_traceback(None)
+            raise row.error from None
+        finally:
+            with self.changed:  # its line is written once none is left
+                row.left -= 1
+        return MADE  # the runner keeps one of each image
 
     def show_rows(self) -> None:
         """The lines of the rows that are over, up to the first that is not."""
@@ -11005,15 +11319,14 @@ class BatchRunner(TerminalRunner):
             if row.error:
                 document["error"] = self.terminal.fields(row.error)
             self.terminal.write(to_json(document))
-            row.images = []
+            row.images = ()
 
     def draw(self) -> None:
         """One progress line over all; and the rows that are over."""
         self.show_rows()
         made = len(self.records)
         done = made + len(self.errors)
-        usd = sum(record["sidecar"].get("cost_usd_estimate") or 0.0 for record in self.records)
-        note = f"{made} made, {len(self.errors)} failed, {money(usd)}"
+        note = f"{made} made, {len(self.errors)} failed, {money(self.usd)}"
         elapsed = time.monotonic() - self.began
         usual = None
         if done:
@@ -11043,20 +11356,18 @@ class BatchRunner(TerminalRunner):
 
 @command(
     """
-    --max-cost USD     what one session may spend (2)
+    --max-cost USD     what one session may spend; else budget.per_command, or 2
     --allow-path DIR*  where agents may take images from, besides here and the output folder
     """
 )
 def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
     """tools for agents, by the Model Context Protocol on stdin and stdout"""
-    config = load_config(args.config)
-    try:
-        most = float(args.max_cost)
-    except ValueError:
-        raise BadRequest(f"--max-cost {args.max_cost}: not a number of USD") from None
+    config = budgeted(load_config(args.config), args.max_cost)
+    if config.budget.per_command is None:
+        config = budgeted(config, MCP_USD)
     folders = [os.getcwd(), path_setting(config.output.directory)]
     folders += args.allow_path or ()
-    session = Mcp(config, terminal.write, most, folders)
+    session = Mcp(config, terminal.write, folders)
     for line in sys.stdin.buffer:
         if line.strip():
             session.line(line)
@@ -11203,11 +11514,7 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     """The file in force and the merged values, with those that the environment overrides."""
     config = load_config(args.config)
     path = config_path(args.config)
-    shown = config._asdict()
-    for section in ("output", "supabase", "worker"):
-        shown[section] = shown[section]._asdict()
-    styles = config.styles.items()
-    shown["styles"] = {name: style._asdict() for name, style in styles}
+    shown = as_mapping(config)
     # A block with a fault may hold a key, so it is the complaint that is shown.
     shown["backends"] = {
         name: fault(name, config) or block for name, block in config.backends.items()
@@ -11589,14 +11896,17 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"images": images}, *aligned(lines))
 
 
+COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
+
+
 @command(
     """
-    --since DATE      YYYY-MM-DD
-    --by day|backend  what makes a row (day)
+    --since DATE                          YYYY-MM-DD
+    --by day|month|backend|model|owner    what makes a row (day)
     """
 )
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
-    """what was spent"""
+    """what was spent, and what is reserved"""
     since = args.since or ""
     date = ""
     with suppress(ValueError):
@@ -11605,40 +11915,32 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD')
     if fault := journal_fault():
         raise fault
-    total: JsonObject = {args.by: "total", "images": 0, "usd": 0.0, "unknown": 0}
     groups: dict[str, JsonObject] = {}
-    for record in attempts(warn=terminal.say):
-        sidecar: Fields = record.get("sidecar", EMPTY)
+    total: JsonObject = dict.fromkeys(COST_COLUMNS, 0)
+    for record in attempts(warn=terminal.say, under_way=True):
+        at = record.get("at", "")
         made = "path" in record
-        day = record.get("at", "")[:10]
-        if day < since or (not made and record.get("charged", "no") == "no"):
+        if at[:10] < since or (not made and record.get("charged", "no") == "no"):
             continue
-        usd = sidecar.get("cost_usd_estimate")
-        if not made:
-            usd = None
-        key = day
-        if args.by == "backend":
-            key = str(sidecar.get("backend"))
-        group = groups.setdefault(key, {**dict.fromkeys(total, 0), args.by: key})
-        for row in (total, group):
+        known, usd = cost_of(record)
+        sidecar: Fields = record.get("sidecar", EMPTY)
+        keys = {**sidecar, "day": at[:10], "month": at[:7], "owner": record.get("owner")}
+        group = groups.setdefault(str(keys.get(args.by) or ""), dict.fromkeys(COST_COLUMNS, 0))
+        for row in (group, total):
+            row[known] += usd
             row["images"] += made
-            row["usd"] = round(row["usd"] + (usd or 0.0), 6)
-            row["unknown"] += usd is None
-    rows = [groups[key] for key in sorted(groups)]
+            row["unknown"] += known == "reserved"
     lines = []
-    for row in (*rows, total):
-        unknown = ""
+    for key, row in (*sorted(groups.items()), ("total", total)):
+        row["usd"] = row["reported"] + row["estimated"]
+        row.update({column: round(value, 6) for column, value in row.items()})
+        known_as = ("reported", "estimated", "reserved")
+        parts = [f"{money(row[column])} {column}" for column in known_as if row[column]]
         if row["unknown"]:
-            unknown = f"and {row['unknown']} of unknown cost"
-        line = (
-            row[args.by],
-            row["images"],
-            "images",
-            money(row["usd"]),
-            unknown,
-        )
-        lines.append(line)
-    del total[args.by]
+            parts.append(f"{row['unknown']} of unknown cost")
+        lines.append((key, row["images"], "images", money(row["usd"]), ", ".join(parts)))
+    rows = [{args.by: key, **groups[key]} for key in sorted(groups)]
+    return terminal.result({"rows": rows, "total": total}, *aligned(lines))
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
@@ -11718,6 +12020,7 @@ def handle_stops(handler: Any) -> None:
     action add|list|stats|cancel|retry  what to do
     items [PROMPT|ID|WORD…]     add: what to see; cancel, retry: jobs; list: what a prompt holds
     {ORDER_FLAGS.replace(" (1)", "; list: that many jobs")}
+    --key WORDS                 add: where a job with this key is there, its id
     --run-after TIME            add: not before, such as 30m from now, or 2026-12-24T18:00
     --priority N                add: the higher, the sooner
     --wait                      add, retry: until the job is over, whose outcome is the exit code
@@ -11795,13 +12098,17 @@ def begin_jobs(
         "owner": config.owner_user_id,
         "pay_again": args.pay_again,
     }
-    if ids and insert_jobs(variable, sql, ids, parameters) < len(ids):
-        message = f"{', '.join(args.items)}: no such job, or one that may have been charged"
-        raise BadRequest(message, "imagen jobs list; --pay-again makes it all the same")
+    if ids:
+        jobs = insert_jobs(variable, sql, requests, parameters)
+        if len(jobs) < len(ids):
+            message = f"{', '.join(args.items)}: no such job, or one that may have been charged"
+            cure = "imagen jobs list; --pay-again makes it all the same, once there is no other"
+            raise BadRequest(f"{message}, or its key has another", cure)
+        ids = [job["id"] for job in jobs]
     if ids and args.wait:
         return follow_jobs(ids, terminal, variable)
-    jobs = [{"id": ident, "status": "pending"} for ident in ids]
-    return terminal.result({"jobs": jobs}, *ids)
+    rows = [{"id": ident, "status": "pending"} for ident in ids]
+    return terminal.result({"jobs": rows}, *ids)
 
 
 def cancel_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
@@ -11826,20 +12133,34 @@ def count_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> 
     return terminal.result(stats, *aligned(lines))
 
 
-def insert_jobs(variable: str, sql: str, ids: Sequence[str], parameters: JsonObject) -> int:
-    """Insert jobs whose ids we have made; how many of them are there by now.
+def insert_jobs(
+    variable: str, sql: str, requests: Sequence[Fields], parameters: JsonObject
+) -> list[JsonObject]:
+    """Insert jobs whose ids we have made; those of them, or the one of their key, that are there.
 
     Repeated where the answer is lost, which makes none twice. Unknown where that does not help: a
     worker may take them, and pay.
     """
     reached = False
+    ids = [request["id"] for request in requests]
     for number in range(TRIES):
         try:
             with postgres(variable, patience=DELIVERY_S) as database:
                 reached = True
                 [[columns]] = database.run(REQUESTED, names=_COLUMNS.split(", "))
+                key = requests[0].get("key")
+                keyed = {"key": key, "owner": parameters["owner"]}
+                if key:
+                    database.run(KEYED, **keyed)  # or this database knows no keys yet
                 database.run(sql.replace("COLUMNS", columns), **parameters)
-                return len(database.run(FOLLOW, ids=list(ids)))
+                jobs = [job for (job,) in database.run(FOLLOW, ids=ids)]
+                if key and not jobs:
+                    [[job]] = database.run(KEYED, **keyed)
+                    if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
+                        message = f"the key {key} was used for another request"
+                        raise KeyConflict(f"{message}, of job {job['id']}")
+                    jobs = [job]
+                return jobs
         except (Unreachable, KeyboardInterrupt) as problem:
             if not reached:
                 raise
@@ -11857,18 +12178,24 @@ def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> Image
 
 _COLUMNS = (
     "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, "
-    "inputs, mask, strength"
+    "inputs, mask, strength, key"
 )
+# Whoever pays again for what may have been charged does so beside the key, which stays taken.
 RETRY = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS)
-  SELECT r.id, owner_user_id, COLUMNS
-  FROM jsonb_to_recordset(:requests::jsonb) AS r (id uuid, job uuid)
-  JOIN imagen.jobs j ON j.id = r.job
-  WHERE receipt IS NULL OR :pay_again::boolean ORDER BY seq
-  ON CONFLICT (id) DO NOTHING"""
+  SELECT again, owner_user_id, COLUMNS FROM (
+    SELECT r.id AS again, (jsonb_populate_record(NULL::imagen.jobs,
+      to_jsonb(j) - CASE WHEN receipt IS NULL THEN '' ELSE 'key' END)).*
+    FROM jsonb_to_recordset(:requests::jsonb) AS r (id uuid, job uuid)
+    JOIN imagen.jobs j ON j.id = r.job
+    WHERE receipt IS NULL OR :pay_again::boolean) AS old ORDER BY seq
+  ON CONFLICT DO NOTHING"""
 ADD = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS, run_after, priority)
   SELECT id, :owner::uuid, COLUMNS, coalesce(run_after, now()), coalesce(priority, 0)
   FROM jsonb_populate_recordset(NULL::imagen.jobs, :requests::jsonb)
-  ON CONFLICT (id) DO NOTHING"""
+  ON CONFLICT DO NOTHING"""
+KEYED = f"""SELECT {JOB_JSON} FROM imagen.jobs j
+  WHERE owner_user_id = :owner::uuid AND key = :key
+    AND (status IN ('pending', 'running', 'done') OR receipt IS NOT NULL)"""  # noqa: S608
 # Of a request, as far as the database knows them by now.
 REQUESTED = """SELECT string_agg(column_name, ', ') FROM information_schema.columns
   WHERE table_schema = 'imagen' AND table_name = 'jobs' AND column_name = ANY(:names::text[])"""
@@ -11925,6 +12252,10 @@ def job_requests(order: Order, config: Config) -> list[JsonObject]:
     planned = plans_of(order, config)[0].request
     fields = sparse(order.request())
     request = {key: value for key, value in fields.items() if value != ""}
+    if order.key:
+        request["key"] = order.key
+        if order.n > 1:
+            raise BadRequest("--key is for one job", "leave out -n")
     if planned.images:
         cloud = Supabase(Context(DELIVERY_S), config.supabase)
         request["inputs"] = [upload_input(image, cloud, config) for image in planned.images]
@@ -12065,6 +12396,9 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
+DETACHED_S = 7 * 86400.0  # for as long as the log of a detached command stays
+
+
 SKILL = """\
 ---
 name: imagine
@@ -12073,21 +12407,27 @@ description: Make an image from a prompt with ImaGen. Use when the user asks for
 ---
 # /imagine PROMPT
 
-Run this with the user's words in place of PROMPT, and give it time: an image may take minutes.
-Behind `<<'END'` no letter of the prompt means anything to the shell.
+Run this with the user's words in place of PROMPT, and a word of your own for this image in place of
+KEY: the same one whenever you repeat it, and then it is paid once. It prints an id at once, and the
+work goes on by itself. Behind `<<'END'` no letter of the prompt means anything to the shell.
 
-    COMMAND generate - --json -q <<'END'
+    COMMAND generate - --detach --key KEY -q <<'END'
     PROMPT
     END
+
+Then run this with that id (of several images: all) in place of ID, as often as it ends with 7:
+
+    COMMAND wait ID --timeout 90 --json
 
 - Add only what the user asked for: `--size 1536x1024`, `--style ink` (`COMMAND styles` lists
   them), `-n 4`, `--seed 7`, `--negative "text, blur"`, `-b mock` (`COMMAND backends` lists them).
   Another backend may cost money: that is the user's choice, also after an error.
-- "The same, but …": `COMMAND generate --like last --seed 8 --json -q`, with the flags that change.
+- "The same, but …": `COMMAND generate --like last --seed 8 --detach --key KEY -q`, with the flags
+  that change.
 - To change an image, add `-i FILE` (or `-i last`; repeat it for several) and `--mask FILE`.
-- With `--json` stdout is one document: `ok`, `images`, and where something went wrong `error`
-  with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read image
-  bytes into the conversation.
+- With `--json` the stdout of `wait` is one document: `ok`, `images`, and where something went wrong
+  `error` with `message`, `hint` and `charged`. Show each `images[].path` to the user; never read
+  image bytes into the conversation.
 - Without `--json` stdout has one absolute path per image, and nothing else.
 
 | exit code | what to do |
@@ -12096,9 +12436,9 @@ Behind `<<'END'` no letter of the prompt means anything to the shell.
 | 1, 11 | report it; again only if the user says so, and only where `error.charged` is `no` |
 | 2 | mend the request by `error.message` and `error.hint`, once |
 | 3 | tell the user which key or setting is missing or wrong |
-| 4, 7 | nothing was charged: wait a minute, try once more |
+| 4, 7 | `wait` again; unless it was `still under way`, first the other, with the same KEY |
 | 5 | **never repeat**: it was refused; offer other words |
-| 6 | **never repeat**: the account is empty |
+| 6 | **never repeat**: the account, or the budget that the user has set, is empty |
 | 8 | the disk is full: ask for room, then `COMMAND recover --all`, not a new image |
 | 9 | show those made, say what went wrong, ask before making the rest |
 | 10 | **never repeat**: it may be charged; `COMMAND recover ID` tells (`error.hint` has the id) |
@@ -12113,6 +12453,11 @@ def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"text": text}, text)
 
 
+MCP_CLIENTS = """\
+  Claude Code  claude mcp add imagen -- PROGRAM mcp
+  Codex        codex mcp add imagen -- PROGRAM mcp
+  VS Code      in .vscode/mcp.json: {"servers": {"imagen": {HERE}}}
+  Cursor       in .cursor/mcp.json: {"mcpServers": {"imagen": {HERE}}}"""
 EXAMPLES = """\
   imagen generate "a cat in a fishbowl"
   imagen generate "a lighthouse at dusk" --style poster -n 4 -b gpt-image
@@ -12231,8 +12576,11 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
 
     cmd, flags = COMMANDS[name]
     usage = None
-    if name == "generate":
-        usage = f"imagen {name} …\n\n{EXAMPLES}"
+    examples = {"generate": EXAMPLES, "mcp": MCP_CLIENTS}.get(name)
+    if examples:
+        here = to_json({"command": sys.executable, "args": [os.path.abspath(__file__), "mcp"]})
+        examples = examples.replace("PROGRAM", program()).replace("{HERE}", here)
+        usage = f"imagen {name} …\n\n{examples}".replace("%", "%%")
     parser = Strict(
         prog=f"imagen {name}",
         usage=usage,
@@ -12258,7 +12606,7 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
     options: JsonObject = {"help": text, "metavar": value.strip("[]…*")}
     if default := re.search(r"\((\S+)\)$", text):
         options["default"] = default[1]
-    if kind := {"N": int, "S": float}.get(value):
+    if kind := {"N": int, "S": float, "USD": float}.get(value):
         options["type"] = kind
     if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
         options["choices"] = value.split("|")

@@ -486,7 +486,8 @@ alter table imagen.jobs
   add column if not exists mask             text,      -- likewise
   add column if not exists strength         real,
   add column if not exists lost             int not null default 0,  -- attempts whose worker was lost
-  add column if not exists handed_back_at   timestamptz;  -- first, by a worker that could not make it
+  add column if not exists handed_back_at   timestamptz,  -- first, by a worker that could not make it
+  add column if not exists key              text;      -- the same one, the same job
 alter table imagen.jobs alter column owner_user_id set default auth.uid();
 
 do $jobs$
@@ -512,6 +513,7 @@ begin
       ('imagen_jobs_seed_check', 'check (seed >= 0)'),
       ('imagen_jobs_names_check', 'check (char_length(backend) <= 200 and char_length(style) <= 200)'),
       ('imagen_jobs_opts_check', 'check (jsonb_typeof(backend_opts) = ''object'' and octet_length(backend_opts::text) <= 16384)'),
+      ('imagen_jobs_key_check', 'check (char_length(key) between 1 and 200)'),
       ('imagen_jobs_inputs_check', 'check (cardinality(inputs) <= 16 and octet_length(array_to_string(inputs, '''')) <= 16384'
         ' and char_length(mask) <= 1024 and strength between 0 and 1)')
     ) as v (name, rule)
@@ -551,6 +553,9 @@ create index if not exists imagen_jobs_served_idx
 create index if not exists imagen_jobs_handed_back_idx
   on imagen.jobs (handed_back_at) where status = 'pending' and handed_back_at is not null;
 create index if not exists imagen_jobs_running_idx on imagen.jobs (id) where status = 'running';
+-- One key, one outcome: only a job that has failed, or was canceled, at no cost, leaves its key to another.
+create unique index if not exists imagen_jobs_key_idx on imagen.jobs (owner_user_id, key)
+  where key is not null and (status in ('pending', 'running', 'done') or receipt is not null);
 create index if not exists imagen_jobs_owner_idx on imagen.jobs (owner_user_id, created_at desc);
 
 -- Empty and once a statement: a thousand rows in one insert are one notification.
@@ -562,6 +567,23 @@ end
 $notify$;
 create or replace trigger imagen_jobs_notify after insert on imagen.jobs
   for each statement execute function imagen.jobs_notify();
+
+-- Whoever adds a job a second time, and got no answer the first time, is told which it is: in `details`. As the caller,
+-- who sees no jobs but their own.
+create or replace function imagen.jobs_key() returns trigger language plpgsql set search_path = '' as $key$
+declare earlier uuid;
+begin
+  select id into earlier from imagen.jobs
+   where owner_user_id = new.owner_user_id and key = new.key
+     and (status in ('pending', 'running', 'done') or receipt is not null);
+  if found then
+    raise unique_violation using message = 'there is a job with this key', detail = earlier;
+  end if;
+  return new;
+end
+$key$;
+create or replace trigger imagen_jobs_key before insert on imagen.jobs
+  for each row when (new.key is not null and current_user = 'authenticated') execute function imagen.jobs_key();
 
 -- limits.per_owner.pending of imagen.yaml: `imagen migrate` writes it into the trigger. Without imagen.max_pending (in
 -- psql, say) what is there stays.
@@ -612,7 +634,7 @@ revoke all on imagen.jobs from anon, authenticated;
 grant all on imagen.jobs to service_role;
 grant select on imagen.jobs to authenticated;
 grant insert (prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, inputs, mask, strength,
-  owner_user_id, status)
+  owner_user_id, status, key)
   on imagen.jobs to authenticated;
 
 -- What has become of the caller's own job: canceled at once while it waits, "running" where its worker is asked to stop.

@@ -14176,6 +14176,156 @@ def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended
     assert (box.run(*words).code, server.posts) == (10, 2)
 
 
+CLOCK = """
+import os, time
+began = time.monotonic()
+def shown():
+    return float(open(os.environ["CLOCK"]).read()) + time.monotonic() - began
+time.time = shown
+"""
+
+
+def set_clock(box: Box, day: str) -> None:
+    """What the children take for now: noon of a day. Their Python has another time; imagen.py is as it is."""
+    folder = box.root / "clock"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(CLOCK)
+    (folder / "now").write_text(str(datetime.fromisoformat(f"{day}T12:00").timestamp()))
+    box.environ["CLOCK"] = str(folder / "now")
+    box.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{HERE.parent}"
+
+
+def set_budget(box: Box, server: OpenAIServer, **budget: Any) -> None:
+    """A backend whose images cost 0.04, and what may be spent."""
+    server.models = [*GPT_MODELS, "gpt-image-9"]
+    cloud = {"type": "openai", "model": "gpt-image-9", "base_url": server.v1}
+    cloud["api_key_env"] = "CLOUD_KEY"
+    tokens = {**cloud, "model": "gpt-image-1-mini"}
+    backends = {"cloud": {**cloud, "cost_usd": 0.04}, "unpriced": cloud, "tokens": tokens}
+    box.configure(backends, budget=budget)
+
+
+def test_pipeline_eight_at_once_spend_no_more_than_what_is_left_for_three(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_budget(box, server, per_day=0.13)
+    done = [
+        ended(process) for process in [box.start("generate", "a fox", "--json") for _ in "8" * 8]
+    ]
+    assert server.posts == 3
+    assert sorted(one.code for one in done) == [0] * 3 + [6] * 5
+    error = next(one.json["error"] for one in done if one.code)
+    assert (error["code"], error["charged"]) == ("quota", "no")
+    assert "budget.per_day: $0.04 of the $0.01 that are left" in error["message"]
+    assert re.search(r"more from \d{4}-\d\d-\d\d 00:00 on", error["hint"])
+    assert (box.unfinished(), box.hidden()) == ([], [])
+    total = box.run("cost", "--json").json["total"]
+    assert (total["usd"], total["estimated"], total["reserved"]) == (0.12, 0.12, 0)
+
+
+def test_pipeline_a_budget_begins_anew_with_its_period_and_not_with_a_clock_that_goes_back(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_budget(box, server, per_day=0.05, per_month=0.09)
+    spent = "per_day"
+    for day, refused in {
+        "2026-03-30": "",
+        "2026-03-29": spent,
+        "2026-03-31": "",
+        "2026-03-30 ": spent,
+        "2026-04-01": "",
+        "2026-03-31 ": spent,
+        "2026-04-02": "",
+        "2026-04-03": "per_month",
+        "2026-05-01": "",
+    }.items():
+        set_clock(box, day.strip())
+        done = box.fox()
+        assert (done.code, refused in done.err) == (6 if refused else 0, True), (day, done.err)
+    assert server.posts == 5
+    assert "more from 2026-05-02 00:00 on" in box.fox().err
+    months = box.run("cost", "--by", "month", "--json").json["rows"]
+    assert {row["month"]: row["usd"] for row in months} == {
+        "2026-03": 0.08,
+        "2026-04": 0.08,
+        "2026-05": 0.04,
+    }
+
+
+def test_pipeline_what_an_outcome_costs_is_settled_freed_or_counted_for_its_day(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_clock(box, "2026-03-30")
+    set_budget(box, server, per_day=0.09)
+    # What was turned away is free again, also by a limit that ends.
+    server.script("moderation_input", "rate_limit", retry_after_ms="1")
+    assert [box.fox().code for _ in "12"] == [5, 0]
+    # Nobody knows: it counts for the day on which it was sent, open or closed.
+    server.script(status(500, "boom"))
+    assert box.fox().code == 10
+    for _ in "12":
+        assert box.fox().code == 6
+        assert box.run("cost", "--json").json["total"]["reserved"] == 0.04
+        box.run("recover", "--all")
+    set_clock(box, "2026-03-31")
+    # Reserved is the worst that the table says, counted is what the answer says.
+    set_budget(box, server, per_day=0.06)
+    paid = [box.fox("-b", "tokens", "--json").json["images"][0] for _ in "12"]
+    reported = sum(image["cost_usd_estimate"] for image in paid)
+    total = box.run("cost", "--since", "2026-03-31", "--json").json["total"]
+    assert (total["reported"], total["estimated"]) == (pytest.approx(reported), 0)
+    # Without a price it goes on until nothing is left, or is refused.
+    assert box.fox("-b", "unpriced").code == 0
+    set_budget(box, server, per_day=0.06, unknown="refuse")
+    refused = box.fox("-b", "unpriced")
+    assert (refused.code, "nobody knows the price" in refused.err) == (6, True)
+    posts = server.posts
+    for limits in ({"per_image": 0.03}, {"per_command": 0.03}, {"per_day": reported}):
+        set_budget(box, server, **limits)
+        assert box.fox().code == 6
+    set_budget(box, server, per_command=0.01)
+    capped = box.run("generate", "a fox", "-n", "4", "--max-cost", "0.09", "--json")
+    assert (capped.code, capped.json["error"]["code"], server.posts) == (9, "partial", posts + 2)
+    assert "of the $0.01 that are left" in capped.json["error"]["message"]
+    # A ledger that cannot be read stops what it would count, and nothing else.
+    (box.state / "ledger.jsonl").rename(box.state / "elsewhere")
+    (box.state / "ledger.jsonl").mkdir()
+    for budget, code in (({"per_day": 9.0}, 8), ({"per_image": -1}, 3), ({"per_image": 1e9}, 3)):
+        set_budget(box, server, **budget)
+        assert box.fox().code == code
+    assert server.posts == posts + 2
+
+
+def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(here: Box) -> None:
+    # Two who are about to send: one lives, the other has been killed.
+    entries = []
+    for _ in "12":
+        [plan] = imagen.plans_of(imagen.Order("a fox", backend="mock"), imagen.Config())
+        run = imagen.Run()
+        run.begin(plan)
+        run.entry.note(paid=True, price=0.04, reserved=0.04)
+        entries.append(run.entry)
+    entries[1].unlock()
+    rows = [*imagen.attempts(under_way=True)]
+    assert [imagen.cost_of(row) for row in rows] == [("reserved", 0.04)]
+    assert rows[0]["id"] == entries[0].record["id"]
+    entries[0].unlock()
+
+
+def test_pipeline_a_price_table_that_has_aged_is_told_once(box: Box) -> None:
+    block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": "http://127.0.0.1:9"}
+    box.configure({"cloud": block})
+    words = ("generate", "a fox", "-n", "3", "--dry-run")
+    set_clock(box, "2026-12-01")
+    assert "prices are of" not in box.run(*words).err
+    set_clock(box, "2027-12-01")
+    assert box.run(*words).err.count("prices are of a table of 2026-11-20") == 1
+    assert "prices" not in box.run(*words, "-b", "mock").err
+
+
 def test_pipeline_an_idempotency_key_outlives_a_restart_and_belongs_to_its_token(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
@@ -16893,6 +17043,77 @@ def test_worker_a_job_names_only_what_the_limits_let_it_name(box: Box, cloud: Cl
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(began))
 
 
+def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_workers_there_are(
+    crew: Crew,
+) -> None:
+    anna, bert = crew.cloud.anna, crew.cloud.bert
+    with OpenAIServer() as server:
+        server.models = ["gpt-image-9"]
+        block = {"type": "openai", "model": "gpt-image-9", "base_url": server.v1, "cost_usd": 0.04}
+        paint = {**block, "api_key_env": "OPENAI_API_KEY"}
+        for host in ("here", "there"):
+            crew.cloud.join(
+                crew.host(host),
+                backends={"paint": paint},
+                worker=crew.worker,
+                limits={"per_owner": {"usd_per_day": 0.13}},
+            )
+        jobs = [crew.add() for _ in range(6)] + [crew.add(owner_user_id=bert)]
+        for host in crew.hosts:
+            crew.start("--concurrency", "3", host=host)
+        rows = [
+            crew.until(lambda job=job: crew.row(job)["finished_at"] and crew.row(job))
+            for job in jobs
+        ]
+        assert sorted(row["status"] for row in rows) == ["done"] * 4 + ["failed"] * 3
+        assert (server.posts, rows[-1]["status"]) == (4, "done")
+        refused = next(row for row in rows if row["status"] == "failed")
+        assert (refused["error_code"], refused["receipt"]) == ("quota", None)
+        assert "usd_per_day: $0.01 are left, and not $0.04" in refused["error"]
+        assert re.search(r"more at \d{4}-\d\d-\d\dT00:00", refused["error"])
+        assert "paused" not in crew.log()
+        paid = [row["receipt"]["usd"] for row in rows if row["receipt"]]
+        assert paid == [0.04] * 4
+        # Yesterday's do not count; what was cheaper than reserved counts as what it was.
+        spent = {"at": "2001-01-01T00:00:00+00:00"}
+        crew.database.sql(
+            "update imagen.jobs set receipt = receipt || $1::jsonb", json.dumps(spent)
+        )
+        assert crew.ends(crew.add(owner_user_id=anna))["receipt"]["usd"] == 0.04
+
+
+def test_worker_one_key_of_an_owner_is_one_job(box: Box, cloud: Cloud) -> None:
+    cloud.join(box, backends=MOCK, worker={})
+    anna, bert = cloud.anna, cloud.bert
+    first = jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})[0]["id"]
+    with pytest.raises(urllib.error.HTTPError) as twice:
+        jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})
+    answer = json.load(twice.value)
+    assert (twice.value.code, answer["code"], answer["details"]) == (409, "23505", first)
+    jobs_http(cloud, "POST", "jobs", bert, {"prompt": "a fox", "key": "k-1"})
+    # From the command line: the id of the first, unless it is for something else.
+    for _ in "12":
+        assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [first]
+    other = box.run("jobs", "add", "a hare", "--key", "k-1", "--json")
+    assert (other.code, first in other.json["error"]["message"]) == (2, True)
+    assert box.run("jobs", "add", "a fox", "--key", "k-1", "-n", "2").code == 2
+    words = ("jobs", "add", "a fox", "--key", "k-2", "-b", "mock", "--seed", "7", "--strength", "0")
+    at_once = [ended(process).lines for process in [box.start(*words) for _ in "1234"]]
+    assert len({line for lines in at_once for line in lines}) == 1
+    # What failed, or was canceled, at no cost leaves its key to the next; what may have cost keeps it.
+    sql = "update imagen.jobs set status = 'failed', receipt = $2::jsonb where id = $1::uuid"
+    cloud.database.sql(sql, first, None)
+    [retried] = box.run("jobs", "retry", first).lines
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    assert "its key has another" in box.run("jobs", "retry", first).err
+    cloud.database.sql(sql, retried, json.dumps({"attempt": 1}))
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    assert box.run("jobs", "retry", retried, "--pay-again").code == 0
+    assert box.run("jobs", "add", "a fox", "--key", "k-1").lines == [retried]
+    keys = cloud.database.sql("select key from imagen.jobs where owner_user_id = $1::uuid", anna)
+    assert sorted(str(row["key"]) for row in keys) == ["None", "k-1", "k-1", "k-2"]
+
+
 def release_before() -> Path:
     """The folder of the release before: its imagen.py and its migrations.sql."""
     folder = Path(tempfile.gettempdir()) / f"imagen-before-{os.getpid()}"
@@ -18655,7 +18876,7 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
             assert facts["requested"]["steps"] == 3
         assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
         assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
-    assert len(box.ledger()) == 4
+    assert sum("path" in line for line in box.ledger()) == 4
 
 
 def test_server_the_cases_of_openais_own_suites_pass_under_strict_validation(box: Box) -> None:
@@ -20601,12 +20822,13 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     assert advice.keys() == {0, *ERRORS_EXITS.values()}
     assert {code for code, text in advice.items() if "never repeat" in text} == {5, 6, 10}
 
-    (block,) = re.findall(r"(?m)(?:^    .+\n)+", text)
-    block = textwrap.dedent(block)
+    begin, wait = map(textwrap.dedent, re.findall(r"(?m)(?:^    .+\n)+", text))
     prompt = 'it\'s "$HOME" `id` -n größe'
-    made = shell(block.replace("PROMPT", prompt))
+    begun = shell(begin.replace("PROMPT", prompt))
+    assert (begun.returncode, begun.stderr) == (0, "")
+    made = shell(wait.replace("ID", begun.stdout.strip()))
     answer = json.loads(made.stdout)
-    assert (made.returncode, answer["ok"], made.stderr) == (0, True, ""), made.stderr
+    assert (made.returncode, answer["ok"]) == (0, True), made.stderr
     assert answer["images"][0]["prompt"] == prompt
     assert Path(answer["images"][0]["path"]).exists()
     flags = [word for word in re.findall(r"`(-[^`]+)`", text) if word != "--json"]
@@ -20615,7 +20837,7 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
     flags = [word for word in flags if word not in inputs]
     assert len(flags) == 6
     for more in flags:
-        assert shell(block.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
+        assert shell(begin.replace("-q", f"-q --dry-run {more}")).returncode == 0, more
     *commands, recover = [word for word in re.findall(r"`([^`]+)`", text) if word.startswith(own)]
     assert [word.removeprefix(own).split()[0] for word in commands] == [
         "styles",
@@ -20628,7 +20850,8 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
 
     with Remote(reset()) as remote:
         box.configure({"ai": {"type": "openai", "model": "any", "base_url": remote.base}})
-        lost = shell(block)
+        ident = shell(begin.replace("KEY", "OTHER")).stdout.strip()
+        lost = shell(wait.replace("ID", ident))
         error = json.loads(lost.stdout)["error"]
         assert (lost.returncode, error["charged"]) == (10, "unknown")
         assert error["message"]
@@ -20826,7 +21049,7 @@ def test_mcp_odd_lines_are_errors_and_end_nothing(box: Box) -> None:
         "[" * 5000,
     ]
     odd += ['{"id": {"a": 1}, "method": "ping", "params": []}', '{"method": "notifications/x"}']
-    for _ in range(1500):
+    for _ in range(5000):
         line = list(fine)
         for _ in range(rng.randrange(1, 6)):
             line[rng.randrange(len(line))] = rng.choice('{}[]":,x0\\\x00é')
@@ -20882,6 +21105,67 @@ def test_mcp_a_cancelled_call_says_no_more_and_what_was_paid_is_listed(
     assert slow not in ids
     assert paid not in ids
     assert server.posts == 1
+
+
+MCP_NODE = """\
+const [module, negotiation, command, env] = process.argv.slice(2)
+const old = module.endsWith("sdk")
+const { Client } = await import(old ? `${module}/client/index.js` : module)
+const { StdioClientTransport } = await import(`${module}${old ? "/client" : ""}/stdio${old ? ".js" : ""}`)
+const options = negotiation ? { versionNegotiation: { mode: negotiation } } : {}
+const client = new Client({ name: "tests", version: "1" }, options)
+await client.connect(new StdioClientTransport({ command, args: ["-P", "-m", "imagen", "mcp"], env: JSON.parse(env) }))
+const call = (fields, more) => {
+  const request = { name: "generate_image", arguments: { prompt: "a fox", backend: "mock", size: "64x64", ...fields } }
+  return old ? client.callTool(request, undefined, more) : client.callTool(request, more)
+}
+const tools = (await client.listTools()).tools.map(tool => tool.name)
+const made = await call({ request_id: "same" })
+const again = await call({ request_id: "same" })
+const wrong = await call({ prompt: "" })
+const progress = []
+const slow = await call({ backend: "slow" }, { timeout: 1500, resetTimeoutOnProgress: true, onprogress: one => progress.push(one.progress) })
+const stop = new AbortController()
+const cancelled = call({ backend: "slower" }, { signal: stop.signal, onprogress: () => stop.abort("enough") })
+const outcome = await cancelled.then(() => "made", problem => `${problem}`)
+const listed = await client.callTool({ name: "list_images", arguments: {} })
+const paths = [made, again, slow].map(result => result.structuredContent.images[0].path)
+console.log(JSON.stringify([tools, paths, wrong.isError, progress, outcome, listed.structuredContent.images.length,
+  client.getNegotiatedProtocolVersion?.() ?? client.getServerVersion().name]))
+await client.close()
+"""
+
+
+def test_mcp_the_official_clients_of_node_list_call_wait_and_cancel(box: Box) -> None:
+    node = shutil.which("node", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not node or not (NPM / "@modelcontextprotocol/client").exists():
+        missing("node, or what npm brings, is not installed")
+    mocks = {name: {"type": "mock", "delay_s": s} for name, s in {"slow": 3, "slower": 60}.items()}
+    box.configure({"mock": {"type": "mock"}, **mocks})
+    (box.root / "node_modules").symlink_to(NPM)
+    (box.root / "talk.mjs").write_text(MCP_NODE)
+    running = []
+    for client, mode in (("sdk", ""), ("client", ""), ("client", "auto")):
+        words = [f"@modelcontextprotocol/{client}", mode, sys.executable, json.dumps(box.environ)]
+        process = subprocess.Popen(
+            [node, "talk.mjs", *words], env=box.environ, cwd=box.root, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        running.append(process)
+    outcomes = []
+    for process in running:
+        done = ended(process)
+        assert done.code == 0, done.err
+        outcomes.append(done.json)
+    for tools, paths, wrong, progress, cancelled, listed, _ in outcomes:
+        assert tools == ["generate_image", "list_images", "recover_images", "list_backends"]
+        # Made once for all of them; and 3 s of work under a timeout of 1.5 s.
+        assert paths[0] == paths[1] == outcomes[0][1][0]
+        assert Path(paths[2]).exists()
+        assert (wrong, listed > 1, "enough" in cancelled) == (True, True, True)
+        assert progress == sorted({*progress}) and len(progress) > 1
+    assert [version for *_, version in outcomes] == ["imagen", "2025-11-25", "2026-07-28"]
+    assert sum("path" in line for line in box.ledger()) == 4
 
 
 def test_mcp_the_official_client_lists_calls_and_checks_results_in_every_mode(
@@ -21296,6 +21580,118 @@ def test_commands_a_batch_goes_on_where_it_was_killed_and_pays_for_nothing_twice
     paths = [image["path"] for line in lines for image in line["images"]]
     assert len({*paths}) == len(paths) == 8
     assert all(Path(path).parent == box.root / "made" for path in paths)
+
+
+def test_commands_a_detached_command_outlives_the_shell_that_began_it(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    answer = server._reply(server._result({"prompt": "x", "size": "1024x1024"}, drop=False))
+    gates = [threading.Event() for _ in range(3)]
+    server.script(*[hold(gate, answer) for gate in gates])
+    # A chat's shell: its group is killed once it has said what it had to say.
+    words = ("generate", "a fox", "--detach", "--key", "k", "-n", "2")
+    shell = box.start(*words, start_new_session=True)
+    ids = ended(shell).lines
+    server.wait_seen(2)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert (shell.returncode, len({*ids})) == (0, 2)
+    soon = box.run("wait", *ids, "--timeout", "1.5", "--json")
+    assert (soon.code, soon.json["error"]["code"]) == (7, "busy")
+    # Twice is once; and who waits gets all, in the end.
+    assert box.run(*words).lines == ids
+    with box.start("wait", *ids) as waiting:
+        for gate in gates:
+            gate.set()
+        done = ended(waiting)
+    assert (done.code, len({*done.lines}), server.posts) == (0, 2, 2), done.err
+    assert all(Path(path).exists() for path in done.lines)
+    assert {*box.run("wait", *ids).lines} == {*done.lines}
+    assert {*box.run("wait", *[box.sidecar(path)["image_id"] for path in done.lines]).lines} == {
+        *done.lines
+    }
+
+
+def test_commands_wait_ends_as_generate_would_have(keyed: tuple[Box, OpenAIServer]) -> None:
+    box, server = keyed
+    server.script("moderation_input")
+    [refused] = box.run("generate", "a fox", "--detach").lines
+    done = box.run("wait", refused, "--json")
+    assert (done.code, done.json["error"]["code"], done.json["error"]["charged"]) == (
+        5,
+        "refused",
+        "no",
+    )
+    assert done.json["error"]["hint"] == "reword the prompt"
+    # Killed while its POST is out, by whoever kills everything.
+    server.script(hold(threading.Event(), ok(b"")))
+    [killed] = box.run("generate", "a fox", "--detach").lines
+    server.wait_seen(2)
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"HOME={box.root}\0".encode() in environ.read_bytes():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+    lost = box.run("wait", killed, "--json")
+    assert (lost.code, lost.json["error"]["charged"]) == (10, "unknown")
+    assert lost.json["error"]["hint"] == f"imagen recover {killed}"
+    # What cannot begin says so at once, and what nobody began neither waits.
+    missing_key = box.run("generate", "a fox", "--detach", env={"CLOUD_KEY": ""})
+    assert (missing_key.code, missing_key.out) == (3, "")
+    assert box.run("wait", str(uuid.uuid4())).code == 2
+    assert box.run("wait").code == box.run("wait", "x").code == 2
+
+
+def test_commands_a_batch_that_is_killed_at_random_pays_once_a_row_and_tells_every_row(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    rng = random.Random(5)
+    for place in range(3):
+        rows = [f"place {place} row {number}" for number in range(6)]
+        (box.root / "rows.txt").write_text("\n".join(rows))
+        words = ("batch", "rows.txt", "-o", f"made-{place}/", "--parallel", "2")
+        before = server.posts
+        posts_until = before + rng.randrange(1, 6)
+        with box.start(*words) as process:
+            eventually(lambda most=posts_until: server.posts >= most)
+            process.kill()
+        lines = [json.loads(line) for line in box.run(*words).lines]
+        prompts = collections.Counter(body["prompt"] for body in server.bodies[before:])
+        assert {*prompts.values()} == {1}
+        assert [line["row"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        paths = [image["path"] for line in lines for image in line["images"]]
+        lost = [line["error"]["code"] for line in lines if not line["ok"]]
+        assert {*lost} <= {"unknown"}
+        assert len({*paths}) == 6 - len(lost)
+        assert {*map(str, (box.root / f"made-{place}").glob("*.png"))} == {*paths}
+
+
+def test_commands_what_is_far_too_large_for_a_batch_or_a_key_is_told(box: Box) -> None:
+    with open(box.root / "huge.jsonl", "wb") as huge:
+        huge.truncate(100 << 20)
+    done = box.run("batch", "huge.jsonl", "-b", "mock")
+    assert (done.code, "huge.jsonl: more than 64 MB" in done.err) == (2, True)
+    key = "k" * (1 << 20)
+    row = json.dumps({"prompt": "a fox", "key": key})
+    done = box.run("batch", "-", "-b", "mock", input=row)
+    assert (done.code, "row 1: key: 1 to 200 printable" in done.err) == (2, True)
+    assert len(done.err) < 1000
+    with McpTalk(box) as talk:
+        refused = talk.call("generate_image", prompt="a fox", request_id=key[:900_000])
+        assert "1 to 200 printable" in refused["structuredContent"]["error"]["message"]
+        number = talk.send("tools/call", name="generate_image", arguments={"request_id": key})
+        assert talk.ask("ping")["result"] == {}
+        assert [line["error"]["message"] for line in talk.lines] == ["the line is too long"]
+        assert number
+    with Serving(box) as serving:
+        headers = {"idempotency_key": key}
+        answer = serving.ask("POST", "/v1/images/generations", {"prompt": "a fox"}, **headers)
+        assert answer.status in (400, 431)
+    # Lines end where a file's lines end; what else may separate them is part of a prompt.
+    odd = json.dumps({"prompt": "a\u2028fox\x85"}, ensure_ascii=False)
+    made = box.run("batch", "-", "-b", "mock", input=f"{odd}\r\n")
+    assert made.json["ok"] is True
 
 
 def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
@@ -22042,9 +22438,9 @@ def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: st
     started = subprocess.run(command, env=box.environ, capture_output=True, text=True, timeout=60)
     assert json.loads(started.stdout)["sha256"] == digest, started.stderr
     skill = box.run("skill", program=(str(copy),)).out
-    (line,) = (line for line in skill.splitlines() if "generate - --json" in line)
+    (line,) = (line for line in skill.splitlines() if "generate - --detach" in line)
     words = shlex.split(line.partition("<<")[0])
-    assert words[1:] == [str(copy), "generate", "-", "--json", "-q"]
+    assert words[1:] == [str(copy), "generate", "-", "--detach", "--key", "KEY", "-q"]
     assert str(HERE) not in skill
 
 
