@@ -34,6 +34,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     ComfyUI     the GPU box at home
     Replicate   predictions at api.replicate.com
     OpenAI      the Images API and whoever speaks its dialect
+    Gemini      the Interactions API, whose id brings an image back
     Output      names, and files that are never half there
     Preview     tmux, kitty, iTerm2
     Journal     what is unfinished, and the ledger of what is finished
@@ -530,6 +531,15 @@ def to_jsonb(value: Any) -> str:
     return to_json(value, surrogates="replace")
 
 
+def parsed(text: bytes) -> JsonObject:
+    """The mapping that a JSON text is; {} where it is none."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
 def merge_line(record: Any, line: Fields) -> None:
     """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
     for key, value in line.items():
@@ -762,7 +772,7 @@ BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def png_plane(file: BinaryIO) -> Iterator[bytes]:
-    """The last channel of an 8-bit PNG, row by row, undone as far as it is asked for.
+    """The last channel of a PNG, a byte a pixel, row by row, undone as far as it is asked for.
 
     That is the alpha of RGBA and of grey with alpha, and of a palette what tRNS makes of it.
     ValueError where there is no alpha.
@@ -771,25 +781,54 @@ def png_plane(file: BinaryIO) -> Iterator[bytes]:
     chunks = [*png_chunks(file.read())]
     width, height, depth, color, interlaced = struct.unpack(">IIBBxxB", chunks[0][1])
     channels = {3: 1, 4: 2, 6: 4}.get(color, 0)
-    if depth != 8 or interlaced or not channels:
-        raise ValueError("an 8-bit PNG with alpha, and not interlaced, is needed")
+    if interlaced or not channels:
+        raise ValueError("a PNG with alpha, and not interlaced, is needed")
     table = bytes(range(256))
     if color == 3:
         table = dict(chunks).get(b"tRNS", b"").ljust(256, b"\xff")
         if min(table) == 255:
             raise ValueError("its palette has no transparent color")
-    size = 1 + width * channels
+    size = 1 + (width * channels * depth + 7) // 8
+    pixel = max(1, channels * depth // 8)
+    # Of 16 bits the upper byte.
+    alpha = 1 + pixel - max(1, depth // 8)
     packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
     lines = zlib.decompressobj().decompress(packed, size * height)
     if len(lines) < size * height:
         raise zlib.error("it breaks off")
-    row = bytes(width)
+    row = bytes(len(range(alpha, size, pixel)))
     for start in range(0, len(lines), size):
-        line = lines[start + channels : start + size : channels]
+        line = lines[start + alpha : start + size : pixel]
         row = png_unfiltered(lines[start], line, row)
-        yield row.translate(table)
+        pixels = row
+        if depth < 8:
+            shifts = range(8 - depth, -1, -depth)
+            pixels = bytes(byte >> shift & (1 << depth) - 1 for byte in row for shift in shifts)
+        yield pixels[:width].translate(table)
 
 
+def is_transparent(file: BinaryIO, ending: str) -> bool | None:
+    """Whether something behind the image can be seen through it; None: nobody looked so closely.
+
+    Of a WebP its header says so; of a PNG every pixel is looked at, up to the first.
+    """
+    file.seek(0)
+    data = file.read()
+    if ending == "webp":
+        flags = {b"VP8X": 20, b"VP8L": 24}.get(data[12:16])
+        return bool(flags and data[flags] & 16)
+    if ending == "png":
+        chunks = dict(png_chunks(data))
+        # Interlaced, or with one of its colors transparent.
+        if data[28] or (b"tRNS" in chunks and b"PLTE" not in chunks):
+            return None
+        with suppress(ValueError):
+            return any(min(row) < 255 for row in png_plane(file))
+    return False
+
+
+# An opaque image has a few kinds of rows, each many times.
+@functools.lru_cache(16)
 def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     """A channel of one row as it was before a PNG's filter; its pixels do not touch others."""
     if kind == 0:
@@ -812,19 +851,45 @@ def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     return bytes(row)
 
 
-def exif_orientation(file: BinaryIO) -> int:
-    """How a camera held a JPEG: 1 is upright, 2 to 8 are turned or mirrored."""
+def exif_values(file: BinaryIO) -> dict[int, Any]:
+    """What a JPEG's EXIF says by its tags: numbers, and as bytes whatever is longer."""
     file.seek(0)
-    _, exif, tiff = file.read(1 << 16).partition(b"Exif\0\0")
+    _, _, tiff = file.read(1 << 17).partition(b"Exif\0\0")
+    order = "<" if tiff[:2] == b"II" else ">"
+    values: dict[int, Any] = {}
     with suppress(struct.error):
-        order = "<" if tiff[:2] == b"II" else ">"
-        (start,) = struct.unpack_from(f"{order}4xI", tiff)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for number in range(count):
-            tag, value = struct.unpack_from(f"{order}H6xH", tiff, start + 2 + 12 * number)
-            if exif and tag == 0x0112 and 1 <= value <= 8:
-                return int(value)
-    return 1
+        folders = [*struct.unpack_from(f"{order}4xI", tiff)]
+        for start in folders:
+            (count,) = struct.unpack_from(f"{order}H", tiff, start)
+            for place in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, size = struct.unpack_from(f"{order}HHI", tiff, place)
+                number = "H" if kind == 3 else "I"
+                (value,) = struct.unpack_from(order + number, tiff, place + 8)
+                values[tag] = value
+                if size > 4:
+                    values[tag] = tiff[value : value + size]
+                if tag == EXIF_FOLDER:
+                    folders[1:] = [value]
+    return values
+
+
+EXIF_FOLDER = 0x8769  # where the camera's own tags are
+EXIF_ORIENTATION = 0x0112  # how it was held: 1 is upright, 2 to 8 are turned or mirrored
+EXIF_COMMENT = 0x9286
+
+
+def embedded_parameters(data: bytes) -> str:
+    """The text with which A1111 and its kin mark what they make; "" where there is none."""
+    if text := png_text(data, "parameters"):
+        return text
+    comment = exif_values(io.BytesIO(data)).get(EXIF_COMMENT)
+    if isinstance(comment, bytes):
+        # Eight bytes name the character set, but not its byte order.
+        for encoding in ("utf-16-be", "utf-16-le", "utf-8"):
+            text = comment[8:].decode(encoding, "replace")
+            if "Steps: " in text:
+                return text
+    return ""
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -903,14 +968,35 @@ class Input(NamedTuple):
     orientation: int = 1  # as EXIF has it
 
 
+# How an image should look: fields of a request, and what two of them may be.
+LOOKS = ("aspect", "format", "background", "quality")
+FORMATS = ("png", "jpeg", "webp")
+BACKGROUNDS = ("auto", "opaque", "transparent")
+# What most models offer that take no pixels.
+ASPECTS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
+
+
 class Takes(NamedTuple):
-    """Which inputs an adapter can honour; what asks for more is refused before it is sent."""
+    """Which inputs an adapter can honour; what asks for more is refused before it is sent.
+
+    And which looks: what it cannot is left out, or refused where the order is strict.
+    """
 
     images: int = 0  # at most
     mask: bool = False
     strength: bool = False
     formats: tuple[str, ...] = ("png", "jpg", "webp")
     most_bytes: int = 50 << 20  # of one image
+    ignores: tuple[str, ...] = LOOKS[1:]  # fields of a request that it has no word for
+    makes: tuple[str, ...] = FORMATS  # of which a request may choose
+    aspects: tuple[str, ...] = ()  # likewise; (): any
+
+    def unmet(self, request: Request) -> list[str]:
+        """The fields of a request that will not be honoured."""
+        names = [name for name in self.ignores if getattr(request, name)]
+        if request.format not in ("", *self.makes):
+            names.append("format")
+        return names
 
 
 class Request(NamedTuple):
@@ -928,6 +1014,26 @@ class Request(NamedTuple):
     images: tuple[Input, ...] = ()  # what to start from, in order
     mask: Input | None = None  # transparent: make anew; as large as the first image
     strength: float = 0.0  # how far from the first image, up to 1; 0: the backend's default
+    aspect: str = ""  # such as 16:9; where there is a size too, that counts
+    format: str = ""  # of FORMATS
+    background: str = ""  # of BACKGROUNDS
+    quality: str = ""  # as the backend calls it
+
+    def pixels(self, edge: int, step: int = 16) -> tuple[int, int]:
+        """Its size, or that of its aspect with some edge² pixels; 0, 0 where it has neither.
+
+        >>> Request("a fox", aspect="16:9").pixels(1024)
+        (1360, 768)
+        """
+        if self.width or not self.aspect:
+            return self.width, self.height
+        ratio = ratio_of(self.aspect)
+        stretch = max(ratio, 1 / ratio)
+        short = round(edge / stretch**0.5 / step) * step
+        long = round(short * stretch / step) * step
+        if ratio < 1:
+            return short, long
+        return long, short
 
     def marks(self) -> dict[str, Input]:
         """What stands for each input where an option or a workflow has a place for it."""
@@ -942,6 +1048,22 @@ def image_mark(number: int) -> str:
     if number == 1:
         return "{image}"
     return f"{{image{number}}}"
+
+
+def ratio_of(aspect: str) -> float:
+    """Width by height, of `16:9` or of `1360x768`."""
+    width, height = re.split("[:x]", aspect)
+    return float(width) / float(height)
+
+
+def nearest_aspect(ratio: float, offered: Iterable[str]) -> str:
+    """The offered aspect that differs least from a ratio."""
+    return min(offered, key=lambda aspect: off_by(ratio_of(aspect), ratio))
+
+
+def off_by(ratio: float, other: float) -> float:
+    """The factor between two ratios, 1 or more."""
+    return max(ratio / other, other / ratio)
 
 
 def size_fault(width: int, height: int) -> str:
@@ -972,6 +1094,11 @@ class Order(NamedTuple):
     images: tuple[str, ...] = ()  # a path, an http address, a data URI, an id or `last`
     mask: str = ""  # likewise
     strength: Annotated[float, Between(0, 1)] = 0.0
+    aspect: str = ""
+    format: str = ""
+    background: str = ""
+    quality: str = ""
+    strict: bool = False  # what comes otherwise than asked for is an error, though it stays
     n: int = 1  # images
     key: str = ""  # whoever repeats an order with this key gets the same images, paid once
     caller: str = ""  # whose keys these are; "": the local user's
@@ -1001,10 +1128,11 @@ class Result(NamedTuple):
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
     steps: int | None = None  # the number really used
-    cost_usd: float | None = None  # None: unknown, never 0 for unknown
+    cost_usd: float | None = None  # None: the price that was known before, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
     metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
     others: Sequence[Fields] = ()  # further images of the same job, as `resume` takes them
+    cost_source: str = ""  # reported, tokens, table, config
 
 
 class Price(NamedTuple):
@@ -1184,15 +1312,16 @@ class Backend:
 
     @classmethod
     def takes(cls, options: Any) -> Takes:
-        """Which inputs it can honour."""
-        return Takes()
+        """Which inputs and looks it can honour."""
+        return Takes(ignores=LOOKS)
 
     @classmethod
     def price(cls, options: Any, request: Request) -> Price:
         """What it will cost, before it is sent."""
-        if cls.paid:
-            return Price()
-        return Price(0.0, "free")
+        if not cls.paid:
+            return Price(0.0, "free")
+        usd = getattr(options, "cost_usd", None)
+        return Price(usd, "" if usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
@@ -1774,7 +1903,7 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    if not request.width:
+    if not request.width and not request.aspect:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(
         prompt=_extended(request.prompt, style.suffix),
@@ -1894,7 +2023,7 @@ def retry_after(response: HttpResponse) -> float:
             return max(0.0, float(response.headers.get(name, "")) * unit)
     if date := response.headers.get("Retry-After"):
         return max(0.0, epoch(date) - time.time())
-    form = rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
+    form = rb'(?:~|"retry(?:_after|Delay)": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
     match = re.search(form, response.body[:2000])
     if not match:
         return 0.0
@@ -2043,10 +2172,12 @@ class Http:
         path: str,
         body: Fields,
         files: Sequence[tuple[str, Input]] = (),
+        on_block: Callable[[bytearray], object] = len,
     ) -> HttpResponse:
         """The 2xx response to a POST that costs money: JSON, or a form where there are `files`.
 
-        Sent once, and again only after a response that proves `no`.
+        Sent once, and again only after a response that proves `no`. `on_block` gets what has come
+        of its body, each time there is more.
         """
         data: bytes | Multipart = json.dumps(body).encode()
         if files:
@@ -2056,7 +2187,7 @@ class Http:
         self.ctx.identity = {name: fields[name] for name in named if name in fields}
 
         def attempt() -> HttpResponse:
-            response = self._exchange(self.base + path, data, paid=True)
+            response = self._exchange(self.base + path, data, paid=True, on_block=on_block)
             if not_accepted(response):
                 self.ctx.settle(self.explain(response).charged)
             return response
@@ -2144,6 +2275,7 @@ class Http:
         paid: bool = False,
         method: str | None = None,
         headers: Strings = EMPTY,
+        on_block: Callable[[bytearray], object] = len,
     ) -> HttpResponse:
         """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
 
@@ -2196,6 +2328,8 @@ class Http:
                 ):
                     keep(block)
                     size += len(block)
+                    if fine:
+                        on_block(received)
             except TransportError:
                 # Of an error, what has come will do.
                 if fine:
@@ -2417,11 +2551,8 @@ class Mock(Backend):
         for image in request.images[:1]:
             width = min(max(16, image.width), 8192)
             height = min(max(16, image.height), 8192)
-        return {
-            "width": request.width or width,
-            "height": request.height or height,
-            "seed": request.seed,
-        }
+        size = request.pixels(round((width * height) ** 0.5), 1)
+        return {"width": size[0] or width, "height": size[1] or height, "seed": request.seed}
 
     @classmethod
     def takes(cls, options: Options) -> Takes:
@@ -2802,7 +2933,8 @@ class ComfyUI(Backend):
         options = self.options
         request = request._replace(steps=request.steps or options.default_steps)
         if self.workflow:
-            return self.workflow.filled(request)
+            width, height = request.pixels(1024)
+            return self.workflow.filled(request._replace(width=width, height=height))
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
         split = folder != "checkpoints"
         family = comfy_family(model, split)
@@ -3071,8 +3203,8 @@ def comfy_parts(
 
 def comfy_size(family: ComfyFamily, request: Request) -> tuple[int, int]:
     """The request's size, or else the first image's shape at the family's number of pixels."""
-    if request.width:
-        return request.width, request.height
+    if request.width or request.aspect:
+        return request.pixels(family.edge)
     if not request.images:
         return family.edge, family.edge
     first = request.images[0]
@@ -3774,17 +3906,18 @@ class Replicate(Backend):
         if known.image:
             images = 14 if known.image.endswith("[]") else 1
         mask = known.mask or "{mask}" in to_json(options.extra)
-        return Takes(images, bool(mask), bool(known.strength))
+        takes = Takes(images, bool(mask), bool(known.strength), ignores=LOOKS[2:])
+        if known == ReplicateModel():
+            return takes
+        return takes._replace(aspects=ASPECTS)
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price, else the table's."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
         known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-        if not known or known.usd is None:
-            return Price()
-        return Price(known.usd, PRICED)
+        if options.cost_usd is None and known and known.usd:
+            return Price(known.usd, PRICED)
+        return super().price(options, request)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
@@ -3892,7 +4025,6 @@ class Replicate(Backend):
             model=self.options.model,
             seed=seed,
             steps=inputs.get("num_inference_steps"),
-            cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
             metadata={key: prediction.get(key) for key in details},
         )
@@ -3956,8 +4088,10 @@ def replicate_input(options: Any, request: Request) -> Prepared:
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     steps = request.steps or options.default_steps
     negative = request.negative_prompt
-    ending = options.output_format.replace("jpeg", "jpg")
+    ending = (request.format or options.output_format).replace("jpeg", "jpg")
     size = {}
+    if request.aspect:
+        size["aspect_ratio"] = request.aspect
     if known:
         negative = ""
         ending = ending or "png"
@@ -4098,6 +4232,23 @@ OPENAI_METADATA = (
     "revised_prompt",
 )
 
+# How images stand in a JSON body: in which field, and what each is there.
+OPENAI_INPUTS: Fields = {
+    "images": ("images", {"image_url": "{link}"}),
+    "image": ("image", "{link}"),
+    "image_object": ("images", {"type": "image_url", "url": "{link}"}),
+    "input_references": (
+        "input_references",
+        {"type": "image_url", "image_url": {"url": "{link}"}},
+    ),
+    "image_url": ("image_url", "{link}"),
+}
+OPENAI_EDITED = ("multipart", "images", "image_object")  # whose images have a path of their own
+# Of a code.
+OPENAI_REFUSED = re.compile("moderation|content_policy|sensitive", re.IGNORECASE)
+# The sizes that gpt-image-1 makes, by their aspects.
+OPENAI_SIZES = {"1:1": (1024, 1024), "3:2": (1536, 1024), "2:3": (1024, 1536)}
+
 
 @register("openai")
 class OpenAI(Backend):
@@ -4107,10 +4258,10 @@ class OpenAI(Backend):
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
-    OWN_FIELDS = "prompt negative_prompt seed size width height n steps"
+    OWN_FIELDS = "prompt negative_prompt seed size width height aspect_ratio n steps"
 
     class Options(NamedTuple):
-        """`extra` are further fields.
+        """`extra` are further fields; one that is null is left out.
 
         "{seed}", "{steps}" and "{negative}" in it stand for the request's values.
         """
@@ -4118,28 +4269,35 @@ class OpenAI(Backend):
         model: str
         api_key_env: KeyName = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
         base_url: str = "https://api.openai.com/v1"
+        path: str = "/images/generations"
+        query: Mapping[str, str] = EMPTY
+        auth: str = "bearer"  # or none, or the header that takes the key
         quality: Text = ""
         background: Text = ""
         output_format: Text = ""
         moderation: Text = ""
         extra: Extra = EMPTY
-        size_as: Literal["size", "width_height"] = "size"
-        edits_as: Literal["multipart", "json"] = "multipart"
+        size_as: Literal["size", "width_height", "aspect_ratio", "none"] = "size"
+        # mypy wants the names spelled out.
+        inputs_as: Literal[("multipart", *OPENAI_INPUTS)] = "multipart"  # type: ignore[valid-type]
         input_fidelity: Text = ""  # high or low, of models before gpt-image-2
         response_format: str = ""  # "": what this kind of model wants
-        cost_usd: float | None = None  # of one image, where the response counts no tokens
+        cost_usd: float | None = None  # of one image, where the response says nothing of it
         # Seconds of silence: an image may take minutes.
         timeout: Annotated[float, Between(1, 7200)] = 600.0
         parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1")
+        self.base = checked_url(options.base_url, path="/v1").removesuffix(options.path)
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
-        if variable:
-            self.headers = {"Authorization": f"Bearer {secret_from(variable).reveal()}"}
+        if variable and options.auth != "none":
+            key = secret_from(variable).reveal()
+            self.headers = {options.auth: key}
+            if options.auth == "bearer":
+                self.headers = {"Authorization": f"Bearer {key}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -4148,58 +4306,53 @@ class OpenAI(Backend):
 
     @classmethod
     def takes(cls, options: Options) -> Takes:
-        """What OpenAI's models do."""
-        return Takes(16, mask=True)
+        """What OpenAI's models do, but for fields that the options leave out."""
+        takes = Takes(16, mask=options.inputs_as in ("multipart", "images"))
+        if options.inputs_as == "image_url":
+            takes = takes._replace(images=1)
+        if options.model.startswith("gpt-image-1"):
+            takes = takes._replace(aspects=tuple(OPENAI_SIZES))
+        fields = {"format": "output_format", "quality": "quality", "background": "background"}
+        ignores = [look for look in fields if options.extra.get(fields[look], "") is None]
+        if options.size_as == "none":
+            ignores += ["aspect", "width", "height"]
+        return takes._replace(ignores=tuple(ignores))
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
-        """The config's price; the tokens that decide are counted in the response alone."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
-        if options.model.startswith(tuple(OPENAI_TOKENS)):
+        """The config's price; what a response counts is known from it alone."""
+        if options.cost_usd is None and options.model.startswith(tuple(OPENAI_TOKENS)):
             return Price(None, f"by the answer's tokens, {PRICED}")
-        return Price()
+        return super().price(options, request)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the response."""
         options = self.options
-        http = self._http(ctx)
         body, _ = openai_body(options, request)
-        ctx.progress("waiting for the image")
-        path = "/images/generations"
         files: list[tuple[str, Input]] = []
-        if request.images:
-            path = "/images/edits"
-        if options.edits_as == "json":
-            links = [{"image_url": data_uri(image)} for image in request.marks().values()]
-            if request.mask:
-                body["mask"] = links.pop()
-            if links:
-                body["images"] = links
-        else:
+        path = options.path
+        if request.images and options.inputs_as in OPENAI_EDITED:
+            path = path.replace("/generations", "/edits")
+        if options.inputs_as == "multipart":
             name = "image" if len(request.images) == 1 else "image[]"
             files = [(name, image) for image in request.images]
             if request.mask:
                 files.append(("mask", request.mask))
-        response = http.pay(path, body, files)
+        elif request.images:
+            body.update(openai_inputs(options.inputs_as, request))
+        ctx.progress("waiting for the image")
+        response = self._http(ctx).pay(self._place(path), body, files)
         return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
         if link := remote.get("url"):
             _, ignored = openai_body(self.options, request)
-            return Result(self._fetch(ctx, link), "", self.options.model, ignored=ignored)
+            image = fetch_paid(self._http(ctx), link)
+            return Result(image, "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
             return self._result(ctx, body, EMPTY, request, Ended)
         return super().resume(ctx, remote, request)
-
-    def _fetch(self, ctx: Context, link: Any) -> BinaryIO:
-        # The link is all that we have of an image that was paid for.
-        ctx.remote(url=link)
-        try:
-            return self._http(ctx).download(joined(self.base + "/", str(link)))
-        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
-            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
 
     def _result(
         self,
@@ -4218,16 +4371,22 @@ class OpenAI(Backend):
         if not isinstance(usage, dict):
             usage = {}
         link = item.get("url")
-        if image or link or usage.get("output_tokens"):
+        cost = reported = openai_reported(usage, headers)
+        if image or link or usage.get("output_tokens") or reported:
             ctx.settle("yes")
         # 2. The image, from the response or behind its link.
         if not image and not link:
+            if reported == 0:
+                ctx.settle("no")
+            if error := openai_refusal(item):
+                raise error
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or self._fetch(ctx, link)
+        image = image or fetch_paid(self._http(ctx), link)
         # 3. What is known of it.
-        cost = openai_cost(options.model, usage)
+        source = "reported"
         if cost is None:
-            cost = options.cost_usd
+            cost = openai_cost(options.model, usage)
+            source = "tokens"
         steps = request.steps or None
         if "steps" in ignored:
             steps = None
@@ -4238,6 +4397,7 @@ class OpenAI(Backend):
             model=options.model,
             steps=steps,
             cost_usd=cost,
+            cost_source=source,
             ignored=ignored,
             metadata={key: details[key] for key in OPENAI_METADATA if details.get(key)},
         )
@@ -4245,7 +4405,11 @@ class OpenAI(Backend):
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
         model = self.options.model
-        listed = openai_data(self._http(ctx).get_json("/models"))
+        if "/deployments/" in self.base:  # Azure's old way, which has no list of them
+            return f"{model}, which nobody can ask for"
+        path = self.options.path
+        folder = "" if path.endswith("/generations") else path
+        listed = openai_data(self._http(ctx).get_json(self._place(f"{folder}/models")))
         known = [item.get("id", "") for item in listed]
         if not known:
             return f"{model} (the server lists no models)"
@@ -4256,6 +4420,34 @@ class OpenAI(Backend):
     def _http(self, ctx: Context) -> Http:
         timeout = self.options.timeout
         return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
+
+    def _place(self, path: str) -> str:
+        from urllib.parse import urlencode
+
+        return f"{path}?{urlencode(self.options.query)}".rstrip("?")
+
+
+def fetch_paid(http: Http, link: Any) -> BinaryIO:
+    """The image behind the link of a paid response, which is all that we have of it."""
+    http.ctx.remote(url=link)
+    try:
+        return http.download(joined(http.base + "/", str(link)))
+    except (Unreachable, BadConfig, BadRequest, Failed) as problem:
+        raise Unknown(f"made, but its link could not be fetched: {problem}") from None
+
+
+def openai_inputs(inputs_as: str, request: Request) -> JsonObject:
+    """The fields of a JSON body with the request's images."""
+    field, form = OPENAI_INPUTS[inputs_as]
+    marks = request.marks().values()
+    links = [replaced(form, {"{link}": data_uri(image)}) for image in marks]
+    fields = {}
+    if request.mask:
+        fields["mask"] = links.pop()
+    fields[field] = links
+    if len(links) == 1 and inputs_as.startswith("image") and inputs_as != "images":
+        fields = {field.removesuffix("s"): links[0]}
+    return fields
 
 
 def openai_body(options: Any, request: Request) -> Prepared:
@@ -4277,15 +4469,10 @@ def openai_body(options: Any, request: Request) -> Prepared:
     # seed, or use a constant one.
     if not options.model.startswith(("gpt-image", "chatgpt-image")):
         body |= {**values, "steps": None, "response_format": "b64_json"}
-    if request.width:
-        openai_check_size(options.model, request.width, request.height)
-        if options.size_as == "width_height":
-            body["width"] = request.width
-            body["height"] = request.height
-        else:
-            body["size"] = f"{request.width}x{request.height}"
+    body |= openai_size(options, request)
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
-        if value := getattr(options, field):
+        look = getattr(request, field.removeprefix("output_"), "")
+        if value := look or getattr(options, field):
             body[field] = {"jpg": "jpeg"}.get(value, value)
     if request.images and options.input_fidelity and not options.model.startswith("gpt-image-2"):
         body["input_fidelity"] = options.input_fidelity
@@ -4308,6 +4495,21 @@ def openai_body(options: Any, request: Request) -> Prepared:
     return body, tuple(ignored)
 
 
+def openai_size(options: Any, request: Request) -> JsonObject:
+    """The fields that ask for a size; BadRequest where the model is known to refuse it."""
+    width, height = request.pixels(1024)
+    if not width or options.size_as == "none":
+        return {}
+    if options.size_as == "aspect_ratio":
+        return {"aspect_ratio": request.aspect or nearest_aspect(width / height, ASPECTS)}
+    if request.aspect and options.model.startswith("gpt-image-1"):
+        width, height = OPENAI_SIZES[nearest_aspect(width / height, OPENAI_SIZES)]
+    openai_check_size(options.model, width, height)
+    if options.size_as == "width_height":
+        return {"width": width, "height": height}
+    return {"size": f"{width}x{height}"}
+
+
 def openai_check_size(model: str, width: int, height: int) -> None:
     """BadRequest, with the rule, where an OpenAI model is known to refuse this size.
 
@@ -4315,7 +4517,7 @@ def openai_check_size(model: str, width: int, height: int) -> None:
     """
     short, long = sorted((width, height))
     if model.startswith("gpt-image-1"):
-        fine = short == 1024 and long in (1024, 1536)
+        fine = (width, height) in OPENAI_SIZES.values()
         rule = "1024x1024, 1536x1024 or 1024x1536"
     elif model.startswith("gpt-image-2"):
         fine = (
@@ -4387,6 +4589,29 @@ def openai_cost(model: str, usage: Fields) -> float | None:
     return None
 
 
+def openai_reported(usage: Fields, headers: Any) -> float | None:
+    """USD that a response itself says: OpenRouter's, xAI's in ticks, or LiteLLM's in its header."""
+    sources: Iterable[tuple[Any, float]] = (
+        (usage.get("cost"), 1.0),
+        (usage.get("cost_in_usd_ticks"), 1e-10),
+        (headers.get("x-litellm-response-cost"), 1.0),
+    )
+    for value, unit in sources:
+        with suppress(TypeError, ValueError):
+            usd = float(value) * unit
+            if 0 <= usd < 1e6:
+                return round(usd, 10)
+    return None
+
+
+def openai_refusal(item: Fields) -> Refused | None:
+    """The moderation of an item of `data` that is no image: xAI's, or Seedream's."""
+    error = item.get("error") or {}
+    if item.get("respect_moderation") is False or OPENAI_REFUSED.search(str(error)):
+        return Refused(f"sent, and refused: {excerpt(to_json(item).encode())}", "reword the prompt")
+    return None
+
+
 def openai_error(response: HttpResponse) -> ImagenError:
     """What an error means: moderation and money first, whatever the status says."""
     document = response.json() or {}
@@ -4399,7 +4624,7 @@ def openai_error(response: HttpResponse) -> ImagenError:
     if request_id := response.headers.get("x-request-id"):
         text += f" [{request_id}]"
     message = f"{response.status}: {text}"
-    if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
+    if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
         refused = Refused(message, "reword the prompt")
         # At the stage of output the image had been made.
         if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
@@ -4410,6 +4635,249 @@ def openai_error(response: HttpResponse) -> ImagenError:
     if code == "model_not_found":
         return BadConfig(message, "imagen backends --check names what is there")
     return explain_status(response, text)
+
+
+# === Gemini: the Interactions API, whose id brings an image back ===
+
+GEMINI_ASPECTS = (
+    "1:1",
+    "2:3",
+    "3:2",
+    "3:4",
+    "4:3",
+    "4:5",
+    "5:4",
+    "9:16",
+    "16:9",
+    "21:9",
+    "1:4",
+    "4:1",
+    "1:8",
+    "8:1",
+)
+# Up to which edge of a square of as many pixels.
+GEMINI_SIZES = {"512": 724, "1K": 1448, "2K": 2896, "4K": 1 << 14}
+# USD per million tokens of an image; in PRICED. By the beginning of the model's name.
+GEMINI_TOKENS = {
+    "gemini-3-pro-image": 120.0,
+    "gemini-3.1-flash-image": 60.0,
+    "gemini-2.5-flash-image": 30.0,
+}
+GEMINI_REFUSED = re.compile("safety|block|prohibit|policy|recitation|moderat", re.IGNORECASE)
+GEMINI_HIDDEN_S = 60.0  # for which what is new may not be there yet
+
+
+@register("gemini")
+class Gemini(Backend):
+    """One POST whose stream begins with an id: by that the image is fetched, or cancelled.
+
+    https://ai.google.dev/gemini-api/docs/interactions
+    """
+
+    OWN_FIELDS = "input prompt seed response_format generation_config stream store background"
+
+    class Options(NamedTuple):
+        """`extra` are further fields; one that is null is left out."""
+
+        model: str
+        api_key_env: KeyName = "GEMINI_API_KEY"
+        base_url: str = "https://generativelanguage.googleapis.com/v1beta"
+        # mypy wants the names spelled out.
+        image_size: Annotated[Literal[("", *GEMINI_SIZES)], REQUEST] = ""  # type: ignore[valid-type]
+        extra: Extra = EMPTY
+        cost_usd: float | None = None  # of one image, where the table has no price for its tokens
+        timeout: Seconds = 300.0  # seconds of silence
+        parallel: Parallel = 4
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name, options)
+        self.base = checked_url(options.base_url, path="/v1beta")
+        self.headers = {"x-goog-api-key": secret_from(options.api_key_env).reveal()}
+
+    @classmethod
+    def plan(cls, options: Options, request: Request) -> Fields:
+        """The body that will be posted, but for the images in it."""
+        return gemini_body(options, request)
+
+    @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """What its image models do."""
+        return Takes(
+            14,
+            formats=tuple(MIME_TYPES),
+            ignores=("background", "quality", "steps", "negative_prompt"),
+            makes=("jpeg",),
+            aspects=GEMINI_ASPECTS,
+        )
+
+    def generate(self, ctx: Context, request: Request) -> Result:
+        """Pay, note the id that comes first, read on; fetch it by the id where it is cut off."""
+        body = gemini_body(self.options, request)
+        for part, image in zip(body["input"][1:], request.marks().values(), strict=True):
+            _, _, part["data"] = data_uri(image).partition(",")
+
+        def note_id(received: bytearray) -> None:
+            if not ctx.remote_ids and (ident := gemini_document(received).get("id")):
+                ctx.remote(id=ident)
+
+        ctx.progress("waiting for the image")
+        try:
+            response = self._http(ctx).pay("/interactions", body, on_block=note_id)
+        except Unknown:
+            if not ctx.remote_ids:
+                raise
+            return self.resume(ctx, {**ctx.remote_ids, "since": now_iso()}, request)
+        return self._result(ctx, gemini_document(response.body), request)
+
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
+        """The image in what was kept here of its stream, or else by its id."""
+        document = gemini_document(ctx.kept_answer())
+        if "image" not in document:
+            if "id" not in remote:
+                return super().resume(ctx, remote, request)
+            document = {"id": remote["id"]}
+        try:
+            return self._result(ctx, document, request)
+        except BadConfig as problem:
+            age = time.time() - epoch(str(remote.get("since")))
+            if age > GEMINI_HIDDEN_S and str(problem).startswith("404"):
+                raise Ended(f"interaction {remote['id']} is not known there any more") from None
+            raise
+
+    def cancel(self, ctx: Context, remote: Fields) -> None:
+        """Cancel the interaction and see it end; Unknown where it was completed before."""
+        http = self._http(ctx)
+        http.post(f"/interactions/{remote['id']}/cancel", {})
+        if self._ended(http, {"id": remote["id"]}).get("status") == "completed":
+            raise Unknown("it had been completed before")
+
+    def check(self, ctx: Context) -> str:
+        """The model's page."""
+        page = self._http(ctx).get_json(f"/models/{self.options.model}")
+        return str(page.get("displayName") or self.options.model)
+
+    def _http(self, ctx: Context) -> Http:
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
+
+    def _ended(self, http: Http, document: JsonObject) -> JsonObject:
+        """The interaction as it is once it runs no more."""
+        while document.get("status") in (None, "in_progress", "queued"):
+            if status := document.get("status"):
+                http.ctx.progress(status)
+                http.ctx.sleep(1.0)
+            path = f"/interactions/{document['id']}"
+            document = {"id": document["id"], **gemini_document(http.get(path).body)}
+        if "image" in document or (document.get("usage") or EMPTY).get("total_output_tokens"):
+            http.ctx.settle("yes")
+        return document
+
+    def _result(self, ctx: Context, document: JsonObject, request: Request) -> Result:
+        http = self._http(ctx)
+        if "id" not in document:
+            raise Unknown(f"sent, and answered {excerpt(to_json(document).encode())}")
+        ctx.remote(id=document["id"])
+        if "image" not in document:
+            document = self._ended(http, document)
+        if "image" not in document:
+            raise gemini_failure(document)
+        ctx.settle("yes")
+        item = document["image"]
+        if "data" in item:
+            image = decode_base64(item["data"].encode(), ctx.spool())
+        else:
+            image = fetch_paid(http, item.get("uri"))
+        return Result(
+            image=image,
+            mime_type=str(item.get("mime_type")),
+            model=self.options.model,
+            seed=request.seed,
+            cost_usd=gemini_cost(self.options.model, document.get("usage") or {}),
+            cost_source="tokens",
+            metadata={key: document.get(key) for key in ("id", "created", "usage", "text")},
+        )
+
+
+def gemini_body(options: Any, request: Request) -> JsonObject:
+    """The body of a request; its images stand in it by their hashes."""
+    form: JsonObject = {"aspect_ratio": request.aspect, "image_size": options.image_size}
+    if request.width:
+        form["aspect_ratio"] = nearest_aspect(request.width / request.height, GEMINI_ASPECTS)
+        edge = (request.width * request.height) ** 0.5
+        form["image_size"] = next(size for size in GEMINI_SIZES if edge <= GEMINI_SIZES[size])
+    images = [
+        {"type": "image", "data": image.sha256, "mime_type": image.mime_type}
+        for image in request.marks().values()
+    ]
+    body = {
+        "model": options.model,
+        "input": [{"type": "text", "text": request.prompt}, *images],
+        "response_format": {"type": "image", **{key: form[key] for key in form if form[key]}},
+        "generation_config": {"seed": request.seed},
+        "stream": True,
+        "store": True,
+        **options.extra,
+    }
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def gemini_document(body: bytes | bytearray) -> JsonObject:
+    """The interaction in a response, be it JSON or the events of a stream, as far as they go.
+
+    With the last `image` that the model made, not of those that it thought of, and its `text`.
+    """
+    body = bytes(inflated(body))
+    events = [parsed(body)]
+    if not events[0]:
+        events = [parsed(line) for line in re.findall(rb"(?m)^data: ?(.*)$", body)]
+    document: JsonObject = {"text": ""}
+    kind = ""
+    for event in events:
+        interaction = event.get("interaction") or event
+        merge_line(document, interaction)
+        # A delta goes on with the step that was begun.
+        further = event.get("step") or {"type": kind, "content": [event.get("delta")]}
+        for step in interaction.get("steps") or [further]:
+            kind = step["type"]
+            if "error" in step:
+                document["error"] = step["error"]
+            for item in step.get("content") or ():
+                if item and kind == "model_output":
+                    document["text"] += item.get("text") or ""
+                    if item.get("type") == "image":
+                        document["image"] = item
+    return document
+
+
+def gemini_failure(document: Fields) -> ImagenError:
+    """Why an interaction that is over has no image."""
+    status = document.get("status")
+    errors = document.get("errors") or document.get("error") or ""
+    reason = excerpt(f"{document['text']} {errors}".encode())
+    if status == "completed" or GEMINI_REFUSED.search(reason):
+        return Refused(f"no image, but {reason}", "reword the prompt")
+    return Ended(f"interaction {document['id']} ended as {status}: {reason}")
+
+
+def gemini_cost(model: str, usage: Fields) -> float | None:
+    """USD by the tokens of the image; None where model or count are unknown."""
+    for name, usd in GEMINI_TOKENS.items():
+        for row in usage.get("output_tokens_by_modality") or ():
+            if model.startswith(name) and row["modality"].lower() == "image":
+                return round(usd * float(row["tokens"]) / 1e6, 6)
+    return None
+
+
+def gemini_error(response: HttpResponse) -> ImagenError:
+    """What an error of Google's means."""
+    text = str(response.json()["error"]["message"])
+    if response.status == 400 and "API key" in text:
+        return BadConfig(f"400: {text}", "check the variable that api_key_env names")
+    if response.status == 400 and GEMINI_REFUSED.search(text):
+        return Refused(f"400: {text}", "reword the prompt")
+    if response.status == 429 and b"PerDay" in response.body:
+        return Quota(f"429: {text}")
+    return explain_status(response, excerpt(text.encode()))
 
 
 # === Output: names, and files that are never half there ===
@@ -4687,15 +5155,6 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def parsed(text: bytes) -> JsonObject:
-    """The mapping that a JSON text is; {} where it is none."""
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
 def read_bytes(path: str) -> bytes:
     """The file at `path`; b"" where it cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
@@ -4827,7 +5286,7 @@ class Sidecar(TypedDict, total=False):
     seed: int | None  # None: nobody knows which was used
     steps: int | None
     timestamp: str  # ISO 8601 with offset
-    requested: JsonObject  # width, height, steps, backend_opts
+    requested: JsonObject  # width, height, steps; backend_opts and LOOKS where there are any
     width: int  # pixels; until the image is there those that were asked of the backend
     height: int
     mime_type: str
@@ -4835,7 +5294,9 @@ class Sidecar(TypedDict, total=False):
     sha256: str
     latency_ms: int | None
     cost_usd_estimate: float | None
+    cost_source: str  # reported, tokens, table, config; "": none of these
     charged: Charged
+    deviations: JsonObject  # what came otherwise than asked for, by its name
     ignored: list[str]
     inputs: list[JsonObject]  # name, sha256, width, height, mime_type, image_id
     mask: JsonObject
@@ -4864,6 +5325,7 @@ class Record(TypedDict, total=False):
     ordered: str  # hash of what was ordered
     storage: str  # date/slug-seed: how the object's name begins; "": no cloud
     sidecar_wanted: bool
+    strict: bool
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
     body: JsonObject  # what identifies it there: its own prompt and seed
@@ -5076,6 +5538,7 @@ def first_sidecar(
 ) -> Sidecar:
     """What is known of an image before anything is sent, but for its id and time."""
     requested = {name: getattr(request, name) for name in ("width", "height", "steps")}
+    requested |= {name: value for name in LOOKS if (value := getattr(request, name))}
     if request.backend_opts:
         requested["backend_opts"] = dict(request.backend_opts)
     sidecar: Sidecar = {
@@ -5111,7 +5574,7 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
     if "seed" in ignored:
         seed = None
     return {
-        **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
+        **{name: result.get(name) for name in ("model", "steps", "latency_ms", "cost_source")},
         "seed": seed,
         "cost_usd_estimate": result.get("cost_usd"),
         "ignored": ignored,
@@ -5292,11 +5755,13 @@ def find_image(name: str) -> Record | None:
     """
     if name == "last":
         return next(images_made(), None)
-    path = ""
+    path = digest = ""
     sidecar = Sidecar()
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
+        import hashlib
+
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
@@ -5304,7 +5769,12 @@ def find_image(name: str) -> Record | None:
         with suppress(ValueError):  # it is no sidecar of ours
             sidecar = checked_record(alone)["sidecar"]
         image_id = sidecar.get("image_id") or name
-        needle = image_id if sidecar else to_json(path)[1:-1]
+        needle = image_id
+        if not sidecar:
+            # The same bytes are the same image, wherever they have been moved to.
+            if data := read_bytes(path):
+                digest = hashlib.sha256(data).hexdigest()
+            needle = digest or to_json(path)[1:-1]
     for record in attempts(needle=needle):
         if "path" not in record:
             continue
@@ -5312,7 +5782,8 @@ def find_image(name: str) -> Record | None:
             if sidecar and os.path.exists(path):  # it may have been moved since
                 record["path"] = path
             return record
-        if record["path"] == path and not sidecar:
+        if not sidecar and (record["path"] == path or record["sidecar"].get("sha256") == digest):
+            record["path"] = path
             return record
     if not sidecar:
         return None
@@ -5380,9 +5851,9 @@ def input_of(source: str | Input, ctx: Context) -> Input:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
             sniffed = checked_input(spool, name)
-            orientation = 1
-            if sniffed.format == "jpg":
-                orientation = exif_orientation(spool)
+            orientation: Any = exif_values(spool).get(EXIF_ORIENTATION)
+            if orientation not in range(1, 9):
+                orientation = 1
             spool.seek(0)
             digest = hashlib.file_digest(spool, "sha256").hexdigest()
         path = os.path.join(folder, digest)
@@ -5841,7 +6312,7 @@ def order_hash(order: Order, sidecar: Sidecar) -> str:
     import hashlib
 
     fields = order._asdict()
-    for name in ("n", "key", "caller", "pay_again", "output", "cloud"):
+    for name in ("n", "key", "caller", "pay_again", "output", "cloud", "strict"):
         del fields[name]
     fields["backend_opts"] = dict(order.backend_opts)
     fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
@@ -5865,9 +6336,10 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             seed = int(keyed_id(order.caller, order.key, 0)[-8:], 16) >> 1
     request = order.request()._replace(backend=order.backend or config.default_backend)
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
+    takes = cls.takes(options)
     if order.images or order.mask or order.strength:
-        request = with_inputs(order, request, cls.takes(options), config)
-    styled = apply_style(request, config.styles)
+        request = with_inputs(order, request, takes, config)
+    styled = with_aspect(apply_style(request, config.styles), takes, order.strict)
     check_request(styled)
     mode = order.cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
@@ -5894,6 +6366,7 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "private": order.cloud == "off",
             "storage": storage,
             "sidecar_wanted": config.output.write_metadata_json,
+            "strict": order.strict,
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
         if order.tags:
@@ -5913,6 +6386,26 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
         )
         plans.append(plan)
     return plans
+
+
+def with_aspect(request: Request, takes: Takes, strict: bool) -> Request:
+    """The request with the nearest aspect that the backend offers, and none beside a size.
+
+    BadRequest where it is `strict`, and sure to come otherwise than asked for.
+    """
+    unmet = takes.unmet(request)
+    aspect = request.aspect
+    if request.width or not aspect:
+        request = request._replace(aspect="")
+    elif takes.aspects:
+        aspect = nearest_aspect(ratio_of(aspect), takes.aspects)
+        if off_by(ratio_of(aspect), ratio_of(request.aspect)) > ASPECT_TOLERANCE:
+            unmet.append(f"aspect {request.aspect} (the nearest is {aspect})")
+        request = request._replace(aspect=aspect)
+    if unmet and strict:
+        message = f"{request.backend} cannot take {', '.join(unmet)}"
+        raise BadRequest(message, "without --strict it comes as near as it can")
+    return request
 
 
 def with_inputs(order: Order, request: Request, takes: Takes, config: Config) -> Request:
@@ -5985,6 +6478,17 @@ def check_request(request: Request) -> None:
         raise BadRequest(fault, "--size 1024x1024")
     if not 0 <= request.steps <= 500:
         raise BadRequest(f"steps {request.steps}: 0 to 500")
+    if not re.fullmatch(r"([1-9]\d{0,3}(\.\d{1,3})?:[1-9]\d{0,3}(\.\d{1,3})?)?", request.aspect):
+        raise BadRequest(f"aspect {request.aspect}: not W:H", "--aspect 16:9")
+    if request.aspect and off_by(ratio_of(request.aspect), 1.0) > 8:
+        raise BadRequest(f"aspect {request.aspect}: 1:8 to 8:1")
+    for name, choices in (("format", FORMATS), ("background", BACKGROUNDS)):
+        if getattr(request, name) not in ("", *choices):
+            message = f"{name} {getattr(request, name)}: {nearest(getattr(request, name), choices)}"
+            raise BadRequest(message)
+    if (request.format, request.background) == ("jpeg", "transparent"):
+        raise BadRequest("format jpeg: has no transparent background", "png and webp have")
+    check_text(request.quality, "quality")
 
 
 def check_limits(order: Order, limits: LimitsConfig) -> None:
@@ -6349,7 +6853,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     try:
         with run.recording_failure(backend):
             run.check()
-            return backend.generate(run, plan.styled)
+            return completed(backend, plan.styled, backend.generate(run, plan.styled))
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
         if not fallback or "fallback_from" in plan.record["sidecar"]:
@@ -6357,6 +6861,16 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         run.warn(f"{problem}; {fallback} makes it instead")
         run.begun = False
         return make(plan_instead(plan, fallback, config), config, run)
+
+
+def completed(backend: Backend, request: Request, result: Result) -> Result:
+    """The result, with the price and the ignored fields that were known before."""
+    unmet = backend.takes(backend.options).unmet(request)
+    result = result._replace(ignored=(*result.ignored, *unmet))
+    if result.cost_usd is not None:
+        return result
+    price = backend.price(backend.options, request)
+    return result._replace(cost_usd=price.usd, cost_source=price.source.partition(" ")[0])
 
 
 # An order with a key, and what is known of an image of it:
@@ -6505,10 +7019,8 @@ def save(run: Run, place: str) -> Record:
     run.note_best_effort(
         image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
-    requested = [record["sidecar"].get(side) for side in ("width", "height")]
-    made = [sidecar["width"], sidecar["height"]]
-    if requested[0] and requested != made:
-        run.warn("asked {}x{}, got {}x{}".format(*requested, *made))
+    if deviations := sidecar.get("deviations"):
+        run.warn("; ".join(deviations.values()))
     # 3. Named, its sidecar first, and on record under that name.
     text = None
     if record.get("sidecar_wanted", True):
@@ -6527,6 +7039,29 @@ def save(run: Run, place: str) -> Record:
     return record
 
 
+ASPECT_TOLERANCE = 1.01
+
+
+def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str, str]:
+    """What came otherwise than asked for, by its name, each for a person."""
+    requested = known.get("requested", EMPTY)
+    size = f"{sniffed.width}x{sniffed.height}"
+    pairs = {}
+    if known.get("width"):
+        pairs["size"] = (f"{known['width']}x{known['height']}", size)
+    elif off_by(ratio_of(requested.get("aspect", size)), ratio_of(size)) > ASPECT_TOLERANCE:
+        pairs["aspect"] = (requested["aspect"], size)
+    made = MIME_TYPES[sniffed.format].removeprefix("image/")
+    pairs["format"] = (requested.get("format", made), made)
+    background = requested.get("background")
+    if background in BACKGROUNDS[1:]:
+        with suppress(ValueError, struct.error, zlib.error):
+            transparent = is_transparent(file, sniffed.format)
+            if transparent is not None:
+                pairs["background"] = (background, BACKGROUNDS[1 + transparent])
+    return {name: f"asked {old}, got {new}" for name, (old, new) in pairs.items() if old != new}
+
+
 def object_path(storage: str, entry_id: str, ending: str) -> str:
     """Where the image of an entry lies in the bucket: nobody else's, and nobody can guess it."""
     return f"{storage}-{entry_id[:8]}.{ending}"
@@ -6540,6 +7075,7 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
+        deviations = deviations_of(known, sniffed, file)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
     seed = known["seed"]
@@ -6563,6 +7099,8 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "storage_path": storage_path,
         "imagen_version": __version__,
     }
+    if deviations:
+        sidecar["deviations"] = deviations
     if not sniffed.complete:
         sidecar["complete"] = False
     if record.get("private"):
@@ -6769,7 +7307,15 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     with run.recording_failure(backend):
-        return backend.resume(run, remote, request)
+        return completed(backend, request, backend.resume(run, remote, request))
+
+
+def refuse_deviations(record: Record) -> None:
+    """Partial where an image that is safe is not what a strict order asked for."""
+    deviations = record["sidecar"].get("deviations")
+    if deviations and record.get("strict"):
+        message = f"{record['path']}: {'; '.join(deviations.values())}"
+        raise Partial(message, "it stays there", charged=record["sidecar"].get("charged", "no"))
 
 
 # A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
@@ -6872,6 +7418,7 @@ class Runner:
             record = self.attempt(item, run)
             if record:
                 self.on_image(record)
+                refuse_deviations(record)
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
@@ -8949,7 +9496,12 @@ class Server:
             raise BadRequest("response_format is b64_json or url")
         if not isinstance(body.get("stream", False), bool):
             raise BadRequest("stream is true or false")
+        if "output_format" in body:
+            body = {**body, "format": body["output_format"]}
         fields = {**{key: body[key] for key in ORDER_FIELDS if key in body}, **keyed}
+        for key in LOOKS:
+            if fields.get(key) == "auto":
+                del fields[key]
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
@@ -8969,7 +9521,8 @@ class Server:
         passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
         # Those older models' own qualities, which come with their names.
         if "model" in ignored and body.get("quality") in ("standard", "hd"):
-            passed.discard("quality")
+            ignored.append("quality")
+            del fields["quality"]
         present = passed & body.keys()
         options = {key: body[key] for key in present if body[key] != "auto"}
         own = fields.get("backend_opts", {})
@@ -9186,10 +9739,14 @@ DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing els
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
 ORDER_FIELDS = (
     *("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n"),
-    *("images", "mask", "strength"),
+    *("images", "mask", "strength", *LOOKS),
 )
-OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation", "input_fidelity")
-PARAMS = (*ORDER_FIELDS, *OPENAI_OPTIONS, "model", "size", "response_format", "stream")
+OPENAI_OPTIONS = ("moderation", "input_fidelity")
+PARAMS = (
+    *ORDER_FIELDS,
+    *OPENAI_OPTIONS,
+    *("model", "size", "output_format", "response_format", "stream"),
+)
 # What the events of a stream may say of an image, and "auto".
 EVENT_CHOICES = {
     "quality": ("low", "medium", "high", "xhigh", "max"),
@@ -9912,6 +10469,10 @@ class McpArguments(NamedTuple):
     images: tuple[str, ...] = ()
     mask: str = ""
     strength: Annotated[float, Between(0, 1)] = 0.0
+    aspect: str = ""
+    format: str = ""
+    background: str = ""
+    quality: str = ""
     request_id: str = ""
     max_cost: float | None = None
 
@@ -9935,6 +10496,9 @@ MCP_FIELDS = {
     "images": "images to start from: ids of list_images, or paths of files",
     "mask": "a PNG, transparent where the first image is to be made anew",
     "strength": "how far from the first image; 0: the backend's default",
+    "aspect": "W:H, such as 16:9, where no size is named",
+    "format": f"one of {', '.join(FORMATS)}",
+    "background": f"one of {', '.join(BACKGROUNDS)}",
     "request_id": "a word of yours for this image; the same one when you repeat the call",
     "max_cost": "USD that this call may cost; lower than what the session may",
     "query": "words that must stand in the prompt",
@@ -10255,6 +10819,8 @@ def mcp_image(record: Record) -> JsonObject:
         "cost_usd": sidecar.get("cost_usd_estimate"),
         "charged": sidecar.get("charged") or "no",
     }
+    if deviations := sidecar.get("deviations"):
+        image["deviations"] = deviations
     if record.get("reused"):
         image["reused"] = True
     return image
@@ -10518,6 +11084,10 @@ ORDER_FLAGS = """
 -i --image FILE*   what to start from: a file, an http address, an id, last, or - for stdin
 --mask FILE        a PNG, transparent where the first image is to be made anew
 --strength S       how far from the first image, from 0 to 1
+--aspect W:H       such as 16:9, the nearest that the backend offers; --size wins
+--format png|jpeg|webp  of the file
+--background transparent|opaque|auto  where the backend can
+--quality NAME     as the backend calls it, such as low or high
 --like FILE|last   take everything from an image made before; other flags override
 """
 
@@ -10528,6 +11098,7 @@ ORDER_FLAGS = """
     {ORDER_FLAGS}
     --key WORDS             the same key gives the same images again, paid once
     --pay-again             where nobody can tell whether those of this key were paid
+    --strict                an image that is not as asked for is exit code 9, though it stays
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
     --preview auto|on|off   show the image in tmux, kitty, iTerm2
     --no-preview            the same as --preview off
@@ -10541,7 +11112,7 @@ ORDER_FLAGS = """
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
     config = load_config(args.config)
-    order = order_from(args, config.styles)
+    order = order_from(args, config.styles, terminal.note)
     if args.no_cloud:
         order = order._replace(cloud="off")
     elif args.cloud:
@@ -10601,11 +11172,16 @@ def tell_unfinished(terminal: Terminal) -> None:
         terminal.note(f"imagen: {number} to deliver: imagen sync")
 
 
-def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
+def order_from(
+    args: argparse.Namespace, styles: Mapping[str, Style], note: Callable[[str], object]
+) -> Order:
     """The order that the flags of `generate` and `jobs add` ask for."""
     fields: JsonObject = {"prompt": ""}
     if args.like:
-        fields = fields_like(args.like, styles)
+        fields, source = fields_like(args.like, styles)
+        note(f"--like: {', '.join(fields)} from {source}")
+    if args.aspect:
+        fields.update(width=0, height=0)
     if args.prompt == "-":
         args.prompt = prompt_from_stdin()
     if args.size is not None:
@@ -10623,7 +11199,7 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     options.update(options_from(args.opt or ()))
     if args.negative is not None:
         fields["negative_prompt"] = args.negative
-    for name in (*Request._fields, "n", "output", "key", "pay_again"):
+    for name in (*Request._fields, "n", "output", "key", "pay_again", "strict"):
         value = getattr(args, name, None)
         if value is not None:
             fields[name] = value
@@ -10661,13 +11237,14 @@ def stdin_uri() -> str:
     return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
 
 
-def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
-    """The order behind an image made before: its file, its sidecar, its id, or `last`."""
+def fields_like(name: str, styles: Mapping[str, Style]) -> tuple[JsonObject, str]:
+    """The order behind an image made before, and where it was read.
+
+    The image's file, its sidecar, its id, or `last`; or what another program wrote into it.
+    """
     record = find_image(name)
     if not record:
-        hint = "imagen list names them; imagen generate PROMPT makes one"
-        message = f"--like {name}: neither a sidecar nor an image with one beside it"
-        raise BadRequest(message, hint)
+        return embedded_fields(name)
     # What was asked for, not what came of it.
     sidecar: JsonObject = dict(record["sidecar"])
     sidecar.update(sidecar.get("requested") or {})
@@ -10681,7 +11258,35 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
         sidecar["mask"] = input_again(mask, folder)
     fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
     order = from_mapping(Order, fields, f"--like {name}", BadRequest)
-    return sparse(order)
+    return sparse(order), f"the record of {record['path']}"
+
+
+def embedded_fields(name: str) -> tuple[JsonObject, str]:
+    """The order that A1111 or ComfyUI wrote into an image, and which of them it was."""
+    path = full_path(name)
+    fields: JsonObject = {}
+    source = f"the ComfyUI graph in {name}"
+    if text := embedded_parameters(read_bytes(path)):
+        source = f"the A1111 parameters in {name}"
+        form = r"(?s)(.*?)(?:(?:\n|\A)Negative prompt: ?(.*?))?(?:(?:\n|\A)(Steps: [^\n]*))?\s*"
+        match = re.fullmatch(form, text)
+        assert match  # any text
+        fields = {"prompt": match[1], "negative_prompt": match[2] or ""}
+        sizes = {"width": r"Size: (\d+)x", "height": r"Size: \d+x(\d+)"}
+        for key, form in {**sizes, "steps": r"Steps: (\d+)", "seed": r"Seed: (\d+)"}.items():
+            if number := re.search(form, match[3] or ""):
+                fields[key] = int(number[1])
+    else:
+        with suppress(BadConfig):
+            graph = comfy_read(path)
+            places, _ = comfy_places(graph)
+            for mark, row in places.items():
+                for node, key in row[:1]:
+                    fields[COMFY_FIELDS[mark]] = graph[node]["inputs"][key]
+    if not fields.get("prompt"):
+        hint = "imagen list names them; imagen generate PROMPT makes one"
+        raise BadRequest(f"--like {name}: neither a sidecar nor an image that tells of it", hint)
+    return fields, source
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
@@ -11745,7 +12350,7 @@ def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> in
     args.prompt, *others = args.items or [None]
     if others:
         raise BadRequest("a prompt of several words stands in quotes")
-    requests = job_requests(order_from(args, config.styles), config)
+    requests = job_requests(order_from(args, config.styles, terminal.note), config)
     for request in requests:
         request["priority"] = args.priority
         if args.run_after:
@@ -11856,7 +12461,7 @@ def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> Image
 
 _COLUMNS = (
     "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, "
-    "inputs, mask, strength"
+    "inputs, mask, strength, aspect, format, background, quality"
 )
 RETRY = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS)
   SELECT r.id, owner_user_id, COLUMNS

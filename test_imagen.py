@@ -80,6 +80,7 @@ import imagen
 #     Comfy                    ComfyUI, 0.3.64 to 0.33.0
 #     ReplicateServer          api.replicate.com
 #     OpenAIServer             the Images API, and the dialects of together, SGLang, LocalAI and vLLM
+#     GeminiServer             Google's Interactions API, with streams that break where you like
 #     Postgres, Database       a real server of our own; a database in it that looks like a Supabase project's
 #     Cloud, `synced`          a Supabase project before a Database (real PostgREST, or PostgrestStandIn); a home with sync
 #     Tty, PreviewTmux         a terminal; a tmux server of its own
@@ -2713,6 +2714,175 @@ class OpenAIServer(Server):
         }
 
 
+GEMINI_RATIOS = "1:1 2:3 3:2 3:4 4:3 4:5 5:4 9:16 16:9 21:9 1:4 4:1 1:8 8:1".split()  # noqa: SIM905
+GEMINI_EVENTS = 9  # of a stream that makes an image
+
+
+class GeminiFate(NamedTuple):
+    """What becomes of an interaction."""
+
+    cut: int | None = None  # events that arrive before the connection breaks
+    rst: bool = False
+    hold: threading.Event | None = None  # the stream goes on after `cut` once this is set
+    gone: bool = False  # nobody knows it afterwards
+    polls: int = 0  # times that a GET finds it at work
+    text: str = ""  # in place of an image
+    errors: tuple[dict[str, Any], ...] = ()
+    status: str = "completed"
+    uri: bool = False
+    spent: int = 1120  # tokens of the image
+
+
+class GeminiServer(Server):
+    """Google's Interactions API, by the types of its client 3.6.1: POST with its stream, GET, cancel.
+
+    What the model thinks has a picture in it that is not the image. Base URL for the adapter: `v1`.
+    """
+
+    def __init__(self, key: str = "AIza-stand-in-0001") -> None:
+        super().__init__()
+        self.key = key
+        self.v1 = f"{self.base}/v1"
+        self.files = FileHost()
+        self.bodies: list[dict[str, Any]] = []
+        self.interactions: dict[str, dict[str, Any]] = {}  # as they will be once they are over
+        self.fates: list[GeminiFate] = []
+        self.cancelled: list[str] = []
+        self.sent_events: list[int] = []  # of each stream that breaks or waits
+        self._polls: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self.files.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.files.__exit__(kind, *rest)
+        super().__exit__(kind, *rest)
+
+    @staticmethod
+    def error(code: int, status_name: str, text: str, **headers: str) -> Answer:
+        body = {"error": {"code": code, "message": text, "status": status_name}}
+        return status(code, body, headers)
+
+    def respond(self, seen: Seen) -> object:
+        with self.changed:
+            if seen.headers.get("x-goog-api-key") != self.key:
+                text = "API key not valid. Please pass a valid API key."
+                return self.error(400, "INVALID_ARGUMENT", text)
+            match [seen.method, *seen.path.partition("?")[0].strip("/").split("/")[1:]]:
+                case ["GET", "models", model]:
+                    return {"name": f"models/{model}", "displayName": "Nano Banana"}
+                case ["POST", "interactions"]:
+                    return self._create(seen)
+                case ["GET", "interactions", ident] if ident in self.interactions:
+                    # Several lines, as Google's servers write it.
+                    text = json.dumps(self._shown(ident), indent=2)
+                    return ok(text, content_type="application/json")
+                case ["POST", "interactions", ident, "cancel"] if ident in self.interactions:
+                    if self._polls[ident] > 0:
+                        self.cancelled.append(ident)
+                        self._polls[ident] = 0
+                        self.interactions[ident].update(status="cancelled", steps=[])
+                    return self._shown(ident)
+            return self.error(404, "NOT_FOUND", "Requested entity was not found.")
+
+    def _shown(self, ident: str) -> dict[str, Any]:
+        if self._polls[ident] > 0:
+            self._polls[ident] -= 1
+            return {"id": ident, "status": "in_progress", "object": "interaction"}
+        return self.interactions[ident]
+
+    def _create(self, seen: Seen) -> Answer:
+        body = seen.json
+        self.bodies.append(body)
+        form = body.get("response_format") or {}
+        for name, allowed in (
+            ("aspect_ratio", GEMINI_RATIOS),
+            ("image_size", ["512", "1K", "2K", "4K"]),
+            ("mime_type", ["image/jpeg"]),
+        ):
+            if form.get(name, allowed[0]) not in allowed:
+                text = f"Invalid value at 'response_format.{name}': {form[name]}"
+                return self.error(400, "INVALID_ARGUMENT", text)
+        fate = self.fates.pop(0) if self.fates else GeminiFate()
+        ident = f"v1_{uuid.uuid4().hex}"
+        across, down = map(int, form.get("aspect_ratio", "1:1").split(":"))
+        picture = jpeg(48 * across, 48 * down, json.dumps(body).encode())
+        item = {"type": "image", "mime_type": "image/jpeg", "data": b64(picture)}
+        if fate.uri:
+            item = {**item, "uri": self.files.put(picture, "jpg")}
+            del item["data"]
+        draft = {"type": "image", "mime_type": "image/png", "data": b64(png(8, 8))}
+        made = {"type": "text", "text": fate.text} if fate.text or fate.errors else item
+        by_modality = [{"modality": "image", "tokens": fate.spent * (made is item)}]
+        usage = {
+            "total_input_tokens": 9,
+            "total_output_tokens": by_modality[0]["tokens"],
+            "output_tokens_by_modality": by_modality,
+        }
+        steps = [
+            {"type": "thought", "summary": [draft]},
+            {"type": "model_output", "content": [made]},
+        ]
+        shown = {"id": ident, "model": body["model"], "object": "interaction"}
+        over = {**shown, "status": fate.status, "usage": usage}
+        if not fate.gone:
+            self.interactions[ident] = {**over, "steps": steps, "errors": [*fate.errors]}
+            self._polls[ident] = fate.polls
+        if not body.get("stream"):
+            return ok(self.interactions[ident])
+        events: list[dict[str, Any]] = [
+            {
+                "event_type": "interaction.created",
+                "interaction": {**shown, "status": "in_progress"},
+            },
+            {
+                "event_type": "interaction.status_update",
+                "interaction_id": ident,
+                "status": "in_progress",
+            },
+            {"event_type": "step.start", "index": 0, "step": {"type": "thought"}},
+            {
+                "event_type": "step.delta",
+                "index": 0,
+                "delta": {"type": "thought_summary", "content": draft},
+            },
+            {"event_type": "step.stop", "index": 0},
+            {"event_type": "step.start", "index": 1, "step": {"type": "model_output"}},
+            {"event_type": "step.delta", "index": 1, "delta": made},
+            {"event_type": "step.stop", "index": 1},
+            *({"event_type": "error", "error": error} for error in fate.errors),
+            {"event_type": "interaction.completed", "interaction": over},
+        ]
+        return self._stream(events, fate)
+
+    def _stream(self, events: list[dict[str, Any]], fate: GeminiFate) -> Answer:
+        def play(wire: Wire) -> None:
+            head = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
+            wire.send(_head(200, head))
+            for number, event in enumerate([*events, None]):
+                if number == fate.cut:
+                    with self.changed:
+                        self.sent_events.append(number)
+                        self.changed.notify_all()
+                    if not fate.hold:
+                        # In the middle of an event, as connections break.
+                        wire.send(b"40\r\nevent: x\ndata: {")
+                        if fate.rst:
+                            _linger_zero(wire)
+                        return
+                    if not wire.stay_until(fate.hold):
+                        return
+                if event:
+                    line = f"event: {event['event_type']}\ndata: {json.dumps(event)}\n\n".encode()
+                else:
+                    line = b"event: done\ndata: [DONE]\n\n"
+                wire.send(b"%x\r\n%s\r\n" % (len(line), line))
+            wire.send(b"0\r\n\r\n")
+
+        return Answer(play)
+
+
 # What a Supabase project is made of: roles (of the whole cluster), then one database. As a superuser; both may be run
 # again, and ROLES then takes back what a test has set for a role.
 ROLES = """
@@ -4791,9 +4961,10 @@ def test_contract_a_request_asks_for_nothing_by_itself() -> None:
         "backend": "",
     }
     fields |= {"backend_opts": {}, "images": (), "mask": None, "strength": 0.0}
+    fields |= dict.fromkeys(imagen.LOOKS, "")
     assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields}
     result = imagen.Result(io.BytesIO(), "image/png")
-    assert result[2:] == (None, None, None, None, (), {}, ())
+    assert result[2:] == (None, None, None, None, (), {}, (), "")
     for shared in (imagen.Request("x").backend_opts, result.metadata):
         with pytest.raises(TypeError):
             shared["x"] = 1
@@ -5750,7 +5921,7 @@ class HttpFaults(Server):
     @property
     def creates(self) -> list[Seen]:
         """The POSTs that ask for an image."""
-        ends = ("/generations", "/predictions", "/prompt")
+        ends = ("/generations", "/predictions", "/prompt", "/interactions")
         return [seen for seen in self.seen if seen.method == "POST" and seen.path.endswith(ends)]
 
 
@@ -5759,6 +5930,10 @@ class HttpComfy(HttpFaults, Comfy):
 
 
 class HttpOpenAI(HttpFaults, OpenAIServer):
+    pass
+
+
+class HttpGemini(HttpFaults, GeminiServer):
     pass
 
 
@@ -5796,8 +5971,13 @@ HTTP_BLOCKS: dict[str, dict[str, Any]] = {
         "model": "black-forest-labs/flux-schnell",
         "api_token_env": "HTTP_TEST_KEY",
     },
+    "gemini": {
+        "type": "gemini",
+        "model": "gemini-3.1-flash-image",
+        "api_key_env": "HTTP_TEST_KEY",
+    },
 }
-HTTP_PAID = ("openai", "replicate")
+HTTP_PAID = ("openai", "replicate", "gemini")
 each_remote = pytest.mark.parametrize("kind", sorted(HTTP_BLOCKS))
 each_paid = pytest.mark.parametrize("kind", HTTP_PAID)
 
@@ -5816,6 +5996,8 @@ def http_server(kind: str) -> Any:
         return HttpComfy()
     if kind == "openai":
         return HttpOpenAI(HTTP_KEY)
+    if kind == "gemini":
+        return HttpGemini(HTTP_KEY)
     server = HttpReplicate(HTTP_KEY)
     server.script(always=True, polls=0)
     return server
@@ -9088,9 +9270,10 @@ def test_replicate_the_cost_is_the_configs_or_the_tables_or_unknown(
         price = backend.price(backend.options, imagen.Request("a"))
         assert price.usd == json.loads(usd)
         assert re.fullmatch(r"config|table of 20\d\d-\d\d-\d\d|", price.source)
-        assert backend.generate(
-            AdapterContext(), imagen.Request("a fox", seed=7)
-        ).cost_usd == json.loads(usd)
+        request = imagen.Request("a fox", seed=7)
+        result = backend.generate(AdapterContext(), request)
+        result = imagen.completed(backend, request, result)
+        assert (result.cost_usd, result.cost_source) == (price.usd, price.source.split(" ")[0])
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -9682,6 +9865,232 @@ def test_live_openai_makes_an_image(box: Box) -> None:
     env = {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
     done = box.run("generate", "a red fox", "--size", "1024x1024", env=env, timeout=110)
     assert done.code == 0 and (box.sidecar(done.lines[0])["cost_usd_estimate"] or 0) > 0, done.err
+
+
+# === Gemini: the Interactions API, whose id brings an image back ===
+GEMINI_MODEL = "gemini-3.1-flash-image"
+
+
+def gemini_run(box: Box, server: GeminiServer, *args: str, **block: Any) -> Done:
+    """`imagen generate` in a process of its own."""
+    gemini_setup(box, server, **block)
+    return box.fox("--seed", "7", *args)
+
+
+def gemini_setup(box: Box, server: GeminiServer, **block: Any) -> None:
+    box.environ["GEMINI_API_KEY"] = server.key
+    known = {"type": "gemini", "base_url": server.v1, "model": GEMINI_MODEL}
+    box.configure({"nano": {**known, **block}})
+
+
+def gemini_posts(server: GeminiServer) -> int:
+    """The POSTs that ask for an image."""
+    return sum(
+        seen.method == "POST" and seen.path.endswith("/interactions") for seen in server.seen
+    )
+
+
+def test_gemini_makes_an_image_out_of_a_stream_and_says_what_it_cost(box: Box) -> None:
+    with GeminiServer() as server:
+        flags = ("--aspect", "16:9", "--steps", "9", "--negative", "blur", "--quality", "high")
+        done = gemini_run(box, server, *flags, image_size="2K")
+        [body] = server.bodies
+        [seen] = server.seen
+    assert done.code == 0, done.err
+    assert seen.headers["x-goog-api-key"] == server.key
+    assert body == {
+        "model": GEMINI_MODEL,
+        "input": [{"type": "text", "text": "a fox"}],
+        "response_format": {"type": "image", "aspect_ratio": "16:9", "image_size": "2K"},
+        "generation_config": {"seed": 7},
+        "stream": True,
+        "store": True,
+    }
+    sidecar = box.sidecar(done.lines[0])
+    assert done.lines[0].endswith(".jpg")  # what it is, whatever the template says
+    assert (sidecar["width"], sidecar["height"]) == (768, 432)  # not the one that it thought of
+    assert (sidecar["seed"], sidecar["mime_type"], sidecar["charged"]) == (7, "image/jpeg", "yes")
+    assert sidecar["cost_usd_estimate"] == pytest.approx(0.0672)
+    assert sidecar["cost_source"] == "tokens"
+    assert sidecar["ignored"] == ["quality", "steps", "negative_prompt"]
+    assert sidecar["metadata"]["id"] in server.interactions
+    assert "deviations" not in sidecar
+
+
+@pytest.mark.parametrize("fate", ["cut", "rst"])
+def test_gemini_a_stream_cut_at_any_event_is_fetched_by_its_id_and_paid_once(
+    here: Box, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-stand-in-0001")
+    for number in range(GEMINI_EVENTS + 1):
+        with GeminiServer() as server:
+            server.fates.append(GeminiFate(cut=number, rst=fate == "rst"))
+            gemini_setup(here, server)
+            config = imagen.load_config("")
+            [plan] = imagen.plans_of(imagen.Order("a fox", seed=7), config)
+            run = imagen.Run()
+            if number == 0:  # no id has come
+                with pytest.raises(imagen.Unknown, match="imagen recover|breaks|maybe charged"):
+                    imagen.finish(run, imagen.make(plan, config, run))
+                assert [entry["charged"] for entry in here.unfinished()] == ["unknown"]
+                [entry] = imagen.unfinished()
+                with pytest.raises(imagen.Unknown):
+                    imagen.recover(imagen.Entry.take(entry.path), config, imagen.Run())  # type: ignore[arg-type]
+            else:
+                record = imagen.finish(run, imagen.make(plan, config, run))
+                [ident] = server.interactions
+                assert record["remote"]["id"] == ident
+                assert record["sidecar"]["mime_type"] == "image/jpeg"
+                assert record["sidecar"]["charged"] == "yes"
+                imagen.deliver(run, config)
+            assert gemini_posts(server) == 1
+            assert here.unfinished() == []
+
+
+def test_gemini_a_process_killed_at_any_event_leaves_what_recover_fetches(box: Box) -> None:
+    with GeminiServer() as server:
+        gemini_setup(box, server)
+        numbers = [*range(1, GEMINI_EVENTS + 1)]
+        server.fates += [GeminiFate(cut=number, hold=threading.Event()) for number in numbers]
+        with contextlib.ExitStack() as stack:
+            started = [
+                stack.enter_context(
+                    adapter_started(box, "generate", "a fox", "--seed", str(number))
+                )
+                for number in numbers
+            ]
+            server.wait(lambda: sorted(server.sent_events) == numbers, 30)
+            # The id is noted before anything else is waited for.
+            eventually(lambda: all("remote" in entry for entry in box.unfinished()))
+            for process in started:
+                process.kill()
+        done = box.run("recover", "--all", "--json")
+        assert done.code == 0, done.err
+        assert len(done.json["images"]) == GEMINI_EVENTS
+        assert gemini_posts(server) == GEMINI_EVENTS
+        assert {image["charged"] for image in done.json["images"]} == {"yes"}
+        again = box.run("recover", "--all")
+        assert (again.code, box.unfinished()) == (0, [])
+
+
+def test_gemini_ctrl_c_cancels_what_has_an_id(box: Box) -> None:
+    with GeminiServer() as server:
+        gemini_setup(box, server)
+        server.fates.append(GeminiFate(cut=2, hold=threading.Event(), polls=99))
+        with adapter_started(box, "generate", "a fox") as process:
+            server.wait(lambda: server.sent_events == [2])
+            eventually(lambda: any("remote" in entry for entry in box.unfinished()))
+            process.send_signal(signal.SIGINT)
+            done = ended(process)
+    [ident] = server.interactions
+    assert (done.code, server.cancelled) == (130, [ident]), done.err
+    assert "cancelled there" in done.err
+    assert ident in done.err
+    assert box.unfinished() == []
+
+
+GEMINI_OUTCOMES = adapter_rows("""
+text=I~cannot~draw~people                                   | 5  | unknown | I cannot draw people
+status=failed errors=[{"code":"IMAGE_SAFETY","message":"filtered"}] | 5 | unknown | IMAGE_SAFETY
+status=failed errors=[{"code":"INTERNAL","message":"oh"}]     | 11 | unknown | ended as failed
+status=budget_exceeded errors=[{"code":"x","message":"oh"}]   | 11 | unknown | budget_exceeded
+gone=true cut=3                                               | 10 | unknown | not found
+polls=2 cut=2                                                 | 0  | yes     |
+uri=true                                                      | 0  | yes     |
+""")
+
+
+@pytest.mark.parametrize(("fate", "code", "charged", "hint"), GEMINI_OUTCOMES)
+def test_gemini_each_outcome_has_its_exit_code_and_is_paid_once(
+    box: Box, fate: str, code: str, charged: str, hint: str
+) -> None:
+    with GeminiServer() as server:
+        fields = adapter_values(fate)
+        fields["text"] = str(fields.get("text", "")).replace("~", " ")
+        server.fates.append(GeminiFate(**fields))
+        done = gemini_run(box, server)
+        assert server.files.leaked == []
+    assert (done.code, gemini_posts(server)) == (int(code), 1), done.err
+    assert hint in done.err
+    records = box.ledger() + box.unfinished()
+    assert [record["charged"] for record in records] == [charged]
+
+
+GEMINI_REFUSALS = adapter_rows("""
+500 | Internal error encountered.                | 10 | unknown | 1
+503 | The service is currently unavailable.      | 10 | unknown | 1
+503 | The model is overloaded.                   | 0  | yes     | 2
+429 | Quota exceeded: RequestsPerDay             | 6  | no      | 1
+400 | Blocked by safety settings.                | 5  | no      | 1
+400 | API key not valid.                         | 3  | no      | 1
+404 | models/x is not found.                     | 3  | no      | 1
+""")
+
+
+@pytest.mark.parametrize(("status_code", "text", "code", "charged", "posts"), GEMINI_REFUSALS)
+def test_gemini_an_error_status_is_what_it_is_and_5xx_leave_once(
+    box: Box, status_code: str, text: str, code: str, charged: str, posts: str
+) -> None:
+    class Refusing(GeminiServer):
+        def respond(self, seen: Seen) -> object:
+            if gemini_posts(self) == 1:
+                return self.error(int(status_code), "", text)
+            return super().respond(seen)
+
+    with Refusing() as server:
+        done = gemini_run(box, server)
+    assert (done.code, gemini_posts(server)) == (int(code), int(posts)), done.err
+    assert [record["charged"] for record in box.ledger() + box.unfinished()] == [charged]
+
+
+def test_gemini_gets_references_and_sizes_and_refuses_what_it_lacks(box: Box) -> None:
+    with GeminiServer() as server:
+        (box.root / "a.png").write_bytes(png(16, 16))
+        done = gemini_run(box, server, "-i", "a.png", "--size", "1920x1080", "--format", "png")
+        assert done.code == 0, done.err
+        [body] = server.bodies
+        part = {"type": "image", "mime_type": "image/png", "data": b64(png(16, 16))}
+        assert body["input"][1] == part
+        assert body["response_format"]["aspect_ratio"] == "16:9"
+        assert body["response_format"]["image_size"] == "1K"
+        sidecar = box.sidecar(done.lines[0])
+        assert sidecar["ignored"] == ["format"]
+        assert sidecar["deviations"] == {
+            "size": "asked 1920x1080, got 768x432",
+            "format": "asked png, got jpeg",
+        }
+        for flags in ("--format png", "--aspect 5:1", "--quality high"):
+            refused = box.fox("--strict", *flags.split())
+            assert (refused.code, "nano cannot take" in refused.err) == (2, True), refused.err
+        assert len(server.bodies) == 1
+        rows = box.run("backends", "--check", "--json").json["backends"]
+        assert {"said": "ok: Nano Banana"}.items() <= rows[-1].items(), rows
+
+
+def test_gemini_is_spoken_to_as_googles_own_client_does(box: Box) -> None:
+    genai = pytest.importorskip("google.genai")
+    with GeminiServer() as server:
+        assert gemini_run(box, server, "--aspect", "16:9").code == 0
+        options = {"base_url": server.base, "api_version": "v1"}
+        client = genai.Client(api_key=server.key, http_options=options)
+        stream = client.interactions.create(
+            model=GEMINI_MODEL,
+            input=[{"type": "text", "text": "a fox"}],
+            response_format={"type": "image", "aspect_ratio": "16:9"},
+            generation_config={"seed": 7},
+            stream=True,
+            store=True,
+        )
+        events = [*stream]
+        assert [event.event_type for event in events][:1] == ["interaction.created"]
+        assert "UNKNOWN" not in {event.event_type for event in events}
+        assert events[6].delta.data == b64(jpeg(768, 432, json.dumps(server.bodies[1]).encode()))
+        fetched = client.interactions.get(events[0].interaction.id)
+        assert fetched.output_image.data == events[6].delta.data
+        ours, theirs = server.bodies
+        assert ours == theirs
+        paths = {seen.path.partition("?")[0] for seen in server.seen if seen.method == "POST"}
+        assert paths == {"/v1/interactions"}
 
 
 # === Output: names, and files that are never half there ===
@@ -11086,7 +11495,7 @@ def test_inputs_that_are_no_whole_image_are_told_before_anything_is_copied_for_g
 INPUTS_MASKS = {
     "large.png": "the mask is 24x24, the image 16x16",
     "opaque.png": "no pixel of it is transparent",
-    "a.png": "8-bit PNG with alpha",
+    "a.png": "PNG with alpha",
     "b.jpg": "no PNG",
 }
 
@@ -11141,9 +11550,13 @@ def test_inputs_each_filter_of_a_png_is_undone(kind: int) -> None:
 
 def test_inputs_openai_gets_a_form_with_the_files_as_they_are_or_json(inputs_here: Box) -> None:
     images = [(inputs_here.root / name).read_bytes() for name in ("a.png", "b.jpg", "mask.png")]
-    for edits_as in ("multipart", "json"):
+    for inputs_as in ("multipart", "images"):
         with Remote(ok(openai_images(png(16, 16))), repeat=True) as remote:
-            block = {**INPUTS_BLOCKS["gpt"], "base_url": f"{remote.base}/v1", "edits_as": edits_as}
+            block = {
+                **INPUTS_BLOCKS["gpt"],
+                "base_url": f"{remote.base}/v1",
+                "inputs_as": inputs_as,
+            }
             inputs_here.configure({"gpt": block | {"input_fidelity": "low"}})
             done = inputs_here.fox(
                 *("-i", "a.png", "-i", "b.jpg", "--mask", "mask.png"),
@@ -11152,7 +11565,7 @@ def test_inputs_openai_gets_a_form_with_the_files_as_they_are_or_json(inputs_her
             assert done.code == 0, done.err
             [seen] = remote.seen
         assert seen.path == "/v1/images/edits"
-        if edits_as == "json":
+        if inputs_as == "images":
             links = [link["image_url"] for link in (*seen.json["images"], seen.json["mask"])]
             assert [base64.b64decode(link.partition(",")[2]) for link in links] == images
             assert links[1].startswith("data:image/jpeg;base64,")
@@ -11319,9 +11732,9 @@ def test_inputs_tell_how_the_camera_was_held() -> None:
         entry = struct.pack(f"{order}IHHHIHH", 8, 1, 0x0112, 3, 1, 6, 0)
         exif = b"Exif\0\0" + mark + entry
         data = jpeg()[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg()[2:]
-        assert imagen.exif_orientation(io.BytesIO(data)) == 6
-    assert imagen.exif_orientation(io.BytesIO(jpeg())) == 1
-    assert imagen.exif_orientation(io.BytesIO(b"\xff\xd8Exif\0\0II*\0")) == 1
+        assert imagen.exif_values(io.BytesIO(data)) == {0x0112: 6}
+    assert imagen.exif_values(io.BytesIO(jpeg())) == {}
+    assert imagen.exif_values(io.BytesIO(b"\xff\xd8Exif\0\0II*\0")) == {}
 
 
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
