@@ -7310,12 +7310,13 @@ def _resume(run: Run, config: Config) -> Result:
         return completed(backend, request, backend.resume(run, remote, request))
 
 
-def refuse_deviations(record: Record) -> None:
-    """Partial where an image that is safe is not what a strict order asked for."""
+def strict_error(record: Record) -> Partial | None:
+    """The error of an image that is safe, but not what a strict order asked for."""
     deviations = record["sidecar"].get("deviations")
-    if deviations and record.get("strict"):
-        message = f"{record['path']}: {'; '.join(deviations.values())}"
-        raise Partial(message, "it stays there", charged=record["sidecar"].get("charged", "no"))
+    if not deviations or not record.get("strict"):
+        return None
+    message = f"{record['path']}: {'; '.join(deviations.values())}"
+    return Partial(message, "it stays there", charged=record["sidecar"]["charged"])
 
 
 # A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
@@ -7413,12 +7414,13 @@ class Runner:
 
     def _run_one(self, item: Any, run: Run) -> None:
         record = None
-        error = None
+        error: ImagenError | None = None
         try:
             record = self.attempt(item, run)
             if record:
                 self.on_image(record)
-                refuse_deviations(record)
+                if error := strict_error(record):
+                    self.on_error(error)
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
@@ -11585,17 +11587,18 @@ class BatchRunner(TerminalRunner):
         try:
             plan = plans_of(row.order, self.config)[number]
             record = super().attempt(plan, run)
+            if record:
+                row.error = row.error or strict_error(record)
+                image = {**record["sidecar"], "path": record["path"]}
+                if record.get("reused"):
+                    image["reused"] = True
+                row.images.append(image)
         except Exception as problem:
             row.error = as_error(problem)
             raise
         finally:
             with self.changed:
                 row.left -= 1
-        if record:
-            image = {**record["sidecar"], "path": record["path"]}
-            if record.get("reused"):
-                image["reused"] = True
-            row.images.append(image)
         return record
 
     def show_rows(self) -> None:

@@ -4799,6 +4799,113 @@ def test_images_other_formats_are_no_image_of_ours(kind: str) -> None:
     assert imagen.sniff(io.BytesIO(images_make(kind, "RGB", (16, 16)))) is None
 
 
+def images_alpha(mode: str, least: int, **options: Any) -> bytes:
+    """A picture whose alpha is `least` in one pixel, and opaque elsewhere, as Pillow or we write it."""
+    if mode.endswith("16"):  # which Pillow reads, but does not write
+        channels = {"RGBA16": 4, "LA16": 2}[mode]
+        color = {"RGBA16": 6, "LA16": 4}[mode]
+        rows = bytearray()
+        for y in range(12):
+            rows += b"\0"
+            for x in range(12):
+                rows += bytes([x, y] * (channels - 1))
+                rows += bytes([least if (x, y) == (7, 9) else 255, 17])
+
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return (
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
+
+        head = struct.pack(">IIBBBBB", 12, 12, 16, color, 0, 0, 0)
+        body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        return imagen.PNG_MAGIC + body
+    pillow = pytest.importorskip("PIL.Image")
+    if mode.startswith("P"):
+        bits = int(mode[1:])
+        picture = pillow.new("P", (13, 12), 1)
+        picture.putpalette(bytes(range(48)))
+        picture.putpixel((7, 9), 0)
+        options = {"bits": bits, "transparency": bytes([least, 255]), **options}
+    else:
+        picture = pillow.new(mode, (12, 12))
+        for x, y in itertools.product(range(12), range(12)):
+            value = (x * 20, y * 20, 9)[: len(mode) - 1]
+            picture.putpixel((x, y), (*value, least if (x, y) == (7, 9) else 255))
+    file = io.BytesIO()
+    picture.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+IMAGES_ALPHA: list[tuple[str, dict[str, Any]]] = [
+    *((mode, {}) for mode in ("RGBA", "LA", "P1", "P2", "P4", "P8", "RGBA16", "LA16")),
+    ("RGBA", {"format": "WEBP", "lossless": True}),
+    ("RGBA", {"format": "WEBP", "lossless": False}),
+    ("RGBA", {"format": "WEBP", "lossless": True, "exif": b"Exif\0\0II*\0"}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), IMAGES_ALPHA, ids=str)
+def test_images_what_shows_through_is_seen_as_pillow_sees_it(mode: str, options: Any) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    for least in (0, 128, 254, 255):
+        data = images_alpha(mode, least, **options)
+        with pillow.open(io.BytesIO(data)) as picture:
+            alpha = picture.convert("RGBA").getchannel("A")
+            assert picture.format == options.get("format", "PNG")
+        expected = alpha.getextrema()[0] < 255
+        ending = options.get("format", "PNG").lower()
+        assert imagen.is_transparent(io.BytesIO(data), ending) is expected, least
+
+
+def test_images_what_nobody_looked_at_so_closely_is_not_told() -> None:
+    interlaced = bytearray(images_alpha("RGBA16", 0))
+    interlaced[28] = 1
+    assert imagen.is_transparent(io.BytesIO(bytes(interlaced)), "png") is None
+    for data in (png(9, 9), jpeg(9, 9), gif(9, 9)):
+        sniffed = imagen.sniff(io.BytesIO(data))
+        assert sniffed
+        assert imagen.is_transparent(io.BytesIO(data), sniffed.format) is False
+
+
+def test_images_a_large_opaque_png_is_looked_through_quickly() -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    picture = pillow.frombytes("RGB", (1024, 1024), random.Random(1).randbytes(3 << 20))
+    picture.convert("RGBA").save(file, "PNG", compress_level=1)
+    began = time.process_time()
+    assert imagen.is_transparent(file, "png") is False
+    assert time.process_time() - began < 1
+
+
+def images_exif(comment: bytes) -> bytes:
+    """A JPEG with a comment where cameras have it, as A1111 writes it."""
+    folder = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 8 + 18 + 18, 0)
+    exif = b"MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x8769, 4, 1, 8 + 18, 0) + folder + comment
+    data = b"Exif\0\0" + exif
+    return jpeg()[:2] + b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data + jpeg()[2:]
+
+
+def test_images_parameters_are_read_out_of_png_and_jpeg() -> None:
+    text = "größe, 狐\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 512x768"
+    for encoding in ("utf-16-be", "utf-16-le"):
+        data = images_exif(b"UNICODE\0" + text.encode(encoding))
+        assert imagen.embedded_parameters(data).rstrip("\0") == text
+    plain = text.replace("狐", "fox")
+    assert imagen.embedded_parameters(png(text={"parameters": plain})) == plain
+    assert (
+        imagen.embedded_parameters(imagen.png_encode(1, 1, b"abc", b"\0", {"parameters": text}))
+        == text
+    )
+    for data in (png(), jpeg(), images_exif(b"ASCII\0\0\0a comment"), b"", b"\x89PNG"):
+        assert imagen.embedded_parameters(data) == ""
+    # A circle of folders ends.
+    circle = b"Exif\0\0MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x8769, 4, 1, 8, 0)
+    assert imagen.exif_values(io.BytesIO(circle)) == {0x8769: 8}
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (300, 7)], ids=str)
 @pytest.mark.parametrize(
     "text", ["a fox", "Größe & café", "日本 🦊 “ß”", "two\nlines", "", "x" * 5000, "lone \ud800"]
@@ -12738,6 +12845,159 @@ def test_pipeline_two_equal_requests_whose_answers_were_lost_get_an_image_each(b
         assert {box.sidecar(path)["metadata"]["id"] for path in done.lines} == set(
             server.predictions
         )
+
+
+def pipeline_painted(
+    here: Box, image: bytes, block: Mapping[str, Any] = imagen.EMPTY, **order: Any
+) -> tuple[imagen.Record, list[str]]:
+    """The record of an image that a server has made so, and what was said of it."""
+    block = {"type": "openai", "model": "gpt-image-2", "api_key_env": "HTTP_TEST_KEY", **block}
+    with Remote(ok(openai_images(image)), repeat=True) as remote:
+        config = imagen.Config(
+            default_backend="ai", backends={"ai": {**block, "base_url": f"{remote.base}/v1"}}
+        )
+        config = config._replace(output=imagen.OutputConfig(directory=str(here.out)))
+        [plan] = imagen.plans_of(imagen.Order("a fox", **order), config)
+        warnings: list[str] = []
+        run = imagen.Run(on_warning=warnings.append)
+        record = imagen.finish(run, imagen.make(plan, config, run))
+        imagen.deliver(run, config)
+    return record, warnings
+
+
+PIPELINE_DEVIATIONS: list[tuple[dict[str, Any], Callable[[], bytes], dict[str, str]]] = [
+    ({"width": 1024, "height": 1024}, lambda: png(1024, 1024), {}),
+    ({"width": 1024, "height": 1024}, lambda: png(1000, 1024), {"size": "1024x1024 1000x1024"}),
+    ({"aspect": "16:9"}, lambda: png(1360, 768), {}),
+    ({"aspect": "16:9"}, lambda: png(1024, 1024), {"aspect": "16:9 1024x1024"}),  # a crop
+    ({"aspect": "16:9"}, lambda: png(768, 1360), {"aspect": "16:9 768x1360"}),
+    ({"aspect": "3:2"}, lambda: png(1000, 660), {"aspect": "3:2 1000x660"}),
+    ({"aspect": "3:2"}, lambda: png(1000, 661), {}),
+    ({"format": "png"}, jpeg, {"format": "png jpeg"}),
+    ({"format": "jpeg"}, webp, {"format": "jpeg webp"}),
+    ({"format": "webp"}, webp, {}),
+    ({"background": "transparent"}, png, {"background": "transparent opaque"}),
+    ({"background": "transparent"}, jpeg, {"background": "transparent opaque"}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA", 0), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA", 255), {"background": "transparent opaque"}),
+    ({"background": "transparent"}, lambda: images_alpha("P4", 9), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA16", 9), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA16", 255), {"background": "transparent opaque"}),
+    ({"background": "opaque"}, lambda: images_alpha("LA", 9), {"background": "opaque transparent"}),
+    ({"background": "auto"}, lambda: images_alpha("LA", 9), {}),
+    (
+        {"format": "webp", "background": "transparent", "aspect": "1:1"},
+        lambda: jpeg(9, 8),
+        {
+            "aspect": "1:1 9x8",
+            "format": "webp jpeg",
+            "background": "transparent opaque",
+        },
+    ),
+]  # fmt: skip
+
+
+def test_pipeline_what_came_otherwise_than_asked_for_is_said_and_recorded(wired: Box) -> None:
+    for order, image, expected in PIPELINE_DEVIATIONS:
+        record, warnings = pipeline_painted(wired, image(), **order)
+        texts = {}
+        for name, pair in expected.items():
+            asked, got = pair.split()
+            texts[name] = f"asked {asked}, got {got}"
+        sidecar = wired.sidecar(record["path"])
+        assert sidecar.get("deviations", {}) == texts, order
+        assert warnings == ["; ".join(texts.values())] * bool(texts)
+        assert Path(record["path"]).read_bytes() == image()  # nothing is converted
+
+
+def test_pipeline_strict_fails_and_keeps_the_image_and_refuses_before_paying(box: Box) -> None:
+    with Remote(ok(openai_images(jpeg(64, 64))), repeat=True) as remote:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
+        box.configure({"ai": block})
+        plain = box.fox("--format", "png", "--json")
+        strict = box.fox("--format", "png", "--strict", "--json", "-n", "2")
+        fine = box.fox("--format", "jpeg", "--aspect", "3:2")
+        rows = box.root / "rows.jsonl"
+        rows.write_text(
+            '{"prompt": "a hare", "format": "png", "strict": true}\n{"prompt": "a cat"}\n'
+        )
+        batch = box.run("batch", str(rows))
+        paid = len(remote.seen)
+        for flags in (
+            "--format jpeg --background transparent",
+            "--strict --aspect 16:9",
+            "--aspect 16",
+        ):
+            refused = box.fox(*flags.split())
+            assert refused.code == 2, flags
+        assert len(remote.seen) == paid == 6
+        assert remote.seen[3].json["size"] == "1536x1024"
+    assert (plain.code, plain.json["images"][0]["deviations"]) == (
+        0,
+        {"format": "asked png, got jpeg"},
+    )
+    assert (strict.code, len(strict.json["images"])) == (9, 2), strict.err
+    assert strict.json["error"]["code"] == "partial"
+    assert all(Path(image["path"]).exists() for image in strict.json["images"])
+    assert (fine.code, "asked 3:2, got 64x64" in fine.err) == (0, True)
+    assert batch.code == 9
+    [first, second] = map(json.loads, batch.lines)
+    assert (first["ok"], len(first["images"]), second["ok"]) == (False, 1, True)
+
+
+def test_pipeline_an_aspect_becomes_what_each_backend_knows() -> None:
+    bodies = {}
+    blocks = {
+        "mock": {"type": "mock", "width": 90, "height": 90},
+        "schnell": {"type": "replicate", "model": "black-forest-labs/flux-schnell"},
+        "other": {"type": "replicate", "model": "a/b"},
+        "gpt1": {"type": "openai", "model": "gpt-image-1.5"},
+        "gpt2": {"type": "openai", "model": "gpt-image-2"},
+        "grok": {"type": "openai", "model": "grok", "size_as": "aspect_ratio"},
+        "none": {"type": "openai", "model": "x", "size_as": "none"},
+        "nano": {"type": "gemini", "model": "gemini-3-pro-image"},
+    }
+    config = imagen.Config(backends=blocks)
+    for name in blocks:
+        for aspect, size in (("16:9", 0), ("9:16", 0), ("17:9", 0), ("16:9", 1024)):
+            order = imagen.Order("a fox", backend=name, aspect=aspect, width=size, height=size)
+            [plan] = imagen.plans_of(order, config)
+            shown = dict(plan.parameters)
+            shown.update(shown.get("response_format", {}) if name == "nano" else {})
+            keys = ("aspect_ratio", "size", "width", "height")
+            bodies[name, aspect, size] = " ".join(str(shown[key]) for key in keys if key in shown)
+            assert plan.record["sidecar"]["requested"]["aspect"] == aspect
+    sizes = {
+        name: [bodies[name, *row] for row in (("16:9", 0), ("9:16", 0), ("17:9", 0))]
+        for name in blocks
+    }
+    assert sizes == {
+        "mock": ["121 68", "68 121", "123 65"],
+        "schnell": ["16:9", "9:16", "16:9"],
+        "other": ["16:9", "9:16", "17:9"],
+        "gpt1": ["1536x1024", "1024x1536", "1536x1024"],
+        "gpt2": ["1360x768", "768x1360", "1424x752"],
+        "grok": ["16:9", "9:16", "17:9"],
+        "none": ["", "", ""],
+        "nano": ["16:9", "9:16", "16:9"],
+    }
+    wins = {name: bodies[name, "16:9", 1024] for name in blocks}
+    assert {wins["mock"], wins["gpt1"], wins["schnell"], wins["nano"]} == {
+        "1024 1024",
+        "1024x1024",
+        "1:1",
+    }
+    for order in (
+        imagen.Order("a", aspect="9:1"),
+        imagen.Order("a", aspect="0:1"),
+        imagen.Order("a", format="gif"),
+        imagen.Order("a", background="red"),
+        imagen.Order("a", backend="schnell", aspect="17:9", strict=True),
+        imagen.Order("a", backend="none", aspect="16:9", strict=True),
+        imagen.Order("a", backend="mock", quality="high", strict=True),
+    ):
+        with pytest.raises(imagen.BadRequest):
+            imagen.plans_of(order, config)
 
 
 def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box) -> None:
@@ -22101,6 +22361,43 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
     made = box.run(*SMALL[:4], "--opt", "width=48", "--opt", "height=32")
     assert box.sidecar(made.lines[0])["width"] == 48
     assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
+
+
+def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(box: Box) -> None:
+    box.configure(MOCK_SMALL)
+    first = box.fox("--seed", "5", "--aspect", "2:1", "--quality", "high", "--negative", "blur")
+    moved = box.root / "elsewhere.png"
+    Path(first.lines[0]).rename(moved)
+    Path(f"{first.lines[0]}.json").unlink()
+    again = box.run("generate", "--like", str(moved))
+    assert again.code == 0, again.err
+    sidecar = box.sidecar(again.lines[0])
+    assert (sidecar["seed"], sidecar["requested"]["aspect"]) == (5, "2:1")
+    assert sidecar["requested"]["quality"] == "high"
+    assert f"from the record of {moved}" in again.err
+    square = box.run("generate", "--like", str(moved), "--size", "64x64")
+    wide = box.run("generate", "--like", square.lines[0], "--aspect", "2:1")
+    assert [box.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
+    # What A1111 writes, and ComfyUI.
+    text = "a fox,\nin snow\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 64x96, Model: x"
+    (box.root / "a1111.png").write_bytes(png(text={"parameters": text}))
+    (box.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
+    graph = flux_graph(text="a red hare", seed=12)
+    (box.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
+    (box.root / "plain.png").write_bytes(png())
+    for name, source in (("a1111.png", "A1111"), ("a1111.jpg", "A1111"), ("comfy.png", "ComfyUI")):
+        done = box.run("generate", "--like", name)
+        assert done.code == 0, done.err
+        assert f"from the {source}" in done.err
+        sidecar = box.sidecar(done.lines[0])
+        if source == "A1111":
+            assert sidecar["prompt"] == "a fox,\nin snow"
+            assert (sidecar["negative_prompt"], sidecar["seed"]) == ("blur", 5)
+            assert sidecar["requested"] | {"steps": 0} == {"width": 64, "height": 96, "steps": 0}
+        else:
+            assert (sidecar["prompt"], sidecar["seed"], sidecar["width"]) == ("a red hare", 12, 64)
+    refused = box.run("generate", "--like", "plain.png")
+    assert (refused.code, "tells of it" in refused.err) == (2, True)
 
 
 def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
