@@ -5294,7 +5294,7 @@ class Sidecar(TypedDict, total=False):
     sha256: str
     latency_ms: int | None
     cost_usd_estimate: float | None
-    cost_source: str  # reported, tokens, table, config; "": none of these
+    cost_source: str  # reported, tokens, table, config
     charged: Charged
     deviations: JsonObject  # what came otherwise than asked for, by its name
     ignored: list[str]
@@ -5573,8 +5573,10 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
         seed = result["seed"]
     if "seed" in ignored:
         seed = None
+    source = {"cost_source": result["cost_source"]} if result.get("cost_source") else {}
     return {
-        **{name: result.get(name) for name in ("model", "steps", "latency_ms", "cost_source")},
+        **source,
+        **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
         "seed": seed,
         "cost_usd_estimate": result.get("cost_usd"),
         "ignored": ignored,
@@ -6870,7 +6872,8 @@ def completed(backend: Backend, request: Request, result: Result) -> Result:
     if result.cost_usd is not None:
         return result
     price = backend.price(backend.options, request)
-    return result._replace(cost_usd=price.usd, cost_source=price.source.partition(" ")[0])
+    source = "" if price.usd is None else price.source.partition(" ")[0]
+    return result._replace(cost_usd=price.usd, cost_source=source)
 
 
 # An order with a key, and what is known of an image of it:
@@ -7049,8 +7052,10 @@ def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str,
     pairs = {}
     if known.get("width"):
         pairs["size"] = (f"{known['width']}x{known['height']}", size)
-    elif off_by(ratio_of(requested.get("aspect", size)), ratio_of(size)) > ASPECT_TOLERANCE:
-        pairs["aspect"] = (requested["aspect"], size)
+    elif "aspect" in requested and sniffed.width:
+        aspect = requested["aspect"]
+        if off_by(ratio_of(aspect), sniffed.width / sniffed.height) > ASPECT_TOLERANCE:
+            pairs["aspect"] = (aspect, size)
     made = MIME_TYPES[sniffed.format].removeprefix("image/")
     pairs["format"] = (requested.get("format", made), made)
     background = requested.get("background")
@@ -9498,15 +9503,13 @@ class Server:
             raise BadRequest("response_format is b64_json or url")
         if not isinstance(body.get("stream", False), bool):
             raise BadRequest("stream is true or false")
-        if "output_format" in body:
-            body = {**body, "format": body["output_format"]}
         fields = {**{key: body[key] for key in ORDER_FIELDS if key in body}, **keyed}
-        for key in LOOKS:
-            if fields.get(key) == "auto":
-                del fields[key]
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
+        fields["format"] = body.get("output_format", "")
+        if fields["format"] not in ("", *FORMATS):
+            raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
         # OpenAI's own two styles, which many clients send unasked.
         if (
             fields.get("style") in ("vivid", "natural")
@@ -9741,7 +9744,7 @@ DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing els
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
 ORDER_FIELDS = (
     *("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n"),
-    *("images", "mask", "strength", *LOOKS),
+    *("images", "mask", "strength", "aspect", "background", "quality"),
 )
 OPENAI_OPTIONS = ("moderation", "input_fidelity")
 PARAMS = (
