@@ -807,24 +807,25 @@ def png_plane(file: BinaryIO) -> Iterator[bytes]:
         yield pixels[:width].translate(table)
 
 
-def is_transparent(file: BinaryIO, ending: str) -> bool | None:
-    """Whether something behind the image can be seen through it; None: nobody looked so closely.
+def background_of(file: BinaryIO, ending: str) -> str:
+    """Whether anything shows through an image: transparent or opaque; "": nobody can tell.
 
     Of a WebP its header says so; of a PNG every pixel is looked at, up to the first.
     """
     file.seek(0)
     data = file.read()
+    transparent = False
     if ending == "webp":
         flags = {b"VP8X": 20, b"VP8L": 24}.get(data[12:16])
-        return bool(flags and data[flags] & 16)
+        transparent = bool(flags and data[flags] & 16)
     if ending == "png":
         chunks = dict(png_chunks(data))
         # Interlaced, or with one of its colors transparent.
         if data[28] or (b"tRNS" in chunks and b"PLTE" not in chunks):
-            return None
+            return ""
         with suppress(ValueError):
-            return any(min(row) < 255 for row in png_plane(file))
-    return False
+            transparent = any(min(row) < 255 for row in png_plane(file))
+    return "transparent" if transparent else "opaque"
 
 
 # An opaque image has a few kinds of rows, each many times.
@@ -968,10 +969,12 @@ class Input(NamedTuple):
     orientation: int = 1  # as EXIF has it
 
 
-# How an image should look: fields of a request, and what two of them may be.
+# How an image should look: fields of a request, and what two of them are.
 LOOKS = ("aspect", "format", "background", "quality")
 FORMATS = ("png", "jpeg", "webp")
-BACKGROUNDS = ("auto", "opaque", "transparent")
+# mypy wants the names spelled out.
+Format = Literal[("", *FORMATS)]  # type: ignore[valid-type]
+Background = Literal["", "auto", "opaque", "transparent"]
 # What most models offer that take no pixels.
 ASPECTS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
 
@@ -1015,8 +1018,8 @@ class Request(NamedTuple):
     mask: Input | None = None  # transparent: make anew; as large as the first image
     strength: float = 0.0  # how far from the first image, up to 1; 0: the backend's default
     aspect: str = ""  # such as 16:9; where there is a size too, that counts
-    format: str = ""  # of FORMATS
-    background: str = ""  # of BACKGROUNDS
+    format: str = ""
+    background: str = ""
     quality: str = ""  # as the backend calls it
 
     def pixels(self, edge: int, step: int = 16) -> tuple[int, int]:
@@ -1028,12 +1031,8 @@ class Request(NamedTuple):
         if self.width or not self.aspect:
             return self.width, self.height
         ratio = ratio_of(self.aspect)
-        stretch = max(ratio, 1 / ratio)
-        short = round(edge / stretch**0.5 / step) * step
-        long = round(short * stretch / step) * step
-        if ratio < 1:
-            return short, long
-        return long, short
+        height = max(1, round(edge / ratio**0.5 / step)) * step
+        return max(1, round(height * ratio / step)) * step, height
 
     def marks(self) -> dict[str, Input]:
         """What stands for each input where an option or a workflow has a place for it."""
@@ -1095,8 +1094,8 @@ class Order(NamedTuple):
     mask: str = ""  # likewise
     strength: Annotated[float, Between(0, 1)] = 0.0
     aspect: str = ""
-    format: str = ""
-    background: str = ""
+    format: Format = ""
+    background: Background = ""
     quality: str = ""
     strict: bool = False  # what comes otherwise than asked for is an error, though it stays
     n: int = 1  # images
@@ -4232,16 +4231,13 @@ OPENAI_METADATA = (
     "revised_prompt",
 )
 
-# How images stand in a JSON body: in which field, and what each is there.
-OPENAI_INPUTS: Fields = {
-    "images": ("images", {"image_url": "{link}"}),
-    "image": ("image", "{link}"),
-    "image_object": ("images", {"type": "image_url", "url": "{link}"}),
-    "input_references": (
-        "input_references",
-        {"type": "image_url", "image_url": {"url": "{link}"}},
-    ),
-    "image_url": ("image_url", "{link}"),
+# What an image is in a JSON body; most fields are called so too.
+OPENAI_INPUTS: Mapping[str, Callable[[str], Any]] = {
+    "images": lambda link: {"image_url": link},
+    "image": str,
+    "image_object": lambda link: {"type": "image_url", "url": link},
+    "input_references": lambda link: {"type": "image_url", "image_url": {"url": link}},
+    "image_url": str,
 }
 OPENAI_EDITED = ("multipart", "images", "image_object")  # whose images have a path of their own
 # Of a code.
@@ -4312,8 +4308,8 @@ class OpenAI(Backend):
             takes = takes._replace(images=1)
         if options.model.startswith("gpt-image-1"):
             takes = takes._replace(aspects=tuple(OPENAI_SIZES))
-        fields = {"format": "output_format", "quality": "quality", "background": "background"}
-        ignores = [look for look in fields if options.extra.get(fields[look], "") is None]
+        removed = [key for key in options.extra if options.extra[key] is None]
+        ignores = [look for look in LOOKS if look.replace("format", "output_format") in removed]
         if options.size_as == "none":
             ignores += ["aspect", "width", "height"]
         return takes._replace(ignores=tuple(ignores))
@@ -4378,8 +4374,9 @@ class OpenAI(Backend):
         if not image and not link:
             if reported == 0:
                 ctx.settle("no")
-            if error := openai_refusal(item):
-                raise error
+            blocked = OPENAI_REFUSED.search(str(item.get("error")))
+            if blocked or item.get("respect_moderation") is False:
+                raise Refused(f"sent, and refused: {excerpt(body)}", "reword the prompt")
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
         image = image or fetch_paid(self._http(ctx), link)
         # 3. What is known of it.
@@ -4405,8 +4402,6 @@ class OpenAI(Backend):
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
         model = self.options.model
-        if "/deployments/" in self.base:  # Azure's old way, which has no list of them
-            return f"{model}, which nobody can ask for"
         path = self.options.path
         folder = "" if path.endswith("/generations") else path
         listed = openai_data(self._http(ctx).get_json(self._place(f"{folder}/models")))
@@ -4438,15 +4433,13 @@ def fetch_paid(http: Http, link: Any) -> BinaryIO:
 
 def openai_inputs(inputs_as: str, request: Request) -> JsonObject:
     """The fields of a JSON body with the request's images."""
-    field, form = OPENAI_INPUTS[inputs_as]
-    marks = request.marks().values()
-    links = [replaced(form, {"{link}": data_uri(image)}) for image in marks]
+    links = [*map(OPENAI_INPUTS[inputs_as], map(data_uri, request.marks().values()))]
     fields = {}
     if request.mask:
         fields["mask"] = links.pop()
-    fields[field] = links
-    if len(links) == 1 and inputs_as.startswith("image") and inputs_as != "images":
-        fields = {field.removesuffix("s"): links[0]}
+    fields[inputs_as.replace("image_object", "images")] = links
+    if inputs_as == "image_url":
+        [fields["image_url"]] = links
     return fields
 
 
@@ -4591,24 +4584,10 @@ def openai_cost(model: str, usage: Fields) -> float | None:
 
 def openai_reported(usage: Fields, headers: Any) -> float | None:
     """USD that a response itself says: OpenRouter's, xAI's in ticks, or LiteLLM's in its header."""
-    sources: Iterable[tuple[Any, float]] = (
-        (usage.get("cost"), 1.0),
-        (usage.get("cost_in_usd_ticks"), 1e-10),
-        (headers.get("x-litellm-response-cost"), 1.0),
-    )
-    for value, unit in sources:
-        with suppress(TypeError, ValueError):
-            usd = float(value) * unit
-            if 0 <= usd < 1e6:
-                return round(usd, 10)
-    return None
-
-
-def openai_refusal(item: Fields) -> Refused | None:
-    """The moderation of an item of `data` that is no image: xAI's, or Seedream's."""
-    error = item.get("error") or {}
-    if item.get("respect_moderation") is False or OPENAI_REFUSED.search(str(error)):
-        return Refused(f"sent, and refused: {excerpt(to_json(item).encode())}", "reword the prompt")
+    with suppress(TypeError, ValueError):
+        if "cost_in_usd_ticks" in usage:
+            return round(float(usage["cost_in_usd_ticks"]) / 1e10, 10)
+        return float(usage.get("cost", headers.get("x-litellm-response-cost")))
     return None
 
 
@@ -4639,22 +4618,7 @@ def openai_error(response: HttpResponse) -> ImagenError:
 
 # === Gemini: the Interactions API, whose id brings an image back ===
 
-GEMINI_ASPECTS = (
-    "1:1",
-    "2:3",
-    "3:2",
-    "3:4",
-    "4:3",
-    "4:5",
-    "5:4",
-    "9:16",
-    "16:9",
-    "21:9",
-    "1:4",
-    "4:1",
-    "1:8",
-    "8:1",
-)
+GEMINI_ASPECTS = (*ASPECTS[:-1], "1:4", "4:1", "1:8", "8:1")
 # Up to which edge of a square of as many pixels.
 GEMINI_SIZES = {"512": 724, "1K": 1448, "2K": 2896, "4K": 1 << 14}
 # USD per million tokens of an image; in PRICED. By the beginning of the model's name.
@@ -4697,7 +4661,7 @@ class Gemini(Backend):
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
         """The body that will be posted, but for the images in it."""
-        return gemini_body(options, request)
+        return gemini_body(options, request._replace(images=()))
 
     @classmethod
     def takes(cls, options: Options) -> Takes:
@@ -4711,74 +4675,31 @@ class Gemini(Backend):
         )
 
     def generate(self, ctx: Context, request: Request) -> Result:
-        """Pay, note the id that comes first, read on; fetch it by the id where it is cut off."""
-        body = gemini_body(self.options, request)
-        for part, image in zip(body["input"][1:], request.marks().values(), strict=True):
-            _, _, part["data"] = data_uri(image).partition(",")
+        """Pay, and note the id that comes first; where the stream breaks off later, it will do."""
 
         def note_id(received: bytearray) -> None:
             if not ctx.remote_ids and (ident := gemini_document(received).get("id")):
                 ctx.remote(id=ident)
 
+        body = gemini_body(self.options, request)
         ctx.progress("waiting for the image")
         try:
             response = self._http(ctx).pay("/interactions", body, on_block=note_id)
+            if not ctx.remote_ids:
+                raise Unknown(f"sent, and answered {response.excerpt()}")
         except Unknown:
             if not ctx.remote_ids:
                 raise
-            return self.resume(ctx, {**ctx.remote_ids, "since": now_iso()}, request)
-        return self._result(ctx, gemini_document(response.body), request)
+        return self.resume(ctx, {**ctx.remote_ids, "since": now_iso()}, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image in what was kept here of its stream, or else by its id."""
+        http = self._http(ctx)
         document = gemini_document(ctx.kept_answer())
         if "image" not in document:
             if "id" not in remote:
                 return super().resume(ctx, remote, request)
-            document = {"id": remote["id"]}
-        try:
-            return self._result(ctx, document, request)
-        except BadConfig as problem:
-            age = time.time() - epoch(str(remote.get("since")))
-            if age > GEMINI_HIDDEN_S and str(problem).startswith("404"):
-                raise Ended(f"interaction {remote['id']} is not known there any more") from None
-            raise
-
-    def cancel(self, ctx: Context, remote: Fields) -> None:
-        """Cancel the interaction and see it end; Unknown where it was completed before."""
-        http = self._http(ctx)
-        http.post(f"/interactions/{remote['id']}/cancel", {})
-        if self._ended(http, {"id": remote["id"]}).get("status") == "completed":
-            raise Unknown("it had been completed before")
-
-    def check(self, ctx: Context) -> str:
-        """The model's page."""
-        page = self._http(ctx).get_json(f"/models/{self.options.model}")
-        return str(page.get("displayName") or self.options.model)
-
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
-
-    def _ended(self, http: Http, document: JsonObject) -> JsonObject:
-        """The interaction as it is once it runs no more."""
-        while document.get("status") in (None, "in_progress", "queued"):
-            if status := document.get("status"):
-                http.ctx.progress(status)
-                http.ctx.sleep(1.0)
-            path = f"/interactions/{document['id']}"
-            document = {"id": document["id"], **gemini_document(http.get(path).body)}
-        if "image" in document or (document.get("usage") or EMPTY).get("total_output_tokens"):
-            http.ctx.settle("yes")
-        return document
-
-    def _result(self, ctx: Context, document: JsonObject, request: Request) -> Result:
-        http = self._http(ctx)
-        if "id" not in document:
-            raise Unknown(f"sent, and answered {excerpt(to_json(document).encode())}")
-        ctx.remote(id=document["id"])
-        if "image" not in document:
-            document = self._ended(http, document)
+            document = self._ended(http, remote)
         if "image" not in document:
             raise gemini_failure(document)
         ctx.settle("yes")
@@ -4797,21 +4718,54 @@ class Gemini(Backend):
             metadata={key: document.get(key) for key in ("id", "created", "usage", "text")},
         )
 
+    def cancel(self, ctx: Context, remote: Fields) -> None:
+        """Cancel the interaction and see it end; Unknown where it was completed before."""
+        http = self._http(ctx)
+        http.post(f"/interactions/{remote['id']}/cancel", {})
+        if self._ended(http, remote).get("status") == "completed":
+            raise Unknown("it had been completed before")
+
+    def _ended(self, http: Http, remote: Fields) -> JsonObject:
+        """The interaction as it is once it runs no more."""
+        path = f"/interactions/{remote['id']}"
+        try:
+            document = gemini_document(http.get(path).body)
+            while (status := document.get("status")) in ("in_progress", "queued"):
+                http.ctx.progress(status)
+                http.ctx.sleep(1.0)
+                document = gemini_document(http.get(path).body)
+        except BadConfig as problem:
+            age = time.time() - epoch(str(remote.get("since")))
+            if age > GEMINI_HIDDEN_S and str(problem).startswith("404"):
+                raise Ended(f"{path} is not known there any more") from None
+            raise
+        if (document.get("usage") or EMPTY).get("total_output_tokens"):
+            http.ctx.settle("yes")
+        return document
+
+    def check(self, ctx: Context) -> str:
+        """The model's page."""
+        return str(self._http(ctx).get_json(f"/models/{self.options.model}")["name"])
+
+    def _http(self, ctx: Context) -> Http:
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
+
 
 def gemini_body(options: Any, request: Request) -> JsonObject:
-    """The body of a request; its images stand in it by their hashes."""
+    """The body of a request."""
     form: JsonObject = {"aspect_ratio": request.aspect, "image_size": options.image_size}
     if request.width:
         form["aspect_ratio"] = nearest_aspect(request.width / request.height, GEMINI_ASPECTS)
         edge = (request.width * request.height) ** 0.5
         form["image_size"] = next(size for size in GEMINI_SIZES if edge <= GEMINI_SIZES[size])
-    images = [
-        {"type": "image", "data": image.sha256, "mime_type": image.mime_type}
-        for image in request.marks().values()
-    ]
+    items = [{"type": "text", "text": request.prompt}]
+    for image in request.images:
+        _, _, data = data_uri(image).partition(",")
+        items.append({"type": "image", "data": data, "mime_type": image.mime_type})
     body = {
         "model": options.model,
-        "input": [{"type": "text", "text": request.prompt}, *images],
+        "input": items,
         "response_format": {"type": "image", **{key: form[key] for key in form if form[key]}},
         "generation_config": {"seed": request.seed},
         "stream": True,
@@ -4856,7 +4810,7 @@ def gemini_failure(document: Fields) -> ImagenError:
     reason = excerpt(f"{document['text']} {errors}".encode())
     if status == "completed" or GEMINI_REFUSED.search(reason):
         return Refused(f"no image, but {reason}", "reword the prompt")
-    return Ended(f"interaction {document['id']} ended as {status}: {reason}")
+    return Ended(f"the interaction ended as {status}: {reason}")
 
 
 def gemini_cost(model: str, usage: Fields) -> float | None:
@@ -4871,11 +4825,9 @@ def gemini_cost(model: str, usage: Fields) -> float | None:
 def gemini_error(response: HttpResponse) -> ImagenError:
     """What an error of Google's means."""
     text = str(response.json()["error"]["message"])
-    if response.status == 400 and "API key" in text:
-        return BadConfig(f"400: {text}", "check the variable that api_key_env names")
-    if response.status == 400 and GEMINI_REFUSED.search(text):
-        return Refused(f"400: {text}", "reword the prompt")
-    if response.status == 429 and b"PerDay" in response.body:
+    if "API key" in text:
+        return BadConfig(text, "check the variable that api_key_env names")
+    if b"PerDay" in response.body:
         return Quota(f"429: {text}")
     return explain_status(response, excerpt(text.encode()))
 
@@ -6480,14 +6432,10 @@ def check_request(request: Request) -> None:
         raise BadRequest(fault, "--size 1024x1024")
     if not 0 <= request.steps <= 500:
         raise BadRequest(f"steps {request.steps}: 0 to 500")
-    if not re.fullmatch(r"([1-9]\d{0,3}(\.\d{1,3})?:[1-9]\d{0,3}(\.\d{1,3})?)?", request.aspect):
-        raise BadRequest(f"aspect {request.aspect}: not W:H", "--aspect 16:9")
-    if request.aspect and off_by(ratio_of(request.aspect), 1.0) > 8:
-        raise BadRequest(f"aspect {request.aspect}: 1:8 to 8:1")
-    for name, choices in (("format", FORMATS), ("background", BACKGROUNDS)):
-        if getattr(request, name) not in ("", *choices):
-            message = f"{name} {getattr(request, name)}: {nearest(getattr(request, name), choices)}"
-            raise BadRequest(message)
+    form = r"[1-9]\d{0,3}(\.\d{1,3})?:[1-9]\d{0,3}(\.\d{1,3})?"
+    aspect = request.aspect or "1:1"
+    if not re.fullmatch(form, aspect) or off_by(ratio_of(aspect), 1.0) > 8:
+        raise BadRequest(f"aspect {aspect}: not W:H from 1:8 to 8:1", "--aspect 16:9")
     if (request.format, request.background) == ("jpeg", "transparent"):
         raise BadRequest("format jpeg: has no transparent background", "png and webp have")
     check_text(request.quality, "quality")
@@ -7047,24 +6995,24 @@ ASPECT_TOLERANCE = 1.01
 
 def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str, str]:
     """What came otherwise than asked for, by its name, each for a person."""
-    requested = known.get("requested", EMPTY)
+    wishes = dict(known.get("requested", EMPTY))
     size = f"{sniffed.width}x{sniffed.height}"
-    pairs = {}
+    made = {"format": MIME_TYPES[sniffed.format].removeprefix("image/")}
     if known.get("width"):
-        pairs["size"] = (f"{known['width']}x{known['height']}", size)
-    elif "aspect" in requested and sniffed.width:
-        aspect = requested["aspect"]
-        if off_by(ratio_of(aspect), sniffed.width / sniffed.height) > ASPECT_TOLERANCE:
-            pairs["aspect"] = (aspect, size)
-    made = MIME_TYPES[sniffed.format].removeprefix("image/")
-    pairs["format"] = (requested.get("format", made), made)
-    background = requested.get("background")
-    if background in BACKGROUNDS[1:]:
+        wishes["size"] = f"{known['width']}x{known['height']}"
+        made["size"] = size
+    elif sniffed.width and "aspect" in wishes:
+        factor = off_by(ratio_of(wishes["aspect"]), ratio_of(size))
+        if factor > ASPECT_TOLERANCE:
+            made["aspect"] = size
+    if wishes.get("background", "auto") != "auto":
         with suppress(ValueError, struct.error, zlib.error):
-            transparent = is_transparent(file, sniffed.format)
-            if transparent is not None:
-                pairs["background"] = (background, BACKGROUNDS[1 + transparent])
-    return {name: f"asked {old}, got {new}" for name, (old, new) in pairs.items() if old != new}
+            made["background"] = background_of(file, sniffed.format) or wishes["background"]
+    return {
+        name: f"asked {wishes[name]}, got {made[name]}"
+        for name in made
+        if wishes.get(name, made[name]) != made[name]
+    }
 
 
 def object_path(storage: str, entry_id: str, ending: str) -> str:
@@ -10475,8 +10423,8 @@ class McpArguments(NamedTuple):
     mask: str = ""
     strength: Annotated[float, Between(0, 1)] = 0.0
     aspect: str = ""
-    format: str = ""
-    background: str = ""
+    format: Format = ""
+    background: Background = ""
     quality: str = ""
     request_id: str = ""
     max_cost: float | None = None
@@ -10502,8 +10450,6 @@ MCP_FIELDS = {
     "mask": "a PNG, transparent where the first image is to be made anew",
     "strength": "how far from the first image; 0: the backend's default",
     "aspect": "W:H, such as 16:9, where no size is named",
-    "format": f"one of {', '.join(FORMATS)}",
-    "background": f"one of {', '.join(BACKGROUNDS)}",
     "request_id": "a word of yours for this image; the same one when you repeat the call",
     "max_cost": "USD that this call may cost; lower than what the session may",
     "query": "words that must stand in the prompt",
