@@ -852,45 +852,32 @@ def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     return bytes(row)
 
 
-def exif_values(file: BinaryIO) -> dict[int, Any]:
-    """What a JPEG's EXIF says by its tags: numbers, and as bytes whatever is longer."""
+def exif_orientation(file: BinaryIO) -> int:
+    """How a camera held a JPEG: 1 is upright, 2 to 8 are turned or mirrored."""
     file.seek(0)
-    _, _, tiff = file.read(1 << 17).partition(b"Exif\0\0")
-    order = "<" if tiff[:2] == b"II" else ">"
-    values: dict[int, Any] = {}
+    _, exif, tiff = file.read(1 << 16).partition(b"Exif\0\0")
     with suppress(struct.error):
-        folders = [*struct.unpack_from(f"{order}4xI", tiff)]
-        for start in folders:
-            (count,) = struct.unpack_from(f"{order}H", tiff, start)
-            for place in range(start + 2, start + 2 + 12 * count, 12):
-                tag, kind, size = struct.unpack_from(f"{order}HHI", tiff, place)
-                number = "H" if kind == 3 else "I"
-                (value,) = struct.unpack_from(order + number, tiff, place + 8)
-                values[tag] = value
-                if size > 4:
-                    values[tag] = tiff[value : value + size]
-                if tag == EXIF_FOLDER:
-                    folders[1:] = [value]
-    return values
-
-
-EXIF_FOLDER = 0x8769  # where the camera's own tags are
-EXIF_ORIENTATION = 0x0112  # how it was held: 1 is upright, 2 to 8 are turned or mirrored
-EXIF_COMMENT = 0x9286
+        order = "<" if tiff[:2] == b"II" else ">"
+        (start,) = struct.unpack_from(f"{order}4xI", tiff)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for number in range(count):
+            tag, value = struct.unpack_from(f"{order}H6xH", tiff, start + 2 + 12 * number)
+            if exif and tag == 0x0112 and 1 <= value <= 8:
+                return int(value)
+    return 1
 
 
 def embedded_parameters(data: bytes) -> str:
-    """The text with which A1111 and its kin mark what they make; "" where there is none."""
-    if text := png_text(data, "parameters"):
-        return text
-    comment = exif_values(io.BytesIO(data)).get(EXIF_COMMENT)
-    if isinstance(comment, bytes):
-        # Eight bytes name the character set, but not its byte order.
-        for encoding in ("utf-16-be", "utf-16-le", "utf-8"):
-            text = comment[8:].decode(encoding, "replace")
-            if "Steps: " in text:
-                return text
-    return ""
+    """The text with which A1111 and its kin mark what they make; "" where there is none.
+
+    Of a PNG; or the comment in a JPEG's EXIF, with what stands behind it.
+    """
+    _, _, comment = data[: 1 << 17].partition(b"UNICODE\0")
+    for encoding in ("utf-16-be", "utf-16-le"):
+        text = comment.decode(encoding, "replace")
+        if "Steps: " in text:
+            return text
+    return png_text(data, "parameters")
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -4490,13 +4477,11 @@ def openai_body(options: Any, request: Request) -> Prepared:
 
 def openai_size(options: Any, request: Request) -> JsonObject:
     """The fields that ask for a size; BadRequest where the model is known to refuse it."""
-    width, height = request.pixels(1024)
+    width, height = OPENAI_SIZES.get(request.aspect) or request.pixels(1024)
     if not width or options.size_as == "none":
         return {}
     if options.size_as == "aspect_ratio":
         return {"aspect_ratio": request.aspect or nearest_aspect(width / height, ASPECTS)}
-    if request.aspect and options.model.startswith("gpt-image-1"):
-        width, height = OPENAI_SIZES[nearest_aspect(width / height, OPENAI_SIZES)]
     openai_check_size(options.model, width, height)
     if options.size_as == "width_height":
         return {"width": width, "height": height}
@@ -5805,9 +5790,9 @@ def input_of(source: str | Input, ctx: Context) -> Input:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
             sniffed = checked_input(spool, name)
-            orientation: Any = exif_values(spool).get(EXIF_ORIENTATION)
-            if orientation not in range(1, 9):
-                orientation = 1
+            orientation = 1
+            if sniffed.format == "jpg":
+                orientation = exif_orientation(spool)
             spool.seek(0)
             digest = hashlib.file_digest(spool, "sha256").hexdigest()
         path = os.path.join(folder, digest)
@@ -7250,6 +7235,7 @@ def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
+    request = with_aspect(request, backend.takes(backend.options), strict=False)
     others = []
     if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
         others = [row.record for row in entries()] + [*attempts()]
@@ -11212,6 +11198,15 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> tuple[JsonObject, str
     return sparse(order), f"the record of {record['path']}"
 
 
+# On the line that begins with the steps.
+A1111_SETTINGS = {
+    "steps": r"(\d+)",
+    "seed": r".*\bSeed: (\d+)",
+    "width": r".*\bSize: (\d+)x",
+    "height": r".*\bSize: \d+x(\d+)",
+}
+
+
 def embedded_fields(name: str) -> tuple[JsonObject, str]:
     """The order that A1111 or ComfyUI wrote into an image, and which of them it was."""
     path = full_path(name)
@@ -11219,13 +11214,11 @@ def embedded_fields(name: str) -> tuple[JsonObject, str]:
     source = f"the ComfyUI graph in {name}"
     if text := embedded_parameters(read_bytes(path)):
         source = f"the A1111 parameters in {name}"
-        form = r"(?s)(.*?)(?:(?:\n|\A)Negative prompt: ?(.*?))?(?:(?:\n|\A)(Steps: [^\n]*))?\s*"
-        match = re.fullmatch(form, text)
-        assert match  # any text
-        fields = {"prompt": match[1], "negative_prompt": match[2] or ""}
-        sizes = {"width": r"Size: (\d+)x", "height": r"Size: \d+x(\d+)"}
-        for key, form in {**sizes, "steps": r"Steps: (\d+)", "seed": r"Seed: (\d+)"}.items():
-            if number := re.search(form, match[3] or ""):
+        head, _, settings = text.partition("\nSteps: ")
+        prompt, _, negative = head.partition("\nNegative prompt:")
+        fields = {"prompt": prompt, "negative_prompt": negative.strip()}
+        for key, form in A1111_SETTINGS.items():
+            if number := re.match(form, settings):
                 fields[key] = int(number[1])
     else:
         with suppress(BadConfig):
