@@ -34,6 +34,7 @@ Map. Each section uses only sections above it; `grep -n '^# ===' imagen.py` prin
     ComfyUI     the GPU box at home
     Replicate   predictions at api.replicate.com
     OpenAI      the Images API and whoever speaks its dialect
+    Gemini      the Interactions API, whose id brings an image back
     Output      names, and files that are never half there
     Preview     tmux, kitty, iTerm2
     Journal     what is unfinished, and the ledger of what is finished
@@ -543,6 +544,15 @@ def to_jsonb(value: Any) -> str:
     return to_json(value, surrogates="replace")
 
 
+def parsed(text: bytes) -> JsonObject:
+    """The mapping that a JSON text is; {} where it is none."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
 def merge_line(record: Any, line: Fields) -> None:
     """Lay one line over the record; mappings such as `remote` are merged, other values replaced."""
     for key, value in line.items():
@@ -775,7 +785,7 @@ BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def png_plane(file: BinaryIO) -> Iterator[bytes]:
-    """The last channel of an 8-bit PNG, row by row, undone as far as it is asked for.
+    """The last channel of a PNG, a byte a pixel, row by row, undone as far as it is asked for.
 
     That is the alpha of RGBA and of grey with alpha, and of a palette what tRNS makes of it.
     ValueError where there is no alpha.
@@ -784,25 +794,55 @@ def png_plane(file: BinaryIO) -> Iterator[bytes]:
     chunks = [*png_chunks(file.read())]
     width, height, depth, color, interlaced = struct.unpack(">IIBBxxB", chunks[0][1])
     channels = {3: 1, 4: 2, 6: 4}.get(color, 0)
-    if depth != 8 or interlaced or not channels:
-        raise ValueError("an 8-bit PNG with alpha, and not interlaced, is needed")
+    if interlaced or not channels:
+        raise ValueError("a PNG with alpha, and not interlaced, is needed")
     table = bytes(range(256))
     if color == 3:
         table = dict(chunks).get(b"tRNS", b"").ljust(256, b"\xff")
         if min(table) == 255:
             raise ValueError("its palette has no transparent color")
-    size = 1 + width * channels
+    size = 1 + (width * channels * depth + 7) // 8
+    pixel = max(1, channels * depth // 8)
+    # Of 16 bits the upper byte.
+    alpha = 1 + pixel - max(1, depth // 8)
     packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
     lines = zlib.decompressobj().decompress(packed, size * height)
     if len(lines) < size * height:
         raise zlib.error("it breaks off")
-    row = bytes(width)
+    row = bytes(len(range(alpha, size, pixel)))
     for start in range(0, len(lines), size):
-        line = lines[start + channels : start + size : channels]
+        line = lines[start + alpha : start + size : pixel]
         row = png_unfiltered(lines[start], line, row)
-        yield row.translate(table)
+        pixels = row
+        if depth < 8:
+            shifts = range(8 - depth, -1, -depth)
+            pixels = bytes(byte >> shift & (1 << depth) - 1 for byte in row for shift in shifts)
+        yield pixels[:width].translate(table)
 
 
+def background_of(file: BinaryIO, ending: str) -> str:
+    """Whether anything shows through an image: transparent or opaque; "": nobody can tell.
+
+    Of a WebP its header says so; of a PNG every pixel is looked at, up to the first.
+    """
+    file.seek(0)
+    data = file.read()
+    transparent = False
+    if ending == "webp":
+        flags = {b"VP8X": 20, b"VP8L": 24}.get(data[12:16])
+        transparent = bool(flags and data[flags] & 16)
+    if ending == "png":
+        chunks = dict(png_chunks(data))
+        # Interlaced, or with one of its colors transparent.
+        if data[28] or (b"tRNS" in chunks and b"PLTE" not in chunks):
+            return ""
+        with suppress(ValueError):
+            transparent = any(min(row) < 255 for row in png_plane(file))
+    return "transparent" if transparent else "opaque"
+
+
+# An opaque image has a few kinds of rows, each many times.
+@functools.lru_cache(16)
 def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
     """A channel of one row as it was before a PNG's filter; its pixels do not touch others."""
     if kind == 0:
@@ -838,6 +878,19 @@ def exif_orientation(file: BinaryIO) -> int:
             if exif and tag == 0x0112 and 1 <= value <= 8:
                 return int(value)
     return 1
+
+
+def embedded_parameters(data: bytes) -> str:
+    """The text with which A1111 and its kin mark what they make; "" where there is none.
+
+    Of a PNG; or the comment in a JPEG's EXIF, with what stands behind it.
+    """
+    _, _, comment = data[: 1 << 17].partition(b"UNICODE\0")
+    for encoding in ("utf-16-be", "utf-16-le"):
+        text = comment.decode(encoding, "replace")
+        if "Steps: " in text:
+            return text
+    return png_text(data, "parameters")
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -916,14 +969,37 @@ class Input(NamedTuple):
     orientation: int = 1  # as EXIF has it
 
 
+# How an image should look: fields of a request, and what two of them are.
+LOOKS = ("aspect", "format", "background", "quality")
+FORMATS = ("png", "jpeg", "webp")
+# mypy wants the names spelled out.
+Format = Literal[("", *FORMATS)]  # type: ignore[valid-type]
+Background = Literal["", "auto", "opaque", "transparent"]
+# What most models offer that take no pixels.
+ASPECTS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
+
+
 class Takes(NamedTuple):
-    """Which inputs an adapter can honour; what asks for more is refused before it is sent."""
+    """Which inputs an adapter can honour; what asks for more is refused before it is sent.
+
+    And which looks: what it cannot is left out, or refused where the order is strict.
+    """
 
     images: int = 0  # at most
     mask: bool = False
     strength: bool = False
     formats: tuple[str, ...] = ("png", "jpg", "webp")
     most_bytes: int = 50 << 20  # of one image
+    ignores: tuple[str, ...] = LOOKS[1:]  # fields of a request that it has no word for
+    makes: tuple[str, ...] = FORMATS  # of which a request may choose
+    aspects: tuple[str, ...] = ()  # likewise; (): any
+
+    def unmet(self, request: Request) -> list[str]:
+        """The fields of a request that will not be honoured."""
+        names = [name for name in self.ignores if getattr(request, name)]
+        if request.format not in ("", *self.makes):
+            names.append("format")
+        return names
 
 
 class Request(NamedTuple):
@@ -941,6 +1017,22 @@ class Request(NamedTuple):
     images: tuple[Input, ...] = ()  # what to start from, in order
     mask: Input | None = None  # transparent: make anew; as large as the first image
     strength: float = 0.0  # how far from the first image, up to 1; 0: the backend's default
+    aspect: str = ""  # such as 16:9; where there is a size too, that counts
+    format: str = ""
+    background: str = ""
+    quality: str = ""  # as the backend calls it
+
+    def pixels(self, edge: int, step: int = 16) -> tuple[int, int]:
+        """Its size, or that of its aspect with some edge² pixels; 0, 0 where it has neither.
+
+        >>> Request("a fox", aspect="16:9").pixels(1024)
+        (1360, 768)
+        """
+        if self.width or not self.aspect:
+            return self.width, self.height
+        ratio = ratio_of(self.aspect)
+        height = max(1, round(edge / ratio**0.5 / step)) * step
+        return max(1, round(height * ratio / step)) * step, height
 
     def marks(self) -> dict[str, Input]:
         """What stands for each input where an option or a workflow has a place for it."""
@@ -955,6 +1047,22 @@ def image_mark(number: int) -> str:
     if number == 1:
         return "{image}"
     return f"{{image{number}}}"
+
+
+def ratio_of(aspect: str) -> float:
+    """Width by height, of `16:9` or of `1360x768`."""
+    width, height = re.split("[:x]", aspect)
+    return float(width) / float(height)
+
+
+def nearest_aspect(ratio: float, offered: Iterable[str]) -> str:
+    """The offered aspect that differs least from a ratio."""
+    return min(offered, key=lambda aspect: off_by(ratio_of(aspect), ratio))
+
+
+def off_by(ratio: float, other: float) -> float:
+    """The factor between two ratios, 1 or more."""
+    return max(ratio / other, other / ratio)
 
 
 def size_fault(width: int, height: int) -> str:
@@ -985,6 +1093,11 @@ class Order(NamedTuple):
     images: tuple[str, ...] = ()  # a path, an http address, a data URI, an id or `last`
     mask: str = ""  # likewise
     strength: Annotated[float, Between(0, 1)] = 0.0
+    aspect: str = ""
+    format: Format = ""
+    background: Background = ""
+    quality: str = ""
+    strict: bool = False  # what comes otherwise than asked for is an error, though it stays
     n: int = 1  # images
     key: str = ""  # whoever repeats an order with this key gets the same images, paid once
     caller: str = ""  # whose keys these are; "": the local user's
@@ -1014,10 +1127,11 @@ class Result(NamedTuple):
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
     steps: int | None = None  # the number really used
-    cost_usd: float | None = None  # None: unknown, never 0 for unknown
+    cost_usd: float | None = None  # None: the price that was known before, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
     metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
     others: Sequence[Fields] = ()  # further images of the same job, as `resume` takes them
+    cost_source: str = ""  # reported, tokens, table, config
 
 
 class Price(NamedTuple):
@@ -1204,15 +1318,16 @@ class Backend:
 
     @classmethod
     def takes(cls, options: Any) -> Takes:
-        """Which inputs it can honour."""
-        return Takes()
+        """Which inputs and looks it can honour."""
+        return Takes(ignores=LOOKS)
 
     @classmethod
     def price(cls, options: Any, request: Request) -> Price:
         """What it will cost, before it is sent."""
-        if cls.paid:
-            return Price()
-        return Price(0.0, "free")
+        if not cls.paid:
+            return Price(0.0, "free")
+        usd = getattr(options, "cost_usd", None)
+        return Price(usd, "" if usd is None else "config")
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """The image. Every adapter has its own."""
@@ -1810,7 +1925,7 @@ def apply_style(request: Request, own: Mapping[str, Style] = EMPTY) -> Request:
     if request.style not in styles:
         raise BadRequest(f'style "{request.style}" is unknown: {nearest(request.style, styles)}')
     style = styles[request.style]
-    if not request.width:
+    if not request.width and not request.aspect:
         request = request._replace(width=style.width, height=style.height)
     return request._replace(
         prompt=_extended(request.prompt, style.suffix),
@@ -1930,7 +2045,7 @@ def retry_after(response: HttpResponse) -> float:
             return max(0.0, float(response.headers.get(name, "")) * unit)
     if date := response.headers.get("Retry-After"):
         return max(0.0, epoch(date) - time.time())
-    form = rb'(?:~|"retry_after": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
+    form = rb'(?:~|"retry(?:_after|Delay)": *"?)(\d+(?:\.\d+)?) ?[s",}\n]'
     match = re.search(form, response.body[:2000])
     if not match:
         return 0.0
@@ -2079,10 +2194,12 @@ class Http:
         path: str,
         body: Fields,
         files: Sequence[tuple[str, Input]] = (),
+        on_block: Callable[[bytearray], object] = len,
     ) -> HttpResponse:
         """The 2xx response to a POST that costs money: JSON, or a form where there are `files`.
 
-        Sent once, and again only after a response that proves `no`.
+        Sent once, and again only after a response that proves `no`. `on_block` gets what has come
+        of its body, each time there is more.
         """
         data: bytes | Multipart = json.dumps(body).encode()
         if files:
@@ -2092,7 +2209,7 @@ class Http:
         self.ctx.identity = {name: fields[name] for name in named if name in fields}
 
         def attempt() -> HttpResponse:
-            response = self._exchange(self.base + path, data, paid=True)
+            response = self._exchange(self.base + path, data, paid=True, on_block=on_block)
             if not_accepted(response):
                 self.ctx.settle(self.explain(response).charged)
             return response
@@ -2180,6 +2297,7 @@ class Http:
         paid: bool = False,
         method: str | None = None,
         headers: Strings = EMPTY,
+        on_block: Callable[[bytearray], object] = len,
     ) -> HttpResponse:
         """One request, a POST if it has a body; the body of a 2xx response goes into `sink`.
 
@@ -2232,6 +2350,8 @@ class Http:
                 ):
                     keep(block)
                     size += len(block)
+                    if fine:
+                        on_block(received)
             except TransportError:
                 # Of an error, what has come will do.
                 if fine:
@@ -2453,11 +2573,8 @@ class Mock(Backend):
         for image in request.images[:1]:
             width = min(max(16, image.width), 8192)
             height = min(max(16, image.height), 8192)
-        return {
-            "width": request.width or width,
-            "height": request.height or height,
-            "seed": request.seed,
-        }
+        size = request.pixels(round((width * height) ** 0.5), 1)
+        return {"width": size[0] or width, "height": size[1] or height, "seed": request.seed}
 
     @classmethod
     def takes(cls, options: Options) -> Takes:
@@ -2838,7 +2955,8 @@ class ComfyUI(Backend):
         options = self.options
         request = request._replace(steps=request.steps or options.default_steps)
         if self.workflow:
-            return self.workflow.filled(request)
+            width, height = request.pixels(1024)
+            return self.workflow.filled(request._replace(width=width, height=height))
         model, folder = comfy_find(http, options.model, *COMFY_MODELS)
         split = folder != "checkpoints"
         family = comfy_family(model, split)
@@ -3107,8 +3225,8 @@ def comfy_parts(
 
 def comfy_size(family: ComfyFamily, request: Request) -> tuple[int, int]:
     """The request's size, or else the first image's shape at the family's number of pixels."""
-    if request.width:
-        return request.width, request.height
+    if request.width or request.aspect:
+        return request.pixels(family.edge)
     if not request.images:
         return family.edge, family.edge
     first = request.images[0]
@@ -3811,17 +3929,18 @@ class Replicate(Backend):
         if known.image:
             images = 14 if known.image.endswith("[]") else 1
         mask = known.mask or "{mask}" in to_json(options.extra)
-        return Takes(images, bool(mask), bool(known.strength))
+        takes = Takes(images, bool(mask), bool(known.strength), ignores=LOOKS[2:])
+        if known == ReplicateModel():
+            return takes
+        return takes._replace(aspects=ASPECTS)
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price, else the table's."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
         known = REPLICATE_MODELS.get(options.model.partition(":")[0])
-        if not known or known.usd is None:
-            return Price()
-        return Price(known.usd, PRICED)
+        if options.cost_usd is None and known and known.usd:
+            return Price(known.usd, PRICED)
+        return super().price(options, request)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
@@ -3929,7 +4048,6 @@ class Replicate(Backend):
             model=self.options.model,
             seed=seed,
             steps=inputs.get("num_inference_steps"),
-            cost_usd=self.price(self.options, request).usd,
             ignored=ignored,
             metadata={key: prediction.get(key) for key in details},
         )
@@ -3993,8 +4111,10 @@ def replicate_input(options: Any, request: Request) -> Prepared:
     known = REPLICATE_MODELS.get(options.model.partition(":")[0])
     steps = request.steps or options.default_steps
     negative = request.negative_prompt
-    ending = options.output_format.replace("jpeg", "jpg")
+    ending = (request.format or options.output_format).replace("jpeg", "jpg")
     size = {}
+    if request.aspect:
+        size["aspect_ratio"] = request.aspect
     if known:
         negative = ""
         ending = ending or "png"
@@ -4138,6 +4258,20 @@ OPENAI_METADATA = (
     "revised_prompt",
 )
 
+# What an image is in a JSON body; most fields are called so too.
+OPENAI_INPUTS: Mapping[str, Callable[[str], Any]] = {
+    "images": lambda link: {"image_url": link},
+    "image": str,
+    "image_object": lambda link: {"type": "image_url", "url": link},
+    "input_references": lambda link: {"type": "image_url", "image_url": {"url": link}},
+    "image_url": str,
+}
+OPENAI_EDITED = ("multipart", "images", "image_object")  # whose images have a path of their own
+# Of a code.
+OPENAI_REFUSED = re.compile("moderation|content_policy|sensitive", re.IGNORECASE)
+# The sizes that gpt-image-1 makes, by their aspects.
+OPENAI_SIZES = {"1:1": (1024, 1024), "3:2": (1536, 1024), "2:3": (1024, 1536)}
+
 
 @register("openai")
 class OpenAI(Backend):
@@ -4147,10 +4281,10 @@ class OpenAI(Backend):
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
-    OWN_FIELDS = "prompt negative_prompt seed size width height n steps"
+    OWN_FIELDS = "prompt negative_prompt seed size width height aspect_ratio n steps"
 
     class Options(NamedTuple):
-        """`extra` are further fields.
+        """`extra` are further fields; one that is null is left out.
 
         "{seed}", "{steps}" and "{negative}" in it stand for the request's values.
         """
@@ -4158,28 +4292,35 @@ class OpenAI(Backend):
         model: str
         api_key_env: KeyName = ""  # "": OPENAI_API_KEY at OpenAI, no key elsewhere
         base_url: str = "https://api.openai.com/v1"
+        path: str = "/images/generations"
+        query: Mapping[str, str] = EMPTY
+        auth: str = "bearer"  # or none, or the header that takes the key
         quality: Text = ""
         background: Text = ""
         output_format: Text = ""
         moderation: Text = ""
         extra: Extra = EMPTY
-        size_as: Literal["size", "width_height"] = "size"
-        edits_as: Literal["multipart", "json"] = "multipart"
+        size_as: Literal["size", "width_height", "aspect_ratio", "none"] = "size"
+        # mypy wants the names spelled out.
+        inputs_as: Literal[("multipart", *OPENAI_INPUTS)] = "multipart"  # type: ignore[valid-type]
         input_fidelity: Text = ""  # high or low, of models before gpt-image-2
         response_format: str = ""  # "": what this kind of model wants
-        cost_usd: float | None = None  # of one image, where the response counts no tokens
+        cost_usd: float | None = None  # of one image, where the response says nothing of it
         # Seconds of silence: an image may take minutes.
         timeout: Annotated[float, Between(1, 7200)] = 600.0
         parallel: Parallel = 4
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1")
+        self.base = checked_url(options.base_url, path="/v1").removesuffix(options.path)
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
-        if variable:
-            self.headers = {"Authorization": f"Bearer {secret_from(variable).reveal()}"}
+        if variable and options.auth != "none":
+            key = secret_from(variable).reveal()
+            self.headers = {options.auth: key}
+            if options.auth == "bearer":
+                self.headers = {"Authorization": f"Bearer {key}"}
 
     @classmethod
     def plan(cls, options: Options, request: Request) -> Fields:
@@ -4188,63 +4329,59 @@ class OpenAI(Backend):
 
     @classmethod
     def takes(cls, options: Options) -> Takes:
-        """What OpenAI's models do."""
-        return Takes(16, mask=True)
+        """What OpenAI's models do, but for fields that the options leave out."""
+        takes = Takes(16, mask=options.inputs_as in ("multipart", "images"))
+        if options.inputs_as == "image_url":
+            takes = takes._replace(images=1)
+        if options.model.startswith("gpt-image-1"):
+            takes = takes._replace(aspects=tuple(OPENAI_SIZES))
+        removed = [key for key in options.extra if options.extra[key] is None]
+        ignores = [look for look in LOOKS if look.replace("format", "output_format") in removed]
+        if options.size_as == "none":
+            ignores += ["aspect", "width", "height"]
+        return takes._replace(ignores=tuple(ignores))
 
     @classmethod
     def price(cls, options: Options, request: Request) -> Price:
         """The config's price; the tokens that decide are counted in the response alone."""
-        if options.cost_usd is not None:
-            return Price(options.cost_usd, "config")
         for name, (text, image, out) in OPENAI_TOKENS.items():
-            if options.model.startswith(name):
+            if options.cost_usd is None and options.model.startswith(name):
                 pixels = request.width * request.height or 1536 * 1024
-                best = OPENAI_QUALITIES.get(options.quality, OPENAI_QUALITIES["high"])
+                quality = request.quality or options.quality
+                best = OPENAI_QUALITIES.get(quality, OPENAI_QUALITIES["high"])
                 usd = len(request.prompt) * text + len(request.marks()) * OPENAI_INPUT * image
                 usd += best * pixels / 1024**2 * out
                 return Price(None, f"by the answer's tokens, {PRICED}", usd / 1e6)
-        return Price()
+        return super().price(options, request)
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, and take the image out of the response."""
         options = self.options
-        http = self._http(ctx)
         body, _ = openai_body(options, request)
-        ctx.progress("waiting for the image")
-        path = "/images/generations"
         files: list[tuple[str, Input]] = []
-        if request.images:
-            path = "/images/edits"
-        if options.edits_as == "json":
-            links = [{"image_url": data_uri(image)} for image in request.marks().values()]
-            if request.mask:
-                body["mask"] = links.pop()
-            if links:
-                body["images"] = links
-        else:
+        path = options.path
+        if request.images and options.inputs_as in OPENAI_EDITED:
+            path = path.replace("/generations", "/edits")
+        if options.inputs_as == "multipart":
             name = "image" if len(request.images) == 1 else "image[]"
             files = [(name, image) for image in request.images]
             if request.mask:
                 files.append(("mask", request.mask))
-        response = http.pay(path, body, files)
+        elif request.images:
+            body.update(openai_inputs(options.inputs_as, request))
+        ctx.progress("waiting for the image")
+        response = self._http(ctx).pay(self._place(path), body, files)
         return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
         if link := remote.get("url"):
             _, ignored = openai_body(self.options, request)
-            return Result(self._fetch(ctx, link), "", self.options.model, ignored=ignored)
+            image = fetch_paid(self._http(ctx), link)
+            return Result(image, "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
             return self._result(ctx, body, EMPTY, request, Ended)
         return super().resume(ctx, remote, request)
-
-    def _fetch(self, ctx: Context, link: Any) -> BinaryIO:
-        # The link is all that we have of an image that was paid for.
-        ctx.remote(url=link)
-        try:
-            return self._http(ctx).download(joined(self.base + "/", str(link)))
-        except (Unreachable, BadConfig, BadRequest, Failed) as problem:
-            raise Unknown(f"made, but its link could not be fetched: {problem}") from None
 
     def _result(
         self,
@@ -4263,16 +4400,23 @@ class OpenAI(Backend):
         if not isinstance(usage, dict):
             usage = {}
         link = item.get("url")
-        if image or link or usage.get("output_tokens"):
+        cost = reported = openai_reported(usage, headers)
+        if image or link or usage.get("output_tokens") or reported:
             ctx.settle("yes")
         # 2. The image, from the response or behind its link.
         if not image and not link:
+            if reported == 0:
+                ctx.settle("no")
+            blocked = OPENAI_REFUSED.search(str(item.get("error")))
+            if blocked or item.get("respect_moderation") is False:
+                raise Refused(f"sent, and refused: {excerpt(body)}", "reword the prompt")
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or self._fetch(ctx, link)
+        image = image or fetch_paid(self._http(ctx), link)
         # 3. What is known of it.
-        cost = openai_cost(options.model, usage)
+        source = "reported"
         if cost is None:
-            cost = options.cost_usd
+            cost = openai_cost(options.model, usage)
+            source = "tokens"
         steps = request.steps or None
         if "steps" in ignored:
             steps = None
@@ -4283,6 +4427,7 @@ class OpenAI(Backend):
             model=options.model,
             steps=steps,
             cost_usd=cost,
+            cost_source=source,
             ignored=ignored,
             metadata={key: details[key] for key in OPENAI_METADATA if details.get(key)},
         )
@@ -4290,7 +4435,9 @@ class OpenAI(Backend):
     def check(self, ctx: Context) -> str:
         """The list of models, which has ours; BadConfig with the nearest where it has not."""
         model = self.options.model
-        listed = openai_data(self._http(ctx).get_json("/models"))
+        path = self.options.path
+        folder = "" if path.endswith("/generations") else path
+        listed = openai_data(self._http(ctx).get_json(self._place(f"{folder}/models")))
         known = [item.get("id", "") for item in listed]
         if not known:
             return f"{model} (the server lists no models)"
@@ -4301,6 +4448,32 @@ class OpenAI(Backend):
     def _http(self, ctx: Context) -> Http:
         timeout = self.options.timeout
         return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
+
+    def _place(self, path: str) -> str:
+        from urllib.parse import urlencode
+
+        return f"{path}?{urlencode(self.options.query)}".rstrip("?")
+
+
+def fetch_paid(http: Http, link: Any) -> BinaryIO:
+    """The image behind the link of a paid response, which is all that we have of it."""
+    http.ctx.remote(url=link)
+    try:
+        return http.download(joined(http.base + "/", str(link)))
+    except (Unreachable, BadConfig, BadRequest, Failed) as problem:
+        raise Unknown(f"made, but its link could not be fetched: {problem}") from None
+
+
+def openai_inputs(inputs_as: str, request: Request) -> JsonObject:
+    """The fields of a JSON body with the request's images."""
+    links = [*map(OPENAI_INPUTS[inputs_as], map(data_uri, request.marks().values()))]
+    fields = {}
+    if request.mask:
+        fields["mask"] = links.pop()
+    fields[inputs_as.replace("image_object", "images")] = links
+    if inputs_as == "image_url":
+        [fields["image_url"]] = links
+    return fields
 
 
 def openai_body(options: Any, request: Request) -> Prepared:
@@ -4322,15 +4495,10 @@ def openai_body(options: Any, request: Request) -> Prepared:
     # seed, or use a constant one.
     if not options.model.startswith(("gpt-image", "chatgpt-image")):
         body |= {**values, "steps": None, "response_format": "b64_json"}
-    if request.width:
-        openai_check_size(options.model, request.width, request.height)
-        if options.size_as == "width_height":
-            body["width"] = request.width
-            body["height"] = request.height
-        else:
-            body["size"] = f"{request.width}x{request.height}"
+    body |= openai_size(options, request)
     for field in ("quality", "background", "output_format", "moderation", "response_format"):
-        if value := getattr(options, field):
+        look = getattr(request, field.removeprefix("output_"), "")
+        if value := look or getattr(options, field):
             body[field] = {"jpg": "jpeg"}.get(value, value)
     if request.images and options.input_fidelity and not options.model.startswith("gpt-image-2"):
         body["input_fidelity"] = options.input_fidelity
@@ -4353,6 +4521,19 @@ def openai_body(options: Any, request: Request) -> Prepared:
     return body, tuple(ignored)
 
 
+def openai_size(options: Any, request: Request) -> JsonObject:
+    """The fields that ask for a size; BadRequest where the model is known to refuse it."""
+    width, height = OPENAI_SIZES.get(request.aspect) or request.pixels(1024)
+    if not width or options.size_as == "none":
+        return {}
+    if options.size_as == "aspect_ratio":
+        return {"aspect_ratio": request.aspect or nearest_aspect(width / height, ASPECTS)}
+    openai_check_size(options.model, width, height)
+    if options.size_as == "width_height":
+        return {"width": width, "height": height}
+    return {"size": f"{width}x{height}"}
+
+
 def openai_check_size(model: str, width: int, height: int) -> None:
     """BadRequest, with the rule, where an OpenAI model is known to refuse this size.
 
@@ -4360,7 +4541,7 @@ def openai_check_size(model: str, width: int, height: int) -> None:
     """
     short, long = sorted((width, height))
     if model.startswith("gpt-image-1"):
-        fine = short == 1024 and long in (1024, 1536)
+        fine = (width, height) in OPENAI_SIZES.values()
         rule = "1024x1024, 1536x1024 or 1024x1536"
     elif model.startswith("gpt-image-2"):
         fine = (
@@ -4432,6 +4613,15 @@ def openai_cost(model: str, usage: Fields) -> float | None:
     return None
 
 
+def openai_reported(usage: Fields, headers: Any) -> float | None:
+    """USD that a response itself says: OpenRouter's, xAI's in ticks, or LiteLLM's in its header."""
+    with suppress(TypeError, ValueError):
+        if "cost_in_usd_ticks" in usage:
+            return round(float(usage["cost_in_usd_ticks"]) / 1e10, 10)
+        return float(usage.get("cost", headers.get("x-litellm-response-cost")))
+    return None
+
+
 def openai_error(response: HttpResponse) -> ImagenError:
     """What an error means: moderation and money first, whatever the status says."""
     document = response.json() or {}
@@ -4444,7 +4634,7 @@ def openai_error(response: HttpResponse) -> ImagenError:
     if request_id := response.headers.get("x-request-id"):
         text += f" [{request_id}]"
     message = f"{response.status}: {text}"
-    if code in ("moderation_blocked", "content_policy_violation") or "safety system" in text:
+    if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
         refused = Refused(message, "reword the prompt")
         # At the stage of output the image had been made.
         if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
@@ -4455,6 +4645,222 @@ def openai_error(response: HttpResponse) -> ImagenError:
     if code == "model_not_found":
         return BadConfig(message, "imagen backends --check names what is there")
     return explain_status(response, text)
+
+
+# === Gemini: the Interactions API, whose id brings an image back ===
+
+GEMINI_ASPECTS = (*ASPECTS[:-1], "1:4", "4:1", "1:8", "8:1")
+# Up to which edge of a square of as many pixels.
+GEMINI_SIZES = {"512": 724, "1K": 1448, "2K": 2896, "4K": 1 << 14}
+# USD per million tokens of an image; in PRICED. By the beginning of the model's name.
+GEMINI_TOKENS = {
+    "gemini-3-pro-image": 120.0,
+    "gemini-3.1-flash-image": 60.0,
+    "gemini-2.5-flash-image": 30.0,
+}
+GEMINI_REFUSED = re.compile("safety|block|prohibit|policy|recitation|moderat", re.IGNORECASE)
+GEMINI_HIDDEN_S = 60.0  # for which what is new may not be there yet
+
+
+@register("gemini")
+class Gemini(Backend):
+    """One POST whose stream begins with an id: by that the image is fetched, or cancelled.
+
+    https://ai.google.dev/gemini-api/docs/interactions
+    """
+
+    OWN_FIELDS = "input prompt seed response_format generation_config stream store background"
+
+    class Options(NamedTuple):
+        """`extra` are further fields; one that is null is left out."""
+
+        model: str
+        api_key_env: KeyName = "GEMINI_API_KEY"
+        base_url: str = "https://generativelanguage.googleapis.com/v1beta"
+        # mypy wants the names spelled out.
+        image_size: Annotated[Literal[("", *GEMINI_SIZES)], REQUEST] = ""  # type: ignore[valid-type]
+        extra: Extra = EMPTY
+        cost_usd: float | None = None  # of one image, where the table has no price for its tokens
+        timeout: Seconds = 300.0  # seconds of silence
+        parallel: Parallel = 4
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name, options)
+        self.base = checked_url(options.base_url, path="/v1beta")
+        self.headers = {"x-goog-api-key": secret_from(options.api_key_env).reveal()}
+
+    @classmethod
+    def plan(cls, options: Options, request: Request) -> Fields:
+        """The body that will be posted, but for the images in it."""
+        return gemini_body(options, request._replace(images=()))
+
+    @classmethod
+    def takes(cls, options: Options) -> Takes:
+        """What its image models do."""
+        return Takes(
+            14,
+            formats=tuple(MIME_TYPES),
+            ignores=("background", "quality", "steps", "negative_prompt"),
+            makes=("jpeg",),
+            aspects=GEMINI_ASPECTS,
+        )
+
+    def generate(self, ctx: Context, request: Request) -> Result:
+        """Pay, and note the id that comes first; where the stream breaks off later, it will do."""
+
+        def note_id(received: bytearray) -> None:
+            if not ctx.remote_ids and (ident := gemini_document(received).get("id")):
+                ctx.remote(id=ident)
+
+        body = gemini_body(self.options, request)
+        ctx.progress("waiting for the image")
+        try:
+            response = self._http(ctx).pay("/interactions", body, on_block=note_id)
+            if not ctx.remote_ids:
+                raise Unknown(f"sent, and answered {response.excerpt()}")
+        except Unknown:
+            if not ctx.remote_ids:
+                raise
+        return self.resume(ctx, {**ctx.remote_ids, "since": now_iso()}, request)
+
+    def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
+        """The image in what was kept here of its stream, or else by its id."""
+        http = self._http(ctx)
+        document = gemini_document(ctx.kept_answer())
+        if "image" not in document:
+            if "id" not in remote:
+                return super().resume(ctx, remote, request)
+            document = self._ended(http, remote)
+        if "image" not in document:
+            raise gemini_failure(document)
+        ctx.settle("yes")
+        item = document["image"]
+        if "data" in item:
+            image = decode_base64(item["data"].encode(), ctx.spool())
+        else:
+            image = fetch_paid(http, item.get("uri"))
+        return Result(
+            image=image,
+            mime_type=str(item.get("mime_type")),
+            model=self.options.model,
+            seed=request.seed,
+            cost_usd=gemini_cost(self.options.model, document.get("usage") or {}),
+            cost_source="tokens",
+            metadata={key: document.get(key) for key in ("id", "created", "usage", "text")},
+        )
+
+    def cancel(self, ctx: Context, remote: Fields) -> None:
+        """Cancel the interaction and see it end; Unknown where it was completed before."""
+        http = self._http(ctx)
+        http.post(f"/interactions/{remote['id']}/cancel", {})
+        if self._ended(http, remote).get("status") == "completed":
+            raise Unknown("it had been completed before")
+
+    def _ended(self, http: Http, remote: Fields) -> JsonObject:
+        """The interaction as it is once it runs no more."""
+        path = f"/interactions/{remote['id']}"
+        try:
+            document = gemini_document(http.get(path).body)
+            while (status := document.get("status")) in ("in_progress", "queued"):
+                http.ctx.progress(status)
+                http.ctx.sleep(1.0)
+                document = gemini_document(http.get(path).body)
+        except BadConfig as problem:
+            age = time.time() - epoch(str(remote.get("since")))
+            if age > GEMINI_HIDDEN_S and str(problem).startswith("404"):
+                raise Ended(f"{path} is not known there any more") from None
+            raise
+        if (document.get("usage") or EMPTY).get("total_output_tokens"):
+            http.ctx.settle("yes")
+        return document
+
+    def check(self, ctx: Context) -> str:
+        """The model's page."""
+        return str(self._http(ctx).get_json(f"/models/{self.options.model}")["name"])
+
+    def _http(self, ctx: Context) -> Http:
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
+
+
+def gemini_body(options: Any, request: Request) -> JsonObject:
+    """The body of a request."""
+    form: JsonObject = {"aspect_ratio": request.aspect, "image_size": options.image_size}
+    if request.width:
+        form["aspect_ratio"] = nearest_aspect(request.width / request.height, GEMINI_ASPECTS)
+        edge = (request.width * request.height) ** 0.5
+        form["image_size"] = next(size for size in GEMINI_SIZES if edge <= GEMINI_SIZES[size])
+    items = [{"type": "text", "text": request.prompt}]
+    for image in request.images:
+        _, _, data = data_uri(image).partition(",")
+        items.append({"type": "image", "data": data, "mime_type": image.mime_type})
+    body = {
+        "model": options.model,
+        "input": items,
+        "response_format": {"type": "image", **{key: form[key] for key in form if form[key]}},
+        "generation_config": {"seed": request.seed},
+        "stream": True,
+        "store": True,
+        **options.extra,
+    }
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def gemini_document(body: bytes | bytearray) -> JsonObject:
+    """The interaction in a response, be it JSON or the events of a stream, as far as they go.
+
+    With the last `image` that the model made, not of those that it thought of, and its `text`.
+    """
+    body = bytes(inflated(body))
+    events = [parsed(body)]
+    if not events[0]:
+        events = [parsed(line) for line in re.findall(rb"(?m)^data: ?(.*)$", body)]
+    document: JsonObject = {"text": ""}
+    kind = ""
+    for event in events:
+        interaction = event.get("interaction") or event
+        merge_line(document, interaction)
+        # A delta goes on with the step that was begun.
+        further = event.get("step") or {"type": kind, "content": [event.get("delta")]}
+        for step in interaction.get("steps") or [further]:
+            kind = step["type"]
+            if "error" in step:
+                document["error"] = step["error"]
+            for item in step.get("content") or ():
+                if item and kind == "model_output":
+                    document["text"] += item.get("text") or ""
+                    if item.get("type") == "image":
+                        document["image"] = item
+    return document
+
+
+def gemini_failure(document: Fields) -> ImagenError:
+    """Why an interaction that is over has no image."""
+    status = document.get("status")
+    errors = document.get("errors") or document.get("error") or ""
+    reason = excerpt(f"{document['text']} {errors}".encode())
+    if status == "completed" or GEMINI_REFUSED.search(reason):
+        return Refused(f"no image, but {reason}", "reword the prompt")
+    return Ended(f"the interaction ended as {status}: {reason}")
+
+
+def gemini_cost(model: str, usage: Fields) -> float | None:
+    """USD by the tokens of the image; None where model or count are unknown."""
+    for name, usd in GEMINI_TOKENS.items():
+        for row in usage.get("output_tokens_by_modality") or ():
+            if model.startswith(name) and row["modality"].lower() == "image":
+                return round(usd * float(row["tokens"]) / 1e6, 6)
+    return None
+
+
+def gemini_error(response: HttpResponse) -> ImagenError:
+    """What an error of Google's means."""
+    text = str(response.json()["error"]["message"])
+    if "API key" in text:
+        return BadConfig(text, "check the variable that api_key_env names")
+    if b"PerDay" in response.body:
+        return Quota(f"429: {text}")
+    return explain_status(response, excerpt(text.encode()))
 
 
 # === Output: names, and files that are never half there ===
@@ -4743,15 +5149,6 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def parsed(text: bytes) -> JsonObject:
-    """The mapping that a JSON text is; {} where it is none."""
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
 def read_bytes(path: str) -> bytes:
     """The file at `path`; b"" where it cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
@@ -4883,7 +5280,7 @@ class Sidecar(TypedDict, total=False):
     seed: int | None  # None: nobody knows which was used
     steps: int | None
     timestamp: str  # ISO 8601 with offset
-    requested: JsonObject  # width, height, steps, backend_opts
+    requested: JsonObject  # width, height, steps; backend_opts and LOOKS where there are any
     width: int  # pixels; until the image is there those that were asked of the backend
     height: int
     mime_type: str
@@ -4891,7 +5288,9 @@ class Sidecar(TypedDict, total=False):
     sha256: str
     latency_ms: int | None
     cost_usd_estimate: float | None
+    cost_source: str  # reported, tokens, table, config
     charged: Charged
+    deviations: JsonObject  # what came otherwise than asked for, by its name
     ignored: list[str]
     inputs: list[JsonObject]  # name, sha256, width, height, mime_type, image_id
     mask: JsonObject
@@ -4920,6 +5319,7 @@ class Record(TypedDict, total=False):
     ordered: str  # hash of what was ordered
     storage: str  # date/slug-seed: how the object's name begins; "": no cloud
     sidecar_wanted: bool
+    strict: bool
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
     reserved: float | None  # USD that count until it is known what it costs
@@ -5138,6 +5538,7 @@ def first_sidecar(
 ) -> Sidecar:
     """What is known of an image before anything is sent, but for its id and time."""
     requested = {name: getattr(request, name) for name in ("width", "height", "steps")}
+    requested |= {name: value for name in LOOKS if (value := getattr(request, name))}
     if request.backend_opts:
         requested["backend_opts"] = dict(request.backend_opts)
     sidecar: Sidecar = {
@@ -5172,7 +5573,9 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
         seed = result["seed"]
     if "seed" in ignored:
         seed = None
+    source = {"cost_source": result["cost_source"]} if result.get("cost_source") else {}
     return {
+        **source,
         **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
         "seed": seed,
         "cost_usd_estimate": result.get("cost_usd"),
@@ -5384,11 +5787,13 @@ def find_image(name: str) -> Record | None:
     """
     if name == "last":
         return next(images_made(), None)
-    path = ""
+    path = digest = ""
     sidecar = Sidecar()
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
+        import hashlib
+
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
@@ -5396,7 +5801,12 @@ def find_image(name: str) -> Record | None:
         with suppress(ValueError):  # it is no sidecar of ours
             sidecar = checked_record(alone)["sidecar"]
         image_id = sidecar.get("image_id") or name
-        needle = image_id if sidecar else to_json(path)[1:-1]
+        needle = image_id
+        if not sidecar:
+            # The same bytes are the same image, wherever they have been moved to.
+            if data := read_bytes(path):
+                digest = hashlib.sha256(data).hexdigest()
+            needle = digest or to_json(path)[1:-1]
     for record in attempts(needle=needle):
         if "path" not in record:
             continue
@@ -5404,7 +5814,8 @@ def find_image(name: str) -> Record | None:
             if sidecar and os.path.exists(path):  # it may have been moved since
                 record["path"] = path
             return record
-        if record["path"] == path and not sidecar:
+        if not sidecar and (record["path"] == path or record["sidecar"].get("sha256") == digest):
+            record["path"] = path
             return record
     if not sidecar:
         return None
@@ -5933,7 +6344,7 @@ def order_hash(order: Order, sidecar: Sidecar) -> str:
     import hashlib
 
     fields = order._asdict()
-    for name in ("n", "key", "caller", "pay_again", "output", "cloud"):
+    for name in ("n", "key", "caller", "pay_again", "output", "cloud", "strict"):
         del fields[name]
     fields["backend_opts"] = dict(order.backend_opts)
     fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
@@ -5957,9 +6368,10 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             seed = int(keyed_id(order.caller, order.key, 0)[-8:], 16) >> 1
     request = order.request()._replace(backend=order.backend or config.default_backend)
     cls, options = options_of(request.backend, config.backends, request.backend_opts)
+    takes = cls.takes(options)
     if order.images or order.mask or order.strength:
-        request = with_inputs(order, request, cls.takes(options), config)
-    styled = apply_style(request, config.styles)
+        request = with_inputs(order, request, takes, config)
+    styled = with_aspect(apply_style(request, config.styles), takes, order.strict)
     check_request(styled)
     mode = order.cloud or config.output.cloud_sync
     synced = mode == "on" or (mode == "auto" and not cloud_settings_missing(config))
@@ -5986,6 +6398,7 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "private": order.cloud == "off",
             "storage": storage,
             "sidecar_wanted": config.output.write_metadata_json,
+            "strict": order.strict,
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
         if order.tags:
@@ -6005,6 +6418,26 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
         )
         plans.append(plan)
     return plans
+
+
+def with_aspect(request: Request, takes: Takes, strict: bool) -> Request:
+    """The request with the nearest aspect that the backend offers, and none beside a size.
+
+    BadRequest where it is `strict`, and sure to come otherwise than asked for.
+    """
+    unmet = takes.unmet(request)
+    aspect = request.aspect
+    if request.width or not aspect:
+        request = request._replace(aspect="")
+    elif takes.aspects:
+        aspect = nearest_aspect(ratio_of(aspect), takes.aspects)
+        if off_by(ratio_of(aspect), ratio_of(request.aspect)) > ASPECT_TOLERANCE:
+            unmet.append(f"aspect {request.aspect} (the nearest is {aspect})")
+        request = request._replace(aspect=aspect)
+    if unmet and strict:
+        message = f"{request.backend} cannot take {', '.join(unmet)}"
+        raise BadRequest(message, "without --strict it comes as near as it can")
+    return request
 
 
 def with_inputs(order: Order, request: Request, takes: Takes, config: Config) -> Request:
@@ -6077,6 +6510,13 @@ def check_request(request: Request) -> None:
         raise BadRequest(fault, "--size 1024x1024")
     if not 0 <= request.steps <= 500:
         raise BadRequest(f"steps {request.steps}: 0 to 500")
+    form = r"[1-9]\d{0,3}(\.\d{1,3})?:[1-9]\d{0,3}(\.\d{1,3})?"
+    aspect = request.aspect or "1:1"
+    if not re.fullmatch(form, aspect) or off_by(ratio_of(aspect), 1.0) > 8:
+        raise BadRequest(f"aspect {aspect}: not W:H from 1:8 to 8:1", "--aspect 16:9")
+    if (request.format, request.background) == ("jpeg", "transparent"):
+        raise BadRequest("format jpeg: has no transparent background", "png and webp have")
+    check_text(request.quality, "quality")
 
 
 def check_limits(order: Order, limits: LimitsConfig) -> None:
@@ -6504,7 +6944,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         with run.recording_failure(backend):
             run.check()
             run.price = plan.price
-            return backend.generate(run, plan.styled)
+            return completed(backend, plan.styled, backend.generate(run, plan.styled))
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
         if not fallback or "fallback_from" in plan.record["sidecar"]:
@@ -6512,6 +6952,17 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         run.warn(f"{problem}; {fallback} makes it instead")
         run.begun = False
         return make(plan_instead(plan, fallback, config), config, run)
+
+
+def completed(backend: Backend, request: Request, result: Result) -> Result:
+    """The result, with the price and the ignored fields that were known before."""
+    unmet = backend.takes(backend.options).unmet(request)
+    result = result._replace(ignored=(*result.ignored, *unmet))
+    if result.cost_usd is not None:
+        return result
+    price = backend.price(backend.options, request)
+    source = "" if price.usd is None else price.source.partition(" ")[0]
+    return result._replace(cost_usd=price.usd, cost_source=source)
 
 
 # An order with a key, and what is known of an image of it:
@@ -6660,10 +7111,8 @@ def save(run: Run, place: str) -> Record:
     run.note_best_effort(
         image={"file": run.hidden, "sha256": sidecar["sha256"], "bytes": sidecar["bytes"]}
     )
-    requested = [record["sidecar"].get(side) for side in ("width", "height")]
-    made = [sidecar["width"], sidecar["height"]]
-    if requested[0] and requested != made:
-        run.warn("asked {}x{}, got {}x{}".format(*requested, *made))
+    if deviations := sidecar.get("deviations"):
+        run.warn("; ".join(deviations.values()))
     # 3. Named, its sidecar first, and on record under that name.
     text = None
     if record.get("sidecar_wanted", True):
@@ -6682,6 +7131,31 @@ def save(run: Run, place: str) -> Record:
     return record
 
 
+ASPECT_TOLERANCE = 1.01
+
+
+def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str, str]:
+    """What came otherwise than asked for, by its name, each for a person."""
+    wishes = dict(known.get("requested", EMPTY))
+    size = f"{sniffed.width}x{sniffed.height}"
+    made = {"format": MIME_TYPES[sniffed.format].removeprefix("image/")}
+    if known.get("width"):
+        wishes["size"] = f"{known['width']}x{known['height']}"
+        made["size"] = size
+    elif sniffed.width and "aspect" in wishes:
+        factor = off_by(ratio_of(wishes["aspect"]), ratio_of(size))
+        if factor > ASPECT_TOLERANCE:
+            made["aspect"] = size
+    if wishes.get("background", "auto") != "auto":
+        with suppress(ValueError, struct.error, zlib.error):
+            made["background"] = background_of(file, sniffed.format) or wishes["background"]
+    return {
+        name: f"asked {wishes[name]}, got {made[name]}"
+        for name in made
+        if wishes.get(name, made[name]) != made[name]
+    }
+
+
 def object_path(storage: str, entry_id: str, ending: str) -> str:
     """Where the image of an entry lies in the bucket: nobody else's, and nobody can guess it."""
     return f"{storage}-{entry_id[:8]}.{ending}"
@@ -6695,6 +7169,7 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
+        deviations = deviations_of(known, sniffed, file)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
     seed = known["seed"]
@@ -6718,6 +7193,8 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "storage_path": storage_path,
         "imagen_version": __version__,
     }
+    if deviations:
+        sidecar["deviations"] = deviations
     if not sniffed.complete:
         sidecar["complete"] = False
     if record.get("private"):
@@ -6914,6 +7391,7 @@ def _resume(run: Run, config: Config) -> Result:
     record = run.entry.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
+    request = with_aspect(request, backend.takes(backend.options), strict=False)
     others = []
     if "id" not in run.remote_ids:  # it is looked for, and must not be another attempt's
         others = [row.record for row in entries()] + [*attempts()]
@@ -6924,7 +7402,16 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     with run.recording_failure(backend):
-        return backend.resume(run, remote, request)
+        return completed(backend, request, backend.resume(run, remote, request))
+
+
+def strict_error(record: Record) -> Partial | None:
+    """The error of an image that is safe, but not what a strict order asked for."""
+    deviations = record["sidecar"].get("deviations")
+    if not deviations or not record.get("strict"):
+        return None
+    message = f"{record['path']}: {'; '.join(deviations.values())}"
+    return Partial(message, "it stays there", charged=record["sidecar"]["charged"])
 
 
 # A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
@@ -7024,11 +7511,13 @@ class Runner:
 
     def _run_one(self, item: Any, run: Run) -> None:
         record = None
-        error = None
+        error: ImagenError | None = None
         try:
             record = self.attempt(item, run)
             if record:
                 self.on_image(record)
+                if error := strict_error(record):
+                    self.on_error(error)
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
@@ -9141,6 +9630,9 @@ class Server:
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
+        fields["format"] = body.get("output_format", "")
+        if fields["format"] not in ("", *FORMATS):
+            raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
         # OpenAI's own two styles, which many clients send unasked.
         if (
             fields.get("style") in ("vivid", "natural")
@@ -9157,7 +9649,8 @@ class Server:
         passed = {*OPENAI_OPTIONS}.intersection(marked(cls.Options, REQUEST))
         # Those older models' own qualities, which come with their names.
         if "model" in ignored and body.get("quality") in ("standard", "hd"):
-            passed.discard("quality")
+            ignored.append("quality")
+            del fields["quality"]
         present = passed & body.keys()
         options = {key: body[key] for key in present if body[key] != "auto"}
         own = fields.get("backend_opts", {})
@@ -9374,10 +9867,14 @@ DALL_E = ("dall-e-2", "dall-e-3")  # which answered with links where nothing els
 # Fields of a body that are those of an Order, and OpenAI's that a backend's options may take.
 ORDER_FIELDS = (
     *("prompt", "negative_prompt", "style", "seed", "steps", "backend_opts", "n"),
-    *("images", "mask", "strength"),
+    *("images", "mask", "strength", "aspect", "background", "quality"),
 )
-OPENAI_OPTIONS = ("quality", "output_format", "background", "moderation", "input_fidelity")
-PARAMS = (*ORDER_FIELDS, *OPENAI_OPTIONS, "model", "size", "response_format", "stream")
+OPENAI_OPTIONS = ("moderation", "input_fidelity")
+PARAMS = (
+    *ORDER_FIELDS,
+    *OPENAI_OPTIONS,
+    *("model", "size", "output_format", "response_format", "stream"),
+)
 # What the events of a stream may say of an image, and "auto".
 EVENT_CHOICES = {
     "quality": ("low", "medium", "high", "xhigh", "max"),
@@ -10101,6 +10598,10 @@ class McpArguments(NamedTuple):
     images: tuple[str, ...] = ()
     mask: str = ""
     strength: Annotated[float, Between(0, 1)] = 0.0
+    aspect: str = ""
+    format: Format = ""
+    background: Background = ""
+    quality: str = ""
     request_id: str = ""
     max_cost: float | None = None
 
@@ -10124,6 +10625,7 @@ MCP_FIELDS = {
     "images": "images to start from: ids of list_images, or paths of files",
     "mask": "a PNG, transparent where the first image is to be made anew",
     "strength": "how far from the first image; 0: the backend's default",
+    "aspect": "W:H, such as 16:9, where no size is named",
     "request_id": "a word of yours for this image; the same one when you repeat the call",
     "max_cost": "USD that this call may cost; lower than what the session may",
     "query": "words that must stand in the prompt",
@@ -10433,6 +10935,8 @@ def mcp_image(record: Record) -> JsonObject:
         "cost_usd": sidecar.get("cost_usd_estimate"),
         "charged": sidecar.get("charged") or "no",
     }
+    if deviations := sidecar.get("deviations"):
+        image["deviations"] = deviations
     if record.get("reused"):
         image["reused"] = True
     return image
@@ -10699,6 +11203,10 @@ ORDER_FLAGS = """
 -i --image FILE*   what to start from: a file, an http address, an id, last, or - for stdin
 --mask FILE        a PNG, transparent where the first image is to be made anew
 --strength S       how far from the first image, from 0 to 1
+--aspect W:H       such as 16:9, the nearest that the backend offers; --size wins
+--format png|jpeg|webp  of the file
+--background transparent|opaque|auto  where the backend can
+--quality NAME     as the backend calls it, such as low or high
 --like FILE|last   take everything from an image made before; other flags override
 """
 
@@ -10710,6 +11218,7 @@ ORDER_FLAGS = """
     --key WORDS             the same key gives the same images again, paid once
     --pay-again             where nobody can tell whether those of this key were paid
     --detach                go on in the background, and print ids for `imagen wait` at once
+    --strict                an image that is not as asked for is exit code 9, though it stays
     -o --output FILE|DIR/   never overwrites: a taken name gets -2, -3, …
     --preview auto|on|off   show the image in tmux, kitty, iTerm2
     --no-preview            the same as --preview off
@@ -10724,7 +11233,7 @@ ORDER_FLAGS = """
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     """make images from a prompt"""
     config = budgeted(load_config(args.config), args.max_cost)
-    order = order_from(args, config.styles)
+    order = order_from(args, config.styles, terminal.note)
     if args.no_cloud:
         order = order._replace(cloud="off")
     elif args.cloud:
@@ -10837,11 +11346,16 @@ def tell_unfinished(terminal: Terminal) -> None:
         terminal.note(f"imagen: {number} to deliver: imagen sync")
 
 
-def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
+def order_from(
+    args: argparse.Namespace, styles: Mapping[str, Style], note: Callable[[str], object]
+) -> Order:
     """The order that the flags of `generate` and `jobs add` ask for."""
     fields: JsonObject = {"prompt": ""}
     if args.like:
-        fields = fields_like(args.like, styles)
+        fields, source = fields_like(args.like, styles)
+        note(f"--like: {', '.join(fields)} from {source}")
+    if args.aspect:
+        fields.update(width=0, height=0)
     if args.prompt == "-":
         args.prompt = prompt_from_stdin()
     if args.size is not None:
@@ -10859,7 +11373,7 @@ def order_from(args: argparse.Namespace, styles: Mapping[str, Style]) -> Order:
     options.update(options_from(args.opt or ()))
     if args.negative is not None:
         fields["negative_prompt"] = args.negative
-    for name in (*Request._fields, "n", "output", "key", "pay_again"):
+    for name in (*Request._fields, "n", "output", "key", "pay_again", "strict"):
         value = getattr(args, name, None)
         if value is not None:
             fields[name] = value
@@ -10897,13 +11411,14 @@ def stdin_uri() -> str:
     return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
 
 
-def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
-    """The order behind an image made before: its file, its sidecar, its id, or `last`."""
+def fields_like(name: str, styles: Mapping[str, Style]) -> tuple[JsonObject, str]:
+    """The order behind an image made before, and where it was read.
+
+    The image's file, its sidecar, its id, or `last`; or what another program wrote into it.
+    """
     record = find_image(name)
     if not record:
-        hint = "imagen list names them; imagen generate PROMPT makes one"
-        message = f"--like {name}: neither a sidecar nor an image with one beside it"
-        raise BadRequest(message, hint)
+        return embedded_fields(name)
     # What was asked for, not what came of it.
     sidecar: JsonObject = dict(record["sidecar"])
     sidecar.update(sidecar.get("requested") or {})
@@ -10917,7 +11432,42 @@ def fields_like(name: str, styles: Mapping[str, Style]) -> JsonObject:
         sidecar["mask"] = input_again(mask, folder)
     fields = {key: sidecar[key] for key in Request._fields if sidecar.get(key) is not None}
     order = from_mapping(Order, fields, f"--like {name}", BadRequest)
-    return sparse(order)
+    return sparse(order), f"the record of {record['path']}"
+
+
+# On the line that begins with the steps.
+A1111_SETTINGS = {
+    "steps": r"(\d+)",
+    "seed": r".*\bSeed: (\d+)",
+    "width": r".*\bSize: (\d+)x",
+    "height": r".*\bSize: \d+x(\d+)",
+}
+
+
+def embedded_fields(name: str) -> tuple[JsonObject, str]:
+    """The order that A1111 or ComfyUI wrote into an image, and which of them it was."""
+    path = full_path(name)
+    fields: JsonObject = {}
+    source = f"the ComfyUI graph in {name}"
+    if text := embedded_parameters(read_bytes(path)):
+        source = f"the A1111 parameters in {name}"
+        head, _, settings = text.partition("\nSteps: ")
+        prompt, _, negative = head.partition("\nNegative prompt:")
+        fields = {"prompt": prompt, "negative_prompt": negative.strip()}
+        for key, form in A1111_SETTINGS.items():
+            if number := re.match(form, settings):
+                fields[key] = int(number[1])
+    else:
+        with suppress(BadConfig):
+            graph = comfy_read(path)
+            places, _ = comfy_places(graph)
+            for mark, row in places.items():
+                for node, key in row[:1]:
+                    fields[COMFY_FIELDS[mark]] = graph[node]["inputs"][key]
+    if not fields.get("prompt"):
+        hint = "imagen list names them; imagen generate PROMPT makes one"
+        raise BadRequest(f"--like {name}: neither a sidecar nor an image that tells of it", hint)
+    return fields, source
 
 
 def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
@@ -11292,6 +11842,7 @@ class BatchRunner(TerminalRunner):
         try:
             plan = plans_of(batch_order(row, self.args), self.config)[number]
             record = super().attempt(plan, run) or Record()
+            row.error = row.error or strict_error(record)
             image: JsonObject = {**record["sidecar"], "path": record["path"]}
             if record.get("reused"):
                 image["reused"] = True
@@ -12049,7 +12600,7 @@ def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> in
     args.prompt, *others = args.items or [None]
     if others:
         raise BadRequest("a prompt of several words stands in quotes")
-    requests = job_requests(order_from(args, config.styles), config)
+    requests = job_requests(order_from(args, config.styles, terminal.note), config)
     for request in requests:
         request["priority"] = args.priority
         if args.run_after:
@@ -12178,7 +12729,7 @@ def jobs_left(ids: Sequence[str], kind: type[ImagenError], reason: str) -> Image
 
 _COLUMNS = (
     "prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, "
-    "inputs, mask, strength, key"
+    "inputs, mask, strength, key, aspect, format, background, quality"
 )
 # Whoever pays again for what may have been charged does so beside the key, which stays taken.
 RETRY = """INSERT INTO imagen.jobs (id, owner_user_id, COLUMNS)

@@ -485,6 +485,10 @@ alter table imagen.jobs
   add column if not exists inputs           text[],    -- paths in the bucket that the owner may read
   add column if not exists mask             text,      -- likewise
   add column if not exists strength         real,
+  add column if not exists aspect           text,      -- such as 16:9, where there is no size
+  add column if not exists format           text,      -- png, jpeg, webp
+  add column if not exists background       text,      -- auto, opaque, transparent
+  add column if not exists quality          text,      -- as the backend calls it
   add column if not exists lost             int not null default 0,  -- attempts whose worker was lost
   add column if not exists handed_back_at   timestamptz,  -- first, by a worker that could not make it
   add column if not exists key              text;      -- the same one, the same job
@@ -515,7 +519,8 @@ begin
       ('imagen_jobs_opts_check', 'check (jsonb_typeof(backend_opts) = ''object'' and octet_length(backend_opts::text) <= 16384)'),
       ('imagen_jobs_key_check', 'check (char_length(key) between 1 and 200)'),
       ('imagen_jobs_inputs_check', 'check (cardinality(inputs) <= 16 and octet_length(array_to_string(inputs, '''')) <= 16384'
-        ' and char_length(mask) <= 1024 and strength between 0 and 1)')
+        ' and char_length(mask) <= 1024 and strength between 0 and 1)'),
+      ('imagen_jobs_looks_check', 'check (char_length(concat(aspect, format, background, quality)) <= 200)')
     ) as v (name, rule)
   loop
     if not exists (select from pg_constraint where conrelid = 'imagen.jobs'::regclass and (conname = wanted.name
@@ -634,7 +639,7 @@ revoke all on imagen.jobs from anon, authenticated;
 grant all on imagen.jobs to service_role;
 grant select on imagen.jobs to authenticated;
 grant insert (prompt, negative_prompt, backend, style, width, height, steps, seed, backend_opts, inputs, mask, strength,
-  owner_user_id, status, key)
+  key, aspect, format, background, quality, owner_user_id, status)
   on imagen.jobs to authenticated;
 
 -- What has become of the caller's own job: canceled at once while it waits, "running" where its worker is asked to stop.

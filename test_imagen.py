@@ -80,6 +80,7 @@ import imagen
 #     Comfy                    ComfyUI, 0.3.64 to 0.33.0
 #     ReplicateServer          api.replicate.com
 #     OpenAIServer             the Images API, and the dialects of together, SGLang, LocalAI and vLLM
+#     GeminiServer             Google's Interactions API, with streams that break where you like
 #     Postgres, Database       a real server of our own; a database in it that looks like a Supabase project's
 #     Cloud, `synced`          a Supabase project before a Database (real PostgREST, or PostgrestStandIn); a home with sync
 #     Tty, PreviewTmux         a terminal; a tmux server of its own
@@ -762,7 +763,7 @@ class FileHost(Server):
         with self.changed:
             if keys := [
                 seen.headers[n]
-                for n in ("authorization", "x-api-key", "apikey", "cookie")
+                for n in ("authorization", "x-api-key", "x-goog-api-key", "apikey", "cookie")
                 if n in seen.headers
             ]:
                 self.leaked += keys
@@ -2713,6 +2714,184 @@ class OpenAIServer(Server):
         }
 
 
+GEMINI_RATIOS = "1:1 2:3 3:2 3:4 4:3 4:5 5:4 9:16 16:9 21:9 1:4 4:1 1:8 8:1".split()  # noqa: SIM905
+GEMINI_EVENTS = 9  # of a stream that makes an image
+
+
+class GeminiFate(NamedTuple):
+    """What becomes of an interaction."""
+
+    cut: int | None = None  # events that arrive before the connection breaks
+    rst: bool = False
+    hold: threading.Event | None = None  # the stream goes on after `cut` once this is set
+    gone: bool = False  # nobody knows it afterwards
+    polls: int = 0  # times that a GET finds it at work
+    text: str = ""  # in place of an image
+    errors: tuple[dict[str, Any], ...] = ()
+    status: str = "completed"
+    uri: bool = False
+    spent: int = 1120  # tokens of the image
+
+
+class GeminiServer(Server):
+    """Google's Interactions API, by the types of its client 3.6.1: POST with its stream, GET, cancel.
+
+    What the model thinks has a picture in it that is not the image. Base URL for the adapter: `v1`.
+    """
+
+    def __init__(self, key: str = "AIza-stand-in-0001") -> None:
+        super().__init__()
+        self.key = key
+        self.v1 = f"{self.base}/v1"
+        self.files = FileHost()
+        self.bodies: list[dict[str, Any]] = []
+        self.interactions: dict[str, dict[str, Any]] = {}  # as they will be once they are over
+        self.fates: list[GeminiFate] = []
+        self.answers: list[Answer] = []  # that the next POSTs get instead
+        self.billed = 0
+        self.cancelled: list[str] = []
+        self.sent_events: list[int] = []  # of each stream that breaks or waits
+        self._polls: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self.files.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.files.__exit__(kind, *rest)
+        super().__exit__(kind, *rest)
+
+    def script(self, *answers: object) -> None:
+        """What the next POSTs get, whatever they ask for."""
+        self.answers += map(as_answer, answers)
+
+    @staticmethod
+    def error(code: int, status_name: str, text: str, **headers: str) -> Answer:
+        body = {"error": {"code": code, "message": text, "status": status_name}}
+        return status(code, body, headers)
+
+    def respond(self, seen: Seen) -> object:
+        with self.changed:
+            if seen.headers.get("x-goog-api-key") != self.key:
+                text = "API key not valid. Please pass a valid API key."
+                return self.error(400, "INVALID_ARGUMENT", text)
+            match [seen.method, *seen.path.partition("?")[0].strip("/").split("/")[1:]]:
+                case ["GET", "models", model]:
+                    return {"name": f"models/{model}", "displayName": "Nano Banana"}
+                case ["POST", "interactions"]:
+                    return self._create(seen)
+                case ["GET", "interactions", ident] if ident in self.interactions:
+                    # Several lines, as Google's servers write it.
+                    text = json.dumps(self._shown(ident), indent=2)
+                    return ok(text, content_type="application/json")
+                case ["POST", "interactions", ident, "cancel"] if ident in self.interactions:
+                    if self._polls[ident] > 0:
+                        self.cancelled.append(ident)
+                        self._polls[ident] = 0
+                        self.interactions[ident].update(status="cancelled", steps=[])
+                    return self._shown(ident)
+            return self.error(404, "NOT_FOUND", "Requested entity was not found.")
+
+    def _shown(self, ident: str) -> dict[str, Any]:
+        if self._polls[ident] > 0:
+            self._polls[ident] -= 1
+            return {"id": ident, "status": "in_progress", "object": "interaction"}
+        return self.interactions[ident]
+
+    def _create(self, seen: Seen) -> Answer:
+        body = seen.json
+        self.bodies.append(body)
+        if self.answers:
+            return self.answers.pop(0)
+        form = body.get("response_format") or {}
+        for name, allowed in (
+            ("aspect_ratio", GEMINI_RATIOS),
+            ("image_size", ["512", "1K", "2K", "4K"]),
+            ("mime_type", ["image/jpeg"]),
+        ):
+            if form.get(name, allowed[0]) not in allowed:
+                text = f"Invalid value at 'response_format.{name}': {form[name]}"
+                return self.error(400, "INVALID_ARGUMENT", text)
+        fate = self.fates.pop(0) if self.fates else GeminiFate()
+        ident = f"v1_{uuid.uuid4().hex}"
+        across, down = map(int, form.get("aspect_ratio", "1:1").split(":"))
+        picture = jpeg(48 * across, 48 * down, json.dumps(body).encode())
+        item = {"type": "image", "mime_type": "image/jpeg", "data": b64(picture)}
+        if fate.uri:
+            item = {**item, "uri": self.files.put(picture, "jpg")}
+            del item["data"]
+        draft = {"type": "image", "mime_type": "image/png", "data": b64(png(8, 8))}
+        made = {"type": "text", "text": fate.text} if fate.text or fate.errors else item
+        by_modality = [{"modality": "image", "tokens": fate.spent * (made is item)}]
+        usage = {
+            "total_input_tokens": 9,
+            "total_output_tokens": by_modality[0]["tokens"],
+            "output_tokens_by_modality": by_modality,
+        }
+        steps = [
+            {"type": "thought", "summary": [draft]},
+            {"type": "model_output", "content": [made]},
+        ]
+        shown = {"id": ident, "model": body["model"], "object": "interaction"}
+        over = {**shown, "status": fate.status, "usage": usage}
+        self.billed += 1
+        if not fate.gone:
+            self.interactions[ident] = {**over, "steps": steps, "errors": [*fate.errors]}
+            self._polls[ident] = fate.polls
+        if not body.get("stream"):
+            return ok(self.interactions[ident])
+        events: list[dict[str, Any]] = [
+            {
+                "event_type": "interaction.created",
+                "interaction": {**shown, "status": "in_progress"},
+            },
+            {
+                "event_type": "interaction.status_update",
+                "interaction_id": ident,
+                "status": "in_progress",
+            },
+            {"event_type": "step.start", "index": 0, "step": {"type": "thought"}},
+            {
+                "event_type": "step.delta",
+                "index": 0,
+                "delta": {"type": "thought_summary", "content": draft},
+            },
+            {"event_type": "step.stop", "index": 0},
+            {"event_type": "step.start", "index": 1, "step": {"type": "model_output"}},
+            {"event_type": "step.delta", "index": 1, "delta": made},
+            {"event_type": "step.stop", "index": 1},
+            *({"event_type": "error", "error": error} for error in fate.errors),
+            {"event_type": "interaction.completed", "interaction": over},
+        ]
+        return self._stream(events, fate)
+
+    def _stream(self, events: list[dict[str, Any]], fate: GeminiFate) -> Answer:
+        def play(wire: Wire) -> None:
+            head = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
+            wire.send(_head(200, head))
+            for number, event in enumerate([*events, None]):
+                if number == fate.cut:
+                    with self.changed:
+                        self.sent_events.append(number)
+                        self.changed.notify_all()
+                    if not fate.hold:
+                        # In the middle of an event, as connections break.
+                        wire.send(b"40\r\nevent: x\ndata: {")
+                        if fate.rst:
+                            _linger_zero(wire)
+                        return
+                    if not wire.stay_until(fate.hold):
+                        return
+                if event:
+                    line = f"event: {event['event_type']}\ndata: {json.dumps(event)}\n\n".encode()
+                else:
+                    line = b"event: done\ndata: [DONE]\n\n"
+                wire.send(b"%x\r\n%s\r\n" % (len(line), line))
+            wire.send(b"0\r\n\r\n")
+
+        return Answer(play)
+
+
 # What a Supabase project is made of: roles (of the whole cluster), then one database. As a superuser; both may be run
 # again, and ROLES then takes back what a test has set for a role.
 ROLES = """
@@ -4629,6 +4808,111 @@ def test_images_other_formats_are_no_image_of_ours(kind: str) -> None:
     assert imagen.sniff(io.BytesIO(images_make(kind, "RGB", (16, 16)))) is None
 
 
+def images_alpha(mode: str, least: int, **options: Any) -> bytes:
+    """A picture whose alpha is `least` in one pixel, and opaque elsewhere, as Pillow or we write it."""
+    if mode.endswith("16"):  # which Pillow reads, but does not write
+        channels = {"RGBA16": 4, "LA16": 2}[mode]
+        color = {"RGBA16": 6, "LA16": 4}[mode]
+        rows = bytearray()
+        for y in range(12):
+            rows += b"\0"
+            for x in range(12):
+                rows += bytes([x, y] * (channels - 1))
+                rows += bytes([least if (x, y) == (7, 9) else 255, 17])
+
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return (
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
+
+        head = struct.pack(">IIBBBBB", 12, 12, 16, color, 0, 0, 0)
+        body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        return imagen.PNG_MAGIC + body
+    pillow = pytest.importorskip("PIL.Image")
+    if mode.startswith("P"):
+        bits = int(mode[1:])
+        picture = pillow.new("P", (13, 12), 1)
+        picture.putpalette(bytes(range(48)))
+        picture.putpixel((7, 9), 0)
+        options = {"bits": bits, "transparency": bytes([least, 255]), **options}
+    else:
+        picture = pillow.new(mode, (12, 12))
+        for x, y in itertools.product(range(12), range(12)):
+            value = (x * 20, y * 20, 9)[: len(mode) - 1]
+            picture.putpixel((x, y), (*value, least if (x, y) == (7, 9) else 255))
+    file = io.BytesIO()
+    picture.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+IMAGES_ALPHA: list[tuple[str, dict[str, Any]]] = [
+    *((mode, {}) for mode in ("RGBA", "LA", "P1", "P2", "P4", "P8", "RGBA16", "LA16")),
+    ("RGBA", {"format": "WEBP", "lossless": True}),
+    ("RGBA", {"format": "WEBP", "lossless": False}),
+    ("RGBA", {"format": "WEBP", "lossless": True, "exif": b"Exif\0\0II*\0"}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), IMAGES_ALPHA, ids=str)
+def test_images_what_shows_through_is_seen_as_pillow_sees_it(mode: str, options: Any) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    for least in (0, 128, 254, 255):
+        data = images_alpha(mode, least, **options)
+        with pillow.open(io.BytesIO(data)) as picture:
+            alpha = picture.convert("RGBA").getchannel("A")
+            assert picture.format == options.get("format", "PNG")
+        expected = alpha.getextrema()[0] < 255
+        ending = options.get("format", "PNG").lower()
+        seen = imagen.background_of(io.BytesIO(data), ending)
+        assert seen == ("transparent" if expected else "opaque"), least
+
+
+def test_images_what_nobody_looked_at_so_closely_is_not_told() -> None:
+    interlaced = bytearray(images_alpha("RGBA16", 0))
+    interlaced[28] = 1
+    assert imagen.background_of(io.BytesIO(bytes(interlaced)), "png") == ""
+    for data in (png(9, 9), jpeg(9, 9), gif(9, 9)):
+        sniffed = imagen.sniff(io.BytesIO(data))
+        assert sniffed
+        assert imagen.background_of(io.BytesIO(data), sniffed.format) == "opaque"
+
+
+def test_images_a_large_opaque_png_is_looked_through_quickly() -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    picture = pillow.frombytes("RGB", (1024, 1024), random.Random(1).randbytes(3 << 20))
+    picture.convert("RGBA").save(file, "PNG", compress_level=1)
+    began = time.process_time()
+    assert imagen.background_of(file, "png") == "opaque"
+    assert time.process_time() - began < 1
+
+
+def images_exif(comment: bytes) -> bytes:
+    """A JPEG with a comment where cameras have it, as A1111 writes it."""
+    folder = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 8 + 18 + 18, 0)
+    exif = b"MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x8769, 4, 1, 8 + 18, 0) + folder + comment
+    data = b"Exif\0\0" + exif
+    return jpeg()[:2] + b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data + jpeg()[2:]
+
+
+def test_images_parameters_are_read_out_of_png_and_jpeg() -> None:
+    text = "größe, 狐\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 512x768"
+    for encoding in ("utf-16-be", "utf-16-le"):
+        data = images_exif(b"UNICODE\0" + text.encode(encoding))
+        assert imagen.embedded_parameters(data).startswith(text)
+    plain = text.replace("狐", "fox")
+    assert imagen.embedded_parameters(png(text={"parameters": plain})) == plain
+    assert (
+        imagen.embedded_parameters(imagen.png_encode(1, 1, b"abc", b"\0", {"parameters": text}))
+        == text
+    )
+    for data in (png(), jpeg(), images_exif(b"ASCII\0\0\0a comment"), b"", b"\x89PNG"):
+        assert imagen.embedded_parameters(data) == ""
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (300, 7)], ids=str)
 @pytest.mark.parametrize(
     "text", ["a fox", "Größe & café", "日本 🦊 “ß”", "two\nlines", "", "x" * 5000, "lone \ud800"]
@@ -4791,9 +5075,10 @@ def test_contract_a_request_asks_for_nothing_by_itself() -> None:
         "backend": "",
     }
     fields |= {"backend_opts": {}, "images": (), "mask": None, "strength": 0.0}
+    fields |= dict.fromkeys(imagen.LOOKS, "")
     assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields}
     result = imagen.Result(io.BytesIO(), "image/png")
-    assert result[2:] == (None, None, None, None, (), {}, ())
+    assert result[2:] == (None, None, None, None, (), {}, (), "")
     for shared in (imagen.Request("x").backend_opts, result.metadata):
         with pytest.raises(TypeError):
             shared["x"] = 1
@@ -5750,7 +6035,7 @@ class HttpFaults(Server):
     @property
     def creates(self) -> list[Seen]:
         """The POSTs that ask for an image."""
-        ends = ("/generations", "/predictions", "/prompt")
+        ends = ("/generations", "/predictions", "/prompt", "/interactions")
         return [seen for seen in self.seen if seen.method == "POST" and seen.path.endswith(ends)]
 
 
@@ -5759,6 +6044,10 @@ class HttpComfy(HttpFaults, Comfy):
 
 
 class HttpOpenAI(HttpFaults, OpenAIServer):
+    pass
+
+
+class HttpGemini(HttpFaults, GeminiServer):
     pass
 
 
@@ -5796,8 +6085,13 @@ HTTP_BLOCKS: dict[str, dict[str, Any]] = {
         "model": "black-forest-labs/flux-schnell",
         "api_token_env": "HTTP_TEST_KEY",
     },
+    "gemini": {
+        "type": "gemini",
+        "model": "gemini-3.1-flash-image",
+        "api_key_env": "HTTP_TEST_KEY",
+    },
 }
-HTTP_PAID = ("openai", "replicate")
+HTTP_PAID = ("openai", "replicate", "gemini")
 each_remote = pytest.mark.parametrize("kind", sorted(HTTP_BLOCKS))
 each_paid = pytest.mark.parametrize("kind", HTTP_PAID)
 
@@ -5816,6 +6110,8 @@ def http_server(kind: str) -> Any:
         return HttpComfy()
     if kind == "openai":
         return HttpOpenAI(HTTP_KEY)
+    if kind == "gemini":
+        return HttpGemini(HTTP_KEY)
     server = HttpReplicate(HTTP_KEY)
     server.script(always=True, polls=0)
     return server
@@ -6292,11 +6588,16 @@ def test_http_contract_the_key_goes_to_the_api_and_never_to_where_its_files_lie(
             server.dialect = "sglang"
             server.url_as = "foreign"
             more = {"model": "m", "response_format": "url"}
+        elif kind == "gemini":
+            server.fates.append(GeminiFate(uri=True))
         else:
             server.urls_base = f"{elsewhere.base}/v1"  # an answer whose `urls` lead to another host
             server.script(polls=2)
         http_adapter(kind, server.base, **more).generate(HttpContext(), http_wanted()).image.close()
-        assert all(seen.headers["authorization"] == f"Bearer {HTTP_KEY}" for seen in server.seen)
+        header, value = "authorization", f"Bearer {HTTP_KEY}"
+        if kind == "gemini":
+            header, value = "x-goog-api-key", HTTP_KEY
+        assert all(seen.headers[header] == value for seen in server.seen)
         assert len(server.files.seen) == 1
         assert server.files.leaked == []
         assert elsewhere.seen == []
@@ -6604,6 +6905,8 @@ def test_http_contract_an_image_cut_off_is_fetched_again_not_paid_again(
             server.dialect = "sglang"
             server.url_as = "foreign"
             more = {"model": "m", "response_format": "url"}
+        if kind == "gemini":
+            server.fates.append(GeminiFate(uri=True))
         if kind == "comfyui":
             server.fault("GET /view", HTTP_BREAKS[case])
         else:
@@ -6711,10 +7014,10 @@ def test_http_a_paid_post_with_an_unclear_end_is_sent_once_and_recover_knows_it(
     box: Box, kind: str, case: str
 ) -> None:
     with http_server(kind) as server:
-        if kind == "openai":
-            server.script(HTTP_UNCLEAR[case])
-        else:
+        if kind == "replicate":
             server.answer_next(HTTP_UNCLEAR[case], create=True)
+        else:
+            server.script(HTTP_UNCLEAR[case])
         done = http_fox(box, server, kind, timeout=1)
         assert done.code == 10
         assert done.err.count("Traceback") == 0
@@ -6733,10 +7036,10 @@ def test_http_a_paid_post_with_an_unclear_end_is_sent_once_and_recover_knows_it(
         again = http_run(box, server, kind, "recover", "--all", "--json")
         assert box.unfinished() == []
         assert len(server.creates) == 1
-        if kind == "openai" and case == "truncated":
+        if kind != "replicate" and case == "truncated":
             assert again.code == 0  # the beginning of the image was here
             assert again.json["images"][0]["complete"] is False
-        elif kind == "openai":
+        elif kind != "replicate":
             assert again.code == 10
             assert "this entry is closed" in again.json["error"]["hint"]
             closed = box.ledger()[-1]
@@ -6805,7 +7108,7 @@ def test_http_what_was_turned_away_is_repeated_and_costs_nothing(
         done = http_fox(box, server, kind)
         assert done.code == 0, done.out
         assert len(server.creates) == times + 1
-        assert (server.billed if kind == "openai" else server.created) == 1
+        assert (server.created if kind == "replicate" else server.billed) == 1
         assert done.json["images"][0]["charged"] == "yes" == box.ledger()[-1]["charged"]
 
 
@@ -9088,9 +9391,10 @@ def test_replicate_the_cost_is_the_configs_or_the_tables_or_unknown(
         price = backend.price(backend.options, imagen.Request("a"))
         assert price.usd == json.loads(usd)
         assert re.fullmatch(r"config|table of 20\d\d-\d\d-\d\d|", price.source)
-        assert backend.generate(
-            AdapterContext(), imagen.Request("a fox", seed=7)
-        ).cost_usd == json.loads(usd)
+        request = imagen.Request("a fox", seed=7)
+        result = backend.generate(AdapterContext(), request)
+        result = imagen.completed(backend, request, result)
+        assert (result.cost_usd, result.cost_source) == (price.usd, price.source.split(" ")[0])
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -9536,6 +9840,267 @@ def test_openai_a_key_goes_only_where_the_config_names_one(
         imagen.open_backend("paint", {"paint": {"type": "openai", "model": "gpt-image-2"}})
 
 
+class Vendor(NamedTuple):
+    """What a service's own description says, as far as it matters here."""
+
+    path: str
+    edits: str  # where images go; "": nowhere
+    key: str  # the header that takes it
+    fields: str  # that a body may have
+    size: dict[str, Any]  # how 16:9 is asked for
+    image: str  # where an image is in a JSON body; "": in a form
+    ignored: str
+    answer: dict[str, Any]
+    headers: dict[str, str] = {}  # noqa: RUF012
+    cost: float | None = None
+    source: str = ""
+
+
+OPENAI_GPT = str.split("model prompt n size quality output_format background")
+OPENAI_TOKENS = {"usage": {"input_tokens": 9, "output_tokens": 1000}}
+OPENAI_PIXELS = {"size": "1360x768"}
+# https://openrouter.ai/docs, learn.microsoft.com/azure/ai-foundry/openai, docs.x.ai, docs.together.ai, docs.byteplus.com,
+# docs.litellm.ai, and the servers' own sources.
+OPENAI_VENDORS = {
+    "openrouter": Vendor(
+        "/api/v1/images",
+        "/api/v1/images",
+        "authorization",
+        "model prompt n size aspect_ratio resolution quality background output_format output_compression seed "
+        "input_references provider stream session_id user",
+        {"aspect_ratio": "16:9"},
+        "input_references.0.image_url.url",
+        "negative_prompt steps",
+        {"usage": {"cost": 0.04, "prompt_tokens": 0, "completion_tokens": 4175}},
+        cost=0.04,
+        source="reported",
+    ),
+    "azure": Vendor(
+        "/openai/v1/images/generations",
+        "/openai/v1/images/edits",
+        "api-key",
+        " ".join(OPENAI_GPT),
+        {"size": "1536x1024"},
+        "",
+        "negative_prompt seed steps",
+        OPENAI_TOKENS,
+        cost=0.008018,
+        source="tokens",
+    ),
+    "azure-deployment": Vendor(
+        "/openai/deployments/gpt-image-1-mini/images/generations?api-version=2025-04-01-preview",
+        "/openai/deployments/gpt-image-1-mini/images/edits?api-version=2025-04-01-preview",
+        "api-key",
+        " ".join(OPENAI_GPT),
+        {"size": "1536x1024"},
+        "",
+        "negative_prompt seed steps",
+        OPENAI_TOKENS,
+        cost=0.008018,
+        source="tokens",
+    ),
+    "grok": Vendor(
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "authorization",
+        "model prompt n aspect_ratio resolution quality response_format image images",
+        {"aspect_ratio": "16:9"},
+        "images.0.url",
+        "format negative_prompt seed steps",
+        {"usage": {"cost_in_usd_ticks": 200_000_000}},
+        cost=0.02,
+        source="reported",
+    ),
+    "together": Vendor(
+        "/v1/images/generations",
+        "/v1/images/generations",
+        "authorization",
+        "model prompt n width height steps seed negative_prompt guidance_scale image_url reference_images "
+        "image_loras output_format disable_safety_checker response_format",
+        {"width": 1360, "height": 768, "steps": 9, "seed": 7, "negative_prompt": "blur"},
+        "image_url",
+        "quality",
+        {"id": "x", "object": "list"},
+    ),
+    "seedream": Vendor(
+        "/api/v3/images/generations",
+        "/api/v3/images/generations",
+        "authorization",
+        "model prompt n image size seed sequential_image_generation stream guidance_scale response_format watermark",
+        {**OPENAI_PIXELS, "watermark": False},
+        "image.0",
+        "format negative_prompt quality seed steps",
+        {"usage": {"generated_images": 1}},
+    ),
+    "litellm": Vendor(
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "authorization",
+        " ".join(OPENAI_GPT),
+        {"size": "1536x1024"},
+        "",
+        "negative_prompt seed steps",
+        OPENAI_TOKENS,
+        {"x-litellm-response-cost": "0.0123"},
+        0.0123,
+        "reported",
+    ),
+    "sd-cpp": Vendor(
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "",
+        "model prompt n size output_format output_compression",
+        OPENAI_PIXELS,
+        "",
+        "negative_prompt quality seed steps",
+        {"output_format": "jpeg"},
+        cost=0.0,
+        source="config",
+    ),
+    "vllm-omni": Vendor(
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "",
+        "model prompt n size negative_prompt num_inference_steps guidance_scale seed output_format response_format "
+        "quality",
+        {**OPENAI_PIXELS, "num_inference_steps": 9, "seed": 7, "negative_prompt": "blur"},
+        "",
+        "",
+        {"output_format": "jpeg"},
+        cost=0.0,
+        source="config",
+    ),
+    "sglang": Vendor(
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "",
+        "model prompt n size negative_prompt num_inference_steps guidance_scale seed output_format response_format "
+        "quality",
+        {**OPENAI_PIXELS, "num_inference_steps": 9, "seed": 7, "negative_prompt": "blur"},
+        "",
+        "",
+        {},
+        cost=0.0,
+        source="config",
+    ),
+    "localai": Vendor(
+        "/v1/images/generations",
+        "",
+        "",
+        "model prompt n size step seed quality output_format response_format negative_prompt",
+        {**OPENAI_PIXELS, "step": 9, "seed": 7},
+        "",
+        "",
+        {"id": "x", "usage": {"input_tokens": 0, "output_tokens": 0}},
+        cost=0.0,
+        source="config",
+    ),
+}
+
+
+def openai_vendor_blocks() -> dict[str, dict[str, Any]]:
+    """The blocks of README's section, as they stand there."""
+    import yaml
+
+    readme = (HERE.parent / "README.md").read_text()
+    section = readme[readme.index("### `type: openai`") : readme.index("### `type: gemini`")]
+    [block] = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    return dict(yaml.safe_load(block)["backends"])
+
+
+@pytest.mark.parametrize("name", OPENAI_VENDORS)
+def test_openai_each_block_of_the_readme_reaches_what_its_service_describes(
+    here: Box, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    vendor = OPENAI_VENDORS[name]
+    block = openai_vendor_blocks()[name]
+    if variable := block.get("api_key_env"):
+        monkeypatch.setenv(variable, "Key-of-the-test-1")
+    made = jpeg(64, 36)
+
+    def answer(seen: Seen) -> object:
+        body = {"data": [{"b64_json": b64(made)}], **vendor.answer}
+        return status(200, body, vendor.headers)
+
+    (here.root / "a.png").write_bytes(png(16, 16))
+    order = imagen.Order(
+        "a fox",
+        negative_prompt="blur",
+        aspect="16:9",
+        format="jpeg",
+        quality="low",
+        seed=7,
+        steps=9,
+    )
+    with Remote(handler=answer) as remote:
+        local = {**block, "base_url": re.sub("https?://[^/]+", remote.base, block["base_url"])}
+        config = imagen.Config(default_backend=name, backends={name: local})
+        config = config._replace(output=imagen.OutputConfig(directory=str(here.out)))
+        orders = [order]
+        if vendor.edits:
+            orders.append(order._replace(images=(str(here.root / "a.png"),)))
+        for requested in orders:
+            [plan] = imagen.plans_of(requested, config)
+            run = imagen.Run()
+            record = imagen.finish(run, imagen.make(plan, config, run))
+            imagen.deliver(run, config)
+    seen, *edits = remote.seen
+    assert seen.path == vendor.path
+    keys = {header: value for header, value in seen.headers.items() if "Key-of-the-test-1" in value}
+    assert [*keys] == [vendor.key] * bool(variable)
+    assert (
+        not variable
+        or keys[vendor.key] == "Bearer " * (vendor.key != "api-key") + "Key-of-the-test-1"
+    )
+    assert seen.json.keys() <= set(vendor.fields.split())
+    assert vendor.size.items() <= seen.json.items()
+    for edit in edits:
+        assert edit.path == vendor.edits
+        if vendor.image:
+            place = edit.json
+            for step in vendor.image.split("."):
+                place = place[int(step) if step.isdecimal() else step]
+            assert place == f"data:image/png;base64,{b64(png(16, 16))}"
+            assert edit.json.keys() <= set(vendor.fields.split())
+        else:
+            names = [part for part, _ in form_parts(edit)]
+            assert any(part.startswith("image") for part in names), names
+    sidecar = record["sidecar"]
+    assert sorted(sidecar["ignored"]) == vendor.ignored.split()
+    assert sidecar["cost_usd_estimate"] == vendor.cost
+    assert sidecar.get("cost_source", "") == vendor.source
+    assert sidecar["charged"] == "yes"
+
+
+OPENAI_BLOCKED = adapter_rows("""
+{"respect_moderation":false} | {"cost_in_usd_ticks":200000000} | yes
+{"respect_moderation":false} | {"cost_in_usd_ticks":0}         | no
+{"error":{"code":"OutputImageSensitiveContentDetected","message":"x"}} | {} | unknown
+""")
+
+
+@pytest.mark.parametrize(("item", "usage", "charged"), OPENAI_BLOCKED)
+def test_openai_an_image_that_a_service_blocks_is_refused_and_says_whether_it_cost(
+    box: Box, item: str, usage: str, charged: str
+) -> None:
+    with OpenAIServer() as server:
+        server.script(ok({"data": [json.loads(item)], "usage": json.loads(usage)}))
+        done = openai_run(box, server)
+    assert (done.code, server.posts) == (5, 1), done.err
+    assert [record["charged"] for record in box.ledger()] == [charged]
+
+
+def test_openai_a_base_url_may_end_in_the_path(here: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpenAIServer() as server:
+        for ending in ("", "/images/generations", "/images/generations/"):
+            openai_make(server, monkeypatch, base_url=f"{server.v1}{ending}")
+        openai_make(server, monkeypatch, base_url=f"{server.v1}/images", path="/generations")
+        assert {seen.path for seen in server.seen} == {"/v1/images/generations"}
+        with pytest.raises(imagen.BadConfig):
+            openai_make(server, monkeypatch, auth="none")
+        assert "authorization" not in server.seen[-1].headers
+
+
 # Answers
 
 
@@ -9682,6 +10247,231 @@ def test_live_openai_makes_an_image(box: Box) -> None:
     env = {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
     done = box.run("generate", "a red fox", "--size", "1024x1024", env=env, timeout=110)
     assert done.code == 0 and (box.sidecar(done.lines[0])["cost_usd_estimate"] or 0) > 0, done.err
+
+
+# === Gemini: the Interactions API, whose id brings an image back ===
+GEMINI_MODEL = "gemini-3.1-flash-image"
+
+
+def gemini_run(box: Box, server: GeminiServer, *args: str, **block: Any) -> Done:
+    """`imagen generate` in a process of its own."""
+    gemini_setup(box, server, **block)
+    return box.fox("--seed", "7", *args)
+
+
+def gemini_setup(box: Box, server: GeminiServer, **block: Any) -> None:
+    box.environ["GEMINI_API_KEY"] = server.key
+    known = {"type": "gemini", "base_url": server.v1, "model": GEMINI_MODEL}
+    box.configure({"nano": {**known, **block}})
+
+
+def gemini_posts(server: GeminiServer) -> int:
+    """The POSTs that ask for an image."""
+    return sum(
+        seen.method == "POST" and seen.path.endswith("/interactions") for seen in server.seen
+    )
+
+
+def test_gemini_makes_an_image_out_of_a_stream_and_says_what_it_cost(box: Box) -> None:
+    with GeminiServer() as server:
+        flags = ("--aspect", "16:9", "--steps", "9", "--negative", "blur", "--quality", "high")
+        done = gemini_run(box, server, *flags, image_size="2K")
+        [body] = server.bodies
+        [seen] = server.seen
+    assert done.code == 0, done.err
+    assert seen.headers["x-goog-api-key"] == server.key
+    assert body == {
+        "model": GEMINI_MODEL,
+        "input": [{"type": "text", "text": "a fox"}],
+        "response_format": {"type": "image", "aspect_ratio": "16:9", "image_size": "2K"},
+        "generation_config": {"seed": 7},
+        "stream": True,
+        "store": True,
+    }
+    sidecar = box.sidecar(done.lines[0])
+    assert done.lines[0].endswith(".jpg")  # what it is, whatever the template says
+    assert (sidecar["width"], sidecar["height"]) == (768, 432)  # not the one that it thought of
+    assert (sidecar["seed"], sidecar["mime_type"], sidecar["charged"]) == (7, "image/jpeg", "yes")
+    assert sidecar["cost_usd_estimate"] == pytest.approx(0.0672)
+    assert sidecar["cost_source"] == "tokens"
+    assert sidecar["ignored"] == ["quality", "steps", "negative_prompt"]
+    assert sidecar["metadata"]["id"] in server.interactions
+    assert "deviations" not in sidecar
+
+
+@pytest.mark.parametrize("fate", ["cut", "rst"])
+def test_gemini_a_stream_cut_at_any_event_is_fetched_by_its_id_and_paid_once(
+    here: Box, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-stand-in-0001")
+    for number in range(GEMINI_EVENTS + 1):
+        with GeminiServer() as server:
+            server.fates.append(GeminiFate(cut=number, rst=fate == "rst"))
+            gemini_setup(here, server)
+            config = imagen.load_config("")
+            [plan] = imagen.plans_of(imagen.Order("a fox", seed=7), config)
+            run = imagen.Run()
+            if number == 0:  # no id has come
+                with pytest.raises(imagen.Unknown, match="maybe charged"):
+                    imagen.finish(run, imagen.make(plan, config, run))
+                assert [entry["charged"] for entry in here.unfinished()] == ["unknown"]
+                [entry] = imagen.unfinished()
+                with pytest.raises(imagen.Unknown):
+                    imagen.recover(imagen.Entry.take(entry.path), config, imagen.Run())  # type: ignore[arg-type]
+            else:
+                record = imagen.finish(run, imagen.make(plan, config, run))
+                [ident] = server.interactions
+                assert record["remote"]["id"] == ident
+                assert record["sidecar"]["mime_type"] == "image/jpeg"
+                assert record["sidecar"]["charged"] == "yes"
+                imagen.deliver(run, config)
+            assert gemini_posts(server) == 1
+            assert here.unfinished() == []
+
+
+def test_gemini_a_process_killed_at_any_event_leaves_what_recover_fetches(box: Box) -> None:
+    with GeminiServer() as server:
+        gemini_setup(box, server)
+        numbers = [*range(1, GEMINI_EVENTS + 1)]
+        server.fates += [GeminiFate(cut=number, hold=threading.Event()) for number in numbers]
+        with contextlib.ExitStack() as stack:
+            started = [
+                stack.enter_context(
+                    adapter_started(box, "generate", "a fox", "--seed", str(number))
+                )
+                for number in numbers
+            ]
+            server.wait(lambda: sorted(server.sent_events) == numbers, 30)
+            # The id is noted before anything else is waited for.
+            eventually(lambda: all("remote" in entry for entry in box.unfinished()))
+            for process in started:
+                process.kill()
+        done = box.run("recover", "--all", "--json")
+        assert done.code == 0, done.err
+        assert len(done.json["images"]) == GEMINI_EVENTS
+        assert gemini_posts(server) == GEMINI_EVENTS
+        assert {image["charged"] for image in done.json["images"]} == {"yes"}
+        again = box.run("recover", "--all")
+        assert (again.code, box.unfinished()) == (0, [])
+
+
+def test_gemini_ctrl_c_cancels_what_has_an_id(box: Box) -> None:
+    with GeminiServer() as server:
+        gemini_setup(box, server)
+        server.fates.append(GeminiFate(cut=2, hold=threading.Event(), polls=99))
+        with adapter_started(box, "generate", "a fox") as process:
+            server.wait(lambda: server.sent_events == [2])
+            eventually(lambda: any("remote" in entry for entry in box.unfinished()))
+            process.send_signal(signal.SIGINT)
+            done = ended(process)
+    [ident] = server.interactions
+    assert (done.code, server.cancelled) == (130, [ident]), done.err
+    assert "cancelled there" in done.err
+    assert ident in done.err
+    assert box.unfinished() == []
+
+
+GEMINI_OUTCOMES = adapter_rows("""
+text=I~cannot~draw~people                                   | 5  | unknown | I cannot draw people
+status=failed errors=[{"code":"IMAGE_SAFETY","message":"filtered"}] | 5 | unknown | IMAGE_SAFETY
+status=failed errors=[{"code":"INTERNAL","message":"oh"}]     | 11 | unknown | ended as failed
+status=budget_exceeded errors=[{"code":"x","message":"oh"}]   | 11 | unknown | budget_exceeded
+gone=true cut=3                                               | 10 | unknown | not found
+polls=2 cut=2                                                 | 0  | yes     |
+uri=true                                                      | 0  | yes     |
+""")
+
+
+@pytest.mark.parametrize(("fate", "code", "charged", "hint"), GEMINI_OUTCOMES)
+def test_gemini_each_outcome_has_its_exit_code_and_is_paid_once(
+    box: Box, fate: str, code: str, charged: str, hint: str
+) -> None:
+    with GeminiServer() as server:
+        fields = adapter_values(fate)
+        fields["text"] = str(fields.get("text", "")).replace("~", " ")
+        server.fates.append(GeminiFate(**fields))
+        done = gemini_run(box, server)
+        assert server.files.leaked == []
+    assert (done.code, gemini_posts(server)) == (int(code), 1), done.err
+    assert hint in done.err
+    records = box.ledger() + box.unfinished()
+    assert [record["charged"] for record in records] == [charged]
+
+
+GEMINI_REFUSALS = adapter_rows("""
+500 | Internal error encountered.                | 10 | unknown | 1
+503 | The service is currently unavailable.      | 10 | unknown | 1
+503 | The model is overloaded.                   | 0  | yes     | 2
+429 | Quota exceeded: RequestsPerDay             | 6  | no      | 1
+400 | API key not valid.                         | 3  | no      | 1
+404 | models/x is not found.                     | 3  | no      | 1
+""")
+
+
+@pytest.mark.parametrize(("status_code", "text", "code", "charged", "posts"), GEMINI_REFUSALS)
+def test_gemini_an_error_status_is_what_it_is_and_5xx_leave_once(
+    box: Box, status_code: str, text: str, code: str, charged: str, posts: str
+) -> None:
+    class Refusing(GeminiServer):
+        def respond(self, seen: Seen) -> object:
+            if gemini_posts(self) == 1:
+                return self.error(int(status_code), "", text)
+            return super().respond(seen)
+
+    with Refusing() as server:
+        done = gemini_run(box, server)
+    assert (done.code, gemini_posts(server)) == (int(code), int(posts)), done.err
+    assert [record["charged"] for record in box.ledger() + box.unfinished()] == [charged]
+
+
+def test_gemini_gets_references_and_sizes_and_refuses_what_it_lacks(box: Box) -> None:
+    with GeminiServer() as server:
+        (box.root / "a.png").write_bytes(png(16, 16))
+        done = gemini_run(box, server, "-i", "a.png", "--size", "1920x1080", "--format", "png")
+        assert done.code == 0, done.err
+        [body] = server.bodies
+        part = {"type": "image", "mime_type": "image/png", "data": b64(png(16, 16))}
+        assert body["input"][1] == part
+        assert body["response_format"]["aspect_ratio"] == "16:9"
+        assert body["response_format"]["image_size"] == "1K"
+        sidecar = box.sidecar(done.lines[0])
+        assert sidecar["ignored"] == ["format"]
+        assert sidecar["deviations"] == {
+            "size": "asked 1920x1080, got 768x432",
+            "format": "asked png, got jpeg",
+        }
+        for flags in ("--format png", "--aspect 5:1", "--quality high"):
+            refused = box.fox("--strict", *flags.split())
+            assert (refused.code, "nano cannot take" in refused.err) == (2, True), refused.err
+        assert len(server.bodies) == 1
+        rows = box.run("backends", "--check", "--json").json["backends"]
+        assert {"said": f"ok: models/{GEMINI_MODEL}"}.items() <= rows[-1].items(), rows
+
+
+def test_gemini_is_spoken_to_as_googles_own_client_does(box: Box) -> None:
+    genai = pytest.importorskip("google.genai")
+    with GeminiServer() as server:
+        assert gemini_run(box, server, "--aspect", "16:9").code == 0
+        options = {"base_url": server.base, "api_version": "v1"}
+        client = genai.Client(api_key=server.key, http_options=options)
+        stream = client.interactions.create(
+            model=GEMINI_MODEL,
+            input=[{"type": "text", "text": "a fox"}],
+            response_format={"type": "image", "aspect_ratio": "16:9"},
+            generation_config={"seed": 7},
+            stream=True,
+            store=True,
+        )
+        events = [*stream]
+        assert [event.event_type for event in events][:1] == ["interaction.created"]
+        assert "UNKNOWN" not in {event.event_type for event in events}
+        assert events[6].delta.data == b64(jpeg(768, 432, json.dumps(server.bodies[1]).encode()))
+        fetched = client.interactions.get(events[0].interaction.id)
+        assert fetched.output_image.data == events[6].delta.data
+        ours, theirs = server.bodies
+        assert ours == theirs
+        paths = {seen.path.partition("?")[0] for seen in server.seen if seen.method == "POST"}
+        assert paths == {"/v1/interactions"}
 
 
 # === Output: names, and files that are never half there ===
@@ -11086,7 +11876,7 @@ def test_inputs_that_are_no_whole_image_are_told_before_anything_is_copied_for_g
 INPUTS_MASKS = {
     "large.png": "the mask is 24x24, the image 16x16",
     "opaque.png": "no pixel of it is transparent",
-    "a.png": "8-bit PNG with alpha",
+    "a.png": "PNG with alpha",
     "b.jpg": "no PNG",
 }
 
@@ -11141,9 +11931,13 @@ def test_inputs_each_filter_of_a_png_is_undone(kind: int) -> None:
 
 def test_inputs_openai_gets_a_form_with_the_files_as_they_are_or_json(inputs_here: Box) -> None:
     images = [(inputs_here.root / name).read_bytes() for name in ("a.png", "b.jpg", "mask.png")]
-    for edits_as in ("multipart", "json"):
+    for inputs_as in ("multipart", "images"):
         with Remote(ok(openai_images(png(16, 16))), repeat=True) as remote:
-            block = {**INPUTS_BLOCKS["gpt"], "base_url": f"{remote.base}/v1", "edits_as": edits_as}
+            block = {
+                **INPUTS_BLOCKS["gpt"],
+                "base_url": f"{remote.base}/v1",
+                "inputs_as": inputs_as,
+            }
             inputs_here.configure({"gpt": block | {"input_fidelity": "low"}})
             done = inputs_here.fox(
                 *("-i", "a.png", "-i", "b.jpg", "--mask", "mask.png"),
@@ -11152,7 +11946,7 @@ def test_inputs_openai_gets_a_form_with_the_files_as_they_are_or_json(inputs_her
             assert done.code == 0, done.err
             [seen] = remote.seen
         assert seen.path == "/v1/images/edits"
-        if edits_as == "json":
+        if inputs_as == "images":
             links = [link["image_url"] for link in (*seen.json["images"], seen.json["mask"])]
             assert [base64.b64decode(link.partition(",")[2]) for link in links] == images
             assert links[1].startswith("data:image/jpeg;base64,")
@@ -12064,6 +12858,158 @@ def test_pipeline_two_equal_requests_whose_answers_were_lost_get_an_image_each(b
         assert {box.sidecar(path)["metadata"]["id"] for path in done.lines} == set(
             server.predictions
         )
+
+
+def pipeline_painted(
+    here: Box, image: bytes, block: Mapping[str, Any] = imagen.EMPTY, **order: Any
+) -> tuple[imagen.Record, list[str]]:
+    """The record of an image that a server has made so, and what was said of it."""
+    block = {"type": "openai", "model": "gpt-image-2", "api_key_env": "HTTP_TEST_KEY", **block}
+    with Remote(ok(openai_images(image)), repeat=True) as remote:
+        config = imagen.Config(
+            default_backend="ai", backends={"ai": {**block, "base_url": f"{remote.base}/v1"}}
+        )
+        config = config._replace(output=imagen.OutputConfig(directory=str(here.out)))
+        [plan] = imagen.plans_of(imagen.Order("a fox", **order), config)
+        warnings: list[str] = []
+        run = imagen.Run(on_warning=warnings.append)
+        record = imagen.finish(run, imagen.make(plan, config, run))
+        imagen.deliver(run, config)
+    return record, warnings
+
+
+PIPELINE_DEVIATIONS: list[tuple[dict[str, Any], Callable[[], bytes], dict[str, str]]] = [
+    ({"width": 1024, "height": 1024}, lambda: png(1024, 1024), {}),
+    ({"width": 1024, "height": 1024}, lambda: png(1000, 1024), {"size": "1024x1024 1000x1024"}),
+    ({"aspect": "16:9"}, lambda: png(1360, 768), {}),
+    ({"aspect": "16:9"}, lambda: png(1024, 1024), {"aspect": "16:9 1024x1024"}),  # a crop
+    ({"aspect": "16:9"}, lambda: png(768, 1360), {"aspect": "16:9 768x1360"}),
+    ({"aspect": "3:2"}, lambda: png(1000, 660), {"aspect": "3:2 1000x660"}),
+    ({"aspect": "3:2"}, lambda: png(1000, 661), {}),
+    ({"format": "png"}, jpeg, {"format": "png jpeg"}),
+    ({"format": "jpeg"}, webp, {"format": "jpeg webp"}),
+    ({"format": "webp"}, webp, {}),
+    ({"background": "transparent"}, png, {"background": "transparent opaque"}),
+    ({"background": "transparent"}, jpeg, {"background": "transparent opaque"}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA", 0), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA", 255), {"background": "transparent opaque"}),
+    ({"background": "transparent"}, lambda: images_alpha("P4", 9), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA16", 9), {}),
+    ({"background": "transparent"}, lambda: images_alpha("RGBA16", 255), {"background": "transparent opaque"}),
+    ({"background": "opaque"}, lambda: images_alpha("LA", 9), {"background": "opaque transparent"}),
+    ({"background": "auto"}, lambda: images_alpha("LA", 9), {}),
+    (
+        {"format": "webp", "background": "transparent", "aspect": "1:1"},
+        lambda: jpeg(9, 8),
+        {
+            "aspect": "1:1 9x8",
+            "format": "webp jpeg",
+            "background": "transparent opaque",
+        },
+    ),
+]  # fmt: skip
+
+
+def test_pipeline_what_came_otherwise_than_asked_for_is_said_and_recorded(wired: Box) -> None:
+    for order, image, expected in PIPELINE_DEVIATIONS:
+        record, warnings = pipeline_painted(wired, image(), **order)
+        texts = {}
+        for name, pair in expected.items():
+            asked, got = pair.split()
+            texts[name] = f"asked {asked}, got {got}"
+        sidecar = wired.sidecar(record["path"])
+        assert sidecar.get("deviations", {}) == texts, order
+        said = [line.split("; ") for line in warnings]
+        assert [sorted(line) for line in said] == [sorted(texts.values())] * bool(texts)
+        assert Path(record["path"]).read_bytes() == image()  # nothing is converted
+
+
+def test_pipeline_strict_fails_and_keeps_the_image_and_refuses_before_paying(box: Box) -> None:
+    with Remote(ok(openai_images(jpeg(64, 64))), repeat=True) as remote:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
+        box.configure({"ai": block})
+        plain = box.fox("--format", "png", "--json")
+        strict = box.fox("--format", "png", "--strict", "--json", "-n", "2")
+        fine = box.fox("--format", "jpeg", "--aspect", "3:2")
+        rows = box.root / "rows.jsonl"
+        rows.write_text(
+            '{"prompt": "a hare", "format": "png", "strict": true}\n{"prompt": "a cat"}\n'
+        )
+        batch = box.run("batch", str(rows))
+        paid = len(remote.seen)
+        for flags in (
+            "--format jpeg --background transparent",
+            "--strict --aspect 16:9",
+            "--aspect 16",
+        ):
+            refused = box.fox(*flags.split())
+            assert refused.code == 2, flags
+        assert len(remote.seen) == paid == 6
+        assert remote.seen[3].json["size"] == "1536x1024"
+    assert (plain.code, plain.json["images"][0]["deviations"]) == (
+        0,
+        {"format": "asked png, got jpeg"},
+    )
+    assert (strict.code, len(strict.json["images"])) == (9, 2), strict.err
+    assert strict.json["error"]["code"] == "partial"
+    assert all(Path(image["path"]).exists() for image in strict.json["images"])
+    assert (fine.code, "asked 3:2, got 64x64" in fine.err) == (0, True)
+    assert batch.code == 9
+    [first, second] = map(json.loads, batch.lines)
+    assert (first["ok"], len(first["images"]), second["ok"]) == (False, 1, True)
+
+
+def test_pipeline_an_aspect_becomes_what_each_backend_knows() -> None:
+    bodies = {}
+    blocks = {
+        "mock": {"type": "mock", "width": 90, "height": 90},
+        "schnell": {"type": "replicate", "model": "black-forest-labs/flux-schnell"},
+        "other": {"type": "replicate", "model": "a/b"},
+        "gpt1": {"type": "openai", "model": "gpt-image-1.5"},
+        "gpt2": {"type": "openai", "model": "gpt-image-2"},
+        "grok": {"type": "openai", "model": "grok", "size_as": "aspect_ratio"},
+        "none": {"type": "openai", "model": "x", "size_as": "none"},
+        "nano": {"type": "gemini", "model": "gemini-3-pro-image"},
+    }
+    config = imagen.Config(backends=blocks)
+    for name in blocks:
+        for aspect, size in (("16:9", 0), ("9:16", 0), ("17:9", 0), ("16:9", 1024)):
+            order = imagen.Order("a fox", backend=name, aspect=aspect, width=size, height=size)
+            [plan] = imagen.plans_of(order, config)
+            shown = dict(plan.parameters)
+            shown.update(shown.get("response_format", {}) if name == "nano" else {})
+            keys = ("aspect_ratio", "size", "width", "height")
+            bodies[name, aspect, size] = " ".join(str(shown[key]) for key in keys if key in shown)
+            assert plan.record["sidecar"]["requested"]["aspect"] == aspect
+    sizes = {
+        name: [bodies[name, *row] for row in (("16:9", 0), ("9:16", 0), ("17:9", 0))]
+        for name in blocks
+    }
+    assert sizes == {
+        "mock": ["121 68", "68 120", "123 65"],
+        "schnell": ["16:9", "9:16", "16:9"],
+        "other": ["16:9", "9:16", "17:9"],
+        "gpt1": ["1536x1024", "1024x1536", "1536x1024"],
+        "gpt2": ["1360x768", "768x1360", "1424x752"],
+        "grok": ["16:9", "9:16", "17:9"],
+        "none": ["", "", ""],
+        "nano": ["16:9", "9:16", "16:9"],
+    }
+    wins = {name: bodies[name, "16:9", 1024] for name in blocks}
+    assert {wins["mock"], wins["gpt1"], wins["schnell"], wins["nano"]} == {
+        "1024 1024",
+        "1024x1024",
+        "1:1",
+    }
+    for order in (
+        imagen.Order("a", aspect="9:1"),
+        imagen.Order("a", aspect="0:1"),
+        imagen.Order("a", backend="schnell", aspect="17:9", strict=True),
+        imagen.Order("a", backend="none", aspect="16:9", strict=True),
+        imagen.Order("a", backend="mock", quality="high", strict=True),
+    ):
+        with pytest.raises(imagen.BadRequest):
+            imagen.plans_of(order, config)
 
 
 def test_pipeline_a_reader_that_left_is_no_error_and_the_image_is_kept(box: Box) -> None:
@@ -21898,6 +22844,43 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
     made = box.run(*SMALL[:4], "--opt", "width=48", "--opt", "height=32")
     assert box.sidecar(made.lines[0])["width"] == 48
     assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
+
+
+def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(box: Box) -> None:
+    box.configure(MOCK_SMALL)
+    first = box.fox("--seed", "5", "--aspect", "2:1", "--quality", "high", "--negative", "blur")
+    moved = box.root / "elsewhere.png"
+    Path(first.lines[0]).rename(moved)
+    Path(f"{first.lines[0]}.json").unlink()
+    again = box.run("generate", "--like", str(moved))
+    assert again.code == 0, again.err
+    sidecar = box.sidecar(again.lines[0])
+    assert (sidecar["seed"], sidecar["requested"]["aspect"]) == (5, "2:1")
+    assert sidecar["requested"]["quality"] == "high"
+    assert f"from the record of {moved}" in again.err
+    square = box.run("generate", "--like", str(moved), "--size", "64x64")
+    wide = box.run("generate", "--like", square.lines[0], "--aspect", "2:1")
+    assert [box.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
+    # What A1111 writes, and ComfyUI.
+    text = "a fox,\nin snow\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 64x96, Model: x"
+    (box.root / "a1111.png").write_bytes(png(text={"parameters": text}))
+    (box.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
+    graph = flux_graph(text="a red hare", seed=12)
+    (box.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
+    (box.root / "plain.png").write_bytes(png())
+    for name, source in (("a1111.png", "A1111"), ("a1111.jpg", "A1111"), ("comfy.png", "ComfyUI")):
+        done = box.run("generate", "--like", name)
+        assert done.code == 0, done.err
+        assert f"from the {source}" in done.err
+        sidecar = box.sidecar(done.lines[0])
+        if source == "A1111":
+            assert sidecar["prompt"] == "a fox,\nin snow"
+            assert (sidecar["negative_prompt"], sidecar["seed"]) == ("blur", 5)
+            assert sidecar["requested"] | {"steps": 0} == {"width": 64, "height": 96, "steps": 0}
+        else:
+            assert (sidecar["prompt"], sidecar["seed"], sidecar["width"]) == ("a red hare", 12, 64)
+    refused = box.run("generate", "--like", "plain.png")
+    assert (refused.code, "tells of it" in refused.err) == (2, True)
 
 
 def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
