@@ -13422,7 +13422,7 @@ def test_pipeline_what_release_0_1_0_left_at_any_step_is_taken_to_its_end(
         assert image["path"] == str(box.out / "fox.png")
         assert image["sha256"] == hashlib.sha256(LIFE_IMAGE).hexdigest()
         total = box.run("cost", "--json").json["total"]
-        assert total == {"images": 1, "usd": 0.003, "unknown": 0}
+        assert {"images": 1, "usd": 0.003, "unknown": 0}.items() <= total.items()
         again = box.run("generate", "--like", "last", "--dry-run", "--json").json["plans"][0]
         assert again["prompt"] == sidecar["styled_prompt"]
         assert again["negative_prompt"] == sidecar["negative_prompt"]
