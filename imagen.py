@@ -1651,7 +1651,7 @@ def config_path(flag: str = "", new: bool = False) -> str:
 def load_config(flag: str = "") -> Config:
     """The configuration in force; BadConfig with every complaint at once, one a line."""
     data = config_data(flag)
-    errors, _ = complaints(data, flag)
+    errors = complaints(data, flag)
     if errors:
         raise BadConfig("\n".join(errors))
     return from_mapping(Config, data)
@@ -1683,14 +1683,13 @@ def complaints(
     data: Fields,
     flag: str = "",
     thorough: bool = False,
-) -> tuple[list[str], list[str]]:
-    """What is wrong with `config_data`: errors, and warnings.
+) -> list[str]:
+    """What is wrong with `config_data`.
 
-    `thorough`: also what not every run needs, which are the naming and each backend. A key
-    that a backend other than the default lacks is a warning.
+    `thorough`: also what not every run needs, which are the naming and each backend; but no keys
+    that backends other than the default one lack.
     """
     errors = []
-    warnings: list[str] = []
     blocks = data["backends"]
     default = data.get("default_backend", "mock")
     owner = data.get("owner_user_id", "")
@@ -1708,7 +1707,7 @@ def complaints(
     origins = {field: name for name, field in overrides().items()}
     errors = [f"{origins.get(line.split(':')[0], path)}: {line}" for line in errors]
     if not thorough:
-        return errors, warnings
+        return errors
     # 3. What fails by itself where it is used, and would hold up those who do not use it.
     output = data.get("output")
     try:
@@ -1725,11 +1724,9 @@ def complaints(
             try:
                 open_backend(name, blocks)
             except BadConfig as problem:
-                lines = errors
-                if isinstance(problem, KeyMissing) and name != default:
-                    lines = warnings
-                lines.append(str(problem))
-    return errors, warnings
+                if name == default or not isinstance(problem, KeyMissing):
+                    errors.append(str(problem))
+    return errors
 
 
 def overrides() -> dict[str, str]:
@@ -1758,14 +1755,27 @@ def check_template(template: str) -> None:
         )
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def program() -> str:
+    """How a shell starts this copy, whatever its name is."""
+    import shlex
+
+    return shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
+
+
+def package_hint(name: str) -> str:
+    """What to run where a package is missing: for this very Python."""
+    return f"{sys.executable or 'python3'} -m pip install {name}; or {program()} setup"
+
+
 def read_yaml(path: str) -> JsonObject:
     """The mapping in a YAML file; BadConfig with file, line and column where it is none."""
     try:
         import yaml
     except ImportError:
-        raise BadConfig(
-            f"{path}: reading it needs pyyaml", "pip install pyyaml, or: uv run imagen.py …"
-        ) from None
+        raise BadConfig(f"{path}: reading it needs pyyaml", package_hint("pyyaml")) from None
     try:
         with open(path, "rb") as file:
             raw = file.read(CONFIG_BYTES + 1)
@@ -7738,9 +7748,7 @@ def postgres(variable: str, patience: float | None = None) -> Iterator[Any]:
     try:
         import pg8000.native as pg  # type: ignore[import-untyped]
     except ImportError:
-        raise BadConfig(
-            "talking to Postgres needs pg8000", "pip install pg8000, or: uv run imagen.py …"
-        ) from None
+        raise BadConfig("talking to Postgres needs pg8000", package_hint("pg8000")) from None
     place = f"Postgres at {options['host']}:{options['port']}"
     try:
         connection = _connected(pg, options)
@@ -10984,12 +10992,12 @@ class Terminal:
         self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.unwritten = False  # something that belongs on stdout
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._drawn = False
 
     def say(self, text: str, prefix: str = "imagen: ") -> None:
         """A message for a person."""
-        with self._lock, suppress(OSError, ValueError):
+        with self.lock, suppress(OSError, ValueError):
             self.draw("")
             sys.stderr.write(f"{prefix}{redact(printable(text))}\n")
             sys.stderr.flush()
@@ -11016,7 +11024,7 @@ class Terminal:
 
     def write(self, *lines: str) -> None:
         """Lines on stdout, flushed. A reader that has gone is no error."""
-        with self._lock:
+        with self.lock:
             self.draw("")
             try:
                 sys.stdout.writelines(f"{line}\n" for line in lines)
@@ -11069,7 +11077,7 @@ class Terminal:
         """Show `line` in place of the last progress line; nothing leaves none."""
         if not self.live or self.quiet or not (line or self._drawn):
             return
-        with self._lock, suppress(OSError):
+        with self.lock, suppress(OSError):
             if line and not os.environ.get("NO_COLOR"):
                 line = f"\x1b[2m{line}\x1b[0m"
             sys.stderr.write(f"\r\x1b[K{line}")
@@ -11158,20 +11166,26 @@ def money(usd: float | None) -> str:
 
 Cmd = Callable[["argparse.Namespace", Terminal], int]
 COMMANDS: dict[str, tuple[Cmd, str]] = {}
+GROUPS = {
+    "images": "generate batch wait list cost sign delete",
+    "what is unfinished": "recover sync",
+    "doors": "serve mcp skill worker jobs",
+    "setting up": "setup install uninstall config backends styles migrate help",
+}
 
 
-def command(flags: str = "") -> Callable[[Cmd], Cmd]:
-    """Decorator: `cmd_x` is the command x; its docstring is its line in the help.
+def command(text: str) -> Callable[[Cmd], Cmd]:
+    """Decorator: `cmd_x_y` is the command `x y`; the first line of `text` tells what it does.
 
-    A line of `flags` is one argument: its spellings, its value, two spaces, its help. `N` is a
+    Each further line is one argument: its spellings, its value, two spaces, its help. `N` is a
     whole number, `S` a number, `a|b` a choice; an option without a value is a switch. `[X]` may be
     missing, `X…` are several behind each other, `X*` may be given again. `(x)` at the end of the
     help is the default.
     """
 
     def add(cmd: Cmd) -> Cmd:
-        name = cmd.__name__.removeprefix("cmd_")
-        COMMANDS[name] = (cmd, flags)
+        name = cmd.__name__.removeprefix("cmd_").replace("_", " ")
+        COMMANDS[name] = (cmd, text.strip())
         return cmd
 
     return add
@@ -11213,6 +11227,7 @@ ORDER_FLAGS = """
 
 @command(
     f"""
+    make images from a prompt
     prompt [PROMPT]         what to see; - reads it from stdin
     {ORDER_FLAGS}
     --key WORDS             the same key gives the same images again, paid once
@@ -11231,7 +11246,6 @@ ORDER_FLAGS = """
     """
 )
 def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
-    """make images from a prompt"""
     config = budgeted(load_config(args.config), args.max_cost)
     order = order_from(args, config.styles, terminal.note)
     if args.no_cloud:
@@ -11529,10 +11543,13 @@ class TerminalRunner(Runner):
                 self.changed.wait(0.1)
             pending_told = pending_told or (bool(self.stopped) and self.tell_pending())
             self.draw()
-        if self.stopped and (self.active or self.waiting):
-            text = f"{len(self.active)} did not end, {len(self.waiting)} not begun"
-            self.errors.append(Interrupted(f"interrupted; {text}"))
-            self.on_error(self.errors[-1])
+        missing = self.count - len(self.records)
+        if self.stopped and (self.active or self.waiting or missing):
+            message = f"interrupted: {len(self.records)} of {self.count} made"
+            if self.active:
+                message += f", {len(self.active)} did not end"
+            self.errors.append(Interrupted(message))
+            self.terminal.report(self.errors[-1])
         return self.result()
 
     def on_signal(self, number: int, _: Any) -> None:
@@ -11607,8 +11624,9 @@ class TerminalRunner(Runner):
         self.terminal.say(text)
 
     def on_error(self, error: ImagenError) -> None:
-        """Say it at once: other images may take long."""
-        self.terminal.report(error)
+        """Say it at once: other images may take long; but of a stop only what it may have cost."""
+        if not isinstance(error, Interrupted) or error.charged != "no":
+            self.terminal.report(error)
 
     def on_image(self, record: Record) -> None:
         """An image is safe: its path is the result, before anything is uploaded."""
@@ -11617,27 +11635,26 @@ class TerminalRunner(Runner):
         if record.get("reused"):
             image["reused"] = True
             self.terminal.note(f"made at {image.get('timestamp')} for this key")
-        if not self.terminal.as_json:
-            self.terminal.write(record["path"])
-        if os.path.exists(f"{record['path']}.json"):
-            self.terminal.note(f"sidecar: {record['path']}.json")
+        sidecar = record["sidecar"]
+        seconds = (sidecar.get("latency_ms") or 0) / 1000
+        closing = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
+        if sidecar.get("seed") is not None:
+            closing += f", seed {sidecar['seed']}"
+        with self.terminal.lock:  # several are made at once
+            if not self.terminal.as_json:
+                self.terminal.write(record["path"])
+            if os.path.exists(f"{record['path']}.json"):
+                self.terminal.note(f"sidecar: {record['path']}.json")
+            self.terminal.note(closing)
 
     def on_delivered(self, record: Record | None) -> None:
-        """The closing line of an image, and where it is in the cloud."""
-        if not record:
-            return
-        sidecar = record["sidecar"]
-        if record.get("row"):
-            image = self.images[sidecar["image_id"]]
+        """Where an image is in the cloud."""
+        if record and record.get("row"):
+            image = self.images[record["sidecar"]["image_id"]]
             image["storage_path"] = record["object"]
             image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
             text = f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
             self.terminal.note(text)
-        seconds = (sidecar.get("latency_ms") or 0) / 1000
-        text = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
-        if sidecar.get("seed") is not None:
-            text += f", seed {sidecar['seed']}"
-        self.terminal.note(text)
 
 
 class GenerateRunner(TerminalRunner):
@@ -11658,12 +11675,12 @@ class GenerateRunner(TerminalRunner):
 
 @command(
     """
+    wait for what `generate --detach` makes, and print the paths
     ids ID…      what `generate --detach` has printed
     --timeout S  seconds to wait; then exit code 7 (86400)
     """
 )
 def cmd_wait(args: argparse.Namespace, terminal: Terminal) -> int:
-    """wait for what `generate --detach` makes, and print the paths"""
     if not args.ids or not all(map(is_uuid, args.ids)):
         raise BadRequest("an id is missing", "imagen generate --detach prints them")
     config = load_config(args.config)
@@ -11715,6 +11732,7 @@ def attempt_called(ident: str) -> Record:
 
 @command(
     f"""
+    make images by the rows of a file; once more, it goes on where it was stopped
     file FILE            a line each: a JSON object like an order, or a prompt; - is stdin
     -o --output DIR/     where the images go, but for rows that say so themselves
     -b --backend NAME    likewise
@@ -11725,7 +11743,6 @@ def attempt_called(ident: str) -> Record:
     """
 )
 def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
-    """make images by the rows of a file; once more, it goes on where it was stopped"""
     config = budgeted(load_config(args.config), args.max_cost)
     rows = batch_rows(args)
     images = 0
@@ -11907,12 +11924,12 @@ class BatchRunner(TerminalRunner):
 
 @command(
     """
+    tools for agents, by the Model Context Protocol on stdin and stdout
     --max-cost USD     what one session may spend; else budget.per_command, or 2
     --allow-path DIR*  where agents may take images from, besides here and the output folder
     """
 )
 def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
-    """tools for agents, by the Model Context Protocol on stdin and stdout"""
     config = budgeted(load_config(args.config), args.max_cost)
     if config.budget.per_command is None:
         config = budgeted(config, MCP_USD)
@@ -11926,25 +11943,21 @@ def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-@command("--check  ask each of them, at no cost, whether it is ready")
+@command(
+    """
+    list the backends
+    names [NAME…]  these alone
+    --check        ask each, at no cost, whether it is ready; the default or those named count
+    """
+)
 def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
-    """list the backends; --check asks each whether it is ready"""
     config = load_config(args.config)
-    rows = [backend_row(name, config) for name in config.backends]
-    errors = []
-
-    def check(row: JsonObject) -> None:
-        try:
-            ready = open_backend(row["name"], config.backends).check(Context(15.0))
-            row |= {"said": f"ok: {ready}", "ok": True}
-        except Exception as problem:
-            error = as_error(problem)
-            errors.append(error)
-            row |= {"said": f"{error.code}: {error}", "ok": False}
-
+    for name in args.names:
+        options_of(name, config.backends)
+    rows = [backend_row(name, config) for name in args.names or config.backends]
+    errors = {}
     if args.check:
-        for thread in [in_thread(check, row) for row in rows]:
-            thread.join()
+        errors = check_backends(rows, config)
     lines = []
     columns = ("name", "type", "model", "said")
     cells = aligned([row[column] for column in columns] for row in rows)
@@ -11953,13 +11966,32 @@ def cmd_backends(args: argparse.Namespace, terminal: Terminal) -> int:
         if row["default"]:
             mark = "*"
         lines.append(f"{mark} {line}")
+    counted = args.names or [config.default_backend]
     # Of several errors the one that its reader can do something about decides the exit code.
     worst = max(
-        errors,
+        (errors[name] for name in counted if name in errors),
         key=lambda error: (error.exit_code == 3, error.exit_code == 4, error.exit_code),
         default=None,
     )
     return terminal.result({"backends": rows}, *lines, error=worst)
+
+
+def check_backends(rows: Sequence[JsonObject], config: Config) -> dict[str, ImagenError]:
+    """Ask each backend of `rows` whether it is ready, all at once; the errors by name."""
+    errors = {}
+
+    def check(row: JsonObject) -> None:
+        try:
+            ready = open_backend(row["name"], config.backends).check(Context(15.0))
+            row |= {"said": f"ok: {ready}", "ok": True}
+        except Exception as problem:
+            error = as_error(problem)
+            errors[row["name"]] = error
+            row |= {"said": f"{error.code}: {error}", "ok": False}
+
+    for thread in [in_thread(check, row) for row in rows]:
+        thread.join()
+    return errors
 
 
 def backend_row(name: str, config: Config) -> JsonObject:
@@ -11997,9 +12029,8 @@ def fault(name: str, config: Config) -> str:
     return ""
 
 
-@command()
+@command("list the styles")
 def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
-    """list the styles"""
     styles = {**STYLES, **load_config(args.config).styles}
     rows = []
     for name, style in styles.items():
@@ -12013,23 +12044,16 @@ def cmd_styles(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result(document, *aligned(rows))
 
 
-@command(
-    """
-    action init|validate|show  write the sample, look for mistakes, or show what is in force
-    --force                    init: overwrite what is there
-    """
-)
-def cmd_config(args: argparse.Namespace, terminal: Terminal) -> int:
-    """init, validate or show imagen.yaml"""
-    actions = {"init": config_init, "validate": config_validate, "show": config_show}
-    return actions[args.action](args, terminal)
-
-
 NO_FILE = "no config file; the built-in defaults"
 
 
-def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
-    """Write the sample, 0600, where the config is looked for."""
+@command(
+    """
+    write the sample to where the config is looked for
+    --force  overwrite what is there
+    """
+)
+def cmd_config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
@@ -12038,21 +12062,35 @@ def config_init(args: argparse.Namespace, terminal: Terminal) -> int:
         # What was there stays until the new one stands.
         write_file(f"{path}.new", sample_text(), 0o600)
         os.replace(f"{path}.new", path)
+    try:
+        config = load_config(path)
+        rows = [backend_row(name, config) for name in config.backends]
+        errors = check_backends(rows, config)
+        ready = [row["name"] for row in rows if row["name"] not in errors]
+        default = config.default_backend
+        text = f"{default} answers, and makes the images"
+        if default in errors:
+            text = f"{default}: {errors[default]}; ready: {', '.join(ready)}"
+            text += f"; the line that chooses: default_backend: {ready[0]}"
+        terminal.note(text)
+    except BadConfig as problem:  # so that it is heard of now
+        terminal.report(problem)
     return terminal.result({"path": path}, path)
 
 
-def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
-    """Every complaint at once; what only another backend or the cloud lacks is a warning."""
+@command("look for mistakes; what only another backend or the cloud lacks is a warning")
+def cmd_config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config)
     data = config_data(args.config)
-    errors, warnings = complaints(data, args.config, thorough=True)
+    errors = complaints(data, args.config, thorough=True)
+    warnings = []
     if not errors:
         config = from_mapping(Config, data)
         mode = config.output.cloud_sync
-        for missing in cloud_settings_missing(config):
-            # Who set nothing up, and asked for nothing, need not hear of variables.
-            if mode == "on" or (mode == "auto" and missing.startswith("owner")):
-                warnings.append(f"{missing}: no cloud sync")
+        # Who set nothing up, and asked for nothing, need not hear of variables.
+        begins = {"on": "", "auto": "owner"}.get(mode, "\0")
+        missing = cloud_settings_missing(config)
+        warnings = [f"{line}: no cloud sync" for line in missing if line.startswith(begins)]
     for line in warnings:
         terminal.say(f"warning: {line}")
     document = {"path": path or None, "errors": errors, "warnings": warnings}
@@ -12061,8 +12099,8 @@ def config_validate(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result(document, f"{path or NO_FILE}: fine")
 
 
-def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The file in force and the merged values, with those that the environment overrides."""
+@command("the file in force, and the merged values with those of the environment")
+def cmd_config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config(args.config)
     path = config_path(args.config)
     shown = as_mapping(config)
@@ -12079,6 +12117,7 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(
     f"""
+    list or end what is unfinished
     id [ID]      an unfinished image; without one they are listed
     --all        every unfinished image
     --forget ID  close an entry without looking for its image
@@ -12086,7 +12125,6 @@ def config_show(args: argparse.Namespace, terminal: Terminal) -> int:
     """
 )
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
-    """list or end what is unfinished"""
     prefix = args.forget or args.id or ""
     if not prefix and not args.all:
         return list_unfinished(terminal)
@@ -12173,12 +12211,12 @@ class ForgetRunner(RecoverRunner):
 
 @command(
     """
+    upload what the cloud still lacks, and delete the objects of images deleted there
     paths [PATH…]  images or sidecars; without one, whatever the journal has open
     --dry-run      list them, and what each lacks
     """
 )
 def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
-    """upload what the cloud still lacks, and delete the objects of images deleted there"""
     config = load_config(args.config)
     opened = entries()
     if args.paths:
@@ -12269,12 +12307,12 @@ def may_have_row(sidecar: Fields) -> bool:
 
 @command(
     """
+    an address where anybody can fetch an image of the private bucket for a while
     image IMAGE     a path, sidecar, image id or storage path
     --expires TIME  such as 30m, 12h, 7d (1d)
     """
 )
 def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
-    """an address where anybody can fetch an image of the private bucket for a while"""
     config = load_config(args.config)
     seconds = duration(args.expires)
     if not seconds:
@@ -12321,12 +12359,12 @@ def moment(text: str, sign: int) -> str:
 
 @command(
     """
+    delete images from the cloud; what they cost stays in the ledger
     images IMAGE…  paths, sidecars or image ids
     --local        the file and its sidecar too
     """
 )
 def cmd_delete(args: argparse.Namespace, terminal: Terminal) -> int:
-    """delete images from the cloud; what they cost stays in the ledger"""
     config = load_config(args.config)
     if not args.images:
         raise BadRequest("an image is missing", "its path, its sidecar or its id")
@@ -12378,24 +12416,14 @@ def delete_image(name: str, local: bool, config: Config) -> JsonObject:
     return {"image_id": image_id, "cloud": in_cloud, "path": path}
 
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def program() -> str:
-    """How a shell starts this copy, whatever its name is."""
-    import shlex
-
-    return shlex.join((sys.executable or "python3", os.path.abspath(__file__)))
-
-
 @command(
     """
+    set up or upgrade the database
     --file FILE  instead of the migrations.sql beside imagen.py
     --expose     let PostgREST see the schemas even where the Dashboard says which
     """
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
-    """set up or upgrade the database"""
     path = args.file or os.path.join(HERE, "migrations.sql")
     try:
         with open(path, encoding="utf-8") as file:
@@ -12419,12 +12447,12 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
 
 @command(
     """
+    the last images
     terms [WORD…]  that prompt or style must hold, all of them
     -n N           at most that many (20)
     """
 )
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
-    """the last images"""
     if args.n < 1:
         raise BadRequest(f"-n {args.n}: at least 1")
     images = []
@@ -12444,6 +12472,8 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
             sidecar["prompt"][:60],
         )
         lines.append(line)
+    if not lines:
+        terminal.note("no images: imagen generate PROMPT makes one")
     return terminal.result({"images": images}, *aligned(lines))
 
 
@@ -12452,12 +12482,12 @@ COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
 
 @command(
     """
+    what was spent, and what is reserved
     --since DATE                          YYYY-MM-DD
     --by day|month|backend|model|owner    what makes a row (day)
     """
 )
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
-    """what was spent, and what is reserved"""
     since = args.since or ""
     date = ""
     with suppress(ValueError):
@@ -12492,37 +12522,149 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
         lines.append((key, row["images"], "images", money(row["usd"]), ", ".join(parts)))
     rows = [{args.by: key, **groups[key]} for key in sorted(groups)]
     return terminal.result({"rows": rows, "total": total}, *aligned(lines))
-    return terminal.result({"rows": rows, "total": total}, *aligned(lines))
 
 
-@command("folder [DIR]  where `imagen` is put (~/.local/bin)")
-def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    """put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`"""
-    import shlex
-
-    folder = full_path(args.folder)
-    path = os.path.join(folder, "imagen")
-    cure = "name another folder: imagen install DIR"
-    # The mark tells a launcher of ours, which may be replaced, from a program of that name.
-    mark = "# the launcher of imagen.py"
-    beginning = read_bytes(path)[:200]
-    if os.path.lexists(path) and mark.encode() not in beginning:
-        raise BadRequest(f"{path} exists and is not ours", cure)
-    module, ending = os.path.splitext(os.path.basename(__file__))
-    start = program()
-    if ending == ".py" and "." not in module:
-        code = f"import sys; sys.path.insert(0, {HERE!r}); sys.exit(__import__({module!r}).main())"
-        start = shlex.join((sys.executable, "-P", "-c", code))
-    with or_disk(path, cure):
-        os.makedirs(folder, exist_ok=True)
-        write_file(path, f'#!/bin/sh\n{mark}\nexec {start} "$@"\n', 0o755)
-    if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        terminal.note(f"{folder} is not on PATH yet")
-    return terminal.result({"path": path}, path)
+SETUP_FOLDER = "~/.local/share/imagen"
+LAUNCHER_MARK = "# the launcher of imagen.py"  # tells ours from a program of that name
+PACKAGES = ("pyyaml>=6.0.2", "pg8000>=1.31.2")
 
 
 @command(
     """
+    install this copy for the user, with what it needs; again: an upgrade
+    --with PACKAGE*  another package, such as pillow
+    """
+)
+def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
+    import shutil
+
+    folder = full_path(SETUP_FOLDER)
+    python = os.path.join(folder, "venv", "bin", "python")
+    packages = [*PACKAGES, *(vars(args)["with"] or ())]
+    with or_disk(folder, ""):
+        os.makedirs(folder, exist_ok=True)
+        for name in ("imagen.py", "migrations.sql"):
+            source = __file__ if name == "imagen.py" else os.path.join(HERE, name)
+            target = os.path.join(folder, name)
+            if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+                shutil.copyfile(source, f"{target}.new")
+                os.replace(f"{target}.new", target)
+    # 1. An environment of its own, unless it stands, and the packages in it.
+    venv = os.path.dirname(os.path.dirname(python))
+    make = [sys.executable, "-m", "venv", "--clear", venv]
+    install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *packages]
+    if shutil.which("uv"):
+        make = ["uv", "venv", "--quiet", "--clear", "--python", sys.executable, venv]
+        install = ["uv", "pip", "install", "--quiet", "--upgrade", "--python", python, *packages]
+    if not succeeds([python, "-c", "import sys"]):
+        version = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+        require(make, f"on Debian and Ubuntu: sudo apt install {version}")
+    require(install, "it needs the network; with packages of your own, `imagen install` will do")
+    # 2. The command.
+    path = write_launcher(full_path("~/.local/bin"), python, os.path.join(folder, "imagen.py"))
+    terminal.note(f"{folder} has this copy and its packages")
+    return launched(path, terminal)
+
+
+def succeeds(program_args: Sequence[str]) -> bool:
+    """Whether a program is there and ends well."""
+    with suppress(Failed):
+        require(program_args, "")
+        return True
+    return False
+
+
+def require(program_args: Sequence[str], hint: str) -> None:
+    """Run a program; Failed with its last words where it does not end well."""
+    import subprocess
+
+    try:
+        done = subprocess.run(program_args, capture_output=True, text=True)
+    except OSError as problem:
+        raise Failed(f"{program_args[0]}: {problem}", hint) from None
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip()[-400:]
+        raise Failed(f"{' '.join(program_args[:4])} …: {last}", hint)
+
+
+@command(
+    """
+    put a launcher on the PATH, which starts 40 ms sooner than `python3 imagen.py`
+    folder [DIR]  where `imagen` is put (~/.local/bin)
+    """
+)
+def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
+    return launched(write_launcher(full_path(args.folder), sys.executable, __file__), terminal)
+
+
+def write_launcher(folder: str, python: str, file: str) -> str:
+    """A command `imagen` in `folder` that runs `file`; its path."""
+    import shlex
+
+    path = os.path.join(folder, "imagen")
+    cure = "name another folder: imagen install DIR"
+    if os.path.lexists(path) and not is_launcher(path):
+        raise BadRequest(f"{path} exists and is not ours", cure)
+    file = os.path.abspath(file)
+    module, ending = os.path.splitext(os.path.basename(file))
+    start = shlex.join((python, file))
+    if ending == ".py" and "." not in module:
+        place = os.path.dirname(file)
+        code = f"import sys; sys.path.insert(0, {place!r}); sys.exit(__import__({module!r}).main())"
+        start = shlex.join((python, "-P", "-c", code))
+    with or_disk(path, cure):
+        os.makedirs(folder, exist_ok=True)
+        write_file(path, f'#!/bin/sh\n{LAUNCHER_MARK}\nexec {start} "$@"\n', 0o755)
+    return path
+
+
+def is_launcher(path: str) -> bool:
+    """Whether a file is one of ours, which may be replaced."""
+    return LAUNCHER_MARK.encode() in read_bytes(path)[:200]
+
+
+def launched(path: str, terminal: Terminal) -> int:
+    """Tell where the launcher is, and how the shell finds it."""
+    folder = os.path.dirname(path)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        shell = os.path.basename(os.environ.get("SHELL", ""))
+        line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{shell or 'bash'}rc"
+        if shell == "fish":
+            line = f"fish_add_path {folder}"
+        terminal.note(f"{folder} is not on PATH yet: {line}")
+    return terminal.result({"path": path}, path)
+
+
+@command("undo `setup` and `install`; images, journal and imagen.yaml stay")
+def cmd_uninstall(args: argparse.Namespace, terminal: Terminal) -> int:
+    import shutil
+
+    folder = full_path(SETUP_FOLDER)
+    removed = []
+    with or_disk(folder, "delete it by hand"):
+        for name in ("venv", "__pycache__"):
+            if os.path.isdir(path := os.path.join(folder, name)):
+                shutil.rmtree(path)
+                removed.append(path)
+        paths = [os.path.join(folder, name) for name in ("imagen.py", "migrations.sql")]
+        launcher = full_path("~/.local/bin/imagen")
+        if is_launcher(launcher):
+            paths.append(launcher)
+        for path in filter(os.path.lexists, paths):
+            os.unlink(path)
+            removed.append(path)
+        with suppress(OSError):  # what else is in it is not ours
+            os.rmdir(folder)
+    stays = ", ".join(filter(None, (state_path(), config_path(args.config))))
+    terminal.note(f"{len(removed)} removed; the images stay, and {stays}")
+    if os.path.exists(full_path("~/.config/systemd/user/imagen-worker.service")):
+        terminal.note("the worker: systemctl --user disable --now imagen-worker")
+    return terminal.result({"removed": removed}, *removed)
+
+
+@command(
+    """
+    take jobs from imagen.jobs and make their images
     --concurrency N  jobs at a time
     --once           leave when no job waits
     --name SLOT      what this worker is called on this host (worker)
@@ -12530,7 +12672,6 @@ def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
     """
 )
 def cmd_worker(args: argparse.Namespace, terminal: Terminal) -> int:
-    """take jobs from imagen.jobs and make their images"""
     import signal
 
     config = load_config(args.config)
@@ -12568,38 +12709,17 @@ def handle_stops(handler: Any) -> None:
 
 @command(
     f"""
-    action add|list|stats|cancel|retry  what to do
-    items [PROMPT|ID|WORD…]     add: what to see; cancel, retry: jobs; list: what a prompt holds
-    {ORDER_FLAGS.replace(" (1)", "; list: that many jobs")}
-    --key WORDS                 add: where a job with this key is there, its id
-    --run-after TIME            add: not before, such as 30m from now, or 2026-12-24T18:00
-    --priority N                add: the higher, the sooner
-    --wait                      add, retry: until the job is over, whose outcome is the exit code
-    --status pending|running|done|failed|canceled  list: these alone
-    --owner UUID                list: the jobs of this user
-    --failed                    retry: all that failed, but for what may have been charged
-    --since TIME                retry --failed: since then, such as 2h ago, or 2026-12-24
-    --code CODE                 retry --failed: with this error, such as busy
-    --pay-again                 retry: one job, even if it may have been charged
+    queue jobs that make images from a prompt
+    prompt [PROMPT]   what to see; - reads it from stdin
+    {ORDER_FLAGS}
+    --key WORDS       where a job with this key is there, its id
+    --run-after TIME  not before, such as 30m from now, or 2026-12-24T18:00
+    --priority N      the higher, the sooner
+    --wait            until the jobs are over, whose outcome is the exit code
     """
 )
-def cmd_jobs(args: argparse.Namespace, terminal: Terminal) -> int:
-    """add, list, count, cancel or retry jobs of imagen.jobs"""
-    actions = {
-        "add": add_jobs,
-        "list": list_jobs,
-        "stats": count_jobs,
-        "cancel": cancel_jobs,
-        "retry": retry_jobs,
-    }
-    return actions[args.action](args, load_config(args.config), terminal)
-
-
-def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
-    """What `jobs add` does."""
-    args.prompt, *others = args.items or [None]
-    if others:
-        raise BadRequest("a prompt of several words stands in quotes")
+def cmd_jobs_add(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config(args.config)
     requests = job_requests(order_from(args, config.styles, terminal.note), config)
     for request in requests:
         request["priority"] = args.priority
@@ -12608,9 +12728,20 @@ def add_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> in
     return begin_jobs(ADD, requests, args, config, terminal)
 
 
-def retry_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
-    """What `jobs retry` does."""
-    if (args.failed and args.items) or (args.pay_again and len(args.items) != 1):
+@command(
+    """
+    queue failed jobs again
+    ids [ID…]     the jobs
+    --failed      all that failed, but for what may have been charged
+    --since TIME  with --failed: since then, such as 2h ago, or 2026-12-24
+    --code CODE   with --failed: those with this error, such as busy
+    --pay-again   one job, even if it may have been charged
+    --wait        until the jobs are over, whose outcome is the exit code
+    """
+)
+def cmd_jobs_retry(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config(args.config)
+    if (args.failed and args.ids) or (args.pay_again and len(args.ids) != 1):
         raise BadRequest("--failed takes no id, and --pay-again one")
     if not args.failed:
         requests = [{"id": new_uuid(), "job": job} for job in job_ids(args)]
@@ -12625,10 +12756,10 @@ def retry_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> 
 
 def job_ids(args: argparse.Namespace) -> list[str]:
     """The jobs that a command line names."""
-    for word in args.items or [""]:
+    for word in args.ids or [""]:
         if not is_uuid(word):
-            raise BadRequest(f'{args.action} "{word}": not the id of a job', "imagen jobs list")
-    return list(args.items)
+            raise BadRequest(f'"{word}" is not the id of a job', "imagen jobs list")
+    return list(args.ids)
 
 
 def begin_jobs(
@@ -12647,12 +12778,12 @@ def begin_jobs(
     parameters = {
         "requests": to_jsonb(requests),
         "owner": config.owner_user_id,
-        "pay_again": args.pay_again,
+        "pay_again": getattr(args, "pay_again", False),
     }
     if ids:
         jobs = insert_jobs(variable, sql, requests, parameters)
         if len(jobs) < len(ids):
-            message = f"{', '.join(args.items)}: no such job, or one that may have been charged"
+            message = "no such job, or one that may have been charged"
             cure = "imagen jobs list; --pay-again makes it all the same, once there is no other"
             raise BadRequest(f"{message}, or its key has another", cure)
         ids = [job["id"] for job in jobs]
@@ -12662,8 +12793,14 @@ def begin_jobs(
     return terminal.result({"jobs": rows}, *ids)
 
 
-def cancel_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
-    """What `jobs cancel` does."""
+@command(
+    """
+    take jobs out of the queue, or ask their worker to stop
+    ids [ID…]  the jobs
+    """
+)
+def cmd_jobs_cancel(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config(args.config)
     ids = job_ids(args)
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         rows = database.run(CANCEL, ids=ids)
@@ -12677,8 +12814,9 @@ def cancel_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) ->
     return terminal.result({"jobs": jobs}, *lines, error=error)
 
 
-def count_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
-    """What `jobs stats` says."""
+@command("count what waits, runs, failed within an hour, and why something waits")
+def cmd_jobs_stats(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config(args.config)
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         ((stats, lines),) = database.run(STATS)
     return terminal.result(stats, *aligned(lines))
@@ -12829,9 +12967,18 @@ def upload_input(image: Input, cloud: Supabase, config: Config) -> str:
     return path
 
 
-def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
-    """What `jobs list` says."""
-    terms = {"status": args.status, "owner": args.owner, "words": args.items, "n": args.n or 50}
+@command(
+    """
+    the newest jobs
+    terms [WORD…]  that prompt or style must hold, all of them
+    --status pending|running|done|failed|canceled  these alone
+    --owner UUID   of this user
+    -n N           at most that many (50)
+    """
+)
+def cmd_jobs_list(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config(args.config)
+    terms = {"status": args.status, "owner": args.owner, "words": args.terms, "n": args.n}
     with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
@@ -12839,6 +12986,8 @@ def list_jobs(args: argparse.Namespace, config: Config, terminal: Terminal) -> i
         created = job["created_at"][:16]
         text = job["error"] or job["prompt"]
         lines.append((job["id"], created, job["status"], text[:70]))
+    if not lines:
+        terminal.note("no jobs: imagen jobs add PROMPT makes one")
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
@@ -12912,6 +13061,7 @@ def job_error(job: Fields) -> ImagenError:
 
 @command(
     """
+    the OpenAI-compatible API and the gallery, over HTTP
     --host HOST       another one needs a token (127.0.0.1)
     --port N          0: any free one (8765)
     --token-env NAME  the variable that holds the token (IMAGEN_SERVE_TOKEN)
@@ -12920,7 +13070,6 @@ def job_error(job: Fields) -> ImagenError:
     """
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
-    """the OpenAI-compatible API and the gallery, over HTTP"""
     fine = 0 <= args.port < 65536 and 1 <= args.parallel <= 64
     if not fine or not 0 <= args.queue <= 1000:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64, --queue 0 to 1000")
@@ -12997,19 +13146,20 @@ Then run this with that id (of several images: all) in place of ID, as often as 
 """
 
 
-@command()
+@command("print a SKILL.md, for an /imagine command in a chat")
 def cmd_skill(args: argparse.Namespace, terminal: Terminal) -> int:
-    """print a SKILL.md, for an /imagine command in a chat"""
     text = SKILL.replace("COMMAND", program()).rstrip()
     return terminal.result({"text": text}, text)
 
 
-MCP_CLIENTS = """\
+MCP_CLIENTS = """
+clients:
   Claude Code  claude mcp add imagen -- PROGRAM mcp
   Codex        codex mcp add imagen -- PROGRAM mcp
   VS Code      in .vscode/mcp.json: {"servers": {"imagen": {HERE}}}
   Cursor       in .cursor/mcp.json: {"mcpServers": {"imagen": {HERE}}}"""
-EXAMPLES = """\
+EXAMPLES = """
+examples:
   imagen generate "a cat in a fishbowl"
   imagen generate "a lighthouse at dusk" --style poster -n 4 -b gpt-image
   imagen generate --like last --seed 7 --size 1536x1024 --json"""
@@ -13050,14 +13200,28 @@ def dispatch(argv: Sequence[str], terminal: Terminal) -> int:
     while place < len(argv) and argv[place].startswith("-"):
         place += 1 + (argv[place] == "--config")
     before = argv[:place]
-    name, *after = argv[place:] or [""]
-    if "--version" in before:
+    rest = list(argv[place:])
+    if {"-V", "--version"}.intersection(before):
         return show_version(terminal)
-    if not argv or name == "help" or {"-h", "--help"}.intersection(before):
+    if rest[:1] == ["help"]:
+        rest = [*rest[1:], "--help"]
+    if not argv or rest == ["--help"] or {"-h", "--help"}.intersection(before):
         return show_help(terminal)
+    name, *after = rest or [""]
+    actions = [key.partition(" ")[2] for key in COMMANDS if key.startswith(f"{name} ")]
+    if actions:
+        action = next((word for word in after if word in actions), "")
+        if not action and {"-h", "--help"}.intersection(after):
+            return show_help(terminal, name)
+        if not action:
+            first = next((word for word in after if not word.startswith("-")), "")
+            message = f'imagen {name} "{first}": no such action'
+            raise BadRequest(message, f"{nearest(first, actions)}; imagen {name} --help")
+        after.remove(action)
+        name = f"{name} {action}"
     if name not in COMMANDS:
         message = "a command is missing"
-        hint = nearest(name, COMMANDS)
+        hint = nearest(name, " ".join(GROUPS.values()).split())
         if before:
             message = f"{before[0]}: no flag that can stand alone"
         if name:
@@ -13100,12 +13264,42 @@ def show_version(terminal: Terminal) -> int:
     return terminal.result(document, f"imagen {__version__} ({digest[:12]})")
 
 
-def show_help(terminal: Terminal) -> int:
-    """What `imagen --help` says."""
-    commands = "\n".join(f"  {name:<10} {cmd.__doc__}" for name, (cmd, _) in COMMANDS.items())
-    end = "imagen COMMAND --help tells more; --version prints the release and the hash of this copy"
-    text = f"{EXAMPLES}\n\nusage: imagen [--config FILE] COMMAND …\n\n{commands}\n\n{end}"
+def show_help(terminal: Terminal, name: str = "") -> int:
+    """What `imagen --help` says; with a name, the help of a command that has several actions."""
+    import textwrap
+
+    columns = text_columns()
+
+    def listed(names: str) -> str:
+        lines = []
+        for first in names.split():
+            for key, (_, text) in COMMANDS.items():
+                if key.partition(" ")[0] == first:
+                    start = f"  {key:<17}"
+                    summary = text.partition("\n")[0]
+                    lines += textwrap.wrap(
+                        summary, columns, initial_indent=start, subsequent_indent=" " * 19
+                    )
+        return "\n".join(lines)
+
+    parts = [f"usage: imagen {name} ACTION …", listed(name)]
+    if not name:
+        parts = ["usage: imagen [--config FILE] COMMAND …"]
+        parts += [f"{group}:\n{listed(names)}" for group, names in GROUPS.items()]
+        parts.append(EXAMPLES)
+    end = "imagen help COMMAND tells more; imagen -V prints the release and this copy's hash"
+    parts.append(textwrap.fill(end, columns))
+    text = "\n\n".join(parts)
     return terminal.result({"text": text}, text)
+
+
+def text_columns() -> int:
+    """How wide a text on stdout may be."""
+    with suppress(ValueError):
+        return max(20, int(os.environ.get("COLUMNS", "")))
+    with suppress(OSError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    return 80
 
 
 def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
@@ -13117,27 +13311,25 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
             hint = f"{self.prog} --help"
             if unknown := re.search(r"unrecognized arguments: (-\S+)", message):
                 hint = nearest(unknown[1], self._option_string_actions)
-            elif "unrecognized arguments" in message and name == "generate":
+            elif "unrecognized arguments" in message and "prompt" in COMMANDS[name][1]:
                 hint = 'a prompt of several words stands in quotes: imagen generate "a fox in snow"'
             raise BadRequest(message, hint)
 
         def print_help(self, file: Any = None) -> None:
-            text = self.format_help().rstrip()
+            text = f"{self.format_help().rstrip()}\n{examples}".rstrip()
             terminal.result({"text": text}, text)
 
-    cmd, flags = COMMANDS[name]
-    usage = None
-    examples = {"generate": EXAMPLES, "mcp": MCP_CLIENTS}.get(name)
-    if examples:
-        here = to_json({"command": sys.executable, "args": [os.path.abspath(__file__), "mcp"]})
-        examples = examples.replace("PROGRAM", program()).replace("{HERE}", here)
-        usage = f"imagen {name} …\n\n{examples}".replace("%", "%%")
+    columns = text_columns()
+    summary, _, flags = COMMANDS[name][1].partition("\n")
+    here = to_json({"command": sys.executable, "args": [os.path.abspath(__file__), "mcp"]})
+    clients = MCP_CLIENTS.replace("PROGRAM", program()).replace("{HERE}", here)
+    examples = {"generate": EXAMPLES, "mcp": clients}.get(name, "")
     parser = Strict(
         prog=f"imagen {name}",
-        usage=usage,
-        description=cmd.__doc__,
+        usage=" ".join([f"imagen {name} [flags]", *re.findall(r"(?m)^ *\w+ (\S+)  ", flags)]),
+        description=summary,
         # Without a width of its own a formatter imports shutil.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns),
         allow_abbrev=False,
     )
     for line in f"{flags}\n{EVERYWHERE}".splitlines():
@@ -13161,6 +13353,9 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
         options["type"] = kind
     if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
         options["choices"] = value.split("|")
+        if len(value) > 20:  # wider than the help of a narrow terminal
+            options["metavar"] = "WHICH"
+            options["help"] = f"{text}: {', '.join(options['choices'])}"
     if value.endswith("*"):
         options["action"] = "append"
     elif "…" in value:
