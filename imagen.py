@@ -1114,7 +1114,7 @@ class Result(NamedTuple):
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
     steps: int | None = None  # the number really used
-    cost_usd: float | None = None  # None: the price that was known before, never 0 for unknown
+    cost_usd: float | None = None  # None: what was known before, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
     metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
     others: Sequence[Fields] = ()  # further images of the same job, as `resume` takes them
@@ -5263,6 +5263,7 @@ class Record(TypedDict, total=False):
     storage: str  # date/slug-seed: how the object's name begins; "": no cloud
     sidecar_wanted: bool
     strict: bool
+    unmet: list[str]  # fields of the request that the backend has no word for
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
     body: JsonObject  # what identifies it there: its own prompt and seed
@@ -5510,12 +5511,13 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
         seed = result["seed"]
     if "seed" in ignored:
         seed = None
-    source = {"cost_source": result["cost_source"]} if result.get("cost_source") else {}
+    cost = {}  # else the price stays that was known before
+    if result.get("cost_usd") is not None:
+        cost = {"cost_usd_estimate": result["cost_usd"], "cost_source": result.get("cost_source")}
     return {
-        **source,
+        **{key: value for key, value in cost.items() if value != ""},
         **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
         "seed": seed,
-        "cost_usd_estimate": result.get("cost_usd"),
         "ignored": ignored,
         "metadata": result.get("metadata") or {},
     }
@@ -6306,8 +6308,11 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "storage": storage,
             "sidecar_wanted": config.output.write_metadata_json,
             "strict": order.strict,
+            "unmet": takes.unmet(request),
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
+        if price.usd is not None and cls.paid:
+            record["sidecar"]["cost_source"] = price.source.partition(" ")[0]
         if order.tags:
             record["sidecar"]["tags"] = [*order.tags]
         if order.key:
@@ -6788,7 +6793,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
     try:
         with run.recording_failure(backend):
             run.check()
-            return completed(backend, plan.styled, backend.generate(run, plan.styled))
+            return backend.generate(run, plan.styled)
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
         if not fallback or "fallback_from" in plan.record["sidecar"]:
@@ -6796,17 +6801,6 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         run.warn(f"{problem}; {fallback} makes it instead")
         run.begun = False
         return make(plan_instead(plan, fallback, config), config, run)
-
-
-def completed(backend: Backend, request: Request, result: Result) -> Result:
-    """The result, with the price and the ignored fields that were known before."""
-    unmet = backend.takes(backend.options).unmet(request)
-    result = result._replace(ignored=(*result.ignored, *unmet))
-    if result.cost_usd is not None:
-        return result
-    price = backend.price(backend.options, request)
-    source = "" if price.usd is None else price.source.partition(" ")[0]
-    return result._replace(cost_usd=price.usd, cost_source=source)
 
 
 # An order with a key, and what is known of an image of it:
@@ -6881,6 +6875,7 @@ def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
     record["paid"] = instead.record["paid"]
     record["price"] = instead.record["price"]
     record["sidecar"] = instead.record["sidecar"]
+    record["unmet"] = instead.record["unmet"]
     record["sidecar"]["fallback_from"] = plan.request.backend
     return instead._replace(record=record)
 
@@ -6908,6 +6903,7 @@ def finish(run: Run, result: Result) -> Record:
                 copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
             seed = run.entry.record["sidecar"].get("seed")
+            fields["ignored"] += run.entry.record.get("unmet", [])
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
             if not sniffed:
@@ -7246,7 +7242,7 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     with run.recording_failure(backend):
-        return completed(backend, request, backend.resume(run, remote, request))
+        return backend.resume(run, remote, request)
 
 
 def strict_error(record: Record) -> Partial | None:

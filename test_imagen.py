@@ -9391,10 +9391,13 @@ def test_replicate_the_cost_is_the_configs_or_the_tables_or_unknown(
         price = backend.price(backend.options, imagen.Request("a"))
         assert price.usd == json.loads(usd)
         assert re.fullmatch(r"config|table of 20\d\d-\d\d-\d\d|", price.source)
-        request = imagen.Request("a fox", seed=7)
-        result = backend.generate(AdapterContext(), request)
-        result = imagen.completed(backend, request, result)
-        assert (result.cost_usd, result.cost_source) == (price.usd, price.source.split(" ")[0])
+        block = {"type": "replicate", **backend.options._asdict()}
+        config = imagen.Config(default_backend="x", backends={"x": block})
+        [plan] = imagen.plans_of(imagen.Order("a fox", seed=7), config)
+        run = imagen.Run()
+        sidecar = imagen.finish(run, imagen.make(plan, config, run))["sidecar"]
+        assert sidecar["cost_usd_estimate"] == price.usd
+        assert sidecar.get("cost_source", "") == price.source.split(" ")[0]
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -13915,7 +13918,8 @@ class KillsVictims:
         assert files.pop("fox.png") == KILLS_MINE
         for name, data in files.items():
             if name.endswith(".json") and data:
-                assert list(json.loads(data)) == OUTPUT_SIDECAR
+                keys = [key for key in json.loads(data) if key != "cost_source"]
+                assert keys == OUTPUT_SIDECAR
             elif (
                 data or not kind.fault
             ):  # without links a name is held by an empty file for a moment
@@ -14858,7 +14862,8 @@ def test_pipeline_the_command_line_gets_on_with_the_database_of_the_release_befo
         cloud.join(box, backends=MOCK_SMALL, worker={})
         first = deliver_made(box, "--tag", "a").lines[0]
         assert cloud.rows()[0]["tags"] == ["a"]
-        (ident,) = box.run("jobs", "add", "a fox", "--priority", "2").lines
+        looks = ("--aspect", "2:1", "--quality", "high")  # which it has no columns for
+        (ident,) = box.run("jobs", "add", "a fox", "--priority", "2", *looks).lines
         stats = box.run("jobs", "stats", "--json").json
         assert (stats["pending"], stats["groups"][0]["owner"]) == (1, cloud.anna)
         assert box.run("jobs", "cancel", ident).out == f"{ident}  canceled\n"
@@ -17424,7 +17429,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
-    "backend_opts", "inputs", "mask", "strength", "status",
+    "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "status",
 }  # fmt: skip
 
 
@@ -17635,7 +17640,9 @@ def test_worker_jobs_add_uploads_the_images_and_a_retry_keeps_them(box: Box, clo
     cloud.join(box, owner=anna, worker={})
     (box.root / "a.png").write_bytes(png(64, 64))
     (box.root / "mask.png").write_bytes(inputs_mask(64))
-    flags = ("-i", "a.png", "--mask", "mask.png", "--strength", "0.5", "-b", "mock")
+    looks = {"aspect": "2:1", "format": "jpeg", "background": "opaque", "quality": "high"}
+    named = [word for name, value in looks.items() for word in (f"--{name}", value)]
+    flags = ("-i", "a.png", "--mask", "mask.png", "--strength", "0.5", "-b", "mock", *named)
     with JobsWorker(box):
         added = box.run("jobs", "add", "a hat", *flags, "--wait", "--json")
         assert added.code == 0, added.err
@@ -17646,6 +17653,11 @@ def test_worker_jobs_add_uploads_the_images_and_a_retry_keeps_them(box: Box, clo
     assert inputs == [hashlib.sha256(png(64, 64)).hexdigest()] * 2
     assert all(row["sidecar"]["strength"] == 0.5 for row in cloud.rows())
     assert all(row["sidecar"]["mask"]["width"] == 64 for row in cloud.rows())
+    for row in cloud.rows():
+        assert looks.items() <= row["sidecar"]["requested"].items()
+        assert row["width"] == 90  # by 45
+        assert row["sidecar"]["ignored"] == [*looks][1:]
+        assert row["sidecar"]["deviations"] == {"format": "asked jpeg, got png"}
 
 
 def test_worker_a_job_that_a_signed_in_user_inserts_becomes_their_image(
