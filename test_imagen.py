@@ -19603,9 +19603,23 @@ def test_server_what_is_asked_is_what_is_made_and_what_nobody_knows_is_named(box
             )
             assert facts["styled_prompt"] == "Größe, in ink"
             assert facts["requested"]["steps"] == 3
+        looks = {"background": "transparent", "quality": "high", "extra_body": {"aspect": "2:1"}}
+        for image in (None, png(64, 64)):
+            make = client.images.generate
+            if image:
+                make = functools.partial(client.images.edit, image=image)
+            [image] = make(prompt="x", model="other", output_format="webp", **looks).data
+            facts = server.get(f"/api/images/{image.imagen['id']}").json
+            assert abs(facts["width"] / facts["height"] - 2) < 0.02
+            assert facts["requested"]["format"] == "webp"
+            assert image.imagen["ignored"] == ["format", "background", "quality"]
+            assert facts["deviations"] == {
+                "format": "asked webp, got png",
+                "background": "asked transparent, got opaque",
+            }
         assert client.images.generate(prompt="x", model="other").data[0].imagen["ignored"] == []
         assert {"auto", *SERVE_BLOCKS, "other"} <= {model.id for model in client.models.list()}
-    assert len(box.ledger()) == 4
+    assert len(box.ledger()) == 6
 
 
 def test_server_the_cases_of_openais_own_suites_pass_under_strict_validation(box: Box) -> None:
@@ -21680,7 +21694,19 @@ def test_mcp_an_agent_names_no_file_outside_and_spends_no_more_than_it_may(box: 
         for arguments in ({"n": 2}, {"max_cost": 0.1}):
             dear = talk.call("generate_image", prompt="a", backend="paid", **arguments)
             assert dear["structuredContent"]["error"]["code"] == "quota"
-        for arguments in ({"size": "big"}, {"n": 11}, {"prompt": 7}, {"colour": 1}):
+        looks = {"aspect": "2:1", "format": "jpeg", "background": "opaque", "quality": "high"}
+        [image] = talk.call("generate_image", prompt="a", **looks)["structuredContent"]["images"]
+        assert image["deviations"] == {"format": "asked jpeg, got png"}
+        assert box.sidecar(image["path"])["requested"].items() >= looks.items()
+        for arguments in (
+            {"size": "big"},
+            {"n": 11},
+            {"prompt": 7},
+            {"colour": 1},
+            {"format": "bmp"},
+            {"aspect": "wide"},
+            {"format": "jpeg", "background": "transparent"},
+        ):
             wrong = talk.call("generate_image", **{"prompt": "a", **arguments})
             assert wrong["structuredContent"]["error"]["code"] == "usage"
         rows = talk.call("list_backends")["structuredContent"]["backends"]
