@@ -5511,11 +5511,13 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
         seed = result["seed"]
     if "seed" in ignored:
         seed = None
-    cost = {}  # else the price stays that was known before
-    if result.get("cost_usd") is not None:
-        cost = {"cost_usd_estimate": result["cost_usd"], "cost_source": result.get("cost_source")}
+    cost = {}
+    if result.get("cost_usd") is not None:  # else the price stays that was known before
+        cost["cost_usd_estimate"] = result["cost_usd"]
+        if source := result.get("cost_source"):
+            cost["cost_source"] = source
     return {
-        **{key: value for key, value in cost.items() if value != ""},
+        **cost,
         **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
         "seed": seed,
         "ignored": ignored,
@@ -6338,14 +6340,14 @@ def with_aspect(request: Request, takes: Takes, strict: bool) -> Request:
     BadRequest where it is `strict`, and sure to come otherwise than asked for.
     """
     unmet = takes.unmet(request)
-    aspect = request.aspect
-    if request.width or not aspect:
+    if request.width:
         request = request._replace(aspect="")
-    elif takes.aspects:
-        aspect = nearest_aspect(ratio_of(aspect), takes.aspects)
-        if off_by(ratio_of(aspect), ratio_of(request.aspect)) > ASPECT_TOLERANCE:
-            unmet.append(f"aspect {request.aspect} (the nearest is {aspect})")
-        request = request._replace(aspect=aspect)
+    if request.aspect and takes.aspects:
+        ratio = ratio_of(request.aspect)
+        offered = nearest_aspect(ratio, takes.aspects)
+        if off_by(ratio_of(offered), ratio) > ASPECT_TOLERANCE:
+            unmet.append(f"aspect {request.aspect} (the nearest is {offered})")
+        request = request._replace(aspect=offered)
     if unmet and strict:
         message = f"{request.backend} cannot take {', '.join(unmet)}"
         raise BadRequest(message, "without --strict it comes as near as it can")
@@ -6987,7 +6989,7 @@ def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str,
         if factor > ASPECT_TOLERANCE:
             made["aspect"] = size
     if wishes.get("background", "auto") != "auto":
-        with suppress(ValueError, struct.error, zlib.error):
+        with suppress(ValueError, IndexError, struct.error, zlib.error):  # it breaks off
             made["background"] = background_of(file, sniffed.format) or wishes["background"]
     return {
         name: f"asked {wishes[name]}, got {made[name]}"
@@ -9437,7 +9439,7 @@ class Server:
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
-        fields["format"] = body.get("output_format", "")
+        fields["format"] = body.get("output_format") or ""
         if fields["format"] not in ("", *FORMATS):
             raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
         # OpenAI's own two styles, which many clients send unasked.

@@ -12927,6 +12927,20 @@ def test_pipeline_what_came_otherwise_than_asked_for_is_said_and_recorded(wired:
         assert Path(record["path"]).read_bytes() == image()  # nothing is converted
 
 
+def test_pipeline_a_paid_image_that_breaks_off_is_saved_whatever_was_asked_for(wired: Box) -> None:
+    looks = {"background": "transparent", "aspect": "3:2", "format": "png", "width": 0}
+    known = imagen.Sidecar(requested=looks)
+    for data in (images_alpha("RGBA", 255), images_alpha("P2", 0), webp(), jpeg(), gif()):
+        for end in range(len(data)):
+            file = io.BytesIO(data[:end])
+            if sniffed := imagen.sniff(file):
+                assert imagen.deviations_of(known, sniffed, file) is not None
+    record, _ = pipeline_painted(
+        wired, images_alpha("RGBA", 255)[:-20], background="transparent", format="png"
+    )
+    assert wired.sidecar(record["path"])["complete"] is False
+
+
 def test_pipeline_strict_fails_and_keeps_the_image_and_refuses_before_paying(box: Box) -> None:
     with Remote(ok(openai_images(jpeg(64, 64))), repeat=True) as remote:
         block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
