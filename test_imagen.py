@@ -10107,6 +10107,44 @@ def test_openai_azures_own_client_asks_in_the_same_ways(
             assert ours.headers["api-key"] == theirs.headers["api-key"] == key["api_key"]
 
 
+def test_openai_openrouters_own_client_asks_in_the_same_way(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openrouter = pytest.importorskip("openrouter")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "Key-of-the-test-1")
+    block = openai_vendor_blocks()["openrouter"]
+    (wired.root / "a.png").write_bytes(png(16, 16))
+    source = imagen.input_of(str(wired.root / "a.png"), imagen.Context())
+    body = {
+        "created": 1,
+        "data": [{"b64_json": b64(png())}],
+        "usage": {"cost": 0.04, "prompt_tokens": 0, "completion_tokens": 1, "total_tokens": 1},
+    }
+    with Remote(ok(body), repeat=True) as remote:
+        block["base_url"] = f"{remote.base}/api/v1"
+        request = imagen.Request(
+            "a fox", aspect="16:9", format="jpeg", quality="low", seed=7, images=(source,)
+        )
+        backend = imagen.open_backend("x", {"x": block})
+        result = backend.generate(AdapterContext(), request)
+        link = {"url": f"data:image/png;base64,{b64(png(16, 16))}"}
+        client = openrouter.OpenRouter(api_key="Key-of-the-test-1", server_url=block["base_url"])
+        answer = client.images.generate(
+            model=block["model"],
+            prompt="a fox",
+            n=1,
+            aspect_ratio="16:9",
+            output_format="jpeg",
+            quality="low",
+            seed=7,
+            input_references=[{"type": "image_url", "image_url": link}],
+        )
+        ours, theirs = remote.seen
+    assert answer.usage.cost == result.cost_usd == 0.04
+    assert (ours.method, ours.path, ours.json) == (theirs.method, theirs.path, theirs.json)
+    assert ours.headers["authorization"] == theirs.headers["authorization"]
+
+
 OPENAI_BLOCKED = adapter_rows("""
 {"respect_moderation":false} | {"cost_in_usd_ticks":200000000} | yes
 {"respect_moderation":false} | {"cost_in_usd_ticks":0}         | no
