@@ -1127,7 +1127,7 @@ class Result(NamedTuple):
     model: str | None = None
     seed: int | None = None  # the one really used, if the backend says
     steps: int | None = None  # the number really used
-    cost_usd: float | None = None  # None: the price that was known before, never 0 for unknown
+    cost_usd: float | None = None  # None: what was known before, never 0 for unknown
     ignored: tuple[str, ...] = ()  # request fields it could not honour
     metadata: Fields = EMPTY  # everything else worth keeping, verbatim in the sidecar
     others: Sequence[Fields] = ()  # further images of the same job, as `resume` takes them
@@ -5330,6 +5330,7 @@ class Record(TypedDict, total=False):
     storage: str  # date/slug-seed: how the object's name begins; "": no cloud
     sidecar_wanted: bool
     strict: bool
+    unmet: list[str]  # fields of the request that the backend has no word for
     sidecar: Sidecar
     sending: str  # when the first byte of the paid POST left
     reserved: float | None  # USD that count until it is known what it costs
@@ -5583,12 +5584,15 @@ def result_fields(result: Fields, seed: int | None) -> JsonObject:
         seed = result["seed"]
     if "seed" in ignored:
         seed = None
-    source = {"cost_source": result["cost_source"]} if result.get("cost_source") else {}
+    cost = {}
+    if result.get("cost_usd") is not None:  # else the price stays that was known before
+        cost["cost_usd_estimate"] = result["cost_usd"]
+        if source := result.get("cost_source"):
+            cost["cost_source"] = source
     return {
-        **source,
+        **cost,
         **{name: result.get(name) for name in ("model", "steps", "latency_ms")},
         "seed": seed,
-        "cost_usd_estimate": result.get("cost_usd"),
         "ignored": ignored,
         "metadata": result.get("metadata") or {},
     }
@@ -6409,8 +6413,11 @@ def plans_of(order: Order, config: Config) -> list[Plan]:
             "storage": storage,
             "sidecar_wanted": config.output.write_metadata_json,
             "strict": order.strict,
+            "unmet": takes.unmet(request),
             "sidecar": first_sidecar(request, styled, model, price.usd),
         }
+        if price.usd is not None and cls.paid:
+            record["sidecar"]["cost_source"] = price.source.partition(" ")[0]
         if order.tags:
             record["sidecar"]["tags"] = [*order.tags]
         if order.key:
@@ -6436,14 +6443,14 @@ def with_aspect(request: Request, takes: Takes, strict: bool) -> Request:
     BadRequest where it is `strict`, and sure to come otherwise than asked for.
     """
     unmet = takes.unmet(request)
-    aspect = request.aspect
-    if request.width or not aspect:
+    if request.width:
         request = request._replace(aspect="")
-    elif takes.aspects:
-        aspect = nearest_aspect(ratio_of(aspect), takes.aspects)
-        if off_by(ratio_of(aspect), ratio_of(request.aspect)) > ASPECT_TOLERANCE:
-            unmet.append(f"aspect {request.aspect} (the nearest is {aspect})")
-        request = request._replace(aspect=aspect)
+    if request.aspect and takes.aspects:
+        ratio = ratio_of(request.aspect)
+        offered = nearest_aspect(ratio, takes.aspects)
+        if off_by(ratio_of(offered), ratio) > ASPECT_TOLERANCE:
+            unmet.append(f"aspect {request.aspect} (the nearest is {offered})")
+        request = request._replace(aspect=offered)
     if unmet and strict:
         message = f"{request.backend} cannot take {', '.join(unmet)}"
         raise BadRequest(message, "without --strict it comes as near as it can")
@@ -6954,7 +6961,7 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         with run.recording_failure(backend):
             run.check()
             run.price = plan.price
-            return completed(backend, plan.styled, backend.generate(run, plan.styled))
+            return backend.generate(run, plan.styled)
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
         if not fallback or "fallback_from" in plan.record["sidecar"]:
@@ -6962,17 +6969,6 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         run.warn(f"{problem}; {fallback} makes it instead")
         run.begun = False
         return make(plan_instead(plan, fallback, config), config, run)
-
-
-def completed(backend: Backend, request: Request, result: Result) -> Result:
-    """The result, with the price and the ignored fields that were known before."""
-    unmet = backend.takes(backend.options).unmet(request)
-    result = result._replace(ignored=(*result.ignored, *unmet))
-    if result.cost_usd is not None:
-        return result
-    price = backend.price(backend.options, request)
-    source = "" if price.usd is None else price.source.partition(" ")[0]
-    return result._replace(cost_usd=price.usd, cost_source=source)
 
 
 # An order with a key, and what is known of an image of it:
@@ -7047,6 +7043,7 @@ def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
     record["paid"] = instead.record["paid"]
     record["price"] = instead.record["price"]
     record["sidecar"] = instead.record["sidecar"]
+    record["unmet"] = instead.record["unmet"]
     record["sidecar"]["fallback_from"] = plan.request.backend
     return instead._replace(record=record)
 
@@ -7074,6 +7071,7 @@ def finish(run: Run, result: Result) -> Record:
                 copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
             seed = run.entry.record["sidecar"].get("seed")
+            fields["ignored"] += run.entry.record.get("unmet", [])
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
             if not sniffed:
@@ -7157,7 +7155,7 @@ def deviations_of(known: Sidecar, sniffed: Sniffed, file: BinaryIO) -> dict[str,
         if factor > ASPECT_TOLERANCE:
             made["aspect"] = size
     if wishes.get("background", "auto") != "auto":
-        with suppress(ValueError, struct.error, zlib.error):
+        with suppress(ValueError, IndexError, struct.error, zlib.error):  # it breaks off
             made["background"] = background_of(file, sniffed.format) or wishes["background"]
     return {
         name: f"asked {wishes[name]}, got {made[name]}"
@@ -7412,7 +7410,7 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     with run.recording_failure(backend):
-        return completed(backend, request, backend.resume(run, remote, request))
+        return backend.resume(run, remote, request)
 
 
 def strict_error(record: Record) -> Partial | None:
@@ -9638,7 +9636,7 @@ class Server:
         fields["backend"] = backend
         fields["width"] = int(pixels[1] or 0)
         fields["height"] = int(pixels[2] or 0)
-        fields["format"] = body.get("output_format", "")
+        fields["format"] = body.get("output_format") or ""
         if fields["format"] not in ("", *FORMATS):
             raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
         # OpenAI's own two styles, which many clients send unasked.
