@@ -5286,10 +5286,8 @@ def attempts(
 
 def may_cost(row: OpenEntry) -> bool:
     """Whether an entry without an image counts: it was sent, or its process is about to."""
-    if row.record.get("reserved") and row.record.get("charged", "no") == "no":
-        if entry := Entry.take(row.path):  # that process has ended
-            entry.unlock()
-            return False
+    unsent = row.record.get("reserved") and row.record.get("charged", "no") == "no"
+    if unsent and is_locked(row.path):
         row.record["charged"] = "unknown"
     return row.record.get("charged", "no") != "no"
 
@@ -6234,19 +6232,23 @@ class Run(Context):
         with or_disk(state_path("ledger.jsonl"), "a budget needs it"), locked_ledger():
             self.purse.usd.pop(self.id, None)  # of the POST that was turned away
             year, month, day, *_ = time.localtime(time.time())
-            begins = {"per_day": (year, month, day), "per_month": (year, month, 1)}
-            ends = {"per_day": (year, month, day + 1), "per_month": (year, month + 1, 1)}
-            spent = {"per_image": 0.0, "per_command": sum(self.purse.usd.values())}
-            for name in limits.keys() & begins:
-                spent[name] = self._spent_since(begins[name])
+            # Since when each of these counts, and until when.
+            periods = {
+                "per_day": ((year, month, day), (year, month, day + 1)),
+                "per_month": ((year, month, 1), (year, month + 1, 1)),
+            }
             for name, most in limits.items():
-                left = round(most - spent[name], 6)
+                left = most
+                hint = "--max-cost, or budget, says how much"
+                if name == "per_command":
+                    left -= sum(self.purse.usd.values())
+                elif name in periods:
+                    begin, end = periods[name]
+                    left -= self._spent_since(begin)
+                    until = time.localtime(time.mktime((*end, 0, 0, 0, 0, 0, -1)))
+                    hint = time.strftime("more from %Y-%m-%d 00:00 on", until)
                 # What has no price passes for as long as anything is left.
-                if (usd or 1e-6) > left:
-                    hint = "--max-cost, or budget, says how much"
-                    if name in ends:
-                        end = time.mktime((*ends[name], 0, 0, 0, 0, 0, -1))
-                        hint = time.strftime("more from %Y-%m-%d 00:00 on", time.localtime(end))
+                if (usd or 1e-6) > round(left, 6):
                     message = f"budget.{name}: ${usd or 0:g} of the ${max(0, left):g} that are left"
                     raise OverBudget(message, hint)
             self.entry.note(reserved=usd)
@@ -10165,18 +10167,14 @@ class Mcp:
 
     def line(self, raw: bytes) -> None:
         """Answer a line, now or from a thread of its own."""
-        try:
+        message = parsed(raw[:MCP_LINE_BYTES])
+        if not isinstance(message.get("method", ""), str):
+            message = {}
+        if not message:
+            reason = "no request in JSON"
             if len(raw) > MCP_LINE_BYTES:
-                raise McpError(-32700, "the line is too long")
-            try:
-                message = json.loads(raw)
-            except (ValueError, RecursionError):
-                raise McpError(-32700, "no JSON") from None
-            if not isinstance(message, dict) or not isinstance(message.get("method", ""), str):
-                raise McpError(-32600, "no request")
-        except McpError as problem:
-            self.answer({}, None, problem)
-            return
+                reason = "the line is too long"
+            self.answer(message, None, McpError(-32700, reason))
         params = message.get("params")
         if not isinstance(params, dict):
             params = {}
@@ -10737,7 +10735,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     offered = not args.backend and (order.backend or config.default_backend) != "mock"
     with offering_mock(offered):
         plans = plans_of(order, config)
-    tell_old_prices(plans, terminal)
+    tell_old_prices(plans[0].price, terminal)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -10780,10 +10778,9 @@ def budgeted(config: Config, most: float | None) -> Config:
     return config._replace(budget=config.budget._replace(per_command=budget.per_command))
 
 
-def tell_old_prices(plans: Iterable[Plan], terminal: Terminal) -> None:
+def tell_old_prices(price: Price, terminal: Terminal) -> None:
     """One line where the table that prices come from is older than 180 days."""
-    priced = any(plan.price.source.endswith(PRICED) for plan in plans)
-    if priced and time.time() > epoch(PRICED.split()[-1]) + PRICES_LAST_S:
+    if price.source.endswith(PRICED) and time.time() > epoch(PRICED.split()[-1]) + PRICES_LAST_S:
         terminal.note(f"imagen: prices are of a {PRICED}: a newer imagen.py may know better")
 
 
@@ -10793,19 +10790,15 @@ def detached(ids: Sequence[str], terminal: Terminal) -> bool:
     False in the process of the caller. The other one has its stdout and stderr in the state folder,
     under the name of each id, locked while it works; its last line there is its JSON document.
     """
-    for name in os.listdir(state_path()):
-        if name.startswith("detached-"):
-            path = state_path(name)
-            with suppress(OSError), open(locked(path)):
-                if os.path.getmtime(path) < time.time() - DETACHED_S:
-                    os.unlink(path)
-    place = state_path(f"detached-{new_uuid()}")
-    log = locked(place, os.O_CREAT)
-    for ident in ids:
-        path = state_path(f"detached-{ident}")
+    paths = [state_path(f"detached-{ident}") for ident in ids]
+    for path in paths:
         unlink_quietly(path)
-        with suppress(FileExistsError):  # of who does the same, and has the same keys
-            os.link(place, path)
+    try:
+        log = locked(paths[0], os.O_CREAT)
+        for path in paths[1:]:
+            os.link(paths[0], path)
+    except (BlockingIOError, FileExistsError):
+        return False  # somebody does the same at the same moment
     if os.fork():
         return False
     os.setsid()
@@ -11131,8 +11124,13 @@ class WaitRunner(TerminalRunner):
         while True:
             # First whether its process is at work, then what it has left.
             at_work = is_locked(log)
-            record = attempt_called(item)
+            record = Record()
+            for attempt in attempts(needle=item, under_way=True):
+                if item in (attempt["id"], attempt.get("sidecar", EMPTY).get("image_id")):
+                    record = attempt
+                    break
             if "path" in record:
+                unlink_quietly(log)
                 return record
             if not at_work:
                 break
@@ -11155,14 +11153,6 @@ class WaitRunner(TerminalRunner):
         raise kind(fields["message"], fields["hint"], charged=charged)
 
 
-def attempt_called(ident: str) -> Record:
-    """The newest attempt with this id, or whose image has it; empty where there is none."""
-    for record in attempts(needle=ident, under_way=True):
-        if ident in (record["id"], record.get("sidecar", EMPTY).get("image_id")):
-            return record
-    return Record()
-
-
 @command(
     f"""
     file FILE            a line each: a JSON object like an order, or a prompt; - is stdin
@@ -11182,11 +11172,14 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     usd = 0.0
     unknown = 0
     parallel = args.parallel or 0
+    equal: dict[str, int] = {}
     for row in rows:  # a mistake in the last row is told before the first is paid
         try:
-            plans = plans_of(batch_order(row, args), config)
+            order = batch_order(row, args)
+            plans = plans_of(order, config)
         except (BadRequest, BadConfig) as problem:
             raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
+        row.twin = equal[order.key] = equal.get(order.key, 0) + 1
         row.left = len(plans)
         images += len(plans)
         unknown += sum(plan.price.usd is None for plan in plans)
@@ -11197,7 +11190,11 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
         document["usd"] = round(usd, 6)
         text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
         return terminal.result({**document, "unknown": unknown}, text)
-    return BatchRunner(rows, args, config, terminal, parallel or 1).run()
+    items = [(row, number) for row in rows for number in range(row.left)]
+    runner = BatchRunner(items, config, terminal, args.timeout, parallel)
+    runner.rows = rows
+    runner.args = args
+    return runner.run()
 
 
 class BatchRow:
@@ -11205,10 +11202,10 @@ class BatchRow:
 
     __slots__ = ("error", "images", "left", "line", "number", "twin")
 
-    def __init__(self, number: int, line: str, twin: int) -> None:
+    def __init__(self, number: int, line: str) -> None:
         self.number = number
         self.line = line
-        self.twin = twin  # among equal rows
+        self.twin = 1  # the first, second, … of equal rows
         self.left = 0  # images
         self.images: tuple[JsonObject, ...] = ()
         self.error: ImagenError | None = None
@@ -11216,23 +11213,15 @@ class BatchRow:
 
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
     """The rows of a batch."""
-    source: Any = sys.stdin.fileno()
-    if args.file != "-":
-        source = full_path(args.file)
     try:
-        with open(source, "rb", closefd=args.file != "-") as file:
+        with open(0 if args.file == "-" else full_path(args.file), "rb") as file:
             data = file.read(BATCH_BYTES + 1)
-        if len(data) > BATCH_BYTES:
-            raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
         lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
     except (OSError, UnicodeDecodeError) as problem:
         raise BadRequest(f"{args.file}: {problem}") from None
-    rows = []
-    equal: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if line := line.strip():
-            equal[line] = equal.get(line, 0) + 1
-            rows.append(BatchRow(number, line, equal[line]))
+    if len(data) > BATCH_BYTES:
+        raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
+    rows = [BatchRow(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise BadRequest(f"{args.file}: no rows")
     return rows
@@ -11249,17 +11238,15 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
             raise BadRequest("no JSON object")
     if reserved := fields.keys() & {"caller", "pay_again"}:
         raise BadRequest(f"{reserved.pop()} is not for rows")
-    output = args.output or ""
-    place = args.file
-    if place != "-":
-        place = os.path.abspath(place)
-    fields = {"output": output, "backend": args.backend or "", **fields}
-    text = f"{to_json([place, os.path.abspath(output), fields])}{row.twin}"
+    fields = {"output": args.output or "", "backend": args.backend or "", **fields}
+    places = [os.path.abspath(place) for place in (args.file, args.output or "")]
+    text = f"{to_json([*places, fields])}{row.twin}"
     fields.setdefault("key", hashlib.sha256(text.encode()).hexdigest())
     return from_mapping(Order, fields, f"row {row.number}", BadRequest)
 
 
 BATCH_BYTES = 64 << 20
+BEGAN = time.monotonic()
 MADE = Record()
 
 
@@ -11268,21 +11255,10 @@ class BatchRunner(TerminalRunner):
 
     STOPPING_ERRORS = (BadConfig, Disk, Quota)
 
-    def __init__(
-        self,
-        rows: Sequence[BatchRow],
-        args: argparse.Namespace,
-        config: Config,
-        terminal: Terminal,
-        parallel: int,
-    ) -> None:
-        items = [(row, number) for row in rows for number in range(row.left)]
-        super().__init__(items, config, terminal, args.timeout, parallel)
-        self.rows = rows
-        self.args = args
-        self.usd = 0.0
-        self.shown = 0  # rows
-        self.began = time.monotonic()
+    rows: Sequence[BatchRow]
+    args: argparse.Namespace
+    usd = 0.0
+    shown = 0  # rows
 
     def attempt(self, item: tuple[BatchRow, int] | Entry, run: Run) -> Record | None:
         """One image of a row; or a further one of the same run, which has its entry already."""
@@ -11309,12 +11285,9 @@ class BatchRunner(TerminalRunner):
 
     def show_rows(self) -> None:
         """The lines of the rows that are over, up to the first that is not."""
-        with self.changed:
-            over = []
-            while self.shown < len(self.rows) and not self.rows[self.shown].left:
-                over.append(self.rows[self.shown])
-                self.shown += 1
-        for row in over:
+        while self.shown < len(self.rows) and not self.rows[self.shown].left:
+            row = self.rows[self.shown]
+            self.shown += 1
             document: JsonObject = {"row": row.number, "ok": not row.error, "images": row.images}
             if row.error:
                 document["error"] = self.terminal.fields(row.error)
@@ -11327,11 +11300,11 @@ class BatchRunner(TerminalRunner):
         made = len(self.records)
         done = made + len(self.errors)
         note = f"{made} made, {len(self.errors)} failed, {money(self.usd)}"
-        elapsed = time.monotonic() - self.began
-        usual = None
+        elapsed = time.monotonic() - BEGAN
+        left = ""
         if done:
-            usual = elapsed * self.count / done
-        self.terminal.progress(Progress(note, done, self.count), elapsed, usual, "")
+            left = f"{elapsed * (self.count - done) / done:.0f} s left"
+        self.terminal.progress(Progress(note, done, self.count), elapsed, None, left)
 
     def result(self) -> int:
         """The last rows, and the exit code."""
@@ -12152,14 +12125,13 @@ def insert_jobs(
                 if key:
                     database.run(KEYED, **keyed)  # or this database knows no keys yet
                 database.run(sql.replace("COLUMNS", columns), **parameters)
-                jobs = [job for (job,) in database.run(FOLLOW, ids=ids)]
-                if key and not jobs:
-                    [[job]] = database.run(KEYED, **keyed)
-                    if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
-                        message = f"the key {key} was used for another request"
-                        raise KeyConflict(f"{message}, of job {job['id']}")
-                    jobs = [job]
-                return jobs
+                if not key:
+                    return [job for (job,) in database.run(FOLLOW, ids=ids)]
+                [[job]] = database.run(KEYED, **keyed)
+                if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
+                    message = f"the key {key} was used for another request"
+                    raise KeyConflict(f"{message}, of job {job['id']}")
+                return [job]
         except (Unreachable, KeyboardInterrupt) as problem:
             if not reached:
                 raise
@@ -12393,9 +12365,6 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
-
-
-DETACHED_S = 7 * 86400.0  # for as long as the log of a detached command stays
 
 
 SKILL = """\
