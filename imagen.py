@@ -6100,26 +6100,14 @@ def refuse_keys(order: Order, config: Config) -> None:
         raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 
 
-class Purse:
-    """What one command may spend, and has spent; its runs share it."""
-
-    def __init__(self, budget: BudgetConfig) -> None:
-        self.budget = budget
-        self.usd: dict[str, float] = {}  # by entry: reserved, and once it is over what it cost
-
-    def settle(self, run: Run) -> None:
-        """The run is over."""
-        if run.id in self.usd:
-            _, self.usd[run.id] = cost_of(run.entry.record)
-
-
 class Run(Context):
     """One attempt: the context of its adapter, and the journal entry that outlives it."""
 
     entry: Entry
     paid: bool
     price = Price()
-    purse = Purse(BudgetConfig())  # without limits
+    budget = BudgetConfig()
+    spent: dict[str, float]  # by the command: its entries, and the USD that count for each
     begun = False  # whether there is an entry
     began_elsewhere = False  # by a process that has ended, so nobody knows how long it took
     _spool: Spool | None = None
@@ -6129,6 +6117,7 @@ class Run(Context):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.spent = {}
         self.id = new_uuid()
         self.image_id = self.id  # a job's attempts have ids of their own
         self.job = ""
@@ -6222,15 +6211,15 @@ class Run(Context):
 
     def reserve(self) -> None:
         """Have the price count for whoever shares a budget; OverBudget where it is too much."""
-        budget = self.purse.budget
-        limits = {name: most for name, most in budget._asdict().items() if isinstance(most, float)}
+        budget = self.budget._asdict().items()
+        limits = {name: most for name, most in budget if isinstance(most, float)}
         usd = self.price.most()
-        if usd is None and budget.unknown == "refuse":
+        if usd is None and self.budget.unknown == "refuse":
             raise OverBudget("nobody knows the price before", "budget.unknown: allow")
         if usd == 0 or not limits:
             return
         with or_disk(state_path("ledger.jsonl"), "a budget needs it"), locked_ledger():
-            self.purse.usd.pop(self.id, None)  # of the POST that was turned away
+            self.spent.pop(self.id, None)  # of the POST that was turned away
             year, month, day, *_ = time.localtime(time.time())
             # Since when each of these counts, and until when.
             periods = {
@@ -6241,7 +6230,7 @@ class Run(Context):
                 left = most
                 hint = "--max-cost, or budget, says how much"
                 if name == "per_command":
-                    left -= sum(self.purse.usd.values())
+                    left -= sum(self.spent.values())
                 elif name in periods:
                     begin, end = periods[name]
                     left -= self._spent_since(begin)
@@ -6252,7 +6241,7 @@ class Run(Context):
                     message = f"budget.{name}: ${usd or 0:g} of the ${max(0, left):g} that are left"
                     raise OverBudget(message, hint)
             self.entry.note(reserved=usd)
-            self.purse.usd[self.id] = usd or 0.0
+            self.spent[self.id] = usd or 0.0
 
     def _spent_since(self, begin: tuple[int, ...]) -> float:
         if fault := journal_fault():
@@ -6948,7 +6937,7 @@ class Runner:
         self.config = config
         self.timeout = timeout
         self.parallel = parallel
-        self.purse = Purse(config.budget)
+        self.spent: dict[str, float] = {}
         self.active: dict[Run, Progress] = {}
         self.records: list[Record] = []  # of the images, in the order in which they were made
         self.errors: list[ImagenError] = []
@@ -7018,7 +7007,8 @@ class Runner:
                 item = self.waiting.pop(0)
                 run = Run(self.timeout, on_warning=self.on_warning)
                 run._on_progress = functools.partial(self._progressed, run)
-                run.purse = self.purse
+                run.budget = self.config.budget
+                run.spent = self.spent
                 self.active[run] = Progress()
             if self.stopped:  # a signal came between the two
                 run.stop(self.stopped)
@@ -7034,7 +7024,8 @@ class Runner:
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
-        self.purse.settle(run)
+        if run.id in self.spent:  # reserved; now it is known better
+            _, self.spent[run.id] = cost_of(run.entry.record)
         with self.changed:
             if record:
                 self.records.append(record)
@@ -7405,30 +7396,36 @@ TURN = {
   WHERE j.claimed_by = :me::uuid AND j.status = o.status AND j.status <> 'running')""",
     # leases renewed; a job that does not come back is not mine any more. A receipt is
     # written with it, under the same fence, and never over one that may have been paid for:
-    # `stands` says whether it is in the row now. Nor is it where its owner's receipts of this day,
-    # and those before it in this statement, leave less than its `usd`: `left_over` is below 0.
+    # `stands` says whether it is in the row now. Nor where it is the attempt's first, and its
+    # owner's receipts of this day, with those before it in this statement, leave less than its
+    # `usd`: then `left` says how much. Without a price it passes for as long as anything is left.
     "renewed": """beat AS (
-  SELECT b.*, j.owner_user_id, sum(b.usd) OVER (PARTITION BY j.owner_user_id ORDER BY j.seq) AS sum
+  SELECT b.*, j.owner_user_id, j.seq, CASE WHEN b.receipt IS NOT NULL
+    AND (j.receipt->>'attempt')::int IS DISTINCT FROM b.attempt
+    THEN nullif(coalesce((b.receipt::jsonb->>'usd')::float8, 0.000001), 0) END AS usd
   FROM jsonb_to_recordset(:heartbeats::jsonb) AS b (id uuid, attempt int, progress real,
-    note text, receipt text, unpaid int[], usd float8) JOIN imagen.jobs j USING (id)
+    note text, receipt text, unpaid int[]) JOIN imagen.jobs j USING (id)
 ), priced AS (
-  SELECT b.*, (SELECT :usd_per_day::float8 - b.sum - coalesce(sum((r.receipt->>'usd')::float8), 0)
+  SELECT b.*, (SELECT :usd_per_day::float8 - coalesce(sum((r.receipt->>'usd')::float8), 0)
+      - (SELECT coalesce(sum(o.usd), 0) FROM beat o
+         WHERE o.owner_user_id = b.owner_user_id AND o.seq < b.seq)
     FROM imagen.jobs r WHERE b.usd IS NOT NULL AND :usd_per_day::float8 IS NOT NULL
       AND r.owner_user_id = b.owner_user_id AND r.receipt IS NOT NULL
       AND r.started_at > date_trunc('day', now()) - interval '1 day'
       AND (r.receipt->>'at')::timestamptz >= date_trunc('day', now())
-      AND NOT EXISTS (SELECT FROM beat o WHERE o.id = r.id AND o.usd IS NOT NULL)) AS left_over
+      AND NOT EXISTS (SELECT FROM beat o WHERE o.id = r.id AND o.usd IS NOT NULL)) AS rest
   FROM beat b
 ), renewed AS (
   UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
     lease_until = now() + make_interval(secs => :lease::float8),
-    receipt = CASE WHEN b.left_over < -1e-9 THEN j.receipt
+    receipt = CASE WHEN b.usd > b.rest + 1e-9 THEN j.receipt
       WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
       THEN coalesce(b.receipt::jsonb, j.receipt) ELSE j.receipt END
   FROM priced b
   WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
     AND j.status = 'running'
-  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands, b.left_over,
+  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands,
+    CASE WHEN b.usd > b.rest + 1e-9 THEN greatest(0, b.rest) END AS left,
     date_trunc('day', now()) + interval '1 day' AS until)""",
     "to_cancel": """to_cancel AS (
   SELECT id FROM imagen.jobs
@@ -7729,9 +7726,8 @@ class Outcome(TypedDict, total=False):
 class Receipt:
     """A receipt on its way into the row, as JSON; once `answered`, what the `row` says of it."""
 
-    def __init__(self, text: str = "", usd: float = 0.0) -> None:
+    def __init__(self, text: str = "") -> None:
         self.text = text
-        self.usd = usd  # that it wants of what its owner may spend
         self.sent_at = 0.0
         self.row: Fields = EMPTY  # whether it stands there, and else what its owner has left
         self.answered = threading.Event()
@@ -7761,7 +7757,7 @@ class Attempt(Run):
         self.row = row
         self.number = row["attempt"]
         self.job = row["id"]
-        self.purse = Purse(worker.config.budget)
+        self.budget = worker.config.budget
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
         self.shown: JsonObject = {"note": None, "progress": None}
@@ -7803,12 +7799,11 @@ class Attempt(Run):
         receipt = self.renew_receipt()
         while not receipt.answered.wait(0.5):
             self.check()
-        left = receipt.row.get("left_over")
-        if left is not None and left < 0 and not receipt.row["stands"]:
-            message = f"limits.per_owner.usd_per_day: ${max(0, left + receipt.usd):g} are left"
-            raise OverBudget(
-                f"{message}, and not ${receipt.usd:g}", f"more at {receipt.row['until']}"
-            )
+        left = receipt.row.get("left")
+        if left is not None:
+            message = f"limits.per_owner.usd_per_day: ${left:g} are left, and not"
+            usd = self.price.most() or 0
+            raise OverBudget(f"{message} ${usd:g}", f"more at {receipt.row['until']}")
         # Who was frozen since it was sent may have lost the lease that it was good for.
         lease_end = receipt.sent_at + self.worker.config.worker.lease_s
         if not receipt.row.get("stands") or time.monotonic() > lease_end:
@@ -7824,14 +7819,13 @@ class Attempt(Run):
     def renew_receipt(self) -> Receipt:
         """Have written what another worker needs to fetch what this one pays for."""
         # Nobody waits for an earlier one any more, and this one says all that it said.
-        usd = self.price.most()
         fields = {
             "attempt": self.number,
             "at": self.entry.record["at"],
             "remote": cleaned(self.remote_ids),
-            "usd": usd,
+            "usd": self.price.most(),
         }
-        self.receipt = Receipt(to_jsonb(fields), 1e-6 if usd is None else usd)
+        self.receipt = Receipt(to_jsonb(fields))
         self.worker.ring()
         return self.receipt
 
@@ -7844,8 +7838,6 @@ class Attempt(Run):
             receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
             fields["receipt"] = receipt.text
-            if not self.remote_ids:  # else it has been paid
-                fields["usd"] = receipt.usd
         return fields
 
     def settle_job(self, outcome: Outcome) -> bool:
@@ -10159,7 +10151,7 @@ class Mcp:
     ) -> None:
         self.config = config
         self.send = send
-        self.purse = Purse(config.budget)
+        self.spent: dict[str, float] = {}  # as of a Runner
         self.folders = [os.path.realpath(folder) for folder in folders]
         self.calls: dict[Runner, str] = {}  # and the ids of their requests, as JSON
         self.cancelled: set[Any] = set()
@@ -10298,7 +10290,7 @@ class Mcp:
             fields["mask"] = self.checked(fields["mask"])
         plans = plans_of(from_mapping(Order, fields, "", BadRequest), self.config)
         usd = sum(plan.price.most() or 0.0 for plan in plans)
-        left = (self.config.budget.per_command or 0.0) - sum(self.purse.usd.values())
+        left = (self.config.budget.per_command or 0.0) - sum(self.spent.values())
         if limit is not None:
             left = min(left, limit)
         if usd > left:
@@ -10360,7 +10352,7 @@ class Mcp:
         """Wait for a runner; tell the client how far it is, where it wants to know."""
         meta = params.get("_meta")
         token = meta.get("progressToken") if isinstance(meta, dict) else None
-        runner.purse = self.purse
+        runner.spent = self.spent
         with self._lock:
             self.calls[runner] = to_json(message["id"])
             if self.is_cancelled(message):
@@ -11109,8 +11101,7 @@ def cmd_wait(args: argparse.Namespace, terminal: Terminal) -> int:
     """wait for what `generate --detach` makes, and print the paths"""
     if not args.ids or not all(map(is_uuid, args.ids)):
         raise BadRequest("an id is missing", "imagen generate --detach prints them")
-    config = load_config(args.config)
-    return WaitRunner(args.ids, config, terminal, args.timeout, len(args.ids)).run()
+    return WaitRunner(args.ids, Config(), terminal, args.timeout, len(args.ids)).run()
 
 
 class WaitRunner(TerminalRunner):

@@ -14291,6 +14291,35 @@ def test_pipeline_what_an_outcome_costs_is_settled_freed_or_counted_for_its_day(
     assert server.posts == posts + 2
 
 
+def test_pipeline_a_budget_holds_over_http_and_for_an_agents_session(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    set_budget(box, server, per_day=0.05)
+    with Serving(box) as serving:
+        asked = [
+            serving.ask("POST", "/v1/images/generations", {"prompt": f"fox {number}"})
+            for number in range(2)
+        ]
+    assert [answer.status for answer in asked] == [200, 402]
+    error = asked[1].json["error"]
+    assert (error["imagen_code"], error["charged"]) == ("quota", "no")
+    assert "budget.per_day: $0.04 of the $0.01 that are left" in error["message"]
+    assert "more from" in error["hint"]
+    # 2 USD where nobody says otherwise; by a call, and by whoever starts it, as they say.
+    dear = {"type": "openai", "model": "gpt-image-9", "base_url": server.v1, "cost_usd": 1.5}
+    box.configure({"cloud": {**dear, "api_key_env": "CLOUD_KEY"}})
+    for flags, images in (((), 1), (("--max-cost", "3.1"), 2), (("--max-cost", "1"), 0)):
+        with McpTalk(box, *flags) as talk:
+            results = [talk.call("generate_image", prompt=f"fox {n}") for n in range(images + 1)]
+            codes = [result["structuredContent"].get("error", {}).get("code") for result in results]
+            assert codes == [None] * images + ["quota"]
+    with McpTalk(box) as talk:
+        assert talk.call("generate_image", prompt="a hare", max_cost=1.4)["isError"]
+    assert server.posts == 4
+    assert box.run("mcp", "--max-cost", "nan").code == 2
+
+
 def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(here: Box) -> None:
     # Two who are about to send: one lives, the other has been killed.
     entries = []
@@ -18436,7 +18465,7 @@ def test_a_worker_killed_after_its_paid_post_left_leaves_nothing_to_pay_again(
             and receipt_now
         )
     )
-    assert receipt.keys() == {"attempt", "at", "remote"}  # its owner reads it
+    assert receipt.keys() == {"attempt", "at", "remote", "usd"}  # its owner reads it
     crew.kill(first)
     if painter.kind == "replicate":
         server.finish()
