@@ -7843,7 +7843,9 @@ class Attempt(Run):
     def settle_job(self, outcome: Outcome) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was ours."""
         if outcome.get("charged") and self.begun:
-            _, outcome["usd"] = cost_of(self.entry.record)
+            known, usd = cost_of(self.entry.record)
+            if known != "reserved":  # which the receipt says already
+                outcome["usd"] = usd
         self.worker.outcomes.append((self, outcome))
         self.worker.ring()
         self.settled.wait()
