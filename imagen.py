@@ -10134,12 +10134,10 @@ MCP_TOOLS: dict[str, tuple[Any, bool, str]] = {
 
 
 class McpError(Exception):
-    """An error of the protocol: a code of JSON-RPC, a sentence, and data."""
+    """An error of the protocol: a code of JSON-RPC, a sentence, and maybe data."""
 
-    def __init__(self, code: int, message: str, data: Any = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.data = data
+    def __init__(self, code: int, message: str, **data: Any) -> None:
+        self.fields = {"code": code, "message": message, **data}
 
 
 class Mcp:
@@ -10168,7 +10166,7 @@ class Mcp:
             reason = "no request in JSON"
             if len(raw) > MCP_LINE_BYTES:
                 reason = "the line is too long"
-            self.answer(message, None, McpError(-32700, reason))
+            self.tell(message, id=None, error={"code": -32700, "message": reason})
         params = message.get("params")
         if not isinstance(params, dict):
             params = {}
@@ -10184,25 +10182,20 @@ class Mcp:
 
     def respond(self, message: Fields, params: Fields) -> None:
         """Answer a request."""
+        outcome: JsonObject
         try:
-            self.answer(message, self.result(message, params))
+            outcome = {"result": self.result(message, params)}
         except McpError as problem:
-            self.answer(message, None, problem)
+            outcome = {"error": problem.fields}
         except Exception as problem:
-            self.answer(message, None, McpError(-32603, str(as_error(problem))))
+            outcome = {"error": {"code": -32603, "message": str(as_error(problem))}}
+        self.tell(message, id=message["id"], **outcome)
 
-    def answer(self, message: Fields, result: Any, error: McpError | None = None) -> None:
-        """Send a result or an error; nothing any more where the request was cancelled."""
-        document: JsonObject = {"jsonrpc": "2.0", "id": message.get("id")}
-        if error:
-            document["error"] = {"code": error.code, "message": str(error)}
-            if error.data is not None:
-                document["error"]["data"] = error.data
-        else:
-            document["result"] = result
+    def tell(self, message: Fields, **fields: Any) -> None:
+        """Send something about a request; nothing any more where it was cancelled."""
         with self._lock:
             if not self.is_cancelled(message):
-                self.send(to_json(document))
+                self.send(to_json({"jsonrpc": "2.0", **fields}))
 
     def is_cancelled(self, message: Fields) -> bool:
         """Whether the client wants no more of this request."""
@@ -10222,7 +10215,7 @@ class Mcp:
         version = meta.get(f"{MCP_META}protocolVersion") if isinstance(meta, dict) else None
         if version not in (None, *MCP_VERSIONS):
             data = {"supported": [*MCP_VERSIONS], "requested": version}
-            raise McpError(-32022, f"unknown protocol version {version}", data)
+            raise McpError(-32022, f"unknown protocol version {version}", data=data)
         server = {"name": "imagen", "version": __version__}
         tools: JsonObject = {"capabilities": {"tools": {}}, "instructions": MCP_RULES}
         lasting = {"ttlMs": 3_600_000, "cacheScope": "private"}
@@ -10371,14 +10364,7 @@ class Mcp:
             told_at = now
             note = f"{progress.note or 'waiting'}, {len(runner.records)} made"
             fields = {"progressToken": token, "progress": round(now - began, 1), "message": note}
-            with self._lock:
-                if not self.is_cancelled(message):
-                    document = {
-                        "jsonrpc": "2.0",
-                        "method": "notifications/progress",
-                        "params": fields,
-                    }
-                    self.send(to_json(document))
+            self.tell(message, method="notifications/progress", params=fields)
         with self._lock:
             del self.calls[runner]
 
@@ -11873,10 +11859,7 @@ COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     """what was spent, and what is reserved"""
     since = args.since or ""
-    date = ""
-    with suppress(ValueError):
-        date = time.strftime("%Y-%m-%d", time.strptime(since, "%Y-%m-%d"))
-    if since != date:
+    if since and not (re.fullmatch(r"\d{4}-\d\d-\d\d", since) and epoch(since)):
         raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD')
     if fault := journal_fault():
         raise fault

@@ -15133,6 +15133,54 @@ def test_queue_a_turn_of_all_parts_touches_each_row_once(
     assert jobs_row(database, settled)["image_id"] is None
 
 
+def test_queue_receipts_of_one_turn_and_of_two_workers_count_each_other(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    owner = database.user("anna")
+    database.sql(QUEUE_JOBS, owner, 7)
+
+    def stands(queue: Any, **prices: float | None) -> dict[str, Any]:
+        beats = []
+        for job, usd in prices.items():
+            receipt = {"attempt": 1, "at": datetime.now(UTC).isoformat(), "usd": usd}
+            beats.append({"id": job, "attempt": 1, "receipt": json.dumps(receipt), "unpaid": [1]})
+        rows = queue.turn(renewed={"heartbeats": json.dumps(beats)})["renewed"]
+        return {row["id"]: row["stands"] or row["left"] for row in rows}
+
+    with queue_workers(queue_env, database, 2) as (one, two):
+        for queue in (one, two):
+            queue.always["usd_per_day"] = 0.13
+        claimed = one.turn(claimed={"free": 5})["claimed"]
+        a, b, c, d, free = (row["id"] for row in sorted(claimed, key=lambda row: row["seq"]))
+        [other, unknown] = (row["id"] for row in two.turn(claimed={"free": 2})["claimed"])
+        # Four at once, of which three fit; said again, as after a lost answer, they still stand.
+        for _ in "12":
+            first = stands(one, **{a: 0.04, b: 0.04, c: 0.04, d: 0.04, free: 0.0})
+            assert first == {a: True, b: True, c: True, d: pytest.approx(0.01), free: True}
+        assert stands(two, **{other: 0.04}) == {other: pytest.approx(0.01)}
+        assert stands(two, **{unknown: None}) == {unknown: True}
+        # What was answered with its price takes the place of what was reserved.
+        outcome = {"id": a, "attempt": 1, "status": "failed", "charged": True, "usd": 0.001}
+        one.turn(settled={"outcomes": json.dumps([outcome])})
+        assert stands(two, **{other: 0.04}) == {other: True}
+    # Two workers in the same moment take turns.
+    database.sql("update imagen.jobs set receipt = null, status = 'running'")
+    with (
+        queue_workers(queue_env, database, 2) as queues,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        ids = [str(row["id"]) for row in database.sql("select id from imagen.jobs order by seq")]
+        for queue, mine in zip(queues, (ids[:3], ids[3:6]), strict=True):
+            queue.always["usd_per_day"] = 0.13
+            sql = "update imagen.jobs set claimed_by = $2::uuid where id = any($1::uuid[])"
+            database.sql(sql, mine, queue.always["me"])
+        pairs = zip(queues, (ids[:3], ids[3:6]), strict=True)
+        futures = [pool.submit(stands, queue, **dict.fromkeys(mine, 0.04)) for queue, mine in pairs]
+        answers = [value for future in futures for value in future.result().values()]
+    assert sum(value is True for value in answers) == 3
+
+
 def test_queue_a_claim_among_a_hundred_thousand_jobs_reads_a_few_of_them(
     queue_env: Env, database: Database
 ) -> None:
