@@ -12038,8 +12038,9 @@ def begin_jobs(
     """Insert jobs, whose ids we have made, and, where that is asked for, wait for their end."""
     variable = config.supabase.database_url_env
     ids = [request["id"] for request in requests]
-    # Before anything waits: whatever becomes of this command, the jobs can be found.
-    if args.wait:
+    # Before anything waits: whatever becomes of this command, the jobs can be found. With a key
+    # they are anyway, and may be others.
+    if args.wait and not args.key:
         terminal.note("\n".join(f"job {ident}" for ident in ids))
     parameters = {
         "requests": to_jsonb(requests),
