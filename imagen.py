@@ -11165,10 +11165,9 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
         usd += sum(plan.price.usd or 0.0 for plan in plans)
         parallel = parallel or plans[0].parallel
     if args.dry_run:
-        document: JsonObject = {"dry_run": True, "rows": len(rows), "images": images}
-        document["usd"] = round(usd, 6)
         text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
-        return terminal.result({**document, "unknown": unknown}, text)
+        document = {"rows": len(rows), "images": images, "usd": round(usd, 6), "unknown": unknown}
+        return terminal.result({"dry_run": True, **document}, text)
     items = [(row, number) for row in rows for number in range(row.left)]
     runner = BatchRunner(items, config, terminal, args.timeout, parallel)
     runner.rows = rows
@@ -11193,7 +11192,10 @@ class BatchRow:
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
     """The rows of a batch."""
     try:
-        with open(0 if args.file == "-" else full_path(args.file), "rb") as file:
+        source: Any = nullcontext(sys.stdin.buffer)
+        if args.file != "-":
+            source = open(full_path(args.file), "rb")
+        with source as file:
             data = file.read(BATCH_BYTES + 1)
         lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
     except (OSError, UnicodeDecodeError) as problem:
