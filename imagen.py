@@ -5703,10 +5703,8 @@ def attempts(
 
 def may_cost(row: OpenEntry) -> bool:
     """Whether an entry without an image counts: it was sent, or its process is about to."""
-    if row.record.get("reserved") and row.record.get("charged", "no") == "no":
-        if entry := Entry.take(row.path):  # that process has ended
-            entry.unlock()
-            return False
+    unsent = row.record.get("reserved") and row.record.get("charged", "no") == "no"
+    if unsent and is_locked(row.path):
         row.record["charged"] = "unknown"
     return row.record.get("charged", "no") != "no"
 
@@ -6559,26 +6557,14 @@ def refuse_keys(order: Order, config: Config) -> None:
         raise BadRequest("the prompt or an option holds a key that is in use", "take it out")
 
 
-class Purse:
-    """What one command may spend, and has spent; its runs share it."""
-
-    def __init__(self, budget: BudgetConfig) -> None:
-        self.budget = budget
-        self.usd: dict[str, float] = {}  # by entry: reserved, and once it is over what it cost
-
-    def settle(self, run: Run) -> None:
-        """The run is over."""
-        if run.id in self.usd:
-            _, self.usd[run.id] = cost_of(run.entry.record)
-
-
 class Run(Context):
     """One attempt: the context of its adapter, and the journal entry that outlives it."""
 
     entry: Entry
     paid: bool
     price = Price()
-    purse = Purse(BudgetConfig())  # without limits
+    budget = BudgetConfig()
+    spent: dict[str, float]  # by the command: its entries, and the USD that count for each
     begun = False  # whether there is an entry
     began_elsewhere = False  # by a process that has ended, so nobody knows how long it took
     _spool: Spool | None = None
@@ -6588,6 +6574,7 @@ class Run(Context):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.spent = {}
         self.id = new_uuid()
         self.image_id = self.id  # a job's attempts have ids of their own
         self.job = ""
@@ -6681,33 +6668,37 @@ class Run(Context):
 
     def reserve(self) -> None:
         """Have the price count for whoever shares a budget; OverBudget where it is too much."""
-        budget = self.purse.budget
-        limits = {name: most for name, most in budget._asdict().items() if isinstance(most, float)}
+        budget = self.budget._asdict().items()
+        limits = {name: most for name, most in budget if isinstance(most, float)}
         usd = self.price.most()
-        if usd is None and budget.unknown == "refuse":
+        if usd is None and self.budget.unknown == "refuse":
             raise OverBudget("nobody knows the price before", "budget.unknown: allow")
         if usd == 0 or not limits:
             return
         with or_disk(state_path("ledger.jsonl"), "a budget needs it"), locked_ledger():
-            self.purse.usd.pop(self.id, None)  # of the POST that was turned away
+            self.spent.pop(self.id, None)  # of the POST that was turned away
             year, month, day, *_ = time.localtime(time.time())
-            begins = {"per_day": (year, month, day), "per_month": (year, month, 1)}
-            ends = {"per_day": (year, month, day + 1), "per_month": (year, month + 1, 1)}
-            spent = {"per_image": 0.0, "per_command": sum(self.purse.usd.values())}
-            for name in limits.keys() & begins:
-                spent[name] = self._spent_since(begins[name])
+            # Since when each of these counts, and until when.
+            periods = {
+                "per_day": ((year, month, day), (year, month, day + 1)),
+                "per_month": ((year, month, 1), (year, month + 1, 1)),
+            }
             for name, most in limits.items():
-                left = round(most - spent[name], 6)
+                left = most
+                hint = "--max-cost, or budget, says how much"
+                if name == "per_command":
+                    left -= sum(self.spent.values())
+                elif name in periods:
+                    begin, end = periods[name]
+                    left -= self._spent_since(begin)
+                    until = time.localtime(time.mktime((*end, 0, 0, 0, 0, 0, -1)))
+                    hint = time.strftime("more from %Y-%m-%d 00:00 on", until)
                 # What has no price passes for as long as anything is left.
-                if (usd or 1e-6) > left:
-                    hint = "--max-cost, or budget, says how much"
-                    if name in ends:
-                        end = time.mktime((*ends[name], 0, 0, 0, 0, 0, -1))
-                        hint = time.strftime("more from %Y-%m-%d 00:00 on", time.localtime(end))
+                if (usd or 1e-6) > round(left, 6):
                     message = f"budget.{name}: ${usd or 0:g} of the ${max(0, left):g} that are left"
                     raise OverBudget(message, hint)
             self.entry.note(reserved=usd)
-            self.purse.usd[self.id] = usd or 0.0
+            self.spent[self.id] = usd or 0.0
 
     def _spent_since(self, begin: tuple[int, ...]) -> float:
         if fault := journal_fault():
@@ -7441,7 +7432,7 @@ class Runner:
         self.config = config
         self.timeout = timeout
         self.parallel = parallel
-        self.purse = Purse(config.budget)
+        self.spent: dict[str, float] = {}
         self.active: dict[Run, Progress] = {}
         self.records: list[Record] = []  # of the images, in the order in which they were made
         self.errors: list[ImagenError] = []
@@ -7511,7 +7502,8 @@ class Runner:
                 item = self.waiting.pop(0)
                 run = Run(self.timeout, on_warning=self.on_warning)
                 run._on_progress = functools.partial(self._progressed, run)
-                run.purse = self.purse
+                run.budget = self.config.budget
+                run.spent = self.spent
                 self.active[run] = Progress()
             if self.stopped:  # a signal came between the two
                 run.stop(self.stopped)
@@ -7529,7 +7521,8 @@ class Runner:
         except Exception as problem:  # a bug in one attempt must not take the others along
             error = as_error(problem)
             self.on_error(error)
-        self.purse.settle(run)
+        if run.id in self.spent:  # reserved; now it is known better
+            _, self.spent[run.id] = cost_of(run.entry.record)
         with self.changed:
             if record:
                 self.records.append(record)
@@ -7898,30 +7891,36 @@ TURN = {
   WHERE j.claimed_by = :me::uuid AND j.status = o.status AND j.status <> 'running')""",
     # leases renewed; a job that does not come back is not mine any more. A receipt is
     # written with it, under the same fence, and never over one that may have been paid for:
-    # `stands` says whether it is in the row now. Nor is it where its owner's receipts of this day,
-    # and those before it in this statement, leave less than its `usd`: `left_over` is below 0.
+    # `stands` says whether it is in the row now. Nor where it is the attempt's first, and its
+    # owner's receipts of this day, with those before it in this statement, leave less than its
+    # `usd`: then `left` says how much. Without a price it passes for as long as anything is left.
     "renewed": """beat AS (
-  SELECT b.*, j.owner_user_id, sum(b.usd) OVER (PARTITION BY j.owner_user_id ORDER BY j.seq) AS sum
+  SELECT b.*, j.owner_user_id, j.seq, CASE WHEN b.receipt IS NOT NULL
+    AND (j.receipt->>'attempt')::int IS DISTINCT FROM b.attempt
+    THEN nullif(coalesce((b.receipt::jsonb->>'usd')::float8, 0.000001), 0) END AS usd
   FROM jsonb_to_recordset(:heartbeats::jsonb) AS b (id uuid, attempt int, progress real,
-    note text, receipt text, unpaid int[], usd float8) JOIN imagen.jobs j USING (id)
+    note text, receipt text, unpaid int[]) JOIN imagen.jobs j USING (id)
 ), priced AS (
-  SELECT b.*, (SELECT :usd_per_day::float8 - b.sum - coalesce(sum((r.receipt->>'usd')::float8), 0)
+  SELECT b.*, (SELECT :usd_per_day::float8 - coalesce(sum((r.receipt->>'usd')::float8), 0)
+      - (SELECT coalesce(sum(o.usd), 0) FROM beat o
+         WHERE o.owner_user_id = b.owner_user_id AND o.seq < b.seq)
     FROM imagen.jobs r WHERE b.usd IS NOT NULL AND :usd_per_day::float8 IS NOT NULL
       AND r.owner_user_id = b.owner_user_id AND r.receipt IS NOT NULL
       AND r.started_at > date_trunc('day', now()) - interval '1 day'
       AND (r.receipt->>'at')::timestamptz >= date_trunc('day', now())
-      AND NOT EXISTS (SELECT FROM beat o WHERE o.id = r.id AND o.usd IS NOT NULL)) AS left_over
+      AND NOT EXISTS (SELECT FROM beat o WHERE o.id = r.id AND o.usd IS NOT NULL)) AS rest
   FROM beat b
 ), renewed AS (
   UPDATE imagen.jobs j SET progress = b.progress, note = b.note,
     lease_until = now() + make_interval(secs => :lease::float8),
-    receipt = CASE WHEN b.left_over < -1e-9 THEN j.receipt
+    receipt = CASE WHEN b.usd > b.rest + 1e-9 THEN j.receipt
       WHEN j.receipt IS NULL OR (j.receipt->>'attempt')::int = ANY(b.unpaid)
       THEN coalesce(b.receipt::jsonb, j.receipt) ELSE j.receipt END
   FROM priced b
   WHERE j.id = b.id AND j.attempt = b.attempt AND j.claimed_by = :me::uuid
     AND j.status = 'running'
-  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands, b.left_over,
+  RETURNING j.id, j.receipt = b.receipt::jsonb AS stands,
+    CASE WHEN b.usd > b.rest + 1e-9 THEN greatest(0, b.rest) END AS left,
     date_trunc('day', now()) + interval '1 day' AS until)""",
     "to_cancel": """to_cancel AS (
   SELECT id FROM imagen.jobs
@@ -8222,9 +8221,8 @@ class Outcome(TypedDict, total=False):
 class Receipt:
     """A receipt on its way into the row, as JSON; once `answered`, what the `row` says of it."""
 
-    def __init__(self, text: str = "", usd: float = 0.0) -> None:
+    def __init__(self, text: str = "") -> None:
         self.text = text
-        self.usd = usd  # that it wants of what its owner may spend
         self.sent_at = 0.0
         self.row: Fields = EMPTY  # whether it stands there, and else what its owner has left
         self.answered = threading.Event()
@@ -8254,7 +8252,7 @@ class Attempt(Run):
         self.row = row
         self.number = row["attempt"]
         self.job = row["id"]
-        self.purse = Purse(worker.config.budget)
+        self.budget = worker.config.budget
         self.id = job_uuid(self.job, self.number)
         self.image_id = job_uuid(self.job, "image")
         self.shown: JsonObject = {"note": None, "progress": None}
@@ -8296,12 +8294,11 @@ class Attempt(Run):
         receipt = self.renew_receipt()
         while not receipt.answered.wait(0.5):
             self.check()
-        left = receipt.row.get("left_over")
-        if left is not None and left < 0 and not receipt.row["stands"]:
-            message = f"limits.per_owner.usd_per_day: ${max(0, left + receipt.usd):g} are left"
-            raise OverBudget(
-                f"{message}, and not ${receipt.usd:g}", f"more at {receipt.row['until']}"
-            )
+        left = receipt.row.get("left")
+        if left is not None:
+            message = f"limits.per_owner.usd_per_day: ${left:g} are left, and not"
+            usd = self.price.most() or 0
+            raise OverBudget(f"{message} ${usd:g}", f"more at {receipt.row['until']}")
         # Who was frozen since it was sent may have lost the lease that it was good for.
         lease_end = receipt.sent_at + self.worker.config.worker.lease_s
         if not receipt.row.get("stands") or time.monotonic() > lease_end:
@@ -8317,14 +8314,13 @@ class Attempt(Run):
     def renew_receipt(self) -> Receipt:
         """Have written what another worker needs to fetch what this one pays for."""
         # Nobody waits for an earlier one any more, and this one says all that it said.
-        usd = self.price.most()
         fields = {
             "attempt": self.number,
             "at": self.entry.record["at"],
             "remote": cleaned(self.remote_ids),
-            "usd": usd,
+            "usd": self.price.most(),
         }
-        self.receipt = Receipt(to_jsonb(fields), 1e-6 if usd is None else usd)
+        self.receipt = Receipt(to_jsonb(fields))
         self.worker.ring()
         return self.receipt
 
@@ -8337,14 +8333,14 @@ class Attempt(Run):
             receipt.sent_at = time.monotonic()
             fields["unpaid"] = self.unpaid
             fields["receipt"] = receipt.text
-            if not self.remote_ids:  # else it has been paid
-                fields["usd"] = receipt.usd
         return fields
 
     def settle_job(self, outcome: Outcome) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was ours."""
         if outcome.get("charged") and self.begun:
-            _, outcome["usd"] = cost_of(self.entry.record)
+            known, usd = cost_of(self.entry.record)
+            if known != "reserved":  # which the receipt says already
+                outcome["usd"] = usd
         self.worker.outcomes.append((self, outcome))
         self.worker.ring()
         self.settled.wait()
@@ -10646,12 +10642,10 @@ MCP_TOOLS: dict[str, tuple[Any, bool, str]] = {
 
 
 class McpError(Exception):
-    """An error of the protocol: a code of JSON-RPC, a sentence, and data."""
+    """An error of the protocol: a code of JSON-RPC, a sentence, and maybe data."""
 
-    def __init__(self, code: int, message: str, data: Any = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.data = data
+    def __init__(self, code: int, message: str, **data: Any) -> None:
+        self.fields = {"code": code, "message": message, **data}
 
 
 class Mcp:
@@ -10665,7 +10659,7 @@ class Mcp:
     ) -> None:
         self.config = config
         self.send = send
-        self.purse = Purse(config.budget)
+        self.spent: dict[str, float] = {}  # as of a Runner
         self.folders = [os.path.realpath(folder) for folder in folders]
         self.calls: dict[Runner, str] = {}  # and the ids of their requests, as JSON
         self.cancelled: set[Any] = set()
@@ -10673,18 +10667,14 @@ class Mcp:
 
     def line(self, raw: bytes) -> None:
         """Answer a line, now or from a thread of its own."""
-        try:
+        message = parsed(raw[:MCP_LINE_BYTES])
+        if not isinstance(message.get("method", ""), str):
+            message = {}
+        if not message:
+            reason = "no request in JSON"
             if len(raw) > MCP_LINE_BYTES:
-                raise McpError(-32700, "the line is too long")
-            try:
-                message = json.loads(raw)
-            except (ValueError, RecursionError):
-                raise McpError(-32700, "no JSON") from None
-            if not isinstance(message, dict) or not isinstance(message.get("method", ""), str):
-                raise McpError(-32600, "no request")
-        except McpError as problem:
-            self.answer({}, None, problem)
-            return
+                reason = "the line is too long"
+            self.tell(message, id=None, error={"code": -32700, "message": reason})
         params = message.get("params")
         if not isinstance(params, dict):
             params = {}
@@ -10700,25 +10690,20 @@ class Mcp:
 
     def respond(self, message: Fields, params: Fields) -> None:
         """Answer a request."""
+        outcome: JsonObject
         try:
-            self.answer(message, self.result(message, params))
+            outcome = {"result": self.result(message, params)}
         except McpError as problem:
-            self.answer(message, None, problem)
+            outcome = {"error": problem.fields}
         except Exception as problem:
-            self.answer(message, None, McpError(-32603, str(as_error(problem))))
+            outcome = {"error": {"code": -32603, "message": str(as_error(problem))}}
+        self.tell(message, id=message["id"], **outcome)
 
-    def answer(self, message: Fields, result: Any, error: McpError | None = None) -> None:
-        """Send a result or an error; nothing any more where the request was cancelled."""
-        document: JsonObject = {"jsonrpc": "2.0", "id": message.get("id")}
-        if error:
-            document["error"] = {"code": error.code, "message": str(error)}
-            if error.data is not None:
-                document["error"]["data"] = error.data
-        else:
-            document["result"] = result
+    def tell(self, message: Fields, **fields: Any) -> None:
+        """Send something about a request; nothing any more where it was cancelled."""
         with self._lock:
             if not self.is_cancelled(message):
-                self.send(to_json(document))
+                self.send(to_json({"jsonrpc": "2.0", **fields}))
 
     def is_cancelled(self, message: Fields) -> bool:
         """Whether the client wants no more of this request."""
@@ -10738,7 +10723,7 @@ class Mcp:
         version = meta.get(f"{MCP_META}protocolVersion") if isinstance(meta, dict) else None
         if version not in (None, *MCP_VERSIONS):
             data = {"supported": [*MCP_VERSIONS], "requested": version}
-            raise McpError(-32022, f"unknown protocol version {version}", data)
+            raise McpError(-32022, f"unknown protocol version {version}", data=data)
         server = {"name": "imagen", "version": __version__}
         tools: JsonObject = {"capabilities": {"tools": {}}, "instructions": MCP_RULES}
         lasting = {"ttlMs": 3_600_000, "cacheScope": "private"}
@@ -10808,7 +10793,7 @@ class Mcp:
             fields["mask"] = self.checked(fields["mask"])
         plans = plans_of(from_mapping(Order, fields, "", BadRequest), self.config)
         usd = sum(plan.price.most() or 0.0 for plan in plans)
-        left = (self.config.budget.per_command or 0.0) - sum(self.purse.usd.values())
+        left = (self.config.budget.per_command or 0.0) - sum(self.spent.values())
         if limit is not None:
             left = min(left, limit)
         if usd > left:
@@ -10870,7 +10855,7 @@ class Mcp:
         """Wait for a runner; tell the client how far it is, where it wants to know."""
         meta = params.get("_meta")
         token = meta.get("progressToken") if isinstance(meta, dict) else None
-        runner.purse = self.purse
+        runner.spent = self.spent
         with self._lock:
             self.calls[runner] = to_json(message["id"])
             if self.is_cancelled(message):
@@ -10887,14 +10872,7 @@ class Mcp:
             told_at = now
             note = f"{progress.note or 'waiting'}, {len(runner.records)} made"
             fields = {"progressToken": token, "progress": round(now - began, 1), "message": note}
-            with self._lock:
-                if not self.is_cancelled(message):
-                    document = {
-                        "jsonrpc": "2.0",
-                        "method": "notifications/progress",
-                        "params": fields,
-                    }
-                    self.send(to_json(document))
+            self.tell(message, method="notifications/progress", params=fields)
         with self._lock:
             del self.calls[runner]
 
@@ -11258,7 +11236,7 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     offered = not args.backend and (order.backend or config.default_backend) != "mock"
     with offering_mock(offered):
         plans = plans_of(order, config)
-    tell_old_prices(plans, terminal)
+    tell_old_prices(plans[0].price, terminal)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -11301,10 +11279,9 @@ def budgeted(config: Config, most: float | None) -> Config:
     return config._replace(budget=config.budget._replace(per_command=budget.per_command))
 
 
-def tell_old_prices(plans: Iterable[Plan], terminal: Terminal) -> None:
+def tell_old_prices(price: Price, terminal: Terminal) -> None:
     """One line where the table that prices come from is older than 180 days."""
-    priced = any(plan.price.source.endswith(PRICED) for plan in plans)
-    if priced and time.time() > epoch(PRICED.split()[-1]) + PRICES_LAST_S:
+    if price.source.endswith(PRICED) and time.time() > epoch(PRICED.split()[-1]) + PRICES_LAST_S:
         terminal.note(f"imagen: prices are of a {PRICED}: a newer imagen.py may know better")
 
 
@@ -11314,19 +11291,15 @@ def detached(ids: Sequence[str], terminal: Terminal) -> bool:
     False in the process of the caller. The other one has its stdout and stderr in the state folder,
     under the name of each id, locked while it works; its last line there is its JSON document.
     """
-    for name in os.listdir(state_path()):
-        if name.startswith("detached-"):
-            path = state_path(name)
-            with suppress(OSError), open(locked(path)):
-                if os.path.getmtime(path) < time.time() - DETACHED_S:
-                    os.unlink(path)
-    place = state_path(f"detached-{new_uuid()}")
-    log = locked(place, os.O_CREAT)
-    for ident in ids:
-        path = state_path(f"detached-{ident}")
+    paths = [state_path(f"detached-{ident}") for ident in ids]
+    for path in paths:
         unlink_quietly(path)
-        with suppress(FileExistsError):  # of who does the same, and has the same keys
-            os.link(place, path)
+    try:
+        log = locked(paths[0], os.O_CREAT)
+        for path in paths[1:]:
+            os.link(paths[0], path)
+    except (BlockingIOError, FileExistsError):
+        return False  # somebody does the same at the same moment
     if os.fork():
         return False
     os.setsid()
@@ -11681,8 +11654,7 @@ class GenerateRunner(TerminalRunner):
 def cmd_wait(args: argparse.Namespace, terminal: Terminal) -> int:
     if not args.ids or not all(map(is_uuid, args.ids)):
         raise BadRequest("an id is missing", "imagen generate --detach prints them")
-    config = load_config(args.config)
-    return WaitRunner(args.ids, config, terminal, args.timeout, len(args.ids)).run()
+    return WaitRunner(args.ids, Config(), terminal, args.timeout, len(args.ids)).run()
 
 
 class WaitRunner(TerminalRunner):
@@ -11696,8 +11668,13 @@ class WaitRunner(TerminalRunner):
         while True:
             # First whether its process is at work, then what it has left.
             at_work = is_locked(log)
-            record = attempt_called(item)
+            record = Record()
+            for attempt in attempts(needle=item, under_way=True):
+                if item in (attempt["id"], attempt.get("sidecar", EMPTY).get("image_id")):
+                    record = attempt
+                    break
             if "path" in record:
+                unlink_quietly(log)
                 return record
             if not at_work:
                 break
@@ -11720,14 +11697,6 @@ class WaitRunner(TerminalRunner):
         raise kind(fields["message"], fields["hint"], charged=charged)
 
 
-def attempt_called(ident: str) -> Record:
-    """The newest attempt with this id, or whose image has it; empty where there is none."""
-    for record in attempts(needle=ident, under_way=True):
-        if ident in (record["id"], record.get("sidecar", EMPTY).get("image_id")):
-            return record
-    return Record()
-
-
 @command(
     f"""
     make images by the rows of a file; once more, it goes on where it was stopped
@@ -11747,22 +11716,28 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     usd = 0.0
     unknown = 0
     parallel = args.parallel or 0
+    equal: dict[str, int] = {}
     for row in rows:  # a mistake in the last row is told before the first is paid
         try:
-            plans = plans_of(batch_order(row, args), config)
+            order = batch_order(row, args)
+            plans = plans_of(order, config)
         except (BadRequest, BadConfig) as problem:
             raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
+        row.twin = equal[order.key] = equal.get(order.key, 0) + 1
         row.left = len(plans)
         images += len(plans)
         unknown += sum(plan.price.usd is None for plan in plans)
         usd += sum(plan.price.usd or 0.0 for plan in plans)
         parallel = parallel or plans[0].parallel
     if args.dry_run:
-        document: JsonObject = {"dry_run": True, "rows": len(rows), "images": images}
-        document["usd"] = round(usd, 6)
         text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
-        return terminal.result({**document, "unknown": unknown}, text)
-    return BatchRunner(rows, args, config, terminal, parallel or 1).run()
+        document = {"rows": len(rows), "images": images, "usd": round(usd, 6), "unknown": unknown}
+        return terminal.result({"dry_run": True, **document}, text)
+    items = [(row, number) for row in rows for number in range(row.left)]
+    runner = BatchRunner(items, config, terminal, args.timeout, parallel)
+    runner.rows = rows
+    runner.args = args
+    return runner.run()
 
 
 class BatchRow:
@@ -11770,10 +11745,10 @@ class BatchRow:
 
     __slots__ = ("error", "images", "left", "line", "number", "twin")
 
-    def __init__(self, number: int, line: str, twin: int) -> None:
+    def __init__(self, number: int, line: str) -> None:
         self.number = number
         self.line = line
-        self.twin = twin  # among equal rows
+        self.twin = 1  # the first, second, … of equal rows
         self.left = 0  # images
         self.images: tuple[JsonObject, ...] = ()
         self.error: ImagenError | None = None
@@ -11781,23 +11756,18 @@ class BatchRow:
 
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
     """The rows of a batch."""
-    source: Any = sys.stdin.fileno()
-    if args.file != "-":
-        source = full_path(args.file)
     try:
-        with open(source, "rb", closefd=args.file != "-") as file:
+        source: Any = nullcontext(sys.stdin.buffer)
+        if args.file != "-":
+            source = open(full_path(args.file), "rb")
+        with source as file:
             data = file.read(BATCH_BYTES + 1)
-        if len(data) > BATCH_BYTES:
-            raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
         lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
     except (OSError, UnicodeDecodeError) as problem:
         raise BadRequest(f"{args.file}: {problem}") from None
-    rows = []
-    equal: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if line := line.strip():
-            equal[line] = equal.get(line, 0) + 1
-            rows.append(BatchRow(number, line, equal[line]))
+    if len(data) > BATCH_BYTES:
+        raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
+    rows = [BatchRow(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise BadRequest(f"{args.file}: no rows")
     return rows
@@ -11814,17 +11784,15 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
             raise BadRequest("no JSON object")
     if reserved := fields.keys() & {"caller", "pay_again"}:
         raise BadRequest(f"{reserved.pop()} is not for rows")
-    output = args.output or ""
-    place = args.file
-    if place != "-":
-        place = os.path.abspath(place)
-    fields = {"output": output, "backend": args.backend or "", **fields}
-    text = f"{to_json([place, os.path.abspath(output), fields])}{row.twin}"
+    fields = {"output": args.output or "", "backend": args.backend or "", **fields}
+    places = [os.path.abspath(place) for place in (args.file, args.output or "")]
+    text = f"{to_json([*places, fields])}{row.twin}"
     fields.setdefault("key", hashlib.sha256(text.encode()).hexdigest())
     return from_mapping(Order, fields, f"row {row.number}", BadRequest)
 
 
 BATCH_BYTES = 64 << 20
+BEGAN = time.monotonic()
 MADE = Record()
 
 
@@ -11833,21 +11801,10 @@ class BatchRunner(TerminalRunner):
 
     STOPPING_ERRORS = (BadConfig, Disk, Quota)
 
-    def __init__(
-        self,
-        rows: Sequence[BatchRow],
-        args: argparse.Namespace,
-        config: Config,
-        terminal: Terminal,
-        parallel: int,
-    ) -> None:
-        items = [(row, number) for row in rows for number in range(row.left)]
-        super().__init__(items, config, terminal, args.timeout, parallel)
-        self.rows = rows
-        self.args = args
-        self.usd = 0.0
-        self.shown = 0  # rows
-        self.began = time.monotonic()
+    rows: Sequence[BatchRow]
+    args: argparse.Namespace
+    usd = 0.0
+    shown = 0  # rows
 
     def attempt(self, item: tuple[BatchRow, int] | Entry, run: Run) -> Record | None:
         """One image of a row; or a further one of the same run, which has its entry already."""
@@ -11875,12 +11832,9 @@ class BatchRunner(TerminalRunner):
 
     def show_rows(self) -> None:
         """The lines of the rows that are over, up to the first that is not."""
-        with self.changed:
-            over = []
-            while self.shown < len(self.rows) and not self.rows[self.shown].left:
-                over.append(self.rows[self.shown])
-                self.shown += 1
-        for row in over:
+        while self.shown < len(self.rows) and not self.rows[self.shown].left:
+            row = self.rows[self.shown]
+            self.shown += 1
             document: JsonObject = {"row": row.number, "ok": not row.error, "images": row.images}
             if row.error:
                 document["error"] = self.terminal.fields(row.error)
@@ -11893,11 +11847,11 @@ class BatchRunner(TerminalRunner):
         made = len(self.records)
         done = made + len(self.errors)
         note = f"{made} made, {len(self.errors)} failed, {money(self.usd)}"
-        elapsed = time.monotonic() - self.began
-        usual = None
+        elapsed = time.monotonic() - BEGAN
+        left = ""
         if done:
-            usual = elapsed * self.count / done
-        self.terminal.progress(Progress(note, done, self.count), elapsed, usual, "")
+            left = f"{elapsed * (self.count - done) / done:.0f} s left"
+        self.terminal.progress(Progress(note, done, self.count), elapsed, None, left)
 
     def result(self) -> int:
         """The last rows, and the exit code."""
@@ -12487,10 +12441,7 @@ COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
 )
 def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     since = args.since or ""
-    date = ""
-    with suppress(ValueError):
-        date = time.strftime("%Y-%m-%d", time.strptime(since, "%Y-%m-%d"))
-    if since != date:
+    if since and not (re.fullmatch(r"\d{4}-\d\d-\d\d", since) and epoch(since)):
         raise BadRequest(f'--since "{since}": no date as YYYY-MM-DD')
     if fault := journal_fault():
         raise fault
@@ -12770,8 +12721,9 @@ def begin_jobs(
     """Insert jobs, whose ids we have made, and, where that is asked for, wait for their end."""
     variable = config.supabase.database_url_env
     ids = [request["id"] for request in requests]
-    # Before anything waits: whatever becomes of this command, the jobs can be found.
-    if args.wait:
+    # Before anything waits: whatever becomes of this command, the jobs can be found. With a key
+    # they are anyway, and may be others.
+    if args.wait and not args.key:
         terminal.note("\n".join(f"job {ident}" for ident in ids))
     parameters = {
         "requests": to_jsonb(requests),
@@ -12840,14 +12792,13 @@ def insert_jobs(
                 if key:
                     database.run(KEYED, **keyed)  # or this database knows no keys yet
                 database.run(sql.replace("COLUMNS", columns), **parameters)
-                jobs = [job for (job,) in database.run(FOLLOW, ids=ids)]
-                if key and not jobs:
-                    [[job]] = database.run(KEYED, **keyed)
-                    if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
-                        message = f"the key {key} was used for another request"
-                        raise KeyConflict(f"{message}, of job {job['id']}")
-                    jobs = [job]
-                return jobs
+                if not key:
+                    return [job for (job,) in database.run(FOLLOW, ids=ids)]
+                [[job]] = database.run(KEYED, **keyed)
+                if any(job[name] != requests[0].get(name) for name in columns.split(", ")):
+                    message = f"the key {key} was used for another request"
+                    raise KeyConflict(f"{message}, of job {job['id']}")
+                return [job]
         except (Unreachable, KeyboardInterrupt) as problem:
             if not reached:
                 raise
@@ -13092,9 +13043,6 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
-
-
-DETACHED_S = 7 * 86400.0  # for as long as the log of a detached command stays
 
 
 SKILL = """\
