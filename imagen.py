@@ -12723,7 +12723,7 @@ def begin_jobs(
     ids = [request["id"] for request in requests]
     # Before anything waits: whatever becomes of this command, the jobs can be found. With a key
     # they are anyway, and may be others.
-    if args.wait and not args.key:
+    if args.wait and not any("key" in request for request in requests):
         terminal.note("\n".join(f"job {ident}" for ident in ids))
     parameters = {
         "requests": to_jsonb(requests),
