@@ -17769,7 +17769,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
-    "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "status",
+    "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "key", "status",
 }  # fmt: skip
 
 
