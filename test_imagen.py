@@ -20979,6 +20979,20 @@ def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
     assert make["annotations"]["openWorldHint"] is True
 
 
+def test_mcp_help_prints_what_each_client_wants_to_know(box: Box) -> None:
+    copy = box.root / 'a "copy" 100%' / "imagen.py"
+    copy.parent.mkdir()
+    shutil.copy(HERE, copy)
+    text = box.run("mcp", "--help", program=(str(copy),)).out
+    command = shlex.join([sys.executable, str(copy), "mcp"])
+    assert f"claude mcp add imagen -- {command}\n" in text
+    assert f"codex mcp add imagen -- {command}\n" in text
+    for client, key in (("VS Code", "servers"), ("Cursor", "mcpServers")):
+        (line,) = (line for line in text.splitlines() if client in line)
+        block = json.loads(line[line.index("{") :])[key]["imagen"]
+        assert [block["command"], *block["args"]] == shlex.split(command)
+
+
 def test_mcp_one_request_id_is_one_payment_also_after_the_server_was_started_anew(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
