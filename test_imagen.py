@@ -17145,7 +17145,12 @@ def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_worker
         assert (refused["error_code"], refused["receipt"]) == ("quota", None)
         assert "usd_per_day: $0.01 are left, and not $0.04" in refused["error"]
         assert re.search(r"more at \d{4}-\d\d-\d\dT00:00", refused["error"])
+        # Even where the backend's own check would fail just then.
+        key = server.key
+        server.key = "another"
+        assert crew.ends(crew.add(), "failed")["error_code"] == "quota"
         assert "paused" not in crew.log()
+        server.key = key
         paid = [row["receipt"]["usd"] for row in rows if row["receipt"]]
         assert paid == [0.04] * 4
         # Yesterday's do not count; what was cheaper than reserved counts as what it was.
