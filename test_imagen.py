@@ -16709,6 +16709,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
+    "key",
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
     "backend_opts", "inputs", "mask", "strength", "status",
 }  # fmt: skip
