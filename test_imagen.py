@@ -17768,6 +17768,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
+    "key",
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
     "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "key", "status",
 }  # fmt: skip
@@ -18211,7 +18212,12 @@ def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_worker
         assert (refused["error_code"], refused["receipt"]) == ("quota", None)
         assert "usd_per_day: $0.01 are left, and not $0.04" in refused["error"]
         assert re.search(r"more at \d{4}-\d\d-\d\dT00:00", refused["error"])
+        # Even where the backend's own check would fail just then.
+        key = server.key
+        server.key = "another"
+        assert crew.ends(crew.add(), "failed")["error_code"] == "quota"
         assert "paused" not in crew.log()
+        server.key = key
         paid = [row["receipt"]["usd"] for row in rows if row["receipt"]]
         assert paid == [0.04] * 4
         # Yesterday's do not count; what was cheaper than reserved counts as what it was.
@@ -22188,6 +22194,20 @@ def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
     assert "same" in make["inputSchema"]["properties"]["request_id"]["description"]
     assert make["annotations"]["destructiveHint"] is False
     assert make["annotations"]["openWorldHint"] is True
+
+
+def test_mcp_help_prints_what_each_client_wants_to_know(box: Box) -> None:
+    copy = box.root / 'a "copy" 100%' / "imagen.py"
+    copy.parent.mkdir()
+    shutil.copy(HERE, copy)
+    text = box.run("mcp", "--help", program=(str(copy),)).out
+    command = shlex.join([sys.executable, str(copy), "mcp"])
+    assert f"claude mcp add imagen -- {command}\n" in text
+    assert f"codex mcp add imagen -- {command}\n" in text
+    for client, key in (("VS Code", "servers"), ("Cursor", "mcpServers")):
+        (line,) = (line for line in text.splitlines() if client in line)
+        block = json.loads(line[line.index("{") :])[key]["imagen"]
+        assert [block["command"], *block["args"]] == shlex.split(command)
 
 
 def test_mcp_one_request_id_is_one_payment_also_after_the_server_was_started_anew(
