@@ -17770,7 +17770,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 JOBS_REQUEST = {
     "key",
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
-    "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "key", "status",
+    "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "status",
 }  # fmt: skip
 
 
