@@ -18513,6 +18513,7 @@ class Serving:
         head = [
             "POST /v1/images/generations HTTP/1.1",
             "Host: localhost",
+            "Connection: close",
             f"Content-Length: {len(body)}",
             *lines,
         ]
@@ -19243,8 +19244,13 @@ def test_server_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_doe
         assert bare.body == large.read_bytes()
         assert not cache.exists()
     with Serving(box) as server:
+        place = f"/thumbs/{record['id']}"
+        # The first visit waits for nothing: the original stands in, and is not kept for ever.
+        first = server.get(place)
+        assert (first.body, first.headers["cache-control"]) == (bare.body, "private, no-cache")
+        eventually(lambda: server.get(place).headers["content-type"] == "image/webp")
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            thumbs = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
+            thumbs = [*pool.map(server.get, [place] * 8)]
         assert {response.headers["content-type"] for response in thumbs} == {"image/webp"}
         with pillow.open(io.BytesIO(thumbs[0].body)) as small:
             assert small.size == (512, 256)
@@ -19366,12 +19372,11 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
             "/api/options",
             "/v1/models",
             f"/images/{record['id']}",
-            "/?token=x",
             "/x",
         ):
-            assert (
-                server.get(path, Host="anywhere.example").json["error"]["code"] == "invalid_api_key"
-            ), path
+            turned = server.get(path, Host="anywhere.example")
+            assert turned.json["error"]["code"] == "invalid_api_key", path
+            assert turned.headers["www-authenticate"].startswith("Bearer ")
         for odd in (
             "",
             "Bearer ",
@@ -19379,10 +19384,13 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
             f"Bearer {SERVE_TOKEN}x",
             f"Basic {SERVE_TOKEN}",
             "Bearer None",
+            SERVE_TOKEN,
         ):
             assert (
                 server.get("/v1/models", Authorization=odd.encode().decode("latin-1")).status == 401
             ), odd
+        for scheme in ("bearer", "BEARER"):
+            assert server.get("/v1/models", Authorization=f"{scheme} {SERVE_TOKEN}").status == 200
         with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.images.generate(prompt="a fox")
         with server.client(
@@ -19398,15 +19406,123 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
         ):
             assert server.get(urllib.parse.quote(odd, safe="/?=")).status == 401
         assert server.get(f"{signed.path.replace('images', 'thumbs')}?{signed.query}").status == 401
-        link = server.get(f"/?token={urllib.parse.quote(SERVE_TOKEN, safe='')}")
-        cookie = link.headers["set-cookie"]
-        assert (link.status, link.headers["location"]) == (303, "/")
-        assert "HttpOnly" in cookie
-        assert "SameSite=Strict" in cookie
-        assert SERVE_TOKEN not in cookie
-        assert server.get("/", Cookie=f"a=b; {cookie.partition(';')[0]}; c=d").status == 200
-        assert server.get("/", Cookie="imagen=é".encode().decode("latin-1")).status == 401
+        # A link says nothing of the token, and does not work for ever.
+        until, _, digest = signed.query.removeprefix("signature=").partition(".")
+        assert 3500 < int(until) - time.time() <= 3600
+        for text in (record["id"], f"{until} {record['id']}", signed.path.rpartition("/")[2]):
+            guess = hmac.digest(SERVE_TOKEN.encode(), text.encode(), "sha256").hex()
+            assert guess != digest
+        for odd in (f"{int(until) + 60}.{digest}", f"{int(time.time()) - 5}.{digest}", digest):
+            assert server.get(f"{signed.path}?signature={odd}").status == 401
         assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
+
+
+def test_server_a_person_logs_in_once_for_thirty_days_and_goes_back_to_own_places(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    token = "correct horse battery".replace(" ", "-")
+    flags = ("--trust-proxy", "--host", "0.0.0.0")
+    short = box.run("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": "x" * 15})
+    assert (short.code, "openssl rand -hex 24" in short.err) == (3, True)
+    with Serving(box, *flags, IMAGEN_SERVE_TOKEN=token) as server:
+        assert "0.0.0.0" not in server.base
+        with urllib.request.urlopen(f"{server.base}healthz", timeout=10) as answer:
+            assert answer.status == 200
+        # 1. Who opens a link without the cookie gets a page, and leaves it for that link.
+        link = f"/?image={record['id']}"
+        page = server.get(link, Accept="text/html,*/*")
+        assert (page.status, page.headers["content-type"]) == (401, "text/html; charset=utf-8")
+        assert f'name="next" value="{link}"' in page.body.decode()
+        assert page.headers["www-authenticate"].startswith("Bearer ")
+        assert (
+            server.get(link, Accept="application/json").json["error"]["code"] == "invalid_api_key"
+        )
+        last = 0.0
+
+        def log_in(fields: Mapping[str, str], wait: bool = True, **headers: str) -> Response:
+            nonlocal last
+            while wait and time.monotonic() < last + 1.05:
+                time.sleep(0.02)
+            last = time.monotonic()
+            body = urllib.parse.urlencode(fields).encode()
+            return server.ask("POST", "/login", body, **headers)
+
+        # 2. One try a second, wrong or right; another site's page may not try.
+        assert log_in({"token": "wrong"}).status == 401
+        early = log_in({"token": token}, wait=False)
+        assert (early.status, early.headers["retry-after"]) == (429, "1")
+        assert log_in({"token": token}, Origin="http://evil.example").status == 403
+        # 3. Back to a place of ours, whatever was asked for.
+        done = log_in({"token": token, "next": link})
+        assert (done.status, done.headers.get("location")) == (303, link), done
+        odd = (
+            "//evil.example",
+            "/\\evil.example",
+            "http://evil.example",
+            "/\t/evil.example",
+            "/\r\nX: y",
+        )
+        assert {imagen.own_place(place) for place in odd} == {"/"}
+        # 4. The cookie is this server's, holds for thirty days, and says nothing of the token.
+        cookie = done.headers["set-cookie"]
+        name, value = cookie.partition(";")[0].split("=")
+        assert name == f"imagen-{server.port}"
+        for part in ("HttpOnly", "SameSite=Lax", "Path=/", "Max-Age=2592000"):
+            assert part in cookie
+        assert "Secure" not in cookie
+        assert token not in cookie
+        until, _, digest = value.partition(".")
+        assert abs(int(until) - time.time() - 30 * 86400) < 60
+        assert server.get(link, Cookie=f"a=b; {name}={value}; c=d").status == 200
+        odd = [
+            f"{name}={int(until) + 9}.{digest}",
+            f"{name}=9.{digest}",
+            f"{name}=",
+            f"imagen={value}",
+        ]
+        for wrong in (*odd, f"{name}=é".encode().decode("latin-1")):
+            assert server.get("/", Cookie=wrong).status == 401, wrong
+        # Another site's page has to show the token, even where the browser sends our cookie.
+        own = {"Cookie": f"{name}={value}", "Origin": "http://evil.example"}
+        assert server.get("/api/options", **own).status == 401
+
+
+def test_server_believes_a_proxys_headers_where_it_is_told_to_alone(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    token = SERVE_TOKEN
+    proxy = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "paint.example"}
+    bearer = {"Authorization": f"Bearer {token}"}
+    link = f"/?token={urllib.parse.quote(token, safe='')}"
+    with Serving(box, "--trust-proxy", IMAGEN_SERVE_TOKEN=token) as server:
+        done = server.get(link, Accept="text/html", **proxy)
+        assert (done.status, done.headers["location"]) == (303, "/")
+        cookie = done.headers["set-cookie"].partition(";")[0].partition("=")[2]
+        assert done.headers["set-cookie"].count("; Secure") == 1
+        made = server.make({"response_format": "url"}, **bearer, **proxy).json["data"][0]["url"]
+        assert made.startswith("https://paint.example/images/")
+    # Nobody's without the flag; and a login survives a restart, but not another token.
+    with Serving(box, IMAGEN_SERVE_TOKEN=token) as server:
+        made = server.make({"response_format": "url"}, **bearer, **proxy).json["data"][0]["url"]
+        assert made.startswith(f"http://127.0.0.1:{server.port}/images/")
+        assert server.get("/", Cookie=f"imagen-{server.port}={cookie}").status == 200
+    with Serving(box, IMAGEN_SERVE_TOKEN=token[::-1]) as server:
+        assert server.get("/", Cookie=f"imagen-{server.port}={cookie}").status == 401
+
+
+def test_server_shows_the_owners_images_and_nobodys_and_all_to_the_operator(box: Box) -> None:
+    owner = str(uuid.uuid4())
+    records = serve_plant(box, 3)
+    for record, whose in zip(records, (owner, "", str(uuid.uuid4())), strict=True):
+        record["owner"] = whose
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in records))
+    box.configure(SERVE_BLOCKS, owner_user_id=owner, output={"cloud_sync": "off"})
+    for flags, count in (((), 2), (("--all-owners",), 3)):
+        with Serving(box, *flags) as server:
+            assert len(server.images()) == count
+            codes = [server.get(f"/images/{record['id']}").status for record in records]
+            assert codes == [200, 200, 404 if count == 2 else 200]
+        assert len(box.run("list", *flags).lines) == count
+        with McpTalk(box, *flags) as talk:
+            assert len(talk.call("list_images")["structuredContent"]["images"]) == count
 
 
 def test_server_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -> None:
@@ -19421,15 +19537,10 @@ def test_server_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -
 
 
 def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) -> None:
-    for host in (
-        "evil.example",
-        f"evil.example:{serving.port}",
-        "127.0.0.1.evil.example",
-        "",
-        "127.0.0.1:1:2",
-        "::1:",
-    ):
-        assert serving.get("/v1/models", Host=host).status == 403, host
+    for host in ("evil.example", f"evil.example:{serving.port}", "127.0.0.1.evil.example", ""):
+        turned = serving.get("/v1/models", Host=host)
+        assert turned.status == 403, host
+        assert "--allow-host" in turned.json["error"]["message"]
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8765"):
         assert serving.get("/v1/models", Host=host).status == 200, host
     for origin in (
@@ -19439,9 +19550,10 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
         f"http://127.0.0.1:{serving.port}0",
     ):
         assert serving.make({}, Origin=origin).status == 403, origin
-    assert serving.ask(
-        "OPTIONS", "/v1/images/generations", Origin="http://evil.example"
-    ).status in (403, 405)
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    turned = serving.ask("OPTIONS", "/v1/images/generations", **preflight)
+    assert turned.status == 403
+    assert not any(name.startswith("access-control") for name in turned.headers)
     response = serving.make(
         {"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}"
     )
@@ -19460,13 +19572,163 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
     assert not any(name.startswith("access-control") for name in (*page.headers, *response.headers))
 
 
+def serve_exchange(server: Serving, data: bytes) -> Response:
+    """The first response to these bytes."""
+    with server.raw(data) as sock, http.client.HTTPResponse(sock, method=_method(data)) as response:
+        response.begin()
+        headers = {key.lower(): value for key, value in response.getheaders()}
+        return Response(response.status, {":reason": response.reason, **headers}, response.read())
+
+
+def _method(data: bytes) -> str:
+    return data.split(b" ")[0].decode("latin-1")
+
+
+# What is sent (| for CRLF, H: for Host: localhost, ID for an image's), the status, what the head of
+# the answer has to hold, and the paragraph of RFC 9110 or 9112 (of Fetch, where that is the rule).
+SERVE_HTTP = r"""
+GET /healthz HTTP/1.1|H:                              |200|date: .* GMT|9110 6.6.1 Date in every answer
+GET /healthz HTTP/1.1|H:                              |200|:reason: OK|9112 4 the phrase
+HEAD /healthz HTTP/1.1|H:                             |200|content-length: [1-9]|9110 9.3.2 HEAD as GET
+GET /healthz HTTP/1.1                                 |400||9112 3.2 no Host
+GET http://localhost/healthz HTTP/1.1                 |400||9112 3.2 no Host, in absolute form too
+GET /healthz HTTP/1.1|H:|H:                           |400||9112 3.2 two Hosts
+GET /healthz HTTP/1.1|H:|Host: example                |400||9112 3.2 two Hosts that differ
+GET /healthz HTTP/1.1|Host: a b                       |400||9112 3.2 no valid Host
+GET /healthz HTTP/1.1|Host: local/host                |400||9112 3.2 no valid Host
+GET /healthz HTTP/1.1|Host: evil.example              |403||9110 15.5.4
+GET http://localhost/healthz HTTP/1.1|Host: evil.example|200||9112 3.2.2 the target overrules Host
+GET http://evil.example/healthz HTTP/1.1|H:           |403||9112 3.2.2 the target overrules Host
+GET http://localhost HTTP/1.1|H:                      |200||9112 3.2.1 an empty path is /
+OPTIONS * HTTP/1.1|H:                                 |200|content-length: 0|9112 3.2.4
+GET * HTTP/1.1|H:                                     |400||9112 3.2.4 for OPTIONS alone
+OPTIONS /healthz HTTP/1.1|H:                          |200|allow: GET, HEAD, OPTIONS|9110 9.3.7
+PUT /healthz HTTP/1.1|H:|Content-Length: 0            |405|allow: GET, HEAD, OPTIONS|9110 15.5.6
+PUT /healthz HTTP/1.1|H:|Content-Length: 0            |405|:reason: Method Not Allowed|9110 15.5.6
+BREW /healthz HTTP/1.1|H:                             |501|:reason: Not Implemented|9110 9.1
+get /healthz HTTP/1.1|H:                              |501||9110 9.1 methods have a case
+CONNECT localhost:1 HTTP/1.1|H:                       |400||9112 3.2.3
+GET /nothing HTTP/1.1|H:                              |404|:reason: Not Found|9110 15.5.5
+GET /healthz HTTP/1.9|H:                              |200||9110 2.5 a minor version of ours
+GET /healthz HTTP/2.0|H:                              |505||9110 15.6.6
+GET /healthz HTTP/1.0|H:                              |200|connection: close|9112 9.3
+GET /healthz HTTP/1.1|H:|Connection: close            |200|connection: close|9112 9.6
+GET /healthz HTTP/1.1|H:|Connection: foo, Close       |200|connection: close|9110 7.6.1 in any case
+GET /healthz|H:                                       |400||9112 3 no version
+GET  /healthz HTTP/1.1|H:                             |400||9112 3 one space
+GET /heal thz HTTP/1.1|H:                             |400||9112 3.2 no space in the target
+GET /LONG HTTP/1.1|H:                                 |414||9112 3 a target too long
+GET / HTTP/1.1|H:|X: LONG                             |431||6585 5
+GET / HTTP/1.1|H:|X : y                               |400||9112 5.1 no space before the colon
+GET / HTTP/1.1|H:|X: y| z                             |400||9112 5.2 no folded line
+GET / HTTP/1.1|H:|X: a\0b                             |400||9110 5.5 no NUL
+GET / HTTP/1.1|H:|X: a\rb                             |400||9112 2.2 no bare CR
+GET / HTTP/1.1|H:|X: a\x07b                           |400||9110 5.5 no control character
+GET / HTTP/1.1|H:|X(): y                              |400||9110 5.1 a name is a token
+|GET /healthz HTTP/1.1|H:                             |200||9112 2.2 an empty line before it
+POST /login HTTP/1.1|H:|Content-Length: 0, 0          |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 1|Content-Length: 2||xx |400||9112 6.3 two lengths
+POST /login HTTP/1.1|H:|Content-Length: -1            |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 0x1||x        |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 3|Transfer-Encoding: chunked||0||  |400||9112 6.1 both
+POST /login HTTP/1.1|H:|Transfer-Encoding: gzip       |400||9112 6.3 chunked is not the last
+POST /login HTTP/1.1|H:|Transfer-Encoding: chunked, gzip|400||9112 6.3 chunked is not the last
+POST /login HTTP/1.1|H:|Transfer-Encoding: gzip, chunked|501||9112 6.1 a coding nobody knows
+POST /login HTTP/1.0|H:|Transfer-Encoding: chunked||0||  |400||9112 6.1 not in HTTP/1.0
+PUT /healthz HTTP/1.1|H:|Transfer-Encoding: CHUNKED||0||  |405||9112 7 codings have no case
+POST /v1/images/generations HTTP/1.1|H:|Content-Length: 2|Content-Encoding: br||{}|415||9110 15.5.16
+POST /v1/images/generations HTTP/1.1|H:|Content-Length: 999999||{}|413|:reason: Content Too Large|9110 15.5.14
+GET /images/ID HTTP/1.1|H:                            |200|accept-ranges: bytes|9110 14.3
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7           |206|content-range: bytes 0-7/SIZE|9110 14.4
+GET /images/ID HTTP/1.1|H:|Range: BYTES=8-            |206|content-range: bytes 8-LAST/SIZE|9110 14.1
+GET /images/ID HTTP/1.1|H:|Range: bytes=-4            |206|content-length: 4|9110 14.1.2 the last four
+GET /images/ID HTTP/1.1|H:|Range: bytes=1-99999999    |206|content-range: bytes 1-LAST/SIZE|9110 14.1.2
+GET /images/ID HTTP/1.1|H:|Range: bytes=99999999-     |416|content-range: bytes \*/SIZE|9110 15.5.17
+GET /images/ID HTTP/1.1|H:|Range: bytes=-0            |416||9110 14.1.2 nothing of it
+GET /images/ID HTTP/1.1|H:|Range: bytes=9-2           |200||9110 14.1.1 no range
+GET /images/ID HTTP/1.1|H:|Range: lines=1-2           |200||9110 14.2 a unit nobody knows
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-1,4-5       |200||9110 14.2 several may be ignored
+HEAD /images/ID HTTP/1.1|H:|Range: bytes=0-7          |200|content-length: SIZE|9110 14.2 for GET alone
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7|If-Range: TAG|206||9110 13.1.5
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7|If-Range: "x"|200||9110 13.1.5 it is another by now
+GET /images/ID HTTP/1.1|H:|If-None-Match: TAG         |304|etag: TAG|9110 15.4.5
+GET /images/ID HTTP/1.1|H:|If-None-Match: "x", W/TAG  |304|cache-control: private|9110 13.1.2 a list
+GET /images/ID HTTP/1.1|H:|If-None-Match: *           |304||9110 13.1.2
+GET /images/ID HTTP/1.1|H:|If-None-Match: "x"         |200||9110 13.1.2 another
+GET /api/options HTTP/1.1|H:|Origin: https://app.example|200|access-control-allow-origin: https://app.example|Fetch 3.2.3
+GET /api/options HTTP/1.1|H:|Origin: https://app.example|200|vary: Origin|9110 12.5.5
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://app.example|200|access-control-allow-methods: GET, HEAD, OPTIONS|Fetch 3.2.3
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://app.example|Access-Control-Request-Headers: authorization, x-a|200|access-control-allow-headers: authorization, x-a|Fetch 3.2.3
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://evil.example|403||Fetch 3.2.3
+GET /healthz HTTP/1.1|Host: paint.example:80          |200||9110 7.2 --allow-host
+"""
+
+
+def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    size = Path(record["path"]).stat().st_size
+    values = {"ID": record["id"], "SIZE": str(size), "LAST": str(size - 1)}
+    values |= {"H:": "Host: localhost", "TAG": f'"{record["sidecar"]["sha256"]}"'}
+    values["LONG"] = "x" * (17 << 10)
+    flags = ("--allow-origin", "https://app.example", "--allow-host", "paint.example")
+    with Serving(box, *flags) as server:
+
+        def fault(line: str) -> str:
+            columns = re.fullmatch(r"(.*?)\s*\|(\d{3})\|([^|]*)\|([^|]*)", line)
+            assert columns, line
+            request, code, header, paragraph = columns.groups()
+            for name, value in values.items():
+                request = re.sub(rf"(?<!\w){name}(?!\w)", value, request)
+                header = header.replace(name, value)
+            head, _, body = request.partition("||")
+            data = head.replace("|", "\r\n") + "\r\n\r\n" + body.replace("|", "\r\n")
+            data = data.replace("\\0", "\0").replace("\\r", "\r").replace("\\x07", "\x07")
+            response = serve_exchange(server, data.encode())
+            lines = "\n".join(f"{name}: {value}" for name, value in response.headers.items())
+            wrong = []
+            if response.status != int(code) or not re.search(header, lines):
+                wrong = [response.status, lines]
+            if "access-control-allow-credentials" in lines or "date: " not in lines:
+                wrong.append(lines)
+            if _method(data.encode()) == "HEAD" or response.status == 304:
+                wrong += [response.body] * bool(response.body)
+            return f"{paragraph}: {line}: {wrong}" if wrong else ""
+
+        lines = SERVE_HTTP.strip().splitlines()
+        assert len(lines) >= 60
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert [text for text in pool.map(fault, lines) if text] == []
+        # A server that keeps the connection answers one request after the other, as they came.
+        get = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        post = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+        several = [
+            (get % b"/nothing", 404),
+            (post % b"Content-Length: 2\r\n" + b"{}", 400),
+            (post % b"Transfer-Encoding: chunked\r\n" + b"1;a=b\r\n{\r\n1\r\n}\r\n0\r\nX: y\r\n\r\n", 400),
+            (get % b"/images/%s" % record["id"].encode(), 200),
+            (get.replace(b"\r\n\r\n", b"\r\nIf-None-Match: *\r\n\r\n") % b"/images/%s" % record["id"].encode(), 304),
+            (get % b"/healthz", 200),
+        ]  # fmt: skip
+        with server.raw(b"".join(data for data, _ in several)) as sock, sock.makefile("rb") as file:
+            for _, code in several:
+                assert file.readline().startswith(b"HTTP/1.1 %d " % code)
+                headers = http.client.parse_headers(file)
+                assert "connection" not in headers
+                file.read(int(headers.get("content-length", "0")))
+        # curl waits for our word before it sends a large body.
+        with server.raw(post % b"Expect: 100-continue\r\nContent-Length: 2\r\n") as sock:
+            assert sock.recv(25, socket.MSG_WAITALL) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(b"{}")
+            assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 400"
+
+
 def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
     for method, path, code, allow in (
-        ("GET", "/v1/images/generations", 405, "POST"),
-        ("PUT", "/healthz", 405, "GET, HEAD"),
-        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD"),
-        ("OPTIONS", "/", 405, "GET, HEAD"),
-        ("GET", "/v1/images/edits", 405, "POST"),
+        ("GET", "/v1/images/generations", 405, "POST, OPTIONS"),
+        ("PUT", "/healthz", 405, "GET, HEAD, OPTIONS"),
+        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD, OPTIONS"),
+        ("PUT", f"/api/images/{uuid.uuid4()}", 405, "GET, HEAD, DELETE, OPTIONS"),
+        ("GET", "/v1/images/edits", 405, "POST, OPTIONS"),
         ("POST", "/v1/images/variations", 404, None),
         ("POST", "/v1/chat/completions", 404, None),
         ("POST", "/images/generations", 404, None),
@@ -19618,29 +19880,22 @@ def test_server_a_form_that_is_none_is_told_so_and_leaves_nothing(serving: Servi
     assert not [*serving.box.root.rglob("x.png")]
 
 
-SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
 def test_server_a_request_that_is_too_large_or_none_is_told_so(serving: Serving) -> None:
     large = b'{"prompt": "' + b"x" * (4 << 20)
     for data, code in (
         (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
-        (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
-        (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
+        (SERVE_HEAD + b"Content-Length: 999999999999999999\r\n\r\n", 413),
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),  # empty
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
-        (SERVE_HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 411),
         (SERVE_HEAD + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}", 415),
         (SERVE_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
-        (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
         (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
         (SERVE_HEAD + b"\r\n", 400),
-        (SERVE_HEAD + b"X : y\r\n\r\n", 400),
         (SERVE_HEAD + b"Content-Length: 4\r\n\r\n[{}]", 400),
-        (SERVE_HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
-        (b"GET http://localhost/ HTTP/1.1\r\n\r\n", 400),
-        (b"GET / HTTP/2\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
     ):
         assert serve_read(serving.raw(data))[:12] == b"HTTP/1.1 %d" % code, data[:200]
@@ -19779,14 +20034,15 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
         assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
         codes = {code[9:].decode() for code in codes_seen if code}
         assert codes >= {"400", "404", "405", "413"} and not [
-            code for code in codes if code >= "500"
+            code for code in codes if code >= "500" and code not in ("501", "505")
         ], codes_seen
         assert b"root:" not in b"".join(codes_seen)
         assert server.get("/healthz").status == 200
-    assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
-    assert (
-        len([*box.root.glob(".cache/**/*.webp")]) <= 3
-    )  # thumbnails of ids that were hit by chance
+    assert {path for path in files() - before_all if ".cache" not in path.parts} == {
+        server.log,
+        box.state / "links",
+    }
+    assert len([*box.root.glob(".cache/**/*.webp")]) <= len(box.ledger())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
@@ -19800,20 +20056,24 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
         slow = server.post({"backend_opts": {"delay_s": 1}})
         for number, sock in enumerate(opened):
             sock.sendall(
-                b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 % (b"/healthz", b"/", b"/api/images")[number % 3]
             )
         assert {serve_read(sock)[:15] for sock in opened} == {b"HTTP/1.1 200 OK"}
         assert serve_read(slow).startswith(b"HTTP/1.1 200")
-        crowd = [
-            server.raw(b"GET") for _ in range(300)
-        ]  # more than it takes: the rest are turned away at once
+        # More than it takes: the next are told so, and the rest are turned away at once.
+        crowd = [server.raw(b"GET") for _ in range(256)]
+        eventually(lambda: server.usage()[1] >= 256)
+        refused = server.get("/healthz")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        crowd += [server.raw(b"GET") for _ in range(60)]
         assert eventually(
-            lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40
+            lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 20
         )
         for sock in crowd:
             sock.close()
-        eventually(lambda: server.usage()[:2] == before[:2])
+        eventually(lambda: server.usage()[1] == before[1])
+        assert server.usage()[0] <= before[0] + 1  # the pipe to who makes thumbnails
         assert server.get("/healthz").status == 200
 
 
