@@ -10147,141 +10147,194 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark;
+:root { color-scheme: light dark; --tall: 13rem; accent-color: var(--accent);
   --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
   --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d);
-  --line: light-dark(#cfc9be, #45413c);
-  --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
-* { box-sizing: border-box; overflow-wrap: anywhere }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem;
-  align-items: center; padding: .6rem 1rem; background: var(--paper);
-  border-bottom: 1px solid var(--line) }
-h1 { font-size: 1.1rem; margin: 0 }
+  --line: 1px solid light-dark(#cfc9be, #45413c); --accent: light-dark(#8a3b12, #f0a472) }
+* { box-sizing: border-box; margin: 0; min-width: 0; overflow-wrap: anywhere }
+body { background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
+header, .row, #grid, dialog[open] { display: flex; flex-wrap: wrap; gap: .6rem;
+  align-items: center }
+header, form, main { padding: .6rem 1rem }
+ul { padding: 0 }
+header { position: sticky; top: 0; z-index: 1; background: var(--paper);
+  border-bottom: var(--line) }
+h1 { font-size: 1.1rem }
 #query { flex: 1 }
 #filter { max-width: 36vw }
-#bar, #info { flex: 1 0 100%; margin: 0; white-space: pre-line }
+#info { flex: 1 0 100% }
+#info, li { white-space: pre-line }
+dt, label, #today { color: var(--soft) }
 .error { color: light-dark(#a11212, #ff9c91) }
-input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card);
-  padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .4rem;
-  min-width: 0; text-decoration: none }
+input, select, button, textarea, a, dialog, #bin { font: inherit; color: inherit;
+  background: var(--card); padding: .35rem .6rem; border: var(--line); border-radius: .4rem;
+  min-height: 2.5rem; text-decoration: none }
+a { align-content: center }
 button, summary { cursor: pointer }
-button:disabled { opacity: .6 }
+summary { line-height: 2.5rem }
+[hidden] { display: none !important }
 .main { background: var(--accent); color: var(--paper) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-form { display: grid; gap: .6rem; padding: 1rem }
-label { display: grid; gap: .15rem; font-size: .85rem; color: var(--soft) }
-label > * { font-size: 1rem; color: var(--ink) }
-textarea { resize: vertical }
-#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
-  gap: .6rem; margin-top: .4rem }
-.pick { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
-#inputs button { padding: 0; line-height: 0 }
-#inputs img, #from img { height: 4rem; border-radius: .3rem }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-main { padding: 0 1rem 1rem }
-#grid { display: flex; flex-wrap: wrap; gap: .6rem }
+form, label, li { display: grid; gap: .2rem .6rem }
+form { gap: .6rem }
+label > * { color: var(--ink) }
+#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem }
+#inputs img, #from img { height: 4rem }
+li { grid-template-columns: 1fr auto; align-items: center; padding: .3rem 0 }
+li progress { grid-column: 1 / -1; width: 100% }
 #grid::after { content: ""; flex: 1e9 }
-#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
-  padding: 0; border: 0; max-width: calc(1.6 * var(--wide)) }
-#grid img { display: block; width: 100%; aspect-ratio: var(--ratio);
-  object-fit: cover; border-radius: .4rem }
-dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem;
-  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
-dialog[open] { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
-dialog > div { flex: 2 1 18rem }
+.tile { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
+  position: relative; max-width: calc(1.6 * var(--wide)) }
+.tile a { display: block; min-height: 0; padding: 0; border: 0; aspect-ratio: var(--ratio);
+  overflow: hidden }
+.tile img { width: 100%; height: 100%; object-fit: cover }
+.tile label { position: absolute; top: 0; right: 0; padding: .5rem }
+.tile input { width: 1.5rem; min-height: 1.5rem }
+#bin { position: fixed; inset: auto 1rem 1rem }
+dialog { width: min(80rem, 96vw); max-height: 94vh; margin: auto; padding: 1rem }
 dialog::backdrop { background: #000b }
-#big { flex: 3 1 20rem; min-width: 0; height: auto; max-height: 88vh; object-fit: contain }
-#text { margin: 0 0 1rem; white-space: pre-wrap }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem }
-dt { color: var(--soft) }
-dd { margin: 0 }
+dialog > div { flex: 2 1 17rem; align-self: start }
+#zoom { flex: 3 1 20rem; padding: 0; border: 0; overflow: auto }
+#big { max-width: 100%; height: auto; max-height: 88vh }
+#zoom[aria-pressed=true] { flex-basis: 100% }
+[aria-pressed=true] > #big { max-width: none; max-height: none }
+#text { margin-bottom: 1rem; white-space: pre-wrap }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 @media (max-width: 50rem) {
   :root { --tall: 8rem }
   #big { max-height: 55vh }
 }
 </style>
 <header><h1>ImaGen</h1>
-<input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
+<input id="query" type="search" placeholder="Search (/)"
+ aria-label="Search prompts, styles and seeds">
 <select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
-<progress id="bar" max="1" aria-label="Progress" hidden></progress>
+<span id="today"></span><button id="erase" hidden></button>
 <p id="info" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
 <label>Prompt<textarea id="prompt" required></textarea></label>
 <details id="settings"><summary>Settings</summary><div id="fields">
 <label>Backend<select id="backend"></select></label>
 <label>Style<select id="style"><option value="">none</option></select></label>
-<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto" title="1024x768"></label>
+<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto"></label>
 <label>Images<input id="n" type="number" min="1" max="10" value="1" required></label>
 <label>Seed<input id="seed" type="number" min="0" placeholder="random"></label>
-<label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
+<label>Steps<input id="steps" type="number" min="1"></label>
 <label>Avoid<input id="negative"></label>
 <label>Options (JSON)<input id="opts"></label></div></details>
 <div class="row"><button class="main" id="go">Make it</button>
-<label class="pick">Start from images
+<label class="row">Start from images
 <input id="files" type="file" accept="image/*" multiple></label>
-<label class="pick" id="masked" hidden>Mask
+<label class="row" id="masked" hidden>Mask
 <input id="mask" type="file" accept="image/png"></label></div>
 <div id="inputs" class="row" role="group" aria-label="Images to start from" hidden></div></form>
-<main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
-<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt="">
+<main><ul id="calls" aria-label="Under way"></ul>
+<div id="grid"></div><p id="none"></p><div id="more"></div></main>
+<p id="bin" class="row" role="status" hidden><span id="binned"></span>
+<button id="undo">Undo</button></p>
+<dialog id="detail" aria-labelledby="text" closedby="any">
+<button id="zoom" title="Original size"><img id="big" alt=""></button>
 <div><p id="text"></p>
 <div class="row"><button id="newer" aria-label="Newer">←</button>
 <button id="older" aria-label="Older">→</button><button id="close">Close</button>
 <button id="again" class="main">Again with a new seed</button>
 <button id="edit">Edit this</button>
 <button id="use">Use these settings</button><button id="copy">Copy prompt</button>
-<button id="command">Copy command line</button><a id="save">Download</a></div>
+<button id="copyseed">Copy seed</button><button id="command">Copy command line</button>
+<a id="save">Download</a><button id="remove">Delete</button></div>
 <p id="note" role="status"></p><div id="from" class="row"></div>
 <dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
 const $ = id => document.getElementById(id)
-const write = (id, text) => { $(id).textContent = text }
-const make = (name, more) => Object.assign(document.createElement(name), more)
-let inputs = [], images = [], next = "", loading = false, round = 0, open
-
-function tell(text, look = "") {
-  if ($("info").textContent !== text) write("info", text)
-  Object.assign($("info"), { className: look, hidden: false })
+const set = (id, more) => Object.assign($(id), more)
+const write = (id, textContent) => set(id, { textContent })
+const make = (name, more, ...children) => {
+  const element = Object.assign(document.createElement(name), more)
+  element.append(...children)
+  return element
 }
+let inputs = [], images = [], next = "", loading = false, round = 0, open, source, bin = [], timer
+const marked = () => images.filter(image => $(image.id).querySelector(":checked"))
+
+const tell = (text, look = "") =>
+  set("info", { textContent: text, className: look, hidden: !text })
 const complain = problem => tell(problem.message + "\n" + (problem.hint || ""), "error")
 
-async function get(path, post) {
-  const response = await fetch(path, post)
+async function ask(path, more) {
+  const response = await fetch(path, more)
     .catch(() => { throw Error("The server does not answer.") })
+  if (response.status === 401) location.reload()  // to the login
   if (!response.ok) throw (await response.json()).error
-  return post ? response : response.json()
+  return response
 }
+const get = (path, more) => ask(path, more).then(response => response.json())
 
 function tile(image, first) {
-  if (images.some(other => other.id === image.id)) return
-  const button = make("button", { onclick: () => show(image) })
-  const img = make("img", { loading: "lazy", alt: image.prompt })
-  button.style.setProperty("--ratio", Math.max(.3, image.width / image.height))
-  if (image.exists) img.src = "/thumbs/" + image.id
-  button.append(img)
-  $("grid")[first ? "prepend" : "append"](button)
+  const { id, prompt, exists, width, height } = image
+  if ($(id) || bin.some(other => other.id === id)) return
+  const shape = ratio => box.style.setProperty("--ratio", Math.max(.3, ratio))
+  const link = make("a", { href: "/?image=" + id, onclick: event => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return
+    event.preventDefault()
+    show(image)
+  } })
+  const img = make("img", { loading: "lazy", alt: prompt,
+    onload: () => shape(img.naturalWidth / img.naturalHeight) })
+  const mark = make("input", { type: "checkbox", ariaLabel: "Select " + prompt, onchange: choose })
+  const box = make("div", { className: "tile", id }, link, make("label", {}, mark))
+  shape(width / height)
+  if (exists) img.src = "/thumbs/" + id
+  link.append(exists ? img : "The file is gone: " + prompt)
+  $("grid")[first ? "prepend" : "append"](box)
   images[first ? "unshift" : "push"](image)
+  write("none", "")
+}
+
+function choose() {
+  const { length } = marked()
+  set("erase", { hidden: !length, textContent: "Delete " + length })
+}
+
+function drop(ids) {
+  images = images.filter(image => !ids.includes(image.id))
+  ids.forEach(id => $(id)?.remove())
+  choose()
+}
+
+function erase(list) {  // in ten seconds, unless somebody says Undo
+  empty()
+  bin = list
+  drop(list.map(image => image.id))
+  write("binned", list.length + " deleted.")
+  $("bin").hidden = false
+  timer = setTimeout(empty, 10000)
+}
+
+function empty(undo) {
+  const images = bin
+  clearTimeout(timer)
+  bin = []
+  $("bin").hidden = true
+  if (undo === true) load(true)
+  else for (const { id } of images)
+    ask("/api/images/" + id, { method: "DELETE", keepalive: true })
+      .catch(problem => load(true).then(() => complain(problem)))
 }
 
 async function load(fresh) {
   if (!fresh && (loading || !next)) return
   const mine = fresh ? ++round : round
   if (fresh) next = ""
-  const params = { query: $("query").value, backend: $("filter").value, before: next }
+  const params = { query: $("query").value, backend: $("filter").value, before: next,
+    limit: Math.max(24, fresh && images.length) }
   loading = true
   try {
     const page = await get("/api/images?" + new URLSearchParams(params))
     if (mine !== round) return
-    if (fresh) {
-      images = []
-      $("grid").replaceChildren()
-    }
+    if (fresh) drop(images.map(image => image.id))
     page.images.forEach(image => tile(image))
     next = page.next
-    write("none", images.length ? ""
-      : params.query || params.backend ? "Nothing found." : "No images yet.")
+    if (!images.length)
+      write("none", params.query || params.backend ? "Nothing found." : "No images yet.")
   } catch (problem) {
     next = null
     complain(problem)
@@ -10290,25 +10343,67 @@ async function load(fresh) {
   if ($("more").getBoundingClientRect().top < innerHeight + 600) load()
 }
 
-function start(more) {
-  inputs.push(...more)
-  $("inputs").replaceChildren(...inputs.map(input => {
-    const button = make("button", { type: "button", title: "Take it out", onclick: () => {
+function follow() {  // a browser has six connections: a hidden tab needs none
+  source?.close()
+  if (document.hidden) return
+  source = new EventSource("/api/events")
+  const on = (kind, act) => source.addEventListener(kind, event => act(JSON.parse(event.data)))
+  on("calls", calls)
+  on("image", image => $("query").value || $("filter").value ? load(true) : tile(image, true))
+  on("deleted", ({ id }) => drop([id]))
+  source.onopen = () => load(true, tell(""))
+  source.onerror = () => {
+    get("/api/calls").catch(complain)
+    if (source.readyState === 2) setTimeout(follow, 3000)
+  }
+}
+
+function calls({ calls, usd_today: usd }) {
+  write("today", usd ? `$${usd} today` : "")
+  for (const row of [...$("calls").children])
+    if (!calls.some(call => call.id === row.id)) {
+      tell(row.end || "Done.")
+      row.remove()
+    }
+  for (const { id, prompt, n, made, left, place, note, done, total, ...call } of calls) {
+    const row = $(id) || make("li", { id }, make("span"), make("button", { onclick: () => {
+      row.end = "Cancelled."
+      get("/api/calls/" + id, { method: "DELETE" }).catch(complain)
+    } }), make("progress", { ariaLabel: "Progress" }))
+    const [text, button, bar] = row.children, [error] = call.errors
+    const state = !left ? error.message + "\n" + error.hint
+      : call.unstoppable ? "paid already, so it is waited for"
+      : place ? `waits, ${place} in line` : `${note || "begins"}, ${made} of ${n} done`
+    if (!left && !text.className) tell("One has failed.", text.className = "error")
+    text.textContent = `${prompt.slice(0, 200)}: ${state}`
+    button.textContent = left ? "Cancel" : "Dismiss"
+    bar.hidden = !left
+    if (call.unstoppable) row.end = ""
+    if (total) bar.value = done / total
+    else bar.removeAttribute("value")
+    if (!row.isConnected) $("calls").append(row)
+  }
+}
+
+function start(files) {
+  inputs.push(...[...files].filter(file => file.type.startsWith("image/")))
+  $("inputs").replaceChildren(...inputs.map(input => make("button",
+    { type: "button", onclick: () => {
       inputs = inputs.filter(other => other !== input)
       start([])
-    } })
-    const alt = input.name + ", take it out"
-    button.append(make("img", { src: URL.createObjectURL(input), alt }))
-    return button
-  }))
+    } },
+    make("img", { src: URL.createObjectURL(input), alt: input.name + ", take it out" }))))
   $("inputs").hidden = $("masked").hidden = !inputs.length
 }
-const pictures = list => [...list].filter(file => file.type.startsWith("image/"))
 
-async function edit(image) {
-  const blob = await (await get("/images/" + image.id, {})).blob()
+async function edit({ id, name }) {
+  const blob = await (await ask("/images/" + id)).blob()
   inputs = []
-  start([new File([blob], image.name, { type: blob.type })])
+  start([new File([blob], name, { type: blob.type })])
+  back()
+}
+
+function back() {
   $("detail").close()
   $("prompt").focus()
   scrollTo(0, 0)
@@ -10325,32 +10420,46 @@ function show(image) {
     Seed: image.seed, Style: image.style, Avoided: image.negative_prompt, Steps: image.steps,
     Options: optioned(image), Ignored: image.ignored.join(", "),
     Cost: cost == null ? "unknown" : "$" + cost,
-    Took: took == null ? "" : (took / 1000).toFixed(1) + " s",
+    Took: took && (took / 1000).toFixed(1) + " s",
     Made: new Date(image.timestamp).toLocaleString(),
     Cloud: image.cloud ? image.storage_path : "not uploaded", File: name }
-  $("facts").replaceChildren()
-  for (const [key, value] of filled(facts))
-    $("facts").append(make("dt", { textContent: key }), make("dd", { textContent: value }))
+  $("facts").replaceChildren(...filled(facts).flatMap(([key, value]) =>
+    [make("dt", {}, key), make("dd", {}, value)]))
   const from = [...image.inputs || [], ...image.mask ? [image.mask] : []]
   $("from").replaceChildren(...from.map(({ name, sha256 }) => make("img", { alt: name,
     src: "/inputs/" + sha256, onerror: event => event.target.remove() })))
   write("text", prompt)
-  write("note", "")
-  Object.assign($("big"), { alt: prompt, width, height, hidden: !exists })
-  Object.assign($("save"), { download: name, hidden: !exists })
-  if (exists) $("big").src = $("save").href = "/images/" + image.id
-  if (!$("detail").open) $("detail").showModal()
+  write("note", exists ? "" : "The file is gone.")
+  set("save", { download: name, hidden: !exists, href: "/images/" + image.id })
+  set("zoom", { hidden: !exists, ariaPressed: false })
+  if (exists) {
+    set("big", { alt: prompt, width, height, src: "/thumbs/" + image.id })
+    const original = make("img", { src: $("save").href })
+    original.decode().then(() => open === image && set("big", { src: original.src }),
+      () => open === image && write("note", "It cannot be shown."))
+  }
+  const at = "/?image=" + image.id
+  if ($("detail").open) history.replaceState("", "", at)
+  else {
+    if (!at.endsWith(location.search || "?")) history.pushState("", "", at)
+    $("detail").showModal()
+  }
+}
+
+async function route() {
+  const id = new URLSearchParams(location.search).get("image")
+  if (id) show(await get("/api/images/" + id))
+  else $("detail").close()
 }
 
 function step(by) {
-  const at = images.indexOf(open) + by
+  const at = images.findIndex(image => image.id === open.id) + by
   if (images[at]) show(images[at])
   if (at > images.length - 3) load()
 }
 
 function command(image) {
-  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text
-    : "'" + String(text).replaceAll("'", "'\\''") + "'"
+  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`
   const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image),
     "--seed": image.seed, "--steps": image.requested.steps || "",
     "--negative": image.negative_prompt }
@@ -10376,27 +10485,16 @@ function fill(seed) {
     negative: open.negative_prompt, opts: optioned(open) }
   for (const id in values) $(id).value = values[id]
   $("settings").open = true
-  $("detail").close()
-  $("prompt").focus()
-  scrollTo(0, 0)
-}
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader()
-  let text = "", part
-  while (!(part = await reader.read()).done) {
-    const all = (text + part.value).split("\n\n")
-    text = all.pop()
-    for (const event of all) yield JSON.parse(event.replace(/^(event.*\ndata)?: /, ""))
-  }
+  back()
 }
 
 async function generate() {
   const body = { prompt: $("prompt").value, model: $("backend").value, style: $("style").value,
     size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
-    steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
+    steps: $("steps").valueAsNumber, negative_prompt: $("negative").value,
     backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
-  let path = "/v1/images/generations", headers = { "Content-Type": "application/json" }
+  const headers = { Prefer: "respond-async" }
+  let path = "/v1/images/generations"
   let data = JSON.stringify(body)  // in which NaN becomes null
   if (inputs.length) {
     const form = new FormData()
@@ -10404,46 +10502,38 @@ async function generate() {
       if ((value ?? "") !== "") form.append(name, value.trim ? value : JSON.stringify(value))
     inputs.forEach(file => form.append("image[]", file))
     if ($("mask").files[0]) form.append("mask", $("mask").files[0])
-    ;[path, headers, data] = ["/v1/images/edits", {}, form]
-  }
-  const response = await get(path, { method: "POST", headers, body: data })
-  let made = 0
-  for await (const event of events(response.body)) {
-    if (event.error) throw event.error
-    if (event.imagen) {
-      tile(await get("/api/images/" + event.imagen.id), true)
-      write("none", "")
-      made++
-    } else {
-      tell(`${event.note} … ${made} of ${body.n} done`)
-      if (event.total) $("bar").value = event.done / event.total
-      else $("bar").removeAttribute("value")
-    }
-  }
-  if (made < body.n) throw Error("The answer broke off: reload to see what was made.")
+    path = "/v1/images/edits"
+    data = form
+  } else headers["Content-Type"] = "application/json"
+  await ask(path, { method: "POST", headers, body: data })
 }
 
 $("form").onsubmit = async event => {
   event.preventDefault()
-  $("go").disabled = true
-  $("bar").hidden = false
-  tell("starting …")
-  await generate().then(() => tell("Done."), complain)
+  $("go").disabled = true  // until it is in line
+  await generate().then(() => tell("In line."), complain)
   $("go").disabled = false
-  $("bar").hidden = true
+}
+$("prompt").onkeydown = event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit()
 }
 $("files").onchange = () => {
-  start(pictures($("files").files))
+  start($("files").files)
   $("files").value = ""
 }
-document.onpaste = event => start(pictures(event.clipboardData.files))
+document.onpaste = event => start(event.clipboardData.files)
 ondragover = event => event.preventDefault()
 ondrop = event => {
   event.preventDefault()
-  start(pictures(event.dataTransfer.files))
+  start(event.dataTransfer.files)
 }
 const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
   copy: () => copy(open.prompt), command: () => copy(command(open)),
+  copyseed: () => copy(String(open.seed)), erase: () => erase(marked()),
+  undo: () => empty(true), remove: () => {
+    $("detail").close()
+    erase([open])
+  }, zoom: () => set("zoom", { ariaPressed: $("zoom").ariaPressed !== "true" }),
   edit: () => edit(open).catch(complain),
   use: () => fill(open.seed ?? ""), again: () => {
     fill("")
@@ -10452,24 +10542,31 @@ const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("de
 for (const id in clicks) $(id).onclick = clicks[id]
 $("query").oninput = $("filter").onchange = () => load(true)
 onkeydown = event => {
-  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], at = event.target
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key]
   if ($("detail").open && by) step(by)
-  else if (event.key === "/" && !$("detail").open && !/INPUT|TEXTAREA|SELECT/.test(at.tagName)) {
+  else if (event.key === "/" && !$("detail").open
+    && !event.target.matches("input, textarea, select")) {
     event.preventDefault()
     $("query").focus()
-  } else if (event.key === "Escape" && at === $("query")) {
-    at.value = ""
-    load(true)
   }
 }
-new IntersectionObserver(() => load(), { rootMargin: "600px" }).observe($("more"))
+$("detail").onclose = () => { if (location.search) history.pushState("", "", "/") }
+onpopstate = () => route().catch(complain)
+onpagehide = empty
+document.onvisibilitychange = follow
+new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && load(),
+  { rootMargin: "600px" }).observe($("more"))
 get("/api/options").then(options => {
-  for (const id of ["backend", "filter"])
-    for (const name of options.backends) $(id).add(new Option(name))
+  for (const name of options.backends) {
+    const fault = options.faults[name]
+    $("filter").add(new Option(name))
+    $("backend").add(new Option(fault ? `${name}: not usable, ${fault}` : name, name))
+  }
   for (const name of options.styles) $("style").add(new Option(name))
   $("backend").value = options.default
   $("settings").open = innerWidth > 800
-  return load(true)
+  follow()
+  return route()
 }).catch(complain)
 </script>
 </html>

@@ -20195,11 +20195,20 @@ class Tab:
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
-        self("Page.navigate", url=at)
-        self.until("document.readyState === 'complete' && $('backend').value")
+        self.go(at)
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
         return self.browser(method, self.session, **params)
+
+    def go(self, at: str = "") -> None:
+        """To an address, or to the same one again, until the page is there."""
+        self.js("window.before = true")
+        if at:
+            self("Page.navigate", url=at)
+        else:
+            self("Page.reload")
+        self.until("!window.before && document.readyState === 'complete'")
+        self.until("typeof $ !== 'function' || $('backend').value")
 
     def js(self, expression: str) -> Any:
         """The value of an expression (a promise's too), evaluated in the page."""
@@ -20374,7 +20383,7 @@ def test_server_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_t
     gallery.make("a fox", "-n", "27")
     gallery.make("a wide hill", size="192x64")
     gallery.make("a tall tower", "-n", "2", size="64x128")
-    tab = gallery.open(24, height=400)
+    tab = gallery.open(24, height=200)
     requests = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
     assert (len(tab.tiles()), tab.js(requests)) == (24, 1)
     assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
@@ -20421,7 +20430,7 @@ def test_server_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
     tab.js("$('prompt').focus()")
     tab.press("/")
     assert tab.js("$('prompt').value") == "/"
-    tab.js("document.querySelector('#grid button').focus()")
+    tab.js("document.querySelector('#grid a').focus()")
     tab.press("Enter")
     tab.until("$('detail').open")
     shown = []
@@ -20448,13 +20457,15 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     tab.choose("#backend", "slow")
     tab.choose("#style", "ink")
     tab.click("#go")
-    far = tab.until("$('bar').value > 0.1 && $('bar').value")
+    bar = "document.querySelector('#calls progress')"
+    far = tab.until(f"{bar}?.value > 0.1 && {bar}.value")
     assert 0.1 < far < 1
-    assert tab.text("#info") == "drawing … 0 of 2 done"
-    assert tab.js("$('go').disabled")
+    assert tab.text("#calls span") == "two new foxes: drawing, 0 of 2 done"
+    assert tab.js("!$('go').disabled")
     tab.until("$('info').textContent === 'Done.'")
+    tab.until("images.length === 3")
     assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
-    assert tab.js("$('bar').hidden && !$('go').disabled")
+    assert tab.js("$('calls').children.length") == 0
     keys = ("seed", "style", "backend", "width", "height")
     made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
     assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
@@ -20482,7 +20493,7 @@ def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
     tab.click("#inputs button")
     assert tab.js("inputs.length === 0 && $('inputs').hidden")
     # 2. Edited: what is in the detail, with a second one and a mask.
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#edit")
     tab.until("inputs.length === 1 && !$('detail').open")
     assert tab.js(pasted) == 2
@@ -20492,13 +20503,13 @@ def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
     tab.upload("#mask", mask)
     tab.type("#prompt", "the fox with a hat")
     tab.click("#go")
-    tab.until("$('info').textContent === 'Done.'")
+    tab.until("images.length === 2")
     assert tab.tiles() == ["the fox with a hat", "an old fox"]
     sidecar = gallery.box.ledger()[-1]["sidecar"]
     assert [item["width"] for item in sidecar["inputs"]] == [size, 64]
     assert sidecar["mask"]["width"] == size
     # 3. Shown beside what was made of them.
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.until(
         "[...document.querySelectorAll('#from img')].filter(i => i.naturalWidth).length === 3"
     )
@@ -20524,7 +20535,7 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
     tab = gallery.open(1)
     both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
-    tab.click("#grid button")
+    tab.click("#grid a")
     rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
     facts = dict(tab.js(rows))
     assert sidecar["timestamp"][:4] in facts.pop("Made")
@@ -20576,13 +20587,13 @@ def test_server_settings_can_be_used_again_and_an_image_made_again_with_a_new_se
     gallery.make("a fox", *flags)
     tab = gallery.open(1)
     tab.type("#n", "3")
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#use")
     names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
     fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
     assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
     assert tab.js("!$('detail').open && document.activeElement.id") == "prompt"
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#again")
     tab.until("images.length === 2")
     first, second = (entry["sidecar"] for entry in gallery.box.ledger())
@@ -20603,19 +20614,276 @@ def test_server_settings_can_be_used_again_and_an_image_made_again_with_a_new_se
 def test_server_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
     tab = gallery.open()
     assert tab.until("$('none').textContent") == "No images yet."
+    # A backend without its key is shown as such before anybody tries it.
+    names = tab.js("[...$('backend').options].map(option => option.text)")
+    assert "keyless: not usable, REPLICATE_API_TOKEN is not set" in names
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "broken")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
-    assert tab.text("#info").strip() == "broken: failing with `refused`, as its options ask"
+    failed = "document.querySelector('#calls .error')"
+    tab.until(f"!!{failed}")
+    assert "broken: failing with `refused`, as its options ask" in tab.text("#calls .error")
+    assert tab.text("#calls button") == "Dismiss"
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    assert "REPLICATE_API_TOKEN" in tab.until("$('info').innerText.split('\\n')[1]")
+    tab.until(f"{failed}.parentNode.nextSibling?.innerText.includes('export REPLICATE_API_TOKEN=')")
+    # Both stay after a reload, until somebody dismisses them.
+    tab.go()
+    tab.until("$('calls').children.length === 2")
+    tab.click("#calls button")
+    tab.click("#calls li:last-child button")
+    tab.until("!$('calls').children.length")
+    tab.type("#prompt", "a fox")
     tab.choose("#backend", "mock")
     tab.type("#size", "64x64")
     tab.click("#go")
     tab.until("images.length === 1")
     assert tab.js("$('info').className") == ""
+
+
+def gallery_text(tab: Tab) -> str:
+    """What the page says is under way."""
+    return str(tab.js("$('calls').innerText"))
+
+
+@in_chromium
+def test_server_a_run_outlives_a_reload_is_seen_in_two_tabs_and_cancelled_from_either(
+    gallery: Gallery,
+) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    tab.choose("#backend", "slow")
+    tab.type("#opts", '{"delay_s": 60}')
+    # 1. Three in line: two run, the third waits; the form takes the next at once, by the keyboard.
+    for number in (1, 2, 3):
+        tab.type("#prompt", f"fox {number}")
+        tab.js("$('prompt').focus()")
+        for kind in ("keyDown", "keyUp"):
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+            tab("Input.dispatchKeyEvent", type=kind, modifiers=2, **key)
+        tab.until(f"$('calls').children.length === {number} && !$('go').disabled")
+    tab.until("$('calls').innerText.includes('fox 3: waits, 1 in line')")
+    # 2. A reload and a second tab show the same.
+    tab.go()
+    other = gallery.open(1, width=390, height=844)
+    for page in (tab, other):
+        page.until(
+            "$('calls').innerText.includes('fox 3: waits') && $('calls').children.length === 3"
+        )
+    # 3. Cancelled in one, gone in both, and nothing was made of it.
+    tab.click("#calls li:nth-child(1) button")
+    for page in (tab, other):
+        page.until("$('calls').children.length === 2")
+        page.until("!$('calls').innerText.includes('in line')")  # the third begins
+        assert "fox 1" not in gallery_text(page)
+    assert tab.text("#info") == "Cancelled."
+    other.click("#calls li:nth-child(2) button")
+    other.click("#calls li:nth-child(1) button")
+    for page in (tab, other):
+        page.until("!$('calls').children.length")
+    assert [entry.get("path") for entry in gallery.box.ledger()[1:]] == [None] * 3
+    # 4. What the command line makes, and deletes, comes and goes by itself; in a hidden tab later.
+    (path,) = gallery.make("from the shell")
+    for page in (tab, other):
+        page.until("images.length === 2")
+        assert page.tiles() == ["from the shell", "an old fox"]
+    streams = (
+        "performance.getEntriesByType('resource').filter(e => e.name.endsWith('/events')).length"
+    )
+    tab.js("Object.defineProperty(document, 'hidden', { value: true, configurable: true })")
+    tab.js("document.onvisibilitychange()")
+    assert tab.js("source.readyState") == 2
+    assert gallery.box.run("delete", "--local", path).code == 0
+    other.until("images.length === 1")
+    assert len(tab.tiles()) == 2
+    assert tab.js(streams) >= 1
+    tab.js("delete document.hidden")
+    tab.js("document.onvisibilitychange()")
+    tab.until("images.length === 1")
+
+
+@in_chromium
+def test_server_a_paid_run_that_cannot_be_stopped_says_so(box: Box, chromium: Chromium) -> None:
+    let_go = threading.Event()
+    with OpenAIServer(SERVE_KEY) as remote, contextlib.closing(Gallery(box, chromium)) as gallery:
+        remote.script(hold(let_go, openai_images(png())))
+        box.environ["SERVE_TEST_KEY"] = SERVE_KEY
+        box.configure(
+            {**MOCK, "paint": {**SERVE_BLOCKS["openai"], "base_url": remote.v1, "cost_usd": 0.02}}
+        )
+        tab = gallery.open()
+        tab.type("#prompt", "a fox")
+        tab.choose("#backend", "paint")
+        tab.click("#go")
+        remote.wait(lambda: remote.posts == 1)
+        tab.until("$('calls').children.length === 1")
+        tab.click("#calls button")
+        tab.until("$('calls').innerText.includes('paid already, so it is waited for')")
+        tab.shot("paid")
+        let_go.set()
+        tab.until("images.length === 1 && !$('calls').children.length")
+        tab.until("$('info').textContent === 'Done.'")
+        tab.until("$('today').textContent === '$0.02 today'")
+    assert remote.posts == 1
+
+
+@in_chromium
+def test_server_images_are_deleted_several_at_once_unless_somebody_says_undo(
+    gallery: Gallery,
+) -> None:
+    paths = [Path(gallery.make(f"fox {number}")[0]) for number in range(4)]
+    tab = gallery.open(4)
+    other = gallery.open(4)
+    assert tab.js("$('erase').hidden")
+    # 1. Undone: nothing has happened.
+    tab.click("#grid .tile:nth-child(1) input")
+    tab.click("#grid .tile:nth-child(3) input")
+    assert tab.text("#erase") == "Delete 2"
+    tab.click("#erase")
+    assert tab.tiles() == ["fox 2", "fox 0"]
+    assert tab.text("#binned") == "2 deleted."
+    tab.click("#undo")
+    tab.until("images.length === 4")
+    assert tab.tiles() == ["fox 3", "fox 2", "fox 1", "fox 0"]
+    # 2. Not undone, and the page is left: now they are gone here and in the other tab.
+    tab.click("#grid .tile:nth-child(2) input")
+    tab.click("#erase")
+    tab.click("#grid a")
+    tab.until("$('detail').open")
+    tab.click("#remove")
+    assert tab.tiles() == ["fox 1", "fox 0"]
+    other.until("images.length === 3")  # the first went with the second
+    tab.go()
+    for page in (tab, other):
+        page.until("images.length === 2")
+    eventually(lambda: not paths[3].exists())
+    assert [path.exists() for path in paths] == [True, True, False, False]
+    assert not Path(f"{paths[2]}.json").exists()
+    assert len(gallery.box.run("list").lines) == 2
+    # 3. One whose file somebody took says so, as a tile and when it is opened.
+    paths[0].unlink()
+    tab.go()
+    tab.until("images.length === 2")
+    assert tab.text("#grid .tile:last-child a") == "The file is gone: fox 0"
+    tab.click("#grid .tile:last-child a")
+    tab.until("$('note').textContent === 'The file is gone.'")
+
+
+@in_chromium
+def test_server_tiles_are_links_and_the_back_button_closes_what_they_open(gallery: Gallery) -> None:
+    for number in range(3):
+        gallery.make(f"fox {number}", "--seed", str(40 + number), "-s", "ink", size="400x300")
+    tab = gallery.open(3)
+    plain = tab.js("location.href")
+    link = tab.js("document.querySelector('#grid a').href")
+    tab.click("#grid a")
+    tab.until("$('detail').open")
+    assert tab.js("location.href") == link
+    tab.press("ArrowRight")
+    tab.until("location.href !== " + json.dumps(link))
+    tab.js("history.back()")
+    tab.until("!$('detail').open && location.href === " + json.dumps(plain))
+    tab.js("history.forward()")
+    tab.until("$('detail').open")
+    # As a bookmark, or in a new tab: the thumbnail until the original is there, and 100 % by a click.
+    other = gallery.open(3, at=link, width=320, height=600)
+    other.until("$('detail').open && $('big').src.includes('/images/')")
+    assert other.text("#text") == "fox 2"
+    assert other.js("$('big').clientWidth") < 320
+    other.click("#zoom")
+    other.until("$('big').clientWidth === 400 && $('zoom').ariaPressed === 'true'")
+    other.click("#zoom")
+    other.until("$('big').clientWidth < 320")
+    both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    gallery.browser("Browser.grantPermissions", permissions=both, **other.whose)
+    other.click("#copyseed")
+    other.until("$('note').textContent === 'Copied.'")
+    assert other.js("navigator.clipboard.readText()") == "42"
+    other.click("#close")
+    other.until(f"location.href === {json.dumps(plain)}")
+    # Seeds and styles are searched too, also by what comes while one is looked for.
+    other.type("#query", "INK 41")
+    other.until("images.length === 1")
+    assert other.tiles() == ["fox 1"]
+    gallery.make("fox 3", "--seed", "41", "-s", "ink")
+    gallery.make("fox 4", "--seed", "44", "-s", "ink")
+    other.until("images.length === 2")
+    assert other.tiles() == ["fox 3", "fox 1"]
+    # At 320 px nothing hangs over, and whatever is to be touched is as large as a finger.
+    assert other.js("document.documentElement.scrollWidth") <= 320
+    other.click("summary")
+    small = "[...document.querySelectorAll('button, input, select, summary, .tile label')]"
+    small += ".filter(it => it.checkVisibility() && !it.matches('.tile input'))"
+    small += ".filter(it => it.getBoundingClientRect().height < 40).map(it => it.outerHTML)"
+    assert other.js(small) == []
+
+
+@in_chromium
+def test_server_on_a_slow_network_the_first_images_come_and_runs_are_shown(
+    gallery: Gallery,
+) -> None:
+    gallery.make("a fox", "-n", "3", size="256x256")
+    tab = gallery.open(3)
+    slow = {
+        "offline": False,
+        "latency": 200,
+        "downloadThroughput": 40_000,
+        "uploadThroughput": 20_000,
+    }
+    tab("Network.emulateNetworkConditions", **slow)
+    tab.go()
+    tab.until("images.length === 3")
+    tab.type("#prompt", "another fox")
+    tab.choose("#backend", "slow")
+    tab.click("#go")
+    tab.until("$('calls').children.length")
+    tab.until("images.length === 4 && !$('calls').children.length")
+    # Without one it says so, and goes on by itself once there is one again.
+    tab("Network.emulateNetworkConditions", **{**slow, "offline": True})
+    tab.type("#prompt", "nobody hears it")
+    tab.click("#go")
+    tab.until("$('info').className === 'error'")
+    tab(
+        "Network.emulateNetworkConditions",
+        offline=False,
+        latency=0,
+        downloadThroughput=-1,
+        uploadThroughput=-1,
+    )
+    tab.click("#go")
+    tab.until("images.length === 5")
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_server_a_link_on_another_site_leads_through_the_login_to_the_image(
+    gallery: Gallery,
+) -> None:
+    gallery.make("a fox")
+    gallery.token = "a-token-of-the-tests"
+    image_id = gallery.box.ledger()[0]["sidecar"]["image_id"]
+    link = f"{gallery.address}?image={image_id}"
+    page = f'<a id="out" href="{link}">a fox</a>'.encode()
+    with Remote(html(200, page.decode()), repeat=True) as site:
+        tab = gallery.open(1, at=f"{gallery.address}?token={gallery.token}")
+        gallery.tabs.remove(tab)  # which is elsewhere at times
+        for known in (True, False):
+            if not known:
+                tab("Network.clearBrowserCookies")
+            tab("Page.navigate", url=site.base)
+            tab.until("!!document.getElementById('out')")
+            tab.click("#out")
+            if not known:  # else the cookie comes along, for it is a link
+                tab.until("!!document.querySelector('[name=token]')")
+                tab.shot("login")
+                tab.js(AXE.read_text() + "; 0")
+                report = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+                assert [violation["id"] for violation in report["violations"]] == []
+                tab.type("[name=token]", gallery.token)
+                tab.press("Enter")
+            tab.until("typeof $ === 'function' && $('detail').open && images.length === 1")
+            assert tab.text("#text") == "a fox"
+            assert tab.js("location.href") == link
 
 
 @in_chromium
@@ -20633,7 +20901,7 @@ def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
         for event in tab.reported("Log.entryAdded")
         if event["entry"]["level"] == "error"
     ]
-    assert len(logged) == 1 and "ERR_CONNECTION_REFUSED" in logged[0]  # by the browser, not by us
+    assert all("net::ERR_" in text for text in logged)  # by the browser, not by us
     gallery.tabs.remove(tab)
 
 
@@ -20644,7 +20912,7 @@ def test_server_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_n
     evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
     gallery.make(evil)
     tab = gallery.open(1)
-    tab.click("#grid button")
+    tab.click("#grid a")
     assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
     tab.click("#again")
     tab.until("images.length === 2")
@@ -20676,9 +20944,9 @@ def test_server_a_phone_scrolls_down_only(gallery: Gallery) -> None:
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
+    tab.until("!!document.querySelector('#calls .error')")
     assert tab.js(fits)
-    for tile in ("#grid button:nth-child(2)", "#grid button"):
+    for tile in ("#grid .tile:nth-child(2) a", "#grid a"):
         tab.click(tile)
         tab.until("$('big').complete")
         assert tab.js(fits)
@@ -20707,10 +20975,10 @@ def test_server_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gal
     (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
     assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (
         True,
-        "Strict",
+        "Lax",
         False,
     )
-    for path in ("", "api/images", "?token=wrong"):
+    for path in ("", "api/images"):
         with pytest.raises(urllib.error.HTTPError, match="401") as turned:
             urllib.request.urlopen(plain + path, timeout=10)
         turned.value.close()
@@ -20747,14 +21015,20 @@ def test_server_axe_finds_nothing_to_complain_about(
     tab.choose("#backend", "slow")
     tab.type("#prompt", "a slow fox")
     tab.click("#go")
-    tab.until("$('bar').value > 0.3")
+    tab.until("document.querySelector('#calls progress')?.value > 0.3")
     violations += complaints("form")
-    tab.until("!$('go').disabled")
+    tab.until("!$('calls').children.length")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
+    tab.until("!!document.querySelector('#calls .error')")
     violations += complaints("error")
-    tab.click("#grid button:nth-child(2)")
+    tab.js("document.querySelector('.tile input').click()")
+    violations += complaints("marked")
+    tab.click("#erase")
+    violations += complaints("deleted")
+    tab.click("#undo")
+    tab.until("images.length === 10")
+    tab.click("#grid .tile:nth-child(2) a")
     tab.until("$('big').complete")
     violations += complaints("detail")
     assert violations == []
