@@ -5317,6 +5317,13 @@ def may_see(record: Record, owners: Collection[str]) -> bool:
     return not owners or record.get("owner", "") in owners
 
 
+def shown_owners(config: Config, everybody: bool) -> Collection[str]:
+    """The owners whose images a door shows: all, or the config's and nobody."""
+    if everybody:
+        return ()
+    return ("", config.owner_user_id)
+
+
 def find_image(name: str) -> Record | None:
     """The record of an image that was made: by its path, its sidecar's, its id, or as `last`.
 
@@ -8489,7 +8496,6 @@ COOKIE_S = 30 * 86400
 LOGIN_S = 1.0  # between two tries
 TOKEN_LETTERS = 16
 NEVER = float("inf")
-EVENTS_MAX = 1000  # that a page may be behind
 EVENTS_QUIET_S = 15.0  # then a comment says that the stream is alive
 WATCHED = 200  # newest images, in which a new one is noticed
 PAGE_IMAGES = 24  # of one answer, and of one screen
@@ -8504,20 +8510,6 @@ OPENAI_ERRORS = {
 }
 
 
-class ServerOptions(NamedTuple):
-    """What the flags of `imagen serve` say."""
-
-    host: str
-    port: int
-    token: str
-    parallel: int
-    queue: int  # how many requests wait behind those
-    allow_hosts: Sequence[str] = ()
-    allow_origins: Sequence[str] = ()
-    trust_proxy: bool = False
-    owners: Collection[str] = ()  # whose images are shown; none: everybody's
-
-
 class HttpRequest(NamedTuple):
     """One HTTP request; header names are in lower case, lines of one name joined."""
 
@@ -8529,11 +8521,6 @@ class HttpRequest(NamedTuple):
     query: Strings
     scheme: str = "http"  # as the client sees it
     body: bytes = b""
-
-    @property
-    def base(self) -> str:
-        """Where the client sees this server."""
-        return f"{self.scheme}://{self.headers['host']}"
 
 
 NO_REQUEST = HttpRequest("", "", {"host": ""}, 0, "", EMPTY)
@@ -8568,7 +8555,7 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE)
-        self.unread = b""  # what came behind the part that was read last
+        self.reader = sock.makefile("rb")
         self.request = NO_REQUEST
         self.headers: dict[str, str] = {}  # of each response, whatever it is
         self.idle = True  # no request is under way
@@ -8576,6 +8563,7 @@ class Connection:
         self.body_left = False
         self.begun = False  # the response
         self.refused = False  # there are too many
+        self.foreign = False  # another site's page asks
         self.allow(HEAD_S)
 
     def allow(self, seconds: float) -> None:
@@ -8589,22 +8577,6 @@ class Connection:
         if self.moved >= STALL_BYTES:
             self.allow(STALL_S)
 
-    def receive(self) -> None:
-        """Wait for more to read; ConnectionError where nothing will come."""
-        block = self.sock.recv(PIECE)
-        if not block:
-            raise ConnectionError("the client has left")
-        self.got_on(len(block))
-        self.unread += block
-
-    def read(self, most: int) -> bytes:
-        """Up to `most` bytes, at least one."""
-        if not self.unread:
-            self.receive()
-        block = self.unread[:most]
-        self.unread = self.unread[most:]
-        return block
-
     def read_head(self) -> None:
         """Wait for a request; HttpError where what comes is none."""
         self.idle = True
@@ -8614,20 +8586,24 @@ class Connection:
         self.request = NO_REQUEST
         self.headers = {}
         self.allow(HEAD_S)
-        end = b""
-        while not end:
-            # Lines left empty by a client before its request are none (RFC 9112, 2.2).
-            self.unread = self.unread.lstrip(b"\r\n")
-            head, end, rest = self.unread.partition(b"\r\n\r\n")
-            if len(head) > HEAD_BYTES:
-                if b"\r\n" not in head[:HEAD_BYTES]:
-                    raise HttpError(414, "the address is too long")
+        lines: list[bytes] = []
+        left = HEAD_BYTES
+        while True:
+            line = self.reader.readline(left + 1)
+            left -= len(line)
+            if left < 0 and not lines:
+                raise HttpError(414, "the address is too long")
+            if left < 0:
                 raise HttpError(431, "the head of the request is too large")
-            if not end:
-                self.receive()
+            if not line.endswith(b"\n"):
+                raise ConnectionError("the client has left")
+            if line != b"\r\n":
+                lines.append(line.removesuffix(b"\r\n"))
+            # Lines left empty before a request are none of its head (RFC 9112, 2.2).
+            elif lines:
+                break
         self.idle = False
-        self.unread = rest
-        self.request = parsed_head(head.decode("latin-1"))
+        self.request = parsed_head([line.decode("latin-1") for line in lines])
         self.lasting = "close" not in self.request.headers.get("connection", "").lower()
         self.body_left = self.request.length != 0
 
@@ -8640,7 +8616,7 @@ class Connection:
         if request.length > most:
             raise too_large(most)
         # curl waits for this before it sends a body of more than a kilobyte.
-        if request.headers.get("expect", "").lower() == "100-continue" and not self.unread:
+        if request.headers.get("expect", "").lower() == "100-continue":
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.allow(STALL_S)
         blocks = self._blocks(request.length)
@@ -8659,8 +8635,11 @@ class Connection:
 
     def _blocks(self, left: int) -> Iterator[bytes]:
         while left:
-            block = self.read(left)
+            block = self.reader.read1(min(left, PIECE))
+            if not block:
+                raise ConnectionError("the client has left")
             left -= len(block)
+            self.got_on(len(block))
             yield block
 
     def _chunks(self, most: int) -> Iterator[bytes]:
@@ -8680,12 +8659,10 @@ class Connection:
             pass
 
     def _line(self) -> bytes:
-        while b"\r\n" not in self.unread:
-            if len(self.unread) > HEAD_BYTES:
-                raise HttpError(400, "a chunk without its length")
-            self.receive()
-        line, _, self.unread = self.unread.partition(b"\r\n")
-        return line
+        line = self.reader.readline(HEAD_BYTES)
+        if not line.endswith(b"\r\n"):
+            raise HttpError(400, "a chunk without its length")
+        return line[:-2]
 
     def send(self, status: int, headers: Strings, body: Iterable[bytes]) -> None:
         """A response; one without Content-Length ends with the connection."""
@@ -8783,15 +8760,14 @@ class Call(Runner):
 
     def __init__(
         self,
+        server: Server,
         key: str,
         plans: list[Plan],
-        config: Config,
-        say: Callable[[str], None],
         body: Fields,
         ignored: Sequence[str],
-        faults: dict[str, str],
     ) -> None:
-        super().__init__(plans, config, parallel=plans[0].parallel)
+        super().__init__(plans, server.config, parallel=plans[0].parallel)
+        self.server = server
         self.id = new_uuid()
         self.key = key  # the same for the same body
         self.request = plans[0].request
@@ -8808,22 +8784,20 @@ class Call(Runner):
         self.deserted = False  # its client left before the answer
         self.lonely_since = time.monotonic()
         self.replay_until = self.lonely_since + REPLAY_WINDOW_S
-        self._say = say
-        self._faults = faults
 
     def on_image(self, record: Record) -> None:
         """Its backend works."""
-        self._faults.pop(self.request.backend, None)
+        self.server.faults.pop(self.request.backend, None)
 
     def on_error(self, error: ImagenError) -> None:
         """Also for the log of whoever runs the server."""
-        self._say(str(error))
+        self.server.say(str(error))
         if isinstance(error, BadConfig | Quota):
-            self._faults[self.request.backend] = str(error)
+            self.server.faults[self.request.backend] = str(error)
 
     def on_warning(self, text: str) -> None:
         """Nothing that a client could do something about."""
-        self._say(text)
+        self.server.say(text)
 
     def answers(self, key: str) -> bool:
         """Whether a repeat with this key gets what this call got, or will get.
@@ -8873,45 +8847,44 @@ def repeatable(error: ImagenError) -> bool:
 class Server:
     """`imagen serve`. `say` tells of each request that a person should hear of."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], options: ServerOptions) -> None:
-        host = options.host.strip("[]")
-        port = options.port
-        cure = 'export IMAGEN_SERVE_TOKEN="$(openssl rand -hex 24)", or --token-env NAME'
-        if options.host not in LOOPBACK and not options.token:
-            raise BadConfig(f"--host {options.host}: others could use your backends", cure)
-        if 0 < len(options.token) < TOKEN_LETTERS:
+    def __init__(
+        self, config: Config, say: Callable[[str], None], flags: argparse.Namespace
+    ) -> None:
+        host = flags.host.strip("[]")
+        self.token = ""
+        if os.environ.get(flags.token_env):
+            self.token = secret_from(flags.token_env).reveal()
+        cure = f'export {flags.token_env}="$(openssl rand -hex 24)", or --token-env NAME'
+        if flags.host not in LOOPBACK and not self.token:
+            raise BadConfig(f"--host {flags.host}: others could use your backends", cure)
+        if 0 < len(self.token) < TOKEN_LETTERS:
             raise BadConfig(f"the token has fewer than {TOKEN_LETTERS} characters", cure)
         self.config = config
         self.say = say
-        self.options = options
-        self.token = options.token
+        self.flags = flags  # of `imagen serve`
+        self.hosts = (*LOOPBACK, *map(str.lower, flags.allow_host or ()))
+        self.owners = shown_owners(config, flags.all_owners)
         # Links and logins outlive a restart, and tell nobody anything of the token.
         self.secret = state_uuid("links").encode()
-        self.owners = options.owners
         self.calls = list[Call]()
         self._lock = threading.Lock()  # guards calls, connections and logins
         self._connections = set[Connection]()
         self._next_login = 0.0
         self.edits = 0  # requests whose images are coming in
         self._stopped = False
-        # What the pages are told: numbered, so that each stream knows what it has sent.
-        self._events = list[tuple[int, str, JsonObject]]()
-        self._watched: Any = None  # the journal's state when it was looked at
-        self._newest: list[tuple[str, bool]] = []
-        self._usd_today = 0.0
-        self._thumbnailer = Thumbnailer()
-        self._faults: dict[str, str] = {}  # of backends whose key or account failed last
+        self._thumbnailer: Any = None  # a process
+        self.faults: dict[str, str] = {}  # of backends whose key or account failed last
         family = socket.AF_INET
         if ":" in host:
             family = socket.AF_INET6
         try:
-            self.listener = socket.create_server((host, port), family=family, backlog=128)
+            self.listener = socket.create_server((host, flags.port), family=family, backlog=128)
         except OSError as problem:
             raise BadConfig(
-                f"{options.host}:{port}: {problem.strerror or problem}", "another --port?"
+                f"{flags.host}:{flags.port}: {problem.strerror or problem}", "another --port?"
             ) from None
         self.port = self.listener.getsockname()[1]
-        self.address = f"http://{address_of(self.listener)}:{self.port}/"
+        self.address = f"http://{address_of(host)}:{self.port}/"
         self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
     def serve(self) -> None:
@@ -8982,46 +8955,15 @@ class Server:
                 for number, call in enumerate(reversed(finished)):
                     if number >= REPLAY_MAX or now > call.replay_until:
                         self.calls.remove(call)
-            # 4. What the pages follow.
+            # 4. What stands in line while nobody waits for it.
             self.start_calls()
-            with suppress(ImagenError):  # whoever asks for images is told
-                self._watch()
-
-    def _watch(self) -> None:
-        """Note images that came or went, through whatever door."""
-        state = [now_iso()[:10], *journal_state()]
-        if state == self._watched:
-            return
-        first_look = self._watched is None
-        self._watched = state
-        rows = [*itertools.islice(filter(self._is_shown, attempts()), WATCHED)]
-        for record in reversed(rows[: WATCHED // 2]):
-            image_id = record["sidecar"]["image_id"]
-            if first_look or (image_id, "deleted" in record) in self._newest:
-                continue
-            if "deleted" in record:
-                self._publish("deleted", {"id": image_id})
-                continue
-            self._thumbnailer.order(record["path"], image_id)
-            self._publish("image", shown_fields(record))
-        self._newest = [(row["sidecar"]["image_id"], "deleted" in row) for row in rows]
-        self._usd_today = 0.0
-        for record in attempts(needle=state[0]):
-            if record.get("at", "").startswith(state[0]) and self._is_shown(record):
-                self._usd_today += record["sidecar"].get("cost_usd_estimate") or 0.0
-
-    def _publish(self, kind: str, fields: JsonObject) -> None:
-        number = 1
-        if self._events:
-            number += self._events[-1][0]
-        self._events = [*self._events[1 - EVENTS_MAX :], (number, kind, fields)]
 
     def _is_shown(self, record: Record) -> bool:
         return "path" in record and may_see(record, self.owners)
 
     def _connection(self, client: Connection) -> None:
         try:
-            with client.sock:
+            with client.sock, client.reader:
                 self._exchange(client)
                 while client.lasting and not self._stopped:
                     self._exchange(client)
@@ -9049,7 +8991,7 @@ class Server:
             client.lasting = False
             raise HttpError(503, "too many connections", "", {"Retry-After": "5"})
         request = client.request
-        if self.options.trust_proxy:
+        if self.flags.trust_proxy:
             client.request = request = behind_proxy(request)
         self._check_site(client)
         # The first route that fits both path and method; a path alone is a 405.
@@ -9061,7 +9003,7 @@ class Server:
         if request.path == "/" and "token" in request.query and request.method == "GET":
             self._log_in(client, request.query["token"], "/")
             return
-        if not self._authorized(request):
+        if not self._authorized(client):
             if "text/html" in request.headers.get("accept", "") and request.method == "GET":
                 client.html(401, login_page(request.target), AUTHENTICATE)
                 return
@@ -9105,7 +9047,7 @@ class Server:
         # What nobody reads would reset the connection, and the answer with it.
         client.allow(DRAIN_AFTER_ERROR_S)
         client.sock.shutdown(socket.SHUT_WR)
-        while client.sock.recv(PIECE):
+        while client.reader.read1(PIECE):
             pass
 
     def _check_site(self, client: Connection) -> None:
@@ -9114,25 +9056,22 @@ class Server:
         host = request.headers["host"]
         # Without a token, a name that is not ours came from somebody else's DNS.
         name = re.sub(r":\d*$", "", host).lower()
-        if not self.token and name not in (*LOOPBACK, *self.options.allow_hosts):
+        if not self.token and name not in self.hosts:
             cure = f"imagen serve --allow-host {name[:80]}"
             raise HttpError(403, f"this server is not called {name[:80]}; if it is yours: {cure}")
         # A browser names the page that asks; no other client has an Origin.
         site = request.headers.get("origin", "")
-        if self._is_other_site(request):
-            if site in self.options.allow_origins:
+        client.foreign = site not in ("", f"http://{host}", f"https://{host}")
+        if client.foreign:
+            if site in (self.flags.allow_origin or ()):
                 client.headers = {"Access-Control-Allow-Origin": site, "Vary": "Origin"}
             elif request.method not in GET:
                 cure = f"imagen serve --allow-origin {site[:80]}"
                 raise HttpError(403, f"another site's page may not write here; if yours: {cure}")
 
-    def _is_other_site(self, request: HttpRequest) -> bool:
-        host = request.headers["host"]
-        site = request.headers.get("origin")
-        return site not in (None, f"http://{host}", f"https://{host}")
-
-    def _authorized(self, request: HttpRequest) -> bool:
+    def _authorized(self, client: Connection) -> bool:
         """Whether the request shows the token, our cookie, or a link that we signed."""
+        request = client.request
         if not self.token or request.path in ("/healthz", "/login"):
             return True
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
@@ -9145,7 +9084,7 @@ class Server:
         # What a browser sends by itself proves nothing of another site's page.
         cookies = re.findall(r"([^=;,\s]+)=([^;,\s]*)", request.headers.get("cookie", ""))
         proof = dict(cookies).get(f"imagen-{self.port}", "")
-        return self.is_signed(f"login {self.token}", proof) and not self._is_other_site(request)
+        return not client.foreign and self.is_signed(f"login {self.token}", proof)
 
     def sign(self, text: str, until: int) -> str:
         """A proof, which holds until then, that this server has said `text`."""
@@ -9229,7 +9168,7 @@ class Server:
             open_backend(name, self.config.backends)
         except ImagenError as problem:
             return str(problem).removeprefix(f'backend "{name}": ')
-        return self._faults.get(name, "")
+        return self.faults.get(name, "")
 
     def answer_generations(self, client: Connection) -> None:
         """POST /v1/images/generations.
@@ -9316,14 +9255,14 @@ class Server:
             call = self._same_call(key, request)
             if not call:
                 waiting = sum(not call.started for call in self.calls)
-                if self._running() >= self.options.parallel and waiting >= self.options.queue:
+                if self._running() >= self.flags.parallel and waiting >= self.flags.queue:
                     raise HttpError(
                         503,
                         f"{self._running()} requests are under way and {waiting} wait; ask again",
                         "rate_limit_exceeded",
                         {"Retry-After": "5", "x-should-retry": "true"},
                     )
-                call = Call(key, plans, self.config, self.say, body, ignored, self._faults)
+                call = Call(self, key, plans, body, ignored)
                 self.calls.append(call)
             call.clients += 1
         return call
@@ -9369,7 +9308,7 @@ class Server:
         """Begin what stands in line, as far as there is room."""
         with self._lock:
             for call in self.calls:
-                if not call.started and self._running() < self.options.parallel:
+                if not call.started and self._running() < self.flags.parallel:
                     call.started = True
                     call.start()
 
@@ -9524,8 +9463,9 @@ class Server:
         if record.get("reused"):
             fields["imagen"]["reused"] = True
         if call.links:
+            base = f"{request.scheme}://{request.headers['host']}"
             signature = self.sign(image_id, int(time.time()) + LINK_S)
-            fields["url"] = f"{request.base}/images/{image_id}?signature={signature}"
+            fields["url"] = f"{base}/images/{image_id}?signature={signature}"
         else:
             image = read_bytes(record["path"])
             fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
@@ -9576,8 +9516,8 @@ class Server:
         self._record(image_id)
         client.json(200, delete_image(image_id, True, self.config))
 
-    def _state(self) -> JsonObject:
-        """What is under way, and failed while its client followed the events."""
+    def _call_states(self) -> list[JsonObject]:
+        """What is under way, and what failed while its client followed the events."""
         with self._lock:
             calls = [call for call in self.calls if call.left or (call.followed and call.errors)]
         in_line = [call for call in calls if not call.started]
@@ -9587,11 +9527,19 @@ class Server:
             if call in in_line:
                 place = in_line.index(call) + 1
             states.append(call.state(place))
-        return {"calls": states, "usd_today": round(self._usd_today, 6)}
+        return states
+
+    def _usd_today(self) -> float:
+        day = now_iso()[:10]
+        usd = 0.0
+        for record in filter(self._is_shown, attempts(needle=day)):
+            if record.get("at", "").startswith(day):
+                usd += record["sidecar"].get("cost_usd_estimate") or 0.0
+        return round(usd, 6)
 
     def answer_calls(self, client: Connection) -> None:
         """GET /api/calls: every request for images that this server works on."""
-        client.json(200, self._state())
+        client.json(200, {"calls": self._call_states(), "usd_today": self._usd_today()})
 
     def answer_cancel(self, client: Connection, call_id: str) -> None:
         """DELETE /api/calls/ID: end what is under way; forget what failed."""
@@ -9605,27 +9553,34 @@ class Server:
 
     def answer_events(self, client: Connection) -> None:
         """GET /api/events: `calls` at every change, `image` and `deleted` as they happen."""
-        sent = 0
-        if events := self._events:
-            sent = events[-1][0]
-        shown: JsonObject = {}
         client.begin_stream()
-        quiet_since = time.monotonic()
+        journal: list[Any] = []
+        newest: list[tuple[str, bool]] = []
+        usd = 0.0
+        shown = None
+        spoke = time.monotonic()
         while not self._stopped and not client.client_left():
-            state = self._state()
-            events = [event for event in self._events if event[0] > sent]
-            if state != shown:
-                client.event("calls", state)
-            for number, kind, fields in events:
-                client.event(kind, fields)
-                sent = number
-            now = time.monotonic()
-            if state != shown or events:
-                quiet_since = now
-            elif now > quiet_since + EVENTS_QUIET_S:
+            # 1. What came or went, through whatever door.
+            before = journal
+            journal = journal_state()
+            if journal != before:
+                usd = self._usd_today()
+                rows = [*itertools.islice(filter(self._is_shown, attempts()), WATCHED)]
+                known = newest
+                newest = [(row["sidecar"]["image_id"], "deleted" in row) for row in rows]
+                for record, key in [*zip(rows, newest, strict=True)][WATCHED // 2 :: -1]:
+                    if before and key not in known:
+                        kind = "deleted" if key[1] else "image"
+                        client.event(kind, shown_fields(record))
+            # 2. What is under way, if that has changed; a comment where nothing is said for long.
+            states = self._call_states()
+            if (states, usd) != shown:
+                shown = (states, usd)
+                spoke = time.monotonic()
+                client.event("calls", {"calls": states, "usd_today": usd})
+            elif time.monotonic() > spoke + EVENTS_QUIET_S:
+                spoke = time.monotonic()
                 client.write(b":\n\n")
-                quiet_since = now
-            shown = state
             time.sleep(0.25)
 
     def answer_file(self, client: Connection, kind: str, image_id: str) -> None:
@@ -9648,7 +9603,7 @@ class Server:
                 headers["Content-Type"] = "image/webp"
             else:  # the original stands in for it, until it is made
                 headers["Cache-Control"] = "private, no-cache"
-                self._thumbnailer.order(path, image_id)
+                self._order_thumbnail(path, small)
         headers["ETag"] = tag
         none_match = request.headers.get("if-none-match", "")
         if none_match.strip() == "*" or tag in re.findall('"[^"]*"', none_match):
@@ -9667,6 +9622,30 @@ class Server:
                 headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
             headers["Content-Length"] = str(len(part))
             client.send(status, headers, file_blocks(file, part))
+
+    def _order_thumbnail(self, path: str, small: str) -> None:
+        """Have a thumbnail made, some time, where Pillow is installed.
+
+        In a process of its own: neither its work nor its memory, nor a picture that it dies of, is
+        felt by whoever waits for an answer.
+        """
+        import subprocess
+
+        with self._lock:
+            # One that was killed is begun anew; one without Pillow has left by itself.
+            if not self._thumbnailer or (self._thumbnailer.poll() or 0) < 0:
+                self._thumbnailer = subprocess.Popen(
+                    [sys.executable, "-P", "-c", THUMBNAILER],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                os.set_blocking(self._thumbnailer.stdin.fileno(), False)
+            # A pipe that is full, or ends at nobody: the next who wants to see it asks again.
+            with suppress(OSError):
+                line = f"{to_json([path, small, THUMBNAIL_PIXELS])}\n"
+                os.write(self._thumbnailer.stdin.fileno(), line.encode())
 
     def answer_input(self, client: Connection, digest: str) -> None:
         """GET /inputs/SHA256: the copy of an image that came in, as long as it is kept."""
@@ -9764,18 +9743,17 @@ def byte_range(request: HttpRequest, tag: str, size: int) -> range:
 
     RFC 9110, 14; HttpError where there is nothing in it.
     """
-    match = re.fullmatch(r"(?i)bytes=(\d{0,18})-(\d{0,18})", request.headers.get("range", ""))
+    spelled = r"(?i)bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))"
+    match = re.fullmatch(spelled, request.headers.get("range", ""))
     if request.method != "GET" or not match or request.headers.get("if-range", tag) != tag:
         return range(size)
-    first, last = match.groups()
+    first, last, suffix = match.groups()
+    start = max(0, size - int(suffix or size))
     if first:
-        part = range(int(first), min(size, int(last or size) + 1))
-    elif last:
-        part = range(max(0, size - int(last)), size)
-    else:
+        start = int(first)
+    if last and int(last) < start:  # no range at all
         return range(size)
-    if first and last and int(last) < int(first):  # no range at all
-        return range(size)
+    part = range(start, min(size, int(last or size) + 1))
     if not part:
         headers = {"Content-Range": f"bytes */{size}"}
         raise HttpError(416, "nothing of the image is in that range", "", headers)
@@ -9784,25 +9762,26 @@ def byte_range(request: HttpRequest, tag: str, size: int) -> range:
 
 def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> JsonObject:
     """The fields of the form in a file; its images in files of their own."""
+    import mmap
+
     body: JsonObject = {"images": []}
     if not os.path.getsize(path):
         raise HttpError(400, "the form is empty")
-    with open(path, "rb") as file:
-        data = FormFile(file.fileno())
+    # Mapped, for it may not fit into memory.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for part in form_parts(data, content_type):
             name = part.name.partition("[")[0]
             if name in ("image", "mask"):
                 place = hidden()
-                with open(place, "wb") as copy:
-                    for start in range(part.start, part.end, 1 << 20):
-                        copy.write(data.cut(start, min(part.end, start + (1 << 20))))
+                with open(place, "wb") as copy, memoryview(data) as view:
+                    copy.write(view[part.start : part.end])
                 if name == "mask":
                     body["mask"] = place
                 else:
                     body["images"].append(place)
                 continue
             end = min(part.end, part.start + BODY_BYTES)
-            text = data.cut(part.start, end).decode("utf-8", "replace")
+            text = data[part.start : end].decode("utf-8", "replace")
             body[name] = text
             # A form knows text alone: what is a number or a switch elsewhere is one here.
             if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
@@ -9813,28 +9792,6 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     return body
 
 
-class FormFile:
-    """A file that is searched and cut piece by piece, for it may not fit into memory."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def cut(self, start: int, end: int) -> bytes:
-        """What stands there."""
-        return os.pread(self.fd, end - start, start)
-
-    def find(self, mark: bytes, start: int = 0) -> int:
-        """Where `mark` stands next; -1 where it does not."""
-        before = b""
-        while block := os.pread(self.fd, 1 << 20, start):
-            place = (before + block).find(mark)
-            if place >= 0:
-                return start - len(before) + place
-            start += len(block)
-            before = (before + block)[1 - len(mark) :]
-        return -1
-
-
 class FormPart(NamedTuple):
     """A part of a form: its name, and where in the body it stands."""
 
@@ -9843,7 +9800,7 @@ class FormPart(NamedTuple):
     end: int
 
 
-def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
+def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
     """The parts of a form (RFC 7578) in a file; HttpError where it is none."""
     match = re.search(r'boundary="?([^";,]{1,200})', content_type)
     if not match:
@@ -9852,7 +9809,7 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
     place = data.find(mark)
     while place >= 0:
         start = place + len(mark) + 2
-        follows = data.cut(start - 2, start)
+        follows = data[start - 2 : start]
         if follows == b"--":
             return
         if follows != b"\r\n":
@@ -9861,7 +9818,7 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
         place = data.find(b"\r\n" + mark, start)
         if not start <= body < place or body - start > HEAD_BYTES:
             raise HttpError(400, "a part of the form has no head, or breaks off")
-        head = data.cut(start, body).decode("utf-8", "replace")
+        head = data[start:body].decode("utf-8", "replace")
         name = re.search(r'(?i)^content-disposition:.*?\bname="?([^";\r\n]*)', head, re.MULTILINE)
         if not name:
             raise HttpError(400, "a part of the form has no name")
@@ -9870,21 +9827,20 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
     raise HttpError(400, "the form breaks off")
 
 
-def parsed_head(head: str) -> HttpRequest:
+def parsed_head(lines: Sequence[str]) -> HttpRequest:
     """A request without its body; HttpError for what is none.
 
     https://www.rfc-editor.org/rfc/rfc9112
     """
     from urllib.parse import parse_qsl, unquote
 
-    first, *lines = head.split("\r\n")
-    request = re.fullmatch(rf"({TOKEN}) ([!-~]+) HTTP/(\d)\.(\d)", first)
+    request = re.fullmatch(rf"({TOKEN}) ([!-~]+) HTTP/(\d)\.(\d)", lines[0])
     if not request:
         raise HttpError(400, "this is no HTTP request")
     method, target, major, minor = request.groups()
     if major != "1":
         raise HttpError(505, "only HTTP/1.1 here")
-    headers = parsed_headers(lines)
+    headers = parsed_headers(lines[1:])
     if minor == "0":  # which knows neither a second request nor 100 Continue
         headers["connection"] = "close"
         headers.pop("expect", None)
@@ -9941,14 +9897,14 @@ def parsed_headers(lines: Iterable[str]) -> dict[str, str]:
 
 def behind_proxy(request: HttpRequest) -> HttpRequest:
     """A request as it came to the proxy in front of us, by the headers that it sets."""
-    headers = request.headers.copy()
-    host = headers.get("x-forwarded-host", "").rpartition(",")[2].strip()
-    if host and re.fullmatch(HOST, host):
-        headers["host"] = host
-    scheme = "http"
-    if headers.get("x-forwarded-proto", "").rpartition(",")[2].strip() == "https":
-        scheme = "https"
-    return request._replace(headers=headers, scheme=scheme)
+    headers = request.headers
+
+    def nearest_proxys(name: str, default: str) -> str:
+        return headers.get(name, default).rpartition(",")[2].strip()
+
+    host = nearest_proxys("x-forwarded-host", headers["host"])
+    scheme = nearest_proxys("x-forwarded-proto", "http")
+    return request._replace(headers={**headers, "host": host}, scheme=scheme)
 
 
 def is_same(shown: str, expected: str) -> bool:
@@ -9977,17 +9933,16 @@ def login_page(place: str, message: str = "") -> str:
     return page.replace("MESSAGE", message)
 
 
-def address_of(listener: socket.socket) -> str:
-    """An address where the server that listens there can be reached."""
-    host: str = listener.getsockname()[0]
-    far = {"0.0.0.0": "192.0.2.1", "::": "2001:db8::1"}.get(host)
-    # Nothing is sent: the kernel only says which of our addresses it would take.
-    with suppress(OSError), socket.socket(listener.family, socket.SOCK_DGRAM) as probe:
-        if far:
-            probe.connect((far, 9))
+def address_of(host: str) -> str:
+    """The host of an address where a server that listens there can be reached."""
+    if host == "0.0.0.0":
+        host = "127.0.0.1"
+        # Nothing is sent: the kernel only says which of our addresses it would take.
+        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
             host = probe.getsockname()[0]
     if ":" in host:
-        host = f"[{host}]"
+        return f"[{host}]"
     return host
 
 
@@ -10058,39 +10013,6 @@ def usage_of(records: Iterable[Record]) -> JsonObject:
                 total[key] += usage[key]
     details = {"image_tokens": 0, "text_tokens": total["input_tokens"]}
     return {**total, "input_tokens_details": details}
-
-
-class Thumbnailer:
-    """Makes thumbnails with Pillow, where that is installed.
-
-    In a process of its own: neither its work nor its memory, nor a picture that it dies of, is felt
-    by whoever waits for an answer.
-    """
-
-    def __init__(self) -> None:
-        self.process: Any = None
-        self._lock = threading.Lock()
-
-    def order(self, path: str, image_id: str) -> None:
-        """Have the thumbnail of an image made, some time."""
-        import subprocess
-
-        with self._lock:
-            # One that was killed is begun anew; one without Pillow has left by itself.
-            if not self.process or (self.process.poll() or 0) < 0:
-                argv = [sys.executable, "-P", "-c", THUMBNAILER]
-                self.process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-                os.set_blocking(self.process.stdin.fileno(), False)
-            line = to_json([path, thumbnail_path(image_id), THUMBNAIL_PIXELS])
-            # A pipe that is full, or ends at nobody: the next who wants to see it asks again.
-            with suppress(OSError):
-                os.write(self.process.stdin.fileno(), f"{line}\n".encode())
 
 
 THUMBNAILER = """
@@ -11269,13 +11191,6 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     return code
 
 
-def shown_owners(args: argparse.Namespace, config: Config) -> Collection[str]:
-    """The owners whose images a command shows."""
-    if args.all_owners:
-        return ()
-    return ("", config.owner_user_id)
-
-
 @contextmanager
 def offering_mock(offered: bool) -> Iterator[None]:
     """Who named no backend, and whose default one fails, hears of another."""
@@ -11752,7 +11667,7 @@ def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
         raise BadRequest(f"--max-cost {args.max_cost}: not a number of USD") from None
     folders = [os.getcwd(), path_setting(config.output.directory)]
     folders += args.allow_path or ()
-    session = Mcp(config, terminal.write, most, folders, shown_owners(args, config))
+    session = Mcp(config, terminal.write, most, folders, shown_owners(config, args.all_owners))
     for line in sys.stdin.buffer:
         if line.strip():
             session.line(line)
@@ -12232,7 +12147,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     lines = []
     if fault := journal_fault():
         raise fault
-    owners = shown_owners(args, load_config(args.config))
+    owners = shown_owners(load_config(args.config), args.all_owners)
     made = images_made(owners, terms=args.terms, warn=terminal.say)
     for record in itertools.islice(made, args.n):
         sidecar = record["sidecar"]
@@ -12707,38 +12622,23 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if not fine or not 0 <= args.queue <= 1000:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64, --queue 0 to 1000")
     config = load_config(args.config)
-    token = ""
-    if os.environ.get(args.token_env):
-        token = secret_from(args.token_env).reveal()
-    origins = args.allow_origin or ()
-    for origin in origins:
+    for origin in args.allow_origin or ():
         if not re.fullmatch(r"https?://[^/*?#@\s]+", origin):
             raise BadRequest(f'--allow-origin "{origin}": such as https://app.example')
-    options = ServerOptions(
-        host=args.host,
-        port=args.port,
-        token=token,
-        parallel=args.parallel,
-        queue=args.queue,
-        allow_hosts=[name.lower() for name in args.allow_host or ()],
-        allow_origins=origins,
-        trust_proxy=args.trust_proxy,
-        owners=shown_owners(args, config),
-    )
-    server = Server(config, terminal.say, options)
+    server = Server(config, terminal.say, args)
     handle_stops(server.stop)
     address = server.address
     if args.json:
         address = to_json({"address": address})
     terminal.write(address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:
+    if server.token:
         from urllib.parse import quote
 
         # On the terminal of whoever started it, and in no log.
         shown = f"${args.token_env}"
         if sys.stderr.isatty():
-            shown = quote(token, safe="")
+            shown = quote(server.token, safe="")
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0
