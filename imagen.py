@@ -8548,6 +8548,10 @@ class Connection:
     The janitor closes it after `until`, which moves on as long as the client gets on.
     """
 
+    idle = True  # no request is under way
+    refused = False  # there are too many
+    foreign = False  # another site's page asks
+
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         # Small answers leave at once, and of large ones no more than a piece waits in the kernel:
@@ -8556,14 +8560,6 @@ class Connection:
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE)
         self.reader = sock.makefile("rb")
-        self.request = NO_REQUEST
-        self.headers: dict[str, str] = {}  # of each response, whatever it is
-        self.idle = True  # no request is under way
-        self.lasting = False  # whether another may follow
-        self.body_left = False
-        self.begun = False  # the response
-        self.refused = False  # there are too many
-        self.foreign = False  # another site's page asks
         self.allow(HEAD_S)
 
     def allow(self, seconds: float) -> None:
@@ -8580,11 +8576,11 @@ class Connection:
     def read_head(self) -> None:
         """Wait for a request; HttpError where what comes is none."""
         self.idle = True
-        self.begun = False
-        self.lasting = False
+        self.begun = False  # the response
+        self.lasting = False  # whether another request may follow
         self.body_left = True
         self.request = NO_REQUEST
-        self.headers = {}
+        self.headers: dict[str, str] = {}  # of the response, whatever it is
         self.allow(HEAD_S)
         lines: list[bytes] = []
         left = HEAD_BYTES

@@ -19256,6 +19256,23 @@ def test_server_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_doe
             assert small.size == (512, 256)
             assert {response.body for response in thumbs} == {thumbs[0].body}
         made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
+        # One that would take too much memory has none; one that lies on its side is turned up.
+        huge, turned = uuid.uuid4(), uuid.uuid4()
+        pillow.new("1", (6000, 6000)).save(box.out / "huge.png")
+        exif = pillow.Exif()
+        exif[0x0112] = 6
+        pillow.linear_gradient("L").resize((600, 300)).save(box.out / "turned.jpg", exif=exif)
+        with (box.state / "ledger.jsonl").open("a") as ledger:
+            for image_id, name in ((huge, "huge.png"), (turned, "turned.jpg")):
+                sidecar = {**record["sidecar"], "image_id": str(image_id)}
+                more = {"id": str(image_id), "path": str(box.out / name), "sidecar": sidecar}
+                ledger.write(json.dumps({**record, **more}) + "\n")
+        server.get(f"/thumbs/{huge}")
+        eventually(lambda: server.get(f"/thumbs/{turned}").body[8:12] == b"WEBP")
+        with pillow.open(cache / f"{turned}.webp") as small:
+            assert small.size == (256, 512)
+        assert not (cache / f"{huge}.webp").exists()
+        made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
         large.unlink()
         assert server.get(f"/thumbs/{record['id']}").body == thumbs[0].body
         assert server.get(f"/thumbs/{broken['id']}").body == png()[:60]
