@@ -9883,9 +9883,7 @@ def parsed_headers(lines: Iterable[str]) -> dict[str, str]:
             raise HttpError(400, f"no header of HTTP: {line[:40]!r}")
         name = field[1].lower()
         value = field[2].rstrip(" \t")
-        if name in headers:
-            if name in ("content-length", "host"):
-                raise HttpError(400, f"{name} comes twice")
+        if name in headers:  # of Host and Content-Length this makes none
             value = f"{headers[name]}, {value}"
         headers[name] = value
     return headers
@@ -10285,14 +10283,14 @@ function calls({ calls, usd_today: usd }) {
     }
   for (const { id, prompt, n, made, left, place, note, done, total, ...call } of calls) {
     const row = $(id) || make("li", { id }, make("span"), make("button", { onclick: () => {
-      row.end = "Cancelled."
+      row.end = button.textContent + "ed."
       get("/api/calls/" + id, { method: "DELETE" }).catch(complain)
     } }), make("progress", { ariaLabel: "Progress" }))
     const [text, button, bar] = row.children, [error] = call.errors
     const state = !left ? error.message + "\n" + error.hint
-      : call.unstoppable ? "paid already, so it is waited for"
+      : call.unstoppable ? "paid already: it is waited for"
       : place ? `waits, ${place} in line` : `${note || "begins"}, ${made} of ${n} done`
-    if (!left && !text.className) tell("One has failed.", text.className = "error")
+    if (!left && !text.className) tell("It has failed.", text.className = "error")
     text.textContent = `${prompt.slice(0, 200)}: ${state}`
     button.textContent = left ? "Cancel" : "Dismiss"
     bar.hidden = !left
@@ -10413,7 +10411,7 @@ async function generate() {
     backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
   const headers = { Prefer: "respond-async" }
   let path = "/v1/images/generations"
-  let data = JSON.stringify(body)  // in which NaN becomes null
+  let data = JSON.stringify(body)  // NaN becomes null
   if (inputs.length) {
     const form = new FormData()
     for (const [name, value] of Object.entries(JSON.parse(data)))

@@ -19429,6 +19429,11 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
         for text in (record["id"], f"{until} {record['id']}", signed.path.rpartition("/")[2]):
             guess = hmac.digest(SERVE_TOKEN.encode(), text.encode(), "sha256").hex()
             assert guess != digest
+        secret = (box.state / "links").read_bytes()
+        for seconds, code in ((60, 200), (-5, 401)):
+            moment = int(time.time()) + seconds
+            proof = hmac.digest(secret, f"{moment} {signed.path[8:]}".encode(), "sha256").hex()
+            assert server.get(f"{signed.path}?signature={moment}.{proof}").status == code
         for odd in (f"{int(until) + 60}.{digest}", f"{int(time.time()) - 5}.{digest}", digest):
             assert server.get(f"{signed.path}?signature={odd}").status == 401
         assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
@@ -20728,7 +20733,7 @@ def test_server_a_run_outlives_a_reload_is_seen_in_two_tabs_and_cancelled_from_e
         page.until("$('calls').children.length === 2")
         page.until("!$('calls').innerText.includes('in line')")  # the third begins
         assert "fox 1" not in gallery_text(page)
-    assert tab.text("#info") == "Cancelled."
+    assert tab.text("#info") == "Canceled."
     other.click("#calls li:nth-child(2) button")
     other.click("#calls li:nth-child(1) button")
     for page in (tab, other):
@@ -20770,7 +20775,7 @@ def test_server_a_paid_run_that_cannot_be_stopped_says_so(box: Box, chromium: Ch
         remote.wait(lambda: remote.posts == 1)
         tab.until("$('calls').children.length === 1")
         tab.click("#calls button")
-        tab.until("$('calls').innerText.includes('paid already, so it is waited for')")
+        tab.until("$('calls').innerText.includes('paid already: it is waited for')")
         tab.shot("paid")
         let_go.set()
         tab.until("images.length === 1 && !$('calls').children.length")
@@ -21083,6 +21088,13 @@ def test_server_axe_finds_nothing_to_complain_about(
     tab.click("#grid .tile:nth-child(2) a")
     tab.until("$('big').complete")
     violations += complaints("detail")
+    # The narrowest phone, the dialog first.
+    small = {"width": 320, "height": 600, "deviceScaleFactor": 1, "mobile": True}
+    tab("Emulation.setDeviceMetricsOverride", **small)
+    violations += complaints("narrow-detail")
+    tab.js("$('detail').close()")
+    violations += complaints("narrow")
+    assert tab.js("document.documentElement.scrollWidth") <= 320
     assert violations == []
 
 
