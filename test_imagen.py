@@ -23881,8 +23881,13 @@ def test_readme_bench_the_first_screen(bench: BenchBox) -> None:
     with Serving(home) as server:
         said = server.get("/api/images")
         began = time.perf_counter()
-        thumbs = [len(server.get(f"/thumbs/{about['id']}").body) for about in said.json["images"]]
-        took = 1000 * (time.perf_counter() - began) / len(thumbs)
+        places = [f"/thumbs/{about['id']}" for about in said.json["images"]]
+        for place in places:  # the first answer is the original
+            server.get(place)
+        for place in places:
+            eventually(lambda at=place: server.get(at).headers["content-type"] == "image/webp")
+        took = 1000 * (time.perf_counter() - began) / len(places)
+        thumbs = [len(server.get(place).body) for place in places]
         page = len(server.get("/").body) + len(said.body)
     assert len(thumbs) == 24
     rows = [
