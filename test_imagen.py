@@ -29,6 +29,7 @@ import math
 import os
 import pty
 import pwd
+import queue
 import random
 import re
 import select
@@ -10708,11 +10709,9 @@ OUTPUT_SIDECAR = str.split(
 # part of its first argument, errno: raised there), count (print all steps at the end).
 OUTPUT_RUNNER = r"""
 import json, os, signal, sys, threading
-here, plan, *argv = sys.argv[1:]
+here, *words = sys.argv[1:]
 sys.path.insert(0, here)
 import imagen
-plan = json.loads(plan)
-out, state = os.environ["IMAGEN_OUTPUT_DIR"], os.path.join(os.environ["XDG_STATE_HOME"], "imagen")
 EVENTS = {"os.rename", "os.link", "os.remove", "socket.connect", "fcntl.flock"}
 CALLS = {"write", "fsync", "sendall", "recv", "recv_into", "dup2"}
 AFTER = {os.rename, os.replace, os.link, os.unlink, os.remove}
@@ -10756,14 +10755,38 @@ def profile(frame, event, arg):
     elif event == "c_return" and (arg.__name__ in CALLS or arg in AFTER):
         step(arg.__name__ + " done")
 
-sys.addaudithook(audit)
-threading.setprofile(profile)
-sys.setprofile(profile)
-code = imagen.main(argv)
-sys.setprofile(None)
-if plan.get("count"):
-    print("", "STEPS", *steps, sep="\n", file=sys.stderr)
-sys.exit(code)
+def play(plan_text, argv):
+    global plan, out, state
+    plan = json.loads(plan_text)
+    out, state = os.environ["IMAGEN_OUTPUT_DIR"], os.path.join(os.environ["XDG_STATE_HOME"], "imagen")
+    sys.addaudithook(audit)
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    code = imagen.main(argv)
+    sys.setprofile(None)
+    if plan.get("count"):
+        print("", "STEPS", *steps, sep="\n", file=sys.stderr)
+    sys.exit(code)
+
+if words:
+    play(words[0], words[1:])
+
+# Without words: a line of JSON on stdin is a child to be forked, a line on stdout how it ended. What each child
+# would import anew, this one has imported.
+import http.client, ssl, urllib.request, yaml
+for line in sys.stdin:
+    child = json.loads(line)
+    pid = os.fork()
+    if pid:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.environ.clear()
+    os.environ.update(child["environ"])
+    os.chdir(child["cwd"])
+    for fd, path in ((0, os.devnull), (1, child["out"]), (2, child["err"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), fd)
+    sys.stdin = open(0)
+    play(child["plan"], child["argv"])
 """
 OUTPUT_UNLINKED = {"fault": ["os.link", "", errno.EPERM]}
 
@@ -10773,8 +10796,35 @@ def output_started(box: Box, plan: Mapping[str, Any], *args: str) -> subprocess.
     return box.start(*args, program=program)
 
 
+# Those who wait for a child to be played: hundreds are, and most of their time was the start of Python.
+OUTPUT_FORKERS = queue.SimpleQueue[subprocess.Popen[str]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def output_forkers() -> Iterator[None]:
+    yield
+    while not OUTPUT_FORKERS.empty():
+        ended(OUTPUT_FORKERS.get())
+
+
 def output_played(box: Box, plan: Mapping[str, Any], *args: str) -> Done:
-    return ended(output_started(box, plan, *args))
+    try:
+        forker = OUTPUT_FORKERS.get_nowait()
+    except queue.Empty:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", OUTPUT_RUNNER, str(HERE.parent)]
+        forker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert forker.stdin
+    assert forker.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (Path(folder, name) for name in ("out", "err"))
+        child = {"environ": box.environ, "cwd": str(box.root), "argv": args, "out": str(out)}
+        child |= {"plan": json.dumps(plan), "err": str(err)}
+        forker.stdin.write(f"{json.dumps(child)}\n")
+        forker.stdin.flush()
+        code = int(forker.stdout.readline())
+        OUTPUT_FORKERS.put(forker)
+        return Done(code, out.read_text(), err.read_text())
 
 
 def output_files(folder: Path) -> dict[str, bytes]:
