@@ -12119,7 +12119,7 @@ class TerminalRunner(Runner):
             pending_told = pending_told or (bool(self.stopped) and self.tell_pending())
             self.draw()
         missing = self.count - len(self.records)
-        if self.stopped and (self.active or self.waiting or missing):
+        if self.stopped and missing and (self.count > 1 or self.active or self.waiting):
             message = f"interrupted: {len(self.records)} of {self.count} made"
             if self.active:
                 message += f", {len(self.active)} did not end"
@@ -12199,8 +12199,8 @@ class TerminalRunner(Runner):
         self.terminal.say(text)
 
     def on_error(self, error: ImagenError) -> None:
-        """Say it at once: other images may take long; but of a stop only what it may have cost."""
-        if not isinstance(error, Interrupted) or error.charged != "no":
+        """Say it at once: other images may take long; but a stop of many only where it may cost."""
+        if self.count == 1 or not isinstance(error, Interrupted) or error.charged != "no":
             self.terminal.report(error)
 
     def on_image(self, record: Record) -> None:
