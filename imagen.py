@@ -12502,10 +12502,12 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     venv = os.path.dirname(os.path.dirname(python))
     make = [sys.executable, "-m", "venv", "--clear", venv]
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *packages]
+    probe = "import pip"  # which an environment lacks that broke off for want of ensurepip
     if shutil.which("uv"):
         make = ["uv", "venv", "--quiet", "--clear", "--python", sys.executable, venv]
         install = ["uv", "pip", "install", "--quiet", "--upgrade", "--python", python, *packages]
-    if not succeeds([python, "-c", "import sys"]):
+        probe = "import sys"
+    if not succeeds([python, "-c", probe]):
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         require(make, f"on Debian and Ubuntu: sudo apt install {version}")
     require(install, "it needs the network; with packages of your own, `imagen install` will do")
