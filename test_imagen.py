@@ -24185,7 +24185,8 @@ def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
     (box.root / "scarf.png").write_bytes(inputs_mask(64))
     # Those in blocks are run by another test.
     text = re.sub(r"^```.*?^```$", "", readme, flags=re.MULTILINE | re.DOTALL)
-    commands = [*readme_commands(text)]
+    commands = [*map(list, dict.fromkeys(map(tuple, readme_commands(text))))]
+    help_of = functools.cache(lambda *command: box.run(*command, "--help"))
     known = re.findall(r"^  (\w+) +\S", box.run("--help").out, re.MULTILINE)
     assert len(commands) >= 10
     for words in commands:
@@ -24199,7 +24200,7 @@ def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
             assert done.code == 0, f"{words}: {done.err}"
         elif name != "help":
             action = [word for word in rest[:1] if name in ("config", "jobs")]
-            helped = box.run(name, *action, "--help")
+            helped = help_of(name, *action)
             assert helped.code == 0
             flags = {word.partition("=")[0] for word in rest if word.startswith("-")}
             assert flags <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped.out)), words
