@@ -5340,6 +5340,7 @@ class Record(TypedDict, total=False):
     image: JsonObject  # file, sha256, bytes
     claim: str  # a name that is being taken on a disk without hard links
     path: str  # where the image is
+    deleted: str  # when its file was
     object: str  # where it is in the bucket
     row: bool
     usage: str  # what was reported of it: charged, or "for good"
@@ -5437,8 +5438,7 @@ class Entry:
         """Nothing is left to do: one line in the ledger, and the entry is gone."""
         open_fields = ("name", "claim", "storage")
         line = {key: value for key, value in self.record.items() if key not in open_fields}
-        with locked_ledger() as file:
-            append_line(file.fileno(), line, durable=bool(self.record.get("paid")))
+        add_to_ledger(line)
         os.unlink(self.path)
         self.unlock()
 
@@ -5459,21 +5459,43 @@ def locked_ledger() -> BinaryIO:
     return open(locked(state_path("ledger.jsonl"), os.O_CREAT, wait=True), "ab")
 
 
+def add_to_ledger(line: Fields) -> None:
+    """A line of the ledger, which overrules those before it of the same id."""
+    with locked_ledger() as file:
+        append_line(file.fileno(), line, durable=bool(line.get("paid")))
+
+
+def journal_state() -> list[Any]:
+    """What is another whenever the journal has changed."""
+    state = []
+    for entry in (state_path("ledger.jsonl"), *os.scandir(state_path("open"))):
+        with suppress(OSError):
+            status = os.stat(entry)
+            state.append((os.fspath(entry), status.st_size, status.st_mtime_ns))
+    return state
+
+
 def keyed_id(caller: str, key: str, number: int) -> str:
     """The id of the entry of one image of an order with this key: here always the same."""
     import uuid
 
-    path = state_path("namespace")
-    namespace = read_bytes(path).decode()
-    if not is_uuid(namespace):  # random, so that nobody elsewhere can guess what it leads to
+    namespace = uuid.UUID(state_uuid("namespace"))
+    return str(uuid.uuid5(namespace, to_json([caller, key, number])))
+
+
+def state_uuid(name: str) -> str:
+    """A UUID of this state folder: random, so that nobody elsewhere can guess it."""
+    path = state_path(name)
+    value = read_bytes(path).decode()
+    if not is_uuid(value):
         hidden = f"{path}.{new_uuid()}"
-        with or_disk(path, "keys need it"):
+        with or_disk(path, "make room for it"):
             write_file(hidden, new_uuid(), 0o600)
             if not _take_names([(hidden, path)], str):
                 unlink_quietly(hidden)
         unlink_quietly(hidden)
-        namespace = read_bytes(path).decode()
-    return str(uuid.uuid5(uuid.UUID(namespace), to_json([caller, key, number])))
+        value = read_bytes(path).decode()
+    return value
 
 
 def append_line(fd: int, line: Fields, durable: bool) -> None:
@@ -5763,33 +5785,50 @@ def _ledger_lines(before: bytes, needle: bytes, terms: Sequence[str]) -> Iterato
                 lines.insert(0, begun)
             for line in reversed(lines):
                 if before:
-                    if before in line:
+                    # A line that tells of its deletion stands further down than the image did.
+                    if before in line and b'"deleted": ' not in line:
                         before = b""
                 elif _holds_all(line, needle, terms):
                     yield line
 
 
 def images_made(
+    owners: Collection[str] = (),
     before: str = "",
     terms: Sequence[str] = (),
     backend: str = "",
     warn: Callable[[str], object] = str,
 ) -> Iterator[Record]:
-    """The records of images, newest first.
+    """The records of images, newest first, without those that were deleted.
 
-    `before`: only what was made before the image with this id. `terms` must all stand in prompt or
-    style, in any case; `backend` must have made it.
+    `owners`: only theirs. `before`: only what was made before the image with this id. `terms` must
+    all stand in prompt, style or seed, in any case; `backend` must have made it.
     """
     terms = [term.lower() for term in terms]
     needle = ""
     if backend:  # most lines of others need not even be parsed
         needle = f'"backend": {to_json(backend)}'
     for record in attempts(terms, before, needle, warn):
-        if "path" not in record or backend not in ("", record["sidecar"].get("backend")):
+        if "path" not in record or "deleted" in record or not may_see(record, owners):
             continue
-        text = f"{record['sidecar']['prompt']} {record['sidecar'].get('style')}".lower()
+        sidecar = record["sidecar"]
+        if backend not in ("", sidecar.get("backend")):
+            continue
+        text = f"{sidecar['prompt']} {sidecar.get('style')} {sidecar.get('seed')}".lower()
         if all(term in text for term in terms):
             yield record
+
+
+def may_see(record: Record, owners: Collection[str]) -> bool:
+    """Whether an image is one of these owners'; none: everybody's."""
+    return not owners or record.get("owner", "") in owners
+
+
+def shown_owners(config: Config, everybody: bool) -> Collection[str]:
+    """The owners whose images a door shows: all, or the config's and nobody."""
+    if everybody:
+        return ()
+    return ("", config.owner_user_id)
 
 
 def find_image(name: str) -> Record | None:
@@ -7411,6 +7450,55 @@ def strict_error(record: Record) -> Partial | None:
         return None
     message = f"{record['path']}: {'; '.join(deviations.values())}"
     return Partial(message, "it stays there", charged=record["sidecar"]["charged"])
+
+
+def thumbnail_path(image_id: str) -> str:
+    """Where the gallery keeps the small copy of an image."""
+    cache = xdg_folder("XDG_CACHE_HOME", "~/.cache")
+    return os.path.join(cache, "imagen", "thumbs", f"{image_id}.webp")
+
+
+def delete_image(name: str, local: bool, config: Config) -> JsonObject:
+    """Delete the row and the object of an image, and with `local` its files; what was deleted."""
+    record = find_image(name) or Record()
+    sidecar: Fields = record.get("sidecar") or {}
+    image_id = sidecar.get("image_id", name)
+    if not is_uuid(image_id):
+        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
+    # 1. Nothing of it is delivered any more.
+    run = Run(DELIVERY_S)
+    entry_path = state_path("open", f"{record.get('id')}.jsonl")
+    if entry := Entry.take(entry_path):
+        run.adopt(entry)
+        run.note_best_effort(refused=True)
+    elif os.path.exists(entry_path):
+        raise Busy(f"{name}: somebody works on it", "wait for that, then try again")
+    path = None
+    try:
+        # 2. The cloud, unless it never had it.
+        in_cloud = False
+        set_up = not cloud_settings_missing(config._replace(owner_user_id="-"))
+        if not sidecar.get("private") and (set_up or not local or record.get("row")):
+            cloud = Supabase(Context(DELIVERY_S), config.supabase, sidecar.get("prompt", ""))
+            in_cloud = cloud.delete_image(image_id)
+            if entry and entry.record.get("object"):
+                withdraw(run, cloud)
+        # 3. This disk, and whatever lists its images.
+        if local and record:
+            path = record["path"]
+            for file in (path, f"{path}.json", thumbnail_path(image_id)):
+                with or_disk(file, "delete it by hand"), suppress(FileNotFoundError):
+                    os.unlink(file)
+            if entry:
+                run.note_best_effort(deleted=now_iso())
+            elif "host" in record:  # not of a sidecar that came alone
+                add_to_ledger({**record, "deleted": now_iso()})
+    finally:
+        with suppress(ImagenError):  # what it cost may be reported later
+            deliver(run, config)
+    if not in_cloud and not local:
+        raise BadRequest(f"{name} is not in the cloud", "--local deletes its file")
+    return {"image_id": image_id, "cloud": in_cloud, "path": path}
 
 
 # A run is in `active` until its image is made or has failed, then in `_undelivered` until the cloud
@@ -9063,23 +9151,32 @@ def sd_notify(text: str) -> None:
 
 # === Server: the OpenAI-compatible API, and a page to look at what was made ===
 #
-# A connection is one request, answered in a thread of its own (`_connection` → `_read` →
-# ROUTES). Images are made in the threads of a Call, so that they outlive whoever asked
-# for them. Nothing that a client sends ever becomes a path: images are named by their ids.
+# A thread reads the requests of a connection, one after the other (`_connection` → `_respond` →
+# ROUTES), by RFC 9110 and 9112. Images are made in the threads of a Call, so that they outlive
+# whoever asked for them. Nothing that a client sends ever becomes a path: images are named by ids.
 
-CONNECTIONS_MAX = 256  # at a time; more are turned away
+CONNECTIONS_MAX = 256  # at a time
+CONNECTIONS_REFUSED = 32  # more, which are told so; what comes beyond is closed
 HEAD_BYTES = 16 << 10
-BODY_BYTES = 256 << 10
+BODY_BYTES = 256 << 10  # unpacked; likewise the others
 EDIT_BYTES = 64 << 20  # of a body with images
 EDITS_MAX = 15  # of these at a time, so that all together stay below 1 GB
-HEAD_S = 10.0  # for all of a request's head; likewise the others
-BODY_S = 20.0
-WRITE_S = 120.0
+HEAD_S = 10.0  # for a request's head, and until it begins
+STALL_S = 30.0  # in which a body, or a response, gets on by
+STALL_BYTES = 120 << 10
+PIECE = 1 << 16  # bytes written at a time
 DRAIN_AFTER_ERROR_S = 3.0  # for what a client that was turned away still sends
 ABANDON_AFTER_S = 10.0  # then what nobody waits for, and nobody paid for, is cancelled
 REPLAY_WINDOW_S = 600.0  # in which a repeat of a finished request gets its images
 REPLAY_MAX = 1000  # finished requests that are remembered
 SHUTDOWN_S = 120.0  # for what is under way once a signal says stop
+LINK_S = 3600  # that a signed link works, as OpenAI's
+COOKIE_S = 30 * 86400
+LOGIN_S = 1.0  # between two tries
+TOKEN_LETTERS = 16
+NEVER = float("inf")
+EVENTS_QUIET_S = 15.0  # then a comment says that the stream is alive
+WATCHED = 200  # newest images, in which a new one is noticed
 PAGE_IMAGES = 24  # of one answer, and of one screen
 THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -9093,13 +9190,19 @@ OPENAI_ERRORS = {
 
 
 class HttpRequest(NamedTuple):
-    """One HTTP request; header names are in lower case."""
+    """One HTTP request; header names are in lower case, lines of one name joined."""
 
     method: str
+    target: str  # path and query, as they were sent
+    headers: dict[str, str]
+    length: int  # of the body that follows; -1: in chunks
     path: str
     query: Strings
-    headers: Strings
-    body: bytes
+    scheme: str = "http"  # as the client sees it
+    body: bytes = b""
+
+
+NO_REQUEST = HttpRequest("", "", {"host": ""}, 0, "", EMPTY)
 
 
 class HttpError(Exception):
@@ -9118,6 +9221,212 @@ class HttpError(Exception):
         self.headers = headers
 
 
+class Connection:
+    """A client's connection: the request that came last, and the response to it.
+
+    The janitor closes it after `until`, which moves on as long as the client gets on.
+    """
+
+    idle = True  # no request is under way
+    refused = False  # there are too many
+    foreign = False  # another site's page asks
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        # Small answers leave at once, and of large ones no more than a piece waits in the kernel:
+        # only so does anybody see whether the client takes them.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE)
+        self.reader = sock.makefile("rb")
+        self.allow(HEAD_S)
+
+    def allow(self, seconds: float) -> None:
+        """The client has that long to get on."""
+        self.moved = 0
+        self.until = time.monotonic() + seconds
+
+    def got_on(self, size: int) -> None:
+        """The client sent or took some bytes."""
+        self.moved += size
+        if self.moved >= STALL_BYTES:
+            self.allow(STALL_S)
+
+    def read_head(self) -> None:
+        """Wait for a request; HttpError where what comes is none."""
+        self.idle = True
+        self.begun = False  # the response
+        self.lasting = False  # whether another request may follow
+        self.body_left = True
+        self.request = NO_REQUEST
+        self.headers: dict[str, str] = {}  # of the response, whatever it is
+        self.allow(HEAD_S)
+        lines: list[bytes] = []
+        left = HEAD_BYTES
+        while True:
+            line = self.reader.readline(left + 1)
+            left -= len(line)
+            if left < 0 and not lines:
+                raise HttpError(414, "the address is too long")
+            if left < 0:
+                raise HttpError(431, "the head of the request is too large")
+            if not line.endswith(b"\n"):
+                raise ConnectionError("the client has left")
+            if line != b"\r\n":
+                lines.append(line.removesuffix(b"\r\n"))
+            # Lines left empty before a request are none of its head (RFC 9112, 2.2).
+            elif lines:
+                break
+        self.idle = False
+        self.request = parsed_head([line.decode("latin-1") for line in lines])
+        self.lasting = "close" not in self.request.headers.get("connection", "").lower()
+        self.body_left = self.request.length != 0
+
+    def read_body(self, most: int) -> Iterator[bytes]:
+        """The body of the request, unpacked, piece by piece; HttpError where it is too large."""
+        request = self.request
+        packing = request.headers.get("content-encoding", "identity").lower()
+        if packing not in ("identity", "gzip"):
+            raise HttpError(415, "a body is packed by gzip or not at all")
+        if request.length > most:
+            raise too_large(most)
+        # curl waits for this before it sends a body of more than a kilobyte.
+        if request.headers.get("expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.allow(STALL_S)
+        blocks = self._blocks(request.length)
+        if request.length < 0:
+            blocks = self._chunks(most)
+        if packing == "gzip":
+            blocks = unpacked(blocks)
+        size = 0
+        for block in blocks:
+            size += len(block)
+            if size > most:
+                raise too_large(most)
+            yield block
+        self.body_left = False
+        self.until = NEVER  # from now on it is not the client that is slow
+
+    def _blocks(self, left: int) -> Iterator[bytes]:
+        while left:
+            block = self.reader.read1(min(left, PIECE))
+            if not block:
+                raise ConnectionError("the client has left")
+            left -= len(block)
+            self.got_on(len(block))
+            yield block
+
+    def _chunks(self, most: int) -> Iterator[bytes]:
+        while True:
+            line = self._line()
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}([;\s].*)?", line):
+                raise HttpError(400, "a chunk without its length")
+            size = int(re.split(rb"[;\s]", line)[0], 16)
+            if size > most:
+                raise too_large(most)
+            if not size:
+                break
+            yield from self._blocks(size)
+            if self._line():
+                raise HttpError(400, "a chunk is longer than it says")
+        while self._line():  # trailers
+            pass
+
+    def _line(self) -> bytes:
+        line = self.reader.readline(HEAD_BYTES)
+        if not line.endswith(b"\r\n"):
+            raise HttpError(400, "a chunk without its length")
+        return line[:-2]
+
+    def send(self, status: int, headers: Strings, body: Iterable[bytes]) -> None:
+        """A response; one without Content-Length ends with the connection."""
+        from http.client import responses
+
+        self.begun = True
+        fields = {
+            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
+            "X-Content-Type-Options": "nosniff",
+            **self.headers,
+            **headers,
+        }
+        framed = "Content-Length" in headers or status == 304
+        if self.body_left or not framed:
+            self.lasting = False
+        if not self.lasting:
+            fields["Connection"] = "close"
+        phrase = {413: "Content Too Large", 416: "Range Not Satisfiable"}.get(status)
+        lines = [f"HTTP/1.1 {status} {phrase or responses[status]}"]
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        blocks = iter(body)
+        if self.request.method == "HEAD":
+            blocks = iter(())
+        # The head and what follows leave in one packet, where they fit.
+        data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
+        self.write(data + next(blocks, b""))
+        for block in blocks:
+            self.write(block)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, as fast as the client takes them."""
+        self.allow(STALL_S)
+        for start in range(0, len(data), PIECE):
+            piece = memoryview(data)[start : start + PIECE]
+            self.sock.sendall(piece)
+            self.got_on(len(piece))
+        self.until = NEVER
+
+    def reply(self, status: int, body: bytes, headers: Strings) -> None:
+        """A response that is there as a whole."""
+        self.send(status, {"Content-Length": str(len(body)), **headers}, [body])
+
+    def json(self, status: int, document: Fields, headers: Strings = EMPTY) -> None:
+        """A JSON document; where a response has begun, which it would spoil, its end."""
+        if self.begun:
+            self.lasting = False
+            return
+        fields = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            **headers,
+        }
+        self.reply(status, to_json(document).encode(), fields)
+
+    def html(self, status: int, page: str, headers: Strings = EMPTY) -> None:
+        """A page of ours, in which only what bears its NONCE runs."""
+        # What a prompt smuggles in would not. Nor may it do anything else that it need not.
+        nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors 'none'"
+        )
+        fields = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "same-origin",
+            **headers,
+        }
+        self.reply(status, page.replace("NONCE", nonce).encode(), fields)
+
+    def begin_stream(self) -> None:
+        """The head of server-sent events, whose end is the connection's."""
+        self.send(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}, ())
+
+    def event(self, kind: str, fields: Fields) -> None:
+        """One server-sent event."""
+        data = to_json({"type": kind, **fields})
+        self.write(f"event: {kind}\ndata: {data}\n\n".encode())
+
+    def client_left(self) -> bool:
+        """Whether the client has closed the connection, without waiting for it."""
+        import select
+
+        readable, _, _ = select.select([self.sock], [], [], 0)
+        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
+
+
 class Call(Runner):
     """One request for images. It goes on when its client has left; a repeat joins it.
 
@@ -9126,15 +9435,18 @@ class Call(Runner):
 
     def __init__(
         self,
+        server: Server,
         key: str,
         plans: list[Plan],
-        config: Config,
-        say: Callable[[str], None],
         body: Fields,
         ignored: Sequence[str],
     ) -> None:
-        super().__init__(plans, config, parallel=plans[0].parallel)
+        super().__init__(plans, server.config, parallel=plans[0].parallel)
+        self.server = server
+        self.id = new_uuid()
         self.key = key  # the same for the same body
+        self.request = plans[0].request
+        self.count = len(plans)
         self.ignored = ignored
         self.kind = body["kind"]
         self.stream = body.get("stream") is True
@@ -9142,19 +9454,25 @@ class Call(Runner):
         self.began = time.time()
         self.started = False  # else it stands in line
         self.clients = 0
+        self.followed = False  # its client waits for no answer, but follows the events
         self.answered = False
         self.deserted = False  # its client left before the answer
         self.lonely_since = time.monotonic()
         self.replay_until = self.lonely_since + REPLAY_WINDOW_S
-        self._say = say
+
+    def on_image(self, record: Record) -> None:
+        """Its backend works."""
+        self.server.faults.pop(self.request.backend, None)
 
     def on_error(self, error: ImagenError) -> None:
         """Also for the log of whoever runs the server."""
-        self._say(str(error))
+        self.server.say(str(error))
+        if isinstance(error, BadConfig | Quota):
+            self.server.faults[self.request.backend] = str(error)
 
     def on_warning(self, text: str) -> None:
         """Nothing that a client could do something about."""
-        self._say(text)
+        self.server.say(text)
 
     def answers(self, key: str) -> bool:
         """Whether a repeat with this key gets what this call got, or will get.
@@ -9165,14 +9483,35 @@ class Call(Runner):
             return False
         return bool(self.left or self.records or not all(map(repeatable, self.errors)))
 
-    def abandon(self) -> None:
-        """End what has cost nothing, since nobody waits for it any more."""
+    def cancel(self, even_paid: bool) -> None:
+        """End what has cost nothing; `even_paid`: the rest as well, as far as that is possible."""
         with self.changed:
+            if self.waiting and not self.active:
+                self.errors.append(Interrupted("cancelled before it began"))
             self.waiting.clear()
             for run in self.active:
-                # What may have been paid goes on: the gallery shows it, a repeat gets it.
-                if run.charged == "no":
+                if even_paid or run.charged == "no":
                     run.stop("user")
+            self.changed.notify_all()
+
+    def state(self, place: int) -> JsonObject:
+        """What the page shows of it; `place` in line, 0 once it has begun."""
+        with self.changed:
+            progress = next(reversed(self.active.values()), Progress())
+            paid = any(run.stop_pending for run in self.active)
+            errors = worst_first(self.errors)
+        return {
+            "id": self.id,
+            "prompt": self.request.prompt,
+            "backend": self.request.backend,
+            "n": self.count,
+            "made": len(self.records),
+            "left": self.left,
+            "place": place,
+            **progress._asdict(),
+            "unstoppable": paid,
+            "errors": [openai_fields(error)[1] for error in errors[:1]],
+        }
 
 
 def repeatable(error: ImagenError) -> bool:
@@ -9184,45 +9523,43 @@ class Server:
     """`imagen serve`. `say` tells of each request that a person should hear of."""
 
     def __init__(
-        self,
-        config: Config,
-        say: Callable[[str], None],
-        host: str,
-        port: int,
-        token: str,
-        parallel: int,
-        queue: int,
+        self, config: Config, say: Callable[[str], None], flags: argparse.Namespace
     ) -> None:
-        if host not in LOOPBACK and not token:
-            raise BadConfig(
-                f"--host {host}: others could use your backends",
-                "set IMAGEN_SERVE_TOKEN, or --token-env NAME",
-            )
+        host = flags.host.strip("[]")
+        self.token = ""
+        if os.environ.get(flags.token_env):
+            self.token = secret_from(flags.token_env).reveal()
+        cure = f'export {flags.token_env}="$(openssl rand -hex 24)", or --token-env NAME'
+        if flags.host not in LOOPBACK and not self.token:
+            raise BadConfig(f"--host {flags.host}: others could use your backends", cure)
+        if 0 < len(self.token) < TOKEN_LETTERS:
+            raise BadConfig(f"the token has fewer than {TOKEN_LETTERS} characters", cure)
         self.config = config
         self.say = say
-        self.token = token
-        self.parallel = parallel
-        self.queue = queue  # how many requests wait behind those
-        # A link that was signed outlives a restart only where a token does.
-        self.secret = token.encode() or os.urandom(32)
+        self.flags = flags  # of `imagen serve`
+        self.hosts = (*LOOPBACK, *map(str.lower, flags.allow_host or ()))
+        self.owners = shown_owners(config, flags.all_owners)
+        # Links and logins outlive a restart, and tell nobody anything of the token.
+        self.secret = state_uuid("links").encode()
         self.calls = list[Call]()
-        self._lock = threading.Lock()  # guards calls and connections
-        self._connections = dict[socket.socket, float]()  # until when each may go on
+        self._lock = threading.Lock()  # guards calls, connections and logins
+        self._connections = set[Connection]()
+        self._next_login = 0.0
         self.edits = 0  # requests whose images are coming in
         self._stopped = False
+        self._thumbnailer: Any = None  # a process
+        self.faults: dict[str, str] = {}  # of backends whose key or account failed last
         family = socket.AF_INET
-        shown = host
         if ":" in host:
             family = socket.AF_INET6
-            shown = f"[{host.strip('[]')}]"
-        address = (host.strip("[]"), port)
         try:
-            self.listener = socket.create_server(address, family=family, backlog=128)
+            self.listener = socket.create_server((host, flags.port), family=family, backlog=128)
         except OSError as problem:
             raise BadConfig(
-                f"{host}:{port}: {problem.strerror or problem}", "another --port?"
+                f"{flags.host}:{flags.port}: {problem.strerror or problem}", "another --port?"
             ) from None
-        self.address = f"http://{shown}:{self.listener.getsockname()[1]}/"
+        self.port = self.listener.getsockname()[1]
+        self.address = f"http://{address_of(host)}:{self.port}/"
         self.listener.settimeout(0.5)  # so that `serve` sees a stop
 
     def serve(self) -> None:
@@ -9238,18 +9575,27 @@ class Server:
                 time.sleep(0.05)
                 continue
             # Only this thread adds connections, so there are never more than that.
-            if len(self._connections) >= CONNECTIONS_MAX:
+            number = len(self._connections)
+            if number >= CONNECTIONS_MAX + CONNECTIONS_REFUSED:
                 sock.close()
                 continue
-            with self._lock:
-                self._grant(sock, HEAD_S)
-            in_thread(self._connection, sock)
+            with suppress(OSError):  # it has left already
+                client = Connection(sock)
+                client.refused = number >= CONNECTIONS_MAX
+                with self._lock:
+                    self._connections.add(client)
+                in_thread(self._connection, client)
         # What was begun may be paid already: it gets its time, and so does its delivery.
         self.listener.close()
         until = time.monotonic() + SHUTDOWN_S
-        while self._connections or any(call.busy for call in [*self.calls]):
+        while self._connections or any(call.left or call.busy for call in [*self.calls]):
             if time.monotonic() > until:
                 break
+            with self._lock:
+                idle = [client for client in self._connections if client.idle]
+            for client in idle:
+                with suppress(OSError):
+                    client.sock.shutdown(socket.SHUT_RD)
             time.sleep(0.05)
 
     def stop(self, *_: Any) -> None:
@@ -9264,12 +9610,12 @@ class Server:
             time.sleep(0.5)
             now = time.monotonic()
             with self._lock:
-                overdue = [sock for sock, until in self._connections.items() if now > until]
+                overdue = [client for client in self._connections if now > client.until]
                 calls = self.calls[:]
             # 1. Cut off clients that take longer than they may: their threads end by it.
-            for sock in overdue:
+            for client in overdue:
                 with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    client.sock.shutdown(socket.SHUT_RDWR)
             # 2. What nobody waits for must not go on costing time or a GPU.
             finished = []
             for call in calls:
@@ -9278,210 +9624,239 @@ class Server:
                     continue
                 call.replay_until = now + REPLAY_WINDOW_S
                 if not call.clients and now > call.lonely_since + ABANDON_AFTER_S:
-                    call.abandon()
+                    call.cancel(even_paid=False)
             # 3. Forget old answers, and of too many the oldest: each holds its records.
             with self._lock:
                 for number, call in enumerate(reversed(finished)):
                     if number >= REPLAY_MAX or now > call.replay_until:
                         self.calls.remove(call)
+            # 4. What stands in line while nobody waits for it.
+            self.start_calls()
 
-    def _grant(self, sock: socket.socket, seconds: float) -> None:
-        self._connections[sock] = time.monotonic() + seconds
+    def _is_shown(self, record: Record) -> bool:
+        return "path" in record and may_see(record, self.owners)
 
-    def _connection(self, sock: socket.socket) -> None:
-        response = ResponseWriter(sock)
+    def _connection(self, client: Connection) -> None:
         try:
-            with sock:
-                try:
-                    self._respond(sock, response)
-                except HttpError as problem:
-                    self._turn_away(problem, response)
-                # An OSError is the connection's: there is nobody to answer any more.
-                except OSError:
-                    raise
-                except Exception as problem:
-                    self.fail(response, as_error(problem))
+            with client.sock, client.reader:
+                self._exchange(client)
+                while client.lasting and not self._stopped:
+                    self._exchange(client)
         except OSError:
             pass  # the client has left, which is its own business
         finally:
             with self._lock:
-                del self._connections[sock]
+                self._connections.remove(client)
 
-    def _respond(self, sock: socket.socket, response: ResponseWriter) -> None:
-        response.request = request = self._read_head(sock)
-        self._check_origin(request)
-        if not self._authorized(request):
-            raise HttpError(401, "a token is needed: Authorization: Bearer …", "invalid_api_key")
+    def _exchange(self, client: Connection) -> None:
+        """One request and its response."""
+        try:
+            client.read_head()
+            self._respond(client)
+        except HttpError as problem:
+            self._turn_away(problem, client)
+        # An OSError is the connection's: there is nobody to answer any more.
+        except OSError:
+            raise
+        except Exception as problem:
+            self.fail(client, as_error(problem))
+
+    def _respond(self, client: Connection) -> None:
+        if client.refused:
+            client.lasting = False
+            raise HttpError(503, "too many connections", "", {"Retry-After": "5"})
+        request = client.request
+        if self.flags.trust_proxy:
+            client.request = request = behind_proxy(request)
+        self._check_site(client)
         # The first route that fits both path and method; a path alone is a 405.
-        allowed = list[str]()
-        for methods, pattern, handler in ROUTES:
+        routes = [row for row in ROUTES if re.fullmatch(row[1], request.path)]
+        allowed = ", ".join([*(method for row in routes for method in row[0]), "OPTIONS"])
+        if request.method == "OPTIONS":
+            self._answer_options(client, allowed)
+            return
+        if request.path == "/" and "token" in request.query and request.method == "GET":
+            self._log_in(client, request.query["token"], "/")
+            return
+        if not self._authorized(client):
+            if "text/html" in request.headers.get("accept", "") and request.method == "GET":
+                client.html(401, login_page(request.target), AUTHENTICATE)
+                return
+            message = "a token is needed: Authorization: Bearer …"
+            raise HttpError(401, message, "invalid_api_key", AUTHENTICATE)
+        for methods, pattern, handler in routes:
             match = re.fullmatch(pattern, request.path)
             if match and request.method in methods:
                 # Only now: what is turned away anyhow may be an upload of any size.
                 if handler is not Server.answer_edits:  # which reads its own, to disk
-                    body = b"".join(self._body(response, BODY_BYTES))
-                    response.request = request._replace(body=body)
-                    self._grant(sock, WRITE_S)
-                handler(self, response, *match.groups())
+                    body = b"".join(client.read_body(BODY_BYTES))
+                    client.request = request._replace(body=body)
+                handler(self, client, *match.groups())
                 return
-            if match:
-                allowed += methods
-        if not allowed:
+        if not routes:
             raise HttpError(
                 404,
                 f"{request.method} {request.path[:80]} is not here: this server makes images by "
                 "POST /v1/images/generations and /edits, and GET /v1/models lists its backends",
                 "unknown_url",
             )
-        allow = ", ".join(allowed)
-        raise HttpError(405, f"only {allow} here", headers={"Allow": allow})
+        raise HttpError(405, f"only {allowed} here", headers={"Allow": allowed})
 
-    def _turn_away(self, problem: HttpError, response: ResponseWriter) -> None:
+    def _answer_options(self, client: Connection, allowed: str) -> None:
+        """Which methods a path has; for another site's page that we let in, what it may send."""
+        headers = {"Allow": allowed}
+        if client.headers:
+            headers["Access-Control-Allow-Methods"] = allowed
+            headers["Access-Control-Max-Age"] = "600"
+            names = client.request.headers.get("access-control-request-headers", "")
+            headers["Access-Control-Allow-Headers"] = names
+        client.reply(200, b"", headers)
+
+    def _turn_away(self, problem: HttpError, client: Connection) -> None:
         kinds = {401: "authentication_error", 503: "server_error"}
         kind = kinds.get(problem.status, "invalid_request_error")
         fields = error_fields(str(problem), kind, problem.code)
-        response.json(problem.status, {"error": fields}, problem.headers)
+        client.json(problem.status, {"error": fields}, problem.headers)
+        if client.lasting:
+            return
         # What nobody reads would reset the connection, and the answer with it.
-        self._grant(response.sock, DRAIN_AFTER_ERROR_S)
-        response.sock.shutdown(socket.SHUT_WR)
-        while response.sock.recv(1 << 16):
+        client.allow(DRAIN_AFTER_ERROR_S)
+        client.sock.shutdown(socket.SHUT_WR)
+        while client.reader.read1(PIECE):
             pass
 
-    def _read_head(self, sock: socket.socket) -> HttpRequest:
-        """The request with what has come of its body; HttpError for what is none."""
-        from urllib.parse import parse_qsl, unquote
-
-        data = b""
-        while b"\r\n\r\n" not in data and len(data) <= HEAD_BYTES:
-            data += received(sock)
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end or len(head) > HEAD_BYTES:
-            raise HttpError(431, "the head of the request is too large")
-        method, target, headers = parsed_head(head.decode("latin-1"))
-        path, _, query = target.partition("?")
-        return HttpRequest(
-            method=method,
-            path=unquote(path),
-            query=dict(parse_qsl(query)),
-            headers=headers,
-            body=body,
-        )
-
-    def _body(self, response: ResponseWriter, most: int) -> Iterator[bytes]:
-        """The body of a request, piece by piece; HttpError where it has more than `most` bytes."""
-        sock = response.sock
-        request = response.request
-        # curl waits for this before it sends a body of more than a kilobyte.
-        if request.headers.get("expect", "").lower() == "100-continue":
-            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        size = 0
-        granted = -1
-        for block in body_blocks(sock, request.headers, request.body, most):
-            size += len(block)
-            if size > most:
-                raise too_large(most)
-            if size >> 20 > granted:
-                granted = size >> 20
-                self._grant(sock, BODY_S)
-            yield block
-
-    def _check_origin(self, request: HttpRequest) -> None:
+    def _check_site(self, client: Connection) -> None:
         """HttpError where another site's page asks: DNS rebinding, CSRF."""
-        host = request.headers.get("host", "")
+        request = client.request
+        host = request.headers["host"]
         # Without a token, a name that is not ours came from somebody else's DNS.
-        if not self.token and re.sub(r":\d+$", "", host).lower() not in LOOPBACK:
-            raise HttpError(403, f"this server is not called {host[:80]}")
+        name = re.sub(r":\d*$", "", host).lower()
+        if not self.token and name not in self.hosts:
+            cure = f"imagen serve --allow-host {name[:80]}"
+            raise HttpError(403, f"this server is not called {name[:80]}; if it is yours: {cure}")
         # A browser names the page that asks; no other client has an Origin.
-        site = request.headers.get("origin")
-        if site and request.method != "GET" and site not in (f"http://{host}", f"https://{host}"):
-            raise HttpError(403, "another site's page may not write here")
+        site = request.headers.get("origin", "")
+        client.foreign = site not in ("", f"http://{host}", f"https://{host}")
+        if client.foreign:
+            if site in (self.flags.allow_origin or ()):
+                client.headers = {"Access-Control-Allow-Origin": site, "Vary": "Origin"}
+            elif request.method not in GET:
+                cure = f"imagen serve --allow-origin {site[:80]}"
+                raise HttpError(403, f"another site's page may not write here; if yours: {cure}")
 
-    def _authorized(self, request: HttpRequest) -> bool:
+    def _authorized(self, client: Connection) -> bool:
         """Whether the request shows the token, our cookie, or a link that we signed."""
-        import hmac
-
-        if not self.token or request.path == "/healthz":
+        request = client.request
+        if not self.token or request.path in ("/healthz", "/login"):
             return True
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
-        # What the client shows, and what that should be: any pair that is equal will do.
-        proofs = [(bearer, self.token)]
-        proofs.append((cookies.get("imagen", ""), self.sign("cookie")))
-        if request.path == "/":
-            proofs.append((request.query.get("token", ""), self.token))
+        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and is_same(credentials.strip(), self.token):
+            return True
         # A link is for one image: whoever has it sees this one and no other.
-        if image := re.fullmatch(f"/images/{IMAGE_ID}", request.path):
-            signature = request.query.get("signature", "")
-            proofs.append((signature, self.sign(image[1])))
-        # Compared in constant time, so that nobody finds the token letter by letter.
-        return any(
-            hmac.compare_digest(shown.encode(), expected.encode()) for shown, expected in proofs
-        )
+        image = re.fullmatch(f"/images/{IMAGE_ID}", request.path)
+        if image and self.is_signed(image[1], request.query.get("signature", "")):
+            return True
+        # What a browser sends by itself proves nothing of another site's page.
+        cookies = re.findall(r"([^=;,\s]+)=([^;,\s]*)", request.headers.get("cookie", ""))
+        proof = dict(cookies).get(f"imagen-{self.port}", "")
+        return not client.foreign and self.is_signed(f"login {self.token}", proof)
 
-    def sign(self, text: str) -> str:
-        """A word that only this server can have said about `text`."""
+    def sign(self, text: str, until: int) -> str:
+        """A proof, which holds until then, that this server has said `text`."""
         import hmac
 
-        return hmac.digest(self.secret, text.encode(), "sha256").hex()
+        digest = hmac.digest(self.secret, f"{until} {text}".encode(), "sha256")
+        return f"{until}.{digest.hex()}"
 
-    def answer_page(self, response: ResponseWriter) -> None:
-        """GET /: the gallery; a token in the address moves into a cookie."""
-        if self.token and "token" in response.request.query:
-            cookie = f"imagen={self.sign('cookie')}; HttpOnly; SameSite=Strict; Path=/"
-            response.send(303, b"", {"Location": "/", "Set-Cookie": cookie})
-            return
-        # Only scripts that bear it run: what a prompt smuggles in would not. Nor may the
-        # page do anything else that it does not need to.
-        nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
-            "frame-ancestors 'none'"
-        )
-        headers = {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": policy,
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-        }
-        response.send(200, PAGE.replace("NONCE", nonce).encode(), headers)
+    def is_signed(self, text: str, proof: str) -> bool:
+        """Whether `sign` has made this proof, and it still holds."""
+        until = proof.partition(".")[0]
+        if not re.fullmatch("[0-9]{1,12}", until) or int(until) < time.time():
+            return False
+        return is_same(proof, self.sign(text, int(until)))
 
-    def answer_health(self, response: ResponseWriter) -> None:
+    def answer_login(self, client: Connection) -> None:
+        """GET /login: a page to type the token into."""
+        client.html(200, login_page(client.request.query.get("next", "/")))
+
+    def answer_token(self, client: Connection) -> None:
+        """POST /login: what was typed there."""
+        from urllib.parse import parse_qsl
+
+        fields = dict(parse_qsl(client.request.body.decode("utf-8", "replace")))
+        self._log_in(client, fields.get("token", ""), fields.get("next", "/"))
+
+    def _log_in(self, client: Connection, token: str, place: str) -> None:
+        """A cookie for whoever has the token, and back to where that is needed."""
+        now = time.monotonic()
+        with self._lock:
+            early = now < self._next_login
+            if not early:
+                self._next_login = now + LOGIN_S
+        if early:
+            page = login_page(place, "One try a second: once more, please.")
+            client.html(429, page, {"Retry-After": "1"})
+        elif self.token and not is_same(token, self.token):
+            client.html(401, login_page(place, "That is not the token."), AUTHENTICATE)
+        else:
+            proof = self.sign(f"login {self.token}", int(time.time()) + COOKIE_S)
+            cookie = f"imagen-{self.port}={proof}; Max-Age={COOKIE_S}; HttpOnly; SameSite=Lax"
+            if client.request.scheme == "https":
+                cookie += "; Secure"
+            headers = {"Location": own_place(place), "Set-Cookie": f"{cookie}; Path=/"}
+            client.reply(303, b"", headers)
+
+    def answer_page(self, client: Connection) -> None:
+        """GET /: the gallery."""
+        client.html(200, PAGE)
+
+    def answer_health(self, client: Connection) -> None:
         """GET /healthz."""
-        response.json(200, {"ok": True, "version": __version__})
+        client.json(200, {"ok": True, "version": __version__})
 
-    def answer_models(self, response: ResponseWriter) -> None:
+    def answer_models(self, client: Connection) -> None:
         """GET /v1/models: the backends, by OpenAI's name for them."""
         models = [model_fields(name) for name in ("auto", *self.config.backends)]
-        response.json(200, {"object": "list", "data": models})
+        client.json(200, {"object": "list", "data": models})
 
-    def answer_model(self, response: ResponseWriter, name: str) -> None:
+    def answer_model(self, client: Connection, name: str) -> None:
         """GET /v1/models/ID."""
         if name != "auto" and name not in self.config.backends:
             raise self._unknown_model(name)
-        response.json(200, model_fields(name))
+        client.json(200, model_fields(name))
 
-    def answer_options(self, response: ResponseWriter) -> None:
+    def answer_options(self, client: Connection) -> None:
         """GET /api/options: what the page's form offers."""
         document = {
             "backends": [*self.config.backends],
             "default": self.config.default_backend,
             "styles": [*{**STYLES, **self.config.styles}],
+            "faults": {
+                name: fault for name in self.config.backends if (fault := self._fault(name))
+            },
         }
-        response.json(200, document)
+        client.json(200, document)
 
-    def answer_generations(self, response: ResponseWriter) -> None:
+    def _fault(self, name: str) -> str:
+        """Why a backend makes no image now; "" where nothing is known."""
+        try:
+            open_backend(name, self.config.backends)
+        except ImagenError as problem:
+            return str(problem).removeprefix(f'backend "{name}": ')
+        return self.faults.get(name, "")
+
+    def answer_generations(self, client: Connection) -> None:
         """POST /v1/images/generations.
 
         https://platform.openai.com/docs/api-reference/images/create
         """
 
-        body = parsed(response.request.body)
+        body = parsed(client.request.body)
         body.pop("images", None)  # these come in by /v1/images/edits alone
         body.pop("mask", None)
-        self._answer(response, self._call(response, body))
+        self._answer(client, self._call(client, body))
 
-    def answer_edits(self, response: ResponseWriter) -> None:
+    def answer_edits(self, client: Connection) -> None:
         """POST /v1/images/edits: a form, or JSON with data URIs and ids of our own images.
 
         https://platform.openai.com/docs/api-reference/images/createEdit
@@ -9490,24 +9865,23 @@ class Server:
             if self.edits >= EDITS_MAX:
                 raise HttpError(503, "too many images are coming in", "", {"Retry-After": "5"})
             self.edits += 1
-        content_type = response.request.headers.get("content-type", "")
+        content_type = client.request.headers.get("content-type", "")
         try:
             with hidden_inputs() as hidden:
                 place = hidden()
                 with Spool(place, place) as file:
-                    for block in self._body(response, EDIT_BYTES):
+                    for block in client.read_body(EDIT_BYTES):
                         file.write(block)
-                self._grant(response.sock, WRITE_S)
                 if content_type.lower().startswith("multipart/form-data"):
                     body = form_fields(place, content_type, hidden)
                 else:
                     body = self._json_inputs(parsed(read_bytes(place)))
                 unlink_quietly(place)
-                call = self._call(response, body, "image_edit")
+                call = self._call(client, body, "image_edit")
         finally:
             with self._lock:
                 self.edits -= 1
-        self._answer(response, call)
+        self._answer(client, call)
 
     def _json_inputs(self, body: JsonObject) -> JsonObject:
         """OpenAI's JSON form of an edit, with its images as an Order names them."""
@@ -9515,10 +9889,8 @@ class Server:
         def source(link: Any) -> str:
             fields = link if isinstance(link, dict) else {}
             if is_uuid(ident := str(fields.get("file_id"))):
-                record = record_of_image(ident)
-                if record.get("owner", "") in ("", self.config.owner_user_id):
-                    return ident
-                raise HttpError(404, "no image has this id")
+                self._record(ident)
+                return ident
             address = str(fields.get("image_url"))
             if not address.startswith("data:"):
                 raise BadRequest("images: a data URI or a file_id; no address is fetched for you")
@@ -9532,13 +9904,11 @@ class Server:
             body["mask"] = source(body["mask"])
         return body
 
-    def _call(
-        self, response: ResponseWriter, body: JsonObject, kind: str = "image_generation"
-    ) -> Call:
+    def _call(self, client: Connection, body: JsonObject, kind: str = "image_generation") -> Call:
         """The call that makes the images of a body: a new one, or the one that it repeats."""
         import hashlib
 
-        request = response.request
+        request = client.request
         if not body:
             raise HttpError(400, "the body is no JSON object")
         # OpenAI's clients send null for what they leave open.
@@ -9560,26 +9930,31 @@ class Server:
             call = self._same_call(key, request)
             if not call:
                 waiting = sum(not call.started for call in self.calls)
-                if self._running() >= self.parallel and waiting >= self.queue:
+                if self._running() >= self.flags.parallel and waiting >= self.flags.queue:
                     raise HttpError(
                         503,
-                        f"{self.parallel} requests are under way and {waiting} wait; ask again",
+                        f"{self._running()} requests are under way and {waiting} wait; ask again",
                         "rate_limit_exceeded",
                         {"Retry-After": "5", "x-should-retry": "true"},
                     )
-                call = Call(key, plans, self.config, self.say, body, ignored)
+                call = Call(self, key, plans, body, ignored)
                 self.calls.append(call)
             call.clients += 1
         return call
 
-    def _answer(self, response: ResponseWriter, call: Call) -> None:
-        """Wait for a call, and answer with its images."""
+    def _answer(self, client: Connection, call: Call) -> None:
+        """Wait for a call, and answer with its images; with its id, where that is preferred."""
         self.start_calls()
+        if "respond-async" in client.request.headers.get("prefer", ""):
+            call.followed = True
+            applied = {"Preference-Applied": "respond-async"}
+            client.json(202, {"id": call.id}, applied)
+            return
         try:
             if call.stream:
-                self._stream(call, response)
+                self._stream(call, client)
             else:
-                self._document(call, response)
+                self._document(call, client)
             call.answered = True
         finally:
             with self._lock:
@@ -9608,7 +9983,7 @@ class Server:
         """Begin what stands in line, as far as there is room."""
         with self._lock:
             for call in self.calls:
-                if not call.started and self._running() < self.parallel:
+                if not call.started and self._running() < self.flags.parallel:
                     call.started = True
                     call.start()
 
@@ -9684,7 +10059,7 @@ class Server:
         message = f'model "{name}" is unknown: {nearest(name, self.config.backends)}'
         return HttpError(404, message, "model_not_found")
 
-    def _wait(self, call: Call, response: ResponseWriter) -> bool:
+    def _wait(self, call: Call, client: Connection) -> bool:
         """Wait for a change, half a second at most; whether more is expected after it.
 
         ConnectionError where the client has left.
@@ -9694,38 +10069,36 @@ class Server:
             if call.left:
                 call.changed.wait(0.5 if call.started else 0.1)
             more_expected = call.left > 0
-        # As long as we wait ourselves, the client is not the slow one.
-        self._grant(response.sock, WRITE_S)
-        if more_expected and response.client_left():
+        if more_expected and client.client_left():
             raise ConnectionError("the client has left")
         return more_expected
 
-    def _document(self, call: Call, response: ResponseWriter) -> None:
+    def _document(self, call: Call, client: Connection) -> None:
         """One JSON document, once all images are made or have failed."""
-        while self._wait(call, response):
+        while self._wait(call, client):
             pass
         errors = worst_first(call.errors)
         if not call.records:
-            self.fail(response, errors[0])
+            self.fail(client, errors[0])
             return
         document: JsonObject = {
             "created": int(call.began),
-            "data": [self._fields(call, record, response.request) for record in call.records],
+            "data": [self._fields(call, record, client.request) for record in call.records],
             "usage": usage_of(call.records),
         }
         if errors:
             document["imagen"] = {"errors": [openai_fields(error)[1] for error in errors]}
-        response.json(200, document)
+        client.json(200, document)
 
-    def _stream(self, call: Call, response: ResponseWriter) -> None:
+    def _stream(self, call: Call, client: Connection) -> None:
         """Server-sent events: each image once it is made, the worst error; progress between."""
-        response.begin_stream()  # from here on an error is an event, since the status is out
+        client.begin_stream()  # from here on an error is an event, since the status is out
         sent = 0
         shown = None
         more_expected = True
         while more_expected:
             # Asked before the records are looked at, so that the last one is not missed.
-            more_expected = self._wait(call, response)
+            more_expected = self._wait(call, client)
             with call.changed:
                 # Of the image that was begun last.
                 progress = next(reversed(call.active.values()), Progress())
@@ -9733,13 +10106,13 @@ class Server:
                 shown = progress
                 fields = {**progress._asdict(), "note": progress.note or "waiting"}
                 # A comment, which clients skip: OpenAI has no event for it.
-                response.sock.sendall(f": {to_json(fields)}\n\n".encode())
+                client.write(f": {to_json(fields)}\n\n".encode())
             for record in call.records[sent:]:
                 sent += 1
                 sidecar = record["sidecar"]
                 image = {
                     "b64_json": "",  # which OpenAI's clients need beside a link
-                    **self._fields(call, record, response.request),
+                    **self._fields(call, record, client.request),
                     "size": f"{sidecar['width']}x{sidecar['height']}",
                     "output_format": sidecar["mime_type"].removeprefix("image/"),
                     "created_at": int(time.time()),
@@ -9750,9 +10123,9 @@ class Server:
                     image[field] = "auto"
                     if metadata.get(field) in choices:
                         image[field] = metadata[field]
-                response.event(f"{call.kind}.completed", image)
+                client.event(f"{call.kind}.completed", image)
         for error in worst_first(call.errors)[:1]:
-            response.event("error", {"error": openai_fields(error)[1]})
+            client.event("error", {"error": openai_fields(error)[1]})
 
     def _fields(self, call: Call, record: Record, request: HttpRequest) -> JsonObject:
         """One image as OpenAI's API shows it, and what only we know of it."""
@@ -9769,8 +10142,9 @@ class Server:
         if record.get("reused"):
             fields["imagen"]["reused"] = True
         if call.links:
-            host = request.headers.get("host")
-            fields["url"] = f"http://{host}/images/{image_id}?signature={self.sign(image_id)}"
+            base = f"{request.scheme}://{request.headers['host']}"
+            signature = self.sign(image_id, int(time.time()) + LINK_S)
+            fields["url"] = f"{base}/images/{image_id}?signature={signature}"
         else:
             image = read_bytes(record["path"])
             fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
@@ -9778,22 +10152,23 @@ class Server:
             fields["revised_prompt"] = revised
         return fields
 
-    def fail(self, response: ResponseWriter, error: ImagenError) -> None:
+    def fail(self, client: Connection, error: ImagenError) -> None:
         """Answer with an error, and say whether OpenAI's clients may repeat by themselves."""
         status, fields = openai_fields(error)
         headers = {"x-should-retry": "false"}
         if repeatable(error):
             after = max(1.0, error.after or 5)
             headers = {"x-should-retry": "true", "Retry-After": f"{after:.0f}"}
-        response.json(status, {"error": fields}, headers)
+        client.json(status, {"error": fields}, headers)
 
-    def answer_images(self, response: ResponseWriter) -> None:
+    def answer_images(self, client: Connection) -> None:
         """GET /api/images?query=&backend=&before=&limit=: the newest first."""
-        query = response.request.query
+        query = client.request.query
         limit = PAGE_IMAGES
         if re.fullmatch(r"[1-9]\d{0,5}", query.get("limit", "")):
             limit = min(200, int(query["limit"]))
         records = images_made(
+            owners=self.owners,
             before=query.get("before", ""),
             terms=query.get("query", "").lower().split(),
             backend=query.get("backend", ""),
@@ -9802,42 +10177,156 @@ class Server:
         following = None
         if len(images) == limit:
             following = images[-1]["id"]
-        response.json(200, {"images": images, "next": following})
+        client.json(200, {"images": images, "next": following})
 
-    def answer_facts(self, response: ResponseWriter, image_id: str) -> None:
+    def _record(self, image_id: str) -> Record:
+        """What the journal knows of an image; HttpError where it shows none of this id."""
+        record = find_image(image_id)
+        if record and may_see(record, self.owners) and "deleted" not in record:
+            return record
+        raise HttpError(404, "no image has this id")
+
+    def answer_facts(self, client: Connection, image_id: str) -> None:
         """GET /api/images/ID."""
-        response.json(200, shown_fields(record_of_image(image_id)))
+        client.json(200, shown_fields(self._record(image_id)))
 
-    def answer_file(self, response: ResponseWriter, kind: str, image_id: str) -> None:
+    def answer_delete(self, client: Connection, image_id: str) -> None:
+        """DELETE /api/images/ID: here, and in the cloud where it is there."""
+        self._record(image_id)
+        client.json(200, delete_image(image_id, True, self.config))
+
+    def _call_states(self) -> list[JsonObject]:
+        """What is under way, and what failed while its client followed the events."""
+        with self._lock:
+            calls = [call for call in self.calls if call.left or (call.followed and call.errors)]
+        in_line = [call for call in calls if not call.started]
+        states = []
+        for call in calls:
+            place = 0
+            if call in in_line:
+                place = in_line.index(call) + 1
+            states.append(call.state(place))
+        return states
+
+    def _usd_today(self) -> float:
+        day = now_iso()[:10]
+        usd = 0.0
+        for record in filter(self._is_shown, attempts(needle=day)):
+            if record.get("at", "").startswith(day):
+                usd += record["sidecar"].get("cost_usd_estimate") or 0.0
+        return round(usd, 6)
+
+    def answer_calls(self, client: Connection) -> None:
+        """GET /api/calls: every request for images that this server works on."""
+        client.json(200, {"calls": self._call_states(), "usd_today": self._usd_today()})
+
+    def answer_cancel(self, client: Connection, call_id: str) -> None:
+        """DELETE /api/calls/ID: end what is under way; forget what failed."""
+        with self._lock:
+            call = next((call for call in self.calls if call.id == call_id), None)
+        if not call:
+            raise HttpError(404, "no request has this id, or it is over")
+        call.cancel(even_paid=True)
+        call.followed = False
+        client.json(200, call.state(0))
+
+    def answer_events(self, client: Connection) -> None:
+        """GET /api/events: `calls` at every change, `image` and `deleted` as they happen."""
+        client.begin_stream()
+        journal: list[Any] = []
+        newest: list[tuple[str, bool]] = []
+        usd = 0.0
+        shown = None
+        spoke = time.monotonic()
+        while not self._stopped and not client.client_left():
+            # 1. What came or went, through whatever door.
+            before = journal
+            journal = journal_state()
+            if journal != before:
+                usd = self._usd_today()
+                rows = [*itertools.islice(filter(self._is_shown, attempts()), WATCHED)]
+                known = newest
+                newest = [(row["sidecar"]["image_id"], "deleted" in row) for row in rows]
+                for record, key in [*zip(rows, newest, strict=True)][WATCHED // 2 :: -1]:
+                    if before and key not in known:
+                        kind = "deleted" if key[1] else "image"
+                        client.event(kind, shown_fields(record))
+            # 2. What is under way, if that has changed; a comment where nothing is said for long.
+            states = self._call_states()
+            if (states, usd) != shown:
+                shown = (states, usd)
+                spoke = time.monotonic()
+                client.event("calls", {"calls": states, "usd_today": usd})
+            elif time.monotonic() > spoke + EVENTS_QUIET_S:
+                spoke = time.monotonic()
+                client.write(b":\n\n")
+            time.sleep(0.25)
+
+    def answer_file(self, client: Connection, kind: str, image_id: str) -> None:
         """GET /images/ID, /thumbs/ID: the file, for ever the same."""
-        record = record_of_image(image_id)
+        request = client.request
+        record = self._record(image_id)
         path = record["path"]
-        mime = record["sidecar"]["mime_type"]
-        # An image never changes under its id, so a browser need not ask again.
         tag = f'"{record["sidecar"]["sha256"]}"'
-        if kind == "thumbs" and (small := thumbnail(path, image_id)):
-            path = small
-            mime = "image/webp"
-            tag = f'"{image_id}"'
         headers = {
-            "ETag": tag,
+            "Content-Type": record["sidecar"]["mime_type"],
+            # An image never changes under its id, so a browser need not ask again.
             "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Type": mime,
+            "Accept-Ranges": "bytes",
         }
-        if response.request.headers.get("if-none-match") == tag:
-            response.send(304, b"", headers)
+        if kind == "thumbs":
+            small = thumbnail_path(image_id)
+            if os.path.exists(small):
+                path = small
+                tag = f'"{image_id}"'
+                headers["Content-Type"] = "image/webp"
+            else:  # the original stands in for it, until it is made
+                headers["Cache-Control"] = "private, no-cache"
+                self._order_thumbnail(path, small)
+        headers["ETag"] = tag
+        none_match = request.headers.get("if-none-match", "")
+        if none_match.strip() == "*" or tag in re.findall('"[^"]*"', none_match):
+            client.send(304, headers, ())
             return
         try:
             file = open(path, "rb")
         except OSError:
             raise HttpError(404, "the file is gone") from None
         with file:
-            headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
-            response.send(200, b"", headers)
-            if response.request.method == "GET":
-                response.sock.sendfile(file)
+            size = os.fstat(file.fileno()).st_size
+            part = byte_range(request, tag, size)
+            status = 200
+            if len(part) < size:
+                status = 206
+                headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
+            headers["Content-Length"] = str(len(part))
+            client.send(status, headers, file_blocks(file, part))
 
-    def answer_input(self, response: ResponseWriter, digest: str) -> None:
+    def _order_thumbnail(self, path: str, small: str) -> None:
+        """Have a thumbnail made, some time, where Pillow is installed.
+
+        In a process of its own: neither its work nor its memory, nor a picture that it dies of, is
+        felt by whoever waits for an answer.
+        """
+        import subprocess
+
+        with self._lock:
+            # One that was killed is begun anew; one without Pillow has left by itself.
+            if not self._thumbnailer or (self._thumbnailer.poll() or 0) < 0:
+                self._thumbnailer = subprocess.Popen(
+                    [sys.executable, "-P", "-c", THUMBNAILER],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                os.set_blocking(self._thumbnailer.stdin.fileno(), False)
+            # A pipe that is full, or ends at nobody: the next who wants to see it asks again.
+            with suppress(OSError):
+                line = f"{to_json([path, small, THUMBNAIL_PIXELS])}\n"
+                os.write(self._thumbnailer.stdin.fileno(), line.encode())
+
+    def answer_input(self, client: Connection, digest: str) -> None:
         """GET /inputs/SHA256: the copy of an image that came in, as long as it is kept."""
         path = state_path("inputs", digest)
         sniffed = None
@@ -9847,14 +10336,20 @@ class Server:
             raise HttpError(404, "this input is not here any more")
         headers = {"Cache-Control": "private, max-age=3600"}
         headers["Content-Type"] = MIME_TYPES[sniffed.format]
-        response.send(200, read_bytes(path), headers)
+        client.reply(200, read_bytes(path), headers)
 
 
 IMAGE_ID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 GET = ("GET", "HEAD")
+METHODS = (*GET, "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+AUTHENTICATE = {"WWW-Authenticate": 'Bearer realm="imagen"'}
+TOKEN = "[!#-'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
+HOST = r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?"
 ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/", Server.answer_page),
     (GET, "/healthz", Server.answer_health),
+    (GET, "/login", Server.answer_login),
+    (("POST",), "/login", Server.answer_token),
     (GET, "/v1/models", Server.answer_models),
     (GET, "/v1/models/([^/]+)", Server.answer_model),
     (("POST",), "/v1/images/generations", Server.answer_generations),
@@ -9862,6 +10357,10 @@ ROUTES: Sequence[tuple[Sequence[str], str, Callable[..., None]]] = (
     (GET, "/api/options", Server.answer_options),
     (GET, "/api/images", Server.answer_images),
     (GET, f"/api/images/{IMAGE_ID}", Server.answer_facts),
+    (("DELETE",), f"/api/images/{IMAGE_ID}", Server.answer_delete),
+    (GET, "/api/calls", Server.answer_calls),
+    (("DELETE",), f"/api/calls/{IMAGE_ID}", Server.answer_cancel),
+    (("GET",), "/api/events", Server.answer_events),
     (GET, f"/(images|thumbs)/{IMAGE_ID}", Server.answer_file),
     (GET, "/inputs/([0-9a-f]{64})", Server.answer_input),
 )
@@ -9889,99 +10388,83 @@ def model_fields(name: str) -> JsonObject:
     return {"id": name, "object": "model", "created": 0, "owned_by": "imagen"}
 
 
-def received(sock: socket.socket) -> bytes:
-    """Some bytes; ConnectionError where no more will come."""
-    if block := sock.recv(1 << 16):
-        return block
-    raise ConnectionError("the client has left")
-
-
 def too_large(most: int) -> HttpError:
     """The error of a body that is larger than that."""
     return HttpError(413, f"the body has more than {most >> 10} kB")
 
 
-def body_blocks(
-    sock: socket.socket,
-    headers: Strings,
-    begun: bytes,
-    most: int,
-) -> Iterator[bytes]:
-    """The body of a request, of which `begun` has come already; unpacked where it is packed."""
-    length = headers.get("content-length", "0")
-    if "chunked" in headers.get("transfer-encoding", "") and "content-length" not in headers:
-        blocks = chunked_blocks(sock, begun, most)
-    # A body without a length could be the beginning of another request: refused.
-    elif "transfer-encoding" in headers or not re.fullmatch(r"\d{1,12}", length):
-        raise HttpError(411, "a Content-Length is needed")
-    elif int(length) > most:
-        raise too_large(most)
-    else:
-        blocks = sized_blocks(sock, begun, int(length))
-    packing = headers.get("content-encoding", "identity").lower()
-    if packing not in ("identity", "gzip"):
-        raise HttpError(415, "a body is packed by gzip or not at all")
-    if packing == "identity":
-        yield from blocks
-        return
+def unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """What a body packed by gzip holds, never much at a time; HttpError where it breaks off."""
     inflater = zlib.decompressobj(31)
+    broken = HttpError(400, "the body is no gzip")
     try:
         for block in blocks:
-            while block:
-                yield inflater.decompress(block, 1 << 20)
-                block = inflater.unconsumed_tail
+            yield inflater.decompress(block, PIECE)
+            while inflater.unconsumed_tail:
+                yield inflater.decompress(inflater.unconsumed_tail, PIECE)
+        yield inflater.flush()
     except zlib.error:
-        raise HttpError(400, "the body is no gzip") from None
+        raise broken from None
+    if not inflater.eof:
+        raise broken
 
 
-def sized_blocks(sock: socket.socket, begun: bytes, left: int) -> Iterator[bytes]:
-    """`left` bytes, as they come."""
-    block = begun[:left]
-    yield block
-    while left := left - len(block):
-        block = received(sock)[:left]
+def file_blocks(file: BinaryIO, part: range) -> Iterator[bytes]:
+    """The bytes of that part of a file; OSError where it has become shorter."""
+    file.seek(part.start)
+    left = len(part)
+    while left:
+        block = file.read(min(left, PIECE))
+        if not block:
+            raise OSError("the file was cut")
+        left -= len(block)
         yield block
 
 
-def chunked_blocks(sock: socket.socket, begun: bytes, most: int) -> Iterator[bytes]:
-    """A body in chunks, as they come."""
-    size, begun = _chunk(sock, begun)
-    while size:
-        if size > most:
-            raise too_large(most)
-        while size:
-            begun = begun or received(sock)
-            yield begun[:size]
-            size, begun = max(0, size - len(begun)), begun[size:]
-        while len(begun) < 2:
-            begun += received(sock)
-        size, begun = _chunk(sock, begun[2:])
-    # What is left unread would reset the connection, and our answer with it.
-    while not begun.endswith(b"\r\n") and len(begun) < HEAD_BYTES:
-        begun += received(sock)
+def byte_range(request: HttpRequest, tag: str, size: int) -> range:
+    """The bytes of a file that a request is for: all, or the one range that it names.
+
+    RFC 9110, 14; HttpError where there is nothing in it.
+    """
+    spelled = r"(?i)bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))"
+    match = re.fullmatch(spelled, request.headers.get("range", ""))
+    if request.method != "GET" or not match or request.headers.get("if-range", tag) != tag:
+        return range(size)
+    first, last, suffix = match.groups()
+    start = max(0, size - int(suffix or size))
+    if first:
+        start = int(first)
+    if last and int(last) < start:  # no range at all
+        return range(size)
+    part = range(start, min(size, int(last or size) + 1))
+    if not part:
+        headers = {"Content-Range": f"bytes */{size}"}
+        raise HttpError(416, "nothing of the image is in that range", "", headers)
+    return part
 
 
 def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> JsonObject:
     """The fields of the form in a file; its images in files of their own."""
+    import mmap
+
     body: JsonObject = {"images": []}
     if not os.path.getsize(path):
         raise HttpError(400, "the form is empty")
-    with open(path, "rb") as file:
-        data = FormFile(file.fileno())
+    # Mapped, for it may not fit into memory.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for part in form_parts(data, content_type):
             name = part.name.partition("[")[0]
             if name in ("image", "mask"):
                 place = hidden()
-                with open(place, "wb") as copy:
-                    for start in range(part.start, part.end, 1 << 20):
-                        copy.write(data.cut(start, min(part.end, start + (1 << 20))))
+                with open(place, "wb") as copy, memoryview(data) as view:
+                    copy.write(view[part.start : part.end])
                 if name == "mask":
                     body["mask"] = place
                 else:
                     body["images"].append(place)
                 continue
             end = min(part.end, part.start + BODY_BYTES)
-            text = data.cut(part.start, end).decode("utf-8", "replace")
+            text = data[part.start : end].decode("utf-8", "replace")
             body[name] = text
             # A form knows text alone: what is a number or a switch elsewhere is one here.
             if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
@@ -9992,28 +10475,6 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     return body
 
 
-class FormFile:
-    """A file that is searched and cut piece by piece, for it may not fit into memory."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def cut(self, start: int, end: int) -> bytes:
-        """What stands there."""
-        return os.pread(self.fd, end - start, start)
-
-    def find(self, mark: bytes, start: int = 0) -> int:
-        """Where `mark` stands next; -1 where it does not."""
-        before = b""
-        while block := os.pread(self.fd, 1 << 20, start):
-            place = (before + block).find(mark)
-            if place >= 0:
-                return start - len(before) + place
-            start += len(block)
-            before = (before + block)[1 - len(mark) :]
-        return -1
-
-
 class FormPart(NamedTuple):
     """A part of a form: its name, and where in the body it stands."""
 
@@ -10022,7 +10483,7 @@ class FormPart(NamedTuple):
     end: int
 
 
-def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
+def form_parts(data: Any, content_type: str) -> Iterator[FormPart]:
     """The parts of a form (RFC 7578) in a file; HttpError where it is none."""
     match = re.search(r'boundary="?([^";,]{1,200})', content_type)
     if not match:
@@ -10031,7 +10492,7 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
     place = data.find(mark)
     while place >= 0:
         start = place + len(mark) + 2
-        follows = data.cut(start - 2, start)
+        follows = data[start - 2 : start]
         if follows == b"--":
             return
         if follows != b"\r\n":
@@ -10040,7 +10501,7 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
         place = data.find(b"\r\n" + mark, start)
         if not start <= body <= place - 4 or body - start > HEAD_BYTES:
             raise HttpError(400, "a part of the form has no head, or breaks off")
-        head = data.cut(start, body).decode("utf-8", "replace")
+        head = data[start:body].decode("utf-8", "replace")
         name = re.search(r'(?i)^content-disposition:.*?\bname="?([^";\r\n]*)', head, re.MULTILINE)
         if not name:
             raise HttpError(400, "a part of the form has no name")
@@ -10049,27 +10510,121 @@ def form_parts(data: FormFile, content_type: str) -> Iterator[FormPart]:
     raise HttpError(400, "the form breaks off")
 
 
-def _chunk(sock: socket.socket, begun: bytes) -> tuple[int, bytes]:
-    """The size of the next chunk of a body, and what of it has come already."""
-    while b"\r\n" not in begun:
-        if len(begun) > 100:
-            raise HttpError(400, "a chunk without its length")
-        begun += received(sock)
-    head, _, rest = begun.partition(b"\r\n")
-    if not re.fullmatch(rb"[0-9a-fA-F]{1,8}(;.*)?", head):
-        raise HttpError(400, "a chunk without its length")
-    return int(head.partition(b";")[0], 16), rest
+def parsed_head(lines: Sequence[str]) -> HttpRequest:
+    """A request without its body; HttpError for what is none.
 
+    https://www.rfc-editor.org/rfc/rfc9112
+    """
+    from urllib.parse import parse_qsl, unquote
 
-def parsed_head(head: str) -> tuple[str, str, dict[str, str]]:
-    """Method, target and headers of a request; HttpError for what is none."""
-    first, *lines = head.split("\r\n")
-    request = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
-    fields = [re.fullmatch(r"([!#-'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", line) for line in lines]
-    if not request or not all(fields):
+    request = re.fullmatch(rf"({TOKEN}) ([!-~]+) HTTP/(\d)\.(\d)", lines[0])
+    if not request:
         raise HttpError(400, "this is no HTTP request")
-    headers = {field[1].lower(): field[2] for field in fields if field}
-    return request[1], request[2], headers
+    method, target, major, minor = request.groups()
+    if major != "1":
+        raise HttpError(505, "only HTTP/1.1 here")
+    headers = parsed_headers(lines[1:])
+    if minor == "0":  # which knows neither a second request nor 100 Continue
+        headers["connection"] = "close"
+        headers.pop("expect", None)
+        headers.setdefault("host", "")
+    # 1. Whom it is for: a proxy's form of the target overrules Host.
+    if not re.fullmatch(HOST, headers.get("host", "missing?")):
+        raise HttpError(400, "a Host is needed")
+    if absolute := re.fullmatch(rf"(?i)http://({HOST})([/?].*|)", target):
+        headers["host"] = absolute[1]
+        target = f"/{absolute[2].removeprefix('/')}"
+    if method not in METHODS:
+        raise HttpError(501, f"{method[:40]} is not known here")
+    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        raise HttpError(400, "an address begins with /")
+    # 2. What follows, which could be the beginning of another request if we were wrong.
+    length = headers.get("content-length", "0")
+    coding = headers.get("transfer-encoding", "").lower()
+    if not re.fullmatch(r"\d{1,18}", length):
+        raise HttpError(400, "Content-Length is no number")
+    size = int(length)
+    if coding:
+        if "content-length" in headers or minor == "0" or not coding.endswith("chunked"):
+            raise HttpError(400, "nobody can tell where the body ends")
+        if coding != "chunked":
+            raise HttpError(501, "a body comes in chunks or with its length")
+        size = -1
+    path, _, query = target.partition("?")
+    return HttpRequest(
+        method=method,
+        target=target,
+        headers=headers,
+        length=size,
+        path=unquote(path),
+        query=dict(parse_qsl(query)),
+    )
+
+
+def parsed_headers(lines: Iterable[str]) -> dict[str, str]:
+    """The header fields of a request, those of one name as one list (RFC 9110, 5.3)."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        field = re.fullmatch(rf"({TOKEN}):[ \t]*([\t -~\x80-\xff]*)", line)
+        if not field:
+            raise HttpError(400, f"no header of HTTP: {line[:40]!r}")
+        name = field[1].lower()
+        value = field[2].rstrip(" \t")
+        if name in headers:  # of Host and Content-Length this makes none
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def behind_proxy(request: HttpRequest) -> HttpRequest:
+    """A request as it came to the proxy in front of us, by the headers that it sets."""
+    headers = request.headers
+
+    def nearest_proxys(name: str, default: str) -> str:
+        return headers.get(name, default).rpartition(",")[2].strip()
+
+    host = nearest_proxys("x-forwarded-host", headers["host"])
+    scheme = nearest_proxys("x-forwarded-proto", "http")
+    return request._replace(headers={**headers, "host": host}, scheme=scheme)
+
+
+def is_same(shown: str, expected: str) -> bool:
+    """Whether two texts are equal, in constant time: nobody finds a secret letter by letter."""
+    import hmac
+
+    return hmac.compare_digest(shown.encode(), expected.encode())
+
+
+def own_place(place: str) -> str:
+    """An address of ours; another site's, however it is spelled, is not gone to.
+
+    >>> own_place("/?image=1"), own_place("//evil.example"), own_place("/\\\\evil.example")
+    ('/?image=1', '/', '/')
+    """
+    if re.fullmatch(r"/(?![/\\])[!-~]*", place):
+        return place
+    return "/"
+
+
+def login_page(place: str, message: str = "") -> str:
+    """The page that asks for the token, and leads on to `place`."""
+    from html import escape
+
+    page = LOGIN.replace("PLACE", escape(own_place(place)))
+    return page.replace("MESSAGE", message)
+
+
+def address_of(host: str) -> str:
+    """The host of an address where a server that listens there can be reached."""
+    if host == "0.0.0.0":
+        host = "127.0.0.1"
+        # Nothing is sent: the kernel only says which of our addresses it would take.
+        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            host = probe.getsockname()[0]
+    if ":" in host:
+        return f"[{host}]"
+    return host
 
 
 def openai_fields(error: ImagenError) -> tuple[int, JsonObject]:
@@ -10111,13 +10666,6 @@ def worst_first(errors: Iterable[ImagenError]) -> list[ImagenError]:
     return sorted(errors, key=lambda error: (error.charged == "no", repeatable(error)))
 
 
-def record_of_image(image_id: str) -> Record:
-    """What the journal knows of an image; HttpError where that is nothing."""
-    if record := find_image(image_id):
-        return record
-    raise HttpError(404, "no image has this id")
-
-
 def shown_fields(record: Record) -> JsonObject:
     """What the page may know of an image."""
     sidecar = record["sidecar"]
@@ -10131,63 +10679,6 @@ def shown_fields(record: Record) -> JsonObject:
         "exists": os.path.exists(path),
         "name": os.path.basename(path),
     }
-
-
-class ResponseWriter:
-    """The response to one request, which it knows, on its socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.begun = False
-        self.request = HttpRequest("", "", {}, {}, b"")  # until it has been read
-
-    def send(self, status: int, body: bytes, headers: Strings) -> None:
-        """A whole response, or the head of one whose Content-Length is among the headers."""
-        from http.client import responses
-
-        self.begun = True
-        fields = {
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-            "X-Content-Type-Options": "nosniff",
-            **headers,
-        }
-        lines = [f"HTTP/1.1 {status} {responses.get(status, 'Error')}"]
-        lines += [f"{name}: {value}" for name, value in fields.items()]
-        data = "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
-        if self.request.method != "HEAD":
-            data += body
-        self.sock.sendall(data)
-
-    def json(self, status: int, document: Fields, headers: Strings = EMPTY) -> None:
-        """A JSON document; nothing where a response has begun, which it would spoil."""
-        if not self.begun:
-            fields = {
-                "Content-Type": "application/json",
-                "Cache-Control": "no-store",
-                **headers,
-            }
-            self.send(status, to_json(document).encode(), fields)
-
-    def begin_stream(self) -> None:
-        """The head of server-sent events, whose end is the connection's."""
-        self.begun = True
-        self.sock.sendall(
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n"
-            b"Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n"
-        )
-
-    def event(self, kind: str, fields: Fields) -> None:
-        """One server-sent event."""
-        data = to_json({"type": kind, **fields})
-        self.sock.sendall(f"event: {kind}\ndata: {data}\n\n".encode())
-
-    def client_left(self) -> bool:
-        """Whether the client has closed the connection, without waiting for it."""
-        import select
-
-        readable, _, _ = select.select([self.sock], [], [], 0)
-        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
 
 
 def usage_of(records: Iterable[Record]) -> JsonObject:
@@ -10205,176 +10696,248 @@ def usage_of(records: Iterable[Record]) -> JsonObject:
     return {**total, "input_tokens_details": details}
 
 
-_thumbnails = threading.Lock()  # one at a time: a picture is large once it is unpacked
+THUMBNAILER = """
+import json, os, sys
+from PIL import Image, ImageOps
 
-
-def thumbnail(path: str, image_id: str) -> str:
-    """The path of a small WebP of an image, made once; "" where it cannot be made."""
-    cache = xdg_folder("XDG_CACHE_HOME", "~/.cache")
-    folder = os.path.join(cache, "imagen", "thumbs")
-    small = os.path.join(folder, f"{image_id}.webp")
-    if os.path.exists(small):
-        return small
+PIXELS_MAX = 1 << 25  # of a picture that is unpacked: 128 MB
+os.nice(19)
+tried = set()
+for line in sys.stdin:
+    path, small, pixels = json.loads(line)
+    if small in tried or os.path.exists(small):
+        continue
+    tried.add(small)
     try:
-        from PIL import Image  # type: ignore[import-not-found,unused-ignore]
-
-        with _thumbnails, Image.open(path) as picture:
-            # Another thread may have made it while this one waited.
-            if os.path.exists(small):
-                return small
-            picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-            os.makedirs(folder, exist_ok=True)
+        with Image.open(path) as picture:
+            if picture.width * picture.height > PIXELS_MAX:
+                continue
+            picture.draft("RGB", (2 * pixels, 2 * pixels))
             mode = "RGB"
             if "A" in picture.mode or "transparency" in picture.info:
                 mode = "RGBA"
-            picture.convert(mode).save(f"{small}.part", "WEBP", quality=80)
-            os.replace(f"{small}.part", small)
-        return small
-    # No Pillow, no room, or a picture that it does not like: the original will do.
-    except Exception:
-        return ""
+            picture = ImageOps.exif_transpose(picture)
+            picture.thumbnail((pixels, pixels))
+            os.makedirs(os.path.dirname(small), exist_ok=True)
+            picture.convert(mode).save(small + ".part", "WEBP", quality=80)
+        os.replace(small + ".part", small)
+    except Exception:  # no room, or a picture that Pillow does not like
+        pass
+"""
 
+LOGIN = """<!doctype html>
+<html lang="en">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>ImaGen</title><link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark }
+body { font: 16px/1.45 system-ui, sans-serif; display: grid; place-content: center;
+  min-height: 90vh; margin: 0; padding: 1rem }
+form, label { display: grid; gap: .6rem }
+input, button { font: inherit; min-height: 2.5rem; padding: .3rem .6rem }
+</style>
+<main><h1>ImaGen</h1>
+<form method="post" action="/login">
+<input type="hidden" name="next" value="PLACE">
+<label>Token<input type="password" name="token" required autofocus></label>
+<button>Log in</button>
+<p role="status">MESSAGE</p></form></main>
+</html>
+"""
 
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>ImaGen</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark;
+:root { color-scheme: light dark; --tall: 13rem; accent-color: var(--accent);
   --ink: light-dark(#1c1b1a, #eceae6); --soft: light-dark(#5f5b55, #a9a49b);
   --paper: light-dark(#f7f5f1, #161514); --card: light-dark(#fff, #211f1d);
-  --line: light-dark(#cfc9be, #45413c);
-  --accent: light-dark(#8a3b12, #f0a472); --tall: 13rem; accent-color: var(--accent) }
-* { box-sizing: border-box; overflow-wrap: anywhere }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem;
-  align-items: center; padding: .6rem 1rem; background: var(--paper);
-  border-bottom: 1px solid var(--line) }
-h1 { font-size: 1.1rem; margin: 0 }
+  --line: 1px solid light-dark(#cfc9be, #45413c); --accent: light-dark(#8a3b12, #f0a472) }
+* { box-sizing: border-box; margin: 0; min-width: 0; overflow-wrap: anywhere }
+body { background: var(--paper); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
+header, .row, #grid, dialog[open] { display: flex; flex-wrap: wrap; gap: .6rem;
+  align-items: center }
+header, form, main { padding: .6rem 1rem }
+ul { padding: 0 }
+header { position: sticky; top: 0; z-index: 1; background: var(--paper);
+  border-bottom: var(--line) }
+h1 { font-size: 1.1rem }
 #query { flex: 1 }
 #filter { max-width: 36vw }
-#bar, #info { flex: 1 0 100%; margin: 0; white-space: pre-line }
+#info { flex: 1 0 100% }
+#info, li { white-space: pre-line }
+dt, label, #today { color: var(--soft) }
 .error { color: light-dark(#a11212, #ff9c91) }
-input, select, button, textarea, a { font: inherit; color: inherit; background: var(--card);
-  padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .4rem;
-  min-width: 0; text-decoration: none }
+input, select, button, textarea, a, dialog, #bin { font: inherit; color: inherit;
+  background: var(--card); padding: .35rem .6rem; border: var(--line); border-radius: .4rem;
+  min-height: 2.5rem; text-decoration: none }
+a { align-content: center }
 button, summary { cursor: pointer }
-button:disabled { opacity: .6 }
+summary { line-height: 2.5rem }
+[hidden] { display: none !important }
 .main { background: var(--accent); color: var(--paper) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-form { display: grid; gap: .6rem; padding: 1rem }
-label { display: grid; gap: .15rem; font-size: .85rem; color: var(--soft) }
-label > * { font-size: 1rem; color: var(--ink) }
-textarea { resize: vertical }
-#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
-  gap: .6rem; margin-top: .4rem }
-.pick { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
-#inputs button { padding: 0; line-height: 0 }
-#inputs img, #from img { height: 4rem; border-radius: .3rem }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-main { padding: 0 1rem 1rem }
-#grid { display: flex; flex-wrap: wrap; gap: .6rem }
+form, label, li { display: grid; gap: .2rem .6rem }
+form { gap: .6rem }
+label > * { color: var(--ink) }
+#fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem }
+#inputs img, #from img { height: 4rem }
+li { grid-template-columns: 1fr auto; align-items: center; padding: .3rem 0 }
+li progress { grid-column: 1 / -1; width: 100% }
 #grid::after { content: ""; flex: 1e9 }
-#grid button { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
-  padding: 0; border: 0; max-width: calc(1.6 * var(--wide)) }
-#grid img { display: block; width: 100%; aspect-ratio: var(--ratio);
-  object-fit: cover; border-radius: .4rem }
-dialog { width: min(80rem, 96vw); max-height: 94vh; padding: 1rem;
-  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
-dialog[open] { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
-dialog > div { flex: 2 1 18rem }
+.tile { --wide: calc(var(--ratio) * var(--tall)); flex: var(--ratio) 1 var(--wide);
+  position: relative; max-width: calc(1.6 * var(--wide)) }
+.tile a { display: block; min-height: 0; padding: 0; border: 0; aspect-ratio: var(--ratio);
+  overflow: hidden }
+.tile img { width: 100%; height: 100%; object-fit: cover }
+.tile label { position: absolute; top: 0; right: 0; padding: .5rem }
+.tile input { width: 1.5rem; min-height: 1.5rem }
+#bin { position: fixed; inset: auto 1rem 1rem }
+dialog { width: min(80rem, 96vw); max-height: 94vh; margin: auto; padding: 1rem }
 dialog::backdrop { background: #000b }
-#big { flex: 3 1 20rem; min-width: 0; height: auto; max-height: 88vh; object-fit: contain }
-#text { margin: 0 0 1rem; white-space: pre-wrap }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem }
-dt { color: var(--soft) }
-dd { margin: 0 }
+dialog > div { flex: 2 1 17rem; align-self: start }
+#zoom { flex: 3 1 20rem; padding: 0; border: 0; overflow: auto }
+#big { max-width: 100%; height: auto; max-height: 88vh }
+#zoom[aria-pressed=true] { flex-basis: 100% }
+[aria-pressed=true] > #big { max-width: none; max-height: none }
+#text { margin-bottom: 1rem; white-space: pre-wrap }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 @media (max-width: 50rem) {
   :root { --tall: 8rem }
   #big { max-height: 55vh }
 }
 </style>
 <header><h1>ImaGen</h1>
-<input id="query" type="search" placeholder="Search (/)" aria-label="Search prompts">
+<input id="query" type="search" placeholder="Search (/)"
+ aria-label="Search prompts, styles and seeds">
 <select id="filter" aria-label="Show images of"><option value="">all backends</option></select>
-<progress id="bar" max="1" aria-label="Progress" hidden></progress>
+<span id="today"></span><button id="erase" hidden></button>
 <p id="info" role="status" hidden></p></header>
 <form id="form" aria-label="New image">
 <label>Prompt<textarea id="prompt" required></textarea></label>
 <details id="settings"><summary>Settings</summary><div id="fields">
 <label>Backend<select id="backend"></select></label>
 <label>Style<select id="style"><option value="">none</option></select></label>
-<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto" title="1024x768"></label>
+<label>Size<input id="size" placeholder="auto" pattern="\d+x\d+|auto"></label>
 <label>Images<input id="n" type="number" min="1" max="10" value="1" required></label>
 <label>Seed<input id="seed" type="number" min="0" placeholder="random"></label>
-<label>Steps<input id="steps" type="number" min="1" placeholder="auto"></label>
+<label>Steps<input id="steps" type="number" min="1"></label>
 <label>Avoid<input id="negative"></label>
 <label>Options (JSON)<input id="opts"></label></div></details>
 <div class="row"><button class="main" id="go">Make it</button>
-<label class="pick">Start from images
+<label class="row">Start from images
 <input id="files" type="file" accept="image/*" multiple></label>
-<label class="pick" id="masked" hidden>Mask
+<label class="row" id="masked" hidden>Mask
 <input id="mask" type="file" accept="image/png"></label></div>
 <div id="inputs" class="row" role="group" aria-label="Images to start from" hidden></div></form>
-<main><div id="grid"></div><p id="none"></p><div id="more"></div></main>
-<dialog id="detail" aria-labelledby="text" closedby="any"><img id="big" alt="">
+<main><ul id="calls" aria-label="Under way"></ul>
+<div id="grid"></div><p id="none"></p><div id="more"></div></main>
+<p id="bin" class="row" role="status" hidden><span id="binned"></span>
+<button id="undo">Undo</button></p>
+<dialog id="detail" aria-labelledby="text" closedby="any">
+<button id="zoom" title="Original size"><img id="big" alt=""></button>
 <div><p id="text"></p>
 <div class="row"><button id="newer" aria-label="Newer">←</button>
 <button id="older" aria-label="Older">→</button><button id="close">Close</button>
 <button id="again" class="main">Again with a new seed</button>
 <button id="edit">Edit this</button>
 <button id="use">Use these settings</button><button id="copy">Copy prompt</button>
-<button id="command">Copy command line</button><a id="save">Download</a></div>
+<button id="copyseed">Copy seed</button><button id="command">Copy command line</button>
+<a id="save">Download</a><button id="remove">Delete</button></div>
 <p id="note" role="status"></p><div id="from" class="row"></div>
 <dl id="facts"></dl></div></dialog>
 <script nonce="NONCE">
 const $ = id => document.getElementById(id)
-const write = (id, text) => { $(id).textContent = text }
-const make = (name, more) => Object.assign(document.createElement(name), more)
-let inputs = [], images = [], next = "", loading = false, round = 0, open
-
-function tell(text, look = "") {
-  if ($("info").textContent !== text) write("info", text)
-  Object.assign($("info"), { className: look, hidden: false })
+const set = (id, more) => Object.assign($(id), more)
+const write = (id, textContent) => set(id, { textContent })
+const make = (name, more, ...children) => {
+  const element = Object.assign(document.createElement(name), more)
+  element.append(...children)
+  return element
 }
+let inputs = [], images = [], next = "", loading = false, round = 0, open, source, bin = [], timer
+const marked = () => images.filter(image => $(image.id).querySelector(":checked"))
+
+const tell = (text, look = "") =>
+  set("info", { textContent: text, className: look, hidden: !text })
 const complain = problem => tell(problem.message + "\n" + (problem.hint || ""), "error")
 
-async function get(path, post) {
-  const response = await fetch(path, post)
+async function ask(path, more) {
+  const response = await fetch(path, more)
     .catch(() => { throw Error("The server does not answer.") })
+  if (response.status === 401) location.reload()  // to the login
   if (!response.ok) throw (await response.json()).error
-  return post ? response : response.json()
+  return response
 }
+const get = (path, more) => ask(path, more).then(response => response.json())
 
 function tile(image, first) {
-  if (images.some(other => other.id === image.id)) return
-  const button = make("button", { onclick: () => show(image) })
-  const img = make("img", { loading: "lazy", alt: image.prompt })
-  button.style.setProperty("--ratio", Math.max(.3, image.width / image.height))
-  if (image.exists) img.src = "/thumbs/" + image.id
-  button.append(img)
-  $("grid")[first ? "prepend" : "append"](button)
+  const { id, prompt, exists, width, height } = image
+  if ($(id) || bin.some(other => other.id === id)) return
+  const shape = ratio => box.style.setProperty("--ratio", Math.max(.3, ratio))
+  const link = make("a", { href: "/?image=" + id, onclick: event => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return
+    event.preventDefault()
+    show(image)
+  } })
+  const img = make("img", { loading: "lazy", alt: prompt,
+    onload: () => shape(img.naturalWidth / img.naturalHeight) })
+  const mark = make("input", { type: "checkbox", ariaLabel: "Select " + prompt, onchange: choose })
+  const box = make("div", { className: "tile", id }, link, make("label", {}, mark))
+  shape(width / height)
+  if (exists) img.src = "/thumbs/" + id
+  link.append(exists ? img : "The file is gone: " + prompt)
+  $("grid")[first ? "prepend" : "append"](box)
   images[first ? "unshift" : "push"](image)
+  write("none", "")
+}
+
+function choose() {
+  const { length } = marked()
+  set("erase", { hidden: !length, textContent: "Delete " + length })
+}
+
+function drop(ids) {
+  images = images.filter(image => !ids.includes(image.id))
+  ids.forEach(id => $(id)?.remove())
+  choose()
+}
+
+function erase(list) {  // in ten seconds, unless somebody says Undo
+  empty()
+  bin = list
+  drop(list.map(image => image.id))
+  write("binned", list.length + " deleted.")
+  $("bin").hidden = false
+  timer = setTimeout(empty, 10000)
+}
+
+function empty(undo) {
+  const images = bin
+  clearTimeout(timer)
+  bin = []
+  $("bin").hidden = true
+  if (undo === true) load(true)
+  else for (const { id } of images)
+    ask("/api/images/" + id, { method: "DELETE", keepalive: true })
+      .catch(problem => load(true).then(() => complain(problem)))
 }
 
 async function load(fresh) {
   if (!fresh && (loading || !next)) return
   const mine = fresh ? ++round : round
   if (fresh) next = ""
-  const params = { query: $("query").value, backend: $("filter").value, before: next }
+  const params = { query: $("query").value, backend: $("filter").value, before: next,
+    limit: Math.max(24, fresh && images.length) }
   loading = true
   try {
     const page = await get("/api/images?" + new URLSearchParams(params))
     if (mine !== round) return
-    if (fresh) {
-      images = []
-      $("grid").replaceChildren()
-    }
+    if (fresh) drop(images.map(image => image.id))
     page.images.forEach(image => tile(image))
     next = page.next
-    write("none", images.length ? ""
-      : params.query || params.backend ? "Nothing found." : "No images yet.")
+    if (!images.length)
+      write("none", params.query || params.backend ? "Nothing found." : "No images yet.")
   } catch (problem) {
     next = null
     complain(problem)
@@ -10383,25 +10946,67 @@ async function load(fresh) {
   if ($("more").getBoundingClientRect().top < innerHeight + 600) load()
 }
 
-function start(more) {
-  inputs.push(...more)
-  $("inputs").replaceChildren(...inputs.map(input => {
-    const button = make("button", { type: "button", title: "Take it out", onclick: () => {
+function follow() {  // a browser has six connections: a hidden tab needs none
+  source?.close()
+  if (document.hidden) return
+  source = new EventSource("/api/events")
+  const on = (kind, act) => source.addEventListener(kind, event => act(JSON.parse(event.data)))
+  on("calls", calls)
+  on("image", image => $("query").value || $("filter").value ? load(true) : tile(image, true))
+  on("deleted", ({ id }) => drop([id]))
+  source.onopen = () => load(true, tell(""))
+  source.onerror = () => {
+    get("/api/calls").catch(complain)
+    if (source.readyState === 2) setTimeout(follow, 3000)
+  }
+}
+
+function calls({ calls, usd_today: usd }) {
+  write("today", usd ? `$${usd} today` : "")
+  for (const row of [...$("calls").children])
+    if (!calls.some(call => call.id === row.id)) {
+      tell(row.end || "Done.")
+      row.remove()
+    }
+  for (const { id, prompt, n, made, left, place, note, done, total, ...call } of calls) {
+    const row = $(id) || make("li", { id }, make("span"), make("button", { onclick: () => {
+      row.end = button.textContent + "ed."
+      get("/api/calls/" + id, { method: "DELETE" }).catch(complain)
+    } }), make("progress", { ariaLabel: "Progress" }))
+    const [text, button, bar] = row.children, [error] = call.errors
+    const state = !left ? error.message + "\n" + error.hint
+      : call.unstoppable ? "paid already: it is waited for"
+      : place ? `waits, ${place} in line` : `${note || "begins"}, ${made} of ${n} done`
+    if (!left && !text.className) tell("It has failed.", text.className = "error")
+    text.textContent = `${prompt.slice(0, 200)}: ${state}`
+    button.textContent = left ? "Cancel" : "Dismiss"
+    bar.hidden = !left
+    if (call.unstoppable) row.end = ""
+    if (total) bar.value = done / total
+    else bar.removeAttribute("value")
+    if (!row.isConnected) $("calls").append(row)
+  }
+}
+
+function start(files) {
+  inputs.push(...[...files].filter(file => file.type.startsWith("image/")))
+  $("inputs").replaceChildren(...inputs.map(input => make("button",
+    { type: "button", onclick: () => {
       inputs = inputs.filter(other => other !== input)
       start([])
-    } })
-    const alt = input.name + ", take it out"
-    button.append(make("img", { src: URL.createObjectURL(input), alt }))
-    return button
-  }))
+    } },
+    make("img", { src: URL.createObjectURL(input), alt: input.name + ", take it out" }))))
   $("inputs").hidden = $("masked").hidden = !inputs.length
 }
-const pictures = list => [...list].filter(file => file.type.startsWith("image/"))
 
-async function edit(image) {
-  const blob = await (await get("/images/" + image.id, {})).blob()
+async function edit({ id, name }) {
+  const blob = await (await ask("/images/" + id)).blob()
   inputs = []
-  start([new File([blob], image.name, { type: blob.type })])
+  start([new File([blob], name, { type: blob.type })])
+  back()
+}
+
+function back() {
   $("detail").close()
   $("prompt").focus()
   scrollTo(0, 0)
@@ -10418,32 +11023,46 @@ function show(image) {
     Seed: image.seed, Style: image.style, Avoided: image.negative_prompt, Steps: image.steps,
     Options: optioned(image), Ignored: image.ignored.join(", "),
     Cost: cost == null ? "unknown" : "$" + cost,
-    Took: took == null ? "" : (took / 1000).toFixed(1) + " s",
+    Took: took && (took / 1000).toFixed(1) + " s",
     Made: new Date(image.timestamp).toLocaleString(),
     Cloud: image.cloud ? image.storage_path : "not uploaded", File: name }
-  $("facts").replaceChildren()
-  for (const [key, value] of filled(facts))
-    $("facts").append(make("dt", { textContent: key }), make("dd", { textContent: value }))
+  $("facts").replaceChildren(...filled(facts).flatMap(([key, value]) =>
+    [make("dt", {}, key), make("dd", {}, value)]))
   const from = [...image.inputs || [], ...image.mask ? [image.mask] : []]
   $("from").replaceChildren(...from.map(({ name, sha256 }) => make("img", { alt: name,
     src: "/inputs/" + sha256, onerror: event => event.target.remove() })))
   write("text", prompt)
-  write("note", "")
-  Object.assign($("big"), { alt: prompt, width, height, hidden: !exists })
-  Object.assign($("save"), { download: name, hidden: !exists })
-  if (exists) $("big").src = $("save").href = "/images/" + image.id
-  if (!$("detail").open) $("detail").showModal()
+  write("note", exists ? "" : "The file is gone.")
+  set("save", { download: name, hidden: !exists, href: "/images/" + image.id })
+  set("zoom", { hidden: !exists, ariaPressed: false })
+  if (exists) {
+    set("big", { alt: prompt, width, height, src: "/thumbs/" + image.id })
+    const original = make("img", { src: $("save").href })
+    original.decode().then(() => open === image && set("big", { src: original.src }),
+      () => open === image && write("note", "It cannot be shown."))
+  }
+  const at = "/?image=" + image.id
+  if ($("detail").open) history.replaceState("", "", at)
+  else {
+    if (!at.endsWith(location.search || "?")) history.pushState("", "", at)
+    $("detail").showModal()
+  }
+}
+
+async function route() {
+  const id = new URLSearchParams(location.search).get("image")
+  if (id) show(await get("/api/images/" + id))
+  else $("detail").close()
 }
 
 function step(by) {
-  const at = images.indexOf(open) + by
+  const at = images.findIndex(image => image.id === open.id) + by
   if (images[at]) show(images[at])
   if (at > images.length - 3) load()
 }
 
 function command(image) {
-  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text
-    : "'" + String(text).replaceAll("'", "'\\''") + "'"
+  const quoted = text => /^[\w.,:=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`
   const flags = { "-b": image.backend, "-s": image.style, "--size": sized(image),
     "--seed": image.seed, "--steps": image.requested.steps || "",
     "--negative": image.negative_prompt }
@@ -10469,74 +11088,55 @@ function fill(seed) {
     negative: open.negative_prompt, opts: optioned(open) }
   for (const id in values) $(id).value = values[id]
   $("settings").open = true
-  $("detail").close()
-  $("prompt").focus()
-  scrollTo(0, 0)
-}
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader()
-  let text = "", part
-  while (!(part = await reader.read()).done) {
-    const all = (text + part.value).split("\n\n")
-    text = all.pop()
-    for (const event of all) yield JSON.parse(event.replace(/^(event.*\ndata)?: /, ""))
-  }
+  back()
 }
 
 async function generate() {
   const body = { prompt: $("prompt").value, model: $("backend").value, style: $("style").value,
     size: $("size").value || "auto", n: $("n").valueAsNumber, seed: $("seed").valueAsNumber,
-    steps: $("steps").valueAsNumber, negative_prompt: $("negative").value, stream: true,
+    steps: $("steps").valueAsNumber, negative_prompt: $("negative").value,
     backend_opts: JSON.parse($("opts").value || "{}"), response_format: "url" }
-  let path = "/v1/images/generations", headers = { "Content-Type": "application/json" }
-  let data = JSON.stringify(body)  // in which NaN becomes null
+  const headers = { Prefer: "respond-async" }
+  let path = "/v1/images/generations"
+  let data = JSON.stringify(body)  // NaN becomes null
   if (inputs.length) {
     const form = new FormData()
     for (const [name, value] of Object.entries(JSON.parse(data)))
       if ((value ?? "") !== "") form.append(name, value.trim ? value : JSON.stringify(value))
     inputs.forEach(file => form.append("image[]", file))
     if ($("mask").files[0]) form.append("mask", $("mask").files[0])
-    ;[path, headers, data] = ["/v1/images/edits", {}, form]
-  }
-  const response = await get(path, { method: "POST", headers, body: data })
-  let made = 0
-  for await (const event of events(response.body)) {
-    if (event.error) throw event.error
-    if (event.imagen) {
-      tile(await get("/api/images/" + event.imagen.id), true)
-      write("none", "")
-      made++
-    } else {
-      tell(`${event.note} … ${made} of ${body.n} done`)
-      if (event.total) $("bar").value = event.done / event.total
-      else $("bar").removeAttribute("value")
-    }
-  }
-  if (made < body.n) throw Error("The answer broke off: reload to see what was made.")
+    path = "/v1/images/edits"
+    data = form
+  } else headers["Content-Type"] = "application/json"
+  await ask(path, { method: "POST", headers, body: data })
 }
 
 $("form").onsubmit = async event => {
   event.preventDefault()
-  $("go").disabled = true
-  $("bar").hidden = false
-  tell("starting …")
-  await generate().then(() => tell("Done."), complain)
+  $("go").disabled = true  // until it is in line
+  await generate().then(() => tell("In line."), complain)
   $("go").disabled = false
-  $("bar").hidden = true
+}
+$("prompt").onkeydown = event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit()
 }
 $("files").onchange = () => {
-  start(pictures($("files").files))
+  start($("files").files)
   $("files").value = ""
 }
-document.onpaste = event => start(pictures(event.clipboardData.files))
+document.onpaste = event => start(event.clipboardData.files)
 ondragover = event => event.preventDefault()
 ondrop = event => {
   event.preventDefault()
-  start(pictures(event.dataTransfer.files))
+  start(event.dataTransfer.files)
 }
 const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("detail").close(),
   copy: () => copy(open.prompt), command: () => copy(command(open)),
+  copyseed: () => copy(String(open.seed)), erase: () => erase(marked()),
+  undo: () => empty(true), remove: () => {
+    $("detail").close()
+    erase([open])
+  }, zoom: () => set("zoom", { ariaPressed: $("zoom").ariaPressed !== "true" }),
   edit: () => edit(open).catch(complain),
   use: () => fill(open.seed ?? ""), again: () => {
     fill("")
@@ -10545,24 +11145,31 @@ const clicks = { newer: () => step(-1), older: () => step(1), close: () => $("de
 for (const id in clicks) $(id).onclick = clicks[id]
 $("query").oninput = $("filter").onchange = () => load(true)
 onkeydown = event => {
-  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], at = event.target
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key]
   if ($("detail").open && by) step(by)
-  else if (event.key === "/" && !$("detail").open && !/INPUT|TEXTAREA|SELECT/.test(at.tagName)) {
+  else if (event.key === "/" && !$("detail").open
+    && !event.target.matches("input, textarea, select")) {
     event.preventDefault()
     $("query").focus()
-  } else if (event.key === "Escape" && at === $("query")) {
-    at.value = ""
-    load(true)
   }
 }
-new IntersectionObserver(() => load(), { rootMargin: "600px" }).observe($("more"))
+$("detail").onclose = () => { if (location.search) history.pushState("", "", "/") }
+onpopstate = () => route().catch(complain)
+onpagehide = empty
+document.onvisibilitychange = follow
+new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && load(),
+  { rootMargin: "600px" }).observe($("more"))
 get("/api/options").then(options => {
-  for (const id of ["backend", "filter"])
-    for (const name of options.backends) $(id).add(new Option(name))
+  for (const name of options.backends) {
+    const fault = options.faults[name]
+    $("filter").add(new Option(name))
+    $("backend").add(new Option(fault ? `${name}: not usable, ${fault}` : name, name))
+  }
   for (const name of options.styles) $("style").add(new Option(name))
   $("backend").value = options.default
   $("settings").open = innerWidth > 800
-  return load(true)
+  follow()
+  return route()
 }).catch(complain)
 </script>
 </html>
@@ -10656,8 +11263,10 @@ class Mcp:
         config: Config,
         send: Callable[[str], None],
         folders: Sequence[str],
+        owners: Collection[str],
     ) -> None:
         self.config = config
+        self.owners = owners
         self.send = send
         self.spent: dict[str, float] = {}  # as of a Runner
         self.folders = [os.path.realpath(folder) for folder in folders]
@@ -10813,9 +11422,8 @@ class Mcp:
 
     def list_images(self, query: McpQuery, *_: Any) -> JsonObject:
         """The newest images of the config's owner."""
-        records = images_made(terms=query.query.split())
-        own = filter(self.may_see, records)
-        images = [mcp_image(record) for record in itertools.islice(own, query.limit)]
+        records = images_made(self.owners, terms=query.query.split())
+        images = [mcp_image(record) for record in itertools.islice(records, query.limit)]
         return {"ok": True, "images": images}
 
     def list_backends(self, *_: Any) -> JsonObject:
@@ -10835,15 +11443,11 @@ class Mcp:
             rows.append(row)
         return {"ok": True, "images": [], "backends": rows}
 
-    def may_see(self, record: Record) -> bool:
-        """Whether an image is of the config's owner, or of nobody."""
-        return record.get("owner", "") in ("", self.config.owner_user_id)
-
     def checked(self, source: str) -> str:
         """An image to start from, if an agent may name it: an id, or a file in our folders."""
         if source == "last" or is_uuid(source):
             record = find_image(source)
-            if record and self.may_see(record):
+            if record and may_see(record, self.owners):
                 return source
             raise BadRequest(f"{source}: no image of that id is known here")
         path = os.path.realpath(os.path.expanduser(source))
@@ -11879,6 +12483,7 @@ class BatchRunner(TerminalRunner):
     tools for agents, by the Model Context Protocol on stdin and stdout
     --max-cost USD     what one session may spend; else budget.per_command, or 2
     --allow-path DIR*  where agents may take images from, besides here and the output folder
+    --all-owners       also images of others, made by a worker here
     """
 )
 def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -11887,7 +12492,7 @@ def cmd_mcp(args: argparse.Namespace, terminal: Terminal) -> int:
         config = budgeted(config, MCP_USD)
     folders = [os.getcwd(), path_setting(config.output.directory)]
     folders += args.allow_path or ()
-    session = Mcp(config, terminal.write, folders)
+    session = Mcp(config, terminal.write, folders, shown_owners(config, args.all_owners))
     for line in sys.stdin.buffer:
         if line.strip():
             session.line(line)
@@ -12331,43 +12936,6 @@ def cmd_delete(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"deleted": [*deleted.values()]}, *deleted, error=error)
 
 
-def delete_image(name: str, local: bool, config: Config) -> JsonObject:
-    """Delete the row and the object of an image, and with `local` its files; what was deleted."""
-    record = find_image(name) or Record()
-    sidecar: Fields = record.get("sidecar") or {}
-    image_id = sidecar.get("image_id", name)
-    if not is_uuid(image_id):
-        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
-    # 1. Nothing of it is delivered any more.
-    run = Run(DELIVERY_S)
-    entry_path = state_path("open", f"{record.get('id')}.jsonl")
-    if entry := Entry.take(entry_path):
-        run.adopt(entry)
-        run.note_best_effort(refused=True)
-    elif os.path.exists(entry_path):
-        raise Busy(f"{name}: somebody works on it", "wait for that, then try again")
-    # 2. The cloud, unless it never had it.
-    in_cloud = False
-    set_up = not cloud_settings_missing(config._replace(owner_user_id="-"))
-    if not sidecar.get("private") and (set_up or not local or record.get("row")):
-        cloud = Supabase(Context(DELIVERY_S), config.supabase, sidecar.get("prompt", ""))
-        in_cloud = cloud.delete_image(image_id)
-        if entry and entry.record.get("object"):
-            withdraw(run, cloud)
-    with suppress(ImagenError):  # what it cost may be reported later
-        deliver(run, config)
-    if not in_cloud and not local:
-        raise BadRequest(f"{name} is not in the cloud", "--local deletes its file")
-    # 3. This disk.
-    path = None
-    if local and record:
-        path = record["path"]
-        for file in (path, f"{path}.json"):
-            with or_disk(file, "delete it by hand"), suppress(FileNotFoundError):
-                os.unlink(file)
-    return {"image_id": image_id, "cloud": in_cloud, "path": path}
-
-
 @command(
     """
     set up or upgrade the database
@@ -12400,8 +12968,9 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
 @command(
     """
     the last images
-    terms [WORD…]  that prompt or style must hold, all of them
+    terms [WORD…]  that prompt, style or seed must hold, all of them
     -n N           at most that many (20)
+    --all-owners   also images of others, made by a worker here
     """
 )
 def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -12411,7 +12980,8 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     lines = []
     if fault := journal_fault():
         raise fault
-    made = images_made(terms=args.terms, warn=terminal.say)
+    owners = shown_owners(load_config(args.config), args.all_owners)
+    made = images_made(owners, terms=args.terms, warn=terminal.say)
     for record in itertools.islice(made, args.n):
         sidecar = record["sidecar"]
         storage_path = record.get("object") or sidecar.get("storage_path")
@@ -12725,7 +13295,7 @@ def begin_jobs(
     ids = [request["id"] for request in requests]
     # Before anything waits: whatever becomes of this command, the jobs can be found. With a key
     # they are anyway, and may be others.
-    if args.wait and not args.key:
+    if args.wait and not any("key" in request for request in requests):
         terminal.note("\n".join(f"job {ident}" for ident in ids))
     parameters = {
         "requests": to_jsonb(requests),
@@ -13013,11 +13583,15 @@ def job_error(job: Fields) -> ImagenError:
 @command(
     """
     the OpenAI-compatible API and the gallery, over HTTP
-    --host HOST       another one needs a token (127.0.0.1)
-    --port N          0: any free one (8765)
-    --token-env NAME  the variable that holds the token (IMAGEN_SERVE_TOKEN)
-    --parallel N      requests at a time (2)
-    --queue N         requests that wait behind them (32)
+    --host HOST             another one needs a token (127.0.0.1)
+    --port N                0: any free one (8765)
+    --token-env NAME        the variable that holds the token (IMAGEN_SERVE_TOKEN)
+    --parallel N            requests at a time (2)
+    --queue N               requests that wait behind them (32)
+    --allow-host NAME*      what else this server is called, where it has no token
+    --allow-origin ORIGIN*  a site whose pages may use the API, such as https://app.example
+    --trust-proxy           believe X-Forwarded-Proto and -Host: a proxy sets them
+    --all-owners            show also images of others, made by a worker here
     """
 )
 def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -13025,23 +13599,23 @@ def cmd_serve(args: argparse.Namespace, terminal: Terminal) -> int:
     if not fine or not 0 <= args.queue <= 1000:
         raise BadRequest("--port is 0 to 65535, --parallel 1 to 64, --queue 0 to 1000")
     config = load_config(args.config)
-    token = ""
-    if os.environ.get(args.token_env):
-        token = secret_from(args.token_env).reveal()
-    server = Server(config, terminal.say, args.host, args.port, token, args.parallel, args.queue)
+    for origin in args.allow_origin or ():
+        if not re.fullmatch(r"https?://[^/*?#@\s]+", origin):
+            raise BadRequest(f'--allow-origin "{origin}": such as https://app.example')
+    server = Server(config, terminal.say, args)
     handle_stops(server.stop)
     address = server.address
     if args.json:
         address = to_json({"address": address})
     terminal.write(address)
     terminal.note(f"the API is at {server.address}v1; stop it with Ctrl-C")
-    if token:
+    if server.token:
         from urllib.parse import quote
 
         # On the terminal of whoever started it, and in no log.
         shown = f"${args.token_env}"
         if sys.stderr.isatty():
-            shown = quote(token, safe="")
+            shown = quote(server.token, safe="")
         sys.stderr.write(f"open {server.address}?token={shown}\n")
     server.serve()
     return 0

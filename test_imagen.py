@@ -17768,6 +17768,7 @@ def test_queue_a_thousand_rows_of_one_insert_are_one_empty_notification(database
 
 # Columns of the table that the request is made of; whatever else there is belongs to the worker.
 JOBS_REQUEST = {
+    "key",
     "owner_user_id", "prompt", "negative_prompt", "backend", "style", "width", "height", "steps", "seed",
     "backend_opts", "inputs", "mask", "strength", *imagen.LOOKS, "status",
 }  # fmt: skip
@@ -18211,7 +18212,12 @@ def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_worker
         assert (refused["error_code"], refused["receipt"]) == ("quota", None)
         assert "usd_per_day: $0.01 are left, and not $0.04" in refused["error"]
         assert re.search(r"more at \d{4}-\d\d-\d\dT00:00", refused["error"])
+        # Even where the backend's own check would fail just then.
+        key = server.key
+        server.key = "another"
+        assert crew.ends(crew.add(), "failed")["error_code"] == "quota"
         assert "paused" not in crew.log()
+        server.key = key
         paid = [row["receipt"]["usd"] for row in rows if row["receipt"]]
         assert paid == [0.04] * 4
         # Yesterday's do not count; what was cheaper than reserved counts as what it was.
@@ -19945,6 +19951,7 @@ class Serving:
         head = [
             "POST /v1/images/generations HTTP/1.1",
             "Host: localhost",
+            "Connection: close",
             f"Content-Length: {len(body)}",
             *lines,
         ]
@@ -20715,12 +20722,34 @@ def test_server_a_thumbnail_is_made_once_and_where_it_cannot_be_the_original_doe
         assert bare.body == large.read_bytes()
         assert not cache.exists()
     with Serving(box) as server:
+        place = f"/thumbs/{record['id']}"
+        # The first visit waits for nothing: the original stands in, and is not kept for ever.
+        first = server.get(place)
+        assert (first.body, first.headers["cache-control"]) == (bare.body, "private, no-cache")
+        eventually(lambda: server.get(place).headers["content-type"] == "image/webp")
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            thumbs = [*pool.map(server.get, [f"/thumbs/{record['id']}"] * 8)]
+            thumbs = [*pool.map(server.get, [place] * 8)]
         assert {response.headers["content-type"] for response in thumbs} == {"image/webp"}
         with pillow.open(io.BytesIO(thumbs[0].body)) as small:
             assert small.size == (512, 256)
             assert {response.body for response in thumbs} == {thumbs[0].body}
+        made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
+        # One that would take too much memory has none; one that lies on its side is turned up.
+        huge, turned = uuid.uuid4(), uuid.uuid4()
+        pillow.new("1", (6000, 6000)).save(box.out / "huge.png")
+        exif = pillow.Exif()
+        exif[0x0112] = 6
+        pillow.linear_gradient("L").resize((600, 300)).save(box.out / "turned.jpg", exif=exif)
+        with (box.state / "ledger.jsonl").open("a") as ledger:
+            for image_id, name in ((huge, "huge.png"), (turned, "turned.jpg")):
+                sidecar = {**record["sidecar"], "image_id": str(image_id)}
+                more = {"id": str(image_id), "path": str(box.out / name), "sidecar": sidecar}
+                ledger.write(json.dumps({**record, **more}) + "\n")
+        server.get(f"/thumbs/{huge}")
+        eventually(lambda: server.get(f"/thumbs/{turned}").body[8:12] == b"WEBP")
+        with pillow.open(cache / f"{turned}.webp") as small:
+            assert small.size == (256, 512)
+        assert not (cache / f"{huge}.webp").exists()
         made = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
         large.unlink()
         assert server.get(f"/thumbs/{record['id']}").body == thumbs[0].body
@@ -20838,12 +20867,11 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
             "/api/options",
             "/v1/models",
             f"/images/{record['id']}",
-            "/?token=x",
             "/x",
         ):
-            assert (
-                server.get(path, Host="anywhere.example").json["error"]["code"] == "invalid_api_key"
-            ), path
+            turned = server.get(path, Host="anywhere.example")
+            assert turned.json["error"]["code"] == "invalid_api_key", path
+            assert turned.headers["www-authenticate"].startswith("Bearer ")
         for odd in (
             "",
             "Bearer ",
@@ -20851,10 +20879,13 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
             f"Bearer {SERVE_TOKEN}x",
             f"Basic {SERVE_TOKEN}",
             "Bearer None",
+            SERVE_TOKEN,
         ):
             assert (
                 server.get("/v1/models", Authorization=odd.encode().decode("latin-1")).status == 401
             ), odd
+        for scheme in ("bearer", "BEARER"):
+            assert server.get("/v1/models", Authorization=f"{scheme} {SERVE_TOKEN}").status == 200
         with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.images.generate(prompt="a fox")
         with server.client(
@@ -20870,15 +20901,128 @@ def test_server_only_who_has_the_token_gets_in(box: Box) -> None:
         ):
             assert server.get(urllib.parse.quote(odd, safe="/?=")).status == 401
         assert server.get(f"{signed.path.replace('images', 'thumbs')}?{signed.query}").status == 401
-        link = server.get(f"/?token={urllib.parse.quote(SERVE_TOKEN, safe='')}")
-        cookie = link.headers["set-cookie"]
-        assert (link.status, link.headers["location"]) == (303, "/")
-        assert "HttpOnly" in cookie
-        assert "SameSite=Strict" in cookie
-        assert SERVE_TOKEN not in cookie
-        assert server.get("/", Cookie=f"a=b; {cookie.partition(';')[0]}; c=d").status == 200
-        assert server.get("/", Cookie="imagen=é".encode().decode("latin-1")).status == 401
+        # A link says nothing of the token, and does not work for ever.
+        until, _, digest = signed.query.removeprefix("signature=").partition(".")
+        assert 3500 < int(until) - time.time() <= 3600
+        for text in (record["id"], f"{until} {record['id']}", signed.path.rpartition("/")[2]):
+            guess = hmac.digest(SERVE_TOKEN.encode(), text.encode(), "sha256").hex()
+            assert guess != digest
+        secret = (box.state / "links").read_bytes()
+        for seconds, code in ((60, 200), (-5, 401)):
+            moment = int(time.time()) + seconds
+            proof = hmac.digest(secret, f"{moment} {signed.path[8:]}".encode(), "sha256").hex()
+            assert server.get(f"{signed.path}?signature={moment}.{proof}").status == code
+        for odd in (f"{int(until) + 60}.{digest}", f"{int(time.time()) - 5}.{digest}", digest):
+            assert server.get(f"{signed.path}?signature={odd}").status == 401
         assert "?token=$IMAGEN_SERVE_TOKEN" in server.log.read_text()  # a log is no terminal
+
+
+def test_server_a_person_logs_in_once_for_thirty_days_and_goes_back_to_own_places(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    token = "correct horse battery".replace(" ", "-")
+    flags = ("--trust-proxy", "--host", "0.0.0.0")
+    short = box.run("serve", "--port", "0", env={"IMAGEN_SERVE_TOKEN": "x" * 15})
+    assert (short.code, "openssl rand -hex 24" in short.err) == (3, True)
+    with Serving(box, *flags, IMAGEN_SERVE_TOKEN=token) as server:
+        assert "0.0.0.0" not in server.base
+        with urllib.request.urlopen(f"{server.base}healthz", timeout=10) as answer:
+            assert answer.status == 200
+        # 1. Who opens a link without the cookie gets a page, and leaves it for that link.
+        link = f"/?image={record['id']}"
+        page = server.get(link, Accept="text/html,*/*")
+        assert (page.status, page.headers["content-type"]) == (401, "text/html; charset=utf-8")
+        assert f'name="next" value="{link}"' in page.body.decode()
+        assert page.headers["www-authenticate"].startswith("Bearer ")
+        assert (
+            server.get(link, Accept="application/json").json["error"]["code"] == "invalid_api_key"
+        )
+        last = 0.0
+
+        def log_in(fields: Mapping[str, str], wait: bool = True, **headers: str) -> Response:
+            nonlocal last
+            while wait and time.monotonic() < last + 1.05:
+                time.sleep(0.02)
+            last = time.monotonic()
+            body = urllib.parse.urlencode(fields).encode()
+            return server.ask("POST", "/login", body, **headers)
+
+        # 2. One try a second, wrong or right; another site's page may not try.
+        assert log_in({"token": "wrong"}).status == 401
+        early = log_in({"token": token}, wait=False)
+        assert (early.status, early.headers["retry-after"]) == (429, "1")
+        assert log_in({"token": token}, Origin="http://evil.example").status == 403
+        # 3. Back to a place of ours, whatever was asked for.
+        done = log_in({"token": token, "next": link})
+        assert (done.status, done.headers.get("location")) == (303, link), done
+        odd = (
+            "//evil.example",
+            "/\\evil.example",
+            "http://evil.example",
+            "/\t/evil.example",
+            "/\r\nX: y",
+        )
+        assert {imagen.own_place(place) for place in odd} == {"/"}
+        # 4. The cookie is this server's, holds for thirty days, and says nothing of the token.
+        cookie = done.headers["set-cookie"]
+        name, value = cookie.partition(";")[0].split("=")
+        assert name == f"imagen-{server.port}"
+        for part in ("HttpOnly", "SameSite=Lax", "Path=/", "Max-Age=2592000"):
+            assert part in cookie
+        assert "Secure" not in cookie
+        assert token not in cookie
+        until, _, digest = value.partition(".")
+        assert abs(int(until) - time.time() - 30 * 86400) < 60
+        assert server.get(link, Cookie=f"a=b; {name}={value}; c=d").status == 200
+        odd = [
+            f"{name}={int(until) + 9}.{digest}",
+            f"{name}=9.{digest}",
+            f"{name}=",
+            f"imagen={value}",
+        ]
+        for wrong in (*odd, f"{name}=é".encode().decode("latin-1")):
+            assert server.get("/", Cookie=wrong).status == 401, wrong
+        # Another site's page has to show the token, even where the browser sends our cookie.
+        own = {"Cookie": f"{name}={value}", "Origin": "http://evil.example"}
+        assert server.get("/api/options", **own).status == 401
+
+
+def test_server_believes_a_proxys_headers_where_it_is_told_to_alone(box: Box) -> None:
+    box.configure(SERVE_BLOCKS)
+    token = SERVE_TOKEN
+    proxy = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "paint.example"}
+    bearer = {"Authorization": f"Bearer {token}"}
+    link = f"/?token={urllib.parse.quote(token, safe='')}"
+    with Serving(box, "--trust-proxy", IMAGEN_SERVE_TOKEN=token) as server:
+        done = server.get(link, Accept="text/html", **proxy)
+        assert (done.status, done.headers["location"]) == (303, "/")
+        cookie = done.headers["set-cookie"].partition(";")[0].partition("=")[2]
+        assert done.headers["set-cookie"].count("; Secure") == 1
+        made = server.make({"response_format": "url"}, **bearer, **proxy).json["data"][0]["url"]
+        assert made.startswith("https://paint.example/images/")
+    # Nobody's without the flag; and a login survives a restart, but not another token.
+    with Serving(box, IMAGEN_SERVE_TOKEN=token) as server:
+        made = server.make({"response_format": "url"}, **bearer, **proxy).json["data"][0]["url"]
+        assert made.startswith(f"http://127.0.0.1:{server.port}/images/")
+        assert server.get("/", Cookie=f"imagen-{server.port}={cookie}").status == 200
+    with Serving(box, IMAGEN_SERVE_TOKEN=token[::-1]) as server:
+        assert server.get("/", Cookie=f"imagen-{server.port}={cookie}").status == 401
+
+
+def test_server_shows_the_owners_images_and_nobodys_and_all_to_the_operator(box: Box) -> None:
+    owner = str(uuid.uuid4())
+    records = serve_plant(box, 3)
+    for record, whose in zip(records, (owner, "", str(uuid.uuid4())), strict=True):
+        record["owner"] = whose
+    (box.state / "ledger.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in records))
+    box.configure(SERVE_BLOCKS, owner_user_id=owner, output={"cloud_sync": "off"})
+    for flags, count in (((), 2), (("--all-owners",), 3)):
+        with Serving(box, *flags) as server:
+            assert len(server.images()) == count
+            codes = [server.get(f"/images/{record['id']}").status for record in records]
+            assert codes == [200, 200, 404 if count == 2 else 200]
+        assert len(box.run("list", *flags).lines) == count
+        with McpTalk(box, *flags) as talk:
+            assert len(talk.call("list_images")["structuredContent"]["images"]) == count
 
 
 def test_server_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -> None:
@@ -20893,15 +21037,10 @@ def test_server_on_a_terminal_the_link_with_the_token_opens_the_page(box: Box) -
 
 
 def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) -> None:
-    for host in (
-        "evil.example",
-        f"evil.example:{serving.port}",
-        "127.0.0.1.evil.example",
-        "",
-        "127.0.0.1:1:2",
-        "::1:",
-    ):
-        assert serving.get("/v1/models", Host=host).status == 403, host
+    for host in ("evil.example", f"evil.example:{serving.port}", "127.0.0.1.evil.example", ""):
+        turned = serving.get("/v1/models", Host=host)
+        assert turned.status == 403, host
+        assert "--allow-host" in turned.json["error"]["message"]
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8765"):
         assert serving.get("/v1/models", Host=host).status == 200, host
     for origin in (
@@ -20911,9 +21050,10 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
         f"http://127.0.0.1:{serving.port}0",
     ):
         assert serving.make({}, Origin=origin).status == 403, origin
-    assert serving.ask(
-        "OPTIONS", "/v1/images/generations", Origin="http://evil.example"
-    ).status in (403, 405)
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    turned = serving.ask("OPTIONS", "/v1/images/generations", **preflight)
+    assert turned.status == 403
+    assert not any(name.startswith("access-control") for name in turned.headers)
     response = serving.make(
         {"backend_opts": {"fail": "refused"}}, Origin=f"http://127.0.0.1:{serving.port}"
     )
@@ -20932,13 +21072,163 @@ def test_server_another_sites_page_neither_reads_nor_writes(serving: Serving) ->
     assert not any(name.startswith("access-control") for name in (*page.headers, *response.headers))
 
 
+def serve_exchange(server: Serving, data: bytes) -> Response:
+    """The first response to these bytes."""
+    with server.raw(data) as sock, http.client.HTTPResponse(sock, method=_method(data)) as response:
+        response.begin()
+        headers = {key.lower(): value for key, value in response.getheaders()}
+        return Response(response.status, {":reason": response.reason, **headers}, response.read())
+
+
+def _method(data: bytes) -> str:
+    return data.split(b" ")[0].decode("latin-1")
+
+
+# What is sent (| for CRLF, H: for Host: localhost, ID for an image's), the status, what the head of
+# the answer has to hold, and the paragraph of RFC 9110 or 9112 (of Fetch, where that is the rule).
+SERVE_HTTP = r"""
+GET /healthz HTTP/1.1|H:                              |200|date: .* GMT|9110 6.6.1 Date in every answer
+GET /healthz HTTP/1.1|H:                              |200|:reason: OK|9112 4 the phrase
+HEAD /healthz HTTP/1.1|H:                             |200|content-length: [1-9]|9110 9.3.2 HEAD as GET
+GET /healthz HTTP/1.1                                 |400||9112 3.2 no Host
+GET http://localhost/healthz HTTP/1.1                 |400||9112 3.2 no Host, in absolute form too
+GET /healthz HTTP/1.1|H:|H:                           |400||9112 3.2 two Hosts
+GET /healthz HTTP/1.1|H:|Host: example                |400||9112 3.2 two Hosts that differ
+GET /healthz HTTP/1.1|Host: a b                       |400||9112 3.2 no valid Host
+GET /healthz HTTP/1.1|Host: local/host                |400||9112 3.2 no valid Host
+GET /healthz HTTP/1.1|Host: evil.example              |403||9110 15.5.4
+GET http://localhost/healthz HTTP/1.1|Host: evil.example|200||9112 3.2.2 the target overrules Host
+GET http://evil.example/healthz HTTP/1.1|H:           |403||9112 3.2.2 the target overrules Host
+GET http://localhost HTTP/1.1|H:                      |200||9112 3.2.1 an empty path is /
+OPTIONS * HTTP/1.1|H:                                 |200|content-length: 0|9112 3.2.4
+GET * HTTP/1.1|H:                                     |400||9112 3.2.4 for OPTIONS alone
+OPTIONS /healthz HTTP/1.1|H:                          |200|allow: GET, HEAD, OPTIONS|9110 9.3.7
+PUT /healthz HTTP/1.1|H:|Content-Length: 0            |405|allow: GET, HEAD, OPTIONS|9110 15.5.6
+PUT /healthz HTTP/1.1|H:|Content-Length: 0            |405|:reason: Method Not Allowed|9110 15.5.6
+BREW /healthz HTTP/1.1|H:                             |501|:reason: Not Implemented|9110 9.1
+get /healthz HTTP/1.1|H:                              |501||9110 9.1 methods have a case
+CONNECT localhost:1 HTTP/1.1|H:                       |400||9112 3.2.3
+GET /nothing HTTP/1.1|H:                              |404|:reason: Not Found|9110 15.5.5
+GET /healthz HTTP/1.9|H:                              |200||9110 2.5 a minor version of ours
+GET /healthz HTTP/2.0|H:                              |505||9110 15.6.6
+GET /healthz HTTP/1.0|H:                              |200|connection: close|9112 9.3
+GET /healthz HTTP/1.1|H:|Connection: close            |200|connection: close|9112 9.6
+GET /healthz HTTP/1.1|H:|Connection: foo, Close       |200|connection: close|9110 7.6.1 in any case
+GET /healthz|H:                                       |400||9112 3 no version
+GET  /healthz HTTP/1.1|H:                             |400||9112 3 one space
+GET /heal thz HTTP/1.1|H:                             |400||9112 3.2 no space in the target
+GET /LONG HTTP/1.1|H:                                 |414||9112 3 a target too long
+GET / HTTP/1.1|H:|X: LONG                             |431||6585 5
+GET / HTTP/1.1|H:|X : y                               |400||9112 5.1 no space before the colon
+GET / HTTP/1.1|H:|X: y| z                             |400||9112 5.2 no folded line
+GET / HTTP/1.1|H:|X: a\0b                             |400||9110 5.5 no NUL
+GET / HTTP/1.1|H:|X: a\rb                             |400||9112 2.2 no bare CR
+GET / HTTP/1.1|H:|X: a\x07b                           |400||9110 5.5 no control character
+GET / HTTP/1.1|H:|X(): y                              |400||9110 5.1 a name is a token
+|GET /healthz HTTP/1.1|H:                             |200||9112 2.2 an empty line before it
+POST /login HTTP/1.1|H:|Content-Length: 0, 0          |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 1|Content-Length: 2||xx |400||9112 6.3 two lengths
+POST /login HTTP/1.1|H:|Content-Length: -1            |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 0x1||x        |400||9112 6.3 no number
+POST /login HTTP/1.1|H:|Content-Length: 3|Transfer-Encoding: chunked||0||  |400||9112 6.1 both
+POST /login HTTP/1.1|H:|Transfer-Encoding: gzip       |400||9112 6.3 chunked is not the last
+POST /login HTTP/1.1|H:|Transfer-Encoding: chunked, gzip|400||9112 6.3 chunked is not the last
+POST /login HTTP/1.1|H:|Transfer-Encoding: gzip, chunked|501||9112 6.1 a coding nobody knows
+POST /login HTTP/1.0|H:|Transfer-Encoding: chunked||0||  |400||9112 6.1 not in HTTP/1.0
+PUT /healthz HTTP/1.1|H:|Transfer-Encoding: CHUNKED||0||  |405||9112 7 codings have no case
+POST /v1/images/generations HTTP/1.1|H:|Content-Length: 2|Content-Encoding: br||{}|415||9110 15.5.16
+POST /v1/images/generations HTTP/1.1|H:|Content-Length: 999999||{}|413|:reason: Content Too Large|9110 15.5.14
+GET /images/ID HTTP/1.1|H:                            |200|accept-ranges: bytes|9110 14.3
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7           |206|content-range: bytes 0-7/SIZE|9110 14.4
+GET /images/ID HTTP/1.1|H:|Range: BYTES=8-            |206|content-range: bytes 8-LAST/SIZE|9110 14.1
+GET /images/ID HTTP/1.1|H:|Range: bytes=-4            |206|content-length: 4|9110 14.1.2 the last four
+GET /images/ID HTTP/1.1|H:|Range: bytes=1-99999999    |206|content-range: bytes 1-LAST/SIZE|9110 14.1.2
+GET /images/ID HTTP/1.1|H:|Range: bytes=99999999-     |416|content-range: bytes \*/SIZE|9110 15.5.17
+GET /images/ID HTTP/1.1|H:|Range: bytes=-0            |416||9110 14.1.2 nothing of it
+GET /images/ID HTTP/1.1|H:|Range: bytes=9-2           |200||9110 14.1.1 no range
+GET /images/ID HTTP/1.1|H:|Range: lines=1-2           |200||9110 14.2 a unit nobody knows
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-1,4-5       |200||9110 14.2 several may be ignored
+HEAD /images/ID HTTP/1.1|H:|Range: bytes=0-7          |200|content-length: SIZE|9110 14.2 for GET alone
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7|If-Range: TAG|206||9110 13.1.5
+GET /images/ID HTTP/1.1|H:|Range: bytes=0-7|If-Range: "x"|200||9110 13.1.5 it is another by now
+GET /images/ID HTTP/1.1|H:|If-None-Match: TAG         |304|etag: TAG|9110 15.4.5
+GET /images/ID HTTP/1.1|H:|If-None-Match: "x", W/TAG  |304|cache-control: private|9110 13.1.2 a list
+GET /images/ID HTTP/1.1|H:|If-None-Match: *           |304||9110 13.1.2
+GET /images/ID HTTP/1.1|H:|If-None-Match: "x"         |200||9110 13.1.2 another
+GET /api/options HTTP/1.1|H:|Origin: https://app.example|200|access-control-allow-origin: https://app.example|Fetch 3.2.3
+GET /api/options HTTP/1.1|H:|Origin: https://app.example|200|vary: Origin|9110 12.5.5
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://app.example|200|access-control-allow-methods: GET, HEAD, OPTIONS|Fetch 3.2.3
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://app.example|Access-Control-Request-Headers: authorization, x-a|200|access-control-allow-headers: authorization, x-a|Fetch 3.2.3
+OPTIONS /v1/models HTTP/1.1|H:|Origin: https://evil.example|403||Fetch 3.2.3
+GET /healthz HTTP/1.1|Host: paint.example:80          |200||9110 7.2 --allow-host
+"""
+
+
+def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
+    (record,) = serve_plant(box, 1)
+    size = Path(record["path"]).stat().st_size
+    values = {"ID": record["id"], "SIZE": str(size), "LAST": str(size - 1)}
+    values |= {"H:": "Host: localhost", "TAG": f'"{record["sidecar"]["sha256"]}"'}
+    values["LONG"] = "x" * (17 << 10)
+    flags = ("--allow-origin", "https://app.example", "--allow-host", "paint.example")
+    with Serving(box, *flags) as server:
+
+        def fault(line: str) -> str:
+            columns = re.fullmatch(r"(.*?)\s*\|(\d{3})\|([^|]*)\|([^|]*)", line)
+            assert columns, line
+            request, code, header, paragraph = columns.groups()
+            for name, value in values.items():
+                request = re.sub(rf"(?<!\w){name}(?!\w)", value, request)
+                header = header.replace(name, value)
+            head, _, body = request.partition("||")
+            data = head.replace("|", "\r\n") + "\r\n\r\n" + body.replace("|", "\r\n")
+            data = data.replace("\\0", "\0").replace("\\r", "\r").replace("\\x07", "\x07")
+            response = serve_exchange(server, data.encode())
+            lines = "\n".join(f"{name}: {value}" for name, value in response.headers.items())
+            wrong = []
+            if response.status != int(code) or not re.search(header, lines):
+                wrong = [response.status, lines]
+            if "access-control-allow-credentials" in lines or "date: " not in lines:
+                wrong.append(lines)
+            if _method(data.encode()) == "HEAD" or response.status == 304:
+                wrong += [response.body] * bool(response.body)
+            return f"{paragraph}: {line}: {wrong}" if wrong else ""
+
+        lines = SERVE_HTTP.strip().splitlines()
+        assert len(lines) >= 60
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert [text for text in pool.map(fault, lines) if text] == []
+        # A server that keeps the connection answers one request after the other, as they came.
+        get = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        post = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+        several = [
+            (get % b"/nothing", 404),
+            (post % b"Content-Length: 2\r\n" + b"{}", 400),
+            (post % b"Transfer-Encoding: chunked\r\n" + b"1;a=b\r\n{\r\n1\r\n}\r\n0\r\nX: y\r\n\r\n", 400),
+            (get % b"/images/%s" % record["id"].encode(), 200),
+            (get.replace(b"\r\n\r\n", b"\r\nIf-None-Match: *\r\n\r\n") % b"/images/%s" % record["id"].encode(), 304),
+            (get % b"/healthz", 200),
+        ]  # fmt: skip
+        with server.raw(b"".join(data for data, _ in several)) as sock, sock.makefile("rb") as file:
+            for _, code in several:
+                assert file.readline().startswith(b"HTTP/1.1 %d " % code)
+                headers = http.client.parse_headers(file)
+                assert "connection" not in headers
+                file.read(int(headers.get("content-length", "0")))
+        # curl waits for our word before it sends a large body.
+        with server.raw(post % b"Expect: 100-continue\r\nContent-Length: 2\r\n") as sock:
+            assert sock.recv(25, socket.MSG_WAITALL) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(b"{}")
+            assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 400"
+
+
 def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
     for method, path, code, allow in (
-        ("GET", "/v1/images/generations", 405, "POST"),
-        ("PUT", "/healthz", 405, "GET, HEAD"),
-        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD"),
-        ("OPTIONS", "/", 405, "GET, HEAD"),
-        ("GET", "/v1/images/edits", 405, "POST"),
+        ("GET", "/v1/images/generations", 405, "POST, OPTIONS"),
+        ("PUT", "/healthz", 405, "GET, HEAD, OPTIONS"),
+        ("DELETE", f"/images/{uuid.uuid4()}", 405, "GET, HEAD, OPTIONS"),
+        ("PUT", f"/api/images/{uuid.uuid4()}", 405, "GET, HEAD, DELETE, OPTIONS"),
+        ("GET", "/v1/images/edits", 405, "POST, OPTIONS"),
         ("POST", "/v1/images/variations", 404, None),
         ("POST", "/v1/chat/completions", 404, None),
         ("POST", "/images/generations", 404, None),
@@ -21131,55 +21421,83 @@ def test_server_a_form_that_is_none_is_told_so_and_leaves_nothing(serving: Servi
     assert not [*serving.box.root.rglob("x.png")]
 
 
-SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+SERVE_HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
 def test_server_a_request_that_is_too_large_or_none_is_told_so(serving: Serving) -> None:
     large = b'{"prompt": "' + b"x" * (4 << 20)
     for data, code in (
         (SERVE_HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large, 413),
-        (SERVE_HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 411),
-        (SERVE_HEAD + b"Content-Length: -1\r\n\r\n", 411),
+        (SERVE_HEAD + b"Content-Length: 999999999999999999\r\n\r\n", 413),
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),  # empty
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
         (SERVE_HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
-        (SERVE_HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 411),
         (SERVE_HEAD + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}", 415),
         (SERVE_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
-        (SERVE_HEAD + b"X: " + b"x" * 20_000 + b"\r\n\r\n", 431),
         (SERVE_HEAD + b"X: " + b"x" * 2_000_000, 431),
         (SERVE_HEAD + b"\r\n", 400),
-        (SERVE_HEAD + b"X : y\r\n\r\n", 400),
         (SERVE_HEAD + b"Content-Length: 4\r\n\r\n[{}]", 400),
-        (SERVE_HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
-        (b"GET http://localhost/ HTTP/1.1\r\n\r\n", 400),
-        (b"GET / HTTP/2\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
     ):
         assert serve_read(serving.raw(data))[:12] == b"HTTP/1.1 %d" % code, data[:200]
 
 
-def test_server_who_sends_a_byte_a_second_is_cut_off(serving: Serving) -> None:
+def test_server_who_sends_its_head_byte_by_byte_is_cut_off(serving: Serving) -> None:
     began = time.monotonic()
-    slow = [
-        serving.raw(b"GET / HT"),
-        serving.raw(SERVE_HEAD + b"Content-Length: 90\r\n\r\n{"),
-        serving.raw(),
-    ]
+    slow = [serving.raw(b"GET / HT"), serving.raw()]
     ended = dict[socket.socket, float]()
     while len(ended) < len(slow):
-        assert time.monotonic() - began < 30
-        for sock in slow:
-            with contextlib.suppress(OSError):
-                sock.send(b"x" if sock is not slow[2] else b"")
+        assert time.monotonic() - began < 20
+        with contextlib.suppress(OSError):
+            slow[0].send(b"x")
         for sock in select.select([sock for sock in slow if sock not in ended], [], [], 1)[0]:
             with contextlib.suppress(ConnectionError):
                 assert sock.recv(100) == b""
             ended[sock] = time.monotonic() - began
-    assert [8 < ended[sock] < 14 for sock in (slow[0], slow[2])] == [True, True]
-    assert 18 < ended[slow[1]] < 25
+    assert [8 < ended[sock] < 14 for sock in slow] == [True, True]
     for sock in slow:
         sock.close()
+
+
+def test_server_gives_a_slow_client_time_as_long_as_it_gets_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+        peer.connect(listener.getsockname())
+        client = imagen.Connection(listener.accept()[0])
+        stall = imagen.STALL_S
+
+        def limits(get_on: Callable[[], object]) -> list[float]:
+            """How long the client has, from now, before and after it got on."""
+            before = client.until
+            time.sleep(0.3)
+            assert client.until == before  # who only waits gets no time
+            get_on()
+            eventually(lambda: client.until > before)
+            return [before - time.monotonic(), client.until - time.monotonic()]
+
+        with client.sock, client.reader, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            # 1. An answer, of which no more than a piece waits in the kernel.
+            answer = bytes(2 << 20)
+            sending = pool.submit(client.write, answer)
+            eventually(lambda: client.until < math.inf)
+            time.sleep(0.1)
+            for _ in range(2):
+                before, after = limits(lambda: peer.recv(300 << 10, socket.MSG_WAITALL))
+                assert before < stall - 0.2 < after <= stall
+            left = len(answer) - 2 * (300 << 10)
+            assert len(peer.recv(left, socket.MSG_WAITALL)) == left
+            sending.result(10)
+            assert client.until == math.inf
+            # 2. A body, unpacked: 4 kB/s of what was sent.
+            body = gzip.compress(random.Random(1).randbytes(400 << 10))
+            headers = {"content-encoding": "gzip", "host": ""}
+            client.request = imagen.NO_REQUEST._replace(headers=headers, length=len(body))
+            receiving = pool.submit(lambda: b"".join(client.read_body(1 << 20)))
+            eventually(lambda: client.until < math.inf)
+            before, after = limits(lambda: peer.sendall(body[: 200 << 10]))
+            assert before < stall - 0.2 < after <= stall
+            peer.sendall(body[200 << 10 :])
+            assert receiving.result(10) == gzip.decompress(body)
 
 
 def serve_malformed(dice: random.Random) -> bytes:
@@ -21292,14 +21610,15 @@ def test_server_five_thousand_malformed_requests_leave_nothing_behind(box: Box) 
         assert after[0] <= before[0] and after[2] < before[2] + 6, (before, after)
         codes = {code[9:].decode() for code in codes_seen if code}
         assert codes >= {"400", "404", "405", "413"} and not [
-            code for code in codes if code >= "500"
+            code for code in codes if code >= "500" and code not in ("501", "505")
         ], codes_seen
         assert b"root:" not in b"".join(codes_seen)
         assert server.get("/healthz").status == 200
-    assert {path for path in files() - before_all if ".cache" not in path.parts} == {server.log}
-    assert (
-        len([*box.root.glob(".cache/**/*.webp")]) <= 3
-    )  # thumbnails of ids that were hit by chance
+    assert {path for path in files() - before_all if ".cache" not in path.parts} == {
+        server.log,
+        box.state / "links",
+    }
+    assert len([*box.root.glob(".cache/**/*.webp")]) <= len(box.ledger())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is left over")
@@ -21313,20 +21632,24 @@ def test_server_two_hundred_connections_at_once_are_all_answered(box: Box) -> No
         slow = server.post({"backend_opts": {"delay_s": 1}})
         for number, sock in enumerate(opened):
             sock.sendall(
-                b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 % (b"/healthz", b"/", b"/api/images")[number % 3]
             )
         assert {serve_read(sock)[:15] for sock in opened} == {b"HTTP/1.1 200 OK"}
         assert serve_read(slow).startswith(b"HTTP/1.1 200")
-        crowd = [
-            server.raw(b"GET") for _ in range(300)
-        ]  # more than it takes: the rest are turned away at once
+        # More than it takes: the next are told so, and the rest are turned away at once.
+        crowd = [server.raw(b"GET") for _ in range(256)]
+        eventually(lambda: server.usage()[1] >= 256)
+        refused = server.get("/healthz")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        crowd += [server.raw(b"GET") for _ in range(60)]
         assert eventually(
-            lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 40
+            lambda: sum(bool(select.select([sock], [], [], 0)[0]) for sock in crowd) >= 20
         )
         for sock in crowd:
             sock.close()
-        eventually(lambda: server.usage()[:2] == before[:2])
+        eventually(lambda: server.usage()[1] == before[1])
+        assert server.usage()[0] <= before[0] + 1  # the pipe to who makes thumbnails
         assert server.get("/healthz").status == 200
 
 
@@ -21448,11 +21771,20 @@ class Tab:
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
-        self("Page.navigate", url=at)
-        self.until("document.readyState === 'complete' && $('backend').value")
+        self.go(at)
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
         return self.browser(method, self.session, **params)
+
+    def go(self, at: str = "") -> None:
+        """To an address, or to the same one again, until the page is there."""
+        self.js("window.before = true")
+        if at:
+            self("Page.navigate", url=at)
+        else:
+            self("Page.reload")
+        self.until("!window.before && document.readyState === 'complete'")
+        self.until("typeof $ !== 'function' || $('backend').value")
 
     def js(self, expression: str) -> Any:
         """The value of an expression (a promise's too), evaluated in the page."""
@@ -21627,7 +21959,7 @@ def test_server_tiles_keep_their_ratio_and_say_their_prompt_and_more_come_with_t
     gallery.make("a fox", "-n", "27")
     gallery.make("a wide hill", size="192x64")
     gallery.make("a tall tower", "-n", "2", size="64x128")
-    tab = gallery.open(24, height=400)
+    tab = gallery.open(24, height=200)
     requests = "performance.getEntriesByType('resource').filter(one => one.name.includes('/api/images?')).length"
     assert (len(tab.tiles()), tab.js(requests)) == (24, 1)
     assert tab.tiles()[:4] == ["a tall tower", "a tall tower", "a wide hill", "a fox"]
@@ -21674,7 +22006,7 @@ def test_server_the_keyboard_finds_walks_and_closes(gallery: Gallery) -> None:
     tab.js("$('prompt').focus()")
     tab.press("/")
     assert tab.js("$('prompt').value") == "/"
-    tab.js("document.querySelector('#grid button').focus()")
+    tab.js("document.querySelector('#grid a').focus()")
     tab.press("Enter")
     tab.until("$('detail').open")
     shown = []
@@ -21701,13 +22033,15 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     tab.choose("#backend", "slow")
     tab.choose("#style", "ink")
     tab.click("#go")
-    far = tab.until("$('bar').value > 0.1 && $('bar').value")
+    bar = "document.querySelector('#calls progress')"
+    far = tab.until(f"{bar}?.value > 0.1 && {bar}.value")
     assert 0.1 < far < 1
-    assert tab.text("#info") == "drawing … 0 of 2 done"
-    assert tab.js("$('go').disabled")
+    assert tab.text("#calls span") == "two new foxes: drawing, 0 of 2 done"
+    assert tab.js("!$('go').disabled")
     tab.until("$('info').textContent === 'Done.'")
+    tab.until("images.length === 3")
     assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
-    assert tab.js("$('bar').hidden && !$('go').disabled")
+    assert tab.js("$('calls').children.length") == 0
     keys = ("seed", "style", "backend", "width", "height")
     made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
     assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
@@ -21735,7 +22069,7 @@ def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
     tab.click("#inputs button")
     assert tab.js("inputs.length === 0 && $('inputs').hidden")
     # 2. Edited: what is in the detail, with a second one and a mask.
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#edit")
     tab.until("inputs.length === 1 && !$('detail').open")
     assert tab.js(pasted) == 2
@@ -21745,13 +22079,13 @@ def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
     tab.upload("#mask", mask)
     tab.type("#prompt", "the fox with a hat")
     tab.click("#go")
-    tab.until("$('info').textContent === 'Done.'")
+    tab.until("images.length === 2")
     assert tab.tiles() == ["the fox with a hat", "an old fox"]
     sidecar = gallery.box.ledger()[-1]["sidecar"]
     assert [item["width"] for item in sidecar["inputs"]] == [size, 64]
     assert sidecar["mask"]["width"] == size
     # 3. Shown beside what was made of them.
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.until(
         "[...document.querySelectorAll('#from img')].filter(i => i.naturalWidth).length === 3"
     )
@@ -21777,7 +22111,7 @@ def test_server_the_detail_says_everything_and_hands_it_on(gallery: Gallery) -> 
     tab = gallery.open(1)
     both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     gallery.browser("Browser.grantPermissions", permissions=both, **tab.whose)
-    tab.click("#grid button")
+    tab.click("#grid a")
     rows = "[...document.querySelectorAll('dt')].map(dt => [dt.textContent, dt.nextSibling.textContent])"
     facts = dict(tab.js(rows))
     assert sidecar["timestamp"][:4] in facts.pop("Made")
@@ -21829,13 +22163,13 @@ def test_server_settings_can_be_used_again_and_an_image_made_again_with_a_new_se
     gallery.make("a fox", *flags)
     tab = gallery.open(1)
     tab.type("#n", "3")
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#use")
     names = ("prompt", "backend", "style", "size", "n", "seed", "steps", "opts")
     fields = tab.js(f"{list(names)}.map(id => document.getElementById(id).value)")
     assert fields == ["a fox", "mock", "ink", "64x64", "1", "0", "4", '{"delay_s":0.01}']
     assert tab.js("!$('detail').open && document.activeElement.id") == "prompt"
-    tab.click("#grid button")
+    tab.click("#grid a")
     tab.click("#again")
     tab.until("images.length === 2")
     first, second = (entry["sidecar"] for entry in gallery.box.ledger())
@@ -21856,19 +22190,276 @@ def test_server_settings_can_be_used_again_and_an_image_made_again_with_a_new_se
 def test_server_an_error_is_shown_with_its_hint_and_the_form_goes_on(gallery: Gallery) -> None:
     tab = gallery.open()
     assert tab.until("$('none').textContent") == "No images yet."
+    # A backend without its key is shown as such before anybody tries it.
+    names = tab.js("[...$('backend').options].map(option => option.text)")
+    assert "keyless: not usable, REPLICATE_API_TOKEN is not set" in names
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "broken")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
-    assert tab.text("#info").strip() == "broken: failing with `refused`, as its options ask"
+    failed = "document.querySelector('#calls .error')"
+    tab.until(f"!!{failed}")
+    assert "broken: failing with `refused`, as its options ask" in tab.text("#calls .error")
+    assert tab.text("#calls button") == "Dismiss"
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    assert "REPLICATE_API_TOKEN" in tab.until("$('info').innerText.split('\\n')[1]")
+    tab.until(f"{failed}.parentNode.nextSibling?.innerText.includes('export REPLICATE_API_TOKEN=')")
+    # Both stay after a reload, until somebody dismisses them.
+    tab.go()
+    tab.until("$('calls').children.length === 2")
+    tab.click("#calls button")
+    tab.click("#calls li:last-child button")
+    tab.until("!$('calls').children.length")
+    tab.type("#prompt", "a fox")
     tab.choose("#backend", "mock")
     tab.type("#size", "64x64")
     tab.click("#go")
     tab.until("images.length === 1")
     assert tab.js("$('info').className") == ""
+
+
+def gallery_text(tab: Tab) -> str:
+    """What the page says is under way."""
+    return str(tab.js("$('calls').innerText"))
+
+
+@in_chromium
+def test_server_a_run_outlives_a_reload_is_seen_in_two_tabs_and_cancelled_from_either(
+    gallery: Gallery,
+) -> None:
+    gallery.make("an old fox")
+    tab = gallery.open(1)
+    tab.choose("#backend", "slow")
+    tab.type("#opts", '{"delay_s": 60}')
+    # 1. Three in line: two run, the third waits; the form takes the next at once, by the keyboard.
+    for number in (1, 2, 3):
+        tab.type("#prompt", f"fox {number}")
+        tab.js("$('prompt').focus()")
+        for kind in ("keyDown", "keyUp"):
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+            tab("Input.dispatchKeyEvent", type=kind, modifiers=2, **key)
+        tab.until(f"$('calls').children.length === {number} && !$('go').disabled")
+    tab.until("$('calls').innerText.includes('fox 3: waits, 1 in line')")
+    # 2. A reload and a second tab show the same.
+    tab.go()
+    other = gallery.open(1, width=390, height=844)
+    for page in (tab, other):
+        page.until(
+            "$('calls').innerText.includes('fox 3: waits') && $('calls').children.length === 3"
+        )
+    # 3. Cancelled in one, gone in both, and nothing was made of it.
+    tab.click("#calls li:nth-child(1) button")
+    for page in (tab, other):
+        page.until("$('calls').children.length === 2")
+        page.until("!$('calls').innerText.includes('in line')")  # the third begins
+        assert "fox 1" not in gallery_text(page)
+    assert tab.text("#info") == "Canceled."
+    other.click("#calls li:nth-child(2) button")
+    other.click("#calls li:nth-child(1) button")
+    for page in (tab, other):
+        page.until("!$('calls').children.length")
+    assert [entry.get("path") for entry in gallery.box.ledger()[1:]] == [None] * 3
+    # 4. What the command line makes, and deletes, comes and goes by itself; in a hidden tab later.
+    (path,) = gallery.make("from the shell")
+    for page in (tab, other):
+        page.until("images.length === 2")
+        assert page.tiles() == ["from the shell", "an old fox"]
+    streams = (
+        "performance.getEntriesByType('resource').filter(e => e.name.endsWith('/events')).length"
+    )
+    tab.js("Object.defineProperty(document, 'hidden', { value: true, configurable: true })")
+    tab.js("document.onvisibilitychange()")
+    assert tab.js("source.readyState") == 2
+    assert gallery.box.run("delete", "--local", path).code == 0
+    other.until("images.length === 1")
+    assert len(tab.tiles()) == 2
+    assert tab.js(streams) >= 1
+    tab.js("delete document.hidden")
+    tab.js("document.onvisibilitychange()")
+    tab.until("images.length === 1")
+
+
+@in_chromium
+def test_server_a_paid_run_that_cannot_be_stopped_says_so(box: Box, chromium: Chromium) -> None:
+    let_go = threading.Event()
+    with OpenAIServer(SERVE_KEY) as remote, contextlib.closing(Gallery(box, chromium)) as gallery:
+        remote.script(hold(let_go, openai_images(png())))
+        box.environ["SERVE_TEST_KEY"] = SERVE_KEY
+        box.configure(
+            {**MOCK, "paint": {**SERVE_BLOCKS["openai"], "base_url": remote.v1, "cost_usd": 0.02}}
+        )
+        tab = gallery.open()
+        tab.type("#prompt", "a fox")
+        tab.choose("#backend", "paint")
+        tab.click("#go")
+        remote.wait(lambda: remote.posts == 1)
+        tab.until("$('calls').children.length === 1")
+        tab.click("#calls button")
+        tab.until("$('calls').innerText.includes('paid already: it is waited for')")
+        tab.shot("paid")
+        let_go.set()
+        tab.until("images.length === 1 && !$('calls').children.length")
+        tab.until("$('info').textContent === 'Done.'")
+        tab.until("$('today').textContent === '$0.02 today'")
+    assert remote.posts == 1
+
+
+@in_chromium
+def test_server_images_are_deleted_several_at_once_unless_somebody_says_undo(
+    gallery: Gallery,
+) -> None:
+    paths = [Path(gallery.make(f"fox {number}")[0]) for number in range(4)]
+    tab = gallery.open(4)
+    other = gallery.open(4)
+    assert tab.js("$('erase').hidden")
+    # 1. Undone: nothing has happened.
+    tab.click("#grid .tile:nth-child(1) input")
+    tab.click("#grid .tile:nth-child(3) input")
+    assert tab.text("#erase") == "Delete 2"
+    tab.click("#erase")
+    assert tab.tiles() == ["fox 2", "fox 0"]
+    assert tab.text("#binned") == "2 deleted."
+    tab.click("#undo")
+    tab.until("images.length === 4")
+    assert tab.tiles() == ["fox 3", "fox 2", "fox 1", "fox 0"]
+    # 2. Not undone, and the page is left: now they are gone here and in the other tab.
+    tab.click("#grid .tile:nth-child(2) input")
+    tab.click("#erase")
+    tab.click("#grid a")
+    tab.until("$('detail').open")
+    tab.click("#remove")
+    assert tab.tiles() == ["fox 1", "fox 0"]
+    other.until("images.length === 3")  # the first went with the second
+    tab.go()
+    for page in (tab, other):
+        page.until("images.length === 2")
+    eventually(lambda: not paths[3].exists())
+    assert [path.exists() for path in paths] == [True, True, False, False]
+    assert not Path(f"{paths[2]}.json").exists()
+    assert len(gallery.box.run("list").lines) == 2
+    # 3. One whose file somebody took says so, as a tile and when it is opened.
+    paths[0].unlink()
+    tab.go()
+    tab.until("images.length === 2")
+    assert tab.text("#grid .tile:last-child a") == "The file is gone: fox 0"
+    tab.click("#grid .tile:last-child a")
+    tab.until("$('note').textContent === 'The file is gone.'")
+
+
+@in_chromium
+def test_server_tiles_are_links_and_the_back_button_closes_what_they_open(gallery: Gallery) -> None:
+    for number in range(3):
+        gallery.make(f"fox {number}", "--seed", str(40 + number), "-s", "ink", size="400x300")
+    tab = gallery.open(3)
+    plain = tab.js("location.href")
+    link = tab.js("document.querySelector('#grid a').href")
+    tab.click("#grid a")
+    tab.until("$('detail').open")
+    assert tab.js("location.href") == link
+    tab.press("ArrowRight")
+    tab.until("location.href !== " + json.dumps(link))
+    tab.js("history.back()")
+    tab.until("!$('detail').open && location.href === " + json.dumps(plain))
+    tab.js("history.forward()")
+    tab.until("$('detail').open")
+    # As a bookmark, or in a new tab: the thumbnail until the original is there, and 100 % by a click.
+    other = gallery.open(3, at=link, width=320, height=600)
+    other.until("$('detail').open && $('big').src.includes('/images/')")
+    assert other.text("#text") == "fox 2"
+    assert other.js("$('big').clientWidth") < 320
+    other.click("#zoom")
+    other.until("$('big').clientWidth === 400 && $('zoom').ariaPressed === 'true'")
+    other.click("#zoom")
+    other.until("$('big').clientWidth < 320")
+    both = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    gallery.browser("Browser.grantPermissions", permissions=both, **other.whose)
+    other.click("#copyseed")
+    other.until("$('note').textContent === 'Copied.'")
+    assert other.js("navigator.clipboard.readText()") == "42"
+    other.click("#close")
+    other.until(f"location.href === {json.dumps(plain)}")
+    # Seeds and styles are searched too, also by what comes while one is looked for.
+    other.type("#query", "INK 41")
+    other.until("images.length === 1")
+    assert other.tiles() == ["fox 1"]
+    gallery.make("fox 3", "--seed", "41", "-s", "ink")
+    gallery.make("fox 4", "--seed", "44", "-s", "ink")
+    other.until("images.length === 2")
+    assert other.tiles() == ["fox 3", "fox 1"]
+    # At 320 px nothing hangs over, and whatever is to be touched is as large as a finger.
+    assert other.js("document.documentElement.scrollWidth") <= 320
+    other.click("summary")
+    small = "[...document.querySelectorAll('button, input, select, summary, .tile label')]"
+    small += ".filter(it => it.checkVisibility() && !it.matches('.tile input'))"
+    small += ".filter(it => it.getBoundingClientRect().height < 40).map(it => it.outerHTML)"
+    assert other.js(small) == []
+
+
+@in_chromium
+def test_server_on_a_slow_network_the_first_images_come_and_runs_are_shown(
+    gallery: Gallery,
+) -> None:
+    gallery.make("a fox", "-n", "3", size="256x256")
+    tab = gallery.open(3)
+    slow = {
+        "offline": False,
+        "latency": 200,
+        "downloadThroughput": 40_000,
+        "uploadThroughput": 20_000,
+    }
+    tab("Network.emulateNetworkConditions", **slow)
+    tab.go()
+    tab.until("images.length === 3")
+    tab.type("#prompt", "another fox")
+    tab.choose("#backend", "slow")
+    tab.click("#go")
+    tab.until("$('calls').children.length")
+    tab.until("images.length === 4 && !$('calls').children.length")
+    # Without one it says so, and goes on by itself once there is one again.
+    tab("Network.emulateNetworkConditions", **{**slow, "offline": True})
+    tab.type("#prompt", "nobody hears it")
+    tab.click("#go")
+    tab.until("$('info').className === 'error'")
+    tab(
+        "Network.emulateNetworkConditions",
+        offline=False,
+        latency=0,
+        downloadThroughput=-1,
+        uploadThroughput=-1,
+    )
+    tab.click("#go")
+    tab.until("images.length === 5")
+    gallery.tabs.remove(tab)
+
+
+@in_chromium
+def test_server_a_link_on_another_site_leads_through_the_login_to_the_image(
+    gallery: Gallery,
+) -> None:
+    gallery.make("a fox")
+    gallery.token = "a-token-of-the-tests"
+    image_id = gallery.box.ledger()[0]["sidecar"]["image_id"]
+    link = f"{gallery.address}?image={image_id}"
+    page = f'<a id="out" href="{link}">a fox</a>'.encode()
+    with Remote(html(200, page.decode()), repeat=True) as site:
+        tab = gallery.open(1, at=f"{gallery.address}?token={gallery.token}")
+        gallery.tabs.remove(tab)  # which is elsewhere at times
+        for known in (True, False):
+            if not known:
+                tab("Network.clearBrowserCookies")
+            tab("Page.navigate", url=site.base)
+            tab.until("!!document.getElementById('out')")
+            tab.click("#out")
+            if not known:  # else the cookie comes along, for it is a link
+                tab.until("!!document.querySelector('[name=token]')")
+                tab.shot("login")
+                tab.js(AXE.read_text() + "; 0")
+                report = tab.js("axe.run(document, { resultTypes: ['violations'] })")
+                assert [violation["id"] for violation in report["violations"]] == []
+                tab.type("[name=token]", gallery.token)
+                tab.press("Enter")
+            tab.until("typeof $ === 'function' && $('detail').open && images.length === 1")
+            assert tab.text("#text") == "a fox"
+            assert tab.js("location.href") == link
 
 
 @in_chromium
@@ -21886,7 +22477,7 @@ def test_a_server_that_is_gone_is_said_so(gallery: Gallery) -> None:
         for event in tab.reported("Log.entryAdded")
         if event["entry"]["level"] == "error"
     ]
-    assert len(logged) == 1 and "ERR_CONNECTION_REFUSED" in logged[0]  # by the browser, not by us
+    assert all("net::ERR_" in text for text in logged)  # by the browser, not by us
     gallery.tabs.remove(tab)
 
 
@@ -21897,7 +22488,7 @@ def test_server_a_script_in_a_prompt_is_text_and_a_script_of_anybody_else_does_n
     evil = "<img src=x onerror='window.ran=1'><script>window.ran=1</script></textarea>\"><b>${window.ran=1}"
     gallery.make(evil)
     tab = gallery.open(1)
-    tab.click("#grid button")
+    tab.click("#grid a")
     assert (tab.text("#text"), tab.tiles()) == (evil, [evil])
     tab.click("#again")
     tab.until("images.length === 2")
@@ -21929,9 +22520,9 @@ def test_server_a_phone_scrolls_down_only(gallery: Gallery) -> None:
     tab.type("#prompt", "a fox")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
+    tab.until("!!document.querySelector('#calls .error')")
     assert tab.js(fits)
-    for tile in ("#grid button:nth-child(2)", "#grid button"):
+    for tile in ("#grid .tile:nth-child(2) a", "#grid a"):
         tab.click(tile)
         tab.until("$('big').complete")
         assert tab.js(fits)
@@ -21960,10 +22551,10 @@ def test_server_the_printed_link_logs_in_and_leaves_no_token_behind(gallery: Gal
     (cookie,) = tab("Network.getCookies", urls=[plain])["cookies"]
     assert (cookie["httpOnly"], cookie["sameSite"], gallery.token in cookie["value"]) == (
         True,
-        "Strict",
+        "Lax",
         False,
     )
-    for path in ("", "api/images", "?token=wrong"):
+    for path in ("", "api/images"):
         with pytest.raises(urllib.error.HTTPError, match="401") as turned:
             urllib.request.urlopen(plain + path, timeout=10)
         turned.value.close()
@@ -22000,16 +22591,29 @@ def test_server_axe_finds_nothing_to_complain_about(
     tab.choose("#backend", "slow")
     tab.type("#prompt", "a slow fox")
     tab.click("#go")
-    tab.until("$('bar').value > 0.3")
+    tab.until("document.querySelector('#calls progress')?.value > 0.3")
     violations += complaints("form")
-    tab.until("!$('go').disabled")
+    tab.until("!$('calls').children.length")
     tab.choose("#backend", "keyless")
     tab.click("#go")
-    tab.until("$('info').className === 'error'")
+    tab.until("!!document.querySelector('#calls .error')")
     violations += complaints("error")
-    tab.click("#grid button:nth-child(2)")
+    tab.js("document.querySelector('.tile input').click()")
+    violations += complaints("marked")
+    tab.click("#erase")
+    violations += complaints("deleted")
+    tab.click("#undo")
+    tab.until("images.length === 10")
+    tab.click("#grid .tile:nth-child(2) a")
     tab.until("$('big').complete")
     violations += complaints("detail")
+    # The narrowest phone, the dialog first.
+    small = {"width": 320, "height": 600, "deviceScaleFactor": 1, "mobile": True}
+    tab("Emulation.setDeviceMetricsOverride", **small)
+    violations += complaints("narrow-detail")
+    tab.js("$('detail').close()")
+    violations += complaints("narrow")
+    assert tab.js("document.documentElement.scrollWidth") <= 320
     assert violations == []
 
 
@@ -22188,6 +22792,20 @@ def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
     assert "same" in make["inputSchema"]["properties"]["request_id"]["description"]
     assert make["annotations"]["destructiveHint"] is False
     assert make["annotations"]["openWorldHint"] is True
+
+
+def test_mcp_help_prints_what_each_client_wants_to_know(box: Box) -> None:
+    copy = box.root / 'a "copy" 100%' / "imagen.py"
+    copy.parent.mkdir()
+    shutil.copy(HERE, copy)
+    text = box.run("mcp", "--help", program=(str(copy),)).out
+    command = shlex.join([sys.executable, str(copy), "mcp"])
+    assert f"claude mcp add imagen -- {command}\n" in text
+    assert f"codex mcp add imagen -- {command}\n" in text
+    for client, key in (("VS Code", "servers"), ("Cursor", "mcpServers")):
+        (line,) = (line for line in text.splitlines() if client in line)
+        block = json.loads(line[line.index("{") :])[key]["imagen"]
+        assert [block["command"], *block["args"]] == shlex.split(command)
 
 
 def test_mcp_one_request_id_is_one_payment_also_after_the_server_was_started_anew(
@@ -25585,8 +26203,13 @@ def test_readme_bench_the_first_screen(bench: BenchBox) -> None:
     with Serving(home) as server:
         said = server.get("/api/images")
         began = time.perf_counter()
-        thumbs = [len(server.get(f"/thumbs/{about['id']}").body) for about in said.json["images"]]
-        took = 1000 * (time.perf_counter() - began) / len(thumbs)
+        places = [f"/thumbs/{about['id']}" for about in said.json["images"]]
+        for place in places:  # the first answer is the original
+            server.get(place)
+        for place in places:
+            eventually(lambda at=place: server.get(at).headers["content-type"] == "image/webp")
+        took = 1000 * (time.perf_counter() - began) / len(places)
+        thumbs = [len(server.get(place).body) for place in places]
         page = len(server.get("/").body) + len(said.body)
     assert len(thumbs) == 24
     rows = [
