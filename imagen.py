@@ -72,6 +72,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypedDict, TypeVar
 
+if sys.hexversion < 0x030B0000:  # below, an older one would stumble over types
+    sys.exit(
+        f"imagen: {sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed\n"
+        "        → python3.11 imagen.py …, or uv run imagen.py …"
+    )
 if typing.TYPE_CHECKING:
     import argparse
 
@@ -11983,7 +11988,7 @@ def options_from(pairs: Sequence[str]) -> JsonObject:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
+            raise BadRequest(f'--opt "{pair}": not KEY=VALUE', "such as --opt quality=high")
         options[key] = value
         with suppress(ValueError):
             options[key] = json.loads(value)
@@ -13069,14 +13074,14 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     import shutil
 
     folder = full_path(SETUP_FOLDER)
-    venv = os.path.join(folder, "venv")
-    python = os.path.join(venv, "bin", "python")
+    venv = f"{folder}/venv"
+    python = f"{venv}/bin/python"
     packages = [*PACKAGES, *(vars(args)["with"] or ())]
     with or_disk(folder, ""):
         os.makedirs(folder, exist_ok=True)
         for name in ("imagen.py", "migrations.sql"):
             source = __file__ if name == "imagen.py" else os.path.join(HERE, name)
-            target = os.path.join(folder, name)
+            target = f"{folder}/{name}"
             if os.path.exists(source):  # it may be the target itself
                 shutil.copyfile(source, f"{target}.new")
                 os.replace(f"{target}.new", target)
@@ -13093,7 +13098,7 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
         require(make, f"on Debian and Ubuntu: sudo apt install {version}")
     require(install, "it needs the network; with packages of your own, `imagen install` will do")
     # 2. The command.
-    path = write_launcher(full_path("~/.local/bin"), python, os.path.join(folder, "imagen.py"))
+    path = write_launcher(full_path("~/.local/bin"), python, f"{folder}/imagen.py")
     terminal.note(f"{folder} has this copy and its packages")
     return launched(path, terminal)
 
@@ -13160,7 +13165,8 @@ def launched(path: str, terminal: Terminal) -> int:
     folder = os.path.dirname(path)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shell = os.path.basename(os.environ.get("SHELL", ""))
-        line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{shell or 'bash'}rc"
+        startup = {"bash": "bashrc", "zsh": "zshrc"}.get(shell, "profile")
+        line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{startup}"
         if shell == "fish":
             line = f"fish_add_path {folder}"
         terminal.note(f"{folder} is not on PATH yet: {line}")

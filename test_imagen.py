@@ -24199,6 +24199,21 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     assert (box.state / "ledger.jsonl").exists()
 
 
+def test_commands_an_older_python_is_named_in_place_of_a_traceback() -> None:
+    ast.parse(HERE.read_text(), feature_version=(3, 9))  # it gets as far as that line
+    code = f"import runpy, sys; sys.hexversion = 0x030A0D00; runpy.run_path({str(HERE)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 2)
+    assert sys.executable in done.stderr
+    assert "3.11 or newer" in done.stderr
+
+
+def test_commands_install_names_the_line_that_this_shell_reads(box: Box) -> None:
+    lines = {"/bin/bash": "~/.bashrc", "/usr/bin/zsh": "~/.zshrc", "/bin/sh": "~/.profile"}
+    for shell, file in {**lines, "/usr/bin/fish": "fish_add_path ", "": "~/.profile"}.items():
+        assert file in box.run("install", env={"SHELL": shell}).err, shell
+
+
 def test_commands_a_package_that_is_missing_is_named_for_this_python(box: Box) -> None:
     (box.root / "yaml.py").write_text("raise ImportError('gone')")
     box.environ["PYTHONPATH"] = f"{box.root}{os.pathsep}{HERE.parent}"
