@@ -24172,7 +24172,11 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     for name in ("imagen.py", "migrations.sql"):
         shutil.copy(HERE.parent / name, copy)
     program = (str(copy / "imagen.py"),)
+    # An environment without pip is there: so Debian leaves one, for want of python3-venv.
+    broken = box.root / ".local/share/imagen/venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", broken], check=True)
     done = box.run("setup", program=program)
+    assert "No module named pip" not in done.err
     if done.code == 11 and "network" in done.err:
         missing("no package index can be reached")
     assert done.code == 0, done.err
