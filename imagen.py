@@ -72,6 +72,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypedDict, TypeVar
 
+if sys.hexversion < 0x030B0000:  # below, an older one would stumble over types
+    sys.exit(
+        f"imagen: {sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed\n"
+        "        → python3.11 imagen.py …, or uv run imagen.py …"
+    )
 if typing.TYPE_CHECKING:
     import argparse
 
@@ -1853,7 +1858,8 @@ def load_env_file(path: str) -> None:
                 raise BadConfig(f"env_file {path}: others can read it; chmod 600 {path}")
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as problem:
-        raise BadConfig(f"env_file {path}: {problem}") from None
+        message = f"env_file {path}: {getattr(problem, 'strerror', problem)}"
+        raise BadConfig(message, f"touch {path}; chmod 600 {path}") from None
     # As a shell reads them: a comment may stand behind a value, and quotes keep a # in it.
     value = r"""(?:"([^"]*)"|'([^']*)'|((?:[^\s#]|(?<!\s)#|[ \t](?!\s*#|\s*$))*))"""
     form = rf"\s*(?:(?:export\s+)?([A-Za-z_]\w*)\s*=\s*{value}\s*)?(?:#.*)?"
@@ -3481,7 +3487,7 @@ def comfy_read(path: str) -> Graph:
             raw = file.read(COMFY_FILE_BYTES)
         document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise BadConfig(f"workflow {path}: {problem}") from None
+        raise BadConfig(f"workflow {path}: {getattr(problem, 'strerror', problem)}") from None
     graph: Graph = {}
     if isinstance(document, dict):
         for wrapper in ("input", "workflow", "prompt"):
@@ -7059,7 +7065,8 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
             cure = "look at the backend's usage page; --pay-again makes them anew"
             raise Unknown(message, cure, charged=known.get("charged", "unknown"))
         if not os.path.exists(path):
-            raise Disk(f"{path}: made for this key at {known.get('at')}, and gone", "another --key")
+            cure = "put it back; anew with another --key, or in a batch another -o"
+            raise Disk(f"{path}: made for this key at {known.get('at')}, and gone", cure)
         return {**known, "reused": True}
 
 
@@ -7322,7 +7329,9 @@ def upload_object(run: Run, cloud: Supabase) -> None:
     sidecar = record["sidecar"]
     image = record["path"]
     if not record.get("owner"):
-        raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
+        raise BadConfig(
+            "owner_user_id is empty", "a UUID of auth.users: export IMAGEN_OWNER_USER_ID=…"
+        )
     if not os.path.exists(image) and os.path.isdir(os.path.dirname(image)):
         raise BadRequest(f"{image} is gone")
     path = sidecar.get("storage_path") or ""
@@ -7464,7 +7473,9 @@ def delete_image(name: str, local: bool, config: Config) -> JsonObject:
     sidecar: Fields = record.get("sidecar") or {}
     image_id = sidecar.get("image_id", name)
     if not is_uuid(image_id):
-        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
+        raise BadRequest(
+            f"{name}: no image with a sidecar, and none that the journal knows", "see imagen list"
+        )
     # 1. Nothing of it is delivered any more.
     run = Run(DELIVERY_S)
     entry_path = state_path("open", f"{record.get('id')}.jsonl")
@@ -11977,7 +11988,7 @@ def options_from(pairs: Sequence[str]) -> JsonObject:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise BadRequest(f'--opt "{pair}": not KEY=VALUE')
+            raise BadRequest(f'--opt "{pair}": not KEY=VALUE', "such as --opt quality=high")
         options[key] = value
         with suppress(ValueError):
             options[key] = json.loads(value)
@@ -12368,7 +12379,7 @@ def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
             data = file.read(BATCH_BYTES + 1)
         lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
     except (OSError, UnicodeDecodeError) as problem:
-        raise BadRequest(f"{args.file}: {problem}") from None
+        raise BadRequest(f"{args.file}: {getattr(problem, 'strerror', problem)}") from None
     if len(data) > BATCH_BYTES:
         raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
     rows = [BatchRow(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -12388,11 +12399,12 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
             raise BadRequest("no JSON object")
     if reserved := fields.keys() & {"caller", "pay_again"}:
         raise BadRequest(f"{reserved.pop()} is not for rows")
-    fields = {"output": args.output or "", "backend": args.backend or "", **fields}
+    fields = {"backend": args.backend or "", **fields}
     places = [os.path.abspath(place) for place in (args.file, args.output or "")]
     text = f"{to_json([*places, fields])}{row.twin}"
-    fields.setdefault("key", hashlib.sha256(text.encode()).hexdigest())
-    return from_mapping(Order, fields, f"row {row.number}", BadRequest)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    fields = {"output": args.output or "", "key": key, **fields}
+    return from_mapping(Order, fields, "", BadRequest)
 
 
 BATCH_BYTES = 64 << 20
@@ -12465,7 +12477,9 @@ class BatchRunner(TerminalRunner):
         if failed and not isinstance(error, Interrupted):
             numbers = ", ".join(map(str, failed[:50]))
             message = f"{len(failed)} of {len(self.rows)} rows failed: {numbers}"
-            error = Partial(message, "the same command again makes what is missing")
+            error = Partial(
+                message, "once that is mended, the same command again makes what is missing"
+            )
         if error:
             self.terminal.report(error)
             return error.exit_code
@@ -12835,7 +12849,9 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
     """What is to be delivered of the image called `name`: its open entry, or one to be made."""
     record = find_image(name)
     if not record or not may_have_row(record["sidecar"]):
-        raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
+        raise BadRequest(
+            f"{name}: no image with a sidecar, and none that the journal knows", "see imagen list"
+        )
     sidecar = record["sidecar"]
     if record.get("private") or sidecar.get("private"):
         raise BadRequest(f"{name} was made with --no-cloud: it stays here")
@@ -12950,7 +12966,7 @@ def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
             sql = file.read()
     except (OSError, ValueError) as problem:
         hint = "it stands beside imagen.py, or is named by --file"
-        raise BadConfig(f"{path}: {problem}", hint) from None
+        raise BadConfig(f"{path}: {getattr(problem, 'strerror', problem)}", hint) from None
     config = load_config(args.config)
     with postgres(config.supabase.database_url_env) as database:
         # One text: a pooler may send two queries to two sessions.
@@ -13058,29 +13074,31 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     import shutil
 
     folder = full_path(SETUP_FOLDER)
-    python = os.path.join(folder, "venv", "bin", "python")
+    venv = f"{folder}/venv"
+    python = f"{venv}/bin/python"
     packages = [*PACKAGES, *(vars(args)["with"] or ())]
     with or_disk(folder, ""):
         os.makedirs(folder, exist_ok=True)
         for name in ("imagen.py", "migrations.sql"):
             source = __file__ if name == "imagen.py" else os.path.join(HERE, name)
-            target = os.path.join(folder, name)
-            if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+            target = f"{folder}/{name}"
+            if os.path.exists(source):  # it may be the target itself
                 shutil.copyfile(source, f"{target}.new")
                 os.replace(f"{target}.new", target)
     # 1. An environment of its own, unless it stands, and the packages in it.
-    venv = os.path.dirname(os.path.dirname(python))
     make = [sys.executable, "-m", "venv", "--clear", venv]
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *packages]
+    probe = "import pip"  # which an environment lacks that broke off for want of ensurepip
     if shutil.which("uv"):
         make = ["uv", "venv", "--quiet", "--clear", "--python", sys.executable, venv]
         install = ["uv", "pip", "install", "--quiet", "--upgrade", "--python", python, *packages]
-    if not succeeds([python, "-c", "import sys"]):
+        probe = "import sys"
+    if not succeeds([python, "-c", probe]):
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         require(make, f"on Debian and Ubuntu: sudo apt install {version}")
     require(install, "it needs the network; with packages of your own, `imagen install` will do")
     # 2. The command.
-    path = write_launcher(full_path("~/.local/bin"), python, os.path.join(folder, "imagen.py"))
+    path = write_launcher(full_path("~/.local/bin"), python, f"{folder}/imagen.py")
     terminal.note(f"{folder} has this copy and its packages")
     return launched(path, terminal)
 
@@ -13147,7 +13165,8 @@ def launched(path: str, terminal: Terminal) -> int:
     folder = os.path.dirname(path)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shell = os.path.basename(os.environ.get("SHELL", ""))
-        line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{shell or 'bash'}rc"
+        startup = {"bash": "bashrc", "zsh": "zshrc"}.get(shell, "profile")
+        line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{startup}"
         if shell == "fish":
             line = f"fish_add_path {folder}"
         terminal.note(f"{folder} is not on PATH yet: {line}")
@@ -13456,7 +13475,9 @@ FOLLOW = f"SELECT {JOB_JSON} FROM imagen.jobs j WHERE id = ANY(:ids::uuid[]) ORD
 def job_requests(order: Order, config: Config) -> list[JsonObject]:
     """The columns of an order's jobs, one for each image."""
     if not config.owner_user_id:
-        raise BadConfig("owner_user_id is empty", "your UUID stands in auth.users")
+        raise BadConfig(
+            "owner_user_id is empty", "a UUID of auth.users: export IMAGEN_OWNER_USER_ID=…"
+        )
     planned = plans_of(order, config)[0].request
     fields = sparse(order.request())
     request = {key: value for key, value in fields.items() if value != ""}

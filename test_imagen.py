@@ -22737,7 +22737,7 @@ def test_server_the_skill_names_every_exit_code_and_its_commands_run_as_written(
 
 def test_the_readmes_requests_to_the_server_are_answered(box: Box, readme: str) -> None:
     section = readme[
-        readme.index("## The server and its gallery") : readme.index("## Your own backend")
+        readme.index("## The server and its gallery") : readme.index("## Agents: skill and MCP")
     ]
     (curl,) = (block for block in readme_blocks(section, "sh") if block.startswith("curl "))
     with box.start("serve", "--port", "0") as server:
@@ -23597,8 +23597,8 @@ def test_commands_what_is_far_too_large_for_a_batch_or_a_key_is_told(box: Box) -
 def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
     broken = {
         '{"prompt": "a", "width": 3000000, "height": 1}': "row 2: size",
-        '{"prompt": 7}': "row 2.prompt",
-        '{"prompt": "a", "colour": 1}': "row 2.colour: unknown",
+        '{"prompt": 7}': "row 2: prompt",
+        '{"prompt": "a", "colour": 1}': "row 2: colour: unknown",
         '{"prompt": "a", "caller": "x"}': "row 2: caller",
         "{no json": "row 2: no JSON object",
         '{"prompt": "a", "backend": "nobody"}': 'row 2: backend "nobody"',
@@ -23608,7 +23608,11 @@ def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -
         assert (done.code, done.out, expected in done.err) == (2, "", True), done.err
     assert box.ledger() == []
     missing = box.run("batch", "nothing.txt")
-    assert (missing.code, "nothing.txt" in missing.err) == (2, True)
+    assert (missing.code, missing.err.count("nothing.txt")) == (2, 1)
+    # However the folder is spelled, it is the same batch.
+    (box.root / "rows.txt").write_text("a fox\n")
+    spelled = [box.run("batch", "rows.txt", "-b", "mock", "-o", name) for name in ("all/", "./all")]
+    assert spelled[0].json["images"][0]["path"] == spelled[1].json["images"][0]["path"]
     made = box.run("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
     assert [json.loads(line)["images"][0]["prompt"] for line in made.lines] == ["a fox", "a hare"]
 
@@ -24168,7 +24172,11 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     for name in ("imagen.py", "migrations.sql"):
         shutil.copy(HERE.parent / name, copy)
     program = (str(copy / "imagen.py"),)
+    # An environment without pip is there: so Debian leaves one, for want of python3-venv.
+    broken = box.root / ".local/share/imagen/venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", broken], check=True)
     done = box.run("setup", program=program)
+    assert "No module named pip" not in done.err
     if done.code == 11 and "network" in done.err:
         missing("no package index can be reached")
     assert done.code == 0, done.err
@@ -24193,6 +24201,21 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     assert not Path(launcher).exists()
     assert Path(made.stdout.strip()).exists()
     assert (box.state / "ledger.jsonl").exists()
+
+
+def test_commands_an_older_python_is_named_in_place_of_a_traceback() -> None:
+    ast.parse(HERE.read_text(), feature_version=(3, 9))  # it gets as far as that line
+    code = f"import runpy, sys; sys.hexversion = 0x030A0D00; runpy.run_path({str(HERE)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 2)
+    assert sys.executable in done.stderr
+    assert "3.11 or newer" in done.stderr
+
+
+def test_commands_install_names_the_line_that_this_shell_reads(box: Box) -> None:
+    lines = {"/bin/bash": "~/.bashrc", "/usr/bin/zsh": "~/.zshrc", "/bin/sh": "~/.profile"}
+    for shell, file in {**lines, "/usr/bin/fish": "fish_add_path ", "": "~/.profile"}.items():
+        assert file in box.run("install", env={"SHELL": shell}).err, shell
 
 
 def test_commands_a_package_that_is_missing_is_named_for_this_python(box: Box) -> None:
@@ -24854,19 +24877,24 @@ def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
     for name in ("fox.png", "cat.jpg", "dog.jpg"):
         shutil.copy(made, box.root / name)
     (box.root / "scarf.png").write_bytes(inputs_mask(64))
-    commands = [*readme_commands(readme)]
+    # Those in blocks are run by another test.
+    text = re.sub(r"^```.*?^```$", "", readme, flags=re.MULTILINE | re.DOTALL)
+    commands = [*map(list, dict.fromkeys(map(tuple, readme_commands(text))))]
+    help_of = functools.cache(lambda *command: box.run(*command, "--help"))
     known = re.findall(r"^  (\w+) +\S", box.run("--help").out, re.MULTILINE)
     assert len(commands) >= 10
     for words in commands:
         name, *rest = next((words[i:] for i, word in enumerate(words) if word in known), ["help"])
-        if name == "generate":
+        if words[:1] == ["help"]:
+            rest = [*rest, "--help"]
+        if name == "generate" and "--help" not in rest:
             args = [made if rest[i - 1] == "--like" else word for i, word in enumerate(rest)]
             env = {"OPENAI_API_KEY": "Key-of-the-test-1"}
             done = box.run("generate", "--dry-run", *args, input="a fox", env=env)
             assert done.code == 0, f"{words}: {done.err}"
         elif name != "help":
             action = [word for word in rest[:1] if name in ("config", "jobs")]
-            helped = box.run(name, *action, "--help")
+            helped = help_of(name, *action)
             assert helped.code == 0
             flags = {word.partition("=")[0] for word in rest if word.startswith("-")}
             assert flags <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped.out)), words
@@ -24878,7 +24906,230 @@ def test_every_command_in_the_readme_exists(box: Box, readme: str) -> None:
                 ["help"],
                 ["--version"],
                 ["--version", "--json"],
+                ["-V"],
             ), words
+
+
+def test_the_readme_can_be_read_in_a_terminal(readme: str) -> None:
+    """No line above 120 columns, no paragraph above five lines, no link that leads nowhere."""
+    assert [line for line in readme.splitlines() if len(line) > 120] == []
+    text = re.sub(r"^```.*?^```$", "", readme, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^(#.*|\|.*)$", "", text, flags=re.MULTILINE)
+    parts = re.split(r"\n\s*\n|\n(?=- )", prose)
+    assert [part for part in parts if len(part.strip().splitlines()) > 5] == []
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors
+    # The contents name every chapter but themselves, in order.
+    contents = re.findall(
+        r"\]\(#([^)]*)\)", text[text.index("## Contents") : text.index("## Get it")]
+    )
+    chapters = [head for head in re.findall(r"^## (.*)$", text, re.MULTILINE) if head != "Contents"]
+    assert contents == [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in chapters]
+
+
+def test_the_readmes_settings_are_taken_as_they_stand(here: Box, readme: str) -> None:
+    blocks = [text for text in readme_blocks(readme, "yaml") if "type: simple" not in text]
+    assert len(blocks) >= 5
+    keys = here.root / ".config/imagen.env"
+    keys.parent.mkdir()
+    for text in blocks:
+        (here.root / "imagen.yaml").write_text(text)
+        if "env_file" in text:
+            with pytest.raises(imagen.BadConfig) as caught:
+                imagen.load_config(str(here.root / "imagen.yaml"))
+            assert str(caught.value).count(str(keys)) == 1
+            subprocess.run(["sh", "-c", caught.value.hint], check=True)
+        config = imagen.load_config(str(here.root / "imagen.yaml"))
+        for name, block in config.backends.items():
+            assert block["type"] in imagen.BACKENDS, name
+            imagen.options_of(name, config.backends)
+
+
+def test_the_readmes_pictures_are_small_and_say_in_words_what_they_show(readme: str) -> None:
+    pictures = dict(re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", readme))
+    assert sorted(pictures.values()) == [".ci/gallery.png", ".ci/terminal.png"]
+    assert all(len(alt) > 100 for alt in pictures)
+    files = [HERE.parent / path for path in pictures.values()]
+    if not all(path.exists() for path in files):
+        missing("README stands here without its pictures")
+    assert sum(path.stat().st_size for path in files) <= 200_000
+    for path in files:
+        assert imagen.sniff(io.BytesIO(path.read_bytes())).complete
+
+
+def readme_shot(browser: Chromium, url: str, width: int, height: int, ready: str) -> bytes:
+    """A picture of a page, once an expression holds in it."""
+    whose = browser("Target.createBrowserContext")
+    target = browser("Target.createTarget", url=url, **whose)["targetId"]
+    session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser("Emulation.setDeviceMetricsOverride", session, **size)
+    browser("Emulation.setScrollbarsHidden", session, hidden=True)
+    question = {"expression": ready, "returnByValue": True}
+    eventually(
+        lambda: browser("Runtime.evaluate", session, **question)["result"].get("value") is True
+    )
+    data = browser("Page.captureScreenshot", session, format="png")["data"]
+    browser("Target.disposeBrowserContext", **whose)
+    return base64.b64decode(data)
+
+
+README_SCREEN = """<!doctype html><meta charset="utf-8"><title>terminal</title>
+<style>body { margin: 0; padding: 14px 18px; background: #1d1f21; color: #d8dad7 }
+pre { margin: 0; font: 13px/1.45 "DejaVu Sans Mono", monospace; white-space: pre-wrap }
+b { color: #8fc7ff; font-weight: normal } i { color: #9aa09a; font-style: normal }</style><pre>"""
+
+
+@in_chromium
+@pytest.mark.pictures
+def test_the_readmes_pictures_are_made_anew(box: Box, chromium: Chromium) -> None:
+    """Leaves .ci/gallery.png and .ci/terminal.png."""
+    pillow = pytest.importorskip("PIL.Image")
+    # 1. The terminal: what is typed in blue, stdout in white, stderr in grey.
+    box.environ |= {"NO_COLOR": "1", "COLUMNS": "96"}
+    del box.environ["IMAGEN_OUTPUT_DIR"]
+    screen = README_SCREEN
+    for line in (
+        'generate "a lighthouse at dusk" --style poster -n 2 -b mock --seed 7',
+        'generate "the same, in winter" -i last -b mock --size 1024x768 --seed 9',
+        "list -n 2",
+        "cost",
+    ):
+        done = box.run(*shlex.split(line), timeout=60)
+        assert done.code == 0, done.err
+        texts = [text.replace(str(box.root), "/home/ada") for text in (line, done.out, done.err)]
+        marks = str.maketrans({"&": "&amp;", "<": "&lt;"})
+        command, out, err = (text.translate(marks) for text in texts)
+        screen = f"{screen}$ <b>imagen {command}</b>\n{out}<i>{err}</i>"
+    page = box.root / "screen.html"
+    page.write_text(screen)
+    loaded = "document.readyState === 'complete' && document.querySelector('pre') !== null"
+    terminal = readme_shot(chromium, page.as_uri(), 960, 400, loaded)
+    # 2. The gallery, with images of several sizes.
+    for prompt, *flags in (
+        ("a harbour at night", "--size", "1024x640"),
+        ("a paper boat", "--size", "768x1024"),
+        ("a fox in the snow", "-s", "ink"),
+        ("a hill in spring", "--size", "1344x768"),
+        ("a cat in a fishbowl", "-s", "watercolor"),
+    ):
+        made = box.run("generate", prompt, "-b", "mock", "--seed", "5", *flags)
+        assert made.code == 0, made.err
+    with Serving(box) as server:
+        fold = "document.querySelectorAll('details').forEach(part => { part.open = false })"
+        seen = "document.images.length >= 8 && [...document.images].every(img => img.complete)"
+        gallery = readme_shot(chromium, server.base, 1100, 640, f"{fold}, {seen}")
+    with pillow.open(io.BytesIO(terminal)) as picture:  # a palette does, a quarter as large
+        small = picture.convert("RGB").quantize(32)
+    small.save(HERE.parent / ".ci/terminal.png", optimize=True)
+    with pillow.open(io.BytesIO(gallery)) as picture:
+        picture.convert("RGB").save(HERE.parent / ".ci/gallery.png", optimize=True)
+
+
+# What README tells a person to start, and no test can, with the reason. Everything else is run.
+README_NOT_RUN = {
+    "systemctl": "it takes a systemd of the user's own; the unit is verified in section Worker",
+    "loginctl": "likewise",
+    "bash": "`.ci/run` is what runs this test",
+    "claude": "Claude Code is not here; what the line starts is tested in section MCP",
+    "curl": "the server's port may be another's here; the server's section plays the request",
+    "python3 imagen.py setup": "it takes a package index; section Commands plays it",
+    "imagen serve": "it ends by a signal alone; section Server plays it",
+}
+
+# In front of the real one: every command line is noted, paid or absent backends are asked for with
+# --dry-run, and the id of README's `wait` is that of the image that was made in the background.
+README_IMAGEN = """
+import contextlib, io, json, os, sys
+import imagen
+
+args = sys.argv[1:]
+with open(os.environ["README_LOG"], "a") as log:
+    print(json.dumps(args), file=log)
+idents = os.environ["README_LOG"] + ".ids"
+os.environ |= {"OPENAI_API_KEY": "", "REPLICATE_API_TOKEN": ""}
+if args[0] == "serve":
+    sys.exit(0)
+if args[0] == "wait":
+    args[1] = open(idents).read().strip()
+if args[0] == "generate" and any(word.startswith(("gpt-", "flux-")) for word in args):
+    args.insert(1, "--dry-run")
+    os.environ["OPENAI_API_KEY"] = "Key-of-the-test-1"
+with open(idents, "w") if "--detach" in args else contextlib.nullcontext(sys.stdout) as sys.stdout:
+    code = imagen.main(args)
+if args[:2] == ["recover", "--forget"] and code == 2:  # nothing is unfinished here
+    code = 0
+sys.exit(code)
+"""
+
+
+def test_every_command_of_the_readme_is_run_in_an_empty_home(
+    box: Box, cloud: Cloud, readme: str
+) -> None:
+    cloud.join(box)
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "IMAGEN_OUTPUT_DIR"):
+        del box.environ[name]
+    bin_folder = box.root / ".local/bin"
+    log = box.root / "log"
+    box.environ |= {
+        "IMAGEN_BACKEND": "mock",
+        "README_LOG": str(log),
+        "PATH": f"{bin_folder}:{box.environ['PATH']}",
+    }
+    # 1. What a person has: the files, images to edit, keys, a database with a user and a job.
+    bin_folder.mkdir(parents=True)
+    for name in ("imagen.py", "migrations.sql", "imagen-worker.service"):
+        shutil.copy(HERE.parent / name, box.root)
+    script = box.root / "imagen-of-the-test.py"
+    script.write_text(README_IMAGEN)
+    preview_script(bin_folder / "imagen", f'exec {sys.executable} -P {script} "$@"')
+    for name in README_NOT_RUN:
+        if " " not in name:
+            preview_script(bin_folder / name, "exit 0")
+    python = f'case "$*" in "imagen.py setup"*) exit 0 ;; esac; exec {sys.executable} "$@"'
+    preview_script(bin_folder / "python3", python)
+    for name in ("cat.jpg", "dog.jpg"):
+        (box.root / name).write_bytes(png(64, 64))
+    (box.root / "scarf.png").write_bytes(inputs_mask(1024))
+    secrets = {
+        key: value for key, value in box.environ.items() if key.startswith(("SUPA", "IMAGEN_"))
+    }
+    (box.root / ".config").mkdir()
+    lines = "".join(f"{key}='{value}'\n" for key, value in secrets.items())
+    (box.root / ".config/imagen-worker.env").write_text(lines)
+    cloud.database.sql(
+        "insert into imagen.jobs (id, owner_user_id, prompt, run_after)"
+        " values ('7d444840-9dc0-11d1-b245-5ffdce74fad2', $1::uuid, 'a fox', now() + interval '1 hour')",
+        cloud.anna,
+    )
+    # 2. README, block by block.
+    with JobsWorker(box):
+        for block in readme_blocks(readme, "sh", ""):
+            text = re.sub(
+                r"^export (SUPABASE|IMAGEN_(DATABASE|OWNER)).*$", "", block, flags=re.MULTILINE
+            )
+            text = text.replace("/2026-11-20-a-fox-7.png", "/*-a-fox-7.png")
+            done = subprocess.run(
+                ["sh", "-e", "-c", text], cwd=box.root, env=box.environ, stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        for program in readme_blocks(readme[readme.index("## From scripts") :], "python")[:1]:
+            done = subprocess.run(
+                [sys.executable, "-c", program], cwd=box.root, env=box.environ,
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert len(done.stdout.splitlines()) == 2, done.stderr
+    # 3. Nothing was left out but what README_NOT_RUN names.
+    called = [set(json.loads(line)) for line in log.read_text().splitlines()]
+    for block in readme_blocks(re.sub(r"^python3.*$", "", readme, flags=re.MULTILINE), "sh"):
+        for words in readme_commands(f"```sh\n{block}```"):
+            plain = {word for word in words if not re.search("[~$]|^ID$|0e4c0b1c-", word)}
+            assert any(plain <= call for call in called), words
+    skill = box.root / ".claude/skills/imagine/SKILL.md"
+    assert skill.read_text().startswith("---\nname: imagine")
+    assert (box.root / ".config/systemd/user/imagen-worker.service").exists()
 
 
 @pytest.mark.parametrize("linked", [False, True])
