@@ -547,10 +547,26 @@ def to_jsonb(value: Any) -> str:
 def parsed(text: bytes) -> JsonObject:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
+        return mapping_of(json.loads(text))
     return {}
+
+
+def mapping_of(value: Any) -> JsonObject:
+    """A JSON value where it is a mapping; {} in place of any other."""
+    if isinstance(value, dict):
+        return value
+    return {}
+
+
+def sha256_of(data: Any) -> str:
+    """The hash of a text, of bytes, or of what is left of a file, in hex."""
+    import hashlib
+
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def merge_line(record: Any, line: Fields) -> None:
@@ -2185,11 +2201,13 @@ class Http:
         """The 2xx response to a form with files that may be sent twice without harm."""
         return self._repeated(lambda: self._exchange(self.base + path, form))
 
-    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
+    def send(self, method: str, path: str, data: BinaryIO | Fields, **headers: str) -> HttpResponse:
         """The 2xx response to a request that may be made twice without harm.
 
-        `data` is streamed, and its size announced.
+        `data` is a file, which is streamed and its size announced, or a mapping, sent as JSON.
         """
+        if isinstance(data, Mapping):
+            data = io.BytesIO(to_jsonb(data).encode())
         dashed = {name.replace("_", "-"): value for name, value in headers.items()}
         dashed["Content-Length"] = str(data.seek(0, os.SEEK_END))
 
@@ -4406,9 +4424,7 @@ class OpenAI(Backend):
         # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
         document, image = openai_answer(body, ctx)
         item = (openai_data(document) or [{}])[0]
-        usage = document.get("usage")
-        if not isinstance(usage, dict):
-            usage = {}
+        usage = mapping_of(document.get("usage"))
         link = item.get("url")
         cost = reported = openai_reported(usage, headers)
         if image or link or usage.get("output_tokens") or reported:
@@ -4571,9 +4587,10 @@ def openai_check_size(model: str, width: int, height: int) -> None:
 
 def openai_data(document: Any) -> list[Fields]:
     """The entries of `data`, which the schema lets be absent."""
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+    items = mapping_of(document).get("data")
+    if not isinstance(items, list):
         return []
-    return [item for item in document["data"] if isinstance(item, dict)]
+    return [item for item in items if isinstance(item, dict)]
 
 
 def openai_answer(
@@ -4598,8 +4615,7 @@ def openai_answer(
         document = json.loads(text)
     if isinstance(document, list):
         document = {"data": document}
-    if not isinstance(document, dict):
-        document = {}
+    document = mapping_of(document)
     if end:
         spool.seek(0)
         return document, spool
@@ -5804,8 +5820,6 @@ def find_image(name: str) -> Record | None:
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
-        import hashlib
-
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
@@ -5817,7 +5831,7 @@ def find_image(name: str) -> Record | None:
         if not sidecar:
             # The same bytes are the same image, wherever they have been moved to.
             if data := read_bytes(path):
-                digest = hashlib.sha256(data).hexdigest()
+                digest = sha256_of(data)
             needle = digest or to_json(path)[1:-1]
     for record in attempts(needle=needle):
         if "path" not in record:
@@ -5870,8 +5884,6 @@ def input_of(source: str | Input, ctx: Context) -> Input:
     What is a copy already, as for a fallback, is taken as it is.
     BadRequest where it is no whole image of a size and format that anybody takes.
     """
-    import hashlib
-
     if isinstance(source, Input):
         return source
     place = source
@@ -5886,11 +5898,10 @@ def input_of(source: str | Input, ctx: Context) -> Input:
     name = os.path.basename(place.partition("?")[0]) or "image"
     if source.startswith(("data:", f"{folder}/.")):  # the name of a part of a form would be ours
         name = "data"
-    hidden = os.path.join(folder, f".{new_uuid()}")
-    with or_disk(folder, "copies of inputs live there"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        spool = Spool(hidden, hidden)
-    try:
+    with hidden_inputs() as hidden:
+        path = hidden()
+        with or_disk(folder, "copies of inputs live there"):
+            spool = Spool(path, path)
         with spool:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
@@ -5899,13 +5910,11 @@ def input_of(source: str | Input, ctx: Context) -> Input:
             if sniffed.format == "jpg":
                 orientation = exif_orientation(spool)
             spool.seek(0)
-            digest = hashlib.file_digest(spool, "sha256").hexdigest()
-        path = os.path.join(folder, digest)
-        os.replace(hidden, path)
-    finally:
-        unlink_quietly(hidden)
+            digest = sha256_of(spool)
+        copy = os.path.join(folder, digest)
+        os.replace(path, copy)
     return Input(
-        path=path,
+        path=copy,
         name=name,
         sha256=digest,
         width=sniffed.width,
@@ -6003,14 +6012,12 @@ def input_in(fields: Fields) -> Input:
 
 def input_again(fields: Fields, folder: str) -> str:
     """Where an input that a sidecar names is now: its copy, another image, or beside this one."""
-    import hashlib
-
     digest = str(fields["sha256"])
     places = [state_path("inputs", digest)]
     places += [record["path"] for record in attempts(needle=digest) if "path" in record]
     places.append(os.path.join(folder, str(fields["name"])))
     for place in places:
-        if hashlib.sha256(read_bytes(place)).hexdigest() == digest:
+        if sha256_of(read_bytes(place)) == digest:
             return place
     raise BadRequest(f"{fields['name']}: this input is not here any more", "name it with --image")
 
@@ -6058,14 +6065,10 @@ class Supabase:
         if not key.startswith("sb_"):  # the opaque keys are no JWT, so no Bearer token either
             self.keys["Authorization"] = f"Bearer {key}"
         self.ctx = ctx
-        self.prompt = prompt
+        self.explain = functools.partial(supabase_error, prompt=prompt)
         self.base = checked_url(url, name=config.url_env)
         self.bucket = config.bucket
         self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
-
-    def explain(self, response: HttpResponse) -> ImagenError:
-        """`supabase_error`, which does not know the prompt."""
-        return supabase_error(response, self.prompt)
 
     def tables(self, schema: str) -> Http:
         """PostgREST, looking at one schema."""
@@ -6150,15 +6153,15 @@ class Supabase:
         for row in rows:
             with suppress(BadRequest):  # nothing can have such a name
                 self.delete_object(row["storage_path"])
-            done = io.BytesIO(b'{"object_deleted_at": "now"}')
+            done = {"object_deleted_at": "now"}
             deletions.send("PATCH", f"/deletions?image_id=eq.{row['image_id']}", done)
 
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
 
-        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
-        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
+        place = f"/object/sign/{self.object_url(path)}"
+        response = self.storage.send("POST", place, {"expiresIn": seconds})
         signed = str(response.mapping().get("signedURL"))
         place, _, query = signed.rpartition("?")
         if not place:
@@ -6174,9 +6177,8 @@ class Supabase:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
         # So nobody's later edits are touched.
         prefer = "return=representation,resolution=ignore-duplicates"
-        body = io.BytesIO(to_jsonb(row).encode())
-        query = "on_conflict=id&select=id,storage_path"
-        response = self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer)
+        place = "/images?on_conflict=id&select=id,storage_path"
+        response = self.tables("imagen").send("POST", place, row, Prefer=prefer)
         if rows := postgrest_rows(response):
             return str(rows[0]["storage_path"])
         return self.storage_path_of(row["id"]) or str(row["storage_path"])
@@ -6190,14 +6192,11 @@ class Supabase:
         row = dict(row)
         prefer = "return=minimal,resolution=merge-duplicates"
         while True:
-            query = "?on_conflict=id"
+            place = "/imagen_usage?on_conflict=id"
             if "id" not in row:
-                query = ""
-            body = io.BytesIO(to_jsonb(row).encode())
+                place = "/imagen_usage"
             try:
-                response = self.tables("mai").send(
-                    "POST", f"/imagen_usage{query}", body, Prefer=prefer
-                )
+                response = self.tables("mai").send("POST", place, row, Prefer=prefer)
             except (BadRequest, Failed) as problem:
                 column = column_to_leave_out(str(problem))
                 if column not in row:
@@ -6234,9 +6233,7 @@ def supabase_error(response: HttpResponse, prompt: str = "") -> ImagenError:
     Storage has its true status in the body. Only code and message are told: the details of
     PostgREST hold the whole row, and the prompt with it.
     """
-    body = response.json()
-    if not isinstance(body, dict):
-        body = {}
+    body = mapping_of(response.json())
     status = response.status
     true_status = str(body.get("statusCode"))
     if re.fullmatch(r"[1-5]\d\d", true_status):
@@ -6294,7 +6291,7 @@ def image_row(record: Record) -> JsonObject:
         "id": sidecar["image_id"],
         "owner_user_id": record["owner"],
         **{name: sidecar.get(name) for name in columns},
-        "prompt_hash": prompt_hash(record["sidecar"]["prompt"]),
+        "prompt_hash": sha256_of(record["sidecar"]["prompt"]),
         "sidecar": sidecar,
         **tags,
     }
@@ -6313,17 +6310,10 @@ def usage_row(record: Record) -> JsonObject:
         "owner_user_id": record.get("owner") or None,
         "image_id": image_id,
         **{name: sidecar.get(name) for name in columns},
-        "prompt_hash": prompt_hash(sidecar.get("prompt") or ""),
+        "prompt_hash": sha256_of(sidecar.get("prompt") or ""),
         "charged": record.get("charged"),
         "host": record.get("host"),
     }
-
-
-def prompt_hash(prompt: str) -> str:
-    """sha256 of a prompt as it was written, in UTF-8, hex."""
-    import hashlib
-
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # === Pipeline: plans_of, make, finish, deliver; and recover, which is the same steps again ===
@@ -6353,15 +6343,13 @@ class Plan(NamedTuple):
 
 def order_hash(order: Order, sidecar: Sidecar) -> str:
     """The hash of what a door asked for; how many, where to and how private do not count."""
-    import hashlib
-
     fields = order._asdict()
     for name in ("n", "key", "caller", "pay_again", "output", "cloud", "strict"):
         del fields[name]
     fields["backend_opts"] = dict(order.backend_opts)
     fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
     fields["mask"] = sidecar.get("mask", {}).get("sha256")
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(fields, sort_keys=True))
 
 
 def plans_of(order: Order, config: Config) -> list[Plan]:
@@ -7162,15 +7150,13 @@ def object_path(storage: str, entry_id: str, ending: str) -> str:
 
 def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     """The true ending of the image at `path`, and its whole sidecar."""
-    import hashlib
-
     record = run.entry.record
     known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
         deviations = deviations_of(known, sniffed, file)
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256")
+        digest = sha256_of(file)
     seed = known["seed"]
     if run.paid and "ignored" not in known:  # the result was lost, and which seed was used with it
         seed = None
@@ -7187,7 +7173,7 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
-        "sha256": digest.hexdigest(),
+        "sha256": digest,
         "charged": run.charged,
         "storage_path": storage_path,
         "imagen_version": __version__,
@@ -7277,8 +7263,6 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
 
 def upload_object(run: Run, cloud: Supabase) -> None:
     """Upload the image, to a path that holds this entry's id and is nobody else's."""
-    import hashlib
-
     record = run.entry.record
     sidecar = record["sidecar"]
     image = record["path"]
@@ -7296,7 +7280,7 @@ def upload_object(run: Run, cloud: Supabase) -> None:
         path = object_path(record["storage"], run.id, ending[1:])
     with open(image, "rb") as file:
         if run.began_elsewhere:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(file)
             if sidecar.get("sha256") not in (None, digest):
                 raise BadRequest(f"{image} was changed since it was made")
         cloud.upload(path, file, sidecar["mime_type"], run.image_id)
@@ -9029,8 +9013,6 @@ def take_slot(name: str) -> tuple[str, int]:
     After a taken name, the next number. Who gets it knows that whoever had it before is
     dead: the kernel says so.
     """
-    import hashlib
-
     for number in range(1, 1000):
         file = f"worker-{name}-{number}.lock"
         if number == 1:
@@ -9042,7 +9024,7 @@ def take_slot(name: str) -> tuple[str, int]:
             boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
             slot = f"{boot}:{place.st_dev}:{place.st_ino}"
             # Job rows hold it, and their owners read those.
-            return hashlib.sha256(slot.encode()).hexdigest(), lock
+            return sha256_of(slot), lock
     raise Busy(f"a thousand workers are called {name}")
 
 
@@ -9513,7 +9495,7 @@ class Server:
         """OpenAI's JSON form of an edit, with its images as an Order names them."""
 
         def source(link: Any) -> str:
-            fields = link if isinstance(link, dict) else {}
+            fields = mapping_of(link)
             if is_uuid(ident := str(fields.get("file_id"))):
                 record = record_of_image(ident)
                 if record.get("owner", "") in ("", self.config.owner_user_id):
@@ -9536,8 +9518,6 @@ class Server:
         self, response: ResponseWriter, body: JsonObject, kind: str = "image_generation"
     ) -> Call:
         """The call that makes the images of a body: a new one, or the one that it repeats."""
-        import hashlib
-
         request = response.request
         if not body:
             raise HttpError(400, "the body is no JSON object")
@@ -9549,13 +9529,13 @@ class Server:
         asker = request.headers.get("authorization", "")
         keyed = {}
         if key := request.headers.get("idempotency-key"):
-            keyed = {"key": key, "caller": hashlib.sha256(asker.encode()).hexdigest()}
+            keyed = {"key": key, "caller": sha256_of(asker)}
         plans, ignored = self._plans(body, keyed)
         # Inputs count by their bytes, wherever they came from.
         inputs = plans[0].record["sidecar"]
         body |= {"images": inputs.get("inputs"), "mask": inputs.get("mask"), "kind": kind}
         body["key"] = key
-        key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+        key = sha256_of(f"{asker}{json.dumps(body, sort_keys=True)}")
         with self._lock:
             call = self._same_call(key, request)
             if not call:
@@ -10194,10 +10174,8 @@ def usage_of(records: Iterable[Record]) -> JsonObject:
     """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
     total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     for record in records:
-        usage = (record["sidecar"].get("metadata") or {}).get("usage")
         # Compatible servers put all kinds of things in its place.
-        if not isinstance(usage, dict):
-            continue
+        usage = mapping_of((record["sidecar"].get("metadata") or {}).get("usage"))
         for key in total:
             if isinstance(usage.get(key), int):
                 total[key] += usage[key]
@@ -10675,9 +10653,7 @@ class Mcp:
             if len(raw) > MCP_LINE_BYTES:
                 reason = "the line is too long"
             self.tell(message, id=None, error={"code": -32700, "message": reason})
-        params = message.get("params")
-        if not isinstance(params, dict):
-            params = {}
+        params = mapping_of(message.get("params"))
         method = message.get("method", "")
         if method == "notifications/cancelled":
             self.cancel(params.get("requestId"))
@@ -10719,8 +10695,7 @@ class Mcp:
 
     def result(self, message: Fields, params: Fields) -> JsonObject:
         """The result of a request."""
-        meta = params.get("_meta")
-        version = meta.get(f"{MCP_META}protocolVersion") if isinstance(meta, dict) else None
+        version = mapping_of(params.get("_meta")).get(f"{MCP_META}protocolVersion")
         if version not in (None, *MCP_VERSIONS):
             data = {"supported": [*MCP_VERSIONS], "requested": version}
             raise McpError(-32022, f"unknown protocol version {version}", data=data)
@@ -10853,8 +10828,7 @@ class Mcp:
 
     def follow(self, runner: Runner, message: Fields, params: Fields) -> None:
         """Wait for a runner; tell the client how far it is, where it wants to know."""
-        meta = params.get("_meta")
-        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        token = mapping_of(params.get("_meta")).get("progressToken")
         runner.spent = self.spent
         with self._lock:
             self.calls[runner] = to_json(message["id"])
@@ -11342,7 +11316,7 @@ def order_from(
     if args.aspect:
         fields.update(width=0, height=0)
     if args.prompt == "-":
-        args.prompt = prompt_from_stdin()
+        args.prompt = text_of("-").rstrip("\r\n")
     if args.size is not None:
         if args.width is not None or args.height is not None:
             raise BadRequest("--size says width and height: leave out --width and --height")
@@ -11380,14 +11354,25 @@ def options_from(pairs: Sequence[str]) -> JsonObject:
     return options
 
 
-def prompt_from_stdin() -> str:
-    """The text on stdin, without BOM and line end; BadRequest where it is no UTF-8."""
+TEXT_BYTES = 64 << 20
+
+
+def text_of(name: str) -> str:
+    """The text in a file, or on stdin where it is called `-`, without BOM."""
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        source: Any = nullcontext(sys.stdin.buffer)
+        if name != "-":
+            source = open(full_path(name), "rb")
+        with source as file:
+            data = file.read(TEXT_BYTES + 1)
+        if len(data) > TEXT_BYTES:
+            raise BadRequest(f"{name}: more than {TEXT_BYTES >> 20} MB", "split it")
+        return str(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        message = f"the prompt on stdin is no text in UTF-8: byte {problem.start + 1}"
+        message = f"{name}: no text in UTF-8: byte {problem.start + 1}"
         raise BadRequest(message, "convert it, for example with iconv") from None
-    return text.rstrip("\r\n")
+    except OSError as problem:
+        raise BadRequest(f"{name}: {problem.strerror}") from None
 
 
 def stdin_uri() -> str:
@@ -11508,11 +11493,15 @@ class TerminalRunner(Runner):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)  # for good: what follows is short
         self.start()
-        pending_told = False
+        pending: list[Run] = []
         while self.busy and not (self.stopped and time.monotonic() > self.leave_at()):
             with self.changed:
                 self.changed.wait(0.1)
-            pending_told = pending_told or (bool(self.stopped) and self.tell_pending())
+            # Once; and not in the handler of the signal, which may have come in another line.
+            if not pending and (pending := self.pending):
+                backend = pending[0].entry.record["sidecar"]["backend"]
+                text = "cannot be stopped any more: waiting for the image; again to leave"
+                self.terminal.say(f"{backend} {text}")
             self.draw()
         missing = self.count - len(self.records)
         if self.stopped and (self.active or self.waiting or missing):
@@ -11535,22 +11524,14 @@ class TerminalRunner(Runner):
             self.patience = self.config.worker.grace_s
         self.stop(self.why)
 
-    def tell_pending(self) -> bool:
-        """Say once that a paid POST is waited for; whether that was said.
-
-        Not in the handler of the signal, which may have come in the middle of another line.
-        """
-        for run in [*self.active]:
-            if run.stop_pending:
-                backend = run.entry.record["sidecar"]["backend"]
-                text = "cannot be stopped any more: waiting for the image; again to leave"
-                self.terminal.say(f"{backend} {text}")
-                return True
-        return False
+    @property
+    def pending(self) -> list[Run]:
+        """The runs whose paid POST a stop waits for."""
+        return [run for run in [*self.active] if run.stop_pending]
 
     def leave_at(self) -> float:
         """When a stop has waited long enough: for a paid POST longer than for anything else."""
-        if any(run.stop_pending for run in [*self.active]):
+        if self.pending:
             return self.stopped_at + self.patience
         return self.stopped_at + 5
 
@@ -11559,15 +11540,13 @@ class TerminalRunner(Runner):
         count = ""
         if self.count > 1:
             count = f"{len(self.records)} of {self.count}"
-        for run, progress in [*self.active.items()][-1:] or self.uploading():
+        shown = [*self.active.items()]
+        if not shown:  # those that wait for the cloud
+            waiting = [run for run, record in self._undelivered if record and record.get("storage")]
+            shown = [(run, Progress("uploading")) for run in waiting]
+        for run, progress in shown[-1:]:
             elapsed = time.monotonic() - run.started
             self.terminal.progress(progress, elapsed, self.usual, count)
-
-    def uploading(self) -> Iterator[tuple[Run, Progress]]:
-        """The runs that wait for the cloud."""
-        for run, record in [*self._undelivered]:
-            if record and record.get("storage"):
-                yield run, Progress("uploading")
 
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
@@ -11601,12 +11580,12 @@ class TerminalRunner(Runner):
 
     def on_image(self, record: Record) -> None:
         """An image is safe: its path is the result, before anything is uploaded."""
-        image = {**record["sidecar"], "path": record["path"], "cloud": None}
-        self.images[record["sidecar"]["image_id"]] = image
+        sidecar = record["sidecar"]
+        image = {**sidecar, "path": record["path"], "cloud": None}
+        self.images[sidecar["image_id"]] = image
         if record.get("reused"):
             image["reused"] = True
-            self.terminal.note(f"made at {image.get('timestamp')} for this key")
-        sidecar = record["sidecar"]
+            self.terminal.note(f"made at {sidecar.get('timestamp')} for this key")
         seconds = (sidecar.get("latency_ms") or 0) / 1000
         closing = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
         if sidecar.get("seed") is not None:
@@ -11756,17 +11735,7 @@ class BatchRow:
 
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
     """The rows of a batch."""
-    try:
-        source: Any = nullcontext(sys.stdin.buffer)
-        if args.file != "-":
-            source = open(full_path(args.file), "rb")
-        with source as file:
-            data = file.read(BATCH_BYTES + 1)
-        lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadRequest(f"{args.file}: {problem}") from None
-    if len(data) > BATCH_BYTES:
-        raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
+    lines = text_of(args.file).split("\n")  # other ends of lines may stand in a prompt
     rows = [BatchRow(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise BadRequest(f"{args.file}: no rows")
@@ -11775,8 +11744,6 @@ def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
 
 def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
     """The order of a row; without a key it gets one by file, folder, words and number."""
-    import hashlib
-
     fields: JsonObject = {"prompt": row.line}
     if row.line.startswith("{"):
         fields = parsed(row.line.encode())
@@ -11787,11 +11754,10 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
     fields = {"output": args.output or "", "backend": args.backend or "", **fields}
     places = [os.path.abspath(place) for place in (args.file, args.output or "")]
     text = f"{to_json([*places, fields])}{row.twin}"
-    fields.setdefault("key", hashlib.sha256(text.encode()).hexdigest())
+    fields.setdefault("key", sha256_of(text))
     return from_mapping(Order, fields, f"row {row.number}", BadRequest)
 
 
-BATCH_BYTES = 64 << 20
 BEGAN = time.monotonic()
 MADE = Record()
 
@@ -12079,12 +12045,16 @@ def cmd_config_show(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     prefix = args.forget or args.id or ""
     if not prefix and not args.all:
-        return list_unfinished(terminal)
+        left = unfinished()
+        help_ = "nothing is unfinished"
+        if left:
+            help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
+        terminal.note(help_)
+        return list_entries("unfinished", left, terminal, journal_fault())
     paths = [row.path for row in entries() if os.path.basename(row.path).startswith(prefix)]
-    if prefix and not paths:
-        raise BadRequest(f"{prefix}: no unfinished image", "imagen recover")
-    if prefix and len(paths) > 1:
-        raise BadRequest(f"{prefix}: several unfinished images begin so", "imagen recover")
+    if prefix and len(paths) != 1:
+        message = f"{prefix}: {len(paths) or 'no'} unfinished images begin so"
+        raise BadRequest(message, "imagen recover")
     sweep_journal()
     config = load_config(args.config)
     taken = [entry for entry in map(Entry.take, paths) if entry]
@@ -12105,28 +12075,28 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     return code
 
 
-def list_unfinished(terminal: Terminal) -> int:
-    """What `imagen recover` says without an id."""
+def list_entries(
+    title: str, opened: Sequence[OpenEntry], terminal: Terminal, error: ImagenError | None = None
+) -> int:
+    """List entries, in JSON under `title`, each with what it lacks in the cloud."""
     rows = []
-    for entry in unfinished():
+    lines = []
+    for entry in opened:
         sidecar: Fields = entry.record.get("sidecar") or {}
         row = {
             **{key: entry.record.get(key) for key in ("id", "at", "charged", "path", "remote")},
             "backend": sidecar.get("backend"),
             "state": entry.state,
             "prompt": sidecar.get("prompt", ""),
+            "lacks": missing_uploads(entry.record),
         }
         rows.append(row)
-    help_ = "nothing is unfinished"
-    if rows:
-        help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
-    terminal.note(help_)
-    columns = ("id", "at", "backend", "state", "prompt")
-    lines = aligned([str(row[column] or "")[:60] for column in columns] for row in rows)
-    error = journal_fault()
+        lacks = ", ".join(row["lacks"])
+        place = row["path"] or row["prompt"][:60]
+        lines.append((row["id"], row["at"], row["backend"], lacks or entry.state, place))
     if error:
         terminal.report(error)
-    return terminal.result({"unfinished": rows}, *lines, error=error)
+    return terminal.result({title: rows}, *aligned(lines), error=error)
 
 
 class RecoverRunner(TerminalRunner):
@@ -12182,28 +12152,11 @@ def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
         except ImagenError as problem:
             terminal.say(f"deletions: {problem}")
     if args.dry_run or not rows:
-        return show_missing(incomplete, terminal)
+        terminal.note(f"{len(incomplete) or 'nothing'} to sync")
+        return list_entries("to_sync", incomplete, terminal)
     # Who was killed behind the last step left nothing to do but to close the entry.
     distinct = {row.record["id"]: row for row in rows}
     return SyncRunner([*distinct.values()], config, terminal, DELIVERY_S).run()
-
-
-def show_missing(rows: Sequence[OpenEntry], terminal: Terminal) -> int:
-    """What `imagen sync --dry-run` says."""
-    summary = "nothing to sync"
-    if rows:
-        summary = f"{len(rows)} to sync"
-    terminal.note(summary)
-    documents = []
-    for row in rows:
-        document: JsonObject = {
-            "id": row.record["id"],
-            "path": row.record.get("path"),
-            "lacks": missing_uploads(row.record),
-        }
-        documents.append(document)
-    lines = aligned((row["id"], ", ".join(row["lacks"]), row["path"] or "") for row in documents)
-    return terminal.result({"to_sync": documents}, *lines)
 
 
 class SyncRunner(TerminalRunner):
@@ -13203,9 +13156,7 @@ def parsed_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
 
 def show_version(terminal: Terminal) -> int:
     """Release and hash of this file: copies travel without their repository."""
-    import hashlib
-
-    digest = hashlib.sha256(read_bytes(__file__)).hexdigest()
+    digest = sha256_of(read_bytes(__file__))
     document = {"version": __version__, "sha256": digest}
     return terminal.result(document, f"imagen {__version__} ({digest[:12]})")
 
