@@ -797,6 +797,11 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
     return spool
 
 
+def base64_of(data: bytes) -> str:
+    """Base64 of some bytes, on one line."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
@@ -1088,6 +1093,15 @@ def size_fault(width: int, height: int) -> str:
     if width and not 16 <= min(width, height) <= max(width, height) <= 8192:
         return f"size {width}x{height}: 16 to 8192 pixels"
     return ""
+
+
+def size_fields(size: str) -> dict[str, int]:
+    """The pixels of a size such as 1024x768, as fields of an Order; 0 where it is `auto`."""
+    match = re.fullmatch(r"auto|([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", size)
+    if not match:
+        hint = "16 to 8192 pixels each, such as 1024x768"
+        raise BadRequest(f'size "{size}": not WxH', hint)
+    return {"width": int(match[1] or 0), "height": int(match[2] or 0)}
 
 
 class Order(NamedTuple):
@@ -1441,7 +1455,7 @@ def open_backend(
         headers = {**backend.headers}
         if access.basic_auth_env:
             login = secret_from(access.basic_auth_env).reveal().encode()
-            basic = Secret(binascii.b2a_base64(login, newline=False).decode())
+            basic = Secret(base64_of(login))
             headers["Authorization"] = f"Basic {basic.reveal()}"
         for header, variable in access.headers_env.items():
             headers[header] = secret_from(variable).reveal()
@@ -1643,7 +1657,7 @@ def path_setting(path: str) -> str:
 
 def xdg_folder(variable: str, default: str) -> str:
     """The folder that an XDG variable names, or its default; a relative one does not count."""
-    folder = os.environ.get(variable, "")
+    folder = os.environ.get(variable, "").rstrip("/")
     if not os.path.isabs(folder):
         folder = full_path(default)
     return folder
@@ -1655,7 +1669,7 @@ def config_path(flag: str = "", new: bool = False) -> str:
     if named:
         path = full_path(named)
     else:
-        path = os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "imagen.yaml")
+        path = xdg_folder("XDG_CONFIG_HOME", "~/.config") + "/imagen.yaml"
     # What is there and cannot be read is an error later on, never "the defaults".
     if new or os.path.lexists(path):
         return path
@@ -2121,7 +2135,7 @@ class Multipart:
 def data_uri(image: Input) -> str:
     """An input as text for a JSON body."""
     with open(image.path, "rb") as file:
-        encoded = binascii.b2a_base64(file.read(), newline=False).decode()
+        encoded = base64_of(file.read())
     return f"data:{image.mime_type};base64,{encoded}"
 
 
@@ -2565,6 +2579,25 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
     raise BadConfig(
         f"{name}: not an address such as https://host/path", "keys stand in environment variables"
     )
+
+
+class HttpBackend(Backend):
+    """An adapter whose options have the `base_url` of an HTTP server, and a `timeout`."""
+
+    VERSION: ClassVar[str] = ""  # where the address may end, and does where it has no path
+
+    def __init__(self, name: str, options: Any) -> None:
+        super().__init__(name, options)
+        self.base = checked_url(options.base_url, path=self.VERSION)
+
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of this server means."""
+        return explain_status(response)
+
+    def http(self, ctx: Context) -> Http:
+        """The way to its server."""
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, self.explain, timeout, self.ca_file)
 
 
 # === Mock: pictures out of thin air, free and without a network ===
@@ -3834,7 +3867,7 @@ def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
         **backend.headers,
-        "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
+        "Sec-WebSocket-Key": base64_of(os.urandom(16)),
     }
     with closing(connect(host, port, timeout=2)) as server:
         prefix = "/".join(["", *backend.base.split("/")[3:]])
@@ -3908,12 +3941,13 @@ REPLICATE_ASPECTS = {
 
 
 @register("replicate")
-class Replicate(Backend):
+class Replicate(HttpBackend):
     """Create without waiting, so that the id is on record at once; poll; download.
 
     Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
+    VERSION = "/v1"
     OWN_FIELDS = (
         "prompt negative_prompt seed width height aspect_ratio megapixels"
         " num_inference_steps num_outputs"
@@ -3940,7 +3974,6 @@ class Replicate(Backend):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", options.model):
             raise BadConfig(f'model: "{options.model}" is not owner/name or owner/name:version')
         self.model, _, self.version = options.model.partition(":")
-        self.base = checked_url(options.base_url, path="/v1")
         token = secret_from(options.api_token_env).reveal()
         self.headers = {"Authorization": f"Bearer {token}"}
 
@@ -3972,7 +4005,7 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         path = f"/models/{self.model}/predictions"
         inputs = self._with_images(http, self.plan(self.options, request), request)
         body: JsonObject = {"input": inputs}
@@ -3991,7 +4024,7 @@ class Replicate(Backend):
 
         Where the response to the create was lost, the id is looked for in the list.
         """
-        http = self._http(ctx)
+        http = self.http(ctx)
         age = time.time() - epoch(str(remote.get("since")))
         prediction_id = remote.get("id") or self._listed(http, request, remote)
         # Its POST may still have been on its way.
@@ -4019,19 +4052,26 @@ class Replicate(Backend):
         """
         if "id" not in remote:
             raise Unknown("the prediction has no id yet")
-        http = self._http(ctx)
+        http = self.http(ctx)
         prediction = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
         if self._ended(http, prediction).get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        page = self._http(ctx).get_json(f"/models/{self.model}")
+        page = self.http(ctx).get_json(f"/models/{self.model}")
         return f"{self.model}, {page.get('visibility', 'found')}"
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, replicate_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of Replicate means (application/problem+json)."""
+        problem = response.json()
+        detail = str(problem.get("detail") or problem.get("title") or "")
+        error = explain_status(response, detail.replace("\n", "; ").strip("; "))
+        if response.status == 404 or (response.status == 422 and "version" in detail):
+            return BadConfig(
+                str(error), "check the model; community models need owner/name:version"
+            )
+        return error
 
     def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
@@ -4252,16 +4292,6 @@ def replicate_image(prediction: Fields) -> str:
     return str(json.loads(match[0]))
 
 
-def replicate_error(response: HttpResponse) -> ImagenError:
-    """What an error of Replicate means (application/problem+json)."""
-    problem = response.json()
-    detail = str(problem.get("detail") or problem.get("title") or "")
-    error = explain_status(response, detail.replace("\n", "; ").strip("; "))
-    if response.status == 404 or (response.status == 422 and "version" in detail):
-        return BadConfig(str(error), "check the model; community models need owner/name:version")
-    return error
-
-
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
 # USD per million tokens: text in, image in, image out; in PRICED. By the beginning of
@@ -4302,13 +4332,14 @@ OPENAI_SIZES = {"1:1": (1024, 1024), "3:2": (1536, 1024), "2:3": (1024, 1536)}
 
 
 @register("openai")
-class OpenAI(Backend):
+class OpenAI(HttpBackend):
     """One POST that answers with the image: no job id and no cancel, and no look but at the answer.
 
     https://developers.openai.com/api/reference/resources/images
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
+    VERSION = "/v1"
     OWN_FIELDS = "prompt negative_prompt seed size width height aspect_ratio n steps"
 
     class Options(NamedTuple):
@@ -4340,7 +4371,7 @@ class OpenAI(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1").removesuffix(options.path)
+        self.base = self.base.removesuffix(options.path)
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
@@ -4398,14 +4429,14 @@ class OpenAI(Backend):
         elif request.images:
             body.update(openai_inputs(options.inputs_as, request))
         ctx.progress("waiting for the image")
-        response = self._http(ctx).pay(self._place(path), body, files)
+        response = self.http(ctx).pay(self._place(path), body, files)
         return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
         if link := remote.get("url"):
             _, ignored = openai_body(self.options, request)
-            image = fetch_paid(self._http(ctx), link)
+            image = fetch_paid(self.http(ctx), link)
             return Result(image, "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
             return self._result(ctx, body, EMPTY, request, Ended)
@@ -4437,7 +4468,7 @@ class OpenAI(Backend):
             if blocked or item.get("respect_moderation") is False:
                 raise Refused(f"sent, and refused: {excerpt(body)}", "reword the prompt")
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or fetch_paid(self._http(ctx), link)
+        image = image or fetch_paid(self.http(ctx), link)
         # 3. What is known of it.
         source = "reported"
         if cost is None:
@@ -4463,7 +4494,7 @@ class OpenAI(Backend):
         model = self.options.model
         path = self.options.path
         folder = "" if path.endswith("/generations") else path
-        listed = openai_data(self._http(ctx).get_json(self._place(f"{folder}/models")))
+        listed = openai_data(self.http(ctx).get_json(self._place(f"{folder}/models")))
         known = [item.get("id", "") for item in listed]
         if not known:
             return f"{model} (the server lists no models)"
@@ -4471,9 +4502,29 @@ class OpenAI(Backend):
             raise BadConfig(f'model "{model}" is not there: {nearest(model, known)}')
         return str(model)
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error means: moderation and money first, whatever the status says."""
+        document = response.json() or {}
+        error = document.get("error", document)
+        code = error.get("code") or error.get("type")
+        message = str(error.get("message") or response.excerpt())
+        text = excerpt(message.encode(), 1000)
+        if error.get("param"):
+            text += f" ({error['param']})"
+        if request_id := response.headers.get("x-request-id"):
+            text += f" [{request_id}]"
+        message = f"{response.status}: {text}"
+        if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
+            refused = Refused(message, "reword the prompt")
+            # At the stage of output the image had been made.
+            if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
+                refused.charged = "yes"
+            return refused
+        if code in ("insufficient_quota", "billing_hard_limit_reached"):
+            return Quota(message, "https://platform.openai.com/settings/organization/billing")
+        if code == "model_not_found":
+            return BadConfig(message, "imagen backends --check names what is there")
+        return explain_status(response, text)
 
     def _place(self, path: str) -> str:
         from urllib.parse import urlencode
@@ -4648,31 +4699,6 @@ def openai_reported(usage: Fields, headers: Any) -> float | None:
     return None
 
 
-def openai_error(response: HttpResponse) -> ImagenError:
-    """What an error means: moderation and money first, whatever the status says."""
-    document = response.json() or {}
-    error = document.get("error", document)
-    code = error.get("code") or error.get("type")
-    message = str(error.get("message") or response.excerpt())
-    text = excerpt(message.encode(), 1000)
-    if error.get("param"):
-        text += f" ({error['param']})"
-    if request_id := response.headers.get("x-request-id"):
-        text += f" [{request_id}]"
-    message = f"{response.status}: {text}"
-    if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
-        refused = Refused(message, "reword the prompt")
-        # At the stage of output the image had been made.
-        if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
-            refused.charged = "yes"
-        return refused
-    if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(message, "https://platform.openai.com/settings/organization/billing")
-    if code == "model_not_found":
-        return BadConfig(message, "imagen backends --check names what is there")
-    return explain_status(response, text)
-
-
 # === Gemini: the Interactions API, whose id brings an image back ===
 
 GEMINI_ASPECTS = (*ASPECTS[:-1], "1:4", "4:1", "1:8", "8:1")
@@ -4689,12 +4715,13 @@ GEMINI_HIDDEN_S = 60.0  # for which what is new may not be there yet
 
 
 @register("gemini")
-class Gemini(Backend):
+class Gemini(HttpBackend):
     """One POST whose stream begins with an id: by that the image is fetched, or cancelled.
 
     https://ai.google.dev/gemini-api/docs/interactions
     """
 
+    VERSION = "/v1beta"
     OWN_FIELDS = "input prompt seed response_format generation_config stream store background"
 
     class Options(NamedTuple):
@@ -4712,7 +4739,6 @@ class Gemini(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1beta")
         self.headers = {"x-goog-api-key": secret_from(options.api_key_env).reveal()}
 
     @classmethod
@@ -4741,7 +4767,7 @@ class Gemini(Backend):
         body = gemini_body(self.options, request)
         ctx.progress("waiting for the image")
         try:
-            response = self._http(ctx).pay("/interactions", body, on_block=note_id)
+            response = self.http(ctx).pay("/interactions", body, on_block=note_id)
             if not ctx.remote_ids:
                 raise Unknown(f"sent, and answered {response.excerpt()}")
         except Unknown:
@@ -4751,7 +4777,7 @@ class Gemini(Backend):
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image in what was kept here of its stream, or else by its id."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         document = gemini_document(ctx.kept_answer())
         if "image" not in document:
             if "id" not in remote:
@@ -4777,7 +4803,7 @@ class Gemini(Backend):
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
         """Cancel the interaction and see it end; Unknown where it was completed before."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         http.post(f"/interactions/{remote['id']}/cancel", {})
         if self._ended(http, remote).get("status") == "completed":
             raise Unknown("it had been completed before")
@@ -4802,11 +4828,16 @@ class Gemini(Backend):
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        return str(self._http(ctx).get_json(f"/models/{self.options.model}")["name"])
+        return str(self.http(ctx).get_json(f"/models/{self.options.model}")["name"])
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of Google's means."""
+        text = str(response.json()["error"]["message"])
+        if "API key" in text:
+            return BadConfig(text, "check the variable that api_key_env names")
+        if b"PerDay" in response.body:
+            return Quota(f"429: {text}")
+        return explain_status(response, excerpt(text.encode()))
 
 
 def gemini_body(options: Any, request: Request) -> JsonObject:
@@ -4877,16 +4908,6 @@ def gemini_cost(model: str, usage: Fields) -> float | None:
             if model.startswith(name) and row["modality"].lower() == "image":
                 return round(usd * float(row["tokens"]) / 1e6, 6)
     return None
-
-
-def gemini_error(response: HttpResponse) -> ImagenError:
-    """What an error of Google's means."""
-    text = str(response.json()["error"]["message"])
-    if "API key" in text:
-        return BadConfig(text, "check the variable that api_key_env names")
-    if b"PerDay" in response.body:
-        return Quota(f"429: {text}")
-    return explain_status(response, excerpt(text.encode()))
 
 
 # === Output: names, and files that are never half there ===
@@ -5387,8 +5408,8 @@ class OpenEntry(NamedTuple):
 
 def state_path(*parts: str) -> str:
     """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
-    folder = os.path.join(xdg_folder("XDG_STATE_HOME", "~/.local/state"), "imagen")
-    entries_folder = os.path.join(folder, "open")
+    folder = xdg_folder("XDG_STATE_HOME", "~/.local/state") + "/imagen"
+    entries_folder = f"{folder}/open"
     if not os.path.isdir(entries_folder):
         with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
             for place in (folder, entries_folder):
@@ -5677,8 +5698,7 @@ def sweep_journal() -> None:
     """Unlink entries that were killed before they had their name."""
     for name in os.listdir(state_path("open")):
         if name.startswith(".") and (entry := Entry.take(state_path("open", name))):
-            os.unlink(entry.path)
-            entry.unlock()
+            entry.discard()
 
 
 def attempts(
@@ -5866,7 +5886,7 @@ def hidden_inputs() -> Iterator[Callable[[], str]]:
     paths: list[str] = []
 
     def hidden() -> str:
-        paths.append(os.path.join(folder, f".{new_uuid()}"))
+        paths.append(f"{folder}/.{new_uuid()}")
         return paths[-1]
 
     with or_disk(folder, "images that come in are copied there"):
@@ -5911,7 +5931,7 @@ def input_of(source: str | Input, ctx: Context) -> Input:
                 orientation = exif_orientation(spool)
             spool.seek(0)
             digest = sha256_of(spool)
-        copy = os.path.join(folder, digest)
+        copy = f"{folder}/{digest}"
         os.replace(path, copy)
     return Input(
         path=copy,
@@ -6092,7 +6112,7 @@ class Supabase:
             file,
             Content_Type=mime_type,
             x_upsert="true",
-            x_metadata=binascii.b2a_base64(metadata, newline=False).decode(),
+            x_metadata=base64_of(metadata),
             cache_control="max-age=31536000, immutable",
         )
         if not response.mapping().get("Key"):  # a page of somebody in between
@@ -6588,6 +6608,11 @@ class Run(Context):
         return self._delivery
 
     @property
+    def record(self) -> Record:
+        """What its entry says."""
+        return self.entry.record
+
+    @property
     def is_open(self) -> bool:
         """Whether there is an entry, and it is ours."""
         return self.begun and self.entry.is_locked
@@ -6694,7 +6719,7 @@ class Run(Context):
         spent = 0.0
         # Also what is later than now: a clock that was set back frees nothing.
         for record in attempts(needle='"paid": true', warn=self.warn, under_way=True):
-            own = record["id"] == self.id and record.get("at") == self.entry.record["at"]
+            own = record["id"] == self.id and record.get("at") == self.record["at"]
             sent = time.localtime(epoch(record.get("sending") or record.get("at", "")))
             if not own and sent[:3] >= begin:
                 spent += cost_of(record)[1]
@@ -6725,7 +6750,7 @@ class Run(Context):
             reason = str(problem)  # metadata that is no JSON would spoil every later line
         except OSError as problem:
             reason = problem.strerror or str(problem)
-            merge_line(self.entry.record, line)
+            merge_line(self.record, line)
         self.warn(f"journal: {self.entry.path}: {reason}")
         return False
 
@@ -6779,7 +6804,7 @@ class Run(Context):
 
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open and loses nothing."""
-        if claim := self.entry.record.get("claim"):
+        if claim := self.record.get("claim"):
             release_claim(claim, self.image_id)
         if not self._keep_paid_bytes():
             self.entry.unlock()
@@ -6788,7 +6813,7 @@ class Run(Context):
         # stays until the entry is safely in the ledger.
         if self._cleaned or not self.complete_image_path():
             self.clean()
-        self.entry.record["charged"] = self.charged
+        self.record["charged"] = self.charged
         try:
             self.entry.to_ledger()
             self.clean()
@@ -6799,9 +6824,9 @@ class Run(Context):
     def _keep_paid_bytes(self) -> bool:
         # What may have been paid for, and has no name yet, gets one: a person may see an image
         # where we do not. Copied, not moved, so that a full disk loses nothing.
-        if self.charged == "no" or self._cleaned or self.entry.record.get("path"):
+        if self.charged == "no" or self._cleaned or self.record.get("path"):
             return True
-        name = self.entry.record["name"].replace("{ext}", "bin")
+        name = self.record["name"].replace("{ext}", "bin")
         for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
@@ -6848,14 +6873,14 @@ class Run(Context):
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         elif kind is Unknown:
-            sending = self.entry.record.get("sending")
+            sending = self.record.get("sending")
             hint = f"sent {sending}: the backend's usage page tells more; this entry is closed"
         error = kind(message, hint, charged=self.charged, after=error.after)
         # 3. The entry: kept for `deliver`, which reports what it cost, for `recover`, or closed.
         self.note_best_effort(
             charged=self.charged, error={"code": error.code, "message": str(error)}
         )
-        to_report = missing_uploads(self.entry.record)
+        to_report = missing_uploads(self.record)
         if ended and to_report:
             self.note_best_effort(over=True)
         elif ended:
@@ -6888,7 +6913,7 @@ class Run(Context):
         return type(error)
 
     def _failure_message(self, error: ImagenError, cancelled: bool) -> str:
-        message = f"{self.entry.record['sidecar'].get('backend', '')}: {error}"
+        message = f"{self.record['sidecar'].get('backend', '')}: {error}"
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
@@ -7049,8 +7074,8 @@ def finish(run: Run, result: Result) -> Record:
                 spool = stack.enter_context(run.spool())
                 copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
-            seed = run.entry.record["sidecar"].get("seed")
-            fields["ignored"] += run.entry.record.get("unmet", [])
+            seed = run.record["sidecar"].get("seed")
+            fields["ignored"] += run.record.get("unmet", [])
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
             if not sniffed:
@@ -7069,7 +7094,7 @@ def finish(run: Run, result: Result) -> Record:
 
 def open_further(run: Run, remote: Fields) -> Entry:
     """An entry of its own for one more image of a run's remote job."""
-    record = run.entry.record.copy()
+    record = run.record.copy()
     record["id"] = new_uuid()
     record["sidecar"] = {**record["sidecar"], "image_id": record["id"]}
     record["remote"] = dict(remote)
@@ -7091,7 +7116,7 @@ def save(run: Run, place: str) -> Record:
             os.fsync(file.fileno())
         os.rename(run.part, run.hidden)
     # 2. On record, before it has a name: a kill from here on is mended without the backend.
-    record = run.entry.record
+    record = run.record
     if claim := record.get("claim"):
         release_claim(claim, run.image_id)
     ending, sidecar = describe(run, run.hidden)
@@ -7150,7 +7175,7 @@ def object_path(storage: str, entry_id: str, ending: str) -> str:
 
 def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     """The true ending of the image at `path`, and its whole sidecar."""
-    record = run.entry.record
+    record = run.record
     known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
@@ -7213,7 +7238,7 @@ def deliver(run: Run, config: Config) -> None:
     """
     if not run.is_open:
         return
-    record = run.entry.record
+    record = run.record
     try:
         upload_missing(run, config, ("object", "row", "usage"))
     finally:
@@ -7228,7 +7253,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
     """Upload what is missing of `parts`, each noted once it is there; raises the first error."""
     # Asked anew after each step, since a step may find out that more, or less, is to be done.
     uploads = {"object": upload_object, "row": upload_row, "usage": upload_usage}
-    record = run.entry.record
+    record = run.record
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.note_best_effort(owner=config.owner_user_id)
@@ -7263,7 +7288,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
 
 def upload_object(run: Run, cloud: Supabase) -> None:
     """Upload the image, to a path that holds this entry's id and is nobody else's."""
-    record = run.entry.record
+    record = run.record
     sidecar = record["sidecar"]
     image = record["path"]
     if not record.get("owner"):
@@ -7289,7 +7314,7 @@ def upload_object(run: Run, cloud: Supabase) -> None:
 
 def upload_row(run: Run, cloud: Supabase) -> None:
     """Insert the image's row."""
-    record = run.entry.record
+    record = run.record
     if not _is_ours(record["object"], run) and not cloud.storage_path_of(run.image_id):
         # Release 0.1.0 put it at a path that may be somebody else's by now.
         run.note_best_effort(object="", sidecar={"storage_path": None})
@@ -7303,7 +7328,7 @@ def upload_row(run: Run, cloud: Supabase) -> None:
 
 def withdraw(run: Run, cloud: Supabase) -> None:
     """Delete the object that will have no row, if its name says that it is this entry's."""
-    path = run.entry.record["object"]
+    path = run.record["object"]
     if _is_ours(path, run):
         cloud.delete_object(path)
         run.note_best_effort(object="")
@@ -7315,7 +7340,7 @@ def _is_ours(path: str, run: Run) -> bool:
 
 def upload_usage(run: Run, cloud: Supabase) -> None:
     """Report what an attempt cost; again where that was not known the first time."""
-    record = run.entry.record
+    record = run.record
     reported: str = record["charged"]
     if not cloud.add_usage(usage_row(record)):
         reported = "for good"
@@ -7358,7 +7383,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
 
 def _claimed_image(run: Run) -> Record | None:
     # On a disk without hard links the image may have its name, and the journal not know it yet.
-    record = run.entry.record
+    record = run.record
     claim = record.get("claim")
     image = record.get("image")
     if not claim or not image or not os.path.exists(claim):
@@ -7371,7 +7396,7 @@ def _claimed_image(run: Run) -> Record | None:
 
 
 def _resume(run: Run, config: Config) -> Result:
-    record = run.entry.record
+    record = run.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
     request = with_aspect(request, backend.takes(backend.options), strict=False)
@@ -7506,7 +7531,7 @@ class Runner:
             error = as_error(problem)
             self.on_error(error)
         if run.id in self.spent:  # reserved; now it is known better
-            _, self.spent[run.id] = cost_of(run.entry.record)
+            _, self.spent[run.id] = cost_of(run.record)
         with self.changed:
             if record:
                 self.records.append(record)
@@ -8300,7 +8325,7 @@ class Attempt(Run):
         # Nobody waits for an earlier one any more, and this one says all that it said.
         fields = {
             "attempt": self.number,
-            "at": self.entry.record["at"],
+            "at": self.record["at"],
             "remote": cleaned(self.remote_ids),
             "usd": self.price.most(),
         }
@@ -8322,7 +8347,7 @@ class Attempt(Run):
     def settle_job(self, outcome: Outcome) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was ours."""
         if outcome.get("charged") and self.begun:
-            known, usd = cost_of(self.entry.record)
+            known, usd = cost_of(self.record)
             if known != "reserved":  # which the receipt says already
                 outcome["usd"] = usd
         self.worker.outcomes.append((self, outcome))
@@ -8768,7 +8793,7 @@ class Worker:
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
-            if run.begun and not run.entry.record.get("over"):
+            if run.begun and not run.record.get("over"):
                 run.entry.unlock()  # for whoever runs it next
         # 2. Into the database, however long that takes.
         was_ours = run.settle_job(outcome)
@@ -8780,7 +8805,7 @@ class Worker:
         elif not was_ours and run.charged == "no":
             # The job is somebody else's by now, and so is its image.
             run.note_best_effort(refused=True)
-        elif outcome["status"] == "done" and missing_uploads(run.entry.record):
+        elif outcome["status"] == "done" and missing_uploads(run.record):
             run.entry.unlock()  # for `deliver_backlog`
         with suppress(ImagenError):
             deliver(run, config)
@@ -8792,13 +8817,15 @@ class Worker:
             order = run.order
             if run.inputs or run.mask:
                 cloud = Supabase(run.delivery(), config.supabase)
-                places = [hidden() for _ in run.inputs]
-                for path, place in zip(run.inputs, places, strict=True):
+
+                def fetched(path: str) -> str:
+                    place = hidden()
                     cloud.fetch(path, run.owner, place)
-                order = order._replace(images=tuple(places))
+                    return place
+
+                order = order._replace(images=tuple(map(fetched, run.inputs)))
                 if run.mask:
-                    order = order._replace(mask=hidden())
-                    cloud.fetch(run.mask, run.owner, order.mask)
+                    order = order._replace(mask=fetched(run.mask))
             (plan,) = plans_of(order, config)
         if run.number > 1 and (record := self.from_leftovers(run, config)):
             return record
@@ -8916,10 +8943,9 @@ class Worker:
             if name:
                 open_backend(name, self.config.backends).check(Context(CONNECT_TIMEOUT))
                 return None
-            output = full_path(os.path.expandvars(self.config.output.directory))
-            for folder in (output, state_path("open")):
+            for folder in (path_setting(self.config.output.directory), state_path("open")):
                 prepare_folder(folder)
-                probe = os.path.join(folder, f".imagen-{self.me}.part")
+                probe = f"{folder}/.imagen-{self.me}.part"
                 try:
                     write_file(probe, "0" * PROBE_BYTES)
                 finally:
@@ -8984,7 +9010,7 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
         if error.retryable:
             return most
         return 0
-    if not run.began_elsewhere or run.entry.record.get("over"):
+    if not run.began_elsewhere or run.record.get("over"):
         return 0
     if not os.path.exists(run.entry.path):
         return 0
@@ -9414,7 +9440,7 @@ class Server:
             return
         # Only scripts that bear it run: what a prompt smuggles in would not. Nor may the
         # page do anything else that it does not need to.
-        nonce = binascii.b2a_base64(os.urandom(15), newline=False).decode()
+        nonce = base64_of(os.urandom(15))
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -9600,18 +9626,13 @@ class Server:
         """The plans for a body, and the names of its fields that nobody here knows."""
         ignored: list[str] = []
         backend = self._backend(str(body.get("model") or "auto"), ignored)
-        size = str(body.get("size") or "auto").lower()
-        pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
-        if not pixels:
-            raise BadRequest("size is WxH or auto")
         if body.get("response_format", "url") not in ("b64_json", "url"):
             raise BadRequest("response_format is b64_json or url")
         if not isinstance(body.get("stream", False), bool):
             raise BadRequest("stream is true or false")
         fields = {**{key: body[key] for key in ORDER_FIELDS if key in body}, **keyed}
         fields["backend"] = backend
-        fields["width"] = int(pixels[1] or 0)
-        fields["height"] = int(pixels[2] or 0)
+        fields.update(size_fields(str(body.get("size") or "auto").lower()))
         fields["format"] = body.get("output_format") or ""
         if fields["format"] not in ("", *FORMATS):
             raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
@@ -9753,7 +9774,7 @@ class Server:
             fields["url"] = f"http://{host}/images/{image_id}?signature={self.sign(image_id)}"
         else:
             image = read_bytes(record["path"])
-            fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
+            fields["b64_json"] = base64_of(image)
         if revised := (sidecar.get("metadata") or {}).get("revised_prompt"):
             fields["revised_prompt"] = revised
         return fields
@@ -10756,12 +10777,8 @@ class Mcp:
     ) -> JsonObject:
         """Make images, and say where they are."""
         fields = arguments._asdict()
-        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})|", fields.pop("size"))
-        if not size:
-            raise BadRequest("size is WxH, such as 1024x768")
+        fields.update(size_fields(fields.pop("size") or "auto"))
         limit = fields.pop("max_cost")
-        fields["width"] = int(size[1] or 0)
-        fields["height"] = int(size[2] or 0)
         fields["key"] = fields.pop("request_id")
         fields["images"] = [self.checked(source) for source in fields["images"]]
         if fields["mask"]:
@@ -10942,6 +10959,7 @@ class Terminal:
         self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.unwritten = False  # something that belongs on stdout
+        self.offers_mock = False  # to whom a backend fails
         self.lock = threading.RLock()
         self._drawn = False
 
@@ -10962,6 +10980,8 @@ class Terminal:
         error: ImagenError = Interrupted("interrupted")
         if isinstance(problem, Exception):
             error = as_error(problem)
+        if self.offers_mock and isinstance(error, BadConfig | Unreachable):
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         if self.verbose and error.code == "bug":
             import traceback
 
@@ -11207,10 +11227,12 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         order = order._replace(key=new_uuid())
     if not args.timeout > 0:
         raise BadRequest("--timeout is more than 0 seconds")
-    offered = not args.backend and (order.backend or config.default_backend) != "mock"
-    with offering_mock(offered):
-        plans = plans_of(order, config)
-    tell_old_prices(plans[0].price, terminal)
+    # Who named no backend, and whose default one fails, hears of another.
+    default = order.backend or config.default_backend
+    terminal.offers_mock = not args.backend and default != "mock"
+    plans = plans_of(order, config)
+    plan = plans[0]
+    tell_old_prices(plan.price, terminal)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -11220,22 +11242,21 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     tell_unfinished(terminal)
     if not terminal.live:
-        terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
+        terminal.note(f"{plan.request.backend}, {len(plans)} to make")
     if args.verbose:
-        chosen = dict(plans[0].parameters)
+        chosen = dict(plan.parameters)
         chosen.pop("prompt", None)
-        terminal.note(f"{plans[0].request.backend} gets {to_json(chosen)}")
+        terminal.note(f"{plan.request.backend} gets {to_json(chosen)}")
     if args.detach:
-        open_backend(plans[0].request.backend, config.backends, plans[0].request.backend_opts)
-        ids = [plan.record["id"] for plan in plans]
+        open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
+        ids = [each.record["id"] for each in plans]
         if not detached(ids, terminal):
             return terminal.result({"ids": ids}, *ids)
-    runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
-    runner.offered = offered
+    runner = GenerateRunner(plans, config, terminal, args.timeout, plan.parallel)
     runner.requested = sparse(order.request()).keys()
     if terminal.live:
         with suppress(Disk):
-            runner.usual = usual_seconds(plans[0])
+            runner.usual = usual_seconds(plan)
     code = runner.run()
     paths = [record["path"] for record in runner.records]
     preview = args.preview or config.output.preview
@@ -11285,17 +11306,6 @@ def detached(ids: Sequence[str], terminal: Terminal) -> bool:
     return True
 
 
-@contextmanager
-def offering_mock(offered: bool) -> Iterator[None]:
-    """Who named no backend, and whose default one fails, hears of another."""
-    try:
-        yield
-    except (BadConfig, Unreachable) as error:
-        if offered:
-            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
-        raise
-
-
 def tell_unfinished(terminal: Terminal) -> None:
     """One line for each kind of business left from before."""
     states = [row.state for row in unfinished()]
@@ -11320,12 +11330,7 @@ def order_from(
     if args.size is not None:
         if args.width is not None or args.height is not None:
             raise BadRequest("--size says width and height: leave out --width and --height")
-        match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
-        if not match:
-            hint = "16 to 8192 pixels each, such as --size 1024x768"
-            raise BadRequest(f'--size "{args.size}": not WxH', hint)
-        args.width = int(match[1])
-        args.height = int(match[2])
+        fields.update(size_fields(args.size))
     options = {}
     if args.backend in (None, fields.get("backend")):
         options = dict(fields.get("backend_opts", EMPTY))
@@ -11378,7 +11383,7 @@ def text_of(name: str) -> str:
 def stdin_uri() -> str:
     """The image on stdin, as an Order names it."""
     data = sys.stdin.buffer.read(Takes().most_bytes + 1)
-    return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
+    return f"data:;base64,{base64_of(data)}"
 
 
 def fields_like(name: str, styles: Mapping[str, Style]) -> tuple[JsonObject, str]:
@@ -11463,6 +11468,17 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     return terminal.result({"dry_run": True, "plans": rows}, *aligned(cells))
 
 
+def image_document(record: Record) -> JsonObject:
+    """What JSON tells of an image that was made."""
+    image: JsonObject = {**record["sidecar"], "path": record["path"], "cloud": None}
+    if record.get("row"):
+        image["storage_path"] = record["object"]
+        image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
+    if record.get("reused"):
+        image["reused"] = True
+    return image
+
+
 class TerminalRunner(Runner):
     """A Runner whose results go to stdout, whose words go to stderr, and which heeds signals."""
 
@@ -11481,7 +11497,6 @@ class TerminalRunner(Runner):
         super().__init__(items, config, timeout, parallel)
         self.terminal = terminal
         self.count = len(items)
-        self.images: dict[str, JsonObject] = {}  # by id, for --json
         self.warnings: list[str] = []
         self.stopped_at = 0.0
 
@@ -11550,7 +11565,8 @@ class TerminalRunner(Runner):
 
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
-        document: JsonObject = {"images": [*self.images.values()], "warnings": self.warnings}
+        images = [*map(image_document, self.records)]
+        document: JsonObject = {"images": images, "warnings": self.warnings}
         if len(self.errors) > 1:
             document["errors"] = [self.terminal.fields(error) for error in self.errors]
         return self.terminal.result(document, error=self.worst())
@@ -11581,10 +11597,7 @@ class TerminalRunner(Runner):
     def on_image(self, record: Record) -> None:
         """An image is safe: its path is the result, before anything is uploaded."""
         sidecar = record["sidecar"]
-        image = {**sidecar, "path": record["path"], "cloud": None}
-        self.images[sidecar["image_id"]] = image
         if record.get("reused"):
-            image["reused"] = True
             self.terminal.note(f"made at {sidecar.get('timestamp')} for this key")
         seconds = (sidecar.get("latency_ms") or 0) / 1000
         closing = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
@@ -11600,27 +11613,22 @@ class TerminalRunner(Runner):
     def on_delivered(self, record: Record | None) -> None:
         """Where an image is in the cloud."""
         if record and record.get("row"):
-            image = self.images[record["sidecar"]["image_id"]]
-            image["storage_path"] = record["object"]
-            image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
-            text = f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
+            image_id = record["sidecar"]["image_id"]
+            text = f"cloud: imagen.images.id={image_id} storage_path={record['object']}"
             self.terminal.note(text)
 
 
 class GenerateRunner(TerminalRunner):
     """The images of `imagen generate`."""
 
-    offered = False  # to try the mock
     requested: Collection[str] = ()  # fields of the request that somebody set
 
-    def attempt(self, item: Plan | Entry, run: Run) -> Record | None:
-        """Make one, and say what its backend could not honour."""
-        with offering_mock(self.offered):
-            record = super().attempt(item, run)
-        if record and (ignored := {*self.requested}.intersection(record["sidecar"]["ignored"])):
+    def on_image(self, record: Record) -> None:
+        """Also what its backend could not honour."""
+        if ignored := {*self.requested}.intersection(record["sidecar"]["ignored"]):
             fields = ", ".join(sorted(ignored))
-            run.warn(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
-        return record
+            self.on_warning(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
+        super().on_image(record)
 
 
 @command(
@@ -11722,8 +11730,6 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
 class BatchRow:
     """A row of a batch, and what has come of it. There may be tens of thousands."""
 
-    __slots__ = ("error", "images", "left", "line", "number", "twin")
-
     def __init__(self, number: int, line: str) -> None:
         self.number = number
         self.line = line
@@ -11781,10 +11787,8 @@ class BatchRunner(TerminalRunner):
             plan = plans_of(batch_order(row, self.args), self.config)[number]
             record = super().attempt(plan, run) or Record()
             row.error = row.error or strict_error(record)
-            image: JsonObject = {**record["sidecar"], "path": record["path"]}
-            if record.get("reused"):
-                image["reused"] = True
-            else:
+            image = image_document(record)
+            if not record.get("reused"):
                 self.usd += image["cost_usd_estimate"] or 0.0
             row.images += (image,)
         except Exception as problem:
@@ -12185,7 +12189,7 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
     if not record or not may_have_row(record["sidecar"]):
         raise BadRequest(f"{name}: no image with a sidecar, and none that the journal knows")
     sidecar = record["sidecar"]
-    if record.get("private") or sidecar.get("private"):
+    if sidecar.get("private"):
         raise BadRequest(f"{name} was made with --no-cloud: it stays here")
     for row in opened:
         if row.record["id"] == record["id"]:
@@ -12226,7 +12230,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     record = find_image(args.image)
     image_id = args.image
     if record:
-        if record.get("private") or record["sidecar"].get("private"):
+        if record["sidecar"].get("private"):
             raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
         image_id = record["sidecar"]["image_id"]
     path = args.image.removeprefix(f"{cloud.bucket}/")
@@ -12329,7 +12333,7 @@ def delete_image(name: str, local: bool, config: Config) -> JsonObject:
     """
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
-    path = args.file or os.path.join(HERE, "migrations.sql")
+    path = args.file or f"{HERE}/migrations.sql"
     try:
         with open(path, encoding="utf-8") as file:
             sql = file.read()
@@ -12367,8 +12371,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     made = images_made(terms=args.terms, warn=terminal.say)
     for record in itertools.islice(made, args.n):
         sidecar = record["sidecar"]
-        storage_path = record.get("object") or sidecar.get("storage_path")
-        images.append({**sidecar, "path": record["path"], "storage_path": storage_path})
+        images.append(image_document(record))
         line = (
             str(sidecar.get("timestamp"))[:16],
             sidecar.get("backend"),
@@ -12382,7 +12385,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"images": images}, *aligned(lines))
 
 
-COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
+COST_COLUMNS = ("images", "usd", "unknown", "reported", "estimated", "reserved")
 
 
 @command(
@@ -12417,8 +12420,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     for key, row in (*sorted(groups.items()), ("total", total)):
         row["usd"] = row["reported"] + row["estimated"]
         row.update({column: round(value, 6) for column, value in row.items()})
-        known_as = ("reported", "estimated", "reserved")
-        parts = [f"{money(row[column])} {column}" for column in known_as if row[column]]
+        parts = [f"{money(row[name])} {name}" for name in COST_COLUMNS[3:] if row[name]]
         if row["unknown"]:
             parts.append(f"{row['unknown']} of unknown cost")
         lines.append((key, row["images"], "images", money(row["usd"]), ", ".join(parts)))
@@ -12441,18 +12443,18 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     import shutil
 
     folder = full_path(SETUP_FOLDER)
-    python = os.path.join(folder, "venv", "bin", "python")
+    venv = f"{folder}/venv"
+    python = f"{venv}/bin/python"
+    file = f"{folder}/imagen.py"
     packages = [*PACKAGES, *(vars(args)["with"] or ())]
     with or_disk(folder, ""):
         os.makedirs(folder, exist_ok=True)
-        for name in ("imagen.py", "migrations.sql"):
-            source = __file__ if name == "imagen.py" else os.path.join(HERE, name)
-            target = os.path.join(folder, name)
+        copies = {__file__: file, f"{HERE}/migrations.sql": f"{folder}/migrations.sql"}
+        for source, target in copies.items():
             if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
                 shutil.copyfile(source, f"{target}.new")
                 os.replace(f"{target}.new", target)
     # 1. An environment of its own, unless it stands, and the packages in it.
-    venv = os.path.dirname(os.path.dirname(python))
     make = [sys.executable, "-m", "venv", "--clear", venv]
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *packages]
     if shutil.which("uv"):
@@ -12463,9 +12465,8 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
         require(make, f"on Debian and Ubuntu: sudo apt install {version}")
     require(install, "it needs the network; with packages of your own, `imagen install` will do")
     # 2. The command.
-    path = write_launcher(full_path("~/.local/bin"), python, os.path.join(folder, "imagen.py"))
     terminal.note(f"{folder} has this copy and its packages")
-    return launched(path, terminal)
+    return write_launcher(full_path("~/.local/bin"), python, file, terminal)
 
 
 def succeeds(program_args: Sequence[str]) -> bool:
@@ -12496,14 +12497,14 @@ def require(program_args: Sequence[str], hint: str) -> None:
     """
 )
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    return launched(write_launcher(full_path(args.folder), sys.executable, __file__), terminal)
+    return write_launcher(full_path(args.folder), sys.executable, __file__, terminal)
 
 
-def write_launcher(folder: str, python: str, file: str) -> str:
-    """A command `imagen` in `folder` that runs `file`; its path."""
+def write_launcher(folder: str, python: str, file: str, terminal: Terminal) -> int:
+    """Put a command `imagen` that runs `file` into `folder`, and tell how the shell finds it."""
     import shlex
 
-    path = os.path.join(folder, "imagen")
+    path = f"{folder}/imagen"
     cure = "name another folder: imagen install DIR"
     if os.path.lexists(path) and not is_launcher(path):
         raise BadRequest(f"{path} exists and is not ours", cure)
@@ -12517,17 +12518,6 @@ def write_launcher(folder: str, python: str, file: str) -> str:
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
         write_file(path, f'#!/bin/sh\n{LAUNCHER_MARK}\nexec {start} "$@"\n', 0o755)
-    return path
-
-
-def is_launcher(path: str) -> bool:
-    """Whether a file is one of ours, which may be replaced."""
-    return LAUNCHER_MARK.encode() in read_bytes(path)[:200]
-
-
-def launched(path: str, terminal: Terminal) -> int:
-    """Tell where the launcher is, and how the shell finds it."""
-    folder = os.path.dirname(path)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shell = os.path.basename(os.environ.get("SHELL", ""))
         line = f"echo 'export PATH=\"{folder}:$PATH\"' >> ~/.{shell or 'bash'}rc"
@@ -12537,6 +12527,11 @@ def launched(path: str, terminal: Terminal) -> int:
     return terminal.result({"path": path}, path)
 
 
+def is_launcher(path: str) -> bool:
+    """Whether a file is one of ours, which may be replaced."""
+    return LAUNCHER_MARK.encode() in read_bytes(path)[:200]
+
+
 @command("undo `setup` and `install`; images, journal and imagen.yaml stay")
 def cmd_uninstall(args: argparse.Namespace, terminal: Terminal) -> int:
     import shutil
@@ -12544,16 +12539,16 @@ def cmd_uninstall(args: argparse.Namespace, terminal: Terminal) -> int:
     folder = full_path(SETUP_FOLDER)
     removed = []
     with or_disk(folder, "delete it by hand"):
-        for name in ("venv", "__pycache__"):
-            if os.path.isdir(path := os.path.join(folder, name)):
-                shutil.rmtree(path)
-                removed.append(path)
-        paths = [os.path.join(folder, name) for name in ("imagen.py", "migrations.sql")]
+        names = ("venv", "__pycache__", "imagen.py", "migrations.sql")
+        paths = [f"{folder}/{name}" for name in names]
         launcher = full_path("~/.local/bin/imagen")
         if is_launcher(launcher):
             paths.append(launcher)
         for path in filter(os.path.lexists, paths):
-            os.unlink(path)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
             removed.append(path)
         with suppress(OSError):  # what else is in it is not ours
             os.rmdir(folder)
@@ -13139,19 +13134,13 @@ def parsed_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
     """What `argv` says; behind `--` nothing is a flag.
 
     CPython before 3.13.5 forgets the `--` half way, so what stands behind it is marked, by what no
-    argument can hold.
+    argument can hold, until `unmarked` sees it.
     """
     end = len(argv)
     if "--" in argv:
         end = argv.index("--")
     marked_words = [f"\0{word}" for word in argv[end + 1 :]]
-    args = parser.parse_intermixed_args([*argv[:end], *marked_words])
-    for name, value in vars(args).items():
-        if isinstance(value, str):
-            setattr(args, name, value.removeprefix("\0"))
-        elif isinstance(value, list):
-            setattr(args, name, [item.removeprefix("\0") for item in value])
-    return args
+    return parser.parse_intermixed_args([*argv[:end], *marked_words])
 
 
 def show_version(terminal: Terminal) -> int:
@@ -13244,10 +13233,9 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
         parser.add_argument(*names, value, action="store_true", help=text)
         return
     options: JsonObject = {"help": text, "metavar": value.strip("[]…*")}
+    options["type"] = {"N": int, "S": float, "USD": float}.get(value, unmarked)
     if default := re.search(r"\((\S+)\)$", text):
         options["default"] = default[1]
-    if kind := {"N": int, "S": float, "USD": float}.get(value):
-        options["type"] = kind
     if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
         options["choices"] = value.split("|")
         if len(value) > 20:  # wider than the help of a narrow terminal
@@ -13260,6 +13248,11 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
     elif "[" in value:
         options["nargs"] = "?"
     parser.add_argument(*names, **options)
+
+
+def unmarked(word: str) -> str:
+    """A word of the command line as it was typed."""
+    return word.removeprefix("\0")
 
 
 if __name__ == "__main__":
