@@ -7043,11 +7043,13 @@ def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
     tags = tuple(plan.record["sidecar"].get("tags", ()))
     [instead] = plans_of(Order(**request._asdict(), tags=tags), config)
     # Name, key and owner stay those of the order.
-    record = plan.record.copy()
-    record["paid"] = instead.record["paid"]
-    record["price"] = instead.record["price"]
-    record["sidecar"] = instead.record["sidecar"]
-    record["unmet"] = instead.record["unmet"]
+    record: Record = {
+        **plan.record,
+        "paid": instead.record["paid"],
+        "price": instead.record["price"],
+        "sidecar": instead.record["sidecar"],
+        "unmet": instead.record["unmet"],
+    }
     record["sidecar"]["fallback_from"] = plan.request.backend
     return instead._replace(record=record)
 
@@ -11699,9 +11701,7 @@ class WaitRunner(TerminalRunner):
 def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     config = budgeted(load_config(args.config), args.max_cost)
     rows = batch_rows(args)
-    images = 0
-    usd = 0.0
-    unknown = 0
+    prices: list[float | None] = []
     parallel = args.parallel or 0
     equal: dict[str, int] = {}
     for row in rows:  # a mistake in the last row is told before the first is paid
@@ -11712,13 +11712,13 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
             raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
         row.twin = equal[order.key] = equal.get(order.key, 0) + 1
         row.left = len(plans)
-        images += len(plans)
-        unknown += sum(plan.price.usd is None for plan in plans)
-        usd += sum(plan.price.usd or 0.0 for plan in plans)
+        prices += [plan.price.usd for plan in plans]
         parallel = parallel or plans[0].parallel
     if args.dry_run:
-        text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
-        document = {"rows": len(rows), "images": images, "usd": round(usd, 6), "unknown": unknown}
+        usd = round(sum(filter(None, prices)), 6)
+        unknown = prices.count(None)
+        text = f"{len(rows)} rows, {len(prices)} images, {money(usd)}, {unknown} of unknown price"
+        document = {"rows": len(rows), "images": len(prices), "usd": usd, "unknown": unknown}
         return terminal.result({"dry_run": True, **document}, text)
     items = [(row, number) for row in rows for number in range(row.left)]
     runner = BatchRunner(items, config, terminal, args.timeout, parallel)
@@ -11979,11 +11979,10 @@ def cmd_config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    with or_disk(path, ""):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        # What was there stays until the new one stands.
-        write_file(f"{path}.new", sample_text(), 0o600)
-        os.replace(f"{path}.new", path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # What was there stays until the new one stands.
+    write_file(f"{path}.new", sample_text(), 0o600)
+    os.replace(f"{path}.new", path)
     try:
         config = load_config(path)
         rows = [backend_row(name, config) for name in config.backends]
@@ -12447,13 +12446,12 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     python = f"{venv}/bin/python"
     file = f"{folder}/imagen.py"
     packages = [*PACKAGES, *(vars(args)["with"] or ())]
-    with or_disk(folder, ""):
-        os.makedirs(folder, exist_ok=True)
-        copies = {__file__: file, f"{HERE}/migrations.sql": f"{folder}/migrations.sql"}
-        for source, target in copies.items():
-            if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
-                shutil.copyfile(source, f"{target}.new")
-                os.replace(f"{target}.new", target)
+    os.makedirs(folder, exist_ok=True)
+    copies = {__file__: file, f"{HERE}/migrations.sql": f"{folder}/migrations.sql"}
+    for source, target in copies.items():
+        if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+            shutil.copyfile(source, f"{target}.new")
+            os.replace(f"{target}.new", target)
     # 1. An environment of its own, unless it stands, and the packages in it.
     make = [sys.executable, "-m", "venv", "--clear", venv]
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *packages]
@@ -12640,14 +12638,14 @@ def cmd_jobs_retry(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config(args.config)
     if (args.failed and args.ids) or (args.pay_again and len(args.ids) != 1):
         raise BadRequest("--failed takes no id, and --pay-again one")
-    if not args.failed:
+    if args.failed:
+        since = None
+        if args.since:
+            since = moment(args.since, -1)
+        with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+            requests = [row for (row,) in database.run(FAILED, since=since, code=args.code)]
+    else:
         requests = [{"id": new_uuid(), "job": job} for job in job_ids(args)]
-        return begin_jobs(RETRY, requests, args, config, terminal)
-    since = None
-    if args.since:
-        since = moment(args.since, -1)
-    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
-        requests = [row for (row,) in database.run(FAILED, since=since, code=args.code)]
     return begin_jobs(RETRY, requests, args, config, terminal)
 
 
@@ -12880,29 +12878,34 @@ def cmd_jobs_list(args: argparse.Namespace, terminal: Terminal) -> int:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
     for job in jobs:
-        created = job["created_at"][:16]
         text = job["error"] or job["prompt"]
-        lines.append((job["id"], created, job["status"], text[:70]))
+        lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
     if not lines:
         terminal.note("no jobs: imagen jobs add PROMPT makes one")
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
 def follow_jobs(ids: Sequence[str], terminal: Terminal, variable: str) -> int:
-    """Show the jobs' progress until they are over; the first that failed gives the exit code.
-
-    The database may go and come back meanwhile: the jobs do not need us.
-    """
+    """Show the jobs' progress until they are over; the first that failed gives the exit code."""
     began = time.monotonic()
-    jobs: list[JsonObject] = []
+    warned = False
     try:
-        while not jobs:
-            try:
-                with postgres(variable, patience=DELIVERY_S) as database:
-                    jobs = watched_jobs(ids, terminal, database, began)
-            except Unreachable as problem:
-                terminal.say(f"{problem}; asking again")
-                time.sleep(2)
+        for jobs in watched_jobs(ids, terminal, variable):
+            statuses = [job["status"] for job in jobs]
+            running = [job for job in jobs if job["status"] == "running"]
+            shown = (running or jobs)[0]
+            note = f"{shown['status']} {shown['note'] or ''}".strip()
+            progress = Progress(note, shown["progress"], shown["progress"] and 1.0)
+            count = ""
+            if len(ids) > 1:
+                count = f"{statuses.count('done')} of {len(ids)}"
+            elapsed = time.monotonic() - began
+            terminal.progress(progress, elapsed, None, count)
+            if not {"pending", "running"}.intersection(statuses):
+                break
+            if elapsed > 5 and not warned and {*statuses} == {"pending"}:
+                terminal.say("no worker has taken it yet: does `imagen worker` run somewhere?")
+                warned = True
     except KeyboardInterrupt:
         raise jobs_left(ids, Interrupted, "interrupted") from None
     error = None
@@ -12914,33 +12917,24 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, variable: str) -> int:
 
 
 def watched_jobs(
-    ids: Sequence[str],
-    terminal: Terminal,
-    database: Any,
-    began: float,
-) -> list[JsonObject]:
-    """The jobs once they are over; meanwhile how far they are."""
-    warned = False
+    ids: Sequence[str], terminal: Terminal, variable: str
+) -> Iterator[list[JsonObject]]:
+    """The jobs as they are, twice a second.
+
+    The database may go and come back meanwhile: the jobs do not need us.
+    """
     while True:
-        jobs = [job for (job,) in database.run(FOLLOW, ids=list(ids))]
-        if len(jobs) < len(ids):
+        try:
+            with postgres(variable, patience=DELIVERY_S) as database:
+                while jobs := [job for (job,) in database.run(FOLLOW, ids=list(ids))]:
+                    if len(jobs) < len(ids):
+                        break
+                    yield jobs
+                    time.sleep(0.5)
             raise Failed("a job was deleted before it was over")
-        running = [job for job in jobs if job["status"] == "running"]
-        shown = (running or jobs)[0]
-        note = f"{shown['status']} {shown['note'] or ''}".strip()
-        progress = Progress(note, shown["progress"], shown["progress"] and 1.0)
-        done = sum(job["status"] == "done" for job in jobs)
-        count = ""
-        if len(ids) > 1:
-            count = f"{done} of {len(ids)}"
-        elapsed = time.monotonic() - began
-        terminal.progress(progress, elapsed, None, count)
-        if not any(job["status"] in ("pending", "running") for job in jobs):
-            return jobs
-        if elapsed > 5 and not warned and all(job["status"] == "pending" for job in jobs):
-            terminal.say("no worker has taken it yet: does `imagen worker` run somewhere?")
-            warned = True
-        time.sleep(0.5)
+        except Unreachable as problem:
+            terminal.say(f"{problem}; asking again")
+            time.sleep(2)
 
 
 def job_error(job: Fields) -> ImagenError:
