@@ -1096,7 +1096,11 @@ def size_fault(width: int, height: int) -> str:
 
 
 def size_fields(size: str) -> dict[str, int]:
-    """The pixels of a size such as 1024x768, as fields of an Order; 0 where it is `auto`."""
+    """The pixels of a size, as fields of an Order; 0 where it is `auto`.
+
+    >>> size_fields("1024x768")
+    {'width': 1024, 'height': 768}
+    """
     match = re.fullmatch(r"auto|([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", size)
     if not match:
         hint = "16 to 8192 pixels each, such as 1024x768"
@@ -10871,7 +10875,7 @@ class Mcp:
 
     def outcome(self, runner: Runner) -> JsonObject:
         """What a runner made, and its worst error."""
-        errors = sorted(runner.errors, key=lambda error: error.charged == "no")
+        errors = worst_first(runner.errors)
         document: JsonObject = {"ok": not errors, "images": [*map(mcp_image, runner.records)]}
         if errors:
             document["error"] = mcp_error(errors[0])
