@@ -552,10 +552,26 @@ def to_jsonb(value: Any) -> str:
 def parsed(text: bytes) -> JsonObject:
     """The mapping that a JSON text is; {} where it is none."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
+        return mapping_of(json.loads(text))
     return {}
+
+
+def mapping_of(value: Any) -> JsonObject:
+    """A JSON value where it is a mapping; {} in place of any other."""
+    if isinstance(value, dict):
+        return value
+    return {}
+
+
+def sha256_of(data: Any) -> str:
+    """The hash of a text, of bytes, or of what is left of a file, in hex."""
+    import hashlib
+
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def merge_line(record: Any, line: Fields) -> None:
@@ -784,6 +800,11 @@ def decode_base64(text: bytes | memoryview, spool: BinaryIO) -> BinaryIO:
         spool.write(binascii.a2b_base64(rest + b"=="))
     spool.seek(0)
     return spool
+
+
+def base64_of(data: bytes) -> str:
+    """Base64 of some bytes, on one line."""
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 BASE64_ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -1077,6 +1098,19 @@ def size_fault(width: int, height: int) -> str:
     if width and not 16 <= min(width, height) <= max(width, height) <= 8192:
         return f"size {width}x{height}: 16 to 8192 pixels"
     return ""
+
+
+def size_fields(size: str) -> dict[str, int]:
+    """The pixels of a size, as fields of an Order; 0 where it is `auto`.
+
+    >>> size_fields("1024x768")
+    {'width': 1024, 'height': 768}
+    """
+    match = re.fullmatch(r"auto|([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", size)
+    if not match:
+        hint = "16 to 8192 pixels each, such as 1024x768"
+        raise BadRequest(f'size "{size}": not WxH', hint)
+    return {"width": int(match[1] or 0), "height": int(match[2] or 0)}
 
 
 class Order(NamedTuple):
@@ -1430,7 +1464,7 @@ def open_backend(
         headers = {**backend.headers}
         if access.basic_auth_env:
             login = secret_from(access.basic_auth_env).reveal().encode()
-            basic = Secret(binascii.b2a_base64(login, newline=False).decode())
+            basic = Secret(base64_of(login))
             headers["Authorization"] = f"Basic {basic.reveal()}"
         for header, variable in access.headers_env.items():
             headers[header] = secret_from(variable).reveal()
@@ -1632,7 +1666,7 @@ def path_setting(path: str) -> str:
 
 def xdg_folder(variable: str, default: str) -> str:
     """The folder that an XDG variable names, or its default; a relative one does not count."""
-    folder = os.environ.get(variable, "")
+    folder = os.environ.get(variable, "").rstrip("/")
     if not os.path.isabs(folder):
         folder = full_path(default)
     return folder
@@ -1644,7 +1678,7 @@ def config_path(flag: str = "", new: bool = False) -> str:
     if named:
         path = full_path(named)
     else:
-        path = os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "imagen.yaml")
+        path = xdg_folder("XDG_CONFIG_HOME", "~/.config") + "/imagen.yaml"
     # What is there and cannot be read is an error later on, never "the defaults".
     if new or os.path.lexists(path):
         return path
@@ -2111,7 +2145,7 @@ class Multipart:
 def data_uri(image: Input) -> str:
     """An input as text for a JSON body."""
     with open(image.path, "rb") as file:
-        encoded = binascii.b2a_base64(file.read(), newline=False).decode()
+        encoded = base64_of(file.read())
     return f"data:{image.mime_type};base64,{encoded}"
 
 
@@ -2191,11 +2225,13 @@ class Http:
         """The 2xx response to a form with files that may be sent twice without harm."""
         return self._repeated(lambda: self._exchange(self.base + path, form))
 
-    def send(self, method: str, path: str, data: BinaryIO, **headers: str) -> HttpResponse:
+    def send(self, method: str, path: str, data: BinaryIO | Fields, **headers: str) -> HttpResponse:
         """The 2xx response to a request that may be made twice without harm.
 
-        `data` is streamed, and its size announced.
+        `data` is a file, which is streamed and its size announced, or a mapping, sent as JSON.
         """
+        if isinstance(data, Mapping):
+            data = io.BytesIO(to_jsonb(data).encode())
         dashed = {name.replace("_", "-"): value for name, value in headers.items()}
         dashed["Content-Length"] = str(data.seek(0, os.SEEK_END))
 
@@ -2553,6 +2589,25 @@ def checked_url(base: str, path: str = "", name: str = "base_url") -> str:
     raise BadConfig(
         f"{name}: not an address such as https://host/path", "keys stand in environment variables"
     )
+
+
+class HttpBackend(Backend):
+    """An adapter whose options have the `base_url` of an HTTP server, and a `timeout`."""
+
+    VERSION: ClassVar[str] = ""  # where the address may end, and does where it has no path
+
+    def __init__(self, name: str, options: Any) -> None:
+        super().__init__(name, options)
+        self.base = checked_url(options.base_url, path=self.VERSION)
+
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of this server means."""
+        return explain_status(response)
+
+    def http(self, ctx: Context) -> Http:
+        """The way to its server."""
+        timeout = self.options.timeout
+        return Http(ctx, self.base, self.headers, self.explain, timeout, self.ca_file)
 
 
 # === Mock: pictures out of thin air, free and without a network ===
@@ -3822,7 +3877,7 @@ def websocket_texts(ctx: Context, backend: ComfyUI, path: str) -> Iterator[bytes
         "Connection": "Upgrade",
         "Sec-WebSocket-Version": "13",
         **backend.headers,
-        "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
+        "Sec-WebSocket-Key": base64_of(os.urandom(16)),
     }
     with closing(connect(host, port, timeout=2)) as server:
         prefix = "/".join(["", *backend.base.split("/")[3:]])
@@ -3896,12 +3951,13 @@ REPLICATE_ASPECTS = {
 
 
 @register("replicate")
-class Replicate(Backend):
+class Replicate(HttpBackend):
     """Create without waiting, so that the id is on record at once; poll; download.
 
     Results are kept for an hour. https://replicate.com/docs/reference/http
     """
 
+    VERSION = "/v1"
     OWN_FIELDS = (
         "prompt negative_prompt seed width height aspect_ratio megapixels"
         " num_inference_steps num_outputs"
@@ -3928,7 +3984,6 @@ class Replicate(Backend):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", options.model):
             raise BadConfig(f'model: "{options.model}" is not owner/name or owner/name:version')
         self.model, _, self.version = options.model.partition(":")
-        self.base = checked_url(options.base_url, path="/v1")
         token = secret_from(options.api_token_env).reveal()
         self.headers = {"Authorization": f"Bearer {token}"}
 
@@ -3960,7 +4015,7 @@ class Replicate(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Pay, poll, download."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         path = f"/models/{self.model}/predictions"
         inputs = self._with_images(http, self.plan(self.options, request), request)
         body: JsonObject = {"input": inputs}
@@ -3979,7 +4034,7 @@ class Replicate(Backend):
 
         Where the response to the create was lost, the id is looked for in the list.
         """
-        http = self._http(ctx)
+        http = self.http(ctx)
         age = time.time() - epoch(str(remote.get("since")))
         prediction_id = remote.get("id") or self._listed(http, request, remote)
         # Its POST may still have been on its way.
@@ -4007,19 +4062,26 @@ class Replicate(Backend):
         """
         if "id" not in remote:
             raise Unknown("the prediction has no id yet")
-        http = self._http(ctx)
+        http = self.http(ctx)
         prediction = http.post(f"/predictions/{remote['id']}/cancel", {}).json() or {}
         if self._ended(http, prediction).get("status") == "succeeded":
             raise Unknown("the prediction had succeeded before")
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        page = self._http(ctx).get_json(f"/models/{self.model}")
+        page = self.http(ctx).get_json(f"/models/{self.model}")
         return f"{self.model}, {page.get('visibility', 'found')}"
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, replicate_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of Replicate means (application/problem+json)."""
+        problem = response.json()
+        detail = str(problem.get("detail") or problem.get("title") or "")
+        error = explain_status(response, detail.replace("\n", "; ").strip("; "))
+        if response.status == 404 or (response.status == 422 and "version" in detail):
+            return BadConfig(
+                str(error), "check the model; community models need owner/name:version"
+            )
+        return error
 
     def _with_images(self, http: Http, inputs: Fields, request: Request) -> Any:
         """The inputs with links to the request's images where their marks stand."""
@@ -4240,16 +4302,6 @@ def replicate_image(prediction: Fields) -> str:
     return str(json.loads(match[0]))
 
 
-def replicate_error(response: HttpResponse) -> ImagenError:
-    """What an error of Replicate means (application/problem+json)."""
-    problem = response.json()
-    detail = str(problem.get("detail") or problem.get("title") or "")
-    error = explain_status(response, detail.replace("\n", "; ").strip("; "))
-    if response.status == 404 or (response.status == 422 and "version" in detail):
-        return BadConfig(str(error), "check the model; community models need owner/name:version")
-    return error
-
-
 # === OpenAI: the Images API and whoever speaks its dialect ===
 
 # USD per million tokens: text in, image in, image out; in PRICED. By the beginning of
@@ -4290,13 +4342,14 @@ OPENAI_SIZES = {"1:1": (1024, 1024), "3:2": (1536, 1024), "2:3": (1024, 1536)}
 
 
 @register("openai")
-class OpenAI(Backend):
+class OpenAI(HttpBackend):
     """One POST that answers with the image: no job id and no cancel, and no look but at the answer.
 
     https://developers.openai.com/api/reference/resources/images
     Others that speak it: Together, vLLM-Omni, SGLang, LocalAI, LiteLLM.
     """
 
+    VERSION = "/v1"
     OWN_FIELDS = "prompt negative_prompt seed size width height aspect_ratio n steps"
 
     class Options(NamedTuple):
@@ -4328,7 +4381,7 @@ class OpenAI(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1").removesuffix(options.path)
+        self.base = self.base.removesuffix(options.path)
         variable = options.api_key_env
         if not variable and origin(self.base)[1] == "api.openai.com":
             variable = "OPENAI_API_KEY"
@@ -4386,14 +4439,14 @@ class OpenAI(Backend):
         elif request.images:
             body.update(openai_inputs(options.inputs_as, request))
         ctx.progress("waiting for the image")
-        response = self._http(ctx).pay(self._place(path), body, files)
+        response = self.http(ctx).pay(self._place(path), body, files)
         return self._result(ctx, response.body, response.headers, request)
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image of an answer that was kept here, or behind the link that it had."""
         if link := remote.get("url"):
             _, ignored = openai_body(self.options, request)
-            image = fetch_paid(self._http(ctx), link)
+            image = fetch_paid(self.http(ctx), link)
             return Result(image, "", self.options.model, ignored=ignored)
         if body := ctx.kept_answer():
             return self._result(ctx, body, EMPTY, request, Ended)
@@ -4412,9 +4465,7 @@ class OpenAI(Backend):
         # 1. Was it paid for? Whatever comes with an image, or counts its tokens, was.
         document, image = openai_answer(body, ctx)
         item = (openai_data(document) or [{}])[0]
-        usage = document.get("usage")
-        if not isinstance(usage, dict):
-            usage = {}
+        usage = mapping_of(document.get("usage"))
         link = item.get("url")
         cost = reported = openai_reported(usage, headers)
         if image or link or usage.get("output_tokens") or reported:
@@ -4427,7 +4478,7 @@ class OpenAI(Backend):
             if blocked or item.get("respect_moderation") is False:
                 raise Refused(f"sent, and refused: {excerpt(body)}", "reword the prompt")
             raise without_image(f"sent, and answered without an image: {excerpt(body, 200)}")
-        image = image or fetch_paid(self._http(ctx), link)
+        image = image or fetch_paid(self.http(ctx), link)
         # 3. What is known of it.
         source = "reported"
         if cost is None:
@@ -4453,7 +4504,7 @@ class OpenAI(Backend):
         model = self.options.model
         path = self.options.path
         folder = "" if path.endswith("/generations") else path
-        listed = openai_data(self._http(ctx).get_json(self._place(f"{folder}/models")))
+        listed = openai_data(self.http(ctx).get_json(self._place(f"{folder}/models")))
         known = [item.get("id", "") for item in listed]
         if not known:
             return f"{model} (the server lists no models)"
@@ -4461,9 +4512,29 @@ class OpenAI(Backend):
             raise BadConfig(f'model "{model}" is not there: {nearest(model, known)}')
         return str(model)
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, openai_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error means: moderation and money first, whatever the status says."""
+        document = response.json() or {}
+        error = document.get("error", document)
+        code = error.get("code") or error.get("type")
+        message = str(error.get("message") or response.excerpt())
+        text = excerpt(message.encode(), 1000)
+        if error.get("param"):
+            text += f" ({error['param']})"
+        if request_id := response.headers.get("x-request-id"):
+            text += f" [{request_id}]"
+        message = f"{response.status}: {text}"
+        if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
+            refused = Refused(message, "reword the prompt")
+            # At the stage of output the image had been made.
+            if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
+                refused.charged = "yes"
+            return refused
+        if code in ("insufficient_quota", "billing_hard_limit_reached"):
+            return Quota(message, "https://platform.openai.com/settings/organization/billing")
+        if code == "model_not_found":
+            return BadConfig(message, "imagen backends --check names what is there")
+        return explain_status(response, text)
 
     def _place(self, path: str) -> str:
         from urllib.parse import urlencode
@@ -4577,9 +4648,10 @@ def openai_check_size(model: str, width: int, height: int) -> None:
 
 def openai_data(document: Any) -> list[Fields]:
     """The entries of `data`, which the schema lets be absent."""
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+    items = mapping_of(document).get("data")
+    if not isinstance(items, list):
         return []
-    return [item for item in document["data"] if isinstance(item, dict)]
+    return [item for item in items if isinstance(item, dict)]
 
 
 def openai_answer(
@@ -4604,8 +4676,7 @@ def openai_answer(
         document = json.loads(text)
     if isinstance(document, list):
         document = {"data": document}
-    if not isinstance(document, dict):
-        document = {}
+    document = mapping_of(document)
     if end:
         spool.seek(0)
         return document, spool
@@ -4638,31 +4709,6 @@ def openai_reported(usage: Fields, headers: Any) -> float | None:
     return None
 
 
-def openai_error(response: HttpResponse) -> ImagenError:
-    """What an error means: moderation and money first, whatever the status says."""
-    document = response.json() or {}
-    error = document.get("error", document)
-    code = error.get("code") or error.get("type")
-    message = str(error.get("message") or response.excerpt())
-    text = excerpt(message.encode(), 1000)
-    if error.get("param"):
-        text += f" ({error['param']})"
-    if request_id := response.headers.get("x-request-id"):
-        text += f" [{request_id}]"
-    message = f"{response.status}: {text}"
-    if OPENAI_REFUSED.search(str(code)) or "safety system" in text:
-        refused = Refused(message, "reword the prompt")
-        # At the stage of output the image had been made.
-        if (error.get("moderation_details") or {}).get("moderation_stage") == "output":
-            refused.charged = "yes"
-        return refused
-    if code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Quota(message, "https://platform.openai.com/settings/organization/billing")
-    if code == "model_not_found":
-        return BadConfig(message, "imagen backends --check names what is there")
-    return explain_status(response, text)
-
-
 # === Gemini: the Interactions API, whose id brings an image back ===
 
 GEMINI_ASPECTS = (*ASPECTS[:-1], "1:4", "4:1", "1:8", "8:1")
@@ -4679,12 +4725,13 @@ GEMINI_HIDDEN_S = 60.0  # for which what is new may not be there yet
 
 
 @register("gemini")
-class Gemini(Backend):
+class Gemini(HttpBackend):
     """One POST whose stream begins with an id: by that the image is fetched, or cancelled.
 
     https://ai.google.dev/gemini-api/docs/interactions
     """
 
+    VERSION = "/v1beta"
     OWN_FIELDS = "input prompt seed response_format generation_config stream store background"
 
     class Options(NamedTuple):
@@ -4702,7 +4749,6 @@ class Gemini(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url, path="/v1beta")
         self.headers = {"x-goog-api-key": secret_from(options.api_key_env).reveal()}
 
     @classmethod
@@ -4731,7 +4777,7 @@ class Gemini(Backend):
         body = gemini_body(self.options, request)
         ctx.progress("waiting for the image")
         try:
-            response = self._http(ctx).pay("/interactions", body, on_block=note_id)
+            response = self.http(ctx).pay("/interactions", body, on_block=note_id)
             if not ctx.remote_ids:
                 raise Unknown(f"sent, and answered {response.excerpt()}")
         except Unknown:
@@ -4741,7 +4787,7 @@ class Gemini(Backend):
 
     def resume(self, ctx: Context, remote: Fields, request: Request) -> Result:
         """The image in what was kept here of its stream, or else by its id."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         document = gemini_document(ctx.kept_answer())
         if "image" not in document:
             if "id" not in remote:
@@ -4767,7 +4813,7 @@ class Gemini(Backend):
 
     def cancel(self, ctx: Context, remote: Fields) -> None:
         """Cancel the interaction and see it end; Unknown where it was completed before."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         http.post(f"/interactions/{remote['id']}/cancel", {})
         if self._ended(http, remote).get("status") == "completed":
             raise Unknown("it had been completed before")
@@ -4792,11 +4838,16 @@ class Gemini(Backend):
 
     def check(self, ctx: Context) -> str:
         """The model's page."""
-        return str(self._http(ctx).get_json(f"/models/{self.options.model}")["name"])
+        return str(self.http(ctx).get_json(f"/models/{self.options.model}")["name"])
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, gemini_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of Google's means."""
+        text = str(response.json()["error"]["message"])
+        if "API key" in text:
+            return BadConfig(text, "check the variable that api_key_env names")
+        if b"PerDay" in response.body:
+            return Quota(f"429: {text}")
+        return explain_status(response, excerpt(text.encode()))
 
 
 def gemini_body(options: Any, request: Request) -> JsonObject:
@@ -4867,16 +4918,6 @@ def gemini_cost(model: str, usage: Fields) -> float | None:
             if model.startswith(name) and row["modality"].lower() == "image":
                 return round(usd * float(row["tokens"]) / 1e6, 6)
     return None
-
-
-def gemini_error(response: HttpResponse) -> ImagenError:
-    """What an error of Google's means."""
-    text = str(response.json()["error"]["message"])
-    if "API key" in text:
-        return BadConfig(text, "check the variable that api_key_env names")
-    if b"PerDay" in response.body:
-        return Quota(f"429: {text}")
-    return explain_status(response, excerpt(text.encode()))
 
 
 # === Output: names, and files that are never half there ===
@@ -5378,8 +5419,8 @@ class OpenEntry(NamedTuple):
 
 def state_path(*parts: str) -> str:
     """A path in $XDG_STATE_HOME/imagen, whose folders are made if need be, 0700."""
-    folder = os.path.join(xdg_folder("XDG_STATE_HOME", "~/.local/state"), "imagen")
-    entries_folder = os.path.join(folder, "open")
+    folder = xdg_folder("XDG_STATE_HOME", "~/.local/state") + "/imagen"
+    entries_folder = f"{folder}/open"
     if not os.path.isdir(entries_folder):
         with or_disk(folder, "the journal lives there; name another place with XDG_STATE_HOME"):
             for place in (folder, entries_folder):
@@ -5689,8 +5730,7 @@ def sweep_journal() -> None:
     """Unlink entries that were killed before they had their name."""
     for name in os.listdir(state_path("open")):
         if name.startswith(".") and (entry := Entry.take(state_path("open", name))):
-            os.unlink(entry.path)
-            entry.unlock()
+            entry.discard()
 
 
 def attempts(
@@ -5849,8 +5889,6 @@ def find_image(name: str) -> Record | None:
     image_id = needle = name
     # An id may come from anybody, over HTTP too: it never becomes a path.
     if not is_uuid(name):
-        import hashlib
-
         path = os.path.abspath(os.path.expanduser(name))
         if path.endswith(".json") and os.path.exists(path):
             path = path.removesuffix(".json")
@@ -5862,7 +5900,7 @@ def find_image(name: str) -> Record | None:
         if not sidecar:
             # The same bytes are the same image, wherever they have been moved to.
             if data := read_bytes(path):
-                digest = hashlib.sha256(data).hexdigest()
+                digest = sha256_of(data)
             needle = digest or to_json(path)[1:-1]
     for record in attempts(needle=needle):
         if "path" not in record:
@@ -5897,7 +5935,7 @@ def hidden_inputs() -> Iterator[Callable[[], str]]:
     paths: list[str] = []
 
     def hidden() -> str:
-        paths.append(os.path.join(folder, f".{new_uuid()}"))
+        paths.append(f"{folder}/.{new_uuid()}")
         return paths[-1]
 
     with or_disk(folder, "images that come in are copied there"):
@@ -5915,8 +5953,6 @@ def input_of(source: str | Input, ctx: Context) -> Input:
     What is a copy already, as for a fallback, is taken as it is.
     BadRequest where it is no whole image of a size and format that anybody takes.
     """
-    import hashlib
-
     if isinstance(source, Input):
         return source
     place = source
@@ -5931,11 +5967,10 @@ def input_of(source: str | Input, ctx: Context) -> Input:
     name = os.path.basename(place.partition("?")[0]) or "image"
     if source.startswith(("data:", f"{folder}/.")):  # the name of a part of a form would be ours
         name = "data"
-    hidden = os.path.join(folder, f".{new_uuid()}")
-    with or_disk(folder, "copies of inputs live there"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        spool = Spool(hidden, hidden)
-    try:
+    with hidden_inputs() as hidden:
+        path = hidden()
+        with or_disk(folder, "copies of inputs live there"):
+            spool = Spool(path, path)
         with spool:
             os.fchmod(spool.fileno(), 0o600)
             fetch_input(place, spool, ctx)
@@ -5944,13 +5979,11 @@ def input_of(source: str | Input, ctx: Context) -> Input:
             if sniffed.format == "jpg":
                 orientation = exif_orientation(spool)
             spool.seek(0)
-            digest = hashlib.file_digest(spool, "sha256").hexdigest()
-        path = os.path.join(folder, digest)
-        os.replace(hidden, path)
-    finally:
-        unlink_quietly(hidden)
+            digest = sha256_of(spool)
+        copy = f"{folder}/{digest}"
+        os.replace(path, copy)
     return Input(
-        path=path,
+        path=copy,
         name=name,
         sha256=digest,
         width=sniffed.width,
@@ -6048,14 +6081,12 @@ def input_in(fields: Fields) -> Input:
 
 def input_again(fields: Fields, folder: str) -> str:
     """Where an input that a sidecar names is now: its copy, another image, or beside this one."""
-    import hashlib
-
     digest = str(fields["sha256"])
     places = [state_path("inputs", digest)]
     places += [record["path"] for record in attempts(needle=digest) if "path" in record]
     places.append(os.path.join(folder, str(fields["name"])))
     for place in places:
-        if hashlib.sha256(read_bytes(place)).hexdigest() == digest:
+        if sha256_of(read_bytes(place)) == digest:
             return place
     raise BadRequest(f"{fields['name']}: this input is not here any more", "name it with --image")
 
@@ -6103,14 +6134,10 @@ class Supabase:
         if not key.startswith("sb_"):  # the opaque keys are no JWT, so no Bearer token either
             self.keys["Authorization"] = f"Bearer {key}"
         self.ctx = ctx
-        self.prompt = prompt
+        self.explain = functools.partial(supabase_error, prompt=prompt)
         self.base = checked_url(url, name=config.url_env)
         self.bucket = config.bucket
         self.storage = Http(ctx, f"{self.base}/storage/v1", self.keys, self.explain)
-
-    def explain(self, response: HttpResponse) -> ImagenError:
-        """`supabase_error`, which does not know the prompt."""
-        return supabase_error(response, self.prompt)
 
     def tables(self, schema: str) -> Http:
         """PostgREST, looking at one schema."""
@@ -6134,7 +6161,7 @@ class Supabase:
             file,
             Content_Type=mime_type,
             x_upsert="true",
-            x_metadata=binascii.b2a_base64(metadata, newline=False).decode(),
+            x_metadata=base64_of(metadata),
             cache_control="max-age=31536000, immutable",
         )
         if not response.mapping().get("Key"):  # a page of somebody in between
@@ -6195,15 +6222,15 @@ class Supabase:
         for row in rows:
             with suppress(BadRequest):  # nothing can have such a name
                 self.delete_object(row["storage_path"])
-            done = io.BytesIO(b'{"object_deleted_at": "now"}')
+            done = {"object_deleted_at": "now"}
             deletions.send("PATCH", f"/deletions?image_id=eq.{row['image_id']}", done)
 
     def sign(self, path: str, seconds: int) -> str:
         """An address where anybody can fetch the image at `path` for that long."""
         from urllib.parse import quote
 
-        body = io.BytesIO(to_jsonb({"expiresIn": seconds}).encode())
-        response = self.storage.send("POST", f"/object/sign/{self.object_url(path)}", body)
+        place = f"/object/sign/{self.object_url(path)}"
+        response = self.storage.send("POST", place, {"expiresIn": seconds})
         signed = str(response.mapping().get("signedURL"))
         place, _, query = signed.rpartition("?")
         if not place:
@@ -6219,9 +6246,8 @@ class Supabase:
         """Insert a row of imagen.images unless its id is there; its storage_path from now on."""
         # So nobody's later edits are touched.
         prefer = "return=representation,resolution=ignore-duplicates"
-        body = io.BytesIO(to_jsonb(row).encode())
-        query = "on_conflict=id&select=id,storage_path"
-        response = self.tables("imagen").send("POST", f"/images?{query}", body, Prefer=prefer)
+        place = "/images?on_conflict=id&select=id,storage_path"
+        response = self.tables("imagen").send("POST", place, row, Prefer=prefer)
         if rows := postgrest_rows(response):
             return str(rows[0]["storage_path"])
         return self.storage_path_of(row["id"]) or str(row["storage_path"])
@@ -6235,14 +6261,11 @@ class Supabase:
         row = dict(row)
         prefer = "return=minimal,resolution=merge-duplicates"
         while True:
-            query = "?on_conflict=id"
+            place = "/imagen_usage?on_conflict=id"
             if "id" not in row:
-                query = ""
-            body = io.BytesIO(to_jsonb(row).encode())
+                place = "/imagen_usage"
             try:
-                response = self.tables("mai").send(
-                    "POST", f"/imagen_usage{query}", body, Prefer=prefer
-                )
+                response = self.tables("mai").send("POST", place, row, Prefer=prefer)
             except (BadRequest, Failed) as problem:
                 column = column_to_leave_out(str(problem))
                 if column not in row:
@@ -6279,9 +6302,7 @@ def supabase_error(response: HttpResponse, prompt: str = "") -> ImagenError:
     Storage has its true status in the body. Only code and message are told: the details of
     PostgREST hold the whole row, and the prompt with it.
     """
-    body = response.json()
-    if not isinstance(body, dict):
-        body = {}
+    body = mapping_of(response.json())
     status = response.status
     true_status = str(body.get("statusCode"))
     if re.fullmatch(r"[1-5]\d\d", true_status):
@@ -6339,7 +6360,7 @@ def image_row(record: Record) -> JsonObject:
         "id": sidecar["image_id"],
         "owner_user_id": record["owner"],
         **{name: sidecar.get(name) for name in columns},
-        "prompt_hash": prompt_hash(record["sidecar"]["prompt"]),
+        "prompt_hash": sha256_of(record["sidecar"]["prompt"]),
         "sidecar": sidecar,
         **tags,
     }
@@ -6358,17 +6379,10 @@ def usage_row(record: Record) -> JsonObject:
         "owner_user_id": record.get("owner") or None,
         "image_id": image_id,
         **{name: sidecar.get(name) for name in columns},
-        "prompt_hash": prompt_hash(sidecar.get("prompt") or ""),
+        "prompt_hash": sha256_of(sidecar.get("prompt") or ""),
         "charged": record.get("charged"),
         "host": record.get("host"),
     }
-
-
-def prompt_hash(prompt: str) -> str:
-    """sha256 of a prompt as it was written, in UTF-8, hex."""
-    import hashlib
-
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # === Pipeline: plans_of, make, finish, deliver; and recover, which is the same steps again ===
@@ -6398,15 +6412,13 @@ class Plan(NamedTuple):
 
 def order_hash(order: Order, sidecar: Sidecar) -> str:
     """The hash of what a door asked for; how many, where to and how private do not count."""
-    import hashlib
-
     fields = order._asdict()
     for name in ("n", "key", "caller", "pay_again", "output", "cloud", "strict"):
         del fields[name]
     fields["backend_opts"] = dict(order.backend_opts)
     fields["images"] = [image["sha256"] for image in sidecar.get("inputs", [])]
     fields["mask"] = sidecar.get("mask", {}).get("sha256")
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(fields, sort_keys=True))
 
 
 def plans_of(order: Order, config: Config) -> list[Plan]:
@@ -6645,6 +6657,11 @@ class Run(Context):
         return self._delivery
 
     @property
+    def record(self) -> Record:
+        """What its entry says."""
+        return self.entry.record
+
+    @property
     def is_open(self) -> bool:
         """Whether there is an entry, and it is ours."""
         return self.begun and self.entry.is_locked
@@ -6751,7 +6768,7 @@ class Run(Context):
         spent = 0.0
         # Also what is later than now: a clock that was set back frees nothing.
         for record in attempts(needle='"paid": true', warn=self.warn, under_way=True):
-            own = record["id"] == self.id and record.get("at") == self.entry.record["at"]
+            own = record["id"] == self.id and record.get("at") == self.record["at"]
             sent = time.localtime(epoch(record.get("sending") or record.get("at", "")))
             if not own and sent[:3] >= begin:
                 spent += cost_of(record)[1]
@@ -6782,7 +6799,7 @@ class Run(Context):
             reason = str(problem)  # metadata that is no JSON would spoil every later line
         except OSError as problem:
             reason = problem.strerror or str(problem)
-            merge_line(self.entry.record, line)
+            merge_line(self.record, line)
         self.warn(f"journal: {self.entry.path}: {reason}")
         return False
 
@@ -6836,7 +6853,7 @@ class Run(Context):
 
     def close(self) -> None:
         """Move the entry to the ledger; where the disk refuses, it stays open and loses nothing."""
-        if claim := self.entry.record.get("claim"):
+        if claim := self.record.get("claim"):
             release_claim(claim, self.image_id)
         if not self._keep_paid_bytes():
             self.entry.unlock()
@@ -6845,7 +6862,7 @@ class Run(Context):
         # stays until the entry is safely in the ledger.
         if self._cleaned or not self.complete_image_path():
             self.clean()
-        self.entry.record["charged"] = self.charged
+        self.record["charged"] = self.charged
         try:
             self.entry.to_ledger()
             self.clean()
@@ -6856,9 +6873,9 @@ class Run(Context):
     def _keep_paid_bytes(self) -> bool:
         # What may have been paid for, and has no name yet, gets one: a person may see an image
         # where we do not. Copied, not moved, so that a full disk loses nothing.
-        if self.charged == "no" or self._cleaned or self.entry.record.get("path"):
+        if self.charged == "no" or self._cleaned or self.record.get("path"):
             return True
-        name = self.entry.record["name"].replace("{ext}", "bin")
+        name = self.record["name"].replace("{ext}", "bin")
         for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
@@ -6905,14 +6922,14 @@ class Run(Context):
         if not ended:
             hint = "; ".join(filter(None, (hint, f"imagen recover {self.id}")))
         elif kind is Unknown:
-            sending = self.entry.record.get("sending")
+            sending = self.record.get("sending")
             hint = f"sent {sending}: the backend's usage page tells more; this entry is closed"
         error = kind(message, hint, charged=self.charged, after=error.after)
         # 3. The entry: kept for `deliver`, which reports what it cost, for `recover`, or closed.
         self.note_best_effort(
             charged=self.charged, error={"code": error.code, "message": str(error)}
         )
-        to_report = missing_uploads(self.entry.record)
+        to_report = missing_uploads(self.record)
         if ended and to_report:
             self.note_best_effort(over=True)
         elif ended:
@@ -6945,7 +6962,7 @@ class Run(Context):
         return type(error)
 
     def _failure_message(self, error: ImagenError, cancelled: bool) -> str:
-        message = f"{self.entry.record['sidecar'].get('backend', '')}: {error}"
+        message = f"{self.record['sidecar'].get('backend', '')}: {error}"
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
@@ -7076,11 +7093,13 @@ def plan_instead(plan: Plan, name: str, config: Config) -> Plan:
     tags = tuple(plan.record["sidecar"].get("tags", ()))
     [instead] = plans_of(Order(**request._asdict(), tags=tags), config)
     # Name, key and owner stay those of the order.
-    record = plan.record.copy()
-    record["paid"] = instead.record["paid"]
-    record["price"] = instead.record["price"]
-    record["sidecar"] = instead.record["sidecar"]
-    record["unmet"] = instead.record["unmet"]
+    record: Record = {
+        **plan.record,
+        "paid": instead.record["paid"],
+        "price": instead.record["price"],
+        "sidecar": instead.record["sidecar"],
+        "unmet": instead.record["unmet"],
+    }
     record["sidecar"]["fallback_from"] = plan.request.backend
     return instead._replace(record=record)
 
@@ -7107,8 +7126,8 @@ def finish(run: Run, result: Result) -> Record:
                 spool = stack.enter_context(run.spool())
                 copy_into(source, spool)
             fields = cleaned({**result._asdict(), "image": None, "latency_ms": latency})
-            seed = run.entry.record["sidecar"].get("seed")
-            fields["ignored"] += run.entry.record.get("unmet", [])
+            seed = run.record["sidecar"].get("seed")
+            fields["ignored"] += run.record.get("unmet", [])
             run.note_best_effort(charged=run.charged, sidecar=result_fields(fields, seed))
             sniffed = sniff(spool)
             if not sniffed:
@@ -7127,7 +7146,7 @@ def finish(run: Run, result: Result) -> Record:
 
 def open_further(run: Run, remote: Fields) -> Entry:
     """An entry of its own for one more image of a run's remote job."""
-    record = run.entry.record.copy()
+    record = run.record.copy()
     record["id"] = new_uuid()
     record["sidecar"] = {**record["sidecar"], "image_id": record["id"]}
     record["remote"] = dict(remote)
@@ -7149,7 +7168,7 @@ def save(run: Run, place: str) -> Record:
             os.fsync(file.fileno())
         os.rename(run.part, run.hidden)
     # 2. On record, before it has a name: a kill from here on is mended without the backend.
-    record = run.entry.record
+    record = run.record
     if claim := record.get("claim"):
         release_claim(claim, run.image_id)
     ending, sidecar = describe(run, run.hidden)
@@ -7208,15 +7227,13 @@ def object_path(storage: str, entry_id: str, ending: str) -> str:
 
 def describe(run: Run, path: str) -> tuple[str, Sidecar]:
     """The true ending of the image at `path`, and its whole sidecar."""
-    import hashlib
-
-    record = run.entry.record
+    record = run.record
     known = record["sidecar"]
     with open(path, "rb") as file:
         sniffed = sniff(file) or Sniffed("png")
         deviations = deviations_of(known, sniffed, file)
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256")
+        digest = sha256_of(file)
     seed = known["seed"]
     if run.paid and "ignored" not in known:  # the result was lost, and which seed was used with it
         seed = None
@@ -7233,7 +7250,7 @@ def describe(run: Run, path: str) -> tuple[str, Sidecar]:
         "height": sniffed.height,
         "mime_type": MIME_TYPES[sniffed.format],
         "bytes": os.path.getsize(path),
-        "sha256": digest.hexdigest(),
+        "sha256": digest,
         "charged": run.charged,
         "storage_path": storage_path,
         "imagen_version": __version__,
@@ -7273,7 +7290,7 @@ def deliver(run: Run, config: Config) -> None:
     """
     if not run.is_open:
         return
-    record = run.entry.record
+    record = run.record
     try:
         upload_missing(run, config, ("object", "row", "usage"))
     finally:
@@ -7288,7 +7305,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
     """Upload what is missing of `parts`, each noted once it is there; raises the first error."""
     # Asked anew after each step, since a step may find out that more, or less, is to be done.
     uploads = {"object": upload_object, "row": upload_row, "usage": upload_usage}
-    record = run.entry.record
+    record = run.record
     record["charged"] = run.charged
     if not record.get("owner") and config.owner_user_id:
         run.note_best_effort(owner=config.owner_user_id)
@@ -7323,9 +7340,7 @@ def upload_missing(run: Run, config: Config, parts: Sequence[str]) -> None:
 
 def upload_object(run: Run, cloud: Supabase) -> None:
     """Upload the image, to a path that holds this entry's id and is nobody else's."""
-    import hashlib
-
-    record = run.entry.record
+    record = run.record
     sidecar = record["sidecar"]
     image = record["path"]
     if not record.get("owner"):
@@ -7344,7 +7359,7 @@ def upload_object(run: Run, cloud: Supabase) -> None:
         path = object_path(record["storage"], run.id, ending[1:])
     with open(image, "rb") as file:
         if run.began_elsewhere:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(file)
             if sidecar.get("sha256") not in (None, digest):
                 raise BadRequest(f"{image} was changed since it was made")
         cloud.upload(path, file, sidecar["mime_type"], run.image_id)
@@ -7353,7 +7368,7 @@ def upload_object(run: Run, cloud: Supabase) -> None:
 
 def upload_row(run: Run, cloud: Supabase) -> None:
     """Insert the image's row."""
-    record = run.entry.record
+    record = run.record
     if not _is_ours(record["object"], run) and not cloud.storage_path_of(run.image_id):
         # Release 0.1.0 put it at a path that may be somebody else's by now.
         run.note_best_effort(object="", sidecar={"storage_path": None})
@@ -7367,7 +7382,7 @@ def upload_row(run: Run, cloud: Supabase) -> None:
 
 def withdraw(run: Run, cloud: Supabase) -> None:
     """Delete the object that will have no row, if its name says that it is this entry's."""
-    path = run.entry.record["object"]
+    path = run.record["object"]
     if _is_ours(path, run):
         cloud.delete_object(path)
         run.note_best_effort(object="")
@@ -7379,7 +7394,7 @@ def _is_ours(path: str, run: Run) -> bool:
 
 def upload_usage(run: Run, cloud: Supabase) -> None:
     """Report what an attempt cost; again where that was not known the first time."""
-    record = run.entry.record
+    record = run.record
     reported: str = record["charged"]
     if not cloud.add_usage(usage_row(record)):
         reported = "for good"
@@ -7422,7 +7437,7 @@ def recover(entry: Entry, config: Config, run: Run) -> Record | None:
 
 def _claimed_image(run: Run) -> Record | None:
     # On a disk without hard links the image may have its name, and the journal not know it yet.
-    record = run.entry.record
+    record = run.record
     claim = record.get("claim")
     image = record.get("image")
     if not claim or not image or not os.path.exists(claim):
@@ -7435,7 +7450,7 @@ def _claimed_image(run: Run) -> Record | None:
 
 
 def _resume(run: Run, config: Config) -> Result:
-    record = run.entry.record
+    record = run.record
     request = styled_request(record["sidecar"])
     backend = open_backend(request.backend, config.backends, request.backend_opts)
     request = with_aspect(request, backend.takes(backend.options), strict=False)
@@ -7621,7 +7636,7 @@ class Runner:
             error = as_error(problem)
             self.on_error(error)
         if run.id in self.spent:  # reserved; now it is known better
-            _, self.spent[run.id] = cost_of(run.entry.record)
+            _, self.spent[run.id] = cost_of(run.record)
         with self.changed:
             if record:
                 self.records.append(record)
@@ -8415,7 +8430,7 @@ class Attempt(Run):
         # Nobody waits for an earlier one any more, and this one says all that it said.
         fields = {
             "attempt": self.number,
-            "at": self.entry.record["at"],
+            "at": self.record["at"],
             "remote": cleaned(self.remote_ids),
             "usd": self.price.most(),
         }
@@ -8437,7 +8452,7 @@ class Attempt(Run):
     def settle_job(self, outcome: Outcome) -> bool:
         """Have the outcome written, however long Postgres is away; whether the row was ours."""
         if outcome.get("charged") and self.begun:
-            known, usd = cost_of(self.entry.record)
+            known, usd = cost_of(self.record)
             if known != "reserved":  # which the receipt says already
                 outcome["usd"] = usd
         self.worker.outcomes.append((self, outcome))
@@ -8883,7 +8898,7 @@ class Worker:
             outcome = self.uploaded(run, config, record)
         except Exception as problem:
             outcome = self.failure(run, as_error(problem))
-            if run.begun and not run.entry.record.get("over"):
+            if run.begun and not run.record.get("over"):
                 run.entry.unlock()  # for whoever runs it next
         # 2. Into the database, however long that takes.
         was_ours = run.settle_job(outcome)
@@ -8895,7 +8910,7 @@ class Worker:
         elif not was_ours and run.charged == "no":
             # The job is somebody else's by now, and so is its image.
             run.note_best_effort(refused=True)
-        elif outcome["status"] == "done" and missing_uploads(run.entry.record):
+        elif outcome["status"] == "done" and missing_uploads(run.record):
             run.entry.unlock()  # for `deliver_backlog`
         with suppress(ImagenError):
             deliver(run, config)
@@ -8907,13 +8922,15 @@ class Worker:
             order = run.order
             if run.inputs or run.mask:
                 cloud = Supabase(run.delivery(), config.supabase)
-                places = [hidden() for _ in run.inputs]
-                for path, place in zip(run.inputs, places, strict=True):
+
+                def fetched(path: str) -> str:
+                    place = hidden()
                     cloud.fetch(path, run.owner, place)
-                order = order._replace(images=tuple(places))
+                    return place
+
+                order = order._replace(images=tuple(map(fetched, run.inputs)))
                 if run.mask:
-                    order = order._replace(mask=hidden())
-                    cloud.fetch(run.mask, run.owner, order.mask)
+                    order = order._replace(mask=fetched(run.mask))
             (plan,) = plans_of(order, config)
         if run.number > 1 and (record := self.from_leftovers(run, config)):
             return record
@@ -9031,10 +9048,9 @@ class Worker:
             if name:
                 open_backend(name, self.config.backends).check(Context(CONNECT_TIMEOUT))
                 return None
-            output = full_path(os.path.expandvars(self.config.output.directory))
-            for folder in (output, state_path("open")):
+            for folder in (path_setting(self.config.output.directory), state_path("open")):
                 prepare_folder(folder)
-                probe = os.path.join(folder, f".imagen-{self.me}.part")
+                probe = f"{folder}/.imagen-{self.me}.part"
                 try:
                     write_file(probe, "0" * PROBE_BYTES)
                 finally:
@@ -9099,7 +9115,7 @@ def attempts_allowed(run: Attempt, error: ImagenError) -> int:
         if error.retryable:
             return most
         return 0
-    if not run.began_elsewhere or run.entry.record.get("over"):
+    if not run.began_elsewhere or run.record.get("over"):
         return 0
     if not os.path.exists(run.entry.path):
         return 0
@@ -9128,8 +9144,6 @@ def take_slot(name: str) -> tuple[str, int]:
     After a taken name, the next number. Who gets it knows that whoever had it before is
     dead: the kernel says so.
     """
-    import hashlib
-
     for number in range(1, 1000):
         file = f"worker-{name}-{number}.lock"
         if number == 1:
@@ -9141,7 +9155,7 @@ def take_slot(name: str) -> tuple[str, int]:
             boot = read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
             slot = f"{boot}:{place.st_dev}:{place.st_ino}"
             # Job rows hold it, and their owners read those.
-            return hashlib.sha256(slot.encode()).hexdigest(), lock
+            return sha256_of(slot), lock
     raise Busy(f"a thousand workers are called {name}")
 
 
@@ -9898,7 +9912,7 @@ class Server:
         """OpenAI's JSON form of an edit, with its images as an Order names them."""
 
         def source(link: Any) -> str:
-            fields = link if isinstance(link, dict) else {}
+            fields = mapping_of(link)
             if is_uuid(ident := str(fields.get("file_id"))):
                 self._record(ident)
                 return ident
@@ -9917,8 +9931,6 @@ class Server:
 
     def _call(self, client: Connection, body: JsonObject, kind: str = "image_generation") -> Call:
         """The call that makes the images of a body: a new one, or the one that it repeats."""
-        import hashlib
-
         request = client.request
         if not body:
             raise HttpError(400, "the body is no JSON object")
@@ -9930,13 +9942,13 @@ class Server:
         asker = request.headers.get("authorization", "")
         keyed = {}
         if key := request.headers.get("idempotency-key"):
-            keyed = {"key": key, "caller": hashlib.sha256(asker.encode()).hexdigest()}
+            keyed = {"key": key, "caller": sha256_of(asker)}
         plans, ignored = self._plans(body, keyed)
         # Inputs count by their bytes, wherever they came from.
         inputs = plans[0].record["sidecar"]
         body |= {"images": inputs.get("inputs"), "mask": inputs.get("mask"), "kind": kind}
         body["key"] = key
-        key = hashlib.sha256(f"{asker}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+        key = sha256_of(f"{asker}{json.dumps(body, sort_keys=True)}")
         with self._lock:
             call = self._same_call(key, request)
             if not call:
@@ -10006,18 +10018,13 @@ class Server:
         """The plans for a body, and the names of its fields that nobody here knows."""
         ignored: list[str] = []
         backend = self._backend(str(body.get("model") or "auto"), ignored)
-        size = str(body.get("size") or "auto").lower()
-        pixels = re.fullmatch(r"auto|([1-9]\d{0,4})x([1-9]\d{0,4})", size)
-        if not pixels:
-            raise BadRequest("size is WxH or auto")
         if body.get("response_format", "url") not in ("b64_json", "url"):
             raise BadRequest("response_format is b64_json or url")
         if not isinstance(body.get("stream", False), bool):
             raise BadRequest("stream is true or false")
         fields = {**{key: body[key] for key in ORDER_FIELDS if key in body}, **keyed}
         fields["backend"] = backend
-        fields["width"] = int(pixels[1] or 0)
-        fields["height"] = int(pixels[2] or 0)
+        fields.update(size_fields(str(body.get("size") or "auto").lower()))
         fields["format"] = body.get("output_format") or ""
         if fields["format"] not in ("", *FORMATS):
             raise BadRequest(f"output_format is one of {', '.join(FORMATS)}")
@@ -10158,7 +10165,7 @@ class Server:
             fields["url"] = f"{base}/images/{image_id}?signature={signature}"
         else:
             image = read_bytes(record["path"])
-            fields["b64_json"] = binascii.b2a_base64(image, newline=False).decode()
+            fields["b64_json"] = base64_of(image)
         if revised := (sidecar.get("metadata") or {}).get("revised_prompt"):
             fields["revised_prompt"] = revised
         return fields
@@ -10696,10 +10703,8 @@ def usage_of(records: Iterable[Record]) -> JsonObject:
     """The tokens that the backend counted; OpenAI's clients want numbers in any case."""
     total = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     for record in records:
-        usage = (record["sidecar"].get("metadata") or {}).get("usage")
         # Compatible servers put all kinds of things in its place.
-        if not isinstance(usage, dict):
-            continue
+        usage = mapping_of((record["sidecar"].get("metadata") or {}).get("usage"))
         for key in total:
             if isinstance(usage.get(key), int):
                 total[key] += usage[key]
@@ -11295,9 +11300,7 @@ class Mcp:
             if len(raw) > MCP_LINE_BYTES:
                 reason = "the line is too long"
             self.tell(message, id=None, error={"code": -32700, "message": reason})
-        params = message.get("params")
-        if not isinstance(params, dict):
-            params = {}
+        params = mapping_of(message.get("params"))
         method = message.get("method", "")
         if method == "notifications/cancelled":
             self.cancel(params.get("requestId"))
@@ -11339,8 +11342,7 @@ class Mcp:
 
     def result(self, message: Fields, params: Fields) -> JsonObject:
         """The result of a request."""
-        meta = params.get("_meta")
-        version = meta.get(f"{MCP_META}protocolVersion") if isinstance(meta, dict) else None
+        version = mapping_of(params.get("_meta")).get(f"{MCP_META}protocolVersion")
         if version not in (None, *MCP_VERSIONS):
             data = {"supported": [*MCP_VERSIONS], "requested": version}
             raise McpError(-32022, f"unknown protocol version {version}", data=data)
@@ -11401,12 +11403,8 @@ class Mcp:
     ) -> JsonObject:
         """Make images, and say where they are."""
         fields = arguments._asdict()
-        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})|", fields.pop("size"))
-        if not size:
-            raise BadRequest("size is WxH, such as 1024x768")
+        fields.update(size_fields(fields.pop("size") or "auto"))
         limit = fields.pop("max_cost")
-        fields["width"] = int(size[1] or 0)
-        fields["height"] = int(size[2] or 0)
         fields["key"] = fields.pop("request_id")
         fields["images"] = [self.checked(source) for source in fields["images"]]
         if fields["mask"]:
@@ -11468,8 +11466,7 @@ class Mcp:
 
     def follow(self, runner: Runner, message: Fields, params: Fields) -> None:
         """Wait for a runner; tell the client how far it is, where it wants to know."""
-        meta = params.get("_meta")
-        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        token = mapping_of(params.get("_meta")).get("progressToken")
         runner.spent = self.spent
         with self._lock:
             self.calls[runner] = to_json(message["id"])
@@ -11493,7 +11490,7 @@ class Mcp:
 
     def outcome(self, runner: Runner) -> JsonObject:
         """What a runner made, and its worst error."""
-        errors = sorted(runner.errors, key=lambda error: error.charged == "no")
+        errors = worst_first(runner.errors)
         document: JsonObject = {"ok": not errors, "images": [*map(mcp_image, runner.records)]}
         if errors:
             document["error"] = mcp_error(errors[0])
@@ -11583,6 +11580,7 @@ class Terminal:
         self.verbose = False
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.unwritten = False  # something that belongs on stdout
+        self.offers_mock = False  # to whom a backend fails
         self.lock = threading.RLock()
         self._drawn = False
 
@@ -11603,6 +11601,8 @@ class Terminal:
         error: ImagenError = Interrupted("interrupted")
         if isinstance(problem, Exception):
             error = as_error(problem)
+        if self.offers_mock and isinstance(error, BadConfig | Unreachable):
+            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
         if self.verbose and error.code == "bug":
             import traceback
 
@@ -11848,10 +11848,12 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         order = order._replace(key=new_uuid())
     if not args.timeout > 0:
         raise BadRequest("--timeout is more than 0 seconds")
-    offered = not args.backend and (order.backend or config.default_backend) != "mock"
-    with offering_mock(offered):
-        plans = plans_of(order, config)
-    tell_old_prices(plans[0].price, terminal)
+    # Who named no backend, and whose default one fails, hears of another.
+    default = order.backend or config.default_backend
+    terminal.offers_mock = not args.backend and default != "mock"
+    plans = plans_of(order, config)
+    plan = plans[0]
+    tell_old_prices(plan.price, terminal)
     if args.dry_run:
         return show_plans(plans, terminal)
     if not args.backend and config.default_backend == "mock" and not config_path(args.config):
@@ -11861,22 +11863,21 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     tell_unfinished(terminal)
     if not terminal.live:
-        terminal.note(f"{plans[0].request.backend}, {len(plans)} to make")
+        terminal.note(f"{plan.request.backend}, {len(plans)} to make")
     if args.verbose:
-        chosen = dict(plans[0].parameters)
+        chosen = dict(plan.parameters)
         chosen.pop("prompt", None)
-        terminal.note(f"{plans[0].request.backend} gets {to_json(chosen)}")
+        terminal.note(f"{plan.request.backend} gets {to_json(chosen)}")
     if args.detach:
-        open_backend(plans[0].request.backend, config.backends, plans[0].request.backend_opts)
-        ids = [plan.record["id"] for plan in plans]
+        open_backend(plan.request.backend, config.backends, plan.request.backend_opts)
+        ids = [each.record["id"] for each in plans]
         if not detached(ids, terminal):
             return terminal.result({"ids": ids}, *ids)
-    runner = GenerateRunner(plans, config, terminal, args.timeout, plans[0].parallel)
-    runner.offered = offered
+    runner = GenerateRunner(plans, config, terminal, args.timeout, plan.parallel)
     runner.requested = sparse(order.request()).keys()
     if terminal.live:
         with suppress(Disk):
-            runner.usual = usual_seconds(plans[0])
+            runner.usual = usual_seconds(plan)
     code = runner.run()
     paths = [record["path"] for record in runner.records]
     preview = args.preview or config.output.preview
@@ -11926,17 +11927,6 @@ def detached(ids: Sequence[str], terminal: Terminal) -> bool:
     return True
 
 
-@contextmanager
-def offering_mock(offered: bool) -> Iterator[None]:
-    """Who named no backend, and whose default one fails, hears of another."""
-    try:
-        yield
-    except (BadConfig, Unreachable) as error:
-        if offered:
-            error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
-        raise
-
-
 def tell_unfinished(terminal: Terminal) -> None:
     """One line for each kind of business left from before."""
     states = [row.state for row in unfinished()]
@@ -11957,16 +11947,11 @@ def order_from(
     if args.aspect:
         fields.update(width=0, height=0)
     if args.prompt == "-":
-        args.prompt = prompt_from_stdin()
+        args.prompt = text_of("-").rstrip("\r\n")
     if args.size is not None:
         if args.width is not None or args.height is not None:
             raise BadRequest("--size says width and height: leave out --width and --height")
-        match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", args.size)
-        if not match:
-            hint = "16 to 8192 pixels each, such as --size 1024x768"
-            raise BadRequest(f'--size "{args.size}": not WxH', hint)
-        args.width = int(match[1])
-        args.height = int(match[2])
+        fields.update(size_fields(args.size))
     options = {}
     if args.backend in (None, fields.get("backend")):
         options = dict(fields.get("backend_opts", EMPTY))
@@ -11995,20 +11980,31 @@ def options_from(pairs: Sequence[str]) -> JsonObject:
     return options
 
 
-def prompt_from_stdin() -> str:
-    """The text on stdin, without BOM and line end; BadRequest where it is no UTF-8."""
+TEXT_BYTES = 64 << 20
+
+
+def text_of(name: str) -> str:
+    """The text in a file, or on stdin where it is called `-`, without BOM."""
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        source: Any = nullcontext(sys.stdin.buffer)
+        if name != "-":
+            source = open(full_path(name), "rb")
+        with source as file:
+            data = file.read(TEXT_BYTES + 1)
+        if len(data) > TEXT_BYTES:
+            raise BadRequest(f"{name}: more than {TEXT_BYTES >> 20} MB", "split it")
+        return str(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        message = f"the prompt on stdin is no text in UTF-8: byte {problem.start + 1}"
+        message = f"{name}: no text in UTF-8: byte {problem.start + 1}"
         raise BadRequest(message, "convert it, for example with iconv") from None
-    return text.rstrip("\r\n")
+    except OSError as problem:
+        raise BadRequest(f"{name}: {problem.strerror}") from None
 
 
 def stdin_uri() -> str:
     """The image on stdin, as an Order names it."""
     data = sys.stdin.buffer.read(Takes().most_bytes + 1)
-    return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
+    return f"data:;base64,{base64_of(data)}"
 
 
 def fields_like(name: str, styles: Mapping[str, Style]) -> tuple[JsonObject, str]:
@@ -12093,6 +12089,17 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     return terminal.result({"dry_run": True, "plans": rows}, *aligned(cells))
 
 
+def image_document(record: Record) -> JsonObject:
+    """What JSON tells of an image that was made."""
+    image: JsonObject = {**record["sidecar"], "path": record["path"], "cloud": None}
+    if record.get("row"):
+        image["storage_path"] = record["object"]
+        image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
+    if record.get("reused"):
+        image["reused"] = True
+    return image
+
+
 class TerminalRunner(Runner):
     """A Runner whose results go to stdout, whose words go to stderr, and which heeds signals."""
 
@@ -12111,7 +12118,6 @@ class TerminalRunner(Runner):
         super().__init__(items, config, timeout, parallel)
         self.terminal = terminal
         self.count = len(items)
-        self.images: dict[str, JsonObject] = {}  # by id, for --json
         self.warnings: list[str] = []
         self.stopped_at = 0.0
 
@@ -12123,11 +12129,15 @@ class TerminalRunner(Runner):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)  # for good: what follows is short
         self.start()
-        pending_told = False
+        pending: list[Run] = []
         while self.busy and not (self.stopped and time.monotonic() > self.leave_at()):
             with self.changed:
                 self.changed.wait(0.1)
-            pending_told = pending_told or (bool(self.stopped) and self.tell_pending())
+            # Once; and not in the handler of the signal, which may have come in another line.
+            if not pending and (pending := self.pending):
+                backend = pending[0].entry.record["sidecar"]["backend"]
+                text = "cannot be stopped any more: waiting for the image; again to leave"
+                self.terminal.say(f"{backend} {text}")
             self.draw()
         missing = self.count - len(self.records)
         if self.stopped and missing and (self.count > 1 or self.active or self.waiting):
@@ -12150,22 +12160,14 @@ class TerminalRunner(Runner):
             self.patience = self.config.worker.grace_s
         self.stop(self.why)
 
-    def tell_pending(self) -> bool:
-        """Say once that a paid POST is waited for; whether that was said.
-
-        Not in the handler of the signal, which may have come in the middle of another line.
-        """
-        for run in [*self.active]:
-            if run.stop_pending:
-                backend = run.entry.record["sidecar"]["backend"]
-                text = "cannot be stopped any more: waiting for the image; again to leave"
-                self.terminal.say(f"{backend} {text}")
-                return True
-        return False
+    @property
+    def pending(self) -> list[Run]:
+        """The runs whose paid POST a stop waits for."""
+        return [run for run in [*self.active] if run.stop_pending]
 
     def leave_at(self) -> float:
         """When a stop has waited long enough: for a paid POST longer than for anything else."""
-        if any(run.stop_pending for run in [*self.active]):
+        if self.pending:
             return self.stopped_at + self.patience
         return self.stopped_at + 5
 
@@ -12174,19 +12176,18 @@ class TerminalRunner(Runner):
         count = ""
         if self.count > 1:
             count = f"{len(self.records)} of {self.count}"
-        for run, progress in [*self.active.items()][-1:] or self.uploading():
+        shown = [*self.active.items()]
+        if not shown:  # those that wait for the cloud
+            waiting = [run for run, record in self._undelivered if record and record.get("storage")]
+            shown = [(run, Progress("uploading")) for run in waiting]
+        for run, progress in shown[-1:]:
             elapsed = time.monotonic() - run.started
             self.terminal.progress(progress, elapsed, self.usual, count)
 
-    def uploading(self) -> Iterator[tuple[Run, Progress]]:
-        """The runs that wait for the cloud."""
-        for run, record in [*self._undelivered]:
-            if record and record.get("storage"):
-                yield run, Progress("uploading")
-
     def result(self) -> int:
         """Tell the outcome of all; the exit code."""
-        document: JsonObject = {"images": [*self.images.values()], "warnings": self.warnings}
+        images = [*map(image_document, self.records)]
+        document: JsonObject = {"images": images, "warnings": self.warnings}
         if len(self.errors) > 1:
             document["errors"] = [self.terminal.fields(error) for error in self.errors]
         return self.terminal.result(document, error=self.worst())
@@ -12216,12 +12217,9 @@ class TerminalRunner(Runner):
 
     def on_image(self, record: Record) -> None:
         """An image is safe: its path is the result, before anything is uploaded."""
-        image = {**record["sidecar"], "path": record["path"], "cloud": None}
-        self.images[record["sidecar"]["image_id"]] = image
-        if record.get("reused"):
-            image["reused"] = True
-            self.terminal.note(f"made at {image.get('timestamp')} for this key")
         sidecar = record["sidecar"]
+        if record.get("reused"):
+            self.terminal.note(f"made at {sidecar.get('timestamp')} for this key")
         seconds = (sidecar.get("latency_ms") or 0) / 1000
         closing = f"{seconds:.1f} s, {money(sidecar.get('cost_usd_estimate'))}"
         if sidecar.get("seed") is not None:
@@ -12236,27 +12234,22 @@ class TerminalRunner(Runner):
     def on_delivered(self, record: Record | None) -> None:
         """Where an image is in the cloud."""
         if record and record.get("row"):
-            image = self.images[record["sidecar"]["image_id"]]
-            image["storage_path"] = record["object"]
-            image["cloud"] = {"id": image["image_id"], "storage_path": record["object"]}
-            text = f"cloud: imagen.images.id={image['image_id']} storage_path={record['object']}"
+            image_id = record["sidecar"]["image_id"]
+            text = f"cloud: imagen.images.id={image_id} storage_path={record['object']}"
             self.terminal.note(text)
 
 
 class GenerateRunner(TerminalRunner):
     """The images of `imagen generate`."""
 
-    offered = False  # to try the mock
     requested: Collection[str] = ()  # fields of the request that somebody set
 
-    def attempt(self, item: Plan | Entry, run: Run) -> Record | None:
-        """Make one, and say what its backend could not honour."""
-        with offering_mock(self.offered):
-            record = super().attempt(item, run)
-        if record and (ignored := {*self.requested}.intersection(record["sidecar"]["ignored"])):
+    def on_image(self, record: Record) -> None:
+        """Also what its backend could not honour."""
+        if ignored := {*self.requested}.intersection(record["sidecar"]["ignored"]):
             fields = ", ".join(sorted(ignored))
-            run.warn(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
-        return record
+            self.on_warning(f"{record['sidecar']['backend']} cannot take {fields}: ignored")
+        super().on_image(record)
 
 
 @command(
@@ -12327,9 +12320,7 @@ class WaitRunner(TerminalRunner):
 def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
     config = budgeted(load_config(args.config), args.max_cost)
     rows = batch_rows(args)
-    images = 0
-    usd = 0.0
-    unknown = 0
+    prices: list[float | None] = []
     parallel = args.parallel or 0
     equal: dict[str, int] = {}
     for row in rows:  # a mistake in the last row is told before the first is paid
@@ -12340,13 +12331,13 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
             raise type(problem)(f"row {row.number}: {problem}", problem.hint) from None
         row.twin = equal[order.key] = equal.get(order.key, 0) + 1
         row.left = len(plans)
-        images += len(plans)
-        unknown += sum(plan.price.usd is None for plan in plans)
-        usd += sum(plan.price.usd or 0.0 for plan in plans)
+        prices += [plan.price.usd for plan in plans]
         parallel = parallel or plans[0].parallel
     if args.dry_run:
-        text = f"{len(rows)} rows, {images} images, {money(usd)}, {unknown} of unknown price"
-        document = {"rows": len(rows), "images": images, "usd": round(usd, 6), "unknown": unknown}
+        usd = round(sum(filter(None, prices)), 6)
+        unknown = prices.count(None)
+        text = f"{len(rows)} rows, {len(prices)} images, {money(usd)}, {unknown} of unknown price"
+        document = {"rows": len(rows), "images": len(prices), "usd": usd, "unknown": unknown}
         return terminal.result({"dry_run": True, **document}, text)
     items = [(row, number) for row in rows for number in range(row.left)]
     runner = BatchRunner(items, config, terminal, args.timeout, parallel)
@@ -12357,8 +12348,6 @@ def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
 
 class BatchRow:
     """A row of a batch, and what has come of it. There may be tens of thousands."""
-
-    __slots__ = ("error", "images", "left", "line", "number", "twin")
 
     def __init__(self, number: int, line: str) -> None:
         self.number = number
@@ -12371,17 +12360,7 @@ class BatchRow:
 
 def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
     """The rows of a batch."""
-    try:
-        source: Any = nullcontext(sys.stdin.buffer)
-        if args.file != "-":
-            source = open(full_path(args.file), "rb")
-        with source as file:
-            data = file.read(BATCH_BYTES + 1)
-        lines = data.decode("utf-8-sig").split("\n")  # other ends of lines may stand in a prompt
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadRequest(f"{args.file}: {getattr(problem, 'strerror', problem)}") from None
-    if len(data) > BATCH_BYTES:
-        raise BadRequest(f"{args.file}: more than {BATCH_BYTES >> 20} MB", "split it")
+    lines = text_of(args.file).split("\n")  # other ends of lines may stand in a prompt
     rows = [BatchRow(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise BadRequest(f"{args.file}: no rows")
@@ -12390,8 +12369,6 @@ def batch_rows(args: argparse.Namespace) -> list[BatchRow]:
 
 def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
     """The order of a row; without a key it gets one by file, folder, words and number."""
-    import hashlib
-
     fields: JsonObject = {"prompt": row.line}
     if row.line.startswith("{"):
         fields = parsed(row.line.encode())
@@ -12402,12 +12379,10 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
     fields = {"backend": args.backend or "", **fields}
     places = [os.path.abspath(place) for place in (args.file, args.output or "")]
     text = f"{to_json([*places, fields])}{row.twin}"
-    key = hashlib.sha256(text.encode()).hexdigest()
-    fields = {"output": args.output or "", "key": key, **fields}
+    fields = {"output": args.output or "", "key": sha256_of(text), **fields}
     return from_mapping(Order, fields, "", BadRequest)
 
 
-BATCH_BYTES = 64 << 20
 BEGAN = time.monotonic()
 MADE = Record()
 
@@ -12431,10 +12406,8 @@ class BatchRunner(TerminalRunner):
             plan = plans_of(batch_order(row, self.args), self.config)[number]
             record = super().attempt(plan, run) or Record()
             row.error = row.error or strict_error(record)
-            image: JsonObject = {**record["sidecar"], "path": record["path"]}
-            if record.get("reused"):
-                image["reused"] = True
-            else:
+            image = image_document(record)
+            if not record.get("reused"):
                 self.usd += image["cost_usd_estimate"] or 0.0
             row.images += (image,)
         except Exception as problem:
@@ -12628,11 +12601,10 @@ def cmd_config_init(args: argparse.Namespace, terminal: Terminal) -> int:
     path = config_path(args.config, new=True)
     if os.path.lexists(path) and not args.force:
         raise BadConfig(f"{path} exists", "imagen config init --force overwrites it")
-    with or_disk(path, ""):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        # What was there stays until the new one stands.
-        write_file(f"{path}.new", sample_text(), 0o600)
-        os.replace(f"{path}.new", path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # What was there stays until the new one stands.
+    write_file(f"{path}.new", sample_text(), 0o600)
+    os.replace(f"{path}.new", path)
     try:
         config = load_config(path)
         rows = [backend_row(name, config) for name in config.backends]
@@ -12698,12 +12670,16 @@ def cmd_config_show(args: argparse.Namespace, terminal: Terminal) -> int:
 def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     prefix = args.forget or args.id or ""
     if not prefix and not args.all:
-        return list_unfinished(terminal)
+        left = unfinished()
+        help_ = "nothing is unfinished"
+        if left:
+            help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
+        terminal.note(help_)
+        return list_entries("unfinished", left, terminal, journal_fault())
     paths = [row.path for row in entries() if os.path.basename(row.path).startswith(prefix)]
-    if prefix and not paths:
-        raise BadRequest(f"{prefix}: no unfinished image", "imagen recover")
-    if prefix and len(paths) > 1:
-        raise BadRequest(f"{prefix}: several unfinished images begin so", "imagen recover")
+    if prefix and len(paths) != 1:
+        message = f"{prefix}: {len(paths) or 'no'} unfinished images begin so"
+        raise BadRequest(message, "imagen recover")
     sweep_journal()
     config = load_config(args.config)
     taken = [entry for entry in map(Entry.take, paths) if entry]
@@ -12724,28 +12700,28 @@ def cmd_recover(args: argparse.Namespace, terminal: Terminal) -> int:
     return code
 
 
-def list_unfinished(terminal: Terminal) -> int:
-    """What `imagen recover` says without an id."""
+def list_entries(
+    title: str, opened: Sequence[OpenEntry], terminal: Terminal, error: ImagenError | None = None
+) -> int:
+    """List entries, in JSON under `title`, each with what it lacks in the cloud."""
     rows = []
-    for entry in unfinished():
+    lines = []
+    for entry in opened:
         sidecar: Fields = entry.record.get("sidecar") or {}
         row = {
             **{key: entry.record.get(key) for key in ("id", "at", "charged", "path", "remote")},
             "backend": sidecar.get("backend"),
             "state": entry.state,
             "prompt": sidecar.get("prompt", ""),
+            "lacks": missing_uploads(entry.record),
         }
         rows.append(row)
-    help_ = "nothing is unfinished"
-    if rows:
-        help_ = "imagen recover ID, or --all; --forget ID closes one without looking"
-    terminal.note(help_)
-    columns = ("id", "at", "backend", "state", "prompt")
-    lines = aligned([str(row[column] or "")[:60] for column in columns] for row in rows)
-    error = journal_fault()
+        lacks = ", ".join(row["lacks"])
+        place = row["path"] or row["prompt"][:60]
+        lines.append((row["id"], row["at"], row["backend"], lacks or entry.state, place))
     if error:
         terminal.report(error)
-    return terminal.result({"unfinished": rows}, *lines, error=error)
+    return terminal.result({title: rows}, *aligned(lines), error=error)
 
 
 class RecoverRunner(TerminalRunner):
@@ -12801,28 +12777,11 @@ def cmd_sync(args: argparse.Namespace, terminal: Terminal) -> int:
         except ImagenError as problem:
             terminal.say(f"deletions: {problem}")
     if args.dry_run or not rows:
-        return show_missing(incomplete, terminal)
+        terminal.note(f"{len(incomplete) or 'nothing'} to sync")
+        return list_entries("to_sync", incomplete, terminal)
     # Who was killed behind the last step left nothing to do but to close the entry.
     distinct = {row.record["id"]: row for row in rows}
     return SyncRunner([*distinct.values()], config, terminal, DELIVERY_S).run()
-
-
-def show_missing(rows: Sequence[OpenEntry], terminal: Terminal) -> int:
-    """What `imagen sync --dry-run` says."""
-    summary = "nothing to sync"
-    if rows:
-        summary = f"{len(rows)} to sync"
-    terminal.note(summary)
-    documents = []
-    for row in rows:
-        document: JsonObject = {
-            "id": row.record["id"],
-            "path": row.record.get("path"),
-            "lacks": missing_uploads(row.record),
-        }
-        documents.append(document)
-    lines = aligned((row["id"], ", ".join(row["lacks"]), row["path"] or "") for row in documents)
-    return terminal.result({"to_sync": documents}, *lines)
 
 
 class SyncRunner(TerminalRunner):
@@ -12853,7 +12812,7 @@ def entry_to_sync(name: str, opened: Sequence[OpenEntry]) -> OpenEntry:
             f"{name}: no image with a sidecar, and none that the journal knows", "see imagen list"
         )
     sidecar = record["sidecar"]
-    if record.get("private") or sidecar.get("private"):
+    if sidecar.get("private"):
         raise BadRequest(f"{name} was made with --no-cloud: it stays here")
     for row in opened:
         if row.record["id"] == record["id"]:
@@ -12894,7 +12853,7 @@ def cmd_sign(args: argparse.Namespace, terminal: Terminal) -> int:
     record = find_image(args.image)
     image_id = args.image
     if record:
-        if record.get("private") or record["sidecar"].get("private"):
+        if record["sidecar"].get("private"):
             raise BadRequest(f"{args.image} was made with --no-cloud: it stays here")
         image_id = record["sidecar"]["image_id"]
     path = args.image.removeprefix(f"{cloud.bucket}/")
@@ -12960,7 +12919,7 @@ def cmd_delete(args: argparse.Namespace, terminal: Terminal) -> int:
     """
 )
 def cmd_migrate(args: argparse.Namespace, terminal: Terminal) -> int:
-    path = args.file or os.path.join(HERE, "migrations.sql")
+    path = args.file or f"{HERE}/migrations.sql"
     try:
         with open(path, encoding="utf-8") as file:
             sql = file.read()
@@ -13000,8 +12959,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     made = images_made(owners, terms=args.terms, warn=terminal.say)
     for record in itertools.islice(made, args.n):
         sidecar = record["sidecar"]
-        storage_path = record.get("object") or sidecar.get("storage_path")
-        images.append({**sidecar, "path": record["path"], "storage_path": storage_path})
+        images.append(image_document(record))
         line = (
             str(sidecar.get("timestamp"))[:16],
             sidecar.get("backend"),
@@ -13015,7 +12973,7 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
     return terminal.result({"images": images}, *aligned(lines))
 
 
-COST_COLUMNS = ("images", "usd", "reported", "estimated", "unknown", "reserved")
+COST_COLUMNS = ("images", "usd", "unknown", "reported", "estimated", "reserved")
 
 
 @command(
@@ -13050,8 +13008,7 @@ def cmd_cost(args: argparse.Namespace, terminal: Terminal) -> int:
     for key, row in (*sorted(groups.items()), ("total", total)):
         row["usd"] = row["reported"] + row["estimated"]
         row.update({column: round(value, 6) for column, value in row.items()})
-        known_as = ("reported", "estimated", "reserved")
-        parts = [f"{money(row[column])} {column}" for column in known_as if row[column]]
+        parts = [f"{money(row[name])} {name}" for name in COST_COLUMNS[3:] if row[name]]
         if row["unknown"]:
             parts.append(f"{row['unknown']} of unknown cost")
         lines.append((key, row["images"], "images", money(row["usd"]), ", ".join(parts)))
@@ -13076,12 +13033,12 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
     folder = full_path(SETUP_FOLDER)
     venv = f"{folder}/venv"
     python = f"{venv}/bin/python"
+    file = f"{folder}/imagen.py"
     packages = [*PACKAGES, *(vars(args)["with"] or ())]
+    copies = {__file__: file, f"{HERE}/migrations.sql": f"{folder}/migrations.sql"}
     with or_disk(folder, ""):
         os.makedirs(folder, exist_ok=True)
-        for name in ("imagen.py", "migrations.sql"):
-            source = __file__ if name == "imagen.py" else os.path.join(HERE, name)
-            target = f"{folder}/{name}"
+        for source, target in copies.items():
             if os.path.exists(source):  # it may be the target itself
                 shutil.copyfile(source, f"{target}.new")
                 os.replace(f"{target}.new", target)
@@ -13098,9 +13055,8 @@ def cmd_setup(args: argparse.Namespace, terminal: Terminal) -> int:
         require(make, f"on Debian and Ubuntu: sudo apt install {version}")
     require(install, "it needs the network; with packages of your own, `imagen install` will do")
     # 2. The command.
-    path = write_launcher(full_path("~/.local/bin"), python, f"{folder}/imagen.py")
     terminal.note(f"{folder} has this copy and its packages")
-    return launched(path, terminal)
+    return write_launcher(full_path("~/.local/bin"), python, file, terminal)
 
 
 def succeeds(program_args: Sequence[str]) -> bool:
@@ -13131,14 +13087,14 @@ def require(program_args: Sequence[str], hint: str) -> None:
     """
 )
 def cmd_install(args: argparse.Namespace, terminal: Terminal) -> int:
-    return launched(write_launcher(full_path(args.folder), sys.executable, __file__), terminal)
+    return write_launcher(full_path(args.folder), sys.executable, __file__, terminal)
 
 
-def write_launcher(folder: str, python: str, file: str) -> str:
-    """A command `imagen` in `folder` that runs `file`; its path."""
+def write_launcher(folder: str, python: str, file: str, terminal: Terminal) -> int:
+    """Put a command `imagen` that runs `file` into `folder`, and tell how the shell finds it."""
     import shlex
 
-    path = os.path.join(folder, "imagen")
+    path = f"{folder}/imagen"
     cure = "name another folder: imagen install DIR"
     if os.path.lexists(path) and not is_launcher(path):
         raise BadRequest(f"{path} exists and is not ours", cure)
@@ -13152,17 +13108,6 @@ def write_launcher(folder: str, python: str, file: str) -> str:
     with or_disk(path, cure):
         os.makedirs(folder, exist_ok=True)
         write_file(path, f'#!/bin/sh\n{LAUNCHER_MARK}\nexec {start} "$@"\n', 0o755)
-    return path
-
-
-def is_launcher(path: str) -> bool:
-    """Whether a file is one of ours, which may be replaced."""
-    return LAUNCHER_MARK.encode() in read_bytes(path)[:200]
-
-
-def launched(path: str, terminal: Terminal) -> int:
-    """Tell where the launcher is, and how the shell finds it."""
-    folder = os.path.dirname(path)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shell = os.path.basename(os.environ.get("SHELL", ""))
         startup = {"bash": "bashrc", "zsh": "zshrc"}.get(shell, "profile")
@@ -13173,6 +13118,11 @@ def launched(path: str, terminal: Terminal) -> int:
     return terminal.result({"path": path}, path)
 
 
+def is_launcher(path: str) -> bool:
+    """Whether a file is one of ours, which may be replaced."""
+    return LAUNCHER_MARK.encode() in read_bytes(path)[:200]
+
+
 @command("undo `setup` and `install`; images, journal and imagen.yaml stay")
 def cmd_uninstall(args: argparse.Namespace, terminal: Terminal) -> int:
     import shutil
@@ -13180,16 +13130,16 @@ def cmd_uninstall(args: argparse.Namespace, terminal: Terminal) -> int:
     folder = full_path(SETUP_FOLDER)
     removed = []
     with or_disk(folder, "delete it by hand"):
-        for name in ("venv", "__pycache__"):
-            if os.path.isdir(path := os.path.join(folder, name)):
-                shutil.rmtree(path)
-                removed.append(path)
-        paths = [os.path.join(folder, name) for name in ("imagen.py", "migrations.sql")]
+        names = ("venv", "__pycache__", "imagen.py", "migrations.sql")
+        paths = [f"{folder}/{name}" for name in names]
         launcher = full_path("~/.local/bin/imagen")
         if is_launcher(launcher):
             paths.append(launcher)
         for path in filter(os.path.lexists, paths):
-            os.unlink(path)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
             removed.append(path)
         with suppress(OSError):  # what else is in it is not ours
             os.rmdir(folder)
@@ -13281,14 +13231,14 @@ def cmd_jobs_retry(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config(args.config)
     if (args.failed and args.ids) or (args.pay_again and len(args.ids) != 1):
         raise BadRequest("--failed takes no id, and --pay-again one")
-    if not args.failed:
+    if args.failed:
+        since = None
+        if args.since:
+            since = moment(args.since, -1)
+        with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
+            requests = [row for (row,) in database.run(FAILED, since=since, code=args.code)]
+    else:
         requests = [{"id": new_uuid(), "job": job} for job in job_ids(args)]
-        return begin_jobs(RETRY, requests, args, config, terminal)
-    since = None
-    if args.since:
-        since = moment(args.since, -1)
-    with postgres(config.supabase.database_url_env, patience=DELIVERY_S) as database:
-        requests = [row for (row,) in database.run(FAILED, since=since, code=args.code)]
     return begin_jobs(RETRY, requests, args, config, terminal)
 
 
@@ -13523,29 +13473,34 @@ def cmd_jobs_list(args: argparse.Namespace, terminal: Terminal) -> int:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
     for job in jobs:
-        created = job["created_at"][:16]
         text = job["error"] or job["prompt"]
-        lines.append((job["id"], created, job["status"], text[:70]))
+        lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
     if not lines:
         terminal.note("no jobs: imagen jobs add PROMPT makes one")
     return terminal.result({"jobs": jobs}, *aligned(lines))
 
 
 def follow_jobs(ids: Sequence[str], terminal: Terminal, variable: str) -> int:
-    """Show the jobs' progress until they are over; the first that failed gives the exit code.
-
-    The database may go and come back meanwhile: the jobs do not need us.
-    """
+    """Show the jobs' progress until they are over; the first that failed gives the exit code."""
     began = time.monotonic()
-    jobs: list[JsonObject] = []
+    warned = False
     try:
-        while not jobs:
-            try:
-                with postgres(variable, patience=DELIVERY_S) as database:
-                    jobs = watched_jobs(ids, terminal, database, began)
-            except Unreachable as problem:
-                terminal.say(f"{problem}; asking again")
-                time.sleep(2)
+        for jobs in watched_jobs(ids, terminal, variable):
+            statuses = [job["status"] for job in jobs]
+            running = [job for job in jobs if job["status"] == "running"]
+            shown = (running or jobs)[0]
+            note = f"{shown['status']} {shown['note'] or ''}".strip()
+            progress = Progress(note, shown["progress"], shown["progress"] and 1.0)
+            count = ""
+            if len(ids) > 1:
+                count = f"{statuses.count('done')} of {len(ids)}"
+            elapsed = time.monotonic() - began
+            terminal.progress(progress, elapsed, None, count)
+            if not {"pending", "running"}.intersection(statuses):
+                break
+            if elapsed > 5 and not warned and {*statuses} == {"pending"}:
+                terminal.say("no worker has taken it yet: does `imagen worker` run somewhere?")
+                warned = True
     except KeyboardInterrupt:
         raise jobs_left(ids, Interrupted, "interrupted") from None
     error = None
@@ -13557,33 +13512,24 @@ def follow_jobs(ids: Sequence[str], terminal: Terminal, variable: str) -> int:
 
 
 def watched_jobs(
-    ids: Sequence[str],
-    terminal: Terminal,
-    database: Any,
-    began: float,
-) -> list[JsonObject]:
-    """The jobs once they are over; meanwhile how far they are."""
-    warned = False
+    ids: Sequence[str], terminal: Terminal, variable: str
+) -> Iterator[list[JsonObject]]:
+    """The jobs as they are, twice a second.
+
+    The database may go and come back meanwhile: the jobs do not need us.
+    """
     while True:
-        jobs = [job for (job,) in database.run(FOLLOW, ids=list(ids))]
-        if len(jobs) < len(ids):
+        try:
+            with postgres(variable, patience=DELIVERY_S) as database:
+                while jobs := [job for (job,) in database.run(FOLLOW, ids=list(ids))]:
+                    if len(jobs) < len(ids):
+                        break
+                    yield jobs
+                    time.sleep(0.5)
             raise Failed("a job was deleted before it was over")
-        running = [job for job in jobs if job["status"] == "running"]
-        shown = (running or jobs)[0]
-        note = f"{shown['status']} {shown['note'] or ''}".strip()
-        progress = Progress(note, shown["progress"], shown["progress"] and 1.0)
-        done = sum(job["status"] == "done" for job in jobs)
-        count = ""
-        if len(ids) > 1:
-            count = f"{done} of {len(ids)}"
-        elapsed = time.monotonic() - began
-        terminal.progress(progress, elapsed, None, count)
-        if not any(job["status"] in ("pending", "running") for job in jobs):
-            return jobs
-        if elapsed > 5 and not warned and all(job["status"] == "pending" for job in jobs):
-            terminal.say("no worker has taken it yet: does `imagen worker` run somewhere?")
-            warned = True
-        time.sleep(0.5)
+        except Unreachable as problem:
+            terminal.say(f"{problem}; asking again")
+            time.sleep(2)
 
 
 def job_error(job: Fields) -> ImagenError:
@@ -13781,26 +13727,18 @@ def parsed_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
     """What `argv` says; behind `--` nothing is a flag.
 
     CPython before 3.13.5 forgets the `--` half way, so what stands behind it is marked, by what no
-    argument can hold.
+    argument can hold, until `unmarked` sees it.
     """
     end = len(argv)
     if "--" in argv:
         end = argv.index("--")
     marked_words = [f"\0{word}" for word in argv[end + 1 :]]
-    args = parser.parse_intermixed_args([*argv[:end], *marked_words])
-    for name, value in vars(args).items():
-        if isinstance(value, str):
-            setattr(args, name, value.removeprefix("\0"))
-        elif isinstance(value, list):
-            setattr(args, name, [item.removeprefix("\0") for item in value])
-    return args
+    return parser.parse_intermixed_args([*argv[:end], *marked_words])
 
 
 def show_version(terminal: Terminal) -> int:
     """Release and hash of this file: copies travel without their repository."""
-    import hashlib
-
-    digest = hashlib.sha256(read_bytes(__file__)).hexdigest()
+    digest = sha256_of(read_bytes(__file__))
     document = {"version": __version__, "sha256": digest}
     return terminal.result(document, f"imagen {__version__} ({digest[:12]})")
 
@@ -13888,10 +13826,9 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
         parser.add_argument(*names, value, action="store_true", help=text)
         return
     options: JsonObject = {"help": text, "metavar": value.strip("[]…*")}
+    options["type"] = {"N": int, "S": float, "USD": float}.get(value, unmarked)
     if default := re.search(r"\((\S+)\)$", text):
         options["default"] = default[1]
-    if kind := {"N": int, "S": float, "USD": float}.get(value):
-        options["type"] = kind
     if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
         options["choices"] = value.split("|")
         if len(value) > 20:  # wider than the help of a narrow terminal
@@ -13904,6 +13841,11 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
     elif "[" in value:
         options["nargs"] = "?"
     parser.add_argument(*names, **options)
+
+
+def unmarked(word: str) -> str:
+    """A word of the command line as it was typed."""
+    return word.removeprefix("\0")
 
 
 if __name__ == "__main__":

@@ -14795,12 +14795,11 @@ def test_pipeline_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) 
     rows = synced.run("sync", "--dry-run", "--json").json["to_sync"]
     images = [one["images"][0] for one in made]
     missing_parts = [["object", "row"], ["row"]]
-    assert rows == [
-        {"id": i["image_id"], "path": i["path"], "lacks": n}
-        for i, n in zip(images, missing_parts, strict=True)
-    ]
-    listed = synced.run("sync", "--dry-run", images[1]["path"]).lines
-    assert [line.split() for line in listed] == [[images[1]["image_id"], "row", images[1]["path"]]]
+    for row, image, parts in zip(rows, images, missing_parts, strict=True):
+        assert (row["id"], row["path"], row["lacks"]) == (image["image_id"], image["path"], parts)
+    (listed,) = synced.run("sync", "--dry-run", images[1]["path"]).lines
+    assert listed.startswith(images[1]["image_id"])
+    assert listed.split()[-2:] == ["row", images[1]["path"]]
     assert len(cloud.seen) == requests
     assert len(synced.unfinished()) == 2
     assert "2 to deliver: imagen sync\n" in synced.run("generate", "a cat", "--no-cloud").err
