@@ -12716,9 +12716,9 @@ def list_entries(
             "lacks": missing_uploads(entry.record),
         }
         rows.append(row)
-        lacks = ", ".join(row["lacks"])
+        missing = ", ".join(row["lacks"])
         place = row["path"] or row["prompt"][:60]
-        lines.append((row["id"], row["at"], row["backend"], lacks or entry.state, place))
+        lines.append((row["id"], row["at"], row["backend"], missing or entry.state, place))
     if error:
         terminal.report(error)
     return terminal.result({title: rows}, *aligned(lines), error=error)
