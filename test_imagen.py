@@ -12120,7 +12120,7 @@ def test_inputs_replicate_gets_small_ones_inline_and_large_ones_as_files(inputs_
         for name in ("a.png", "large.png"):
             request = request._replace(images=(*request.images, imagen.input_of(name, ctx)))
         assert isinstance(backend, imagen.Replicate)
-        http = backend._http(ctx)
+        http = backend.http(ctx)
         inputs = backend._with_images(http, backend.plan(backend.options, request), request)
         assert routed(files.seen[0]) is not None
         assert replicate.predictions == {}
@@ -14779,7 +14779,7 @@ def test_pipeline_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leav
         (synced.root / name).write_text(text)
     done = synced.run("sync", str(synced.root / what))
     assert done.code == 2
-    assert done.err.count("\n") == 1
+    assert done.err.splitlines()[1:] == ["        → see imagen list"]
     assert cloud.seen == []
     assert synced.unfinished() == []
 
@@ -17928,10 +17928,12 @@ def test_worker_attempts_end_where_another_could_pay_twice(tmp_path: Path) -> No
         entry = types.SimpleNamespace(path=str(path), record=record)
         run: Any = types.SimpleNamespace(row={"max_attempts": 3}, charged=charged, entry=entry)
         run.began_elsewhere = elsewhere
+        run.record = record
         assert imagen.attempts_allowed(run, error) == expected
     path.unlink()
     run = types.SimpleNamespace(row={"max_attempts": 3}, charged="yes", began_elsewhere=True)
-    run.entry = types.SimpleNamespace(path=str(path), record={})
+    run.entry = types.SimpleNamespace(path=str(path))
+    run.record = {}
     assert imagen.attempts_allowed(run, free) == 0
 
 
@@ -24104,12 +24106,13 @@ def test_commands_help_is_as_wide_as_the_terminal_and_loses_nothing(
         told = told.partition("\nclients:")[0]
         assert max(map(len, told.splitlines())) <= columns, name
         summary, *flags = [line.strip() for line in text.splitlines() if line.strip()]
-        once = re.sub(r"\s+", " ", told)
-        assert summary in once, name
+        # It breaks its lines at hyphens too.
+        once = re.sub(r"\s+", "", told)
+        assert summary.replace(" ", "") in once, name
         for line in flags:
             meaning = line.partition("  ")[2]
             assert meaning.strip(), line
-            assert re.sub(r"\s+", " ", meaning.strip()) in once, line
+            assert re.sub(r"\s+", "", meaning) in once, line
     assert imagen.main(["--help"]) == 0
     told = capsys.readouterr().out.partition("\nexamples:")[0]
     assert max(map(len, told.splitlines())) <= columns
