@@ -25983,7 +25983,8 @@ class BenchRival:
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()
+        self._lines.close()  # type: ignore[union-attr]
 
 
 def bench_statements(sent: bytes) -> int:
