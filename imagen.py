@@ -7082,7 +7082,9 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
             cure = "look at the backend's usage page; --pay-again makes them anew"
             raise Unknown(message, cure, charged=known.get("charged", "unknown"))
         if not os.path.exists(path):
-            cure = "put it back; anew with another --key, or in a batch another -o"
+            cure = (
+                "put it back; another key (in a batch also another -o) makes it anew, for its price"
+            )
             raise Disk(f"{path}: made for this key at {known.get('at')}, and gone", cure)
         return {**known, "reused": True}
 
@@ -12384,7 +12386,8 @@ def batch_order(row: BatchRow, args: argparse.Namespace) -> Order:
 
 
 BEGAN = time.monotonic()
-MADE = Record()
+# What a runner of tens of thousands keeps of each image, in place of its record.
+MADE = Record(sidecar={})
 
 
 class BatchRunner(TerminalRunner):
@@ -12417,7 +12420,7 @@ class BatchRunner(TerminalRunner):
         finally:
             with self.changed:  # its line is written once none is left
                 row.left -= 1
-        return MADE  # the runner keeps one of each image
+        return MADE
 
     def show_rows(self) -> None:
         """The lines of the rows that are over, up to the first that is not."""
@@ -12430,24 +12433,30 @@ class BatchRunner(TerminalRunner):
             self.terminal.write(to_json(document))
             row.images = ()
 
+    def summary(self) -> str:
+        """What has come of the rows so far."""
+        return f"{len(self.records)} made, {len(self.errors)} failed, {money(self.usd)}"
+
     def draw(self) -> None:
         """One progress line over all; and the rows that are over."""
         self.show_rows()
-        made = len(self.records)
-        done = made + len(self.errors)
-        note = f"{made} made, {len(self.errors)} failed, {money(self.usd)}"
+        done = len(self.records) + len(self.errors)
         elapsed = time.monotonic() - BEGAN
         left = ""
         if done:
             left = f"{elapsed * (self.count - done) / done:.0f} s left"
-        self.terminal.progress(Progress(note, done, self.count), elapsed, None, left)
+        self.terminal.progress(Progress(self.summary(), done, self.count), elapsed, None, left)
 
     def result(self) -> int:
         """The last rows, and the exit code."""
         self.show_rows()
         failed = [row.number for row in self.rows if row.error or row.left]
         error = self.worst()
-        if failed and not isinstance(error, Interrupted):
+        if isinstance(error, Interrupted):
+            self.terminal.say("the same command again goes on", prefix="        → ")
+            return error.exit_code
+        self.terminal.note(self.summary())
+        if failed:
             numbers = ", ".join(map(str, failed[:50]))
             message = f"{len(failed)} of {len(self.rows)} rows failed: {numbers}"
             error = Partial(
@@ -13374,7 +13383,8 @@ KEYED = f"""SELECT {JOB_JSON} FROM imagen.jobs j
   WHERE owner_user_id = :owner::uuid AND key = :key
     AND (status IN ('pending', 'running', 'done') OR receipt IS NOT NULL)"""  # noqa: S608
 # Of a request, as far as the database knows them by now.
-REQUESTED = """SELECT string_agg(column_name, ', ') FROM information_schema.columns
+REQUESTED = """SELECT coalesce(string_agg(column_name, ', '), 'prompt')
+  FROM information_schema.columns
   WHERE table_schema = 'imagen' AND table_name = 'jobs' AND column_name = ANY(:names::text[])"""
 CANCEL = """SELECT job::text, imagen.cancel_job(job)
   FROM unnest(:ids::uuid[]) WITH ORDINALITY AS j (job, place) ORDER BY place"""

@@ -24153,6 +24153,39 @@ def test_commands_images_that_are_made_at_once_have_their_lines_together(box: Bo
         assert f"seed {box.sidecar(path)['seed']}" in closing
 
 
+def test_commands_a_batch_says_how_many_it_has_made(box: Box) -> None:
+    box.configure({"mock": {"type": "mock", "width": 64, "height": 64}})
+    (box.root / "rows.txt").write_text("a fox\na hen\n")
+    done = box.run("batch", "rows.txt")
+    assert done.code == 0, done.err
+    assert "2 made, 0 failed, $0" in done.err
+    rows = [json.dumps({"prompt": "a fox", "backend_opts": {"delay_s": 0.0}})]
+    rows += [
+        json.dumps({"prompt": f"a hen {n}", "backend_opts": {"delay_s": 3600}}) for n in (1, 2)
+    ]
+    (box.root / "slow.jsonl").write_text("\n".join(rows))
+    process = box.start("batch", "slow.jsonl", "--parallel", "3")
+    assert process.stdout
+    assert json.loads(process.stdout.readline())["ok"] is True
+    eventually(lambda: len(box.unfinished()) == 2)
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert done.code == 130
+    assert done.err.count("interrupted") == done.err.count("1 of 3 made") == 1
+    assert "the same command again" in done.err
+
+
+def test_commands_jobs_say_migrate_where_the_database_has_no_tables(
+    box: Box, database: Database
+) -> None:
+    box.configure(MOCK, owner_user_id=database.user("anna"))
+    box.environ["IMAGEN_DATABASE_URL"] = database.dsn("postgres")
+    for args in (["add", "a fox"], ["add", "a fox", "--key", "k"], ["list"], ["stats"]):
+        done = box.run("jobs", *args)
+        assert done.code == 3, done.err
+        assert "→ imagen migrate" in done.err
+
+
 def test_commands_a_stop_of_many_is_told_once(box: Box) -> None:
     with output_replicate(box, polls=10**6) as server:
         process = box.start("generate", "a fox", "-n", "4")
