@@ -22233,6 +22233,7 @@ def test_server_settings_can_be_used_again_and_an_image_made_again_with_a_new_se
     tab.click("#grid a")
     tab.click("#again")
     tab.until("images.length === 2")
+    eventually(lambda: len(gallery.box.ledger()) == 2)  # a moment later
     first, second = (entry["sidecar"] for entry in gallery.box.ledger())
     same = (
         "prompt",
