@@ -13805,14 +13805,14 @@ def parser_of(name: str, terminal: Terminal) -> argparse.ArgumentParser:
             raise BadRequest(message, hint)
 
         def print_help(self, file: Any = None) -> None:
+            examples = {"generate": EXAMPLES, "mcp": MCP_CLIENTS}.get(name, "")
+            here = to_json({"command": sys.executable, "args": [os.path.abspath(__file__), "mcp"]})
+            examples = examples.replace("PROGRAM", program()).replace("{HERE}", here)
             text = f"{self.format_help().rstrip()}\n{examples}".rstrip()
             terminal.result({"text": text}, text)
 
     columns = text_columns()
     summary, _, flags = COMMANDS[name][1].partition("\n")
-    here = to_json({"command": sys.executable, "args": [os.path.abspath(__file__), "mcp"]})
-    clients = MCP_CLIENTS.replace("PROGRAM", program()).replace("{HERE}", here)
-    examples = {"generate": EXAMPLES, "mcp": clients}.get(name, "")
     parser = Strict(
         prog=f"imagen {name}",
         usage=" ".join([f"imagen {name} [flags]", *re.findall(r"(?m)^ *\w+ (\S+)  ", flags)]),
