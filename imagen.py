@@ -8369,8 +8369,6 @@ class Attempt(Run):
         self.number = row["attempt"]
         self.job = row["id"]
         self.budget = worker.config.budget
-        self.id = job_uuid(self.job, self.number)
-        self.image_id = job_uuid(self.job, "image")
         self.shown: JsonObject = {"note": None, "progress": None}
         self.written = self.shown  # what of it stands in the row
         self.image_exists = False  # too late to cancel
@@ -8383,6 +8381,8 @@ class Attempt(Run):
 
     def read_row(self) -> None:
         """Take in what the row says; BadRequest where nobody can read it."""
+        self.id = job_uuid(self.job, self.number)
+        self.image_id = job_uuid(self.job, "image")
         try:
             columns = json.loads(self.row["fields"])
         except (ValueError, RecursionError) as problem:
