@@ -9582,9 +9582,12 @@ class Server:
         try:
             self.listener = socket.create_server((host, flags.port), family=family, backlog=128)
         except OSError as problem:
-            raise BadConfig(
-                f"{flags.host}:{flags.port}: {problem.strerror or problem}", "another --port?"
-            ) from None
+            reason = problem.strerror or str(problem)
+            hint = "another --host or --port?"
+            if problem.errno == errno.EADDRINUSE:
+                reason = "this port is taken; does `imagen serve` run already?"
+                hint = "imagen serve --port 0 takes a free one"
+            raise BadConfig(f"{flags.host}:{flags.port}: {reason}", hint) from None
         self.port = self.listener.getsockname()[1]
         self.address = f"http://{address_of(host)}:{self.port}/"
         self.listener.settimeout(0.5)  # so that `serve` sees a stop
@@ -12072,7 +12075,7 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
     """What `generate --dry-run` says."""
     rows = []
     for plan in plans:
-        row = {
+        row: JsonObject = {
             "backend": plan.styled.backend,
             "prompt": plan.styled.prompt,
             "negative_prompt": plan.styled.negative_prompt,
@@ -12081,6 +12084,10 @@ def show_plans(plans: Sequence[Plan], terminal: Terminal) -> int:
             "price_usd": plan.price.usd,
             "price_source": plan.price.source or "unknown",
         }
+        if plan.request.images:
+            row["images"] = [image.name for image in plan.request.images]
+        if plan.request.mask:
+            row["mask"] = plan.request.mask.name
         rows.append(row)
     cells = []
     for row in rows:
@@ -13483,7 +13490,9 @@ def cmd_jobs_list(args: argparse.Namespace, terminal: Terminal) -> int:
         jobs = [job for (job,) in database.run(LIST, **terms)]
     lines = []
     for job in jobs:
-        text = job["error"] or job["prompt"]
+        text, _, _ = (job["error"] or job["prompt"]).partition("\n")
+        if job["error_code"]:
+            text = f"{job['error_code']}: {text}"
         lines.append((job["id"], job["created_at"][:16], job["status"], text[:70]))
     if not lines:
         terminal.note("no jobs: imagen jobs add PROMPT makes one")

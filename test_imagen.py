@@ -12228,6 +12228,12 @@ def test_inputs_come_back_with_like_by_their_hash_wherever_they_are_now(inputs_h
             (Path(made.lines[0]).parent / "a.png").write_bytes(png(16, 16))
 
 
+def test_inputs_stand_in_what_a_dry_run_shows(inputs_here: Box) -> None:
+    photo = ("-i", "a.png", "-b", "mock", "--dry-run", "--json")
+    (plan,) = inputs_here.run("generate", "a fox", "--mask", "mask.png", *photo).json["plans"]
+    assert (plan["images"], plan["mask"]) == (["a.png"], "mask.png")
+
+
 def test_inputs_that_no_open_entry_names_are_swept_after_a_day(inputs_here: Box) -> None:
     with Comfy(hold=True) as comfy:
         inputs_here.configure(comfy_block(comfy, model="sd_xl_base_1.0.safetensors"))
@@ -21277,6 +21283,13 @@ def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
             assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 400"
 
 
+def test_server_a_port_that_is_taken_is_named_with_the_next_step(serving: Serving) -> None:
+    second = serving.box.run("serve", "--port", str(serving.port))
+    assert second.code == 3
+    assert f"127.0.0.1:{serving.port}: this port is taken" in second.err
+    assert "--port 0" in second.err
+
+
 def test_server_a_method_or_a_place_that_is_not_there_is_said_so(serving: Serving) -> None:
     for method, path, code, allow in (
         ("GET", "/v1/images/generations", 405, "POST, OPTIONS"),
@@ -24699,6 +24712,7 @@ def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud:
     assert [*jobs_listed(box, "RED", "fox")] == [again, busy]
     assert len(jobs_listed(box, "--owner", cloud.bert)) == 2
     assert [*jobs_listed(box, "-n", "1")] == [dear]
+    assert any(line.endswith("unreachable: a fox") for line in box.run("jobs", "list").lines)
     done = box.run("jobs", "cancel", again, busy, dear, "--json")
     assert done.code == 2 and f"{busy}: no job that waits" in done.json["error"]["message"]
     assert [job["id"] for job in done.json["jobs"]] == [again, dear]
