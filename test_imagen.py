@@ -24590,6 +24590,45 @@ def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: st
     assert str(HERE) not in skill
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_commands_that_stay_do_not_hold_the_syntax_tree_of_a_script(box: Box) -> None:
+    copy = box.root / "imagen.py"
+    shutil.copy(HERE, copy)
+    environ = {**box.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    pipe = subprocess.PIPE
+    ping = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n'
+
+    def started(file: Path) -> tuple[str, float]:
+        """The command line of `imagen mcp` once it has answered, and its memory in MB."""
+        command = [sys.executable, "-X", "utf8", file, "mcp"]
+        with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe) as process:
+            assert process.stdin and process.stdout
+            process.stdin.write(ping)
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline()) == {
+                "jsonrpc": "2.0",
+                "id": 1,
+                "result": {},
+            }
+            line = Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ")
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            process.stdin.close()
+            assert process.wait(60) == 0
+        return line, int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+    started(copy)  # which leaves a compiled copy
+    line, size = started(copy)
+    assert line.endswith(f"{copy} mcp ")  # as `ps` and `pgrep -f` know it
+    assert " -X utf8 -P -c " in line
+    assert size < 20
+    # Where nothing compiled can be written, and under a name that cannot be imported, as a script.
+    environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    shutil.rmtree(box.root / "__pycache__")
+    assert " -c " not in started(copy)[0]
+    environ["PYTHONDONTWRITEBYTECODE"] = ""
+    assert " -c " not in started(copy.rename(box.root / "imagen.txt"))[0]
+
+
 def test_commands_install_replaces_its_own_launcher_and_nobody_elses_file(box: Box) -> None:
     assert box.run("install").lines == [str(box.root / ".local" / "bin" / "imagen")]
     launcher = Path(*box.run("install", "bin").lines)
