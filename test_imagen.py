@@ -17945,6 +17945,207 @@ def test_worker_attempts_end_where_another_could_pay_twice(tmp_path: Path) -> No
     assert imagen.attempts_allowed(run, free) == 0
 
 
+@pytest.fixture
+def worker_alone(here: Box) -> Iterator[imagen.Worker]:
+    """A worker between two turns, at the time 1000, for 3 jobs; with no database."""
+    said: list[tuple[str, int]] = []
+    config = imagen.load_config()
+    worker = imagen.Worker(
+        config._replace(worker=config.worker._replace(lease_s=36.0)),
+        lambda text, priority=6: said.append((text, priority)),
+        concurrency=3,
+        name="alone",
+        backends=(),
+    )
+    worker._last_heartbeat = 1000.0
+    worker._poll_at = 1005.0
+    worker._more_expected = False
+    yield worker
+    worker._bell.close()
+    worker._bell_rope.close()
+    os.close(worker._slot_lock)
+
+
+def worker_attempt(worker: imagen.Worker, number: int = 1, **row: Any) -> imagen.Attempt:
+    """A job at work."""
+    ident = str(uuid.uuid4())
+    fields = {"id": ident, "attempt": number, "lost": 0, "max_attempts": 3, "fields": "{}", **row}
+    run = imagen.Attempt(worker, fields)  # type: ignore[arg-type]
+    worker.running[run.job] = run
+    return run
+
+
+def test_worker_a_turn_has_what_is_due_and_nothing_else(worker_alone: imagen.Worker) -> None:
+    worker = worker_alone
+
+    def parts(now: float) -> list[str]:
+        return sorted(worker.plan_turn(now).parts)
+
+    # 1. With nothing to do, the safety poll alone; then again after poll_s.
+    assert parts(1004.9) == []
+    assert parts(1005) == ["claimed", "disowned", "rescued", "waiting"]
+    assert parts(1009.9) == []
+    turn = worker.plan_turn(1010)
+    assert turn.parts["claimed"] == {"free": 3, "alone": True, "backends": None}
+    assert turn.parts["rescued"] == {"steady": False}
+    assert (turn.free, turn.finished, turn.renewed) == (3, [], [])
+    # 2. After a notification a claim, for the slots that are free.
+    worker._more_expected = True
+    assert parts(1010) == ["claimed"]
+    run = worker_attempt(worker)
+    turn = worker.plan_turn(1010.5)
+    assert sorted(turn.parts) == ["claimed", "renewed", "to_cancel"]  # the heartbeat of 1000 + 10
+    assert turn.parts["claimed"] == {"free": 2, "alone": False, "backends": None}
+    worker._more_expected = False
+    # 3. Heartbeats: after heartbeat_s; after a second where progress is to be shown.
+    assert parts(1014) == []
+    run.progress("painting", 1, 4)
+    assert parts(1014) == ["renewed", "to_cancel"]
+    heartbeat = json.loads(worker.plan_turn(1024).parts["renewed"]["heartbeats"])
+    assert heartbeat == [{"id": run.job, "attempt": 1, "note": "painting", "progress": 0.25}]
+    run.progress("painting", 2, 4)
+    assert parts(1024.9) == []
+    assert parts(1025) == ["renewed", "to_cancel"]
+    assert parts(1028.9) == []
+    # 4. A receipt goes at once, and the others' heartbeats stay when they were due.
+    other = worker_attempt(worker)
+    run.begun = True
+    run.entry = types.SimpleNamespace(record={"at": "2026-01-02T03:04:05Z"})  # type: ignore[assignment]
+    receipt = run.renew_receipt()
+    turn = worker.plan_turn(1028.9)
+    assert (sorted(turn.parts), turn.renewed) == (["renewed", "to_cancel"], [run])
+    (sent,) = json.loads(turn.parts["renewed"]["heartbeats"])
+    assert sent["unpaid"] == [1]
+    assert json.loads(sent["receipt"])["attempt"] == 1
+    # 5. An outcome waits for its receipt; with it comes a claim for its slot.
+    worker.outcomes.append((run, {"status": "done"}))
+    assert worker.plan_turn(1028.9).finished == []
+    receipt.answered.set()
+    turn = worker.plan_turn(1028.9)
+    assert turn.finished == [(run, {"status": "done"})]
+    assert json.loads(turn.parts["settled"]["outcomes"]) == [
+        {"id": run.job, "attempt": 1, "status": "done"}
+    ]
+    assert turn.parts["claimed"]["free"] == turn.free == 2
+    worker.outcomes.clear()
+    worker.forget(run)
+    # 6. What the cloud has by now, and what it does not.
+    worker.delivered = {run.job: "image"}
+    worker.undelivered = {other.job: "entry"}
+    turn = worker.plan_turn(1028.9)
+    assert turn.parts == {
+        "delivered": {"images": json.dumps({run.job: "image"})},
+        "ended": {"undelivered": [other.job]},
+    }
+    worker.delivered = {}
+    worker.undelivered = {}
+
+
+def test_worker_claims_nothing_that_it_could_not_make(worker_alone: imagen.Worker) -> None:
+    worker = worker_alone
+    worker._more_expected = True
+
+    def claim() -> Any:
+        return worker.plan_turn(1000).parts.get("claimed")
+
+    assert claim()["free"] == 3
+    names = [*worker.config.backends]
+    worker.paused = {names[0]: "quota"}
+    assert sorted(claim()["backends"]) == sorted(names[1:])
+    worker.backends = [names[0]]
+    assert claim() is None
+    turn = worker.plan_turn(1005)
+    assert turn.parts["given_up"] == {"paused": '{"%s": "quota"}' % names[0], "give_up": 3600.0}
+    worker.backends = None
+    worker.paused = {"": "disk"}
+    assert claim() is None
+    worker.paused = {}
+    run = worker_attempt(worker, lost=1)  # which has taken a worker along: nothing beside it
+    assert claim() is None
+    worker.forget(run)
+    assert claim()
+    worker.stops = 1
+    assert claim() is None
+
+
+def test_worker_an_error_decides_whether_and_when_a_job_runs_again(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+    busy = imagen.Busy("full")
+    slow = imagen.Busy("full", after=100.0)
+    wrong = imagen.BadRequest("no such size", "take another")
+
+    def outcome(error: imagen.ImagenError, number: int = 1, **row: Any) -> Any:
+        run = worker_attempt(worker, number, **row)
+        run.order = imagen.Order("a fox", backend="mock")
+        return worker.failure(run, error)
+
+    assert outcome(wrong) == {
+        "status": "failed",
+        "error": "no such size\ntake another",
+        "error_code": wrong.code,
+        "charged": False,
+    }
+    assert (outcome(busy)["status"], outcome(busy)["delay"]) == ("pending", 2.0)
+    assert outcome(busy, 2)["delay"] == 4.0
+    assert outcome(slow)["delay"] == 100.0
+    assert outcome(busy, 3)["status"] == "failed"
+    assert outcome(busy, 3, max_attempts=4)["delay"] == 8.0
+    assert outcome(busy, 20, max_attempts=99)["delay"] == 256.0
+    assert outcome(imagen.BadConfig("no key"))["status"] == "failed"  # mock itself is well
+    assert worker.paused == {}
+    # What ended from outside: for whoever is next, and not counted.
+    run = worker_attempt(worker)
+    run.stop("released")
+    returned = {"status": "pending", "uncounted": 1, "charged": False}
+    assert worker.failure(run, busy) == returned
+    run.charged = "unknown"
+    assert worker.failure(run, busy) == returned | {"charged": True}
+    run = worker_attempt(worker)
+    run.stop("lost")
+    assert worker.failure(run, busy) == returned | {"charged": True}
+    run = worker_attempt(worker)
+    run.stop("user")
+    assert worker.failure(run, imagen.Interrupted("canceled"))["status"] == "canceled"
+
+
+def test_worker_hands_back_after_its_grace_but_not_what_it_paid_without_an_id(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+    free = worker_attempt(worker)
+    paid = worker_attempt(worker)
+    paid.charged = "unknown"
+    found = worker_attempt(worker)
+    found.charged = "unknown"
+    found.remote_ids = {"id": "p1"}
+
+    def stopped() -> list[str]:
+        worker.stop_overdue()
+        return [run.why for run in (free, paid, found)]
+
+    assert not worker.must_hand_back()
+    assert stopped() == ["", "", ""]
+    worker.on_signal()
+    assert worker.stops == 1
+    assert stopped() == ["", "", ""]
+    assert not worker.may_leave_unwritten()
+    worker.stopping_at -= worker.config.worker.grace_s + 1
+    assert worker.must_hand_back()
+    assert stopped() == ["released", "", "released"]
+    assert not worker.may_leave_unwritten()  # before what was paid for is over
+    worker.outcomes.append((paid, {"status": "done"}))
+    assert worker.may_leave_unwritten()
+    worker.on_signal()
+    assert stopped() == ["released", "released", "released"]
+    assert not worker.is_over
+    worker.outcomes.clear()
+    for run in (free, paid, found):
+        worker.forget(run)
+    assert worker.is_over
+
+
 class JobsWorker:
     """`imagen worker`, running, once its log holds `ready`; killed at the end where it still runs."""
 
