@@ -4679,6 +4679,15 @@ def test_shapes_a_time_says_its_offset(monkeypatch: pytest.MonkeyPatch, zone: st
         time.tzset()
 
 
+def test_shapes_an_excerpt_is_one_line_and_no_page() -> None:
+    assert imagen.excerpt(b" no \n such  model ") == "no such model"
+    assert imagen.excerpt(b"") == "nothing"
+    assert imagen.excerpt(b"x" * 400) == "x" * 300
+    assert imagen.excerpt(b"x" * 400, 20) == "x" * 20
+    assert imagen.excerpt(b"<!doctype html><HTML lang=en>") == "an HTML page"
+    assert imagen.excerpt(b"\xff\xfe") == "\ufffd\ufffd"
+
+
 def test_shapes_a_uuid_and_the_nearest_name() -> None:
     uuid = "6F9619FF-8b86-4011-b42d-00c04fc964ff"
     assert imagen.is_uuid(uuid)
@@ -18055,7 +18064,7 @@ def test_worker_claims_nothing_that_it_could_not_make(worker_alone: imagen.Worke
     worker.backends = [names[0]]
     assert claim() is None
     turn = worker.plan_turn(1005)
-    assert turn.parts["given_up"] == {"paused": '{"%s": "quota"}' % names[0], "give_up": 3600.0}
+    assert turn.parts["given_up"] == {"paused": json.dumps({names[0]: "quota"}), "give_up": 3600.0}
     worker.backends = None
     worker.paused = {"": "disk"}
     assert claim() is None
@@ -24789,6 +24798,24 @@ def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: st
     words = shlex.split(line.partition("<<")[0])
     assert words[1:] == [str(copy), "generate", "-", "--detach", "--key", "KEY", "-q"]
     assert str(HERE) not in skill
+
+
+def test_commands_sync_takes_sidecars_that_have_what_a_row_needs() -> None:
+    whole = {
+        "image_id": str(uuid.uuid4()),
+        "prompt": "a fox",
+        "backend": "mock",
+        "timestamp": "2026-01-02T03:04:05Z",
+        "mime_type": "image/png",
+        "bytes": 7,
+    }
+    assert imagen.may_have_row(whole)
+    assert imagen.may_have_row({**whole, "storage_path": None})
+    assert imagen.may_have_row({**whole, "storage_path": "2026-01-02/a-fox.png"})
+    for name in ("backend", "timestamp", "mime_type", "bytes"):
+        assert not imagen.may_have_row({key: whole[key] for key in whole if key != name})
+    for wrong in ({"image_id": "7"}, {"mime_type": "text/html"}, {"storage_path": ["a"]}):
+        assert not imagen.may_have_row({**whole, **wrong})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
