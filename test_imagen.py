@@ -24800,6 +24800,16 @@ def test_commands_install_and_skill_name_the_program_that_ran(box: Box, name: st
     assert str(HERE) not in skill
 
 
+def test_commands_tell_in_json_where_an_image_is_and_whether_it_was_made_before() -> None:
+    record: Any = {"path": "/x.png", "object": "d/x.png", "sidecar": {"image_id": "7", "seed": 5}}
+    image = {"image_id": "7", "seed": 5, "path": "/x.png", "cloud": None}
+    assert imagen.image_document(record) == image
+    place = {"storage_path": "d/x.png"}
+    in_cloud = image | place | {"cloud": {"id": "7", **place}}
+    assert imagen.image_document({**record, "row": True}) == in_cloud
+    assert imagen.image_document({**record, "reused": True}) == image | {"reused": True}
+
+
 def test_commands_sync_takes_sidecars_that_have_what_a_row_needs() -> None:
     whole = {
         "image_id": str(uuid.uuid4()),
