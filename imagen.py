@@ -11794,7 +11794,7 @@ EVERYWHERE = """
 -v --verbose   what the backend gets; a traceback where something unexpected happens
 """
 TIMEOUT = """
---timeout S  seconds for one image (600)
+--timeout SECONDS  for one image (600)
 """
 MAX_COST = """
 --max-cost USD  what this command may spend; else budget.per_command
@@ -11851,8 +11851,6 @@ def cmd_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     order = order._replace(tags=tuple(args.tag or ()))
     if args.detach and not order.key:
         order = order._replace(key=new_uuid())
-    if not args.timeout > 0:
-        raise BadRequest("--timeout is more than 0 seconds")
     # Who named no backend, and whose default one fails, hears of another.
     default = order.backend or config.default_backend
     terminal.offers_mock = not args.backend and default != "mock"
@@ -12265,7 +12263,7 @@ class GenerateRunner(TerminalRunner):
     """
     wait for what `generate --detach` makes, and print the paths
     ids ID…      what `generate --detach` has printed
-    --timeout S  seconds to wait; then exit code 7 (86400)
+    --timeout SECONDS  how long; then exit code 7 (86400)
     """
 )
 def cmd_wait(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -12327,6 +12325,8 @@ class WaitRunner(TerminalRunner):
     """
 )
 def cmd_batch(args: argparse.Namespace, terminal: Terminal) -> int:
+    if args.parallel is not None and not 1 <= args.parallel <= 64:
+        raise BadRequest(f"--parallel {args.parallel}: 1 to 64")
     config = budgeted(load_config(args.config), args.max_cost)
     rows = batch_rows(args)
     prices: list[float | None] = []
@@ -13870,7 +13870,7 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
         parser.add_argument(*names, value, action="store_true", help=text)
         return
     options: JsonObject = {"help": text, "metavar": value.strip("[]…*")}
-    options["type"] = {"N": int, "S": float, "USD": float}.get(value, unmarked)
+    options["type"] = ARGUMENT_TYPES.get(value, unmarked)
     if default := re.search(r"\((\S+)\)$", text):
         options["default"] = default[1]
     if re.fullmatch(r"[a-z]+(\|[a-z]+)+", value):
@@ -13890,6 +13890,20 @@ def add_argument(parser: argparse.ArgumentParser, line: str) -> None:
 def unmarked(word: str) -> str:
     """A word of the command line as it was typed."""
     return word.removeprefix("\0")
+
+
+def above_zero(word: str) -> float:
+    """A number of seconds."""
+    import argparse
+
+    with suppress(ValueError):
+        if float(word) > 0:  # so it is a number
+            return float(word)
+    raise argparse.ArgumentTypeError(f'"{word}" is not more than 0 seconds')
+
+
+# By what stands for the value in the help.
+ARGUMENT_TYPES = {"N": int, "S": float, "USD": float, "SECONDS": above_zero}
 
 
 if __name__ == "__main__":

@@ -23857,6 +23857,20 @@ def test_commands_serve_takes_numbers_within_bounds_alone(box: Box) -> None:
         assert box.run("serve", f"{flag}={wrong}").code == 2
 
 
+def test_commands_a_time_and_a_number_at_a_time_have_their_bounds(box: Box) -> None:
+    (box.root / "rows.txt").write_text("a fox\n")
+    ident = str(uuid.uuid4())
+    made = ("generate", "a fox", "-b", "mock")
+    cases = [(made, "0"), (made, "nan"), (("batch", "rows.txt"), "-1"), (("wait", ident), "soon")]
+    for command, wrong in cases:
+        done = box.run(*command, f"--timeout={wrong}")
+        assert (done.code, "more than 0 seconds" in done.err) == (2, True), (command, wrong)
+    for wrong in ("0", "65"):
+        done = box.run("batch", "rows.txt", f"--parallel={wrong}")
+        assert (done.code, "1 to 64" in done.err) == (2, True)
+    assert box.ledger() == []
+
+
 def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> None:
     (box.root / "prompt").write_bytes(b"caf\xe9")
     with (box.root / "prompt").open("rb") as prompt:
