@@ -501,13 +501,22 @@ def secret_from(variable: str) -> Secret:
 
     KeyMissing where it is not set, BadConfig where it cannot be a key.
     """
+    secret = header_from(variable)
+    if " " in secret.reveal():
+        raise BadConfig(f"{variable} holds a space, which no key has", "paste it again")
+    return secret
+
+
+def header_from(variable: str) -> Secret:
+    """The header in the environment variable, such as `Bearer …`; errors as of `secret_from`."""
     value = os.environ.get(variable, "").strip()
     if not value:
         hint = f"export {variable}=…, or name a file that has it as env_file"
         raise KeyMissing(f"{variable} is not set", hint)
-    if not (value.isascii() and value.isprintable()) or " " in value:
+    if not (value.isascii() and value.isprintable()):
         message = f"{variable} holds characters that no key has"
         raise BadConfig(message, "paste it again, without line breaks")
+    Secret(value.rpartition(" ")[2])
     return Secret(value)
 
 
@@ -1463,11 +1472,11 @@ def open_backend(
         access = access_of(blocks[name])
         headers = {**backend.headers}
         if access.basic_auth_env:
-            login = secret_from(access.basic_auth_env).reveal().encode()
+            login = header_from(access.basic_auth_env).reveal().encode()
             basic = Secret(base64_of(login))
             headers["Authorization"] = f"Basic {basic.reveal()}"
         for header, variable in access.headers_env.items():
-            headers[header] = secret_from(variable).reveal()
+            headers[header] = header_from(variable).reveal()
         backend.headers = headers
         backend.ca_file = access.ca_file
         return backend

@@ -7927,7 +7927,11 @@ class ComfyBehindLogin(Comfy):
 COMFY_LOGINS = {
     "401": (status(401, "no"), "basic_auth_env", {"authorization": "Basic bWU6c8O8w59l"}),
     "403": (status(403, "no"), "headers_env", {"cf-access-client-id": "Me-and-my-Secret-1"}),
-    "redirect": (redirect(302, "/login"), "headers_env", {"authorization": "Bearer-of-the-proxy"}),
+    "redirect": (
+        redirect(302, "/login"),
+        "headers_env",
+        {"authorization": "Bearer Of-the-Proxy-1"},
+    ),
     "page": (html(200, "<html>Sign in</html>"), "headers_env", {"x-token": "Me-and-my-Secret-1"}),
 }
 
@@ -7941,7 +7945,7 @@ def test_comfyui_behind_a_login_says_which_option_lets_in_and_then_is_let_in(
     login = next(iter(headers.values()))
     if option == "basic_auth_env":
         block = {"basic_auth_env": "LOGIN"}
-        login = "me:And-my-Secret-1"
+        login = "me:And my Secret-1"
         headers = {"authorization": f"Basic {b64(login.encode())}"}
     with ComfyBehindLogin(refusal, **headers) as comfy:
         with pytest.raises(imagen.BadConfig) as caught:
