@@ -12993,7 +12993,9 @@ def cmd_list(args: argparse.Namespace, terminal: Terminal) -> int:
             sidecar["prompt"][:60],
         )
         lines.append(line)
-    if not lines:
+    if not lines and args.terms:
+        terminal.note(f"no image here has {' and '.join(args.terms)} in its prompt, style or seed")
+    elif not lines:
         terminal.note("no images: imagen generate PROMPT makes one")
     return terminal.result({"images": images}, *aligned(lines))
 

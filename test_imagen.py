@@ -4917,6 +4917,34 @@ def images_exif(comment: bytes) -> bytes:
     return jpeg()[:2] + b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data + jpeg()[2:]
 
 
+def test_images_of_an_answer_the_named_one_counts_and_of_a_stream_the_last() -> None:
+    first, second = png(16, 16), png(24, 16)
+
+    def taken(body: bytes) -> bytes:
+        spool = io.BytesIO()
+        start, end = imagen.image_in(body, spool)
+        assert (end > start) == bool(spool.getvalue())
+        return spool.getvalue()
+
+    one, two = (json.dumps(b64(data)).encode() for data in (first, second))
+    assert taken(first) == first
+    assert taken(b'{"error": "no image"}') == taken(b"") == b""
+    assert taken(b'{"a": %s, "b": %s}' % (one, two)) == first
+    assert taken(b'{"preview": %s, "data": [{"b64_json": %s}]}' % (one, two)) == second
+    assert taken(b'{"data": [{"b64_json": %s}], "preview": %s}' % (one, two)) == first
+    for begin in (b"event: x\n", b" \n", b""):
+        stream = b'%sdata: {"b64_json": %s}\n\n%sdata: {"b64_json": %s}\n' % (
+            begin,
+            one,
+            begin,
+            two,
+        )
+        assert taken(stream) == second
+    # In either alphabet, escaped, and broken off where enough has come.
+    assert taken(one.replace(b"/", b"\\/")) == taken(one.replace(b"+", b"-")) == first
+    assert taken(one[:60]) == first[:44]
+
+
 def test_images_parameters_are_read_out_of_png_and_jpeg() -> None:
     text = "größe, 狐\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 512x768"
     for encoding in ("utf-16-be", "utf-16-le"):
@@ -9605,6 +9633,48 @@ extra={"n_prompt":"{negative}","random":"{seed}"} | negative_prompt=x | seed=7 r
 extra={"seed":null,"negative_prompt":null} | negative_prompt=x | response_format=b64_json | seed negative_prompt
                              | steps=9               | seed=7 response_format=b64_json | steps
 """)
+
+
+def test_openai_says_before_what_an_image_may_cost_at_most() -> None:
+    openai = imagen.BACKENDS["openai"]
+
+    def most(model: str, prompt: str = "", **fields: Any) -> float | None:
+        price = openai.price(openai.Options(model=model), imagen.Request(prompt, **fields))
+        assert price.usd is None
+        return price.most()
+
+    square = {"width": 1024, "height": 1024}
+    mini, later = "gpt-image-1-mini", "gpt-image-2.6"
+    assert most(mini, quality="low", **square) == pytest.approx(272 * 8e-6)
+    assert most(mini, quality="medium", **square) == pytest.approx(1056 * 8e-6)
+    assert most(mini, **square) == pytest.approx(4160 * 8e-6)  # auto may be the best
+    assert most(mini) == pytest.approx(4160 * 1.5 * 8e-6)  # and the largest
+    assert most(mini, "x" * 1000, **square) == pytest.approx(4160 * 8e-6 + 1000 * 2e-6)
+    picture = imagen.Input("", "", "", 16, 16, "image/png")
+    edit = {"images": (picture, picture), "mask": picture, **square}
+    assert most(mini, **edit) == pytest.approx(4160 * 8e-6 + 3 * 7000 * 2.5e-6)
+    assert most(later, quality="low", **square) == pytest.approx(272 * 30e-6)
+    assert most("gpt-image-1.5", **square) == pytest.approx(4160 * 32e-6)
+    assert most("somebody-s-model") is None
+    priced = openai.Options(model=mini, cost_usd=0.5)
+    assert openai.price(priced, imagen.Request("a")) == imagen.Price(0.5, "config")
+
+
+def test_openai_takes_what_its_way_of_inputs_can_carry() -> None:
+    openai = imagen.BACKENDS["openai"]
+
+    def takes(**options: Any) -> imagen.Takes:
+        return openai.takes(openai.Options(model="some-model", **options))
+
+    assert (takes().images, takes().mask, takes().ignores) == (16, True, ())
+    assert takes(inputs_as="images").mask
+    for other in ("image", "input_references", "image_object"):
+        assert (takes(inputs_as=other).images, takes(inputs_as=other).mask) == (16, False)
+    assert takes(inputs_as="image_url").images == 1
+    assert takes(extra={"output_format": None, "quality": None}).ignores == ("format", "quality")
+    assert takes(size_as="none").ignores == ("aspect", "width", "height")
+    assert takes().aspects == ()
+    assert openai.takes(openai.Options(model="gpt-image-1-mini")).aspects == ("1:1", "3:2", "2:3")
 
 
 @pytest.mark.parametrize(("options", "fields", "sent", "ignored"), OPENAI_BODIES)
@@ -24731,7 +24801,9 @@ def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -
     assert "a Red hen" in line
     assert "$0" in line
     assert str(box.out) in line
-    assert box.run("list", "nothing").out == ""
+    nothing = box.run("list", "nothing", "such")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "no image here has nothing and such" in nothing.err
 
 
 def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
