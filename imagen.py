@@ -6555,6 +6555,8 @@ def check_order(order: Order) -> None:
     """BadRequest where an order cannot be meant by any backend."""
     check_request(order.request())
     check_text("\n".join(order.tags), "tags")
+    for path in (order.output, order.mask, *order.images):  # which may be any bytes but NUL
+        check_text(path, "a path", "surrogateescape")
     if max(map(len, order.tags), default=0) > 200:
         raise BadRequest("a tag has at most 200 characters")
     if not 1 <= order.n <= ORDER_IMAGES:
@@ -6567,10 +6569,10 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
 
-def check_text(text: str, place: str) -> None:
+def check_text(text: str, place: str, errors: str = "strict") -> None:
     """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
     try:
-        text.encode()
+        text.encode(errors=errors)
     except UnicodeEncodeError as problem:
         message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
         raise BadRequest(message, "write it in UTF-8") from None
@@ -7052,8 +7054,10 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
         try:
             run.begin(plan)
         except Busy:
-            entry = Entry.take(state_path("open", f"{ident}.jsonl"))
+            path = state_path("open", f"{ident}.jsonl")
+            entry = Entry.take(path)
             if not entry:
+                check_readable(path)
                 run.progress("waiting for who has the same key")
                 run.sleep(0.2)
                 continue
@@ -7085,17 +7089,28 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
         # 2. What came of it.
         if known.get("ordered") != plan.record["ordered"]:
             raise KeyConflict(f"the key {plan.record['key']} was used for another request")
-        path = known.get("path")
-        if not path:
+        image_path = known.get("path")
+        if not image_path:
             message = f"the images of this key were sent for at {known.get('at')}"
             cure = "look at the backend's usage page; --pay-again makes them anew"
             raise Unknown(message, cure, charged=known.get("charged", "unknown"))
-        if not os.path.exists(path):
+        if not os.path.exists(image_path):
             cure = (
                 "put it back; another key (in a batch also another -o) makes it anew, for its price"
             )
-            raise Disk(f"{path}: made for this key at {known.get('at')}, and gone", cure)
+            raise Disk(f"{image_path}: made for this key at {known.get('at')}, and gone", cure)
         return {**known, "reused": True}
+
+
+def check_readable(path: str) -> None:
+    """Unknown where there is an entry that nobody can read: it may have been paid for."""
+    try:
+        read_entry(path)
+    except FileNotFoundError:  # finished meanwhile
+        pass
+    except (OSError, ValueError) as problem:
+        message = f"{path}: {UNREADABLE}: {problem}"
+        raise Unknown(message, "mend it, or move it away and look at the usage page") from None
 
 
 def plan_instead(plan: Plan, name: str, config: Config) -> Plan:

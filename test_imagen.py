@@ -12311,6 +12311,21 @@ def test_inputs_come_back_with_like_by_their_hash_wherever_they_are_now(inputs_h
             (Path(made.lines[0]).parent / "a.png").write_bytes(png(16, 16))
 
 
+def test_inputs_and_outputs_are_paths_that_a_file_can_have(inputs_here: Box) -> None:
+    for name in ("a\0.png", "a\ud800.png"):
+        for fields in ({"images": [name]}, {"images": ["a.png"], "mask": name}, {"output": name}):
+            order = imagen.from_mapping(
+                imagen.Order, {"prompt": "a fox", "backend": "mock", **fields}
+            )
+            with pytest.raises(imagen.BadRequest, match="a path"):
+                imagen.plans_of(order, imagen.load_config())
+    odd = "caf\udce9.png"  # a byte that is no UTF-8
+    shutil.copy("a.png", odd)
+    order = imagen.Order("a fox", backend="mock", images=(odd,), output=odd)
+    [plan] = imagen.plans_of(order, imagen.load_config())
+    assert plan.request.images[0].name == odd
+
+
 def test_inputs_stand_in_what_a_dry_run_shows(inputs_here: Box) -> None:
     photo = ("-i", "a.png", "-b", "mock", "--dry-run", "--json")
     (plan,) = inputs_here.run("generate", "a fox", "--mask", "mask.png", *photo).json["plans"]
@@ -15326,6 +15341,14 @@ def test_pipeline_a_key_that_failed_free_of_charge_is_made_anew_and_an_unknown_o
     server.script(status(500, "boom"))
     lost = box.run("generate", "a fox", *KEYED)
     assert (lost.code, server.posts) == (10, 2)
+    # An entry that nobody can read is no reason to wait, and none to pay.
+    (entry,) = (box.state / "open").glob("*.jsonl")
+    text = entry.read_text()
+    entry.write_text(text.replace('"prompt": "a fox"', '"prompt": 7'))
+    unreadable = box.run("generate", "a fox", *KEYED, "--timeout", "20")
+    assert (unreadable.code, server.posts) == (10, 2)
+    assert f"{entry}: cannot be read" in unreadable.err
+    entry.write_text(text)
     for _ in range(2):  # looked for, closed, and known as lost from then on
         assert box.run("generate", "a fox", *KEYED).code == 10
         assert server.posts == 2
