@@ -7991,6 +7991,24 @@ def test_comfyui_behind_a_login_says_which_option_lets_in_and_then_is_let_in(
     assert shown.removeprefix("*** ").removeprefix("Basic ") == "***"
 
 
+def test_comfyui_an_image_that_came_in_gives_its_shape_at_the_models_number_of_pixels() -> None:
+    family = next(family for family in imagen.COMFY_FAMILIES if family.edge == 1024)
+
+    def size(*photo: int, **fields: Any) -> tuple[int, int]:
+        images = ()
+        if photo:
+            images = (imagen.Input("", "", "", *photo, "image/png"),)  # type: ignore[assignment]
+        return imagen.comfy_size(family, imagen.Request("a", images=images, **fields))
+
+    assert size() == (1024, 1024)
+    assert size(3000, 2000) == (1248, 832)
+    assert size(2000, 3000) == (832, 1248)
+    assert size(640, 480) == (640, 480)  # never enlarged
+    assert size(5000, 10) == (4992, 64)  # nor thinner than a model can
+    assert size(3000, 2000, width=512, height=768) == (512, 768)
+    assert size(3000, 2000, aspect="1:1") == (1024, 1024)
+
+
 def test_comfyui_the_authority_of_a_certificate_is_named_by_ca_file(tmp_path: Path) -> None:
     with HttpTLS(tmp_path / "pem", {"system": {"comfyui_version": "9"}}) as remote:
         blocks = {"gpu": {"type": "comfyui", "base_url": remote.base, "model": "x"}}
@@ -11808,6 +11826,59 @@ def test_nobody_else_may_read_the_journal(here: Box) -> None:
     assert modes.pop("open") == 0o700
     assert len(modes) == 2
     assert set(modes.values()) == {0o600}
+
+
+def test_journal_a_ledger_of_many_blocks_is_read_newest_first_and_searched_whole(
+    here: Box,
+) -> None:
+    count = 900
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    lines = []
+    for number, ident in enumerate(ids):
+        sidecar: Any = {"image_id": ident, "prompt": f"fox {number}"}
+        sidecar["backend"] = f"b{number % 300}"
+        sidecar["metadata"] = {"filler": "x" * 200}
+        record = {"id": ident, "at": "", "path": f"/{number}.png", "sidecar": sidecar}
+        lines.append(json.dumps(record))
+    here.state.mkdir(parents=True, exist_ok=True)
+    ledger = here.state / "ledger.jsonl"
+    ledger.write_text("\n".join(lines) + "\n")
+    assert ledger.stat().st_size > 4 * imagen.LEDGER_BLOCK
+
+    def numbers(**query: Any) -> list[int]:
+        records = imagen.images_made(**query)
+        return [int(record["sidecar"]["prompt"].split()[1]) for record in records]
+
+    assert numbers() == [*reversed(range(count))]
+    assert numbers(backend="b7") == [607, 307, 7]
+    assert numbers(terms=["FOX", "450"]) == [450]
+    assert numbers(before=ids[3]) == [2, 1, 0]
+    assert numbers(before=ids[600], backend="b7") == [307, 7]
+    assert numbers(before=ids[0]) == numbers(terms=["hare"]) == []
+    for number in (0, 1, 450, count - 1):
+        found = imagen.find_image(ids[number])
+        assert found and found["path"] == f"/{number}.png"
+
+
+def test_journal_what_a_backend_says_of_its_image_stands_in_the_sidecar() -> None:
+    result = {
+        "model": "m",
+        "steps": 4,
+        "latency_ms": 7,
+        "metadata": {"a": 1},
+        "ignored": ("steps",),
+    }
+    fields = result | {"seed": 5, "ignored": ["steps"]}
+    assert imagen.result_fields(result, 5) == fields
+    assert imagen.result_fields(result | {"seed": 6}, 5) == fields | {"seed": 6}
+    unseeded = imagen.result_fields(result | {"seed": 6, "ignored": ["seed"]}, 5)
+    assert (unseeded["seed"], unseeded["ignored"]) == (None, ["seed"])
+    paid = imagen.result_fields(result | {"cost_usd": 0.0, "cost_source": "reported"}, 5)
+    assert (paid["cost_usd_estimate"], paid["cost_source"]) == (0.0, "reported")
+    assert "cost_source" not in imagen.result_fields(result | {"cost_usd": 1.0}, 5)
+    assert imagen.result_fields({}, None) == {
+        "model": None, "steps": None, "latency_ms": None, "seed": None, "ignored": [], "metadata": {}
+    }  # fmt: skip
 
 
 def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
