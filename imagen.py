@@ -9451,13 +9451,16 @@ class Connection:
         import select
 
         readable, _, _ = select.select([self.sock], [], [], 0)
-        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
+        try:
+            return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
 
 class Call(Runner):
     """One request for images. It goes on when its client has left; a repeat joins it.
 
-    The server's lock guards `clients`, `answered` and `lonely_since`.
+    The server's lock guards `clients` and `lonely_since`.
     """
 
     def __init__(
@@ -9480,10 +9483,9 @@ class Call(Runner):
         self.links = body.get("response_format") == "url"
         self.began = time.time()
         self.started = False  # else it stands in line
-        self.clients = 0
+        self.clients = list[Connection]()  # that wait for it
         self.followed = False  # its client waits for no answer, but follows the events
         self.answered = False
-        self.deserted = False  # its client left before the answer
         self.lonely_since = time.monotonic()
         self.replay_until = self.lonely_since + REPLAY_WINDOW_S
 
@@ -9509,6 +9511,10 @@ class Call(Runner):
         if key != self.key:
             return False
         return bool(self.left or self.records or not all(map(repeatable, self.errors)))
+
+    def is_deserted(self) -> bool:
+        """Whether its clients left before the answer, some maybe just now."""
+        return not self.answered and all(client.client_left() for client in self.clients)
 
     def cancel(self, even_paid: bool) -> None:
         """End what has cost nothing; `even_paid`: the rest as well, as far as that is possible."""
@@ -9964,14 +9970,14 @@ class Server:
                     )
                 call = Call(self, key, plans, body, ignored)
                 self.calls.append(call)
-            call.clients += 1
+            call.clients.append(client)
         return call
 
     def _answer(self, client: Connection, call: Call) -> None:
         """Wait for a call, and answer with its images; with its id, where that is preferred."""
         self.start_calls()
         if "respond-async" in client.request.headers.get("prefer", ""):
-            call.followed = True
+            call.followed = call.answered = True
             applied = {"Preference-Applied": "respond-async"}
             client.json(202, {"id": call.id}, applied)
             return
@@ -9983,8 +9989,7 @@ class Server:
             call.answered = True
         finally:
             with self._lock:
-                call.clients -= 1
-                call.deserted = not call.answered
+                call.clients.remove(client)
                 call.lonely_since = time.monotonic()
 
     # OpenAI's clients repeat by themselves, after a timeout of their own, and say so: they get what
@@ -9993,13 +9998,9 @@ class Server:
     def _same_call(self, key: str, request: HttpRequest) -> Call | None:
         same = [call for call in reversed(self.calls) if call.answers(key)]
         if request.headers.get("x-stainless-retry-count", "0") == "0":
-            same = [call for call in same if call.deserted and not call.clients]
-        if not same:
-            return None
+            same = [call for call in same if call.is_deserted()]
         # Two alike that are both repeated get an image each: the lonelier call first.
-        call = min(same, key=lambda call: (call.answered, call.clients))
-        call.deserted = False
-        return call
+        return min(same, key=lambda call: (call.answered, len(call.clients)), default=None)
 
     def _running(self) -> int:
         return sum(call.started and call.left > 0 for call in self.calls)
@@ -10089,7 +10090,8 @@ class Server:
             if call.left:
                 call.changed.wait(0.5 if call.started else 0.1)
             more_expected = call.left > 0
-        if more_expected and client.client_left():
+        # Also at the end: what nobody takes has not been answered, and a repeat gets it.
+        if client.client_left():
             raise ConnectionError("the client has left")
         return more_expected
 

@@ -20618,6 +20618,34 @@ def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, rem
     assert remotes[2].posts == 2
 
 
+def test_server_what_comes_again_the_moment_after_its_client_left_is_paid_once(
+    box: Box, remotes: Any
+) -> None:
+    remote = remotes[2]
+    params = {"model": "openai", "size": "auto"}
+    with Serving(box) as server:
+        for way in (
+            {},
+            {"stream": True},
+            {"n": 2},
+        ):
+            let_go = threading.Event()
+            posts = remote.posts + way.get("n", 1)
+            remote.script(*(hold(let_go, openai_images(png())) for _ in range(way.get("n", 1))))
+            first = server.post({**params, **way})
+            remote.wait(lambda posts=posts: remote.posts == posts)
+            if way:
+                first.close()
+            else:  # by a reset
+                linger = struct.pack("ii", 1, 0)
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                first.close()
+            again = server.post({**params, **way})  # nothing says that it is a repeat
+            let_go.set()
+            assert b"b64_json" in serve_read(again), way
+            assert remote.posts == posts, way
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
