@@ -101,7 +101,7 @@ EMPTY: Fields = types.MappingProxyType({})
 #   Quota        quota           6   402  no     the account, or a budget of ours, is empty
 #   Busy         busy            7   429  yes    rate limit or overload: not accepted, not charged
 #   Disk         disk            8   424  yes    the local disk is full or not ours to write
-#   Partial      partial         9   207  no     some of the images were made
+#   Partial      partial         9   424  no     some of the images were made
 #   Unknown      unknown        10   424  no     sent, and nobody knows the outcome: maybe charged
 #   Failed       failed         11   424  no     the remote ran and failed, or our deadline passed
 #   Interrupted  interrupted   130   424  yes    somebody asked us to stop
@@ -216,7 +216,6 @@ class Disk(ImagenError):
 class Partial(ImagenError):
     code = "partial"
     exit_code = 9
-    http_status = 207
 
 
 class Unknown(ImagenError):
@@ -1648,7 +1647,12 @@ def sample_text() -> str:
 
 
 def full_path(path: str) -> str:
-    """An absolute path, `~` replaced; BadConfig where nobody says what that is."""
+    """An absolute path, `~` replaced; BadConfig where nobody says what that is.
+
+    BadRequest for a name that no file can have, such as one out of JSON.
+    """
+    if re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", path):
+        raise BadRequest(f"{path!r}: no file can have this name")
     expanded = os.path.expanduser(path)
     nobody = path != expanded and not os.path.isabs(os.environ.get("HOME", "/"))
     if expanded.startswith("~") or nobody:
@@ -9207,6 +9211,13 @@ WATCHED = 200  # newest images, in which a new one is noticed
 PAGE_IMAGES = 24  # of one answer, and of one screen
 THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+# Where Python's are those of older RFCs.
+PHRASES = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 # Where OpenAI has a type and a code of its own for what our class means.
 OPENAI_ERRORS = {
     "usage": ("invalid_request_error", "invalid_value"),
@@ -9347,9 +9358,10 @@ class Connection:
     def _chunks(self, most: int) -> Iterator[bytes]:
         while True:
             line = self._line()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}([;\s].*)?", line):
+            match = re.fullmatch(rb"([0-9a-fA-F]{1,8})[\t ]*(;[\t -~\x80-\xff]*)?", line)
+            if not match:
                 raise HttpError(400, "a chunk without its length")
-            size = int(re.split(rb"[;\s]", line)[0], 16)
+            size = int(match[1], 16)
             if size > most:
                 raise too_large(most)
             if not size:
@@ -9382,8 +9394,7 @@ class Connection:
             self.lasting = False
         if not self.lasting:
             fields["Connection"] = "close"
-        phrase = {413: "Content Too Large", 416: "Range Not Satisfiable"}.get(status)
-        lines = [f"HTTP/1.1 {status} {phrase or responses[status]}"]
+        lines = [f"HTTP/1.1 {status} {PHRASES.get(status) or responses[status]}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
         blocks = iter(body)
         if self.request.method == "HEAD":
@@ -9885,8 +9896,8 @@ class Server:
         """
 
         body = parsed(client.request.body)
-        body.pop("images", None)  # these come in by /v1/images/edits alone
-        body.pop("mask", None)
+        if body.get("images") or body.get("mask"):
+            raise BadRequest("images and a mask: POST /v1/images/edits takes them")
         self._answer(client, self._call(client, body))
 
     def answer_edits(self, client: Connection) -> None:
@@ -10070,7 +10081,7 @@ class Server:
         """
         if model in self.config.backends:
             return model
-        if model in DALL_E or model.startswith("gpt-image-1"):
+        if model in DALL_E or re.match("(chat)?gpt-image-", model):
             ignored.append("model")
         elif model != "auto":
             raise self._unknown_model(model)
@@ -10475,7 +10486,7 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     # Mapped, for it may not fit into memory.
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for part in form_parts(data, content_type):
-            name = part.name.partition("[")[0]
+            name, _, key = part.name.partition("[")
             if name in ("image", "mask"):
                 place = hidden()
                 with open(place, "wb") as copy, memoryview(data) as view:
@@ -10486,12 +10497,17 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
                     body["images"].append(place)
                 continue
             end = min(part.end, part.start + BODY_BYTES)
-            text = data[part.start : end].decode("utf-8", "replace")
-            body[name] = text
+            value: Any = data[part.start : end].decode("utf-8", "replace")
             # A form knows text alone: what is a number or a switch elsewhere is one here.
             if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
                 with suppress(ValueError):
-                    body[name] = json.loads(text)
+                    value = json.loads(value)
+            fields = body
+            # OpenAI's clients take a mapping apart: `backend_opts[width]`.
+            if key := key.removesuffix("]"):
+                fields = body[name] = mapping_of(body.get(name))
+                name = key
+            fields[name] = value
     if not body["images"]:
         raise BadRequest("image: at least one is needed")
     return body
@@ -11306,8 +11322,8 @@ class Mcp:
             self.tell(message, id=None, error={"code": -32700, "message": reason})
         params = mapping_of(message.get("params"))
         method = message.get("method", "")
-        if method == "notifications/cancelled":
-            self.cancel(params.get("requestId"))
+        if method == "notifications/cancelled" and "requestId" in params:
+            self.cancel(params["requestId"])
         if "id" not in message or not method:
             return  # a notification, or the answer to something that we never ask
         if method == "tools/call":
@@ -11463,7 +11479,7 @@ class Mcp:
             if record and may_see(record, self.owners):
                 return source
             raise BadRequest(f"{source}: no image of that id is known here")
-        path = os.path.realpath(os.path.expanduser(source))
+        path = os.path.realpath(full_path(source))
         if any(os.path.commonpath([folder, path]) == folder for folder in self.folders):
             return path
         raise BadRequest(f"{source}: not in a folder that is open to agents", "--allow-path DIR")
@@ -11547,6 +11563,9 @@ def mcp_tool(name: str) -> JsonObject:
     shape, looks, description = MCP_TOOLS[name]
     taken = schema(shape)
     for field, fields in taken["properties"].items():
+        # Not that it may be null: from a plain type a client knows what to make of a text.
+        if choices := fields.pop("anyOf", None):
+            fields.update(choices[0])
         if field in MCP_FIELDS:
             fields["description"] = MCP_FIELDS[field]
     text = {"type": "string"}
