@@ -9514,13 +9514,11 @@ class Call(Runner):
         """Nothing that a client could do something about."""
         self.server.say(text)
 
-    def answers(self, key: str) -> bool:
-        """Whether a repeat with this key gets what this call got, or will get.
+    def answers(self) -> bool:
+        """Whether a repeat gets what this call got, or will get.
 
         One that failed free of charge, and may pass later, is made anew.
         """
-        if key != self.key:
-            return False
         return bool(self.left or self.records or not all(map(repeatable, self.errors)))
 
     def is_deserted(self) -> bool:
@@ -9865,8 +9863,7 @@ class Server:
 
     def answer_model(self, client: Connection, name: str) -> None:
         """GET /v1/models/ID."""
-        if name != "auto" and name not in self.config.backends:
-            raise self._unknown_model(name)
+        self._backend(name, [])  # HttpError where no request could name it
         client.json(200, model_fields(name))
 
     def answer_options(self, client: Connection) -> None:
@@ -9972,15 +9969,17 @@ class Server:
             call = self._same_call(key, request)
             if not call:
                 waiting = sum(not call.started for call in self.calls)
+                call = Call(self, key, plans, body, ignored)
+                self.calls.append(call)
                 if self._running() >= self.flags.parallel and waiting >= self.flags.queue:
+                    call.started = True
+                    call.cancel(even_paid=False)
                     raise HttpError(
                         503,
                         f"{self._running()} requests are under way and {waiting} wait; ask again",
                         "rate_limit_exceeded",
                         {"Retry-After": "5", "x-should-retry": "true"},
                     )
-                call = Call(self, key, plans, body, ignored)
-                self.calls.append(call)
             call.clients.append(client)
         return call
 
@@ -10007,7 +10006,10 @@ class Server:
     # came, or comes, of the first time. Others do not say so: they get it only where a client with
     # the same request has left before its answer, and once. Two that wait never share an image.
     def _same_call(self, key: str, request: HttpRequest) -> Call | None:
-        same = [call for call in reversed(self.calls) if call.answers(key)]
+        same = [call for call in reversed(self.calls) if call.key == key]
+        # What was turned away, or failed for nothing, is what is repeated, and no answer before it.
+        fresh = same and not same[0].answers()
+        same = [call for call in same if call.answers() and not (fresh and call.answered)]
         if request.headers.get("x-stainless-retry-count", "0") == "0":
             same = [call for call in same if call.is_deserted()]
         # Two alike that are both repeated get an image each: the lonelier call first.

@@ -20235,6 +20235,9 @@ def test_server_names_of_openais_models_mean_the_default_and_answer_as_those_did
             assert facts["backend"] == backend, fields
             is_other = backend != fields["model"] and fields["model"] is not None
             assert ("model" in image["imagen"]["ignored"]) == is_other, fields
+            # A client that looks a model up first is told of it.
+            assert server.get(f"/v1/models/{fields['model'] or 'auto'}").status == 200
+        assert server.get("/v1/models/gpt-4o").status == 404
         streamed = server.make({"model": "dall-e-2", "stream": True}).body
         assert json.loads(streamed.rpartition(b"data: ")[2])["b64_json"]
 
@@ -20619,6 +20622,32 @@ def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, rem
         bodies = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
         assert len({json.loads(body)["data"][0]["b64_json"] for body in bodies}) == 2
     assert remotes[2].posts == 2
+
+
+def test_server_a_repeat_of_what_was_turned_away_gets_no_image_of_an_earlier_request(
+    box: Box, remotes: Any
+) -> None:
+    remote = remotes[2]
+    let_go = threading.Event()
+    params = {"model": "openai", "size": "auto"}
+    again = "x-stainless-retry-count: 1"
+
+    def ident(sock: socket.socket) -> str:
+        body = serve_read(sock).partition(b"\r\n\r\n")[2]
+        return str(json.loads(body)["data"][0]["imagen"]["id"])
+
+    with Serving(box, "--queue", "0", "--parallel", "1") as server:
+        first = ident(server.post(params))
+        remote.script(hold(let_go, openai_images(png())))
+        busy = server.post({**params, "prompt": "a hare"})
+        remote.wait(lambda: remote.posts == 2)
+        assert server.make(params).status == 503  # and the client repeats by itself
+        let_go.set()
+        ident(busy)
+        second = ident(server.post(params, again))
+        assert second != first
+        assert ident(server.post(params, again)) == second  # its answer was lost
+    assert remote.posts == 3
 
 
 def test_server_what_comes_again_the_moment_after_its_client_left_is_paid_once(
