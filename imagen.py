@@ -101,7 +101,7 @@ EMPTY: Fields = types.MappingProxyType({})
 #   Quota        quota           6   402  no     the account, or a budget of ours, is empty
 #   Busy         busy            7   429  yes    rate limit or overload: not accepted, not charged
 #   Disk         disk            8   424  yes    the local disk is full or not ours to write
-#   Partial      partial         9   207  no     some of the images were made
+#   Partial      partial         9   424  no     some of the images were made
 #   Unknown      unknown        10   424  no     sent, and nobody knows the outcome: maybe charged
 #   Failed       failed         11   424  no     the remote ran and failed, or our deadline passed
 #   Interrupted  interrupted   130   424  yes    somebody asked us to stop
@@ -216,7 +216,6 @@ class Disk(ImagenError):
 class Partial(ImagenError):
     code = "partial"
     exit_code = 9
-    http_status = 207
 
 
 class Unknown(ImagenError):
@@ -1657,7 +1656,12 @@ def sample_text() -> str:
 
 
 def full_path(path: str) -> str:
-    """An absolute path, `~` replaced; BadConfig where nobody says what that is."""
+    """An absolute path, `~` replaced; BadConfig where nobody says what that is.
+
+    BadRequest for a name that no file can have, such as one out of JSON.
+    """
+    if re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", path):
+        raise BadRequest(f"{path!r}: no file can have this name")
     expanded = os.path.expanduser(path)
     nobody = path != expanded and not os.path.isabs(os.environ.get("HOME", "/"))
     if expanded.startswith("~") or nobody:
@@ -9231,6 +9235,13 @@ WATCHED = 200  # newest images, in which a new one is noticed
 PAGE_IMAGES = 24  # of one answer, and of one screen
 THUMBNAIL_PIXELS = 512
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+# Where Python's are those of older RFCs.
+PHRASES = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 # Where OpenAI has a type and a code of its own for what our class means.
 OPENAI_ERRORS = {
     "usage": ("invalid_request_error", "invalid_value"),
@@ -9371,9 +9382,10 @@ class Connection:
     def _chunks(self, most: int) -> Iterator[bytes]:
         while True:
             line = self._line()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}([;\s].*)?", line):
+            match = re.fullmatch(rb"([0-9a-fA-F]{1,8})[\t ]*(;[\t -~\x80-\xff]*)?", line)
+            if not match:
                 raise HttpError(400, "a chunk without its length")
-            size = int(re.split(rb"[;\s]", line)[0], 16)
+            size = int(match[1], 16)
             if size > most:
                 raise too_large(most)
             if not size:
@@ -9406,8 +9418,7 @@ class Connection:
             self.lasting = False
         if not self.lasting:
             fields["Connection"] = "close"
-        phrase = {413: "Content Too Large", 416: "Range Not Satisfiable"}.get(status)
-        lines = [f"HTTP/1.1 {status} {phrase or responses[status]}"]
+        lines = [f"HTTP/1.1 {status} {PHRASES.get(status) or responses[status]}"]
         lines += [f"{name}: {value}" for name, value in fields.items()]
         blocks = iter(body)
         if self.request.method == "HEAD":
@@ -9475,13 +9486,16 @@ class Connection:
         import select
 
         readable, _, _ = select.select([self.sock], [], [], 0)
-        return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
+        try:
+            return bool(readable) and not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
 
 class Call(Runner):
     """One request for images. It goes on when its client has left; a repeat joins it.
 
-    The server's lock guards `clients`, `answered` and `lonely_since`.
+    The server's lock guards `clients` and `lonely_since`.
     """
 
     def __init__(
@@ -9504,10 +9518,9 @@ class Call(Runner):
         self.links = body.get("response_format") == "url"
         self.began = time.time()
         self.started = False  # else it stands in line
-        self.clients = 0
+        self.clients = list[Connection]()  # that wait for it
         self.followed = False  # its client waits for no answer, but follows the events
         self.answered = False
-        self.deserted = False  # its client left before the answer
         self.lonely_since = time.monotonic()
         self.replay_until = self.lonely_since + REPLAY_WINDOW_S
 
@@ -9525,14 +9538,16 @@ class Call(Runner):
         """Nothing that a client could do something about."""
         self.server.say(text)
 
-    def answers(self, key: str) -> bool:
-        """Whether a repeat with this key gets what this call got, or will get.
+    def answers(self) -> bool:
+        """Whether a repeat gets what this call got, or will get.
 
         One that failed free of charge, and may pass later, is made anew.
         """
-        if key != self.key:
-            return False
         return bool(self.left or self.records or not all(map(repeatable, self.errors)))
+
+    def is_deserted(self) -> bool:
+        """Whether its clients left before the answer, some maybe just now."""
+        return not self.answered and all(client.client_left() for client in self.clients)
 
     def cancel(self, even_paid: bool) -> None:
         """End what has cost nothing; `even_paid`: the rest as well, as far as that is possible."""
@@ -9875,8 +9890,7 @@ class Server:
 
     def answer_model(self, client: Connection, name: str) -> None:
         """GET /v1/models/ID."""
-        if name != "auto" and name not in self.config.backends:
-            raise self._unknown_model(name)
+        self._backend(name, [])  # HttpError where no request could name it
         client.json(200, model_fields(name))
 
     def answer_options(self, client: Connection) -> None:
@@ -9906,8 +9920,8 @@ class Server:
         """
 
         body = parsed(client.request.body)
-        body.pop("images", None)  # these come in by /v1/images/edits alone
-        body.pop("mask", None)
+        if body.get("images") or body.get("mask"):
+            raise BadRequest("images and a mask: POST /v1/images/edits takes them")
         self._answer(client, self._call(client, body))
 
     def answer_edits(self, client: Connection) -> None:
@@ -9982,23 +9996,25 @@ class Server:
             call = self._same_call(key, request)
             if not call:
                 waiting = sum(not call.started for call in self.calls)
+                call = Call(self, key, plans, body, ignored)
+                self.calls.append(call)
                 if self._running() >= self.flags.parallel and waiting >= self.flags.queue:
+                    call.started = True
+                    call.cancel(even_paid=False)
                     raise HttpError(
                         503,
                         f"{self._running()} requests are under way and {waiting} wait; ask again",
                         "rate_limit_exceeded",
                         {"Retry-After": "5", "x-should-retry": "true"},
                     )
-                call = Call(self, key, plans, body, ignored)
-                self.calls.append(call)
-            call.clients += 1
+            call.clients.append(client)
         return call
 
     def _answer(self, client: Connection, call: Call) -> None:
         """Wait for a call, and answer with its images; with its id, where that is preferred."""
         self.start_calls()
         if "respond-async" in client.request.headers.get("prefer", ""):
-            call.followed = True
+            call.followed = call.answered = True
             applied = {"Preference-Applied": "respond-async"}
             client.json(202, {"id": call.id}, applied)
             return
@@ -10010,23 +10026,21 @@ class Server:
             call.answered = True
         finally:
             with self._lock:
-                call.clients -= 1
-                call.deserted = not call.answered
+                call.clients.remove(client)
                 call.lonely_since = time.monotonic()
 
     # OpenAI's clients repeat by themselves, after a timeout of their own, and say so: they get what
     # came, or comes, of the first time. Others do not say so: they get it only where a client with
     # the same request has left before its answer, and once. Two that wait never share an image.
     def _same_call(self, key: str, request: HttpRequest) -> Call | None:
-        same = [call for call in reversed(self.calls) if call.answers(key)]
+        same = [call for call in reversed(self.calls) if call.key == key]
+        # What was turned away, or failed for nothing, is what is repeated, and no answer before it.
+        fresh = same and not same[0].answers()
+        same = [call for call in same if call.answers() and not (fresh and call.answered)]
         if request.headers.get("x-stainless-retry-count", "0") == "0":
-            same = [call for call in same if call.deserted and not call.clients]
-        if not same:
-            return None
+            same = [call for call in same if call.is_deserted()]
         # Two alike that are both repeated get an image each: the lonelier call first.
-        call = min(same, key=lambda call: (call.answered, call.clients))
-        call.deserted = False
-        return call
+        return min(same, key=lambda call: (call.answered, len(call.clients)), default=None)
 
     def _running(self) -> int:
         return sum(call.started and call.left > 0 for call in self.calls)
@@ -10096,7 +10110,7 @@ class Server:
         """
         if model in self.config.backends:
             return model
-        if model in DALL_E or model.startswith("gpt-image-1"):
+        if model in DALL_E or re.match("(chat)?gpt-image-", model):
             ignored.append("model")
         elif model != "auto":
             raise self._unknown_model(model)
@@ -10116,7 +10130,8 @@ class Server:
             if call.left:
                 call.changed.wait(0.5 if call.started else 0.1)
             more_expected = call.left > 0
-        if more_expected and client.client_left():
+        # Also at the end: what nobody takes has not been answered, and a repeat gets it.
+        if client.client_left():
             raise ConnectionError("the client has left")
         return more_expected
 
@@ -10500,7 +10515,7 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
     # Mapped, for it may not fit into memory.
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for part in form_parts(data, content_type):
-            name = part.name.partition("[")[0]
+            name, _, key = part.name.partition("[")
             if name in ("image", "mask"):
                 place = hidden()
                 with open(place, "wb") as copy, memoryview(data) as view:
@@ -10511,12 +10526,17 @@ def form_fields(path: str, content_type: str, hidden: Callable[[], str]) -> Json
                     body["images"].append(place)
                 continue
             end = min(part.end, part.start + BODY_BYTES)
-            text = data[part.start : end].decode("utf-8", "replace")
-            body[name] = text
+            value: Any = data[part.start : end].decode("utf-8", "replace")
             # A form knows text alone: what is a number or a switch elsewhere is one here.
             if name in ("n", "seed", "steps", "strength", "stream", "backend_opts"):
                 with suppress(ValueError):
-                    body[name] = json.loads(text)
+                    value = json.loads(value)
+            fields = body
+            # OpenAI's clients take a mapping apart: `backend_opts[width]`.
+            if key := key.removesuffix("]"):
+                fields = body[name] = mapping_of(body.get(name))
+                name = key
+            fields[name] = value
     if not body["images"]:
         raise BadRequest("image: at least one is needed")
     return body
@@ -11331,8 +11351,8 @@ class Mcp:
             self.tell(message, id=None, error={"code": -32700, "message": reason})
         params = mapping_of(message.get("params"))
         method = message.get("method", "")
-        if method == "notifications/cancelled":
-            self.cancel(params.get("requestId"))
+        if method == "notifications/cancelled" and "requestId" in params:
+            self.cancel(params["requestId"])
         if "id" not in message or not method:
             return  # a notification, or the answer to something that we never ask
         if method == "tools/call":
@@ -11488,7 +11508,7 @@ class Mcp:
             if record and may_see(record, self.owners):
                 return source
             raise BadRequest(f"{source}: no image of that id is known here")
-        path = os.path.realpath(os.path.expanduser(source))
+        path = os.path.realpath(full_path(source))
         if any(os.path.commonpath([folder, path]) == folder for folder in self.folders):
             return path
         raise BadRequest(f"{source}: not in a folder that is open to agents", "--allow-path DIR")
@@ -11572,6 +11592,9 @@ def mcp_tool(name: str) -> JsonObject:
     shape, looks, description = MCP_TOOLS[name]
     taken = schema(shape)
     for field, fields in taken["properties"].items():
+        # Not that it may be null: from a plain type a client knows what to make of a text.
+        if choices := fields.pop("anyOf", None):
+            fields.update(choices[0])
         if field in MCP_FIELDS:
             fields["description"] = MCP_FIELDS[field]
     text = {"type": "string"}

@@ -20607,6 +20607,8 @@ def test_server_names_of_openais_models_mean_the_default_and_answer_as_those_did
         ({"model": "dall-e-3", **link}, "dall-e-3", "url"),
         ({"model": "gpt-image-1"}, "mock", "b64_json"),
         ({"model": "gpt-image-1-mini", **link}, "mock", "url"),
+        ({"model": "gpt-image-2.5-flare"}, "mock", "b64_json"),
+        ({"model": "chatgpt-image-latest"}, "mock", "b64_json"),
         ({"model": None, "style": "vivid", "quality": "hd"}, "mock", "b64_json"),
     ]
     with Serving(box) as server:
@@ -20617,6 +20619,9 @@ def test_server_names_of_openais_models_mean_the_default_and_answer_as_those_did
             assert facts["backend"] == backend, fields
             is_other = backend != fields["model"] and fields["model"] is not None
             assert ("model" in image["imagen"]["ignored"]) == is_other, fields
+            # A client that looks a model up first is told of it.
+            assert server.get(f"/v1/models/{fields['model'] or 'auto'}").status == 200
+        assert server.get("/v1/models/gpt-4o").status == 404
         streamed = server.make({"model": "dall-e-2", "stream": True}).body
         assert json.loads(streamed.rpartition(b"data: ")[2])["b64_json"]
 
@@ -20625,7 +20630,7 @@ SERVE_MISTAKES = """{"model": "mokc"} {"prompt": " "} {"prompt": null} {"prompt"
 {"size": "1x1"} {"size": "9x9x9"} {"seed": -2} {"seed": 1.5} {"style": "nothing"} {"backend_opts": {"parallel": 9}}
 {"backend_opts": {"delay_s": 1e999}} {"backend_opts": "delay_s"} {"backend_opts": {"sparkle": 1}} {"backend_opts": {"fail": "x"}}
 {"n": "two"} {"n": "1.5"} {"size": 512} {"seed": "7"} {"steps": -1} {"steps": "many"} {"negative_prompt": 5} {"style": 1}
-{"prompt": "a\\u0000"} {"negative_prompt": "\\ud800"} {"stream": "yes"} {"stream": 1} {"response_format": "png"}
+{"prompt": "a\\u0000"} {"images": ["last"]} {"negative_prompt": "\\ud800"} {"stream": "yes"} {"stream": 1} {"response_format": "png"}
 {"response_format": ["url"]} {"model": 3} {"model": "openai", "quality": 5} {"model": "openai", "size": "auto", "output_format": "bmp"}
 {"model": "openai", "size": "512x512"}"""
 
@@ -20666,6 +20671,7 @@ SERVE_FATES = {  # mock's `fail`: the client's class, status, type, code, whethe
     "unreachable": ("InternalServerError", 503, "server_error", "unreachable", True),
     "config": ("APIStatusError", 424, "server_error", "config", False),
     "failed": ("APIStatusError", 424, "server_error", "failed", False),
+    "partial": ("APIStatusError", 424, "server_error", "partial", False),
     "bug": ("APIStatusError", 424, "server_error", "bug", False),
 }
 
@@ -21000,6 +21006,60 @@ def test_server_two_alike_that_are_both_repeated_get_an_image_each(box: Box, rem
         bodies = {serve_read(sock).partition(b"\r\n\r\n")[2] for sock in again}
         assert len({json.loads(body)["data"][0]["b64_json"] for body in bodies}) == 2
     assert remotes[2].posts == 2
+
+
+def test_server_a_repeat_of_what_was_turned_away_gets_no_image_of_an_earlier_request(
+    box: Box, remotes: Any
+) -> None:
+    remote = remotes[2]
+    let_go = threading.Event()
+    params = {"model": "openai", "size": "auto"}
+    again = "x-stainless-retry-count: 1"
+
+    def ident(sock: socket.socket) -> str:
+        body = serve_read(sock).partition(b"\r\n\r\n")[2]
+        return str(json.loads(body)["data"][0]["imagen"]["id"])
+
+    with Serving(box, "--queue", "0", "--parallel", "1") as server:
+        first = ident(server.post(params))
+        remote.script(hold(let_go, openai_images(png())))
+        busy = server.post({**params, "prompt": "a hare"})
+        remote.wait(lambda: remote.posts == 2)
+        assert server.make(params).status == 503  # and the client repeats by itself
+        let_go.set()
+        ident(busy)
+        second = ident(server.post(params, again))
+        assert second != first
+        assert ident(server.post(params, again)) == second  # its answer was lost
+    assert remote.posts == 3
+
+
+def test_server_what_comes_again_the_moment_after_its_client_left_is_paid_once(
+    box: Box, remotes: Any
+) -> None:
+    remote = remotes[2]
+    params = {"model": "openai", "size": "auto"}
+    with Serving(box) as server:
+        for way in (
+            {},
+            {"stream": True},
+            {"n": 2},
+        ):
+            let_go = threading.Event()
+            posts = remote.posts + way.get("n", 1)
+            remote.script(*(hold(let_go, openai_images(png())) for _ in range(way.get("n", 1))))
+            first = server.post({**params, **way})
+            remote.wait(lambda posts=posts: remote.posts == posts)
+            if way:
+                first.close()
+            else:  # by a reset
+                linger = struct.pack("ii", 1, 0)
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                first.close()
+            again = server.post({**params, **way})  # nothing says that it is a repeat
+            let_go.set()
+            assert b"b64_json" in serve_read(again), way
+            assert remote.posts == posts, way
 
 
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
@@ -21574,6 +21634,7 @@ POST /login HTTP/1.1|H:|Transfer-Encoding: gzip       |400||9112 6.3 chunked is 
 POST /login HTTP/1.1|H:|Transfer-Encoding: chunked, gzip|400||9112 6.3 chunked is not the last
 POST /login HTTP/1.1|H:|Transfer-Encoding: gzip, chunked|501||9112 6.1 a coding nobody knows
 POST /login HTTP/1.0|H:|Transfer-Encoding: chunked||0||  |400||9112 6.1 not in HTTP/1.0
+POST /login HTTP/1.1|H:|Transfer-Encoding: chunked||1\rX|a|0||  |400||9112 7.1.1, 2.2 a bare CR ends nothing
 PUT /healthz HTTP/1.1|H:|Transfer-Encoding: CHUNKED||0||  |405||9112 7 codings have no case
 POST /v1/images/generations HTTP/1.1|H:|Content-Length: 2|Content-Encoding: br||{}|415||9110 15.5.16
 POST /v1/images/generations HTTP/1.1|H:|Content-Length: 999999||{}|413|:reason: Content Too Large|9110 15.5.14
@@ -21637,6 +21698,8 @@ def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
         assert len(lines) >= 60
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             assert [text for text in pool.map(fault, lines) if text] == []
+        with server.raw(b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * (17 << 10))) as sock:
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 414 URI Too Long\r\n")  # 9110 15.5.15
         # A server that keeps the connection answers one request after the other, as they came.
         get = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
         post = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
@@ -21733,9 +21796,14 @@ def test_server_official_clients_edit_with_one_image_several_and_a_mask(box: Box
             n=2,
         )
         events = [*client.images.edit(image=image, prompt="a hat", stream=True)]
+        extra = {"backend_opts": {"width": 32, "delay_s": 0.01}, "seed": 7, "style": "ink"}
+        client.images.edit(image=image, prompt="a hat", extra_body=extra)  # apart, by its names
     assert [event.type for event in events] == ["image_edit.completed"]
     assert (len(one.data), len(several.data)) == (1, 2)
-    entries = box.ledger()
+    *entries, last = box.ledger()
+    sidecar = last["sidecar"]
+    assert sidecar["requested"]["backend_opts"] == extra["backend_opts"]
+    assert (sidecar["seed"], sidecar["style"]) == (7, "ink")
     counts = [len(entry["sidecar"]["inputs"]) for entry in entries]
     assert counts == [1, 2, 2, 1]
     assert ["mask" in entry["sidecar"] for entry in entries] == [False, True, True, False]
@@ -21797,11 +21865,12 @@ def test_server_edits_take_json_with_data_and_ids_of_own_images_and_fetch_no_add
             body = {"prompt": "a hat", "images": images, "size": "64x64"}
             response = server.ask("POST", "/v1/images/edits", body)
             assert response.status == code, (images, response.body[:200])
-        # Nor does the other door let anything in.
+        # Nor does the other door let anything in, and it makes nothing without it.
+        before = eventually(lambda: not box.unfinished() and box.ledger())
         plain = {"prompt": "a hat", "images": [path], "mask": path, "size": "64x64"}
-        assert server.ask("POST", "/v1/images/generations", plain).status == 200
+        assert server.ask("POST", "/v1/images/generations", plain).status == 400
         assert remote.seen == []
-    assert "inputs" not in box.ledger()[-1]["sidecar"]
+    assert box.ledger() == before
 
 
 # 5,000 of them were played by hand.
@@ -23238,10 +23307,17 @@ def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
         )
         assert talk.ask("resources/list")["error"]["code"] == -32601
         assert talk.ask("tools/call", name="rm")["error"]["code"] == -32602
+        talk.write(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled"}))
+        talk.write("{")  # which had no id either, and is told of nevertheless
+        assert talk.ask("ping")["result"] == {}
+        assert talk.lines[-1]["error"]["code"] == -32700
     names = [tool["name"] for tool in tools]
     assert names == ["generate_image", "list_images", "recover_images", "list_backends"]
     make = tools[0]
     assert make["inputSchema"]["required"] == ["prompt"]
+    # The inspector sends a text for what has no plain type.
+    fields = make["inputSchema"]["properties"].values()
+    assert all("type" in field or "enum" in field for field in fields)
     assert "same" in make["inputSchema"]["properties"]["request_id"]["description"]
     assert make["annotations"]["destructiveHint"] is False
     assert make["annotations"]["openWorldHint"] is True
@@ -23302,7 +23378,8 @@ def test_mcp_an_agent_names_no_file_outside_and_spends_no_more_than_it_may(box: 
         for path in (str(outside), "link.png", "../x.png", "~/../x.png"):
             refused = talk.call("generate_image", prompt="a", images=[path])
             assert "open to agents" in refused["structuredContent"]["error"]["message"]
-        for path in ("http://127.0.0.1:9/x.png", "data:image/png;base64,AAAA", "-", ""):
+        odd = ("a\0b", "a\ud800b")  # names that no file can have
+        for path in ("http://127.0.0.1:9/x.png", "data:image/png;base64,AAAA", "-", "", *odd):
             refused = talk.call("generate_image", prompt="a", images=[path])
             assert refused["structuredContent"]["error"]["code"] == "usage"
         for arguments in ({"n": 2}, {"max_cost": 0.1}):
@@ -24002,6 +24079,8 @@ def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -
         '{"prompt": "a", "caller": "x"}': "row 2: caller",
         "{no json": "row 2: no JSON object",
         '{"prompt": "a", "backend": "nobody"}': 'row 2: backend "nobody"',
+        r'{"prompt": "a", "images": ["\u0000.png"]}': "row 2: '\\x00.png': no file",
+        r'{"prompt": "a", "output": "\ud800"}': "row 2: '\\ud800': no file",
     }
     for row, expected in broken.items():
         done = box.run("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
