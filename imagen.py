@@ -6559,8 +6559,6 @@ def check_order(order: Order) -> None:
     """BadRequest where an order cannot be meant by any backend."""
     check_request(order.request())
     check_text("\n".join(order.tags), "tags")
-    for path in (order.output, order.mask, *order.images):  # which may be any bytes but NUL
-        check_text(path, "a path", "surrogateescape")
     if max(map(len, order.tags), default=0) > 200:
         raise BadRequest("a tag has at most 200 characters")
     if not 1 <= order.n <= ORDER_IMAGES:
@@ -6573,10 +6571,10 @@ def check_order(order: Order) -> None:
         raise BadRequest(f"seed {order.seed}: 0 to 2^63-1")
 
 
-def check_text(text: str, place: str, errors: str = "strict") -> None:
+def check_text(text: str, place: str) -> None:
     """BadRequest for what is no text: halves of characters, and NUL, which no database takes."""
     try:
-        text.encode(errors=errors)
+        text.encode()
     except UnicodeEncodeError as problem:
         message = f"{place}: no valid Unicode behind {text[: problem.start][-20:]!r}"
         raise BadRequest(message, "write it in UTF-8") from None
