@@ -3426,6 +3426,8 @@ COMFY_INPUTS = {
     "width": (r"(\w+_)?width", int),
     "height": (r"(\w+_)?height", int),
 }
+# What a value comes through, whatever it is.
+COMFY_THROUGH = "value|default|int|number|source|replace|on_true|on_false"
 COMFY_GUIDES = {"positive", "guider", "conditioning"}  # a sampler has one of them
 COMFY_SEEDS = {"seed", "noise_seed", "noise"}  # and one of these
 COMFY_PIXELS = r"(\w+_)?(latents?|image|samples|pixels)(_\w+)?"  # what a sampler starts from
@@ -3540,7 +3542,11 @@ def comfy_read(path: str) -> Graph:
     try:
         with open(path_setting(path), "rb") as file:
             raw = file.read(COMFY_FILE_BYTES)
-        document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
+        text = png_text(raw, "prompt") or raw.decode("utf-8-sig")
+        # What it finds and replaces by itself is no placeholder of ours.
+        for mark in re.findall(r'"find": *"({\w+})"', text):
+            text = text.replace(mark, f"<{mark[1:-1]}>")
+        document = json.loads(text)
     except (OSError, ValueError, RecursionError) as problem:
         raise BadConfig(f"workflow {path}: {getattr(problem, 'strerror', problem)}") from None
     graph: Graph = {}
@@ -3562,10 +3568,11 @@ def comfy_read(path: str) -> Graph:
 def comfy_misplaced(path: str, graph: Graph, problem: str) -> BadConfig:
     """The error of a workflow in which a value has no place, with a block that names one."""
     lines = []
+    pattern = f"{COMFY_INPUTS['prompt'][0]}|{COMFY_THROUGH}|positive"
     for node, spec in graph.items():
         title = (spec.get("_meta") or {}).get("title") or spec["class_type"]
         for key, value in spec["inputs"].items():
-            if isinstance(value, str) and re.fullmatch(COMFY_INPUTS["prompt"][0], key):
+            if isinstance(value, str) and re.fullmatch(pattern, key, re.IGNORECASE):
                 lines.append(f'prompt: "{node}.{key}"  # {title}: {excerpt(value.encode(), 50)}')
     hint = "nodes:\n  " + "\n  # or ".join(lines)
     if not lines:
@@ -3595,6 +3602,19 @@ def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
     return [*dict.fromkeys(nodes)]
 
 
+def comfy_switched(graph: Graph) -> Graph:
+    """The graph without the inputs that its switches turn off."""
+    live: Graph = json.loads(json.dumps(graph))
+    for node, spec in live.items():
+        inputs = spec["inputs"]
+        switch = inputs.get("switch")
+        if source := comfy_links(graph, node).get("switch"):
+            switch = graph[source]["inputs"].get("value")
+        if isinstance(switch, bool):
+            inputs.pop("on_false" if switch else "on_true", None)
+    return live
+
+
 def comfy_values(
     graph: Graph,
     node: str,
@@ -3603,12 +3623,8 @@ def comfy_values(
 ) -> list[Place]:
     """The places of a field's values in a node, or in those that its inputs are linked to."""
     name, kind = COMFY_INPUTS[field]
-    behind = rf".*({name}).*|value|default|int|number"
-    other = "negative"
-    if role:
-        behind += f"|{role}"
-    if role == "negative":
-        other = "positive"
+    behind = rf".*({name}).*|{COMFY_THROUGH}|{role}"
+    other = "positive" if role == "negative" else "negative"
     places: list[Place] = []
     waiting = [node]
     for source in waiting:
@@ -3617,7 +3633,7 @@ def comfy_values(
         inputs = [
             key
             for key in graph[source]["inputs"]
-            if re.fullmatch(pattern, key, re.IGNORECASE) and other not in key.lower()
+            if re.fullmatch(rf"(?!.*({other}|system))({pattern})", key, re.IGNORECASE)
         ]
         linked = [links[key] for key in inputs if key in links]
         waiting += [link for link in linked if link not in waiting]
@@ -3650,15 +3666,16 @@ def comfy_encoders(graph: Graph, node: str, role: str) -> list[list[Place]]:
                 encoders.append(places)
             # A guider without a negative has none; behind it, whatever is joined counts.
             if source != node or role == "positive":
-                onward = [links[key] for key in links if key.startswith("cond")]
+                onward = [links[key] for key in links if key.startswith(("cond", "on_"))]
         waiting += [link for link in onward if link not in waiting]
     return encoders
 
 
 def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     """Where a graph has each of COMFY_FIELDS, and the different texts that its samplers get."""
+    graph = comfy_switched(graph)
     places: dict[str, list[Place]] = {name: [] for name in COMFY_FIELDS}
-    texts = []
+    texts: list[str] = []
 
     def value(place: Place) -> Any:
         return graph[place[0]]["inputs"][place[1]]
@@ -3668,19 +3685,28 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     for node, spec in graph.items():
         if spec["inputs"].keys() & COMFY_SEEDS and comfy_links(graph, node).keys() & COMFY_GUIDES:
             passes.append(node)
-    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in passes}
-    later = [node for node in passes if not behind.keys().isdisjoint(behind[node])]
+    # Who has no noise of its own (a map of depths, the end of a split run) is not first either.
+    seeded = [node for node in passes if comfy_values(graph, node, "seed")] or passes
+    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in seeded}
+    later = {*passes}.difference(seeded)
+    later |= {node for node in seeded if not behind.keys().isdisjoint(behind[node])}
     for node in sorted(passes, key=later.__contains__):
         # 2. Their texts. All inputs of one encoder get the prompt, but not all that is joined.
         guider = comfy_links(graph, node).get("guider", node)
-        for encoder in comfy_encoders(graph, guider, "positive"):
+        negatives = comfy_encoders(graph, guider, "negative")
+        positives = comfy_encoders(graph, guider, "positive")
+        # Of two conditions that one guider weighs, the second may hold the negative.
+        for encoder in [row for row in positives if row not in negatives] or positives:
             filled = [place for place in encoder if value(place).strip()] or encoder
             places["prompt"] += filled
-            longest = max((value(place).strip() for place in filled), key=len)
-            joined_texts = {value(place).strip() for place in filled if place[0] != filled[0][0]}
-            texts += [longest, *joined_texts]
-        for encoder in comfy_encoders(graph, guider, "negative"):
-            places["negative"] += encoder
+            longest: dict[Any, str] = {}
+            for place in filled:
+                source, key = place
+                # What a node joins, it calls a and b, or 1 and 2.
+                group = place if re.search("(_[a-f]|[1-9])$", key) else source
+                longest[group] = max(longest.get(group, ""), value(place).strip(), key=len)
+            texts += longest.values()
+        places["negative"] += itertools.chain(*negatives)
         # 3. Seed and steps; of a later pass only where it has the same as the first.
         for name in ("seed", "steps"):
             known = [value(place) for place in places[name]]
