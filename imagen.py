@@ -3407,8 +3407,14 @@ def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
         answer = http.upload("/upload/image", form).mapping()
         names[mark] = f"{answer.get('subfolder') or ''}/{answer['name']}".lstrip("/")
     graph.update(replaced(graph, names))
+    if left := re.search(f'"({COMFY_MARK})"', json.dumps(graph)):
+        raise BadRequest(
+            f"the workflow has a place for {left[1]}, and the request none",
+            "give it by --image or --mask",
+        )
 
 
+COMFY_MARK = r"{image\d*}|{mask}"  # the place of an image in a workflow
 # Placeholder in a workflow, or key of `nodes` → field of the request.
 COMFY_FIELDS = {
     "prompt": "prompt",
@@ -3799,7 +3805,9 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
         inputs = {**kinds.get("required", {}), **kinds.get("optional", {})}
         for key, value in spec["inputs"].items():
             choices = comfy_choices(inputs.get(key))
-            if isinstance(value, str) and choices and value not in choices:
+            if not isinstance(value, str) or re.fullmatch(COMFY_MARK, value):
+                continue
+            if choices and value not in choices:
                 place = f"node {node} ({spec['class_type']}) {key}"
                 faults.append(f'{place}: "{value}" is not there, {nearest(value, choices)}'[:300])
     return faults

@@ -12266,6 +12266,10 @@ def test_inputs_of_a_workflow_stand_where_its_marks_or_nodes_say(inputs_here: Bo
         assert ("input", "", posted["50"]["inputs"]["image"]) in comfy.files
         refused = inputs_here.fox("-i", "a.png", "--mask", "mask.png")
         assert (refused.code, "cannot take a mask" in refused.err) == (2, True)
+        # Its place is empty without an image, which is no fault of the workflow's.
+        assert "ok:" in inputs_here.run("backends", "--check", "gpu").out
+        missing = inputs_here.fox()
+        assert (missing.code, "--image" in missing.err, len(comfy_posted(comfy))) == (2, True, 1)
 
 
 def test_inputs_each_has_a_mark_of_its_own() -> None:
