@@ -5811,6 +5811,11 @@ def may_cost(row: OpenEntry) -> bool:
     return row.record.get("charged", "no") != "no"
 
 
+def cost_nothing(record: Record) -> bool:
+    """Whether an attempt has failed before anything was charged."""
+    return record.get("charged", "no") == "no" and "path" not in record
+
+
 def cost_of(record: Record) -> tuple[str, float]:
     """The USD that count for an attempt, and what they are: reported, estimated, or reserved.
 
@@ -5819,7 +5824,7 @@ def cost_of(record: Record) -> tuple[str, float]:
     charged = record.get("charged", "no")
     price = record.get("price")
     usd = record.get("sidecar", Sidecar()).get("cost_usd_estimate")
-    if charged == "no" and "path" not in record:
+    if cost_nothing(record):
         return "estimated", 0.0
     if charged == "unknown" or usd is None:
         return "reserved", record.get("reserved") or price or 0.0
@@ -7000,8 +7005,9 @@ class Run(Context):
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
-            ids = [str(self.remote_ids[key]) for key in self.remote_ids if key.endswith("id")]
-            message += f" ({', '.join(ids)})"
+            for key in self.remote_ids:
+                if key.endswith("id"):
+                    message += f" ({self.remote_ids[key]})"
         if cancelled:
             message += "; cancelled there"
         if self.paid:
@@ -7097,11 +7103,13 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
         else:
             odd: list[str] = []
             lines = attempts(needle=ident, warn=odd.append)
-            known = next((line for line in lines if line["id"] == ident), Record())
+            # Who was killed between the two has left a later line, which says nothing.
+            rows = sorted((line for line in lines if line["id"] == ident), key=cost_nothing)
+            known = next(iter(rows), Record())
             if odd and not known:  # a damaged line may have told of it
                 run.entry.discard()
                 raise Unknown(f"the ledger has a damaged line with {ident}", odd[0])
-            failed = known.get("charged", "no") == "no" and "path" not in known
+            failed = cost_nothing(known)
             same = known.get("ordered") == plan.record["ordered"]
             if not known or (same and (failed or (plan.pay_again and "path" not in known))):
                 return None

@@ -15373,6 +15373,21 @@ def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended
     assert (box.run(*words).code, server.posts) == (10, 2)
 
 
+def test_pipeline_who_is_killed_with_the_key_of_an_image_that_is_made_costs_nothing(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    made = box.run("generate", "a fox", *KEYED)
+    assert made.code == 0, made.err
+    # What is left of it is closed by recover, or by the same command again.
+    for words in (("recover", "--all"), ("generate", "a fox", *KEYED)):
+        killed = output_played(box, {"when": "'key' in record"}, "generate", "a fox", *KEYED)
+        assert (killed.code, len(box.unfinished())) == (-signal.SIGKILL, 1)
+        assert box.run(*words).code == 0
+        assert box.run("generate", "a fox", *KEYED).lines == made.lines
+    assert server.posts == 1
+
+
 CLOCK = """
 import os, time
 began = time.monotonic()
