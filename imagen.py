@@ -3420,8 +3420,14 @@ def comfy_upload(http: Http, graph: Graph, request: Request) -> None:
         answer = http.upload("/upload/image", form).mapping()
         names[mark] = f"{answer.get('subfolder') or ''}/{answer['name']}".lstrip("/")
     graph.update(replaced(graph, names))
+    if left := re.search(f'"({COMFY_MARK})"', json.dumps(graph)):
+        raise BadRequest(
+            f"the workflow has a place for {left[1]}, and the request none",
+            "give it by --image or --mask",
+        )
 
 
+COMFY_MARK = r"{image\d*}|{mask}"  # the place of an image in a workflow
 # Placeholder in a workflow, or key of `nodes` → field of the request.
 COMFY_FIELDS = {
     "prompt": "prompt",
@@ -3439,6 +3445,8 @@ COMFY_INPUTS = {
     "width": (r"(\w+_)?width", int),
     "height": (r"(\w+_)?height", int),
 }
+# What a value comes through, whatever it is.
+COMFY_THROUGH = "value|default|int|number|source|replace|on_true|on_false"
 COMFY_GUIDES = {"positive", "guider", "conditioning"}  # a sampler has one of them
 COMFY_SEEDS = {"seed", "noise_seed", "noise"}  # and one of these
 COMFY_PIXELS = r"(\w+_)?(latents?|image|samples|pixels)(_\w+)?"  # what a sampler starts from
@@ -3553,7 +3561,11 @@ def comfy_read(path: str) -> Graph:
     try:
         with open(path_setting(path), "rb") as file:
             raw = file.read(COMFY_FILE_BYTES)
-        document = json.loads(png_text(raw, "prompt") or raw.decode("utf-8-sig"))
+        text = png_text(raw, "prompt") or raw.decode("utf-8-sig")
+        # What it finds and replaces by itself is no placeholder of ours.
+        for mark in re.findall(r'"find": *"({\w+})"', text):
+            text = text.replace(mark, f"<{mark[1:-1]}>")
+        document = json.loads(text)
     except (OSError, ValueError, RecursionError) as problem:
         raise BadConfig(f"workflow {path}: {getattr(problem, 'strerror', problem)}") from None
     graph: Graph = {}
@@ -3575,10 +3587,11 @@ def comfy_read(path: str) -> Graph:
 def comfy_misplaced(path: str, graph: Graph, problem: str) -> BadConfig:
     """The error of a workflow in which a value has no place, with a block that names one."""
     lines = []
+    pattern = f"{COMFY_INPUTS['prompt'][0]}|{COMFY_THROUGH}|positive"
     for node, spec in graph.items():
         title = (spec.get("_meta") or {}).get("title") or spec["class_type"]
         for key, value in spec["inputs"].items():
-            if isinstance(value, str) and re.fullmatch(COMFY_INPUTS["prompt"][0], key):
+            if isinstance(value, str) and re.fullmatch(pattern, key, re.IGNORECASE):
                 lines.append(f'prompt: "{node}.{key}"  # {title}: {excerpt(value.encode(), 50)}')
     hint = "nodes:\n  " + "\n  # or ".join(lines)
     if not lines:
@@ -3608,6 +3621,19 @@ def comfy_upstream(graph: Graph, node: str, inputs: str) -> list[str]:
     return [*dict.fromkeys(nodes)]
 
 
+def comfy_switched(graph: Graph) -> Graph:
+    """The graph without the inputs that its switches turn off."""
+    live: Graph = json.loads(json.dumps(graph))
+    for node, spec in live.items():
+        inputs = spec["inputs"]
+        switch = inputs.get("switch")
+        if source := comfy_links(graph, node).get("switch"):
+            switch = graph[source]["inputs"].get("value")
+        if isinstance(switch, bool):
+            inputs.pop("on_false" if switch else "on_true", None)
+    return live
+
+
 def comfy_values(
     graph: Graph,
     node: str,
@@ -3616,12 +3642,8 @@ def comfy_values(
 ) -> list[Place]:
     """The places of a field's values in a node, or in those that its inputs are linked to."""
     name, kind = COMFY_INPUTS[field]
-    behind = rf".*({name}).*|value|default|int|number"
-    other = "negative"
-    if role:
-        behind += f"|{role}"
-    if role == "negative":
-        other = "positive"
+    behind = rf".*({name}).*|{COMFY_THROUGH}|{role}"
+    other = "positive" if role == "negative" else "negative"
     places: list[Place] = []
     waiting = [node]
     for source in waiting:
@@ -3630,7 +3652,7 @@ def comfy_values(
         inputs = [
             key
             for key in graph[source]["inputs"]
-            if re.fullmatch(pattern, key, re.IGNORECASE) and other not in key.lower()
+            if re.fullmatch(rf"(?!.*({other}|system))({pattern})", key, re.IGNORECASE)
         ]
         linked = [links[key] for key in inputs if key in links]
         waiting += [link for link in linked if link not in waiting]
@@ -3663,15 +3685,16 @@ def comfy_encoders(graph: Graph, node: str, role: str) -> list[list[Place]]:
                 encoders.append(places)
             # A guider without a negative has none; behind it, whatever is joined counts.
             if source != node or role == "positive":
-                onward = [links[key] for key in links if key.startswith("cond")]
+                onward = [links[key] for key in links if key.startswith(("cond", "on_"))]
         waiting += [link for link in onward if link not in waiting]
     return encoders
 
 
 def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     """Where a graph has each of COMFY_FIELDS, and the different texts that its samplers get."""
+    graph = comfy_switched(graph)
     places: dict[str, list[Place]] = {name: [] for name in COMFY_FIELDS}
-    texts = []
+    texts: list[str] = []
 
     def value(place: Place) -> Any:
         return graph[place[0]]["inputs"][place[1]]
@@ -3681,19 +3704,28 @@ def comfy_places(graph: Graph) -> tuple[dict[str, list[Place]], list[str]]:
     for node, spec in graph.items():
         if spec["inputs"].keys() & COMFY_SEEDS and comfy_links(graph, node).keys() & COMFY_GUIDES:
             passes.append(node)
-    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in passes}
-    later = [node for node in passes if not behind.keys().isdisjoint(behind[node])]
+    # Who has no noise of its own (a map of depths, the end of a split run) is not first either.
+    seeded = [node for node in passes if comfy_values(graph, node, "seed")] or passes
+    behind = {node: comfy_upstream(graph, node, "(?!model).*") for node in seeded}
+    later = {*passes}.difference(seeded)
+    later |= {node for node in seeded if not behind.keys().isdisjoint(behind[node])}
     for node in sorted(passes, key=later.__contains__):
         # 2. Their texts. All inputs of one encoder get the prompt, but not all that is joined.
         guider = comfy_links(graph, node).get("guider", node)
-        for encoder in comfy_encoders(graph, guider, "positive"):
+        negatives = comfy_encoders(graph, guider, "negative")
+        positives = comfy_encoders(graph, guider, "positive")
+        # Of two conditions that one guider weighs, the second may hold the negative.
+        for encoder in [row for row in positives if row not in negatives] or positives:
             filled = [place for place in encoder if value(place).strip()] or encoder
             places["prompt"] += filled
-            longest = max((value(place).strip() for place in filled), key=len)
-            joined_texts = {value(place).strip() for place in filled if place[0] != filled[0][0]}
-            texts += [longest, *joined_texts]
-        for encoder in comfy_encoders(graph, guider, "negative"):
-            places["negative"] += encoder
+            longest: dict[Any, str] = {}
+            for place in filled:
+                source, key = place
+                # What a node joins, it calls a and b, or 1 and 2.
+                group = place if re.search("(_[a-f]|[1-9])$", key) else source
+                longest[group] = max(longest.get(group, ""), value(place).strip(), key=len)
+            texts += longest.values()
+        places["negative"] += itertools.chain(*negatives)
         # 3. Seed and steps; of a later pass only where it has the same as the first.
         for name in ("seed", "steps"):
             known = [value(place) for place in places[name]]
@@ -3786,7 +3818,9 @@ def comfy_faults(graph: Graph, info: Fields) -> list[str]:
         inputs = {**kinds.get("required", {}), **kinds.get("optional", {})}
         for key, value in spec["inputs"].items():
             choices = comfy_choices(inputs.get(key))
-            if isinstance(value, str) and choices and value not in choices:
+            if not isinstance(value, str) or re.fullmatch(COMFY_MARK, value):
+                continue
+            if choices and value not in choices:
                 place = f"node {node} ({spec['class_type']}) {key}"
                 faults.append(f'{place}: "{value}" is not there, {nearest(value, choices)}'[:300])
     return faults
@@ -5790,6 +5824,11 @@ def may_cost(row: OpenEntry) -> bool:
     return row.record.get("charged", "no") != "no"
 
 
+def cost_nothing(record: Record) -> bool:
+    """Whether an attempt has failed before anything was charged."""
+    return record.get("charged", "no") == "no" and "path" not in record
+
+
 def cost_of(record: Record) -> tuple[str, float]:
     """The USD that count for an attempt, and what they are: reported, estimated, or reserved.
 
@@ -5798,7 +5837,7 @@ def cost_of(record: Record) -> tuple[str, float]:
     charged = record.get("charged", "no")
     price = record.get("price")
     usd = record.get("sidecar", Sidecar()).get("cost_usd_estimate")
-    if charged == "no" and "path" not in record:
+    if cost_nothing(record):
         return "estimated", 0.0
     if charged == "unknown" or usd is None:
         return "reserved", record.get("reserved") or price or 0.0
@@ -6979,8 +7018,9 @@ class Run(Context):
         if self.began_elsewhere:
             message = f"{self.id[:8]}, {message}"
         if self.remote_ids and not isinstance(error, Ended | Refused):
-            ids = [str(self.remote_ids[key]) for key in self.remote_ids if key.endswith("id")]
-            message += f" ({', '.join(ids)})"
+            for key in self.remote_ids:
+                if key.endswith("id"):
+                    message += f" ({self.remote_ids[key]})"
         if cancelled:
             message += "; cancelled there"
         if self.paid:
@@ -7078,11 +7118,13 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
         else:
             odd: list[str] = []
             lines = attempts(needle=ident, warn=odd.append)
-            known = next((line for line in lines if line["id"] == ident), Record())
+            # Who was killed between the two has left a later line, which says nothing.
+            rows = sorted((line for line in lines if line["id"] == ident), key=cost_nothing)
+            known = next(iter(rows), Record())
             if odd and not known:  # a damaged line may have told of it
                 run.entry.discard()
                 raise Unknown(f"the ledger has a damaged line with {ident}", odd[0])
-            failed = known.get("charged", "no") == "no" and "path" not in known
+            failed = cost_nothing(known)
             same = known.get("ordered") == plan.record["ordered"]
             if not known or (same and (failed or (plan.pay_again and "path" not in known))):
                 return None

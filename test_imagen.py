@@ -8417,6 +8417,73 @@ COMFY_WALKS: dict[str, tuple[Graph, dict[str, str] | None]] = {
         | comfy_drawn(*COMFY_WORDS),
         {"width": "", "height": ""},
     ),
+    "a switch between the prompt and what a language model makes of it": (
+        comfy_drawn(
+            COMFY_PASS.replace("steps=20", "steps=@30"),
+            COMFY_START,
+            "6 CLIPTextEncode text=@20 clip=@4.1",
+            "20 PreviewAny source=@21",
+            "21 ComfySwitchNode switch=@22 on_false=hare on_true=@23",
+            "22 PrimitiveBoolean value=true",
+            "23 TextGenerate prompt=@24 system_prompt=@25 max_length=512",
+            "24 PrimitiveStringMultiline value=fox",
+            "25 PrimitiveStringMultiline value=Rewrite~it",
+            COMFY_WORDS[1],
+            "30 ComfySwitchNode switch=false on_false=@31 on_true=@32",
+            "31 PrimitiveInt value=50",
+            "32 PrimitiveInt value=4",
+        ),
+        {"prompt": "24.value", "steps": "31.value"},
+    ),
+    "a switch between two conditions": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@70"),
+            COMFY_START,
+            "70 ComfySwitchNode switch=false on_false=@6 on_true=@71",
+            "71 CLIPTextEncode text=hare clip=@4",
+            *COMFY_WORDS,
+        ),
+        {},
+    ),
+    "a template that the graph itself fills": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            "6 CLIPTextEncode text=@52 clip=@4.1",
+            "52 StringReplace string=an~old~{prompt} find={prompt} replace=@53",
+            "53 PrimitiveStringMultiline value=fox",
+            COMFY_WORDS[1],
+        ),
+        {"prompt": "53.value"},
+    ),
+    "two conditions of one guider, the second with the negative": (
+        comfy_drawn(
+            "3 SamplerCustomAdvanced noise=@25 guider=@22 sigmas=@18 latent_image=@5",
+            "22 DualCFGGuider cond1=@6 cond2=@29 negative=@7",
+            "29 ReferenceLatent conditioning=@7 latent=@90",
+            "25 RandomNoise noise_seed=5",
+            "18 BasicScheduler steps=20 scheduler=simple",
+            COMFY_START,
+            *COMFY_WORDS,
+        ),
+        {"seed": "25.noise_seed", "steps": "18.steps"},
+    ),
+    "a map of depths first, without noise": (
+        comfy_drawn(
+            COMFY_PASS.replace("@6", "@11"),
+            COMFY_START,
+            "11 ControlNetApplyAdvanced positive=@6 negative=@7 image=@12",
+            "12 VAEDecode samples=@13",
+            "13 SamplerCustomAdvanced noise=@14 guider=@15 sigmas=@16 latent_image=@17",
+            "14 DisableNoise",
+            "15 BasicGuider conditioning=@18",
+            "16 BasicScheduler steps=1",
+            "17 EmptyLatentImage width=64 height=64",
+            "18 LotusConditioning",
+            *COMFY_WORDS,
+        ),
+        {},
+    ),
     "two texts joined": (
         comfy_drawn(
             COMFY_PASS.replace("@6", "@70"),
@@ -8424,6 +8491,28 @@ COMFY_WALKS: dict[str, tuple[Graph, dict[str, str] | None]] = {
             "70 ConditioningCombine conditioning_1=@6 conditioning_2=@71",
             "71 CLIPTextEncode text=hare clip=@4",
             *COMFY_WORDS,
+        ),
+        None,
+    ),
+    "a style before the prompt": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            "6 CLIPTextEncode text=@70 clip=@4.1",
+            "70 StringConcatenate string_a=@52 string_b=@53",
+            "52 PrimitiveStringMultiline value=ink,",
+            "53 PrimitiveStringMultiline value=a~fox~in~the~snow",
+            COMFY_WORDS[1],
+        ),
+        None,
+    ),
+    "a style before the prompt, in one node": (
+        comfy_drawn(
+            COMFY_PASS,
+            COMFY_START,
+            "6 CLIPTextEncode text=@70 clip=@4.1",
+            "70 StringConcatenate string_a=ink, string_b=a~fox~in~the~snow",
+            COMFY_WORDS[1],
         ),
         None,
     ),
@@ -8464,6 +8553,8 @@ def test_comfyui_finds_the_places_of_a_workflow_or_says_that_they_have_to_be_nam
         with pytest.raises(imagen.BadConfig) as caught:
             imagen.comfy_workflow(path, {})
         assert caught.value.hint.startswith("nodes:") == (case != "a circle")
+        if "style" in case:  # the block names the nodes that hold the texts
+            assert "in the snow" in caught.value.hint
         block = {"prompt": "6.text"}  # and named, it is used
         assert imagen.comfy_workflow(path, block).chosen()["prompt"] == ["6.text"]
         return
@@ -12329,6 +12420,10 @@ def test_inputs_of_a_workflow_stand_where_its_marks_or_nodes_say(inputs_here: Bo
         assert ("input", "", posted["50"]["inputs"]["image"]) in comfy.files
         refused = inputs_here.fox("-i", "a.png", "--mask", "mask.png")
         assert (refused.code, "cannot take a mask" in refused.err) == (2, True)
+        # Its place is empty without an image, which is no fault of the workflow's.
+        assert "ok:" in inputs_here.run("backends", "--check", "gpu").out
+        missing = inputs_here.fox()
+        assert (missing.code, "--image" in missing.err, len(comfy_posted(comfy))) == (2, True, 1)
 
 
 def test_inputs_each_has_a_mark_of_its_own() -> None:
@@ -15459,6 +15554,21 @@ def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended
         killed.kill()
     stop.set()
     assert (box.run(*words).code, server.posts) == (10, 2)
+
+
+def test_pipeline_who_is_killed_with_the_key_of_an_image_that_is_made_costs_nothing(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    made = box.run("generate", "a fox", *KEYED)
+    assert made.code == 0, made.err
+    # What is left of it is closed by recover, or by the same command again.
+    for words in (("recover", "--all"), ("generate", "a fox", *KEYED)):
+        killed = output_played(box, {"when": "'key' in record"}, "generate", "a fox", *KEYED)
+        assert (killed.code, len(box.unfinished())) == (-signal.SIGKILL, 1)
+        assert box.run(*words).code == 0
+        assert box.run("generate", "a fox", *KEYED).lines == made.lines
+    assert server.posts == 1
 
 
 CLOCK = """
