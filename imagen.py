@@ -7121,7 +7121,7 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
             # Who was killed between the two has left a later line, which says nothing.
             rows = sorted((line for line in lines if line["id"] == ident), key=cost_nothing)
             known = next(iter(rows), Record())
-            if odd and not known:  # a damaged line may have told of it
+            if odd and cost_nothing(known):  # a damaged line may have told of more
                 run.entry.discard()
                 raise Unknown(f"the ledger has a damaged line with {ident}", odd[0])
             failed = cost_nothing(known)

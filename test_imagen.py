@@ -9765,6 +9765,8 @@ def test_openai_says_before_what_an_image_may_cost_at_most() -> None:
     assert most(later, quality="low", **square) == pytest.approx(272 * 30e-6)
     assert most("gpt-image-1.5", **square) == pytest.approx(4160 * 32e-6)
     assert most("somebody-s-model") is None
+    low = openai.price(openai.Options(model=mini, quality="low"), imagen.Request("", **square))
+    assert low.most() == pytest.approx(272 * 8e-6)
     priced = openai.Options(model=mini, cost_usd=0.5)
     assert openai.price(priced, imagen.Request("a")) == imagen.Price(0.5, "config")
 
@@ -15529,6 +15531,24 @@ def test_pipeline_a_key_that_failed_free_of_charge_is_made_anew_and_an_unknown_o
     ledger.mkdir()
     assert box.run("generate", "a fox", *KEYED).code == 8
     assert server.posts == 3
+
+
+def test_pipeline_a_damaged_line_of_a_key_counts_as_paid_though_an_older_one_was_free(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    server.script("moderation_input")
+    assert box.run("generate", "a fox", *KEYED).code == 5
+    assert box.run("generate", "a fox", *KEYED).code == 0
+    ledger = box.state / "ledger.jsonl"
+    text = ledger.read_text()
+    ledger.write_text(text.replace('"charged": "yes"', '"charged": 7'))
+    damaged = box.run("generate", "a fox", *KEYED)
+    assert (damaged.code, server.posts) == (10, 2)
+    assert "the ledger has a damaged line" in damaged.err
+    ledger.write_text(text)
+    assert box.run("generate", "a fox", *KEYED).code == 0
+    assert server.posts == 2
 
 
 def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended(
