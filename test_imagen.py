@@ -24742,6 +24742,20 @@ def test_commands_help_is_as_wide_as_the_terminal_and_loses_nothing(
     assert {name.split()[0] for name in imagen.COMMANDS} | {"help"} == set(grouped)
 
 
+def test_commands_each_spelling_of_help_is_the_same(
+    here: Box, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("", "jobs", "jobs add", "config", "generate"):
+        words = command.split()
+        texts = set()
+        for spelled in ([*words, "-h"], [*words, "--help"], ["help", *words], ["-h", *words]):
+            if not words or spelled[0] != "-h":  # before a command it is that of all
+                assert imagen.main(spelled) == 0
+                texts.add(capsys.readouterr().out)
+        (text,) = texts
+        assert all(word in text for word in words)
+
+
 def test_commands_help_stays_where_docstrings_are_stripped(box: Box) -> None:
     for args in (["--help"], ["jobs", "add", "--help"], ["help", "generate"], ["-V"]):
         stripped = box.run(*args, program=("-OO", "-m", "imagen"))
