@@ -7104,7 +7104,8 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
                 run.sleep(0.2)
                 continue
             known = entry.record
-            if known.get("ordered") == plan.record["ordered"]:
+            # One whose first line is torn was never sent, and does not say what was ordered.
+            if known.get("ordered") in (None, plan.record["ordered"]):
                 if plan.pay_again and known.get("charged") == "unknown":
                     run.adopt(entry)
                     run.close()  # what it has left is in the ledger
@@ -7119,8 +7120,9 @@ def earlier_image(plan: Plan, config: Config, run: Run) -> Record | None:
             odd: list[str] = []
             lines = attempts(needle=ident, warn=odd.append)
             # Who was killed between the two has left a later line, which says nothing.
-            rows = sorted((line for line in lines if line["id"] == ident), key=cost_nothing)
-            known = next(iter(rows), Record())
+            rows = [line for line in lines if line["id"] == ident]
+            rows = [line for line in rows if "ordered" in line or not cost_nothing(line)]
+            known = min(rows, key=cost_nothing, default=Record())
             if odd and cost_nothing(known):  # a damaged line may have told of more
                 run.entry.discard()
                 raise Unknown(f"the ledger has a damaged line with {ident}", odd[0])

@@ -15551,6 +15551,26 @@ def test_pipeline_a_damaged_line_of_a_key_counts_as_paid_though_an_older_one_was
     assert server.posts == 2
 
 
+def test_pipeline_a_key_whose_entry_a_power_cut_has_torn_is_made(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    words = ("generate", "a fox", *KEYED)
+    server.script("moderation_input")
+    assert box.run(*words).code == 5
+    ledger = box.state / "ledger.jsonl"
+    ident = json.loads(ledger.read_text())["id"]
+    for number, torn in enumerate((b"", b'{"id": "', bytes(4096))):
+        ledger.unlink()
+        (box.state / "open" / f"{ident}.jsonl").write_bytes(torn)
+        if number:  # closed by the next command with this key, or before it
+            assert box.run("recover", "--all").code == 0
+        made = box.run(*words)
+        assert (made.code, server.posts) == (0, 2 + number), made.err
+        assert box.run(*words).lines == made.lines
+        assert (server.posts, box.unfinished()) == (2 + number, [])
+
+
 def test_pipeline_two_at_once_with_one_key_pay_once_and_a_kill_between_is_mended(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
