@@ -16287,8 +16287,6 @@ def test_queue_of_several_addresses_the_next_is_tried_after_silence(
     box: Box, database: Database
 ) -> None:
     """A host's name with two addresses, in a hosts file that this command alone sees: the first is mute."""
-    mute = socket.create_server(("127.0.0.1", 0))
-    port = mute.getsockname()[1]
     hosts = box.root / "hosts"
     hosts.write_text("127.0.0.1 two.example\n127.0.0.2 two.example\n")
     enter = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
@@ -16297,6 +16295,8 @@ def test_queue_of_several_addresses_the_next_is_tried_after_silence(
         or subprocess.run([*enter, "true"], capture_output=True).returncode
     ):
         pytest.skip("no namespace for a hosts file of its own")
+    mute = socket.create_server(("127.0.0.1", 0))
+    port = mute.getsockname()[1]
     dsn = f"postgresql://imagen_migrator:postgres@two.example:{port}/{database.name}?connect_timeout=1"
     code = (
         "import imagen\nwith imagen.postgres('IMAGEN_DATABASE_URL') as c: print(c.run('select 42'))"
@@ -25844,11 +25844,12 @@ def test_every_command_of_the_readme_is_run_in_an_empty_home(
         shutil.copy(HERE.parent / name, box.root)
     script = box.root / "imagen-of-the-test.py"
     script.write_text(README_IMAGEN)
-    preview_script(bin_folder / "imagen", f'exec {sys.executable} -P {script} "$@"')
+    own = shlex.quote(sys.executable)
+    preview_script(bin_folder / "imagen", f'exec {own} -P {script} "$@"')
     for name in README_NOT_RUN:
         if " " not in name:
             preview_script(bin_folder / name, "exit 0")
-    python = f'case "$*" in "imagen.py setup"*) exit 0 ;; esac; exec {sys.executable} "$@"'
+    python = f'case "$*" in "imagen.py setup"*) exit 0 ;; esac; exec {own} "$@"'
     preview_script(bin_folder / "python3", python)
     for name in ("cat.jpg", "dog.jpg"):
         (box.root / name).write_bytes(png(64, 64))
