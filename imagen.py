@@ -13245,8 +13245,10 @@ def start_anew() -> None:
     if os.path.exists(compiled):
         usable |= os.path.getmtime(compiled) >= os.path.getmtime(file)
     start = start_by_import(file)
-    if usable and start != [file]:
-        flags = sys.orig_argv[1 : -len(sys.argv)]
+    # Not from under a profiler, a debugger or the like: only Python's own flags go along.
+    flags = sys.orig_argv[1 : -len(sys.argv)]
+    plain = re.fullmatch(r"(-[bBdEIOPqRsSuvx]+ |-[WX] ?\S+ )*", " ".join([*flags, ""]))
+    if usable and plain and start != [file]:
         os.execv(sys.executable, [sys.executable, *flags, *start, *sys.argv[1:]])
 
 

@@ -25263,9 +25263,9 @@ def test_commands_that_stay_do_not_hold_the_syntax_tree_of_a_script(box: Box) ->
     pipe = subprocess.PIPE
     ping = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n'
 
-    def started(file: Path) -> tuple[str, float]:
+    def started(file: Path, *flags: str) -> tuple[str, float]:
         """The command line of `imagen mcp` once it has answered, and its memory in MB."""
-        command = [sys.executable, "-X", "utf8", file, "mcp"]
+        command = [sys.executable, "-X", "utf8", *flags, file, "mcp"]
         with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe) as process:
             assert process.stdin and process.stdout
             process.stdin.write(ping)
@@ -25286,6 +25286,9 @@ def test_commands_that_stay_do_not_hold_the_syntax_tree_of_a_script(box: Box) ->
     assert line.endswith(f"{copy} mcp ")  # as `ps` and `pgrep -f` know it
     assert " -X utf8 -P -c " in line
     assert size < 20
+    assert " -X utf8 -u -W error -P -c " in started(copy, "-u", "-W", "error")[0]
+    runner = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
+    assert " -P -c " not in started(copy, "-c", runner)[0]  # as debuggers and profilers do
     # Where nothing compiled can be written, and under a name that cannot be imported, as a script.
     environ["PYTHONDONTWRITEBYTECODE"] = "1"
     shutil.rmtree(box.root / "__pycache__")
