@@ -6655,7 +6655,8 @@ def refuse_keys(order: Order, config: Config) -> None:
     for block in config.backends.values():
         if cls := BACKENDS.get(str((block or {}).get("type"))):
             for field in marked(cls.Options, KEY):
-                variables.add(block.get(field) or cls.Options._field_defaults.get(field, ""))
+                variable = block.get(field) or cls.Options._field_defaults.get(field)
+                variables.add(str(variable))  # whatever the block of another backend holds there
             access = access_of(block)
             variables.update([access.basic_auth_env, *access.headers_env.values()])
     for variable in variables:

@@ -15551,6 +15551,16 @@ def test_pipeline_a_damaged_line_of_a_key_counts_as_paid_though_an_older_one_was
     assert server.posts == 2
 
 
+def test_pipeline_a_faulty_block_of_another_backend_stops_no_order(here: Box) -> None:
+    for wrong in (-1, [1], {"a": 1}, "not a variable"):
+        block = {"type": "openai", "model": "m", "api_key_env": wrong}
+        here.configure({"cloud": block, "mock": {"type": "mock"}})
+        config = imagen.load_config()
+        assert len(imagen.plans_of(imagen.Order("a fox", backend="mock"), config)) == 1
+        with pytest.raises(imagen.BadConfig, match="api_key_env"):
+            imagen.plans_of(imagen.Order("a fox", backend="cloud"), config)
+
+
 def test_pipeline_a_key_whose_entry_a_power_cut_has_torn_is_made(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
