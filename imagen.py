@@ -571,6 +571,13 @@ def mapping_of(value: Any) -> JsonObject:
     return {}
 
 
+def mappings_in(value: Any) -> list[JsonObject]:
+    """The mappings in a JSON list; none in place of any other value."""
+    if isinstance(value, list):
+        return [item for item in value if isinstance(item, dict)]
+    return []
+
+
 def sha256_of(data: Any) -> str:
     """The hash of a text, of bytes, or of what is left of a file, in hex."""
     import hashlib
@@ -1402,6 +1409,33 @@ class Backend:
     def check(self, ctx: Context) -> str:
         """One free, authenticated GET that also finds the model: a line for a person."""
         return "ready"
+
+
+# What an adapter raises where an answer has another shape than the remote's manual says.
+STUMBLES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def adapter_error(problem: BaseException) -> ImagenError:
+    """Any exception of an adapter as an ImagenError."""
+    if not isinstance(problem, STUMBLES):
+        return as_error(problem)
+    message = f"its adapter stumbled over an answer ({type(problem).__name__}: {problem})"
+    return Failed(
+        message, "does base_url lead to what its `type` means? -v shows where it stumbled"
+    )
+
+
+def result_of(
+    backend: Backend, ctx: Context, request: Request, ask: Callable[[], Result]
+) -> Result:
+    """What `ask` returns; where it stumbles over an answer that has an image, that image."""
+    try:
+        return ask()
+    except STUMBLES as problem:
+        if not ctx.remote_ids:  # else it is fetched again, and what came may be a draft
+            with suppress(Ended):
+                return Backend.resume(backend, ctx, EMPTY, request)
+        raise adapter_error(problem) from problem
 
 
 BACKENDS: dict[str, type[Backend]] = {}
@@ -4695,10 +4729,7 @@ def openai_check_size(model: str, width: int, height: int) -> None:
 
 def openai_data(document: Any) -> list[Fields]:
     """The entries of `data`, which the schema lets be absent."""
-    items = mapping_of(document).get("data")
-    if not isinstance(items, list):
-        return []
-    return [item for item in items if isinstance(item, dict)]
+    return [*mappings_in(mapping_of(document).get("data"))]
 
 
 def openai_answer(
@@ -4853,7 +4884,7 @@ class Gemini(HttpBackend):
             mime_type=str(item.get("mime_type")),
             model=self.options.model,
             seed=request.seed,
-            cost_usd=gemini_cost(self.options.model, document.get("usage") or {}),
+            cost_usd=gemini_cost(self.options.model, mapping_of(document.get("usage"))),
             cost_source="tokens",
             metadata={key: document.get(key) for key in ("id", "created", "usage", "text")},
         )
@@ -4879,7 +4910,7 @@ class Gemini(HttpBackend):
             if age > GEMINI_HIDDEN_S and str(problem).startswith("404"):
                 raise Ended(f"{path} is not known there any more") from None
             raise
-        if (document.get("usage") or EMPTY).get("total_output_tokens"):
+        if mapping_of(document.get("usage")).get("total_output_tokens"):
             http.ctx.settle("yes")
         return document
 
@@ -4929,23 +4960,24 @@ def gemini_document(body: bytes | bytearray) -> JsonObject:
     events = [parsed(body)]
     if not events[0]:
         events = [parsed(line) for line in re.findall(rb"(?m)^data: ?(.*)$", body)]
-    document: JsonObject = {"text": ""}
-    kind = ""
+    document: JsonObject = {}
+    made: JsonObject = {"text": ""}
+    kind: Any = ""
     for event in events:
-        interaction = event.get("interaction") or event
+        interaction = mapping_of(event.get("interaction")) or event
         merge_line(document, interaction)
         # A delta goes on with the step that was begun.
-        further = event.get("step") or {"type": kind, "content": [event.get("delta")]}
-        for step in interaction.get("steps") or [further]:
-            kind = step["type"]
+        further = mapping_of(event.get("step")) or {"type": kind, "content": [event.get("delta")]}
+        for step in mappings_in(interaction.get("steps")) or [further]:
+            kind = step.get("type")
             if "error" in step:
                 document["error"] = step["error"]
-            for item in step.get("content") or ():
-                if item and kind == "model_output":
-                    document["text"] += item.get("text") or ""
+            for item in mappings_in(step.get("content")):
+                if kind == "model_output":
+                    made["text"] += str(item.get("text") or "")
                     if item.get("type") == "image":
-                        document["image"] = item
-    return document
+                        made["image"] = item
+    return {**document, **made}
 
 
 def gemini_failure(document: Fields) -> ImagenError:
@@ -4961,9 +4993,10 @@ def gemini_failure(document: Fields) -> ImagenError:
 def gemini_cost(model: str, usage: Fields) -> float | None:
     """USD by the tokens of the image; None where model or count are unknown."""
     for name, usd in GEMINI_TOKENS.items():
-        for row in usage.get("output_tokens_by_modality") or ():
-            if model.startswith(name) and row["modality"].lower() == "image":
-                return round(usd * float(row["tokens"]) / 1e6, 6)
+        for row in mappings_in(usage.get("output_tokens_by_modality")):
+            if model.startswith(name) and str(row.get("modality")).lower() == "image":
+                with suppress(LookupError, TypeError, ValueError):
+                    return round(usd * float(row["tokens"]) / 1e6, 6)
     return None
 
 
@@ -6958,7 +6991,7 @@ class Run(Context):
             yield
         except BaseException as problem:  # also SystemExit: an adapter that leaves so may have paid
             error = self._record_failure(as_error(problem), backend)
-            raise error from (None if isinstance(problem, ImagenError) else problem)
+            raise error from (problem.__cause__ if isinstance(problem, ImagenError) else problem)
 
     def _record_failure(self, error: ImagenError, backend: Backend | None) -> ImagenError:
         # 1. Stop what goes on: the file here, the job there.
@@ -7068,7 +7101,8 @@ def make(plan: Plan, config: Config, run: Run) -> Result:
         with run.recording_failure(backend):
             run.check()
             run.price = plan.price
-            return backend.generate(run, plan.styled)
+            request = plan.styled
+            return result_of(backend, run, request, lambda: backend.generate(run, request))
     except Unreachable as problem:  # so nothing was sent
         fallback = access_of(config.backends[backend.name]).fallback
         if not fallback or "fallback_from" in plan.record["sidecar"]:
@@ -7537,7 +7571,7 @@ def _resume(run: Run, config: Config) -> Result:
         **run.remote_ids,
     }
     with run.recording_failure(backend):
-        return backend.resume(run, remote, request)
+        return result_of(backend, run, request, lambda: backend.resume(run, remote, request))
 
 
 def strict_error(record: Record) -> Partial | None:
@@ -9130,7 +9164,7 @@ class Worker:
                     unlink_quietly(probe)
             return None
         except Exception as problem:
-            return as_error(problem)
+            return adapter_error(problem)
 
     def resume(self, name: str) -> None:
         """Try a paused backend after 2, 4, … 60 s, until it works."""
@@ -11692,13 +11726,13 @@ class Terminal:
             self.say(text, prefix="")
 
     def report(self, problem: BaseException) -> ImagenError:
-        """The error that `problem` is, shown where no JSON will; with -v where a bug is."""
+        """The error that `problem` is, shown where no JSON will; with -v where it arose."""
         error: ImagenError = Interrupted("interrupted")
         if isinstance(problem, Exception):
             error = as_error(problem)
         if self.offers_mock and isinstance(error, BadConfig | Unreachable):
             error.hint = f"{error.hint}; or try -b mock".removeprefix("; ")
-        if self.verbose and error.code == "bug":
+        if self.verbose and (error.code == "bug" or problem.__cause__):
             import traceback
 
             self.say("".join(traceback.format_exception(problem)), prefix="")
@@ -12635,7 +12669,7 @@ def check_backends(rows: Sequence[JsonObject], config: Config) -> dict[str, Imag
             ready = open_backend(row["name"], config.backends).check(Context(15.0))
             row |= {"said": f"ok: {ready}", "ok": True}
         except Exception as problem:
-            error = as_error(problem)
+            error = adapter_error(problem)
             errors[row["name"]] = error
             row |= {"said": f"{error.code}: {error}", "ok": False}
 

@@ -5156,6 +5156,40 @@ def test_contract_a_context_has_a_deadline_and_knows_what_was_sent() -> None:
     assert ctx.charged == "unknown"
 
 
+def test_contract_an_adapter_that_stumbles_over_an_answer_loses_no_image_in_it() -> None:
+    class Kept(imagen.Context):
+        body = b""
+
+        def kept_answer(self) -> bytes:
+            return self.body
+
+    picture = png(16, 16)
+    backend = imagen.Backend("cloud", types.SimpleNamespace(model="m"))
+    ctx = Kept(20)
+
+    def asked(problem: Exception) -> imagen.Result:
+        def ask() -> imagen.Result:
+            raise problem
+
+        return imagen.result_of(backend, ctx, imagen.Request("a"), ask)
+
+    for problem in (TypeError("a"), KeyError("b"), AttributeError("c"), ValueError("d")):
+        ctx.body = b""
+        with pytest.raises(imagen.Failed, match="its adapter stumbled over an answer") as caught:
+            asked(problem)
+        assert caught.value.__cause__ is problem
+        ctx.body = json.dumps({"images": [{"bytes": b64(picture)}]}).encode()
+        result = asked(problem)
+        assert (result.image.read(), result.model) == (picture, "m")
+    for problem in (imagen.Unknown("sent"), OSError("disk"), NameError("a bug of ours")):
+        with pytest.raises(type(problem)):
+            asked(problem)
+    # What has an id is fetched again: what came may be a draft.
+    ctx.remote(id="7")
+    with pytest.raises(imagen.Failed):
+        asked(TypeError("a"))
+
+
 def test_contract_what_is_paid_has_an_unknown_price_and_what_is_free_costs_nothing() -> None:
     class Free(imagen.Backend):
         paid = False
@@ -10638,6 +10672,32 @@ def test_gemini_a_process_killed_at_any_event_leaves_what_recover_fetches(box: B
         assert (again.code, box.unfinished()) == (0, [])
 
 
+def test_gemini_odd_fields_beside_an_image_lose_no_image() -> None:
+    image = {"type": "image", "data": b64(png(8, 8))}
+    step = {"type": "model_output", "content": [image, 7, None, {"type": "text", "text": 5}]}
+    body: dict[str, Any] = {"id": "v1_7", "text": 7, "steps": ["x", step, {"content": 7}]}
+    document = imagen.gemini_document(json.dumps(body).encode())
+    assert (document["image"], document["id"], document["text"]) == (image, "v1_7", "5")
+    events: list[Any] = [{"interaction": "x", "id": "v1_7"}, {"step": 7}, {"delta": image}]
+    events += [{"step": {"type": "model_output"}}, {"delta": 7}, {"delta": image}, {"steps": 7}]
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    document = imagen.gemini_document(stream)
+    assert (document["image"], document["id"]) == (image, "v1_7")
+    model = next(iter(imagen.GEMINI_TOKENS))
+    fine = {"modality": "IMAGE", "tokens": 1000}
+    for odd in (
+        7,
+        [7],
+        [{}],
+        [{"modality": 7}],
+        [{**fine, "tokens": "x"}],
+        [{"modality": "image"}],
+    ):
+        assert imagen.gemini_cost(model, {"output_tokens_by_modality": odd}) is None
+    usd = imagen.gemini_cost(model, {"output_tokens_by_modality": [{}, fine]})
+    assert usd == pytest.approx(imagen.GEMINI_TOKENS[model] / 1000)
+
+
 def test_gemini_ctrl_c_cancels_what_has_an_id(box: Box) -> None:
     with GeminiServer() as server:
         gemini_setup(box, server)
@@ -15549,6 +15609,29 @@ def test_pipeline_a_damaged_line_of_a_key_counts_as_paid_though_an_older_one_was
     ledger.write_text(text)
     assert box.run("generate", "a fox", *KEYED).code == 0
     assert server.posts == 2
+
+
+def test_pipeline_an_adapter_that_stumbles_over_an_answer_loses_no_image_in_it(
+    keyed: tuple[Box, OpenAIServer],
+) -> None:
+    box, server = keyed
+    picture = b64(png(64, 64))
+    words = ("generate", "a fox", "-b", "cloud", "--json")
+    # Paid, with the image, and with a field of a shape that no manual has.
+    for odd in ({"data": [{"b64_json": picture, "error": 7, "url": 7}], "usage": [7]},
+                {"data": {"0": {"b64_json": picture}}}, {"data": [[{"b64_json": picture}]]}):  # fmt: skip
+        server.script(ok(odd))
+        made = box.run(*words)
+        assert made.code == 0, (odd, made.out)
+        assert made.json["images"][0]["charged"] == "yes"
+    # Without one: nobody knows, and nothing is sent again.
+    posts = server.posts
+    server.script(ok({"data": [[7]]}))
+    lost = box.run(*words)
+    assert (lost.json["error"]["code"], server.posts) == ("unknown", posts + 1)
+    assert "unexpected" not in lost.json["error"]["message"]
+    assert box.run("recover", "--all").code == 10
+    assert server.posts == posts + 1
 
 
 def test_pipeline_a_faulty_block_of_another_backend_stops_no_order(here: Box) -> None:
