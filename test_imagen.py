@@ -221,10 +221,11 @@ class Box:
 
     def unfinished(self) -> list[dict[str, Any]]:
         """The journal's open entries, merged."""
-        return [
-            dict(imagen.checked_record(imagen.merged(path.read_bytes())))
-            for path in sorted((self.state / "open").glob("*.jsonl"))
-        ]
+        entries = []
+        for path in sorted((self.state / "open").glob("*.jsonl")):
+            with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                entries.append(dict(imagen.checked_record(imagen.merged(path.read_bytes()))))
+        return entries
 
     def hidden(self) -> list[Path]:
         """Hidden files that a killed run left among the pictures."""
