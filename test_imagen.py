@@ -22808,6 +22808,7 @@ def test_server_the_form_makes_images_shows_how_far_they_are_and_puts_them_first
     assert tab.tiles() == ["two new foxes", "two new foxes", "an old fox"]
     assert tab.js("$('calls').children.length") == 0
     keys = ("seed", "style", "backend", "width", "height")
+    eventually(lambda: len(gallery.box.ledger()) == 3)  # a moment later
     made = {tuple(entry["sidecar"][key] for key in keys) for entry in gallery.box.ledger()[1:]}
     assert made == {(41, "ink", "slow", 96, 64), (42, "ink", "slow", 96, 64)}
     tab.js("$('query').dispatchEvent(new Event('input'))")  # nothing twice
@@ -22846,6 +22847,7 @@ def test_server_the_gallery_edits_pasted_and_made_images_and_shows_what_came_in(
     tab.click("#go")
     tab.until("images.length === 2")
     assert tab.tiles() == ["the fox with a hat", "an old fox"]
+    eventually(lambda: len(gallery.box.ledger()) == 2)  # a moment later
     sidecar = gallery.box.ledger()[-1]["sidecar"]
     assert [item["width"] for item in sidecar["inputs"]] == [size, 64]
     assert sidecar["mask"]["width"] == size
@@ -23023,6 +23025,7 @@ def test_server_a_run_outlives_a_reload_is_seen_in_two_tabs_and_cancelled_from_e
     other.click("#calls li:nth-child(1) button")
     for page in (tab, other):
         page.until("!$('calls').children.length")
+    eventually(lambda: len(gallery.box.ledger()) == 4)  # a moment later
     assert [entry.get("path") for entry in gallery.box.ledger()[1:]] == [None] * 3
     # 4. What the command line makes, and deletes, comes and goes by itself; in a hidden tab later.
     (path,) = gallery.make("from the shell")
