@@ -322,6 +322,8 @@ def _shape(hint: Any, value: Any, where: str, complaints: list[str]) -> Any:
         return _shape_literal(args, value, where, complaints)
     if hint is float and type(value) is int and abs(value) < 1e300:
         return float(value)
+    if hint is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # which JSON may spell 2.0
     if hint is Any:
         _check_json(value, where, complaints)
         return value

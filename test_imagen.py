@@ -4537,6 +4537,8 @@ def test_shapes_data_that_fits_becomes_the_shape() -> None:
     own = ShapesInner(3, "MY_KEY")
     assert shaped == ShapesOuter("Größe", own, "off", 1.0, ("a", "b"), {"x": own}, None, True, [1])
     assert isinstance(shaped.share, float)
+    whole = imagen.from_mapping(ShapesInner, {"level": 2.0}).level  # as a schema's "integer"
+    assert (whole, type(whole)) == (2, int)
     assert imagen.from_mapping(
         ShapesOuter, {"name": "x", "inner": None, "many": None}
     ) == ShapesOuter("x", many={})
@@ -4558,6 +4560,8 @@ def test_shapes_data_that_fits_becomes_the_shape() -> None:
         ({"words": ["a", 3]}, "words[1]", "text"),
         ({"many": {"a b": {"level": "3"}}}, "many.a b.level", "whole number"),
         ({"limit": True}, "limit", "whole number"),
+        ({"limit": 2.5}, "limit", "whole number"),
+        ({"limit": 1e30}, "limit", "whole number"),
         ({"plain": 1}, "plain", "true or false"),
     ],
 )
