@@ -249,7 +249,7 @@ def as_error(problem: BaseException) -> ImagenError:
     if isinstance(problem, OSError):
         place = problem.filename or "disk"
         reason = problem.strerror or problem
-        return Disk(f"{place}: {reason}", "make room, or name another folder")
+        return Disk(f"{place}: {reason}", "make room, let it be written, or name another folder")
     message = f"unexpected {type(problem).__name__}: {problem}"
     return ImagenError(message, "please report this, with the output of -v")
 
@@ -5523,7 +5523,7 @@ class Entry:
         """A new entry, locked before anybody can see it; Busy where its name is taken."""
         path = state_path("open", f"{record['id']}.jsonl")
         hidden = state_path("open", f".{new_uuid()}")  # two may want the same name at once
-        with or_disk(path, "the journal lives there; make room for it"):
+        with or_disk(path, "the journal lives there; make room, or let it be written"):
             entry = cls(path, locked(hidden, os.O_CREAT | os.O_EXCL), Record())
             try:
                 entry.note(**record)
@@ -5618,7 +5618,7 @@ def state_uuid(name: str) -> str:
     value = read_bytes(path).decode()
     if not is_uuid(value):
         hidden = f"{path}.{new_uuid()}"
-        with or_disk(path, "make room for it"):
+        with or_disk(path, "make room, or let it be written"):
             write_file(hidden, new_uuid(), 0o600)
             if not _take_names([(hidden, path)], str):
                 unlink_quietly(hidden)
