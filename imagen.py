@@ -2423,6 +2423,8 @@ class Http:
                 # Our own shutdown of the socket looks like a server that hung up.
                 if sent or self.ctx.why not in ("", "deadline"):
                     self.ctx.check()
+                if self.ctx.why:
+                    problem = TimeoutError("no connection in time")
                 raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
