@@ -5325,7 +5325,7 @@ def test_config_environment_beats_file_beats_default(
     assert in_environment in shown
 
 
-def test_config_a_flag_beats_the_environment(box: Box) -> None:
+def test_config_the_flag_of_commands_beats_the_environment(box: Box) -> None:
     environ = {
         "IMAGEN_BACKEND": "gpt-image",
         "IMAGEN_OUTPUT_DIR": "/in/environment",
@@ -11862,7 +11862,7 @@ def test_journal_lines_of_the_ledger_that_are_odd_are_left_out_with_one_warning(
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "odd types", "odd sidecar"])
-def test_journal_what_cannot_be_read_is_an_error_and_no_empty_answer(
+def test_journal_commands_answer_what_cannot_be_read_with_an_error_and_not_with_nothing(
     here: Box, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert here.run(*SMALL).code == 0
@@ -12035,7 +12035,7 @@ def test_journal_what_a_backend_says_of_its_image_stands_in_the_sidecar() -> Non
     }  # fmt: skip
 
 
-def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
+def test_journal_commands_recover_lists_what_is_unfinished(here: Box) -> None:
     with output_replicate(here) as server:
         begun = journal_entry("a fox", sent=False)
         sent = journal_entry("a cat")
@@ -12057,7 +12057,7 @@ def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
         assert len(here.unfinished()) == 3
 
 
-def test_journal_recover_takes_the_beginning_of_an_id(here: Box) -> None:
+def test_journal_commands_recover_takes_the_beginning_of_an_id(here: Box) -> None:
     with output_replicate(here) as server:
         idents = ["aaaa1111-0000-4000-8000-000000000001", "aaaa2222-0000-4000-8000-000000000002"]
         for ident in idents:
@@ -12081,7 +12081,7 @@ def journal_id(box: Box, done: Done) -> str:
     return str(box.sidecar(path)["image_id"])
 
 
-def test_journal_forget_closes_without_looking(here: Box) -> None:
+def test_journal_commands_forget_closes_without_looking(here: Box) -> None:
     with output_replicate(here) as server:
         ident = journal_entry(id="p1")
         (here.out / f".imagen-{ident}.part").write_bytes(png()[:-1])
@@ -12092,7 +12092,7 @@ def test_journal_forget_closes_without_looking(here: Box) -> None:
         assert [(line["id"], line["charged"]) for line in here.ledger()] == [(ident, "unknown")]
 
 
-def test_journal_forget_keeps_an_image_that_is_whole(here: Box) -> None:
+def test_journal_commands_forget_keeps_an_image_that_is_whole(here: Box) -> None:
     with output_openai(here):
         ident = journal_entry()
         (here.out / f".imagen-{ident}").write_bytes(png())
@@ -12113,7 +12113,7 @@ def test_journal_an_image_whose_result_was_lost_claims_nothing_that_nobody_knows
     assert [sidecar[key] for key in known] == ["gpt-image-1-mini", None, None, None, "yes"]
 
 
-def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
+def test_journal_commands_recover_calls_an_entry_busy_that_somebody_works_on(here: Box) -> None:
     with output_replicate(here):
         ident = journal_entry(id="p1")
         ((path, _, _),) = imagen.entries()
@@ -12156,7 +12156,7 @@ def output_vanished(box: Box) -> Answer:
     return ok(openai_images(png(), created=1))
 
 
-def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
+def test_journal_commands_that_recover_at_once_finish_an_entry_once(here: Box) -> None:
     with output_replicate(here) as server:
         made = server.plant({"prompt": "a fox", "seed": 7}, image=png())
         ident = journal_entry(id=made)
@@ -12181,7 +12181,7 @@ def test_journal_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
         assert here.hidden() == []
 
 
-def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on(
+def test_journal_commands_tell_at_the_start_of_what_is_unfinished_but_not_of_what_somebody_works_on(
     here: Box,
 ) -> None:
     with output_replicate(here):
@@ -12520,7 +12520,7 @@ def test_inputs_mock_shows_what_it_got_and_keeps_what_the_mask_keeps(inputs_here
     assert mock_pixels(Path(flagged.lines[0]).read_bytes())[3][2:14] != old[3][2:14]
 
 
-def test_inputs_come_back_with_like_by_their_hash_wherever_they_are_now(inputs_here: Box) -> None:
+def test_inputs_come_back_by_their_hash_where_commands_say_like(inputs_here: Box) -> None:
     made = inputs_here.run("generate", "a hare", "-b", "mock", "-i", "a.png", "--strength", "0.5")
     sidecar = inputs_here.sidecar(made.lines[0])
     folder = inputs_here.state / "inputs"
@@ -12555,7 +12555,7 @@ def test_inputs_and_outputs_are_paths_that_a_file_can_have(inputs_here: Box) -> 
     assert plan.request.images[0].name == odd
 
 
-def test_inputs_stand_in_what_a_dry_run_shows(inputs_here: Box) -> None:
+def test_inputs_stand_in_what_commands_show_of_a_dry_run(inputs_here: Box) -> None:
     photo = ("-i", "a.png", "-b", "mock", "--dry-run", "--json")
     (plan,) = inputs_here.run("generate", "a fox", "--mask", "mask.png", *photo).json["plans"]
     assert (plan["images"], plan["mask"]) == (["a.png"], "mask.png")
@@ -12993,7 +12993,7 @@ def signing(box: Box, cloud: Cloud) -> SupabaseHome:
     return SupabaseHome(box, cloud, path, box.sidecar(path))
 
 
-def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
+def test_supabase_commands_sign_an_image_by_path_sidecar_id_and_storage_path(
     signing: SupabaseHome,
 ) -> None:
     stored = signing.about["storage_path"]
@@ -13019,7 +13019,7 @@ def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
     assert done.code == 0 and supabase_get(done.lines[0]), done.err
 
 
-def test_supabase_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseHome) -> None:
+def test_supabase_commands_sign_for_as_long_as_was_asked(signing: SupabaseHome) -> None:
     days = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
     for args, seconds in [
         ((), 86400),
@@ -13033,7 +13033,7 @@ def test_supabase_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseH
 @pytest.mark.parametrize(
     "time_", ["0", "0d", "-1d", "", "1.5h", "1 d", "d", "1y", "1e3", "9999999999d", "tomorrow"]
 )
-def test_supabase_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_is_sent(
+def test_supabase_commands_refuse_a_time_that_cannot_be_meant_before_anything_is_sent(
     supabase: SupabaseAt, capsys: pytest.CaptureFixture[str], time_: str
 ) -> None:
     with Remote() as remote:
@@ -13045,7 +13045,7 @@ def test_supabase_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_i
         assert "7d" in err
 
 
-def test_supabase_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
+def test_supabase_commands_say_why_something_cannot_be_signed(signing: SupabaseHome) -> None:
     box = signing.box
     make = ("generate", "a fox", "-b", "mock", "--size", "64x64", "-q")
     private = box.run(*make, "--no-cloud").lines[0]
@@ -13412,7 +13412,9 @@ def test_pipeline_a_paid_image_that_breaks_off_is_saved_whatever_was_asked_for(w
     assert wired.sidecar(record["path"])["complete"] is False
 
 
-def test_pipeline_strict_fails_and_keeps_the_image_and_refuses_before_paying(box: Box) -> None:
+def test_pipeline_commands_strict_fails_and_keeps_the_image_and_refuses_before_paying(
+    box: Box,
+) -> None:
     with Remote(ok(openai_images(jpeg(64, 64))), repeat=True) as remote:
         block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
         box.configure({"ai": block})
@@ -13544,7 +13546,7 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
 
 
 @pipeline_signals
-def test_pipeline_a_signal_waits_for_a_paid_post_that_cannot_be_taken_back(
+def test_pipeline_commands_that_are_stopped_wait_for_a_paid_post_that_cannot_be_taken_back(
     box: Box, number: signal.Signals
 ) -> None:
     let_go = threading.Event()
@@ -13580,7 +13582,7 @@ def test_pipeline_a_signal_that_leaves_nothing_unmade_ends_well(box: Box) -> Non
 
 
 @pipeline_signals
-def test_pipeline_a_second_signal_during_a_paid_post_leaves_and_keeps_the_entries(
+def test_pipeline_commands_leave_at_a_second_signal_during_a_paid_post_and_keep_the_entries(
     box: Box, number: signal.Signals
 ) -> None:
     with output_openai(box) as server:
@@ -13633,7 +13635,9 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
         assert [line["remote"]["id"] for line in box.ledger()] == [made]
 
 
-def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
+def test_pipeline_commands_that_are_stopped_keep_what_is_made_and_begin_nothing_new(
+    box: Box,
+) -> None:
     with output_openai(box, parallel=1) as server:
         let_go = threading.Event()
         server.script(ok(openai_images(png())), hold(let_go, openai_images(png())))
@@ -14643,7 +14647,7 @@ def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> Non
         ),
     ],
 )
-def test_pipeline_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
+def test_pipeline_commands_take_a_flag_before_the_environment_and_that_before_the_config(
     box: Box, mode: str, variable: str, flag: str, requests: bool
 ) -> None:
     box.configure(MOCK_SMALL, output={"cloud_sync": mode})
@@ -14820,7 +14824,7 @@ def test_pipeline_a_bad_key_stays_open_until_there_is_a_good_one(
     deliver_whole(cloud, synced, *done.lines)
 
 
-def test_pipeline_an_owner_that_is_nobody_is_refused_for_good_and_cured_by_sync_with_the_path(
+def test_pipeline_commands_sync_with_the_path_cures_an_owner_that_was_nobody_and_refused_for_good(
     cloud: Cloud, synced: Box
 ) -> None:
     done = deliver_made(synced, IMAGEN_OWNER_USER_ID=str(uuid.UUID(int=1)))
@@ -15001,7 +15005,7 @@ def test_pipeline_what_the_owner_wrote_survives_a_second_delivery(
     deliver_whole(cloud, synced, path)
 
 
-def test_pipeline_an_image_from_before_the_cloud_is_synced_by_its_path(
+def test_pipeline_commands_sync_an_image_from_before_the_cloud_by_its_path(
     cloud: Cloud, box: Box
 ) -> None:
     flags = ("--size", "64x64", "-b", "mock")
@@ -15103,7 +15107,7 @@ def test_pipeline_a_sidecar_that_was_tampered_with_is_refused_in_words(
 
 
 @pytest.mark.parametrize("what", ["nothing.png", ".", "note.txt", "note.json", "list.json"])
-def test_pipeline_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leaves(
+def test_pipeline_commands_sync_nothing_that_is_no_image_of_ours(
     cloud: Cloud, synced: Box, what: str
 ) -> None:
     for name, text in {
@@ -15119,7 +15123,7 @@ def test_pipeline_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leav
     assert synced.unfinished() == []
 
 
-def test_pipeline_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
     cloud.fault(DELIVER_PUT, status(401))
     cloud.fault(DELIVER_ROW, status(401))
     made = [deliver_made(synced, "--json", seed=seed).json for seed in (7, 8)]
@@ -15236,7 +15240,9 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
         deliver_whole(cloud, box, path, deliver_place(box, path, f"a-fox-{seed}"))
 
 
-def test_pipeline_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_sync_leaves_alone_what_another_works_on(
+    cloud: Cloud, synced: Box
+) -> None:
     may, (path,) = threading.Event(), deliver_made(synced).lines
     cloud.fault(DELIVER_PUT, hold(may, through()))
     with synced.start("sync", path) as process:
@@ -15272,7 +15278,7 @@ def deliver_rpc(cloud: Cloud, name: str, body: object, user: str = "", key: str 
     return json.loads(document) if code == 200 else code
 
 
-def test_pipeline_a_deleted_image_is_gone_and_no_delivery_brings_it_back(
+def test_pipeline_commands_delete_an_image_and_no_delivery_brings_it_back(
     cloud: Cloud, synced: Box
 ) -> None:
     tags = ("--tag", "fox", "--tag", "für Anna, 'quoted'")
@@ -15319,7 +15325,7 @@ def test_pipeline_a_deleted_image_is_gone_and_no_delivery_brings_it_back(
         assert (done.code, text in done.err) == (code, True), args
 
 
-def test_pipeline_deleting_stops_a_delivery_that_waits(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_delete_an_image_whose_delivery_waits(cloud: Cloud, synced: Box) -> None:
     cloud.fault(DELIVER_ROW, status(503), math.inf)
     (path,) = deliver_made(synced).lines
     assert len(synced.unfinished()) == len(cloud.objects()) == 1
@@ -15833,7 +15839,7 @@ def test_pipeline_what_an_outcome_costs_is_settled_freed_or_counted_for_its_day(
     assert server.posts == posts + 2
 
 
-def test_pipeline_a_budget_holds_over_http_and_for_an_agents_session(
+def test_pipeline_a_budget_holds_for_commands_that_serve_http_or_an_agents_session(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
     box, server = keyed
@@ -15878,7 +15884,7 @@ def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(her
     entries[0].unlock()
 
 
-def test_pipeline_a_price_table_that_has_aged_is_told_once(box: Box) -> None:
+def test_pipeline_commands_tell_once_that_the_price_table_has_aged(box: Box) -> None:
     block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": "http://127.0.0.1:9"}
     box.configure({"cloud": block})
     words = ("generate", "a fox", "-n", "3", "--dry-run")
@@ -17738,7 +17744,7 @@ def test_queue_a_migration_that_fails_leaves_nothing(box: Box, database: Databas
     assert queue_catalog(database) == before
 
 
-def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
+def test_queue_commands_migrate_says_what_it_did(box: Box, database: Database) -> None:
     done = queue_migrate(box, database)
     assert done.code == 0
     assert done.err.count("\n") == 1
@@ -17771,7 +17777,7 @@ def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
     }
 
 
-def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
+def test_queue_commands_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
     box: Box, database: Database
 ) -> None:
     box.configure(MOCK, supabase={"database_url_env": "MY_DATABASE"})
@@ -17847,7 +17853,7 @@ def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that
         ),
     ],
 )
-def test_queue_what_keeps_a_migration_from_starting_is_told_without_the_password(
+def test_queue_commands_tell_without_the_password_what_keeps_a_migration_from_starting(
     box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, hint: str
 ) -> None:
     (box.root / "latin.sql").write_bytes("select 'Größe'".encode("latin-1"))
@@ -18159,7 +18165,7 @@ def test_queue_a_heartbeat_touches_no_index(
         assert any(f"WHERE (status = '{status}'" in row["indexdef"] for row in found)
 
 
-def test_queue_no_owner_has_more_jobs_waiting_than_the_limit_that_migrate_writes(
+def test_queue_commands_migrate_writes_how_many_jobs_of_an_owner_may_wait(
     box: Box, database: Database
 ) -> None:
     def migrate(**limits: int) -> str:
@@ -18657,7 +18663,9 @@ def test_worker_a_job_starts_from_images_that_its_owner_may_read_and_from_no_oth
     assert not [file for file in (box.state / "inputs").iterdir() if file.name.startswith(".")]
 
 
-def test_worker_jobs_add_uploads_the_images_and_a_retry_keeps_them(box: Box, cloud: Cloud) -> None:
+def test_worker_commands_jobs_add_uploads_the_images_and_a_retry_keeps_them(
+    box: Box, cloud: Cloud
+) -> None:
     anna = cloud.database.user("anna")
     cloud.join(box, owner=anna, worker={})
     (box.root / "a.png").write_bytes(png(64, 64))
@@ -18839,7 +18847,7 @@ def test_worker_a_heartbeat_that_a_lease_cannot_spare_is_refused(box: Box) -> No
     assert box.run("generate", "a fox").code == 0
 
 
-def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
+def test_worker_commands_that_cannot_be_meant_do_not_start(box: Box) -> None:
     for flags, code, text in (
         ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
         ("--backend mok", 2, '"mock"'), ("", 3, "IMAGEN_DATABASE_URL"),
@@ -18909,7 +18917,7 @@ def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_worker
         assert crew.ends(crew.add(owner_user_id=anna))["receipt"]["usd"] == 0.04
 
 
-def test_worker_one_key_of_an_owner_is_one_job(box: Box, cloud: Cloud) -> None:
+def test_worker_commands_make_one_job_of_one_key_of_an_owner(box: Box, cloud: Cloud) -> None:
     cloud.join(box, backends=MOCK, worker={})
     anna, bert = cloud.anna, cloud.bert
     first = jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})[0]["id"]
@@ -21968,7 +21976,7 @@ def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
             assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 400"
 
 
-def test_server_a_port_that_is_taken_is_named_with_the_next_step(serving: Serving) -> None:
+def test_server_commands_name_a_port_that_is_taken_with_the_next_step(serving: Serving) -> None:
     second = serving.box.run("serve", "--port", str(serving.port))
     assert second.code == 3
     assert f"127.0.0.1:{serving.port}: this port is taken" in second.err
