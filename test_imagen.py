@@ -24377,6 +24377,257 @@ def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> No
     assert (done.code, "byte 4" in done.err) == (2, True)
 
 
+@pytest.fixture
+def inside(here: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """A command line, run inside this process in a hundredth of a second.
+
+    `stdin` are the bytes that it reads, or lines that have a line of stdout each before they end.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def run(*args: str, stdin: bytes | list[bytes] = b"") -> Done:
+        out = io.StringIO()
+        err = io.StringIO()
+
+        def feed(lines: list[bytes]) -> Iterator[bytes]:
+            yield from [*lines, b"\n"]
+            eventually(lambda: out.getvalue().count("\n") >= len(lines))
+
+        source: Any = io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else None
+        monkeypatch.setattr(sys, "stdin", source or types.SimpleNamespace(buffer=feed([*stdin])))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = imagen.main(args)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    monkeypatch.chdir(here.root)
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_commands_setup_makes_an_environment_once_and_says_what_it_lacks(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = here.root / "programs"
+    programs.mkdir()
+    folder = here.root / ".local/share/imagen"
+    python = folder / "venv/bin/python"
+    log = here.root / "log"
+    # A Python and a uv that write down what they are called with; this uv makes such a Python.
+    noted = f'echo "${{0##*/}} $*" >>{log}'
+    plain = preview_script(programs / "python", noted)
+    make = f"/bin/mkdir -p {python.parent} && /bin/cp {plain} {python}"
+    uv = preview_script(programs / "uv", f'{noted}; case "$1" in venv) {make};; esac')
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr(sys, "executable", plain)
+
+    def calls(*args: str) -> list[str]:
+        log.write_text("")
+        done = inside("setup", *args)
+        assert (done.code, done.lines) == (0, [f"{here.root}/.local/bin/imagen"])
+        assert f"{folder} has this copy and its packages" in done.err
+        return log.read_text().splitlines()
+
+    packages = "pyyaml>=6.0.2 pg8000>=1.31.2"
+    install = f"uv pip install --quiet --upgrade --python {python} {packages}"
+    assert calls("--with", "pillow", "--with", "jxl") == [
+        f"uv venv --quiet --clear --python {plain} {folder}/venv",
+        f"{install} pillow jxl",
+    ]
+    assert calls() == ["python -c import sys", install]
+    os.unlink(uv)
+    installed = f"python -m pip install --quiet --upgrade {packages}"
+    assert calls() == ["python -c import pip", installed]
+    assert (folder / "imagen.py").read_bytes() == HERE.read_bytes()
+    migrations = (HERE.parent / "migrations.sql").read_bytes()
+    assert (folder / "migrations.sql").read_bytes() == migrations
+    assert {path.name for path in folder.iterdir()} == {"imagen.py", "migrations.sql", "venv"}
+    launcher = (here.root / ".local/bin/imagen").read_text()
+    assert launcher.startswith(f"#!/bin/sh\n# the launcher of imagen.py\nexec {python} -P -c ")
+    assert f'  # {folder}/imagen.py\' "$@"\n' in launcher
+    # What fails is told by its last words.
+    preview_script(python, 'case "$2" in pip) echo "x$(/bin/seq 300)no network" >&2; exit 1;; esac')
+    done = inside("setup")
+    message, hint = done.err.splitlines()[0], done.err.splitlines()[-1]
+    assert (done.code, done.out) == (11, "")
+    assert message.startswith(f"imagen: {python} -m pip install …: ")
+    assert "no network" in done.err and "x1" not in done.err
+    assert hint.startswith("        → it needs the network")
+    shutil.rmtree(folder / "venv")
+    preview_script(programs / "python", 'echo "no ensurepip"; exit 1')
+    done = inside("setup")
+    version = "python{}.{}-venv".format(*sys.version_info)
+    assert done.code == 11
+    assert f"{plain} -m venv --clear …: no ensurepip\n" in done.err
+    assert f"sudo apt install {version}\n" in done.err
+    os.unlink(plain)
+    assert f"imagen: {plain}: [Errno 2]" in inside("setup").err
+
+
+def test_commands_uninstall_removes_what_setup_made_and_nothing_else(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = here.root / ".local/share/imagen"
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "__pycache__").mkdir()
+    (folder / "imagen.py").touch()
+    (folder / "notes.txt").write_text("mine")
+    bin_ = here.root / ".local/bin"
+    monkeypatch.setenv("PATH", f"/usr/bin:{bin_}")
+    assert inside("install").err == ""  # it is on the PATH
+    unit = here.root / ".config/systemd/user/imagen-worker.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    config = here.configure(MOCK)
+    done = inside("uninstall", "--json")
+    removed = [f"{folder}/{name}" for name in ("venv", "__pycache__", "imagen.py")]
+    assert done.json == {"ok": True, "removed": [*removed, f"{bin_}/imagen"]}
+    first, second = done.err.splitlines()
+    assert first == f"4 removed; the images stay, and {here.state}, {config}"
+    assert second.endswith("systemctl --user disable --now imagen-worker")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    # Somebody else's program of that name stays; an empty folder of ours does not.
+    (bin_ / "imagen").write_text("#!/bin/sh\nexec other\n")
+    (folder / "notes.txt").rename(folder / "imagen.py")
+    unit.unlink()
+    assert inside("uninstall").lines == [f"{folder}/imagen.py"]
+    assert not folder.exists()
+    done = inside("uninstall")
+    assert (done.out, done.err.count("\n")) == ("", 1)
+    assert done.err.startswith("0 removed")
+    assert (bin_ / "imagen").exists()
+
+
+def test_commands_take_an_image_from_stdin_and_with_like_its_mask(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    photo = png(16, 16)
+    (here.root / "mask.png").write_bytes(inputs_mask(16))
+    made = inside("generate", "a hat", "-i", "-", "--mask", "mask.png", stdin=photo)
+    assert made.code == 0, made.err
+    sidecar = here.sidecar(made.lines[0])
+    assert [image["sha256"] for image in sidecar["inputs"]] == [hashlib.sha256(photo).hexdigest()]
+    again = inside("generate", "--like", "last", "-n", "2")
+    for path in again.lines:
+        repeated = here.sidecar(path)
+        assert repeated["inputs"][0]["sha256"] == sidecar["inputs"][0]["sha256"]
+        assert repeated["mask"]["sha256"] == sidecar["mask"]["sha256"]
+    assert "--like: prompt, " in again.err
+    assert f" from the record of {made.lines[0]}\n" in again.err
+    empty = inside("generate", "a hat", "-i", "-")
+    assert empty.code == 2, empty.err
+
+
+def test_commands_a_batch_is_checked_and_priced_before_anything_is_made(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    priced = {"type": "openai", "model": "a", "base_url": "http://127.0.0.1:9", "cost_usd": 0.25}
+    here.configure({"priced": priced, "unknown": {**priced, "cost_usd": None}})
+    here.configure({"priced": priced, "unknown": {k: priced[k] for k in [*priced][:3]}})
+    rows = b'{"prompt": "a fox", "n": 3}\n\na hare\n{"prompt": "x", "backend": "unknown"}\n'
+    done = inside("batch", "-", "--dry-run", stdin=rows)
+    assert done.lines == ["3 rows, 5 images, $1, 1 of unknown price"], done.err
+    document = {"rows": 3, "images": 5, "usd": 1.0, "unknown": 1}
+    done = inside("batch", "-", "--dry-run", "--json", stdin=rows)
+    assert done.json == {"ok": True, "dry_run": True, **document}
+    done = inside("batch", "-", "--dry-run", "-b", "unknown", stdin=b"a hare\n")
+    assert done.lines == ["1 rows, 1 images, $0, 1 of unknown price"]
+    for text, complaint in ((b"", "-: no rows"), (b" \n\n", "-: no rows")):
+        done = inside("batch", "-", stdin=text)
+        assert (done.code, complaint in done.err) == (2, True), done.err
+    done = inside("batch", "-", stdin=b'a fox\n\n{"prompt": "x", "pay_again": true}\n')
+    assert "row 3: pay_again is not for rows" in done.err
+    assert here.ledger() == []
+
+
+def commands_agent(place: str = "", **arguments: object) -> bytes:
+    """A line of MCP that calls `generate_image`; its id is the image's place or the backend."""
+    ident = place or arguments["backend"]
+    more = {"images": [place]} if place else {}
+    params = {"name": "generate_image", "arguments": {"prompt": "a fox", **arguments, **more}}
+    call = {"jsonrpc": "2.0", "id": ident, "method": "tools/call", "params": params}
+    return f"{json.dumps(call)}\n".encode()
+
+
+def test_commands_a_session_for_agents_spends_two_dollars_unless_somebody_says_otherwise(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    prices = {"cheap": 0.4, "dear": 1.5, "dearer": 2.1}
+
+    def refused(*flags: str, **budget: float) -> list[str]:
+        blocks = {name: {**block, "cost_usd": usd} for name, usd in prices.items()}
+        here.configure(blocks, budget=budget)
+        refused = []
+        for name in prices:
+            done = inside("mcp", *flags, stdin=[commands_agent(backend=name)])
+            assert (done.code, done.err) == (0, "")
+            answer = json.loads(done.out)["result"]["structuredContent"]
+            if answer.get("error", {}).get("code") == "quota":
+                refused.append(name)
+        return refused
+
+    with Remote(handler=lambda _: openai_images(png())) as remote:
+        block = {"type": "openai", "model": "a", "base_url": f"{remote.base}/v1"}
+        assert refused() == ["dearer"]
+        assert refused("--max-cost", "0.5") == ["dear", "dearer"]
+        assert refused(per_command=5.0) == []
+        assert refused("--max-cost", "2", per_command=5.0) == ["dearer"]
+    assert inside("mcp", "--max-cost", "-1").code == 2
+
+
+def test_commands_agents_take_images_from_here_the_output_folder_and_where_it_is_allowed(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    other = here.root.parent / f"{here.root.name}-other"
+    places = [here.root / "a.png", here.out / "a.png", other / "a.png"]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(png(16, 16))
+    lines = [commands_agent(str(place)) for place in places]
+    for flags, refused in (((), {str(places[2])}), (("--allow-path", str(other)), set())):
+        done = inside("mcp", *flags, stdin=lines)
+        answers = [json.loads(line) for line in done.lines]
+        assert {answer["id"] for answer in answers if answer["result"]["isError"]} == refused
+
+
+def test_commands_recover_says_what_it_did_with_each_entry(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    done = inside("recover")
+    assert (done.code, done.out, done.err) == (0, "", "nothing is unfinished\n")
+    here.configure(MOCK_SMALL)
+    begun, over, busy = (journal_entry(sent=False) for _ in range(3))
+    row, taken = (
+        next(row for row in imagen.entries() if ident in row.path) for ident in (over, busy)
+    )
+    entry = imagen.Entry.take(row.path)
+    assert entry
+    entry.note(over=True)
+    entry.unlock()
+    done = inside("recover")
+    assert done.err == "imagen recover ID, or --all; --forget ID closes one without looking\n"
+    assert {line.split()[0] for line in done.lines} == {begun, over, busy}
+    lock = imagen.Entry.take(taken.path)
+    assert lock
+    done = inside("recover", "--all")
+    assert done.code == 0
+    assert set(done.err.splitlines()) == {
+        "somebody works on 1 more",
+        f"{begun}: nothing had been sent; closed",
+        f"{over}: over; closed",
+    }
+    lock.unlock()
+    done = inside("recover", "--forget", busy[:13])
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"{busy}: closed, charged: no\n"
+    done = inside("recover", "--forget", busy)
+    assert (done.code, "no unfinished images begin so" in done.err) == (2, True)
+    assert here.unfinished() == []
+
+
 COMMANDS = ["config init", "config validate", "jobs add", "jobs list", "setup", "uninstall"]
 COMMANDS += str.split("generate backends styles recover list cost install")
 BUILT_IN = (
