@@ -24051,6 +24051,61 @@ def test_terminal_a_document_says_whether_all_went_well(capsys: pytest.CaptureFi
     assert plain == ["a line", "another"]
 
 
+def test_terminal_an_error_is_told_with_what_to_do_and_with_v_where_it_arose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(problem: BaseException, *flags: str, mock: bool = False) -> tuple[str, str]:
+        terminal = imagen.Terminal(flags)
+        terminal.verbose = "-v" in flags
+        terminal.offers_mock = mock
+        error = terminal.report(problem)
+        return error.code, capsys.readouterr().err
+
+    arrow = "        → "
+    refused = imagen.Refused("no foxes", "reword it")
+    assert told(refused) == ("refused", f"imagen: no foxes\n{arrow}reword it\n")
+    assert told(refused, "--json") == ("refused", "")
+    assert told(refused, "-v") == told(refused, mock=True) == told(refused)
+    assert told(KeyboardInterrupt()) == ("interrupted", "imagen: interrupted\n")
+    for kind in (imagen.BadConfig, imagen.KeyMissing, imagen.Unreachable):
+        hint = f"{arrow}or try -b mock\n"
+        assert told(kind("gone"), mock=True)[1] == f"imagen: gone\n{hint}"
+        hint = f"{arrow}look; or try -b mock\n"
+        assert told(kind("gone", "look"), mock=True)[1] == f"imagen: gone\n{hint}"
+        assert told(kind("gone"))[1] == "imagen: gone\n"
+    try:
+        raise ZeroDivisionError("odd")
+    except ZeroDivisionError as problem:
+        bug = problem
+    code, text = told(bug, "-v")
+    assert code == "bug"
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert "ZeroDivisionError: odd" in text
+    assert "Traceback" not in told(bug)[1]
+    caused = imagen.Failed("no answer")
+    caused.__cause__ = bug
+    assert "Traceback" in told(caused, "-v")[1]
+    assert told(caused)[1] == "imagen: no answer\n"
+
+
+def test_terminal_cells_stand_below_each_other_and_steer_nothing() -> None:
+    rows: list[list[object]] = [["a", 1, "x\ny\x1b[31m"], ["bcd", 22, ""]]
+    assert imagen.aligned(rows) == ["a    1   x y [31m", "bcd  22"]
+    assert imagen.aligned([]) == []
+
+
+def test_terminal_json_tells_of_an_error_what_a_program_needs() -> None:
+    fields = imagen.Terminal([]).fields
+    busy = imagen.Busy("later", "wait")
+    assert fields(busy) == {
+        "message": "later", "code": "busy", "hint": "wait", "charged": "no", "retryable": True,
+    }  # fmt: skip
+    assert fields(imagen.Busy("later", charged="unknown"))["retryable"] is False
+    assert fields(imagen.Quota("empty"))["retryable"] is False
+    for flags, as_json in ((["--json"], True), (["-q"], False), (["--", "--json"], False)):
+        assert imagen.Terminal(flags).as_json is as_json
+
+
 TERMINAL_LOCALES = (
     {"LC_ALL": "C"},
     {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -24524,8 +24579,8 @@ def test_commands_a_batch_is_checked_and_priced_before_anything_is_made(
     here: Box, inside: Callable[..., Done]
 ) -> None:
     priced = {"type": "openai", "model": "a", "base_url": "http://127.0.0.1:9", "cost_usd": 0.25}
-    here.configure({"priced": priced, "unknown": {**priced, "cost_usd": None}})
-    here.configure({"priced": priced, "unknown": {k: priced[k] for k in [*priced][:3]}})
+    unpriced = {key: value for key, value in priced.items() if key != "cost_usd"}
+    here.configure({"priced": priced, "unknown": unpriced})
     rows = b'{"prompt": "a fox", "n": 3}\n\na hare\n{"prompt": "x", "backend": "unknown"}\n'
     done = inside("batch", "-", "--dry-run", stdin=rows)
     assert done.lines == ["3 rows, 5 images, $1, 1 of unknown price"], done.err
@@ -24626,6 +24681,385 @@ def test_commands_recover_says_what_it_did_with_each_entry(
     done = inside("recover", "--forget", busy)
     assert (done.code, "no unfinished images begin so" in done.err) == (2, True)
     assert here.unfinished() == []
+
+
+def test_commands_what_is_not_typed_has_the_value_that_the_help_tells() -> None:
+    expected: dict[str, dict[str, object]] = {
+        "generate": {"n": 1, "timeout": 600.0},
+        "batch": {"timeout": 600.0},
+        "wait": {"timeout": 86400.0},
+        "recover": {"timeout": 600.0},
+        "sign": {"expires": "1d"},
+        "list": {"n": 20},
+        "cost": {"by": "day"},
+        "install": {"folder": "~/.local/bin"},
+        "worker": {"name": "worker"},
+        "jobs add": {"n": 1},
+        "jobs list": {"n": 50},
+        "serve": {
+            "host": "127.0.0.1", "port": 8765, "token_env": "IMAGEN_SERVE_TOKEN", "parallel": 2,
+            "queue": 32,
+        },
+    }  # fmt: skip
+    for name in imagen.COMMANDS:
+        parser = imagen.parser_of(name, imagen.Terminal([]))
+        required = ["x"] * (name in ("batch", "sign"))
+        values = vars(parser.parse_args(required))
+        typed = {key: value for key, value in values.items() if value and value != "x"}
+        assert typed == expected.get(name, {}), name
+        assert imagen.parser_of(name, imagen.Terminal([])).prog == f"imagen {name}"
+    # Values come in the types and numbers that the help tells, several in their order.
+    parser = imagen.parser_of("generate", imagen.Terminal([]))
+    words = "--seed 5 --strength .5 --max-cost 2 --timeout 1.5 --tag a --tag b --format webp fox"
+    values = vars(parser.parse_args(words.split()))
+    assert {key: value for key, value in values.items() if value} == {
+        "seed": 5, "strength": 0.5, "max_cost": 2.0, "timeout": 1.5, "tag": ["a", "b"],
+        "format": "webp", "prompt": "fox", "n": 1,
+    }  # fmt: skip
+    parser = imagen.parser_of("worker", imagen.Terminal([]))
+    assert parser.parse_args(["--backend", "a", "b"]).backend == ["a", "b"]
+    for words in ("--format bmp fox", "--seed 1.5 fox", "--strength much fox", "--prev auto fox"):
+        with pytest.raises(imagen.BadRequest):
+            imagen.parser_of("generate", imagen.Terminal([])).parse_args(words.split())
+
+
+def test_commands_take_flags_before_and_behind_their_names(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    path = here.configure({"toy": MOCK_SMALL["mock"]})
+    own = str(path.rename(here.root / "own.yaml"))
+    shown = inside("--config", own, "config", "show", "--json").json
+    assert shown["config"]["default_backend"] == "toy"
+    for line in (
+        f"--json --config {own} config show",
+        f"config --json show --config {own}",
+        f"--config {own} config --json show",
+        f"--config={own} config show --json",
+    ):
+        assert inside(*line.split()).json == shown, line
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
+    version = {"ok": True, "version": imagen.__version__, "sha256": digest}
+    for line in ("-V --json", "--json --version", "--json -V list"):
+        assert inside(*line.split()).json == version
+    text = inside("--help", "--json").json["text"]
+    assert text.startswith("usage: imagen [--config FILE] COMMAND …\n\nimages:\n  generate ")
+    # --json behind -- is a word like any other, also for what goes wrong.
+    assert "imagen: " in inside("generate", "-b", "nobody", "--", "--json").err
+    slips = {
+        "config": 'imagen config "": no such action',
+        "config shwo": 'imagen config "shwo": no such action',
+        "config --json": "no such action",
+        "--json": "--json: no flag that can stand alone",
+        "-q -v": "-q: no flag that can stand alone",
+        "gnerate": 'command "gnerate" is unknown',
+        "--json gnerate": 'command "gnerate" is unknown',
+    }
+    for line, message in slips.items():
+        done = inside(*line.split())
+        told = done.json["error"]["message"] if "--json" in line else done.err
+        assert (done.code, message in told) == (2, True), (line, told)
+
+
+def test_commands_help_lists_each_command_with_what_it_does_in_a_column(
+    inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = inside("--help").out
+    for group, names in imagen.GROUPS.items():
+        block = text.partition(f"\n{group}:\n")[2].partition("\n\n")[0]
+        expected = [
+            f"  {name:<15}  {summary.splitlines()[0]}"
+            for first in names.split()
+            for name, (_, summary) in imagen.COMMANDS.items()
+            if name.split()[0] == first
+        ]
+        assert block.splitlines() == expected
+    of_jobs = inside("help", "jobs").out
+    assert of_jobs.startswith("usage: imagen jobs ACTION …\n\n  jobs add ")
+    assert "  recover " not in of_jobs
+    narrow = {"19": 20, "55": 55, "x": 80, "": 80}
+    for columns, width in narrow.items():
+        monkeypatch.setenv("COLUMNS", columns)
+        assert imagen.text_columns() == width
+    assert "claude mcp add imagen -- " in inside("help", "mcp").out
+    assert f'"args": ["{HERE}", "mcp"]' in inside("help", "mcp").out
+
+
+def test_commands_a_time_is_a_number_of_seconds_or_a_moment() -> None:
+    seconds = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
+    seconds["999999999"] = 999_999_999
+    assert {text: imagen.duration(text) for text in seconds} == seconds
+    for wrong in ("", "0", "-1d", "1.5h", "d", "1 d", "1y", "1234567890", "٣d", "1d\n"):
+        assert imagen.duration(wrong) == 0, wrong
+    for sign in (1, -1):
+        at = datetime.fromisoformat(imagen.moment("2h", sign))
+        assert abs((at - datetime.now(UTC)).total_seconds() - sign * 7200) < 30
+    assert imagen.moment("2026-12-24T18:00+01:00", 1) == "2026-12-24T17:00:00Z"
+    assert imagen.moment("2026-12-24T18:00+01:00", -1) == "2026-12-24T17:00:00Z"
+    for wrong in ("soon", "9999999-01-01", "1969-12-31T00:00+00:00", "6400-01-01T00:00+00:00"):
+        with pytest.raises(imagen.BadRequest, match="not a time"):
+            imagen.moment(wrong, 1)
+    assert imagen.moment("6300-01-01T00:00+00:00", 1) == "6300-01-01T00:00:00Z"
+
+
+def test_commands_a_job_without_an_image_is_the_error_that_its_worker_met() -> None:
+    job = {
+        "id": "7",
+        "status": "failed",
+        "error": "no\nwait",
+        "error_code": "busy",
+        "receipt": None,
+    }
+    cases: list[tuple[dict[str, object], str, str, str, str]] = [
+        ({}, "busy", "7: no", "wait", "no"),
+        ({"receipt": {"attempt": 1}}, "busy", "7: no", "wait", "unknown"),
+        ({"status": "canceled", "error": None}, "interrupted", "7: canceled", "", "no"),
+        ({"status": "canceled", "receipt": {"a": 1}}, "interrupted", "7: no", "wait", "unknown"),
+        ({"error_code": "of a release to come"}, "failed", "7: no", "wait", "no"),
+        ({"error_code": None, "error": None}, "failed", "7: failed", "", "no"),
+    ]
+    for changes, code, message, hint, charged in cases:
+        error = imagen.job_error({**job, **changes})
+        assert (error.code, str(error), error.hint, error.charged) == (code, message, hint, charged)
+    left = imagen.jobs_left(["7", "8"], imagen.Unknown, "the line is cut")
+    assert str(left) == "7, 8: may be in the queue; the line is cut"
+    assert left.hint.endswith("imagen jobs cancel 7")
+    assert left.charged == "unknown"
+
+
+def test_commands_of_several_outcomes_the_one_that_may_have_cost_decides() -> None:
+    unknown = imagen.Unknown("u", charged="unknown")
+    interrupted = imagen.Interrupted("i")
+    refused = imagen.Refused("r", "reword")
+    cases: list[tuple[int, int, list[imagen.ImagenError], str]] = [
+        (2, 2, [], ""),
+        (2, 0, [refused, imagen.Quota("q")], "refused: r"),
+        (2, 1, [refused], "partial: 1 of 2 made; r"),
+        (3, 2, [refused, interrupted], "interrupted: i"),
+        (3, 1, [interrupted, unknown, refused], "unknown: u"),
+        (2, 2, [refused], "refused: r"),
+    ]
+    for count, made, errors, expected in cases:
+        runner = imagen.TerminalRunner(["x"] * count, imagen.Config(), imagen.Terminal([]), 1.0)
+        runner.errors = errors
+        runner.records = [imagen.MADE] * made
+        worst = runner.worst()
+        assert (f"{worst.code}: {worst}" if worst else "") == expected
+    runner.records = runner.records[:1]
+    partial = runner.worst()
+    assert partial and (partial.hint, partial.charged) == ("reword", "no")
+
+
+def test_commands_a_stop_waits_as_long_as_is_promised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = imagen.Config()
+    for number, patience in ((signal.SIGTERM, config.worker.grace_s), (signal.SIGINT, 1e9)):
+        runner = imagen.TerminalRunner([], config, imagen.Terminal([]), 1.0)
+        run = imagen.Run()
+        runner.active[run] = imagen.Progress("sending")
+        before = time.monotonic()
+        runner.on_signal(number, None)
+        runner.on_signal(number, None)  # within a moment, as `timeout` signals a group
+        assert runner.stopped == "user"
+        assert before <= runner.stopped_at <= time.monotonic()
+        assert runner.pending == []
+        assert runner.leave_at() == runner.stopped_at + 5
+        run.stop_pending = True
+        assert runner.pending == [run]
+        assert runner.leave_at() == runner.stopped_at + patience
+
+
+def test_commands_wait_tells_what_became_of_each_id(here: Box, inside: Callable[..., Done]) -> None:
+    here.configure(MOCK_SMALL)
+    sent, unsent, refused, gone, foreign = (str(uuid.uuid4()) for _ in range(5))
+    journal_entry(ident=sent)
+    (made,) = inside(*SMALL, "--json").json["images"]
+    logs = {sent: "", unsent: "", refused: "", made["image_id"]: ""}
+    error = {"code": "refused", "message": "no foxes", "hint": "reword", "charged": "no"}
+    logs[refused] = f"a warning\n{json.dumps({'ok': False, 'error': error})}\n"
+    for ident, text in logs.items():
+        Path(imagen.state_path(f"detached-{ident}")).write_text(text)
+    cases = {
+        sent: (10, "unknown", "its process was killed", f"imagen recover {sent}", "unknown"),
+        unsent: (11, "failed", "its process was killed", f"imagen recover {unsent}", "no"),
+        refused: (5, "refused", "no foxes", "reword", "no"),
+        gone: (2, "usage", "nothing is known of it here", "imagen list; imagen recover", "no"),
+    }
+    for ident, (exit_code, code, message, hint, charged) in cases.items():
+        done = inside("wait", ident, "--json")
+        error = done.json["error"]
+        assert done.code == exit_code, (message, done.out)
+        assert (error["code"], error["hint"], error["charged"]) == (code, hint, charged)
+        assert error["message"].endswith(message)
+    with open(imagen.locked(imagen.state_path(f"detached-{foreign}"), os.O_CREAT)):
+        done = inside("wait", foreign, "--timeout", "1.01")
+    assert done.code == 7
+    assert done.err.splitlines() == [
+        f"imagen: {foreign}: still under way",
+        f"        → imagen wait {foreign}",
+    ]
+    done = inside("wait", made["image_id"], refused)
+    assert (done.code, done.lines) == (9, [made["path"]])
+    assert not os.path.exists(imagen.state_path(f"detached-{made['image_id']}"))
+    for words in ((), ("x",), (sent, "x")):
+        done = inside("wait", *words)
+        assert (done.code, "an id is missing" in done.err) == (2, True)
+
+
+def test_commands_cost_makes_rows_by_day_month_backend_model_and_owner(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    def line(day: str, charged: str, price: float | None, **more: Any) -> str:
+        sidecar = {"image_id": str(uuid.uuid4()), "prompt": "a", "backend": more.pop("backend")}
+        sidecar |= {"model": "m", "cost_usd_estimate": more.pop("usd", price)}
+        record = {"id": sidecar["image_id"], "at": f"{day}T10:00:00Z", "charged": charged}
+        return json.dumps({**record, "price": price, "sidecar": sidecar, **more})
+
+    lines = [
+        line("2026-01-02", "yes", 0.25, backend="a", path="/1.png"),
+        line("2026-01-31", "yes", 0.25, backend="b", path="/2.png", usd=0.125, owner="anna"),
+        line("2026-02-01", "unknown", 0.5, backend="a", owner="anna"),
+        line("2026-02-01", "yes", None, backend="a", path="/3.png"),
+        line("2026-02-01", "no", 7.0, backend="c"),
+    ]
+    here.state.mkdir(parents=True)
+    (here.state / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def rows(by: str, *flags: str) -> dict[str, list[object]]:
+        document = inside("cost", "--by", by, "--json", *flags).json
+        columns = ("images", "usd", "unknown", "reported", "estimated", "reserved")
+        every = [*document["rows"], {by: "total", **document["total"]}]
+        assert all(row.keys() == {by, *columns} for row in every)
+        return {row[by]: [row[name] for name in columns] for row in every}
+
+    total = [3, 0.375, 2, 0.125, 0.25, 0.5]
+    first = [1, 0.25, 0, 0, 0.25, 0]
+    second = [1, 0.125, 0, 0.125, 0, 0]
+    third = [1, 0, 2, 0, 0, 0.5]
+    assert rows("day") == {
+        "2026-01-02": first, "2026-01-31": second, "2026-02-01": third, "total": total,
+    }  # fmt: skip
+    january = [2, 0.375, 0, 0.125, 0.25, 0]
+    assert rows("month") == {"2026-01": january, "2026-02": third, "total": total}
+    assert rows("backend") == {"a": [2, 0.25, 2, 0, 0.25, 0.5], "b": second, "total": total}
+    assert rows("model") == {"m": total, "total": total}
+    assert rows("owner") == {
+        "": [2, 0.25, 1, 0, 0.25, 0], "anna": [1, 0.125, 1, 0.125, 0, 0.5], "total": total,
+    }  # fmt: skip
+    assert rows("day", "--since", "2026-01-31") == {
+        "2026-01-31": second, "2026-02-01": third, "total": [2, 0.125, 2, 0.125, 0, 0.5],
+    }  # fmt: skip
+    every = "$0.125 reported, $0.25 estimated, $0.5 reserved, 2 of unknown cost"
+    assert [re.split(" {2,}", line) for line in inside("cost", "--by", "month").lines] == [
+        ["2026-01", "2", "images", "$0.375", "$0.125 reported, $0.25 estimated"],
+        ["2026-02", "1", "images", "$0", "$0.5 reserved, 2 of unknown cost"],
+        ["total", "3", "images", "$0.375", every],
+    ]
+
+
+def test_commands_list_shows_when_with_what_for_how_much_and_where(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    assert inside("list", "-n", "0").code == 2
+    prompt = "a fox in snow, seen from above, at dusk, with a lantern in its mouth"
+    (first,) = inside("generate", prompt, "--seed", "5").lines
+    (second,) = inside("generate", "a hen").lines
+    line = inside("list", "--json").json["images"][1]
+    done = inside("list")
+    when, backend, price, path, shown = re.split(" {2,}", done.lines[1])
+    assert (when, backend, price) == (here.sidecar(first)["timestamp"][:16], "mock", "$0")
+    assert (path, shown) == (first, prompt[:60])
+    assert done.err == ""
+    assert line == {**here.sidecar(first), "path": first, "cloud": None}
+    assert [len(inside("list", "-n", n).lines) for n in ("1", "2", "3")] == [1, 2, 2]
+    assert second in inside("list", "-n", "1").out
+
+
+def test_commands_verbose_tells_what_the_backend_gets_and_each_command_how_many_it_makes(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    done = inside("generate", "a fox", "-n", "2", "-v", "--seed", "3", "--steps", "4")
+    lines = done.err.splitlines()
+    assert lines[0] == "mock, 2 to make"
+    name, _, sent = lines[1].partition(" gets ")
+    assert (name, json.loads(sent)["seed"]) == ("mock", 3)
+    assert "prompt" not in json.loads(sent)
+    assert lines.count("imagen: mock cannot take steps: ignored") == 2
+    words = ("generate", "a fox", "--key", "k", "--json")
+    (first,) = inside(*words).json["images"]
+    again = inside(*words)
+    assert again.json["images"] == [{**first, "reused": True}]
+    assert f"made at {first['timestamp']} for this key\n" in again.err
+    # Without a backend that may be missing, nobody is told of another.
+    for flags, offered in (((), True), (("-b", "gone"), False)):
+        here.configure({"gone": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
+        done = inside("generate", "a fox", *flags)
+        assert (done.code, "or try -b mock" in done.err) == (3, offered)
+
+
+def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = inside("config", "init")
+    assert done.code == 0
+    assert done.err.startswith("flux-schnell-local: ")
+    assert done.err.endswith("; ready: mock; the line that chooses: default_backend: mock\n")
+    variables = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY")
+    unset = [f"{name} is not set: no cloud sync" for name in variables]
+    nobody = "owner_user_id is empty: no cloud sync"
+    for mode, expected in (("on", [*unset, nobody]), ("auto", [nobody]), ("off", [])):
+        path = here.configure(MOCK, output={"cloud_sync": mode})
+        done = inside("config", "validate", "--json")
+        assert done.json == {"ok": True, "path": str(path), "errors": [], "warnings": expected}
+        assert done.err.splitlines() == [f"imagen: warning: {line}" for line in expected]
+    assert inside("config", "validate").lines == [f"{path}: fine"]
+    here.configure(MOCK, outptu={})
+    done = inside("config", "validate", "--json")
+    assert (done.code, done.json["warnings"]) == (3, [])
+    assert [line for line in done.json["errors"] if "outptu: unknown" in line]
+    path.unlink()
+    assert inside("config", "validate").lines == ["no config file; the built-in defaults: fine"]
+
+
+def test_commands_what_the_cloud_says_when_it_is_asked_to_sign_delete_or_sync(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.configure(MOCK_SMALL)
+    done = inside("delete", "x.png", "y.png", "--json")
+    assert (done.code, done.json["deleted"]) == (2, [])
+    assert "x.png" in done.json["error"]["message"]
+    assert "y.png" in inside("delete", "x.png", "y.png").err
+    with Remote(handler=lambda _: status(401, {"message": "Invalid JWT"})) as remote:
+        monkeypatch.setenv("SUPABASE_URL", remote.base)
+        monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", SUPABASE_KEYS["opaque"])
+        monkeypatch.setenv("IMAGEN_OWNER_USER_ID", str(uuid.UUID(int=1)))
+        done = inside("sign", "2026-01-02/a.png")
+        assert (done.code, "is not in the bucket" in done.err) == (3, False)
+        assert inside("sync", "--dry-run").err == "nothing to sync\n"
+        requests = len(remote.seen)
+        done = inside("sync")
+        assert done.code == 0
+        assert done.err.startswith("imagen: deletions: ")
+        assert done.err.endswith("\nnothing to sync\n")
+        assert len(remote.seen) == requests + 1
+
+
+def test_commands_serve_takes_only_origins_for_allow_origin(inside: Callable[..., Done]) -> None:
+    public = ("serve", "--host", "0.0.0.0")  # which takes a token, so it is refused
+    for origin in ("https://app.example", "http://localhost:3000"):
+        assert "--allow-origin" not in inside(*public, "--allow-origin", origin).err
+    for wrong in (
+        "app.example",
+        "https://app.example/",
+        "https://*.example",
+        "ftp://a",
+        "https://",
+    ):
+        done = inside(*public, "--allow-origin", "https://app.example", "--allow-origin", wrong)
+        assert (done.code, f'--allow-origin "{wrong}"' in done.err) == (2, True)
 
 
 COMMANDS = ["config init", "config validate", "jobs add", "jobs list", "setup", "uninstall"]
