@@ -21314,6 +21314,325 @@ def test_server_what_comes_again_the_moment_after_its_client_left_is_paid_once(
             assert remote.posts == posts, way
 
 
+class ServingInside:
+    """A server in this process, which is asked over real connections; `said` is its log."""
+
+    ask = Serving.ask
+    get = Serving.get
+    make = Serving.make
+    raw = Serving.raw
+
+    def __init__(self, *args: str) -> None:
+        self.said: list[str] = []
+        flags = imagen.parser_of("serve", imagen.Terminal([])).parse_args(["--port=0", *args])
+        self.server = imagen.Server(imagen.load_config(), self.said.append, flags)
+        self.port = self.server.port
+        self.thread = threading.Thread(target=self.server.serve, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def test_server_what_may_come_in_has_its_limit_to_the_byte_and_says_it(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    with ServingInside() as serving:
+        for path, most, shown in (
+            ("/v1/images/generations", 256 << 10, "the body has more than 256 kB"),
+            ("/v1/images/edits", 64 << 20, "the body has more than 65536 kB"),
+        ):
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+            answer = serve_read(serving.raw(f"{head}{most + 1}\r\n\r\n".encode()))
+            assert answer.startswith(b"HTTP/1.1 413 Content Too Large\r\n")
+            assert shown.encode() in answer
+        full = json.dumps({"prompt": "a fox", "user": ""}).encode()
+        full = full.replace(b'""', b'"%s"' % (b"x" * ((256 << 10) - len(full))))
+        assert serving.ask("POST", "/v1/images/generations", full).status == 200
+        packed = gzip.compress(full.replace(b"a fox", b"a foxx"))
+        answer = serving.ask("POST", "/v1/images/generations", packed, content_encoding="gzip")
+        assert (answer.status, b"256 kB" in answer.body) == (413, True)
+        packed = gzip.compress(full)
+        assert (
+            serving.ask("POST", "/v1/images/generations", packed, content_encoding="gzip").status
+            == 200
+        )
+        for wrong in (packed[:-9], b"no gzip", packed[:50]):
+            answer = serving.ask("POST", "/v1/images/generations", wrong, content_encoding="gzip")
+            assert (answer.status, b"no gzip" in answer.body) == (400, True)
+        # A head may have 16 kB, and so may the address in it.
+        head = "GET {}/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: {}\r\n\r\n"
+        line = "GET /{} HTTP/1.1\r\n"
+        room = (16 << 10) - len(head.format("", ""))
+        long = (16 << 10) - len(line.format(""))
+        for text, expected in (
+            (head.format("", "y" * room), 200),
+            (head.format("", "y" * (room + 1)), 431),
+            (line.format("y" * long) + "\r\n", 431),
+            (line.format("y" * (long + 1)), 414),
+        ):
+            answer = serve_read(serving.raw(text.encode()))
+            assert answer.startswith(b"HTTP/1.1 %d " % expected), (expected, answer[:99])
+
+
+def test_server_tells_what_it_is_has_and_does(here: Box) -> None:
+    here.configure({**MOCK_SMALL, "gone": {"type": "openai", "model": "m", "api_key_env": "NOKEY"}})
+    with ServingInside() as serving:
+        health = serving.get("/healthz")
+        assert health.json == {"ok": True, "version": imagen.__version__}
+        fixed = {"content-type": "application/json", "cache-control": "no-store"}
+        fixed |= {"x-content-type-options": "nosniff", "content-length": str(len(health.body))}
+        assert fixed.items() <= health.headers.items()
+        names = ("auto", *imagen.load_config().backends)
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "imagen"} for name in names
+        ]
+        assert serving.get("/v1/models").json == {"object": "list", "data": models}
+        for name, status_ in (("auto", 200), ("gone", 200), ("gpt-image-1", 200), ("x", 404)):
+            answer = serving.get(f"/v1/models/{name}")
+            assert answer.status == status_
+            assert status_ == 404 or answer.json == {**models[0], "id": name}
+        options = serving.get("/api/options").json
+        assert (options["backends"], options["default"]) == ([*names[1:]], "mock")
+        assert options["styles"] == [*imagen.STYLES]
+        assert "mock" not in options["faults"]
+        assert "NOKEY" in options["faults"]["gone"]
+        assert serving.get("/api/calls").json == {"calls": [], "usd_today": 0}
+        head = serving.ask("HEAD", "/healthz")
+        assert (head.body, head.headers["content-length"]) == (b"", str(len(health.body)))
+        for method, path, status_ in (
+            ("DELETE", f"/api/calls/{uuid.uuid4()}", 404),
+            ("GET", f"/api/images/{uuid.uuid4()}", 404),
+            ("DELETE", f"/api/images/{uuid.uuid4()}", 404),
+            ("GET", f"/thumbs/{uuid.uuid4()}", 404),
+            ("POST", "/healthz", 405),
+            ("GET", "/v2", 404),
+        ):
+            answer = serving.ask(method, path)
+            assert answer.status == status_, path
+            assert answer.json["error"]["type"] == "invalid_request_error"
+        page = serving.get("/login?next=/%3Fimage%3D1")
+        assert 'value="/?image=1"' in page.body.decode()
+        nonce = re.search(r"script-src 'nonce-(\S+)'", page.headers["content-security-policy"])
+        assert nonce
+        assert f'nonce="{nonce[1]}"' in page.body.decode()
+        assert b"NONCE" not in page.body + serving.get("/").body
+        assert serving.get("/").headers["referrer-policy"] == "same-origin"
+
+
+def test_server_adds_up_what_today_has_cost(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    today = imagen.now_iso()
+    lines = []
+    for at, usd in ((today, 0.25), (today, 0.125), ("2026-01-02T00:00:00Z", 7.0), (today, None)):
+        ident = str(uuid.uuid4())
+        # The day stands elsewhere in the line of another day too.
+        sidecar = {"image_id": ident, "prompt": today[:10], "cost_usd_estimate": usd}
+        record = {"id": ident, "at": at, "path": "/x.png", "sidecar": sidecar, "charged": "yes"}
+        lines.append(f"{json.dumps(record)}\n")
+    here.state.mkdir(parents=True)
+    (here.state / "ledger.jsonl").write_text("".join(lines))
+    with ServingInside() as serving:
+        assert serving.get("/api/calls").json["usd_today"] == 0.375
+        with serving.raw(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
+            stream = sock.makefile("rb")
+            with stream:
+                lines_ = iter(stream.readline, b"")
+                assert (
+                    next(line for line in lines_ if line.startswith(b"event")) == b"event: calls\n"
+                )
+                assert json.loads(next(lines_)[6:]) == {
+                    "type": "calls",
+                    "calls": [],
+                    "usd_today": 0.375,
+                }
+
+
+def test_server_shows_an_input_as_long_as_it_is_kept(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    photo = jpeg(16, 16)
+    digest = hashlib.sha256(photo).hexdigest()
+    path = Path(imagen.state_path("inputs", digest))
+    with ServingInside() as serving:
+        assert serving.get(f"/inputs/{digest}").status == 404
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(photo)
+        answer = serving.get(f"/inputs/{digest}")
+        assert (answer.status, answer.body) == (200, photo)
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert answer.headers["cache-control"] == "private, max-age=3600"
+        path.write_bytes(b"<script>")
+        assert serving.get(f"/inputs/{digest}").status == 404
+
+
+def test_server_logins_links_and_proofs_hold_as_long_as_is_promised(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.configure(MOCK_SMALL)
+    monkeypatch.setenv("IMAGEN_SERVE_TOKEN", SERVE_TOKEN)
+    with ServingInside() as serving:
+        server = serving.server
+        now = int(time.time())
+        bearer = {"authorization": f"bearer  {SERVE_TOKEN} "}
+        assert serving.get("/v1/models").status == 401
+        assert serving.get("/v1/models", **bearer).status == 200
+        assert serving.get("/v1/models", authorization=f"Basic {SERVE_TOKEN}").status == 401
+        body = {"response_format": "url", "n": 2}
+        for image in serving.make(body, **bearer).json["data"]:
+            address = urllib.parse.urlsplit(image["url"])
+            until, _, digest = address.query.partition("=")[2].partition(".")
+            assert 0 <= int(until) - now - 3600 <= 30
+            place = f"{address.path}?signature="
+            assert serving.get(f"{place}{until}.{digest}").status == 200
+            for wrong in (f"{int(until) + 1}.{digest}", f"{until}.{digest[:-1]}", "", until):
+                assert serving.get(f"{place}{wrong}").status == 401
+            thumb = address.path.replace("images", "thumbs")
+            assert serving.get(f"{thumb}?signature={until}.{digest}").status == 401
+        assert server.is_signed("a", server.sign("a", now + 60))
+        for proof in (server.sign("a", now - 1), server.sign("b", now + 60), "9" * 13 + ".0"):
+            assert not server.is_signed("a", proof)
+        form = urllib.parse.urlencode({"token": SERVE_TOKEN, "next": "/?image=1"}).encode()
+        answer = serving.ask("POST", "/login", form, x_forwarded_proto="https")
+        assert (answer.status, answer.headers["location"]) == (303, "/?image=1")
+        cookie, *flags = answer.headers["set-cookie"].split("; ")
+        assert flags == ["Max-Age=2592000", "HttpOnly", "SameSite=Lax", "Path=/"]
+        name, _, proof = cookie.partition("=")
+        assert name == f"imagen-{serving.port}"
+        assert 0 <= int(proof.partition(".")[0]) - now - 2592000 <= 30
+        assert serving.get("/v1/models", cookie=f"a=b; {cookie}; c=d").status == 200
+        assert serving.get("/v1/models", cookie=cookie[:-1]).status == 401
+        soon = serving.ask("POST", "/login", form)
+        assert (soon.status, soon.headers["retry-after"]) == (429, "1")
+        assert "One try a second" in soon.body.decode()
+        foreign = {"cookie": cookie, "origin": "https://evil.example"}
+        assert serving.get("/v1/models", **foreign).status == 401
+        assert serving.get("/healthz").status == serving.get("/login").status == 200
+    short = "x" * 15
+    for token, refused in ((short, True), (f"{short}x", False)):
+        monkeypatch.setenv("IMAGEN_SERVE_TOKEN", token)
+        if refused:
+            with pytest.raises(imagen.BadConfig, match="fewer than 16"):
+                ServingInside()
+        else:
+            ServingInside().server.listener.close()
+
+
+def test_server_a_range_names_bytes_of_the_file() -> None:
+    head = {"host": "a", "range": ""}
+
+    def part(text: str, size: int = 10, method: str = "GET", **more: str) -> range:
+        headers = {**head, "range": text, **{k.replace("_", "-"): v for k, v in more.items()}}
+        request = imagen.NO_REQUEST._replace(method=method, headers=headers)
+        return imagen.byte_range(request, '"tag"', size)
+
+    every = range(10)
+    cases = {
+        "bytes=0-0": range(1), "bytes=2-5": range(2, 6), "bytes=2-": range(2, 10),
+        "bytes=9-": range(9, 10), "bytes=-3": range(7, 10), "bytes=-99": every,
+        "BYTES=0-98": every, "bytes=5-2": every, "bytes=0-1,3-4": every, "": every,
+        "bytes=-": every, "lines=1-2": every,
+    }  # fmt: skip
+    assert {text: part(text) for text in cases} == cases
+    assert part("bytes=2-5", method="HEAD") == every
+    assert part("bytes=2-5", if_range='"tag"') == range(2, 6)
+    assert part("bytes=2-5", if_range='"other"') == every
+    for text, size in (("bytes=10-", 10), ("bytes=10-12", 10), ("bytes=-0", 10), ("bytes=0-", 0)):
+        with pytest.raises(imagen.HttpError) as refused:
+            part(text, size)
+        assert refused.value.status == 416
+        assert refused.value.headers == {"Content-Range": f"bytes */{size}"}
+
+
+def test_server_each_error_has_the_status_type_and_field_that_openais_clients_know() -> None:
+    def fields(kind: type[imagen.ImagenError], text: str = "x", **more: Any) -> tuple[object, ...]:
+        status_, shown = imagen.openai_fields(kind(text, "wait", **more))
+        keys = ("type", "code", "param", "charged", "imagen_code", "hint", "message")
+        assert [*shown] == ["message", "type", "param", "code", "hint", "charged", "imagen_code"]
+        return status_, *[shown[key] for key in keys]
+
+    invalid = "invalid_request_error"
+    assert fields(imagen.BadRequest, "a size of 9: even") == (
+        400, invalid, "invalid_value", "size", "no", "usage", "wait", "a size of 9: even",
+    )  # fmt: skip
+    assert fields(imagen.BadRequest, "backend mock: no x")[3] == "backend_opts"
+    assert fields(imagen.BadRequest, "backend mock: no mask")[3] == "mask"
+    assert fields(imagen.BadRequest, "the x")[3] is None
+    rest = (None, "no")
+    assert fields(imagen.Refused, "size")[:5] == (
+        400, "image_generation_user_error", "moderation_blocked", *rest,
+    )  # fmt: skip
+    assert fields(imagen.Quota)[:5] == (402, "insufficient_quota", "insufficient_quota", *rest)
+    assert fields(imagen.Busy)[1:5] == ("rate_limit_error", "rate_limit_exceeded", *rest)
+    assert fields(imagen.Failed)[1:5] == ("server_error", "failed", *rest)
+    assert fields(imagen.Busy, charged="unknown")[:5] == (
+        424, "rate_limit_error", "rate_limit_exceeded", None, "unknown",
+    )  # fmt: skip
+    assert imagen.error_fields("size", invalid, "unknown_url")["param"] is None
+    assert imagen.error_fields("size", invalid, "")["code"] is None
+    free, dear = imagen.Refused("r"), imagen.Unknown("u", charged="unknown")
+    later = imagen.Busy("b")
+    assert imagen.worst_first([later, free, dear]) == [dear, free, later]
+
+
+def test_server_counts_the_tokens_that_a_backend_named_as_numbers() -> None:
+    def record(usage: object) -> Any:
+        return {"sidecar": {"metadata": {"usage": usage}}}
+
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    records = [record(usage), record({**usage, "input_tokens": "many"}), record([7])]
+    records += [record(None), {"sidecar": {}}, {"sidecar": {"metadata": None}}]
+    total = {"input_tokens": 3, "output_tokens": 10, "total_tokens": 16}
+    details = {"image_tokens": 0, "text_tokens": 3}
+    assert imagen.usage_of(records) == {**total, "input_tokens_details": details}
+    assert imagen.address_of("0.0.0.0") not in ("0.0.0.0", "")
+    assert imagen.address_of("::1") == "[::1]"
+    assert imagen.address_of("127.0.0.1") == "127.0.0.1"
+
+
+def test_server_too_many_edits_at_once_are_told_to_come_back(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    with ServingInside() as serving:
+        for under_way, status_ in ((14, 400), (15, 503)):
+            serving.server.edits = under_way
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x"})
+            assert answer.status == status_, answer
+            assert serving.server.edits == under_way
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json["error"]["type"] == "server_error"
+        serving.server.edits = 0
+        made = serving.make({}).json["data"][0]["imagen"]["id"]
+        photo = f"data:image/png;base64,{b64(png(16, 16))}"
+        mask = f"data:image/png;base64,{b64(inputs_mask(16))}"
+        edit = {"prompt": "x", "images": [{"image_url": photo}], "mask": {"image_url": mask}}
+        answer = serving.ask("POST", "/v1/images/edits", edit)
+        assert answer.status == 200, answer.body
+        (image,) = answer.json["data"]
+        sidecar = serving.get(f"/api/images/{image['imagen']['id']}").json
+        assert sidecar["mask"]["sha256"] == hashlib.sha256(inputs_mask(16)).hexdigest()
+        edit = {"prompt": "x", "images": [{"file_id": made}]}
+        assert serving.ask("POST", "/v1/images/edits", edit).status == 200
+        for link, complaint in (
+            ({"image_url": "https://a/b.png"}, "no address is fetched"),
+            ({"file_id": "7"}, "a data URI or a file_id"),
+            ("x", "a data URI or a file_id"),
+        ):
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x", "images": [link]})
+            assert (answer.status, complaint in answer.json["error"]["message"]) == (400, True)
+        for body in ({"images": []}, {"images": "x"}, {}):
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x", **body})
+            assert (answer.status, "is needed" in answer.json["error"]["message"]) == (400, True)
+        for body in ({"images": [1]}, {"mask": "x"}):
+            answer = serving.make(body)
+            assert (answer.status, "/v1/images/edits" in answer.json["error"]["message"]) == (
+                400,
+                True,
+            )
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
@@ -25627,6 +25946,23 @@ def test_commands_jobs_say_migrate_where_the_database_has_no_tables(
         done = box.run("jobs", *args)
         assert done.code == 3, done.err
         assert "→ imagen migrate" in done.err
+
+
+def test_commands_a_batch_shows_on_a_terminal_how_far_it_is_and_how_long_it_will_take(
+    box: Box,
+) -> None:
+    box.configure({"mock": {"type": "mock", "width": 64, "height": 64, "delay_s": 0.4}})
+    (box.root / "rows.txt").write_text("a fox\na hen\na cat\n")
+    frames = terminal_frames(on_tty(box, "batch", "rows.txt", "--parallel", "1").err)
+    for made in range(3):
+        line = rf"{made} made, 0 failed, \$0  [━─]{{36}}  {made}/3  \d+\.\d s"
+        left = r"  \d+ s left" if made else ""
+        assert any(re.fullmatch(line + left, frame) for frame in frames), frames
+    # And its help is as wide as the terminal.
+    lines = on_tty(box, "help", "generate", columns=60, both=True).err.splitlines()
+    assert (
+        50 < max(map(len, itertools.takewhile(lambda line: "examples:" not in line, lines))) <= 60
+    )
 
 
 def test_commands_a_stop_of_many_is_told_once(box: Box) -> None:
