@@ -24552,6 +24552,45 @@ def test_terminal_what_cannot_be_written_is_an_error(here: Box, words: str) -> N
 
 
 # === Commands: argparse and main() ===
+@pytest.fixture
+def inside(here: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """A command line, run inside this process in a hundredth of a second, as Box.run would.
+
+    `stdin` are the bytes that it reads, or lines that have a line of stdout each before they end.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def run(
+        *args: str,
+        stdin: bytes | list[bytes] = b"",
+        input: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> Done:
+        out = io.StringIO()
+        err = io.StringIO()
+        stdin = stdin or input.encode()
+        for name, value in {**here.environ, **(env or {})}.items():
+            monkeypatch.setenv(name, value)
+
+        def feed(lines: list[bytes]) -> Iterator[bytes]:
+            yield from [*lines, b"\n"]
+            eventually(lambda: out.getvalue().count("\n") >= len(lines))
+
+        source: Any = io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else None
+        monkeypatch.setattr(sys, "stdin", source or types.SimpleNamespace(buffer=feed([*stdin])))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = imagen.main(args)
+        for name in env or ():
+            monkeypatch.delenv(name)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    monkeypatch.chdir(here.root)
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_commands_a_batch_goes_on_where_it_was_killed_and_pays_for_nothing_twice(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
@@ -24697,7 +24736,9 @@ def test_commands_what_is_far_too_large_for_a_batch_or_a_key_is_told(box: Box) -
     assert made.json["ok"] is True
 
 
-def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
+def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     broken = {
         '{"prompt": "a", "width": 3000000, "height": 1}': "row 2: size",
         '{"prompt": 7}': "row 2: prompt",
@@ -24709,39 +24750,43 @@ def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -
         r'{"prompt": "a", "output": "\ud800"}': "row 2: '\\ud800': no file",
     }
     for row, expected in broken.items():
-        done = box.run("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
+        done = inside("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
         assert (done.code, done.out, expected in done.err) == (2, "", True), done.err
-    assert box.ledger() == []
-    missing = box.run("batch", "nothing.txt")
+    assert here.ledger() == []
+    missing = inside("batch", "nothing.txt")
     assert (missing.code, missing.err.count("nothing.txt")) == (2, 1)
     # However the folder is spelled, it is the same batch.
-    (box.root / "rows.txt").write_text("a fox\n")
-    spelled = [box.run("batch", "rows.txt", "-b", "mock", "-o", name) for name in ("all/", "./all")]
+    (here.root / "rows.txt").write_text("a fox\n")
+    spelled = [inside("batch", "rows.txt", "-b", "mock", "-o", name) for name in ("all/", "./all")]
     assert spelled[0].json["images"][0]["path"] == spelled[1].json["images"][0]["path"]
-    made = box.run("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
+    made = inside("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
     assert [json.loads(line)["images"][0]["prompt"] for line in made.lines] == ["a fox", "a hare"]
 
 
-def test_commands_serve_takes_numbers_within_bounds_alone(box: Box) -> None:
+def test_commands_serve_takes_numbers_within_bounds_alone(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     for flag, wrong in (("--port", "65536"), ("--port", "-1"), ("--parallel", "0")):
-        done = box.run("serve", f"{flag}={wrong}")
+        done = inside("serve", f"{flag}={wrong}")
         assert (done.code, "--port is 0 to 65535" in done.err) == (2, True)
     for flag, wrong in (("--parallel", "65"), ("--queue", "-1"), ("--queue", "1001")):
-        assert box.run("serve", f"{flag}={wrong}").code == 2
+        assert inside("serve", f"{flag}={wrong}").code == 2
 
 
-def test_commands_a_time_and_a_number_at_a_time_have_their_bounds(box: Box) -> None:
-    (box.root / "rows.txt").write_text("a fox\n")
+def test_commands_a_time_and_a_number_at_a_time_have_their_bounds(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    (here.root / "rows.txt").write_text("a fox\n")
     ident = str(uuid.uuid4())
     made = ("generate", "a fox", "-b", "mock")
     cases = [(made, "0"), (made, "nan"), (("batch", "rows.txt"), "-1"), (("wait", ident), "soon")]
     for command, wrong in cases:
-        done = box.run(*command, f"--timeout={wrong}")
+        done = inside(*command, f"--timeout={wrong}")
         assert (done.code, "more than 0 seconds" in done.err) == (2, True), (command, wrong)
     for wrong in ("0", "65"):
-        done = box.run("batch", "rows.txt", f"--parallel={wrong}")
+        done = inside("batch", "rows.txt", f"--parallel={wrong}")
         assert (done.code, "1 to 64" in done.err) == (2, True)
-    assert box.ledger() == []
+    assert here.ledger() == []
 
 
 def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> None:
@@ -24749,35 +24794,6 @@ def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> No
     with (box.root / "prompt").open("rb") as prompt:
         done = box.run("generate", "-", "-b", "mock", stdin=prompt)
     assert (done.code, "byte 4" in done.err) == (2, True)
-
-
-@pytest.fixture
-def inside(here: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
-    """A command line, run inside this process in a hundredth of a second.
-
-    `stdin` are the bytes that it reads, or lines that have a line of stdout each before they end.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def run(*args: str, stdin: bytes | list[bytes] = b"") -> Done:
-        out = io.StringIO()
-        err = io.StringIO()
-
-        def feed(lines: list[bytes]) -> Iterator[bytes]:
-            yield from [*lines, b"\n"]
-            eventually(lambda: out.getvalue().count("\n") >= len(lines))
-
-        source: Any = io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else None
-        monkeypatch.setattr(sys, "stdin", source or types.SimpleNamespace(buffer=feed([*stdin])))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = imagen.main(args)
-        return Done(code, out.getvalue(), err.getvalue())
-
-    monkeypatch.chdir(here.root)
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_commands_setup_makes_an_environment_once_and_says_what_it_lacks(
@@ -24793,7 +24809,7 @@ def test_commands_setup_makes_an_environment_once_and_says_what_it_lacks(
     plain = preview_script(programs / "python", noted)
     make = f"/bin/mkdir -p {python.parent} && /bin/cp {plain} {python}"
     uv = preview_script(programs / "uv", f'{noted}; case "$1" in venv) {make};; esac')
-    monkeypatch.setenv("PATH", str(programs))
+    here.environ["PATH"] = str(programs)
     monkeypatch.setattr(sys, "executable", plain)
 
     def calls(*args: str) -> list[str]:
@@ -24840,7 +24856,7 @@ def test_commands_setup_makes_an_environment_once_and_says_what_it_lacks(
 
 
 def test_commands_uninstall_removes_what_setup_made_and_nothing_else(
-    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    here: Box, inside: Callable[..., Done]
 ) -> None:
     folder = here.root / ".local/share/imagen"
     (folder / "venv/bin").mkdir(parents=True)
@@ -24848,7 +24864,7 @@ def test_commands_uninstall_removes_what_setup_made_and_nothing_else(
     (folder / "imagen.py").touch()
     (folder / "notes.txt").write_text("mine")
     bin_ = here.root / ".local/bin"
-    monkeypatch.setenv("PATH", f"/usr/bin:{bin_}")
+    here.environ["PATH"] = f"/usr/bin:{bin_}"
     assert inside("install").err == ""  # it is on the PATH
     unit = here.root / ".config/systemd/user/imagen-worker.service"
     unit.parent.mkdir(parents=True)
@@ -25319,6 +25335,56 @@ def test_commands_verbose_tells_what_the_backend_gets_and_each_command_how_many_
         assert (done.code, "or try -b mock" in done.err) == (3, offered)
 
 
+def test_commands_a_dry_run_shows_what_is_sent_where_it_goes_and_what_it_costs(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    blocks = {name: {"type": "mock"} for name in ("toy", "other")}
+    here.configure(blocks)
+    words = ("--seed", "7", "--negative", "blur", "--opt", "width=48", "--opt", "height=32")
+    done = inside("generate", "a fox", *words, "-n", "2", "--dry-run", "--json").json
+    first, second = done["plans"]
+    day = imagen.now_iso()[:10]
+    assert (done["ok"], done["dry_run"]) == (True, True)
+    assert first == {
+        "backend": "toy",
+        "prompt": "a fox",
+        "negative_prompt": "blur",
+        "parameters": {"width": 48, "height": 32, "seed": 7},
+        "file": f"{here.out}/{day}-a-fox-7.png",
+        "price_usd": 0.0,
+        "price_source": "free",
+    }
+    assert second["parameters"]["seed"] == 8
+    lines = inside("generate", "a fox", *words, "--dry-run").lines
+    told = [re.split(" {2,}", line) for line in lines]
+    assert told[:3] == [["backend", "toy"], ["prompt", "a fox"], ["negative_prompt", "blur"]]
+    assert told[3][0] == "parameters"
+    assert json.loads(told[3][1]) == first["parameters"]
+    assert told[4:] == [["file", first["file"]], ["price_usd", "0.0"], ["price_source", "free"]]
+    # What another backend would not know of does not go along with --like.
+    (made,) = inside("generate", "a fox", *words, "--tag", "a", "--tag", "b").lines
+    assert here.sidecar(made)["tags"] == ["a", "b"]
+    for flags, width in (((), 48), (("-b", "toy"), 48), (("-b", "other"), 1024)):
+        like = inside("generate", "--like", "last", *flags, "--dry-run", "--json").json["plans"][0]
+        assert (like["parameters"]["width"], like["negative_prompt"]) == (width, "blur")
+    options = imagen.options_from(["a=1", "b=x=y", "c=", 'd={"e": [true]}'])
+    assert options == {"a": 1, "b": "x=y", "c": "", "d": {"e": [True]}}
+    for wrong in ("=1", "a", ""):
+        with pytest.raises(imagen.BadRequest, match="not KEY=VALUE"):
+            imagen.options_from([wrong])
+    # What a command may spend is the flag's word, and the config's where there is none.
+    budget = imagen.BudgetConfig(per_command=0.3, per_day=7.0)
+    config = imagen.Config(budget=budget)
+    assert imagen.budgeted(config, None) == config
+    assert imagen.budgeted(config, 0.5).budget == budget._replace(per_command=0.5)
+    for most in (-1.0, math.nan):
+        with pytest.raises(imagen.BadRequest, match="--max-cost"):
+            imagen.budgeted(config, most)
+    skill = inside("skill", "--json").json["text"]
+    assert skill.startswith("---\nname: imagine\n")
+    assert skill == inside("skill").out.rstrip()
+
+
 def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
     here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -25401,9 +25467,9 @@ def commands_box(
     )
 
 
-def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]]:
+def commands_sizes(run: Callable[..., Done], *args: str, **options: Any) -> list[tuple[int, int]]:
     """The pixels that a dry run would ask for."""
-    done = box.run("generate", *args, "--dry-run", "--json", **options)
+    done = run("generate", *args, "--dry-run", "--json", **options)
     assert done.code == 0, done.err
     return [
         (plan["parameters"]["width"], plan["parameters"]["height"]) for plan in done.json["plans"]
@@ -25413,8 +25479,10 @@ def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]
 @pytest.mark.parametrize(
     "given_as", ["--size 96x64", "--size 96X64", "--size=96×64", "--width 96 --height 64"]
 )
-def test_commands_a_size_is_given_in_any_of_its_forms(box: Box, given_as: str) -> None:
-    assert commands_sizes(box, "a fox", *given_as.split()) == [(96, 64)]
+def test_commands_a_size_is_given_in_any_of_its_forms(
+    here: Box, inside: Callable[..., Done], given_as: str
+) -> None:
+    assert commands_sizes(inside, "a fox", *given_as.split()) == [(96, 64)]
 
 
 def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
@@ -25437,10 +25505,12 @@ def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
     ],
     ids=str,
 )
-def test_commands_behind_two_dashes_everything_is_the_prompt(box: Box, words: list[str]) -> None:
-    done = box.run("generate", "--size", "64x64", *words)
+def test_commands_behind_two_dashes_everything_is_the_prompt(
+    here: Box, inside: Callable[..., Done], words: list[str]
+) -> None:
+    done = inside("generate", "--size", "64x64", *words)
     assert done.code == 0, done.err
-    assert box.ledger()[-1]["sidecar"]["prompt"] == words[-1]
+    assert here.ledger()[-1]["sidecar"]["prompt"] == words[-1]
 
 
 @pytest.mark.parametrize(
@@ -25554,69 +25624,82 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
     assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
 
 
-def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(box: Box) -> None:
-    box.configure(MOCK_SMALL)
-    first = box.fox("--seed", "5", "--aspect", "2:1", "--quality", "high", "--negative", "blur")
-    moved = box.root / "elsewhere.png"
+def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    first = inside(
+        "generate",
+        "a fox",
+        "--seed",
+        "5",
+        "--aspect",
+        "2:1",
+        "--quality",
+        "high",
+        "--negative",
+        "blur",
+    )
+    moved = here.root / "elsewhere.png"
     Path(first.lines[0]).rename(moved)
     Path(f"{first.lines[0]}.json").unlink()
-    again = box.run("generate", "--like", str(moved))
+    again = inside("generate", "--like", str(moved))
     assert again.code == 0, again.err
-    sidecar = box.sidecar(again.lines[0])
+    sidecar = here.sidecar(again.lines[0])
     assert (sidecar["seed"], sidecar["requested"]["aspect"]) == (5, "2:1")
     assert sidecar["requested"]["quality"] == "high"
     assert f"from the record of {moved}" in again.err
-    square = box.run("generate", "--like", str(moved), "--size", "64x64")
-    wide = box.run("generate", "--like", square.lines[0], "--aspect", "2:1")
-    assert [box.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
+    square = inside("generate", "--like", str(moved), "--size", "64x64")
+    wide = inside("generate", "--like", square.lines[0], "--aspect", "2:1")
+    assert [here.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
     # What A1111 writes, and ComfyUI.
     text = "a fox,\nin snow\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 64x96, Model: x"
-    (box.root / "a1111.png").write_bytes(png(text={"parameters": text}))
-    (box.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
+    (here.root / "a1111.png").write_bytes(png(text={"parameters": text}))
+    (here.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
     graph = flux_graph(text="a red hare", seed=12)
-    (box.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
-    (box.root / "plain.png").write_bytes(png())
+    (here.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
+    (here.root / "plain.png").write_bytes(png())
     for name, source in (("a1111.png", "A1111"), ("a1111.jpg", "A1111"), ("comfy.png", "ComfyUI")):
-        done = box.run("generate", "--like", name)
+        done = inside("generate", "--like", name)
         assert done.code == 0, done.err
         assert f"from the {source}" in done.err
-        sidecar = box.sidecar(done.lines[0])
+        sidecar = here.sidecar(done.lines[0])
         if source == "A1111":
             assert sidecar["prompt"] == "a fox,\nin snow"
             assert (sidecar["negative_prompt"], sidecar["seed"]) == ("blur", 5)
             assert sidecar["requested"] | {"steps": 0} == {"width": 64, "height": 96, "steps": 0}
         else:
             assert (sidecar["prompt"], sidecar["seed"], sidecar["width"]) == ("a red hare", 12, 64)
-    refused = box.run("generate", "--like", "plain.png")
+    refused = inside("generate", "--like", "plain.png")
     assert (refused.code, "tells of it" in refused.err) == (2, True)
 
 
-def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
-    first = box.run(*SMALL, "--style", "ink", "--negative", "blur", "--opt", "delay_s=0.01").lines[
-        0
-    ]
+def test_commands_like_takes_last_an_image_or_its_sidecar(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    first = inside(*SMALL, "--style", "ink", "--negative", "blur", "--opt", "delay_s=0.01").lines[0]
     for what in ("last", first, f"{first}.json"):
-        (again,) = box.run("generate", "--like", what).lines
+        (again,) = inside("generate", "--like", what).lines
         assert again != first
         assert Path(again).read_bytes() == Path(first).read_bytes()
-    (other,) = box.run("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
-    original = box.sidecar(first)
-    changed = box.sidecar(other)
+    (other,) = inside("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
+    original = here.sidecar(first)
+    changed = here.sidecar(other)
     assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
     assert changed["negative_prompt"] == original["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
-    assert box.run("generate", "--like", str(HERE)).code == 2
+    assert inside("generate", "--like", str(HERE)).code == 2
 
 
-def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
-    cat = box.root / "cats" / "cat.jpg"
-    first, second = box.run(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
+def test_commands_output_names_a_file_or_a_folder(here: Box, inside: Callable[..., Done]) -> None:
+    cat = here.root / "cats" / "cat.jpg"
+    first, second = inside(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
     assert {first, second} == {str(cat.with_suffix(".png")), str(cat.with_name("cat-2.png"))}
-    (filed,) = box.run(*SMALL, "-o", f"{box.root}/dogs/").lines
-    assert Path(filed).parent == box.root / "dogs"
+    (filed,) = inside(*SMALL, "-o", f"{here.root}/dogs/").lines
+    assert Path(filed).parent == here.root / "dogs"
     assert Path(filed).name.endswith("-a-fox-7.png")
-    (relative,) = box.run(*SMALL, "-o", "cats/relative.png").lines
-    assert relative == str(box.root / "cats" / "relative.png")
+    (relative,) = inside(*SMALL, "-o", "cats/relative.png").lines
+    assert relative == str(here.root / "cats" / "relative.png")
 
 
 @pytest.mark.parametrize(
@@ -25664,18 +25747,18 @@ JSON_DONE = [
 
 @pytest.mark.parametrize("args", JSON_DONE, ids=" ".join)
 def test_commands_with_json_a_command_answers_with_one_document(
-    box: Box, args: tuple[str, ...]
+    here: Box, inside: Callable[..., Done], args: tuple[str, ...]
 ) -> None:
-    commands_box(box)
-    box.run(*SMALL)
-    done = box.run(*args, "--json")
+    commands_box(here)
+    inside(*SMALL)
+    done = inside(*args, "--json")
     assert done.code == 0, done.err
     assert done.json["ok"] is True
     if args[:4] == SMALL[:4] and "-n" in args:
         assert done.json.keys() == {"ok", "images", "warnings"}
         assert done.json["warnings"] == []
         for image in done.json["images"]:
-            assert image == {**box.sidecar(image["path"]), "path": image["path"], "cloud": None}
+            assert image == {**here.sidecar(image["path"]), "path": image["path"], "cloud": None}
 
 
 JSON_FAILED = [
@@ -25692,14 +25775,14 @@ JSON_FAILED = [
     ("code", "args"), JSON_FAILED, ids=[f"{row[0]}: {' '.join(row[1])}" for row in JSON_FAILED]
 )
 def test_commands_with_json_a_failure_is_a_document_too(
-    box: Box, code: str, args: tuple[str, ...]
+    here: Box, inside: Callable[..., Done], code: str, args: tuple[str, ...]
 ) -> None:
     nobody = {"type": "openai", "model": "m", "base_url": f"http://127.0.0.1:{refused_port()}"}
     wrong: dict[str, Any] = (
         {"outptu": {}} if args in (("config", "validate"), ("config", "show")) else {}
     )
-    commands_box(box, {"x": nobody} if code == "unreachable" else None, **wrong)
-    done = box.run(*args, "--json")
+    commands_box(here, {"x": nobody} if code == "unreachable" else None, **wrong)
+    done = inside(*args, "--json")
     assert done.code == ERRORS_EXITS[code]
     assert done.json["ok"] is False
     assert len(done.lines) == 1
@@ -25712,8 +25795,10 @@ def test_commands_with_json_a_failure_is_a_document_too(
 
 
 @pytest.mark.parametrize("code", ERRORS_EXITS)
-def test_commands_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
-    done = box.run(*SMALL, "--opt", f"fail={code}")
+def test_commands_each_error_has_its_exit_code_at_the_command_line(
+    here: Box, inside: Callable[..., Done], code: str
+) -> None:
+    done = inside(*SMALL, "--opt", f"fail={code}")
     assert (done.code, done.out) == (ERRORS_EXITS[code], "")
 
 
@@ -25756,9 +25841,9 @@ MISTAKES = [  # what was typed; the exit code; a word of the next step
     ("args", "code", "step"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES]
 )
 def test_commands_an_error_is_one_line_and_the_next_step(
-    box: Box, args: tuple[str, ...], code: int, step: str
+    here: Box, inside: Callable[..., Done], args: tuple[str, ...], code: int, step: str
 ) -> None:
-    done = box.run(*args, "-q")
+    done = inside(*args, "-q")
     assert (done.code, done.out) == (code, "")
     message, *steps = done.err.splitlines()
     assert message.startswith("imagen: ")
@@ -25767,12 +25852,14 @@ def test_commands_an_error_is_one_line_and_the_next_step(
     assert step in done.err
 
 
-def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
-    lines = box.fox("--size", "64x64").err.splitlines()
+def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    lines = inside("generate", "a fox", "--size", "64x64").err.splitlines()
     assert len([line for line in lines if "mock" in line and "imagen config init" in line]) == 1
-    assert "config init" not in box.run(*SMALL).err
-    box.configure(MOCK)
-    assert "config init" not in box.fox("--size", "64x64").err
+    assert "config init" not in inside(*SMALL).err
+    here.configure(MOCK)
+    assert "config init" not in inside("generate", "a fox", "--size", "64x64").err
 
 
 COMMAND_WORDS = [
@@ -25821,26 +25908,30 @@ def test_commands_no_command_line_is_a_bug(here: Box, args: list[str], command: 
 @pytest.mark.parametrize(
     "typed", ["--help", "-h", "help", "", "--config x --help", "generate --help", "generate -h"]
 )
-def test_commands_help_ends_with_three_examples_that_work(box: Box, typed: str) -> None:
-    done = box.run(*typed.split())
+def test_commands_help_ends_with_three_examples_that_work(
+    here: Box, inside: Callable[..., Done], typed: str
+) -> None:
+    done = inside(*typed.split())
     assert done.code == 0
     assert done.err == ""
     assert done.out.startswith("usage: imagen ")
     examples = re.findall(r"^  imagen (generate .*)", done.out, re.MULTILINE)
     assert len(examples) == 3
-    box.run(*SMALL)
+    inside(*SMALL)
     for line in examples:
-        assert box.run(*shlex.split(line), "--dry-run").code == 0, line
+        assert inside(*shlex.split(line), "--dry-run").code == 0, line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_every_command_tells_about_itself(box: Box, command: str) -> None:
-    done = box.run(*command.split(), "--help")
+def test_commands_every_command_tells_about_itself(
+    here: Box, inside: Callable[..., Done], command: str
+) -> None:
+    done = inside(*command.split(), "--help")
     assert done.code == 0
     assert f"usage: imagen {command}" in done.out
-    assert done.out == box.run("help", *command.split()).out
+    assert done.out == inside("help", *command.split()).out
     assert "--json" in done.out
-    assert re.search(rf"^  {command} +\w", box.run("--help").out, re.MULTILINE)
+    assert re.search(rf"^  {command} +\w", inside("--help").out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
@@ -25889,8 +25980,10 @@ def test_commands_help_stays_where_docstrings_are_stripped(box: Box) -> None:
         assert stripped.out == box.run(*args).out.replace("--no-help", "")
 
 
-def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(box: Box) -> None:
-    assert "imagen generate PROMPT" in box.run("list").err
+def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    assert "imagen generate PROMPT" in inside("list").err
     for args, near in (
         (("generat", "a fox"), "generate"),
         (("generate", "a fox", "--sedd", "7"), "--seed"),
@@ -25898,7 +25991,7 @@ def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(box: Box) 
         (("config", "valdate"), "validate"),
         (("help", "stlyes"), "styles"),
     ):
-        done = box.run(*args)
+        done = inside(*args)
         assert done.code == 2
         assert near in done.err, args
 
@@ -25938,12 +26031,12 @@ def test_commands_a_batch_says_how_many_it_has_made(box: Box) -> None:
 
 
 def test_commands_jobs_say_migrate_where_the_database_has_no_tables(
-    box: Box, database: Database
+    here: Box, inside: Callable[..., Done], database: Database
 ) -> None:
-    box.configure(MOCK, owner_user_id=database.user("anna"))
-    box.environ["IMAGEN_DATABASE_URL"] = database.dsn("postgres")
+    here.configure(MOCK, owner_user_id=database.user("anna"))
+    here.environ["IMAGEN_DATABASE_URL"] = database.dsn("postgres")
     for args in (["add", "a fox"], ["add", "a fox", "--key", "k"], ["list"], ["stats"]):
-        done = box.run("jobs", *args)
+        done = inside("jobs", *args)
         assert done.code == 3, done.err
         assert "→ imagen migrate" in done.err
 
@@ -26003,12 +26096,6 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     run = functools.partial(subprocess.run, env=box.environ, capture_output=True, text=True)
     made = run([launcher, "generate", "a fox", "--size", "64x64"])
     assert made.returncode == 0, made.stderr
-    # Once more, from its own place: an upgrade that keeps the environment.
-    python = folder / "venv/bin/python"
-    before = python.lstat()
-    again = run([launcher, "setup"])
-    assert again.returncode == 0, again.stderr
-    assert python.lstat() == before
     gone = run([launcher, "uninstall"])
     assert gone.returncode == 0, gone.stderr
     assert not folder.exists()
@@ -26026,10 +26113,12 @@ def test_commands_an_older_python_is_named_in_place_of_a_traceback() -> None:
     assert "3.11 or newer" in done.stderr
 
 
-def test_commands_install_names_the_line_that_this_shell_reads(box: Box) -> None:
+def test_commands_install_names_the_line_that_this_shell_reads(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     lines = {"/bin/bash": "~/.bashrc", "/usr/bin/zsh": "~/.zshrc", "/bin/sh": "~/.profile"}
     for shell, file in {**lines, "/usr/bin/fish": "fish_add_path ", "": "~/.profile"}.items():
-        assert file in box.run("install", env={"SHELL": shell}).err, shell
+        assert file in inside("install", env={"SHELL": shell}).err, shell
 
 
 def test_commands_a_package_that_is_missing_is_named_for_this_python(box: Box) -> None:
@@ -26051,10 +26140,12 @@ def test_commands_version_is_release_and_hash_of_this_very_file(box: Box) -> Non
     assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", version)
 
 
-def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
+def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     rows = {
         row["name"]: row
-        for row in box.run("backends", "--json", env={"OPENAI_API_KEY": "k"}).json["backends"]
+        for row in inside("backends", "--json", env={"OPENAI_API_KEY": "k"}).json["backends"]
     }
     assert [name for name, row in rows.items() if row["default"]] == ["mock"]
     assert (rows["gpt-image"]["type"], rows["gpt-image"]["model"]) == ("openai", "gpt-image-1-mini")
@@ -26063,17 +26154,17 @@ def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(b
         "REPLICATE_API_TOKEN",
         False,
     )
-    in_words = box.run("backends").out
+    in_words = inside("backends").out
     assert re.search(r"^\* mock ", in_words, re.MULTILINE)
     assert re.search(r"OPENAI_API_KEY (is )?not set", in_words)
 
 
-def test_commands_an_empty_variable_is_not_set(box: Box) -> None:
-    rows = box.run("backends", "--json", env={"OPENAI_API_KEY": ""}).json["backends"]
+def test_commands_an_empty_variable_is_not_set(here: Box, inside: Callable[..., Done]) -> None:
+    rows = inside("backends", "--json", env={"OPENAI_API_KEY": ""}).json["backends"]
     assert [row["set"] for row in rows if row["variable"] == "OPENAI_API_KEY"] == [False]
 
 
-def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
+def test_commands_backends_are_checked_side_by_side(here: Box, inside: Callable[..., Done]) -> None:
     both = threading.Barrier(2)
 
     def models(_: object) -> object:
@@ -26083,10 +26174,10 @@ def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
     with Remote(handler=models) as one, Remote(handler=models) as other:
         block = {"type": "openai", "model": "m"}
         commands_box(
-            box,
+            here,
             {"one": {**block, "base_url": one.base}, "other": {**block, "base_url": other.base}},
         )
-        done = box.run("backends", "--check")
+        done = inside("backends", "--check")
     assert done.code == 0, done.out
     assert len(done.lines) == 7
     assert all("ok" in line for line in done.lines)
@@ -26104,7 +26195,7 @@ def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
     ],
 )
 def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
-    box: Box, bad: tuple[str, ...], code: int
+    here: Box, inside: Callable[..., Done], bad: tuple[str, ...], code: int
 ) -> None:
     with (
         Remote(401, repeat=True) as closed,
@@ -26117,13 +26208,13 @@ def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
             "unset": {**block, "base_url": closed.base, "api_key_env": "UNSET_KEY"},
             "model": {**block, "base_url": without_model.base},
         }
-        commands_box(box, {name: faults[name] for name in bad})
-        done = box.run("backends", "--check", "--json")
+        commands_box(here, {name: faults[name] for name in bad})
+        done = inside("backends", "--check", "--json")
         # Unnamed, the others than the default one do not count.
         rows = done.json["backends"]
         (default,) = [row for row in rows if row["default"]]
         assert (done.code == 0) == default["ok"]
-        done = box.run("backends", "--check", "--json", *[row["name"] for row in rows])
+        done = inside("backends", "--check", "--json", *[row["name"] for row in rows])
     assert done.code == code
     assert [row["name"] for row in done.json["backends"] if not row["said"].startswith("ok")] == [
         *bad
@@ -26233,69 +26324,87 @@ def test_commands_config_show_names_the_file_and_what_the_environment_overrides_
     "command", ["config show", "config validate", "backends", "backends --check", "generate fox"]
 )
 def test_commands_a_key_pasted_into_the_config_is_not_shown(
-    box: Box, command: str, place: str
+    here: Box, inside: Callable[..., Done], command: str, place: str
 ) -> None:
     pasted = {
         "api_key_env": "sk-canary",
         "api_key": "sk-canary",
         "base_url": "http://me:sk-canary@127.0.0.1:1/v1",
     }
-    commands_box(box, {"ai": {"type": "openai", "model": "m", place: pasted[place]}})
+    commands_box(here, {"ai": {"type": "openai", "model": "m", place: pasted[place]}})
     for flags in ([], ["--json"]):
-        done = box.run(*command.split(), *flags)
+        done = inside(*command.split(), *flags)
         assert "canary" not in done.out + done.err
     assert done.code == (0 if command in ("config show", "backends") else 3)
 
 
-def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -> None:
+def test_commands_list_shows_the_last_images_that_hold_all_the_words(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     for prompt in ("a red fox", "a blue fox", "a Red hen"):
-        box.run("generate", prompt, "--size", "64x64")
+        inside("generate", prompt, "--size", "64x64")
     matches = {
-        terms: box.run("list", *terms.split(), "--json").json["images"]
+        terms: inside("list", *terms.split(), "--json").json["images"]
         for terms in ("", "RED", "fox red")
     }
     assert [row["prompt"] for row in matches[""]] == ["a Red hen", "a blue fox", "a red fox"]
     assert [row["prompt"] for row in matches["RED"]] == ["a Red hen", "a red fox"]
     assert [row["prompt"] for row in matches["fox red"]] == ["a red fox"]
-    (line,) = box.run("list", "-n", "1").lines
+    (line,) = inside("list", "-n", "1").lines
     assert "a Red hen" in line
     assert "$0" in line
-    assert str(box.out) in line
-    nothing = box.run("list", "nothing", "such")
+    assert str(here.out) in line
+    nothing = inside("list", "nothing", "such")
     assert (nothing.code, nothing.out) == (0, "")
     assert "no image here has nothing and such" in nothing.err
 
 
-def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
+def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
         block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
         other = {**block, "base_url": local.v1, "model": local.models[0]}
-        box.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
-        known = [box.sidecar(box.fox().lines[0])["cost_usd_estimate"] for _ in range(2)]
-        assert box.fox("-b", "local", "--size", "512x512").code == 0
-        assert box.fox("-b", "toy").code == 0
+        here.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
+        known = [
+            here.sidecar(
+                inside(
+                    "generate",
+                    "a fox",
+                ).lines[0]
+            )["cost_usd_estimate"]
+            for _ in range(2)
+        ]
+        assert inside("generate", "a fox", "-b", "local", "--size", "512x512").code == 0
+        assert inside("generate", "a fox", "-b", "toy").code == 0
         server.script("server_error", "moderation_input")
-        assert [box.fox().code for _ in "12"] == [10, 5]
+        assert [
+            inside(
+                "generate",
+                "a fox",
+            ).code
+            for _ in "12"
+        ] == [10, 5]
         assert (
-            box.run("recover", "--all").code == 10
+            inside("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
     assert known[0] > 0
     total = {"images": 4, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
-    by_backend = box.run("cost", "--by", "backend", "--json").json
+    by_backend = inside("cost", "--by", "backend", "--json").json
     assert {key: by_backend["total"][key] for key in total} == total
     rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
     assert rows == {"ai": (2, 1), "local": (1, 1), "toy": (1, 0)}
-    records = box.ledger()
+    records = here.ledger()
     records[0]["at"] = "2001-02-03T04:05:06+00:00"
-    (box.state / "ledger.jsonl").write_text(
+    (here.state / "ledger.jsonl").write_text(
         "".join(f"{json.dumps(record)}\n" for record in records)
     )
-    days = box.run("cost", "--json").json["rows"]
+    days = inside("cost", "--json").json["rows"]
     assert [row["images"] for row in days] == [1, 3]
     assert days[0]["day"] == "2001-02-03"
-    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
-    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
-    in_words = box.run("cost").out
+    assert inside("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
+    assert inside("cost", "--since", "2999-01-01", "--json").json["rows"] == []
+    in_words = inside("cost").out
     assert "2 of unknown cost" in in_words
     assert "$0 " not in in_words
 
@@ -26443,8 +26552,10 @@ def jobs_listed(box: Box, *args: str) -> dict[str, str]:
     }
 
 
-def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_are_added_listed_canceled_and_repeated(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     flags = (
         "--size",
         "64x48",
@@ -26457,7 +26568,7 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
         "--steps",
         "4",
     )
-    done = box.run("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
+    done = inside("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
     assert done.code == 0
     assert len(done.lines) == 2
     assert done.err == ""
@@ -26479,32 +26590,34 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert expected.items() <= first.items()
     assert expected.items() <= second.items()
     assert (first["seed"], second["seed"]) == (7, 8)
-    (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
+    (added,) = inside("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
     row = jobs_row(cloud.database, added["id"])
     assert (row["prompt"], row["seed"], added["status"]) == ("from stdin", None, "pending")
-    assert [*jobs_listed(box)] == [added["id"], *reversed(done.lines)]
-    canceled = box.run("jobs", "cancel", added["id"], "--json").json["jobs"]
+    assert [*jobs_listed(here)] == [added["id"], *reversed(done.lines)]
+    canceled = inside("jobs", "cancel", added["id"], "--json").json["jobs"]
     assert canceled == [{"id": added["id"], "status": "canceled"}]
-    assert box.run("jobs", "cancel", added["id"]).code == 2
-    assert jobs_listed(box, "--status", "canceled") == {added["id"]: "canceled"}
-    (again,) = box.run("jobs", "retry", first["id"]).lines
+    assert inside("jobs", "cancel", added["id"]).code == 2
+    assert jobs_listed(here, "--status", "canceled") == {added["id"]: "canceled"}
+    (again,) = inside("jobs", "retry", first["id"]).lines
     own = {"id", "seq", "created_at", "run_after"}
     repeated = jobs_row(cloud.database, again)
     assert {key for key in repeated if repeated[key] != first[key]} == own
-    assert box.run("worker", "--once").code == 0
-    assert jobs_listed(box, "--status", "done").keys() == {*done.lines, again}
-    lines = box.run("jobs", "list").lines
+    assert here.run("worker", "--once").code == 0
+    assert jobs_listed(here, "--status", "done").keys() == {*done.lines, again}
+    lines = inside("jobs", "list").lines
     assert len(lines) == 4
     assert lines[0].split()[0] == again
     assert "done" in lines[0]
     assert "a fox" in lines[0]
-    like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
+    like = inside("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
     row = jobs_row(cloud.database, like)
     assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
 
 
-def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_are_counted_retried_and_canceled_by_many(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     add = functools.partial(jobs_add, cloud.database)
     receipt = {"attempt": 1, "remote": {}}
     now = datetime.now(UTC)
@@ -26517,42 +26630,42 @@ def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud:
     add(cloud.bert, status="running", started_at=now.isoformat())
     add(cloud.bert, backend="gpu", error_code="unreachable", handed_back_at=ago)
     add(cloud.anna, status="done", note="made, not in the cloud", finished_at=ago)
-    stats = box.run("jobs", "stats", "--json").json
+    stats = inside("jobs", "stats", "--json").json
     numbers = {key: stats[key] for key in stats if key not in ("groups", "oldest", "ok")}
     assert numbers == {
         "pending": 1, "running": 1, "failed_last_hour": 3, "paused": 1, "not_in_cloud": 1,
     }  # fmt: skip
     (paused,) = (row for row in stats["groups"] if row["what"] == "paused")
     assert (paused["backend"], paused["code"], paused["jobs"]) == ("gpu", "unreachable", 1)
-    lines = box.run("jobs", "stats").lines
+    lines = inside("jobs", "stats").lines
     assert any(re.match(r"paused +gpu +unreachable +1 ", line) for line in lines), lines
     # What failed, was not charged, and is not retried yet.
     retry = ("jobs", "retry", "--failed", "--code", "busy")
-    (again,) = box.run(*retry, "--since", "2h").lines
+    (again,) = inside(*retry, "--since", "2h").lines
     assert jobs_row(cloud.database, again)["prompt"] == "a red fox"
-    (older,) = box.run(*retry).lines
+    (older,) = inside(*retry).lines
     assert {again, older}.isdisjoint({busy, old, paid})
-    assert box.run(*retry).out == ""
-    refused = box.run("jobs", "retry", paid)
+    assert inside(*retry).out == ""
+    refused = inside("jobs", "retry", paid)
     assert refused.code == 2 and "--pay-again" in refused.err
-    (dear,) = box.run("jobs", "retry", paid, "--pay-again").lines
+    (dear,) = inside("jobs", "retry", paid, "--pay-again").lines
     for flags in (("--failed", paid), ("--failed", "--pay-again"), (paid, old, "--pay-again")):
-        assert box.run("jobs", "retry", *flags).code == 2
+        assert inside("jobs", "retry", *flags).code == 2
     # Those that are listed, and several at once that are canceled.
-    assert [*jobs_listed(box, "RED", "fox")] == [again, busy]
-    assert len(jobs_listed(box, "--owner", cloud.bert)) == 2
-    assert [*jobs_listed(box, "-n", "1")] == [dear]
-    assert any(line.endswith("unreachable: a fox") for line in box.run("jobs", "list").lines)
-    done = box.run("jobs", "cancel", again, busy, dear, "--json")
+    assert [*jobs_listed(here, "RED", "fox")] == [again, busy]
+    assert len(jobs_listed(here, "--owner", cloud.bert)) == 2
+    assert [*jobs_listed(here, "-n", "1")] == [dear]
+    assert any(line.endswith("unreachable: a fox") for line in inside("jobs", "list").lines)
+    done = inside("jobs", "cancel", again, busy, dear, "--json")
     assert done.code == 2 and f"{busy}: no job that waits" in done.json["error"]["message"]
     assert [job["id"] for job in done.json["jobs"]] == [again, dear]
-    (later,) = box.run("jobs", "add", "x", "--run-after", "2h", "--priority", "-3").lines
+    (later,) = inside("jobs", "add", "x", "--run-after", "2h", "--priority", "-3").lines
     row = jobs_row(cloud.database, later)
     assert row["priority"] == -3
     wait = datetime.fromisoformat(row["run_after"]) - now
     assert timedelta(hours=1.9) < wait < timedelta(hours=2.2)
     for flags in (("a", "b"), ("a", "--run-after", "soon"), ("a", "--run-after", "9999999-01-01")):
-        assert box.run("jobs", "add", *flags).code == 2
+        assert inside("jobs", "add", *flags).code == 2
 
 
 def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
@@ -26692,8 +26805,10 @@ def test_commands_who_waits_hears_that_no_worker_is_there_and_outlives_the_datab
     assert {*jobs_listed(box).values()} == {"done"}
 
 
-def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_that_cannot_be_meant(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     nobody = {"IMAGEN_OWNER_USER_ID": ""}
     nowhere = {"IMAGEN_DATABASE_URL": ""}
     closed = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
@@ -26709,7 +26824,7 @@ def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
         (("remove",), {}, 2, "no such action",), ((), {}, 2, "no such action",),
     ]  # fmt: skip
     for args, env, code, text in cases:
-        done = box.run("jobs", *args, "--json", env=env)
+        done = inside("jobs", *args, "--json", env=env)
         assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"][
             "message"
         ], args
