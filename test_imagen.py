@@ -21633,6 +21633,55 @@ def test_server_too_many_edits_at_once_are_told_to_come_back(here: Box) -> None:
             )
 
 
+def test_server_a_body_means_what_openais_clients_mean_by_it(here: Box) -> None:
+    with OpenAIServer(key="") as remote:
+        paid = {"type": "openai", "model": "gpt-image-1-mini", "base_url": remote.v1}
+        here.configure({**MOCK_SMALL, "ai": paid}, styles={"natural": "in ink"})
+        with ServingInside() as serving:
+            ignored_: dict[str, list[str]] = {
+                '{"style": "vivid"}': ["style"],
+                '{"style": "natural"}': [],
+                '{"seed": -1}': [],
+                '{"model": "dall-e-3", "quality": "hd"}': ["model", "quality"],
+                '{"model": "dall-e-2", "quality": "standard"}': ["model", "quality"],
+                '{"model": "gpt-image-1"}': ["model"],
+                '{"model": "chatgpt-image-latest"}': ["model"],
+                '{"model": "auto", "user": "u", "sparkle": [1]}': ["user", "sparkle"],
+                '{"moderation": "low", "input_fidelity": null}': ["moderation"],
+                '{"response_format": "b64_json", "stream": false, "model": "mock"}': [],
+            }
+            for text, ignored in ignored_.items():
+                answer = serving.make(json.loads(text))
+                assert answer.status == 200, (text, answer.body)
+                (image,) = answer.json["data"]
+                assert image["imagen"]["ignored"] == ignored, text
+                assert ("url" in image) == ("dall-e" in text), text
+                facts = serving.get(f"/api/images/{image['imagen']['id']}").json
+                assert facts["style"] == ("natural" if "natural" in text else "")
+                assert facts["seed"] >= 0
+            for n, count in ((3, 3), ("2", 2), ("2.0", 2), (1.0, 1), (10, 10)):
+                assert len(serving.make({"n": n}).json["data"]) == count
+            refused = {
+                '{"n": 0}': "n is 1 to", '{"n": 11}': "n is 1 to 10", '{"n": 1.5}': "n: ",
+                '{"response_format": "png"}': "b64_json or url", '{"stream": "yes"}': "true or false",
+                '{"output_format": "bmp"}': "output_format is one of png, jpeg", '{"seed": -2}': "seed",
+                '{"backend_opts": 7}': "backend_opts", '{"size": "9"}': "size",
+                '{"model": "xgpt-image-1"}': "is unknown", '{"model": "Mock"}': 'did you mean "mock"',
+            }  # fmt: skip
+            for text, complaint in refused.items():
+                answer = serving.make(json.loads(text))
+                assert answer.status == (404 if "model" in text else 400), text
+                assert complaint in answer.json["error"]["message"], answer.json
+            options = {"moderation": "low", "backend_opts": {"quality": "low"}}
+            answer = serving.make({"model": "ai", "size": "1024x1024", **options})
+            assert answer.status == 200, answer.body
+            assert answer.json["data"][0]["imagen"]["ignored"] == ["seed"]
+            sent = remote.bodies[-1]
+            assert (sent["moderation"], sent["quality"]) == ("low", "low")
+            serving.make({"model": "ai", "size": "auto", "moderation": "auto", "quality": "hd"})
+            assert remote.bodies[-1].keys().isdisjoint({"moderation"})
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
@@ -24657,19 +24706,24 @@ def test_commands_a_detached_command_outlives_the_shell_that_began_it(
 
 def test_commands_wait_ends_as_generate_would_have(keyed: tuple[Box, OpenAIServer]) -> None:
     box, server = keyed
-    server.script("moderation_input")
-    [refused] = box.run("generate", "a fox", "--detach").lines
-    done = box.run("wait", refused, "--json")
+    server.script("moderation_input", "moderation_input")
+    words = ("generate", "a fox", "--detach", "--key", "k", "-n", "2")
+    refused = box.run(*words).lines
+    done = box.run("wait", *refused, "--json")
     assert (done.code, done.json["error"]["code"], done.json["error"]["charged"]) == (
         5,
         "refused",
         "no",
     )
     assert done.json["error"]["hint"] == "reword the prompt"
+    # The same once more is made anew, since nothing was charged.
+    assert box.run(*words).lines == refused
+    made = box.run("wait", *refused)
+    assert (made.code, len(made.lines)) == (0, 2), made.err
     # Killed while its POST is out, by whoever kills everything.
     server.script(hold(threading.Event(), ok(b"")))
     [killed] = box.run("generate", "a fox", "--detach").lines
-    server.wait_seen(2)
+    server.wait_seen(5)
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if f"HOME={box.root}\0".encode() in environ.read_bytes():
@@ -25328,6 +25382,18 @@ def test_commands_verbose_tells_what_the_backend_gets_and_each_command_how_many_
     again = inside(*words)
     assert again.json["images"] == [{**first, "reused": True}]
     assert f"made at {first['timestamp']} for this key\n" in again.err
+    # `on` says so where nothing can show an image, so that it can be seen which word counts.
+    previews: list[tuple[str, tuple[str, ...], bool]] = [
+        ("auto", (), False),
+        ("auto", ("--preview", "on"), True),
+        ("auto", ("--preview", "on", "--no-preview"), False),
+        ("on", (), True),
+        ("on", ("--preview", "off"), False),
+        ("on", ("--no-preview",), False),
+    ]
+    for word, flags, shown in previews:
+        here.configure(MOCK_SMALL, output={"preview": word})
+        assert ("preview: " in inside("generate", "a fox", *flags).err) == shown, (word, flags)
     # Without a backend that may be missing, nobody is told of another.
     for flags, offered in (((), True), (("-b", "gone"), False)):
         here.configure({"gone": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
@@ -26612,6 +26678,10 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(
     like = inside("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
     row = jobs_row(cloud.database, like)
     assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
+    with_key = ("jobs", "add", "a fox", "--key", "k")
+    assert inside(*with_key).lines == inside(*with_key).lines
+    assert inside("jobs", "add", "a hen", "--key", "k").code == 2
+    assert inside("jobs", "add", "a hen", "--key", "other", "-n", "2").code == 2
 
 
 def test_commands_jobs_are_counted_retried_and_canceled_by_many(
