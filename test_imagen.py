@@ -25451,6 +25451,118 @@ def test_commands_a_dry_run_shows_what_is_sent_where_it_goes_and_what_it_costs(
     assert skill == inside("skill").out.rstrip()
 
 
+def test_commands_backends_and_styles_show_what_is_configured(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    cloud = {"type": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    blocks = {"toy": {"type": "mock"}, "ai": {**cloud, "api_key_env": "SOME_KEY"}}
+    mine = {"suffix": "s", "negative": "n", "width": 64, "height": 32}
+    here.configure({**blocks, "bad": {"type": "openai"}}, styles={"mine": mine, "plain": "p"})
+    row = {
+        "name": "ai", "type": "openai", "default": False, "model": "m", "variable": "SOME_KEY",
+        "set": False, "said": "SOME_KEY not set",
+    }  # fmt: skip
+    toy = {**row, "name": "toy", "type": "mock", "default": True, "model": "", "variable": ""}
+    toy["said"] = ""
+    assert inside("backends", "ai", "toy", "--json").json == {"ok": True, "backends": [row, toy]}
+    done = inside("backends", "ai", "--json", env={"SOME_KEY": "k"})
+    assert done.json["backends"] == [{**row, "set": True, "said": "SOME_KEY set"}]
+    lines = [re.split(" {2,}", line) for line in inside("backends").lines]
+    assert ["* toy", "mock"] in lines
+    assert ["", "ai", "openai", "m", "SOME_KEY not set"] in lines
+    (bad,) = (line for line in lines if line[1] == "bad")
+    assert "model" in bad[-1]
+    assert 'did you mean "toy"' in inside("backends", "toi").err
+    # Of those that are named each counts, and what one can do something about counts most.
+    for names, code in ((("toy",), 0), (("ai",), 3), (("toy", "ai"), 3), ((), 0)):
+        done = inside("backends", *names, "--check", "--json")
+        assert done.code == code, names
+        said = {row["name"]: row["said"] for row in done.json["backends"]}
+        assert said.get("ai", "config: SOME").startswith("config: ")
+        assert said.get("toy", "ok: ").startswith("ok: ")
+    styles = dict(re.split(" {2,}", line, maxsplit=1) for line in inside("styles").lines)
+    assert (styles["mine"], styles["plain"]) == ("s / not: n [64x32]", "p")
+    shown = inside("styles", "--json").json["styles"]
+    assert shown["mine"] == mine
+    assert [*shown] == [*imagen.STYLES, "mine", "plain"]
+
+
+def test_commands_tell_of_each_image_and_each_error_as_it_comes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(call: Callable[[imagen.TerminalRunner], object], *flags: str, count: int = 1) -> Any:
+        terminal = imagen.Terminal(flags)
+        runner = imagen.TerminalRunner(["x"] * count, imagen.Config(), terminal, 1.0)
+        call(runner)
+        return capsys.readouterr()
+
+    sidecar = {"image_id": "7", "latency_ms": 1234, "cost_usd_estimate": 0.003, "seed": 0}
+    record: Any = {"path": "/x.png", "sidecar": sidecar, "object": "d/x.png", "row": True}
+    out, err = told(lambda runner: runner.on_image(record))
+    assert (out, err) == ("/x.png\n", "1.2 s, $0.003, seed 0\n")
+    out, err = told(lambda runner: runner.on_image(record), "--json")
+    assert (out, err) == ("", "1.2 s, $0.003, seed 0\n")
+    bare: Any = {"path": "/x.png", "sidecar": {"seed": None}}
+    assert told(lambda runner: runner.on_image(bare)) == ("/x.png\n", "0.0 s, $?\n")
+    line = "cloud: imagen.images.id=7 storage_path=d/x.png\n"
+    assert told(lambda runner: runner.on_delivered(record)) == ("", line)
+    for nothing in (None, bare):
+        assert told(lambda runner, it=nothing: runner.on_delivered(it)) == ("", "")
+    stopped = imagen.Interrupted("stopped")
+    dear = imagen.Interrupted("stopped", charged="unknown")
+    refused = imagen.Refused("stopped")
+    for error, count, shown in (
+        (stopped, 1, True), (stopped, 2, False), (dear, 2, True), (refused, 2, True),
+    ):  # fmt: skip
+        _, err = told(lambda runner, it=error: runner.on_error(it), count=count)
+        assert err == ("imagen: stopped\n" if shown else "")
+
+
+def test_commands_a_failure_of_several_is_told_with_each_and_by_rows(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    one = inside("generate", "a fox", "--opt", "fail=refused", "--json")
+    assert (one.code, "errors" in one.json) == (5, False)
+    two = inside("generate", "a fox", "--opt", "fail=refused", "-n", "2", "--json")
+    assert two.code == 5
+    assert [error["code"] for error in two.json["errors"]] == ["refused"] * 2
+    assert two.json["error"] == two.json["errors"][0]
+    bad = json.dumps({"prompt": "a fox", "backend_opts": {"fail": "refused"}})
+    rows = "\n".join([bad] * 51 + ["a hen"])
+    done = inside("batch", "-", "--parallel", "8", input=rows)
+    lines = [json.loads(line) for line in done.lines]
+    assert [line["row"] for line in lines] == [*range(1, 53)]
+    assert [line["ok"] for line in lines] == [False] * 51 + [True]
+    assert {line["error"]["code"] for line in lines[:51]} == {"refused"}
+    assert (lines[0]["images"], len(lines[51]["images"])) == ([], 1)
+    numbers = ", ".join(map(str, range(1, 51)))
+    assert done.code == 9
+    assert done.err.endswith(
+        "1 made, 51 failed, $0\n"
+        f"imagen: 51 of 52 rows failed: {numbers}\n"
+        "        → once that is mended, the same command again makes what is missing\n"
+    )
+    fine = inside("batch", "-", input="a hare\na cat\n")
+    assert (fine.code, fine.err) == (0, "2 made, 0 failed, $0\n")
+
+
+def test_commands_what_is_unfinished_is_listed_with_what_it_lacks(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    prompt = "a fox in snow, seen from above, at dusk, with a lantern in its mouth"
+    ident = journal_entry(prompt, id="p1")
+    (row,) = inside("recover", "--json").json["unfinished"]
+    at = row.pop("at")
+    assert row == {
+        "id": ident, "charged": "unknown", "path": None, "remote": {"id": "p1"},
+        "backend": "mock", "state": "sent", "prompt": prompt, "lacks": [],
+    }  # fmt: skip
+    (line,) = inside("recover").lines
+    assert re.split(" {2,}", line) == [ident, at, "mock", "sent", prompt[:60]]
+
+
 def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
     here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
