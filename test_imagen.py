@@ -21682,6 +21682,96 @@ def test_server_a_body_means_what_openais_clients_mean_by_it(here: Box) -> None:
             assert remote.bodies[-1].keys().isdisjoint({"moderation"})
 
 
+def test_server_a_body_in_chunks_is_read_to_its_end_or_refused(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    body = json.dumps({"prompt": "a fox", "seed": 7}).encode()
+    whole = b"%x; a=b\r\n%s\r\n%X\r\n%s\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    pieces = whole % (5, body[:5], len(body) - 5, body[5:])
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += "{}\r\n\r\n"
+    chunked = head.format("Transfer-Encoding: chunked").encode()
+    with ServingInside() as serving:
+
+        def sent(data: bytes) -> bytes:
+            sock = serving.raw(data)
+            if data.endswith(b"0"):
+                sock.shutdown(socket.SHUT_WR)
+            return serve_read(sock)
+
+        cases: list[tuple[bytes, int, bytes]] = [
+            (chunked + pieces, 200, b'"seed": 7'),
+            (chunked + pieces.replace(b"\r\n0\r\n", b"!\r\n0\r\n"), 400, b"longer than it says"),
+            (chunked + b"x\r\n", 400, b"without its length"),
+            (chunked + b"5\r\nhello\r\n0", 400, b"without its length"),
+            (chunked + b"40001\r\n", 413, b"more than 256 kB"),
+            (chunked + b"ea60\r\n%s\r\n" % bytes(60000) * 5, 413, b"more than 256 kB"),
+            (head.format("Content-Encoding: br").encode(), 415, b"packed by gzip or not at all"),
+            (head.format("Content-Length: 0").encode(), 400, b"no JSON object"),
+        ]
+        for data, status_, text in cases:
+            answer = sent(data)
+            assert answer.startswith(b"HTTP/1.1 %d " % status_), (data[:200], answer)
+            assert text in answer, (data[:200], answer)
+        # A client that waits for leave gets it; and two requests may share a connection.
+        waits = f"Expect: 100-continue\r\nContent-Length: {len(body)}"
+        answer = sent(head.format(waits).encode() + body)
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+        get = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        last = get.replace(b"\r\n\r\n", b"\r\nConnection: Close\r\n\r\n")
+        assert sent(b"\r\n" + get + last).count(b"HTTP/1.1 200 OK") == 2
+        old = get.replace(b"1.1", b"1.0")
+        assert sent(old + get).count(b"HTTP/1.1 200 OK") == 1
+        # An answer is remembered for whoever repeats its request, and then forgotten.
+        assert len(serving.server.calls) >= 2
+        for call in serving.server.calls:
+            assert 0 < call.replay_until - time.monotonic() <= 600
+            call.replay_until = 0
+        eventually(lambda: not serving.server.calls)
+
+
+def test_server_shows_what_the_backend_says_of_an_image(here: Box) -> None:
+    image = {"b64_json": b64(png(64, 64)), "revised_prompt": "a red fox"}
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    answer = {"data": [image], "usage": usage, "quality": "low", "background": "odd"}
+    with Remote(handler=lambda _: answer) as remote:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
+        here.configure({"ai": block})
+        with ServingInside() as serving:
+            made = serving.make({"size": "auto"}).json
+            assert made["data"][0]["revised_prompt"] == "a red fox"
+            assert abs(made["created"] - time.time()) < 30
+            details = {"image_tokens": 0, "text_tokens": 3}
+            assert made["usage"] == {**usage, "input_tokens_details": details}
+            stream = serving.make({"size": "auto", "stream": True}).body.decode()
+            assert re.findall("^event: (.*)$", stream, re.MULTILINE) == [
+                "image_generation.completed"
+            ]
+            event = json.loads(re.findall("^data: (.*)$", stream, re.MULTILINE)[0])
+            assert (event["type"], event["size"]) == ("image_generation.completed", "64x64")
+            assert (event["output_format"], event["b64_json"]) == ("png", image["b64_json"])
+            assert event["usage"] == made["usage"]
+            # Words that OpenAI's schema does not have are not passed on.
+            assert (event["quality"], event["background"]) == ("low", "auto")
+
+
+def test_server_listens_where_it_is_told_to(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    for host in ("::1", "[::1]"):
+        with ServingInside("--host", host) as serving:
+            assert serving.server.address == f"http://[::1]:{serving.port}/"
+            with socket.create_connection(("::1", serving.port), timeout=10) as sock:
+                sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                name = b"this server is not called"
+                assert name in serve_read(sock)
+            with socket.create_connection(("::1", serving.port), timeout=10) as sock:
+                head = f"Host: [::1]:{serving.port}\r\nConnection: close\r\n"
+                sock.sendall(f"GET /healthz HTTP/1.1\r\n{head}\r\n".encode())
+                assert serve_read(sock).startswith(b"HTTP/1.1 200 OK")
+    for host, complaint in (("0.0.0.0", "others could use"), ("192.0.2.1", "others could use")):
+        with pytest.raises(imagen.BadConfig, match=complaint):
+            ServingInside("--host", host)
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
@@ -25239,10 +25329,26 @@ def test_commands_of_several_outcomes_the_one_that_may_have_cost_decides() -> No
     assert partial and (partial.hint, partial.charged) == ("reword", "no")
 
 
-def test_commands_a_stop_waits_as_long_as_is_promised(
-    monkeypatch: pytest.MonkeyPatch,
+def test_commands_a_stop_waits_as_long_as_is_promised_and_says_what_it_left(
+    inside: Callable[..., Done], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = imagen.Config()
+    # How many items, images made, under way → what is said at the end.
+    cases: list[tuple[int, int, int, str]] = [
+        (3, 1, 0, "interrupted: 1 of 3 made"),
+        (3, 1, 2, "interrupted: 1 of 3 made, 2 did not end"),
+        (1, 0, 1, "interrupted: 0 of 1 made, 1 did not end"),
+        (1, 0, 0, ""),
+        (2, 2, 0, ""),
+    ]
+    for count, made, active, message in cases:
+        runner = imagen.TerminalRunner([], config, imagen.Terminal([]), 1.0)
+        runner.count = count
+        runner.records = [imagen.Record(path="/x.png", sidecar={})] * made
+        runner.active = {imagen.Run(): imagen.Progress() for _ in range(active)}
+        runner.stop("user")
+        assert runner.run() == (130 if message else 0)
+        assert capsys.readouterr().err == (f"imagen: {message}\n" if message else "")
     for number, patience in ((signal.SIGTERM, config.worker.grace_s), (signal.SIGINT, 1e9)):
         runner = imagen.TerminalRunner([], config, imagen.Terminal([]), 1.0)
         run = imagen.Run()
