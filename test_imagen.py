@@ -21402,6 +21402,13 @@ def test_server_tells_what_it_is_has_and_does(here: Box) -> None:
         assert "mock" not in options["faults"]
         assert "NOKEY" in options["faults"]["gone"]
         assert serving.get("/api/calls").json == {"calls": [], "usd_today": 0}
+        paths = "/ /healthz /login /v1/models /v1/models/auto /api/options /api/images /api/calls"
+        for path in paths.split():
+            assert serving.get(path).status == serving.ask("HEAD", path).status == 200
+        ident = serving.make({}).json["data"][0]["imagen"]["id"]
+        for method, path in (("GET", "images"), ("GET", "thumbs"), ("DELETE", "api/images")):
+            assert serving.ask(method, f"/{path}/{ident}").status == 200
+        assert serving.get(f"/api/images/{ident}").status == 404
         head = serving.ask("HEAD", "/healthz")
         assert (head.body, head.headers["content-length"]) == (b"", str(len(health.body)))
         for method, path, status_ in (
@@ -21771,6 +21778,31 @@ def test_server_listens_where_it_is_told_to(here: Box) -> None:
     for host, complaint in (("0.0.0.0", "others could use"), ("192.0.2.1", "others could use")):
         with pytest.raises(imagen.BadConfig, match=complaint):
             ServingInside("--host", host)
+
+
+def test_server_gives_a_client_half_a_minute_for_each_step_of_what_it_is_sent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(listener.getsockname())
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = imagen.Connection(sock)
+        with sock, client.reader:
+            assert 0 < client.until - time.monotonic() <= 10  # for its first request
+            client.until = math.inf  # while its answer is made
+            size = 1 << 20
+            writer = threading.Thread(target=client.write, args=(bytes(size),))
+            writer.start()
+            eventually(lambda: 20 < client.until - time.monotonic() <= 30)
+            stalled = client.until
+            left = size
+            while left > size // 2:
+                left -= len(reader.recv(left))
+            eventually(lambda: client.until > stalled)
+            while left:
+                left -= len(reader.recv(left))
+            writer.join(30)
+            assert client.until == math.inf  # what comes next may take its time
 
 
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
@@ -26900,7 +26932,9 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(
     with_key = ("jobs", "add", "a fox", "--key", "k")
     assert inside(*with_key).lines == inside(*with_key).lines
     assert inside("jobs", "add", "a hen", "--key", "k").code == 2
-    assert inside("jobs", "add", "a hen", "--key", "other", "-n", "2").code == 2
+    several = inside("jobs", "add", "a hen", "--key", "other", "-n", "2")
+    assert (several.code, "--key is for one job" in several.err) == (2, True)
+    assert inside("jobs", "list", "hen").out == ""
 
 
 def test_commands_jobs_are_counted_retried_and_canceled_by_many(
