@@ -21805,6 +21805,22 @@ def test_server_gives_a_client_half_a_minute_for_each_step_of_what_it_is_sent() 
             assert client.until == math.inf  # what comes next may take its time
 
 
+def test_server_the_page_knows_of_an_image_where_it_is_here_and_in_the_cloud(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.png"
+    sidecar = {"image_id": "7", "prompt": "a", "storage_path": None}
+    record: Any = {"path": str(path), "sidecar": sidecar}
+    shown = {**sidecar, "id": "7", "cloud": False, "exists": False, "name": "x.png"}
+    assert imagen.shown_fields(record) == shown
+    path.touch()
+    in_cloud = {**shown, "exists": True, "cloud": True, "storage_path": "d/x.png"}
+    assert imagen.shown_fields({**record, "object": "d/x.png"}) == in_cloud
+    told: Any = {**record, "sidecar": {**sidecar, "storage_path": "d/y.png"}}
+    assert imagen.shown_fields(told)["storage_path"] == "d/y.png"
+    assert imagen.shown_fields(told)["cloud"] is False
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
@@ -25700,6 +25716,21 @@ def test_commands_what_is_unfinished_is_listed_with_what_it_lacks(
     }  # fmt: skip
     (line,) = inside("recover").lines
     assert re.split(" {2,}", line) == [ident, at, "mock", "sent", prompt[:60]]
+
+
+def test_commands_like_takes_a_styles_words_out_of_what_an_older_sidecar_says(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL, styles={"mine": {"suffix": "in ink", "negative": "colour"}})
+    (made,) = inside("generate", "a fox", "--style", "mine", "--negative", "blur").lines
+    sidecar = here.sidecar(made)
+    assert sidecar["negative_prompt"] == "blur, colour"
+    sidecar["requested"].pop("negative_prompt", None)
+    old = here.root / "old.png"
+    old.write_bytes(png(8, 8, content=b"old"))
+    Path(f"{old}.json").write_text(json.dumps({**sidecar, "image_id": str(uuid.uuid4())}))
+    like = inside("generate", "--like", f"{old}.json", "--dry-run", "--json").json["plans"][0]
+    assert (like["prompt"], like["negative_prompt"]) == ("a fox, in ink", "blur, colour")
 
 
 def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
