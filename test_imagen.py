@@ -25721,7 +25721,9 @@ def test_commands_what_is_unfinished_is_listed_with_what_it_lacks(
 def test_commands_like_takes_a_styles_words_out_of_what_an_older_sidecar_says(
     here: Box, inside: Callable[..., Done]
 ) -> None:
-    here.configure(MOCK_SMALL, styles={"mine": {"suffix": "in ink", "negative": "colour"}})
+    here.configure(
+        MOCK_SMALL, styles={"mine": {"suffix": "in ink", "negative": "colour"}, "other": "in oil"}
+    )
     (made,) = inside("generate", "a fox", "--style", "mine", "--negative", "blur").lines
     sidecar = here.sidecar(made)
     assert sidecar["negative_prompt"] == "blur, colour"
@@ -25729,8 +25731,13 @@ def test_commands_like_takes_a_styles_words_out_of_what_an_older_sidecar_says(
     old = here.root / "old.png"
     old.write_bytes(png(8, 8, content=b"old"))
     Path(f"{old}.json").write_text(json.dumps({**sidecar, "image_id": str(uuid.uuid4())}))
-    like = inside("generate", "--like", f"{old}.json", "--dry-run", "--json").json["plans"][0]
-    assert (like["prompt"], like["negative_prompt"]) == ("a fox, in ink", "blur, colour")
+    for flags, prompt, negative in (
+        ((), "a fox, in ink", "blur, colour"),
+        (("--style", "other"), "a fox, in oil", "blur"),
+    ):
+        done = inside("generate", "--like", f"{old}.json", *flags, "--dry-run", "--json")
+        (plan,) = done.json["plans"]
+        assert (plan["prompt"], plan["negative_prompt"]) == (prompt, negative)
 
 
 def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
