@@ -5329,7 +5329,7 @@ def test_config_environment_beats_file_beats_default(
     assert in_environment in shown
 
 
-def test_config_a_flag_beats_the_environment(box: Box) -> None:
+def test_config_the_flag_of_commands_beats_the_environment(box: Box) -> None:
     environ = {
         "IMAGEN_BACKEND": "gpt-image",
         "IMAGEN_OUTPUT_DIR": "/in/environment",
@@ -11866,7 +11866,7 @@ def test_journal_lines_of_the_ledger_that_are_odd_are_left_out_with_one_warning(
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "odd types", "odd sidecar"])
-def test_journal_what_cannot_be_read_is_an_error_and_no_empty_answer(
+def test_journal_commands_answer_what_cannot_be_read_with_an_error_and_not_with_nothing(
     here: Box, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert here.run(*SMALL).code == 0
@@ -12039,7 +12039,7 @@ def test_journal_what_a_backend_says_of_its_image_stands_in_the_sidecar() -> Non
     }  # fmt: skip
 
 
-def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
+def test_journal_commands_recover_lists_what_is_unfinished(here: Box) -> None:
     with output_replicate(here) as server:
         begun = journal_entry("a fox", sent=False)
         sent = journal_entry("a cat")
@@ -12061,7 +12061,7 @@ def test_journal_recover_lists_what_is_unfinished(here: Box) -> None:
         assert len(here.unfinished()) == 3
 
 
-def test_journal_recover_takes_the_beginning_of_an_id(here: Box) -> None:
+def test_journal_commands_recover_takes_the_beginning_of_an_id(here: Box) -> None:
     with output_replicate(here) as server:
         idents = ["aaaa1111-0000-4000-8000-000000000001", "aaaa2222-0000-4000-8000-000000000002"]
         for ident in idents:
@@ -12085,7 +12085,7 @@ def journal_id(box: Box, done: Done) -> str:
     return str(box.sidecar(path)["image_id"])
 
 
-def test_journal_forget_closes_without_looking(here: Box) -> None:
+def test_journal_commands_forget_closes_without_looking(here: Box) -> None:
     with output_replicate(here) as server:
         ident = journal_entry(id="p1")
         (here.out / f".imagen-{ident}.part").write_bytes(png()[:-1])
@@ -12096,7 +12096,7 @@ def test_journal_forget_closes_without_looking(here: Box) -> None:
         assert [(line["id"], line["charged"]) for line in here.ledger()] == [(ident, "unknown")]
 
 
-def test_journal_forget_keeps_an_image_that_is_whole(here: Box) -> None:
+def test_journal_commands_forget_keeps_an_image_that_is_whole(here: Box) -> None:
     with output_openai(here):
         ident = journal_entry()
         (here.out / f".imagen-{ident}").write_bytes(png())
@@ -12117,7 +12117,7 @@ def test_journal_an_image_whose_result_was_lost_claims_nothing_that_nobody_knows
     assert [sidecar[key] for key in known] == ["gpt-image-1-mini", None, None, None, "yes"]
 
 
-def test_journal_an_entry_that_somebody_works_on_is_busy(here: Box) -> None:
+def test_journal_commands_recover_calls_an_entry_busy_that_somebody_works_on(here: Box) -> None:
     with output_replicate(here):
         ident = journal_entry(id="p1")
         ((path, _, _),) = imagen.entries()
@@ -12160,7 +12160,7 @@ def output_vanished(box: Box) -> Answer:
     return ok(openai_images(png(), created=1))
 
 
-def test_journal_recoverers_at_once_finish_an_entry_once(here: Box) -> None:
+def test_journal_commands_that_recover_at_once_finish_an_entry_once(here: Box) -> None:
     with output_replicate(here) as server:
         made = server.plant({"prompt": "a fox", "seed": 7}, image=png())
         ident = journal_entry(id=made)
@@ -12185,7 +12185,7 @@ def test_journal_recover_keeps_an_entry_whose_folder_is_away(here: Box) -> None:
         assert here.hidden() == []
 
 
-def test_journal_the_start_tells_of_what_is_unfinished_but_not_of_what_somebody_works_on(
+def test_journal_commands_tell_at_the_start_of_what_is_unfinished_but_not_of_what_somebody_works_on(
     here: Box,
 ) -> None:
     with output_replicate(here):
@@ -12524,7 +12524,7 @@ def test_inputs_mock_shows_what_it_got_and_keeps_what_the_mask_keeps(inputs_here
     assert mock_pixels(Path(flagged.lines[0]).read_bytes())[3][2:14] != old[3][2:14]
 
 
-def test_inputs_come_back_with_like_by_their_hash_wherever_they_are_now(inputs_here: Box) -> None:
+def test_inputs_come_back_by_their_hash_where_commands_say_like(inputs_here: Box) -> None:
     made = inputs_here.run("generate", "a hare", "-b", "mock", "-i", "a.png", "--strength", "0.5")
     sidecar = inputs_here.sidecar(made.lines[0])
     folder = inputs_here.state / "inputs"
@@ -12559,7 +12559,7 @@ def test_inputs_and_outputs_are_paths_that_a_file_can_have(inputs_here: Box) -> 
     assert plan.request.images[0].name == odd
 
 
-def test_inputs_stand_in_what_a_dry_run_shows(inputs_here: Box) -> None:
+def test_inputs_stand_in_what_commands_show_of_a_dry_run(inputs_here: Box) -> None:
     photo = ("-i", "a.png", "-b", "mock", "--dry-run", "--json")
     (plan,) = inputs_here.run("generate", "a fox", "--mask", "mask.png", *photo).json["plans"]
     assert (plan["images"], plan["mask"]) == (["a.png"], "mask.png")
@@ -12997,7 +12997,7 @@ def signing(box: Box, cloud: Cloud) -> SupabaseHome:
     return SupabaseHome(box, cloud, path, box.sidecar(path))
 
 
-def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
+def test_supabase_commands_sign_an_image_by_path_sidecar_id_and_storage_path(
     signing: SupabaseHome,
 ) -> None:
     stored = signing.about["storage_path"]
@@ -13023,7 +13023,7 @@ def test_supabase_an_image_is_signed_by_path_sidecar_id_and_storage_path(
     assert done.code == 0 and supabase_get(done.lines[0]), done.err
 
 
-def test_supabase_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseHome) -> None:
+def test_supabase_commands_sign_for_as_long_as_was_asked(signing: SupabaseHome) -> None:
     days = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
     for args, seconds in [
         ((), 86400),
@@ -13037,7 +13037,7 @@ def test_supabase_a_signed_address_lasts_as_long_as_was_asked(signing: SupabaseH
 @pytest.mark.parametrize(
     "time_", ["0", "0d", "-1d", "", "1.5h", "1 d", "d", "1y", "1e3", "9999999999d", "tomorrow"]
 )
-def test_supabase_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_is_sent(
+def test_supabase_commands_refuse_a_time_that_cannot_be_meant_before_anything_is_sent(
     supabase: SupabaseAt, capsys: pytest.CaptureFixture[str], time_: str
 ) -> None:
     with Remote() as remote:
@@ -13049,7 +13049,7 @@ def test_supabase_a_time_that_cannot_be_meant_is_a_clear_error_before_anything_i
         assert "7d" in err
 
 
-def test_supabase_what_cannot_be_signed_says_why(signing: SupabaseHome) -> None:
+def test_supabase_commands_say_why_something_cannot_be_signed(signing: SupabaseHome) -> None:
     box = signing.box
     make = ("generate", "a fox", "-b", "mock", "--size", "64x64", "-q")
     private = box.run(*make, "--no-cloud").lines[0]
@@ -13416,7 +13416,9 @@ def test_pipeline_a_paid_image_that_breaks_off_is_saved_whatever_was_asked_for(w
     assert wired.sidecar(record["path"])["complete"] is False
 
 
-def test_pipeline_strict_fails_and_keeps_the_image_and_refuses_before_paying(box: Box) -> None:
+def test_pipeline_commands_strict_fails_and_keeps_the_image_and_refuses_before_paying(
+    box: Box,
+) -> None:
     with Remote(ok(openai_images(jpeg(64, 64))), repeat=True) as remote:
         block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
         box.configure({"ai": block})
@@ -13548,7 +13550,7 @@ def test_pipeline_stopped_before_sending_leaves_nothing(
 
 
 @pipeline_signals
-def test_pipeline_a_signal_waits_for_a_paid_post_that_cannot_be_taken_back(
+def test_pipeline_commands_that_are_stopped_wait_for_a_paid_post_that_cannot_be_taken_back(
     box: Box, number: signal.Signals
 ) -> None:
     let_go = threading.Event()
@@ -13584,7 +13586,7 @@ def test_pipeline_a_signal_that_leaves_nothing_unmade_ends_well(box: Box) -> Non
 
 
 @pipeline_signals
-def test_pipeline_a_second_signal_during_a_paid_post_leaves_and_keeps_the_entries(
+def test_pipeline_commands_leave_at_a_second_signal_during_a_paid_post_and_keep_the_entries(
     box: Box, number: signal.Signals
 ) -> None:
     with output_openai(box) as server:
@@ -13637,7 +13639,9 @@ def test_pipeline_stopped_with_an_id_is_cancelled_there_and_closed(
         assert [line["remote"]["id"] for line in box.ledger()] == [made]
 
 
-def test_pipeline_a_stop_keeps_what_is_made_and_begins_nothing_new(box: Box) -> None:
+def test_pipeline_commands_that_are_stopped_keep_what_is_made_and_begin_nothing_new(
+    box: Box,
+) -> None:
     with output_openai(box, parallel=1) as server:
         let_go = threading.Event()
         server.script(ok(openai_images(png())), hold(let_go, openai_images(png())))
@@ -14647,7 +14651,7 @@ def test_pipeline_a_private_image_never_leaves(cloud: Cloud, synced: Box) -> Non
         ),
     ],
 )
-def test_pipeline_a_flag_counts_more_than_the_environment_and_that_more_than_the_config(
+def test_pipeline_commands_take_a_flag_before_the_environment_and_that_before_the_config(
     box: Box, mode: str, variable: str, flag: str, requests: bool
 ) -> None:
     box.configure(MOCK_SMALL, output={"cloud_sync": mode})
@@ -14824,7 +14828,7 @@ def test_pipeline_a_bad_key_stays_open_until_there_is_a_good_one(
     deliver_whole(cloud, synced, *done.lines)
 
 
-def test_pipeline_an_owner_that_is_nobody_is_refused_for_good_and_cured_by_sync_with_the_path(
+def test_pipeline_commands_sync_with_the_path_cures_an_owner_that_was_nobody_and_refused_for_good(
     cloud: Cloud, synced: Box
 ) -> None:
     done = deliver_made(synced, IMAGEN_OWNER_USER_ID=str(uuid.UUID(int=1)))
@@ -15005,7 +15009,7 @@ def test_pipeline_what_the_owner_wrote_survives_a_second_delivery(
     deliver_whole(cloud, synced, path)
 
 
-def test_pipeline_an_image_from_before_the_cloud_is_synced_by_its_path(
+def test_pipeline_commands_sync_an_image_from_before_the_cloud_by_its_path(
     cloud: Cloud, box: Box
 ) -> None:
     flags = ("--size", "64x64", "-b", "mock")
@@ -15107,7 +15111,7 @@ def test_pipeline_a_sidecar_that_was_tampered_with_is_refused_in_words(
 
 
 @pytest.mark.parametrize("what", ["nothing.png", ".", "note.txt", "note.json", "list.json"])
-def test_pipeline_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leaves(
+def test_pipeline_commands_sync_nothing_that_is_no_image_of_ours(
     cloud: Cloud, synced: Box, what: str
 ) -> None:
     for name, text in {
@@ -15123,7 +15127,7 @@ def test_pipeline_sync_of_what_is_no_image_of_ours_is_a_mistake_and_nothing_leav
     assert synced.unfinished() == []
 
 
-def test_pipeline_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_sync_tells_before_what_it_would_do(cloud: Cloud, synced: Box) -> None:
     cloud.fault(DELIVER_PUT, status(401))
     cloud.fault(DELIVER_ROW, status(401))
     made = [deliver_made(synced, "--json", seed=seed).json for seed in (7, 8)]
@@ -15240,7 +15244,9 @@ def test_pipeline_a_sync_that_is_killed_anywhere_delivers_everything_once(
         deliver_whole(cloud, box, path, deliver_place(box, path, f"a-fox-{seed}"))
 
 
-def test_pipeline_what_one_sync_works_on_another_leaves_alone(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_sync_leaves_alone_what_another_works_on(
+    cloud: Cloud, synced: Box
+) -> None:
     may, (path,) = threading.Event(), deliver_made(synced).lines
     cloud.fault(DELIVER_PUT, hold(may, through()))
     with synced.start("sync", path) as process:
@@ -15276,7 +15282,7 @@ def deliver_rpc(cloud: Cloud, name: str, body: object, user: str = "", key: str 
     return json.loads(document) if code == 200 else code
 
 
-def test_pipeline_a_deleted_image_is_gone_and_no_delivery_brings_it_back(
+def test_pipeline_commands_delete_an_image_and_no_delivery_brings_it_back(
     cloud: Cloud, synced: Box
 ) -> None:
     tags = ("--tag", "fox", "--tag", "für Anna, 'quoted'")
@@ -15323,7 +15329,7 @@ def test_pipeline_a_deleted_image_is_gone_and_no_delivery_brings_it_back(
         assert (done.code, text in done.err) == (code, True), args
 
 
-def test_pipeline_deleting_stops_a_delivery_that_waits(cloud: Cloud, synced: Box) -> None:
+def test_pipeline_commands_delete_an_image_whose_delivery_waits(cloud: Cloud, synced: Box) -> None:
     cloud.fault(DELIVER_ROW, status(503), math.inf)
     (path,) = deliver_made(synced).lines
     assert len(synced.unfinished()) == len(cloud.objects()) == 1
@@ -15837,7 +15843,7 @@ def test_pipeline_what_an_outcome_costs_is_settled_freed_or_counted_for_its_day(
     assert server.posts == posts + 2
 
 
-def test_pipeline_a_budget_holds_over_http_and_for_an_agents_session(
+def test_pipeline_a_budget_holds_for_commands_that_serve_http_or_an_agents_session(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
     box, server = keyed
@@ -15882,7 +15888,7 @@ def test_pipeline_who_was_killed_between_reserving_and_sending_blocks_nobody(her
     entries[0].unlock()
 
 
-def test_pipeline_a_price_table_that_has_aged_is_told_once(box: Box) -> None:
+def test_pipeline_commands_tell_once_that_the_price_table_has_aged(box: Box) -> None:
     block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": "http://127.0.0.1:9"}
     box.configure({"cloud": block})
     words = ("generate", "a fox", "-n", "3", "--dry-run")
@@ -17743,7 +17749,7 @@ def test_queue_a_migration_that_fails_leaves_nothing(box: Box, database: Databas
     assert queue_catalog(database) == before
 
 
-def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
+def test_queue_commands_migrate_says_what_it_did(box: Box, database: Database) -> None:
     done = queue_migrate(box, database)
     assert done.code == 0
     assert done.err.count("\n") == 1
@@ -17776,7 +17782,7 @@ def test_queue_migrate_says_what_it_did(box: Box, database: Database) -> None:
     }
 
 
-def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
+def test_queue_commands_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that_the_config_names(
     box: Box, database: Database
 ) -> None:
     box.configure(MOCK, supabase={"database_url_env": "MY_DATABASE"})
@@ -17852,7 +17858,7 @@ def test_queue_migrate_takes_another_file_and_reads_a_dsn_from_the_variable_that
         ),
     ],
 )
-def test_queue_what_keeps_a_migration_from_starting_is_told_without_the_password(
+def test_queue_commands_tell_without_the_password_what_keeps_a_migration_from_starting(
     box: Box, queue_rls: Database, args: list[str], env: dict[str, str], code: int, hint: str
 ) -> None:
     (box.root / "latin.sql").write_bytes("select 'Größe'".encode("latin-1"))
@@ -18164,7 +18170,7 @@ def test_queue_a_heartbeat_touches_no_index(
         assert any(f"WHERE (status = '{status}'" in row["indexdef"] for row in found)
 
 
-def test_queue_no_owner_has_more_jobs_waiting_than_the_limit_that_migrate_writes(
+def test_queue_commands_migrate_writes_how_many_jobs_of_an_owner_may_wait(
     box: Box, database: Database
 ) -> None:
     def migrate(**limits: int) -> str:
@@ -18662,7 +18668,9 @@ def test_worker_a_job_starts_from_images_that_its_owner_may_read_and_from_no_oth
     assert not [file for file in (box.state / "inputs").iterdir() if file.name.startswith(".")]
 
 
-def test_worker_jobs_add_uploads_the_images_and_a_retry_keeps_them(box: Box, cloud: Cloud) -> None:
+def test_worker_commands_jobs_add_uploads_the_images_and_a_retry_keeps_them(
+    box: Box, cloud: Cloud
+) -> None:
     anna = cloud.database.user("anna")
     cloud.join(box, owner=anna, worker={})
     (box.root / "a.png").write_bytes(png(64, 64))
@@ -18844,7 +18852,7 @@ def test_worker_a_heartbeat_that_a_lease_cannot_spare_is_refused(box: Box) -> No
     assert box.run("generate", "a fox").code == 0
 
 
-def test_a_worker_that_cannot_be_meant_does_not_start(box: Box) -> None:
+def test_worker_commands_that_cannot_be_meant_do_not_start(box: Box) -> None:
     for flags, code, text in (
         ("--concurrency 0", 2, "1 to 64"), ("--concurrency many", 2, "invalid int"), ("--name a/b", 2, "--name"),
         ("--backend mok", 2, '"mock"'), ("", 3, "IMAGEN_DATABASE_URL"),
@@ -18914,7 +18922,7 @@ def test_worker_an_owner_spends_no_more_a_day_than_the_limit_however_many_worker
         assert crew.ends(crew.add(owner_user_id=anna))["receipt"]["usd"] == 0.04
 
 
-def test_worker_one_key_of_an_owner_is_one_job(box: Box, cloud: Cloud) -> None:
+def test_worker_commands_make_one_job_of_one_key_of_an_owner(box: Box, cloud: Cloud) -> None:
     cloud.join(box, backends=MOCK, worker={})
     anna, bert = cloud.anna, cloud.bert
     first = jobs_http(cloud, "POST", "jobs", anna, {"prompt": "a fox", "key": "k-1"})[0]["id"]
@@ -21311,6 +21319,513 @@ def test_server_what_comes_again_the_moment_after_its_client_left_is_paid_once(
             assert remote.posts == posts, way
 
 
+class ServingInside:
+    """A server in this process, which is asked over real connections; `said` is its log."""
+
+    ask = Serving.ask
+    get = Serving.get
+    make = Serving.make
+    raw = Serving.raw
+
+    def __init__(self, *args: str) -> None:
+        self.said: list[str] = []
+        flags = imagen.parser_of("serve", imagen.Terminal([])).parse_args(["--port=0", *args])
+        self.server = imagen.Server(imagen.load_config(), self.said.append, flags)
+        self.port = self.server.port
+        self.thread = threading.Thread(target=self.server.serve, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def test_server_what_may_come_in_has_its_limit_to_the_byte_and_says_it(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    with ServingInside() as serving:
+        for path, most, shown in (
+            ("/v1/images/generations", 256 << 10, "the body has more than 256 kB"),
+            ("/v1/images/edits", 64 << 20, "the body has more than 65536 kB"),
+        ):
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+            answer = serve_read(serving.raw(f"{head}{most + 1}\r\n\r\n".encode()))
+            assert answer.startswith(b"HTTP/1.1 413 Content Too Large\r\n")
+            assert shown.encode() in answer
+        full = json.dumps({"prompt": "a fox", "user": ""}).encode()
+        full = full.replace(b'""', b'"%s"' % (b"x" * ((256 << 10) - len(full))))
+        assert serving.ask("POST", "/v1/images/generations", full).status == 200
+        packed = gzip.compress(full.replace(b"a fox", b"a foxx"))
+        answer = serving.ask("POST", "/v1/images/generations", packed, content_encoding="gzip")
+        assert (answer.status, b"256 kB" in answer.body) == (413, True)
+        packed = gzip.compress(full)
+        assert (
+            serving.ask("POST", "/v1/images/generations", packed, content_encoding="gzip").status
+            == 200
+        )
+        for wrong in (packed[:-9], b"no gzip", packed[:50]):
+            answer = serving.ask("POST", "/v1/images/generations", wrong, content_encoding="gzip")
+            assert (answer.status, b"no gzip" in answer.body) == (400, True)
+        # A head may have 16 kB, and so may the address in it.
+        head = "GET {}/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: {}\r\n\r\n"
+        line = "GET /{} HTTP/1.1\r\n"
+        room = (16 << 10) - len(head.format("", ""))
+        long = (16 << 10) - len(line.format(""))
+        for text, expected in (
+            (head.format("", "y" * room), 200),
+            (head.format("", "y" * (room + 1)), 431),
+            (line.format("y" * long) + "\r\n", 431),
+            (line.format("y" * (long + 1)), 414),
+        ):
+            answer = serve_read(serving.raw(text.encode()))
+            assert answer.startswith(b"HTTP/1.1 %d " % expected), (expected, answer[:99])
+
+
+def test_server_tells_what_it_is_has_and_does(here: Box) -> None:
+    here.configure({**MOCK_SMALL, "gone": {"type": "openai", "model": "m", "api_key_env": "NOKEY"}})
+    with ServingInside() as serving:
+        health = serving.get("/healthz")
+        assert health.json == {"ok": True, "version": imagen.__version__}
+        fixed = {"content-type": "application/json", "cache-control": "no-store"}
+        fixed |= {"x-content-type-options": "nosniff", "content-length": str(len(health.body))}
+        assert fixed.items() <= health.headers.items()
+        names = ("auto", *imagen.load_config().backends)
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "imagen"} for name in names
+        ]
+        assert serving.get("/v1/models").json == {"object": "list", "data": models}
+        for name, status_ in (("auto", 200), ("gone", 200), ("gpt-image-1", 200), ("x", 404)):
+            answer = serving.get(f"/v1/models/{name}")
+            assert answer.status == status_
+            assert status_ == 404 or answer.json == {**models[0], "id": name}
+        options = serving.get("/api/options").json
+        assert (options["backends"], options["default"]) == ([*names[1:]], "mock")
+        assert options["styles"] == [*imagen.STYLES]
+        assert "mock" not in options["faults"]
+        assert "NOKEY" in options["faults"]["gone"]
+        assert serving.get("/api/calls").json == {"calls": [], "usd_today": 0}
+        paths = "/ /healthz /login /v1/models /v1/models/auto /api/options /api/images /api/calls"
+        for path in paths.split():
+            assert serving.get(path).status == serving.ask("HEAD", path).status == 200
+        ident = serving.make({}).json["data"][0]["imagen"]["id"]
+        for method, path in (("GET", "images"), ("GET", "thumbs"), ("DELETE", "api/images")):
+            assert serving.ask(method, f"/{path}/{ident}").status == 200
+        assert serving.get(f"/api/images/{ident}").status == 404
+        head = serving.ask("HEAD", "/healthz")
+        assert (head.body, head.headers["content-length"]) == (b"", str(len(health.body)))
+        for method, path, status_ in (
+            ("DELETE", f"/api/calls/{uuid.uuid4()}", 404),
+            ("GET", f"/api/images/{uuid.uuid4()}", 404),
+            ("DELETE", f"/api/images/{uuid.uuid4()}", 404),
+            ("GET", f"/thumbs/{uuid.uuid4()}", 404),
+            ("POST", "/healthz", 405),
+            ("GET", "/v2", 404),
+        ):
+            answer = serving.ask(method, path)
+            assert answer.status == status_, path
+            assert answer.json["error"]["type"] == "invalid_request_error"
+        page = serving.get("/login?next=/%3Fimage%3D1")
+        assert 'value="/?image=1"' in page.body.decode()
+        nonce = re.search(r"script-src 'nonce-(\S+)'", page.headers["content-security-policy"])
+        assert nonce
+        assert f'nonce="{nonce[1]}"' in page.body.decode()
+        assert b"NONCE" not in page.body + serving.get("/").body
+        assert serving.get("/").headers["referrer-policy"] == "same-origin"
+
+
+def test_server_adds_up_what_today_has_cost(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    today = imagen.now_iso()
+    lines = []
+    for at, usd in ((today, 0.25), (today, 0.125), ("2026-01-02T00:00:00Z", 7.0), (today, None)):
+        ident = str(uuid.uuid4())
+        # The day stands elsewhere in the line of another day too.
+        sidecar = {"image_id": ident, "prompt": today[:10], "cost_usd_estimate": usd}
+        record = {"id": ident, "at": at, "path": "/x.png", "sidecar": sidecar, "charged": "yes"}
+        lines.append(f"{json.dumps(record)}\n")
+    here.state.mkdir(parents=True)
+    (here.state / "ledger.jsonl").write_text("".join(lines))
+    with ServingInside() as serving:
+        assert serving.get("/api/calls").json["usd_today"] == 0.375
+        with serving.raw(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
+            stream = sock.makefile("rb")
+            with stream:
+                lines_ = iter(stream.readline, b"")
+                assert (
+                    next(line for line in lines_ if line.startswith(b"event")) == b"event: calls\n"
+                )
+                assert json.loads(next(lines_)[6:]) == {
+                    "type": "calls",
+                    "calls": [],
+                    "usd_today": 0.375,
+                }
+
+
+def test_server_shows_an_input_as_long_as_it_is_kept(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    photo = jpeg(16, 16)
+    digest = hashlib.sha256(photo).hexdigest()
+    path = Path(imagen.state_path("inputs", digest))
+    with ServingInside() as serving:
+        assert serving.get(f"/inputs/{digest}").status == 404
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(photo)
+        answer = serving.get(f"/inputs/{digest}")
+        assert (answer.status, answer.body) == (200, photo)
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert answer.headers["cache-control"] == "private, max-age=3600"
+        path.write_bytes(b"<script>")
+        assert serving.get(f"/inputs/{digest}").status == 404
+
+
+def test_server_logins_links_and_proofs_hold_as_long_as_is_promised(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.configure(MOCK_SMALL)
+    monkeypatch.setenv("IMAGEN_SERVE_TOKEN", SERVE_TOKEN)
+    with ServingInside() as serving:
+        server = serving.server
+        now = int(time.time())
+        bearer = {"authorization": f"bearer  {SERVE_TOKEN} "}
+        assert serving.get("/v1/models").status == 401
+        assert serving.get("/v1/models", **bearer).status == 200
+        assert serving.get("/v1/models", authorization=f"Basic {SERVE_TOKEN}").status == 401
+        body = {"response_format": "url", "n": 2}
+        for image in serving.make(body, **bearer).json["data"]:
+            address = urllib.parse.urlsplit(image["url"])
+            until, _, digest = address.query.partition("=")[2].partition(".")
+            assert 0 <= int(until) - now - 3600 <= 30
+            place = f"{address.path}?signature="
+            assert serving.get(f"{place}{until}.{digest}").status == 200
+            for wrong in (f"{int(until) + 1}.{digest}", f"{until}.{digest[:-1]}", "", until):
+                assert serving.get(f"{place}{wrong}").status == 401
+            thumb = address.path.replace("images", "thumbs")
+            assert serving.get(f"{thumb}?signature={until}.{digest}").status == 401
+        assert server.is_signed("a", server.sign("a", now + 60))
+        for proof in (server.sign("a", now - 1), server.sign("b", now + 60), "9" * 13 + ".0"):
+            assert not server.is_signed("a", proof)
+        form = urllib.parse.urlencode({"token": SERVE_TOKEN, "next": "/?image=1"}).encode()
+        answer = serving.ask("POST", "/login", form, x_forwarded_proto="https")
+        assert (answer.status, answer.headers["location"]) == (303, "/?image=1")
+        cookie, *flags = answer.headers["set-cookie"].split("; ")
+        assert flags == ["Max-Age=2592000", "HttpOnly", "SameSite=Lax", "Path=/"]
+        name, _, proof = cookie.partition("=")
+        assert name == f"imagen-{serving.port}"
+        assert 0 <= int(proof.partition(".")[0]) - now - 2592000 <= 30
+        assert serving.get("/v1/models", cookie=f"a=b; {cookie}; c=d").status == 200
+        assert serving.get("/v1/models", cookie=cookie[:-1]).status == 401
+        tries = [serving.ask("POST", "/login", form) for _ in range(4)]
+        soon = next(answer for answer in tries if answer.status == 429)
+        assert soon.headers["retry-after"] == "1"
+        assert "One try a second" in soon.body.decode()
+        foreign = {"cookie": cookie, "origin": "https://evil.example"}
+        assert serving.get("/v1/models", **foreign).status == 401
+        assert serving.get("/healthz").status == serving.get("/login").status == 200
+    short = "x" * 15
+    for token, refused in ((short, True), (f"{short}x", False)):
+        monkeypatch.setenv("IMAGEN_SERVE_TOKEN", token)
+        if refused:
+            with pytest.raises(imagen.BadConfig, match="fewer than 16"):
+                ServingInside()
+        else:
+            ServingInside().server.listener.close()
+
+
+def test_server_a_range_names_bytes_of_the_file() -> None:
+    head = {"host": "a", "range": ""}
+
+    def part(text: str, size: int = 10, method: str = "GET", **more: str) -> range:
+        headers = {**head, "range": text, **{k.replace("_", "-"): v for k, v in more.items()}}
+        request = imagen.NO_REQUEST._replace(method=method, headers=headers)
+        return imagen.byte_range(request, '"tag"', size)
+
+    every = range(10)
+    cases = {
+        "bytes=0-0": range(1), "bytes=2-5": range(2, 6), "bytes=2-": range(2, 10),
+        "bytes=9-": range(9, 10), "bytes=-3": range(7, 10), "bytes=-99": every,
+        "BYTES=0-98": every, "bytes=5-2": every, "bytes=0-1,3-4": every, "": every,
+        "bytes=-": every, "lines=1-2": every,
+    }  # fmt: skip
+    assert {text: part(text) for text in cases} == cases
+    assert part("bytes=2-5", method="HEAD") == every
+    assert part("bytes=2-5", if_range='"tag"') == range(2, 6)
+    assert part("bytes=2-5", if_range='"other"') == every
+    for text, size in (("bytes=10-", 10), ("bytes=10-12", 10), ("bytes=-0", 10), ("bytes=0-", 0)):
+        with pytest.raises(imagen.HttpError) as refused:
+            part(text, size)
+        assert refused.value.status == 416
+        assert refused.value.headers == {"Content-Range": f"bytes */{size}"}
+
+
+def test_server_each_error_has_the_status_type_and_field_that_openais_clients_know() -> None:
+    def fields(kind: type[imagen.ImagenError], text: str = "x", **more: Any) -> tuple[object, ...]:
+        status_, shown = imagen.openai_fields(kind(text, "wait", **more))
+        keys = ("type", "code", "param", "charged", "imagen_code", "hint", "message")
+        assert [*shown] == ["message", "type", "param", "code", "hint", "charged", "imagen_code"]
+        return status_, *[shown[key] for key in keys]
+
+    invalid = "invalid_request_error"
+    assert fields(imagen.BadRequest, "a size of 9: even") == (
+        400, invalid, "invalid_value", "size", "no", "usage", "wait", "a size of 9: even",
+    )  # fmt: skip
+    assert fields(imagen.BadRequest, "backend mock: no x")[3] == "backend_opts"
+    assert fields(imagen.BadRequest, "backend mock: no mask")[3] == "mask"
+    assert fields(imagen.BadRequest, "the x")[3] is None
+    rest = (None, "no")
+    assert fields(imagen.Refused, "size")[:5] == (
+        400, "image_generation_user_error", "moderation_blocked", *rest,
+    )  # fmt: skip
+    assert fields(imagen.Quota)[:5] == (402, "insufficient_quota", "insufficient_quota", *rest)
+    assert fields(imagen.Busy)[1:5] == ("rate_limit_error", "rate_limit_exceeded", *rest)
+    assert fields(imagen.Failed)[1:5] == ("server_error", "failed", *rest)
+    assert fields(imagen.Busy, charged="unknown")[:5] == (
+        424, "rate_limit_error", "rate_limit_exceeded", None, "unknown",
+    )  # fmt: skip
+    assert imagen.error_fields("size", invalid, "unknown_url")["param"] is None
+    assert imagen.error_fields("size", invalid, "")["code"] is None
+    free, dear = imagen.Refused("r"), imagen.Unknown("u", charged="unknown")
+    later = imagen.Busy("b")
+    assert imagen.worst_first([later, free, dear]) == [dear, free, later]
+
+
+def test_server_counts_the_tokens_that_a_backend_named_as_numbers() -> None:
+    def record(usage: object) -> Any:
+        return {"sidecar": {"metadata": {"usage": usage}}}
+
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    records = [record(usage), record({**usage, "input_tokens": "many"}), record([7])]
+    records += [record(None), {"sidecar": {}}, {"sidecar": {"metadata": None}}]
+    total = {"input_tokens": 3, "output_tokens": 10, "total_tokens": 16}
+    details = {"image_tokens": 0, "text_tokens": 3}
+    assert imagen.usage_of(records) == {**total, "input_tokens_details": details}
+    assert imagen.address_of("0.0.0.0") not in ("0.0.0.0", "")
+    assert imagen.address_of("::1") == "[::1]"
+    assert imagen.address_of("127.0.0.1") == "127.0.0.1"
+
+
+def test_server_too_many_edits_at_once_are_told_to_come_back(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    with ServingInside() as serving:
+        for under_way, status_ in ((14, 400), (15, 503)):
+            serving.server.edits = under_way
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x"})
+            assert answer.status == status_, answer
+            assert serving.server.edits == under_way
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json["error"]["type"] == "server_error"
+        serving.server.edits = 0
+        made = serving.make({}).json["data"][0]["imagen"]["id"]
+        photo = f"data:image/png;base64,{b64(png(16, 16))}"
+        mask = f"data:image/png;base64,{b64(inputs_mask(16))}"
+        edit = {"prompt": "x", "images": [{"image_url": photo}], "mask": {"image_url": mask}}
+        answer = serving.ask("POST", "/v1/images/edits", edit)
+        assert answer.status == 200, answer.body
+        (image,) = answer.json["data"]
+        sidecar = serving.get(f"/api/images/{image['imagen']['id']}").json
+        assert sidecar["mask"]["sha256"] == hashlib.sha256(inputs_mask(16)).hexdigest()
+        edit = {"prompt": "x", "images": [{"file_id": made}]}
+        assert serving.ask("POST", "/v1/images/edits", edit).status == 200
+        for link, complaint in (
+            ({"image_url": "https://a/b.png"}, "no address is fetched"),
+            ({"file_id": "7"}, "a data URI or a file_id"),
+            ("x", "a data URI or a file_id"),
+        ):
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x", "images": [link]})
+            assert (answer.status, complaint in answer.json["error"]["message"]) == (400, True)
+        for body in ({"images": []}, {"images": "x"}, {}):
+            answer = serving.ask("POST", "/v1/images/edits", {"prompt": "x", **body})
+            assert (answer.status, "is needed" in answer.json["error"]["message"]) == (400, True)
+        for body in ({"images": [1]}, {"mask": "x"}):
+            answer = serving.make(body)
+            assert (answer.status, "/v1/images/edits" in answer.json["error"]["message"]) == (
+                400,
+                True,
+            )
+
+
+def test_server_a_body_means_what_openais_clients_mean_by_it(here: Box) -> None:
+    with OpenAIServer(key="") as remote:
+        paid = {"type": "openai", "model": "gpt-image-1-mini", "base_url": remote.v1}
+        here.configure({**MOCK_SMALL, "ai": paid}, styles={"natural": "in ink"})
+        with ServingInside() as serving:
+            ignored_: dict[str, list[str]] = {
+                '{"style": "vivid"}': ["style"],
+                '{"style": "natural"}': [],
+                '{"seed": -1}': [],
+                '{"model": "dall-e-3", "quality": "hd"}': ["model", "quality"],
+                '{"model": "dall-e-2", "quality": "standard"}': ["model", "quality"],
+                '{"model": "gpt-image-1"}': ["model"],
+                '{"model": "chatgpt-image-latest"}': ["model"],
+                '{"model": "auto", "user": "u", "sparkle": [1]}': ["user", "sparkle"],
+                '{"moderation": "low", "input_fidelity": null}': ["moderation"],
+                '{"response_format": "b64_json", "stream": false, "model": "mock"}': [],
+            }
+            for text, ignored in ignored_.items():
+                answer = serving.make(json.loads(text))
+                assert answer.status == 200, (text, answer.body)
+                (image,) = answer.json["data"]
+                assert image["imagen"]["ignored"] == ignored, text
+                assert ("url" in image) == ("dall-e" in text), text
+                facts = serving.get(f"/api/images/{image['imagen']['id']}").json
+                assert facts["style"] == ("natural" if "natural" in text else "")
+                assert facts["seed"] >= 0
+            for n, count in ((3, 3), ("2", 2), ("2.0", 2), (1.0, 1), (10, 10)):
+                assert len(serving.make({"n": n}).json["data"]) == count
+            refused = {
+                '{"n": 0}': "n is 1 to", '{"n": 11}': "n is 1 to 10", '{"n": 1.5}': "n: ",
+                '{"response_format": "png"}': "b64_json or url", '{"stream": "yes"}': "true or false",
+                '{"output_format": "bmp"}': "output_format is one of png, jpeg", '{"seed": -2}': "seed",
+                '{"backend_opts": 7}': "backend_opts", '{"size": "9"}': "size",
+                '{"model": "xgpt-image-1"}': "is unknown", '{"model": "Mock"}': 'did you mean "mock"',
+            }  # fmt: skip
+            for text, complaint in refused.items():
+                answer = serving.make(json.loads(text))
+                assert answer.status == (404 if "model" in text else 400), text
+                assert complaint in answer.json["error"]["message"], answer.json
+            options = {"moderation": "low", "backend_opts": {"quality": "low"}}
+            answer = serving.make({"model": "ai", "size": "1024x1024", **options})
+            assert answer.status == 200, answer.body
+            assert answer.json["data"][0]["imagen"]["ignored"] == ["seed"]
+            sent = remote.bodies[-1]
+            assert (sent["moderation"], sent["quality"]) == ("low", "low")
+            serving.make({"model": "ai", "size": "auto", "moderation": "auto", "quality": "hd"})
+            assert remote.bodies[-1].keys().isdisjoint({"moderation"})
+
+
+def test_server_a_body_in_chunks_is_read_to_its_end_or_refused(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    body = json.dumps({"prompt": "a fox", "seed": 7}).encode()
+    whole = b"%x; a=b\r\n%s\r\n%X\r\n%s\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    pieces = whole % (5, body[:5], len(body) - 5, body[5:])
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += "{}\r\n\r\n"
+    chunked = head.format("Transfer-Encoding: chunked").encode()
+    with ServingInside() as serving:
+
+        def sent(data: bytes) -> bytes:
+            sock = serving.raw(data)
+            if data.endswith(b"0"):
+                sock.shutdown(socket.SHUT_WR)
+            return serve_read(sock)
+
+        cases: list[tuple[bytes, int, bytes]] = [
+            (chunked + pieces, 200, b'"seed": 7'),
+            (chunked + pieces.replace(b"\r\n0\r\n", b"!\r\n0\r\n"), 400, b"longer than it says"),
+            (chunked + b"x\r\n", 400, b"without its length"),
+            (chunked + b"5\r\nhello\r\n0", 400, b"without its length"),
+            (chunked + b"40001\r\n", 413, b"more than 256 kB"),
+            (chunked + b"ea60\r\n%s\r\n" % bytes(60000) * 5, 413, b"more than 256 kB"),
+            (head.format("Content-Encoding: br").encode(), 415, b"packed by gzip or not at all"),
+            (head.format("Content-Length: 0").encode(), 400, b"no JSON object"),
+        ]
+        for data, status_, text in cases:
+            answer = sent(data)
+            assert answer.startswith(b"HTTP/1.1 %d " % status_), (data[:200], answer)
+            assert text in answer, (data[:200], answer)
+        # A client that waits for leave gets it; and two requests may share a connection.
+        waits = f"Expect: 100-continue\r\nContent-Length: {len(body)}"
+        answer = sent(head.format(waits).encode() + body)
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+        get = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        last = get.replace(b"\r\n\r\n", b"\r\nConnection: Close\r\n\r\n")
+        assert sent(b"\r\n" + get + last).count(b"HTTP/1.1 200 OK") == 2
+        old = get.replace(b"1.1", b"1.0")
+        assert sent(old + get).count(b"HTTP/1.1 200 OK") == 1
+        # An answer is remembered for whoever repeats its request, and then forgotten.
+        assert len(serving.server.calls) >= 2
+        for call in serving.server.calls:
+            assert 0 < call.replay_until - time.monotonic() <= 600
+            call.replay_until = 0
+        eventually(lambda: not serving.server.calls)
+
+
+def test_server_shows_what_the_backend_says_of_an_image(here: Box) -> None:
+    image = {"b64_json": b64(png(64, 64)), "revised_prompt": "a red fox"}
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    answer = {"data": [image], "usage": usage, "quality": "low", "background": "odd"}
+    with Remote(handler=lambda _: answer) as remote:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
+        here.configure({"ai": block})
+        with ServingInside() as serving:
+            made = serving.make({"size": "auto"}).json
+            assert made["data"][0]["revised_prompt"] == "a red fox"
+            assert abs(made["created"] - time.time()) < 30
+            details = {"image_tokens": 0, "text_tokens": 3}
+            assert made["usage"] == {**usage, "input_tokens_details": details}
+            stream = serving.make({"size": "auto", "stream": True}).body.decode()
+            assert re.findall("^event: (.*)$", stream, re.MULTILINE) == [
+                "image_generation.completed"
+            ]
+            event = json.loads(re.findall("^data: (.*)$", stream, re.MULTILINE)[0])
+            assert (event["type"], event["size"]) == ("image_generation.completed", "64x64")
+            assert (event["output_format"], event["b64_json"]) == ("png", image["b64_json"])
+            assert event["usage"] == made["usage"]
+            # Words that OpenAI's schema does not have are not passed on.
+            assert (event["quality"], event["background"]) == ("low", "auto")
+
+
+def test_server_listens_where_it_is_told_to(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    for host in ("::1", "[::1]"):
+        with ServingInside("--host", host) as serving:
+            assert serving.server.address == f"http://[::1]:{serving.port}/"
+            with socket.create_connection(("::1", serving.port), timeout=10) as sock:
+                sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                name = b"this server is not called"
+                assert name in serve_read(sock)
+            with socket.create_connection(("::1", serving.port), timeout=10) as sock:
+                head = f"Host: [::1]:{serving.port}\r\nConnection: close\r\n"
+                sock.sendall(f"GET /healthz HTTP/1.1\r\n{head}\r\n".encode())
+                assert serve_read(sock).startswith(b"HTTP/1.1 200 OK")
+    for host, complaint in (("0.0.0.0", "others could use"), ("192.0.2.1", "others could use")):
+        with pytest.raises(imagen.BadConfig, match=complaint):
+            ServingInside("--host", host)
+
+
+def test_server_gives_a_client_half_a_minute_for_each_step_of_what_it_is_sent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(listener.getsockname())
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = imagen.Connection(sock)
+        with sock, client.reader:
+            assert 0 < client.until - time.monotonic() <= 10  # for its first request
+            client.until = math.inf  # while its answer is made
+            size = 1 << 20
+            writer = threading.Thread(target=client.write, args=(bytes(size),))
+            writer.start()
+            eventually(lambda: 20 < client.until - time.monotonic() <= 30)
+            stalled = client.until
+            left = size
+            while left > size // 2:
+                left -= len(reader.recv(left))
+            eventually(lambda: client.until > stalled)
+            while left:
+                left -= len(reader.recv(left))
+            writer.join(30)
+            assert client.until == math.inf  # what comes next may take its time
+
+
+def test_server_the_page_knows_of_an_image_where_it_is_here_and_in_the_cloud(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.png"
+    sidecar = {"image_id": "7", "prompt": "a", "storage_path": None}
+    record: Any = {"path": str(path), "sidecar": sidecar}
+    shown = {**sidecar, "id": "7", "cloud": False, "exists": False, "name": "x.png"}
+    assert imagen.shown_fields(record) == shown
+    path.touch()
+    in_cloud = {**shown, "exists": True, "cloud": True, "storage_path": "d/x.png"}
+    assert imagen.shown_fields({**record, "object": "d/x.png"}) == in_cloud
+    told: Any = {**record, "sidecar": {**sidecar, "storage_path": "d/y.png"}}
+    assert imagen.shown_fields(told)["storage_path"] == "d/y.png"
+    assert imagen.shown_fields(told)["cloud"] is False
+
+
 def test_server_a_stream_tells_of_progress_and_ends_with_the_images_or_the_error(box: Box) -> None:
     box.configure(SERVE_BLOCKS)
     openai = pytest.importorskip("openai")
@@ -21973,7 +22488,7 @@ def test_server_answers_each_request_as_the_rfcs_say(box: Box) -> None:
             assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 400"
 
 
-def test_server_a_port_that_is_taken_is_named_with_the_next_step(serving: Serving) -> None:
+def test_server_commands_name_a_port_that_is_taken_with_the_next_step(serving: Serving) -> None:
     second = serving.box.run("serve", "--port", str(serving.port))
     assert second.code == 3
     assert f"127.0.0.1:{serving.port}: this port is taken" in second.err
@@ -24051,6 +24566,61 @@ def test_terminal_a_document_says_whether_all_went_well(capsys: pytest.CaptureFi
     assert plain == ["a line", "another"]
 
 
+def test_terminal_an_error_is_told_with_what_to_do_and_with_v_where_it_arose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(problem: BaseException, *flags: str, mock: bool = False) -> tuple[str, str]:
+        terminal = imagen.Terminal(flags)
+        terminal.verbose = "-v" in flags
+        terminal.offers_mock = mock
+        error = terminal.report(problem)
+        return error.code, capsys.readouterr().err
+
+    arrow = "        → "
+    refused = imagen.Refused("no foxes", "reword it")
+    assert told(refused) == ("refused", f"imagen: no foxes\n{arrow}reword it\n")
+    assert told(refused, "--json") == ("refused", "")
+    assert told(refused, "-v") == told(refused, mock=True) == told(refused)
+    assert told(KeyboardInterrupt()) == ("interrupted", "imagen: interrupted\n")
+    for kind in (imagen.BadConfig, imagen.KeyMissing, imagen.Unreachable):
+        hint = f"{arrow}or try -b mock\n"
+        assert told(kind("gone"), mock=True)[1] == f"imagen: gone\n{hint}"
+        hint = f"{arrow}look; or try -b mock\n"
+        assert told(kind("gone", "look"), mock=True)[1] == f"imagen: gone\n{hint}"
+        assert told(kind("gone"))[1] == "imagen: gone\n"
+    try:
+        raise ZeroDivisionError("odd")
+    except ZeroDivisionError as problem:
+        bug = problem
+    code, text = told(bug, "-v")
+    assert code == "bug"
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert "ZeroDivisionError: odd" in text
+    assert "Traceback" not in told(bug)[1]
+    caused = imagen.Failed("no answer")
+    caused.__cause__ = bug
+    assert "Traceback" in told(caused, "-v")[1]
+    assert told(caused)[1] == "imagen: no answer\n"
+
+
+def test_terminal_cells_stand_below_each_other_and_steer_nothing() -> None:
+    rows: list[list[object]] = [["a", 1, "x\ny\x1b[31m"], ["bcd", 22, ""]]
+    assert imagen.aligned(rows) == ["a    1   x y [31m", "bcd  22"]
+    assert imagen.aligned([]) == []
+
+
+def test_terminal_json_tells_of_an_error_what_a_program_needs() -> None:
+    fields = imagen.Terminal([]).fields
+    busy = imagen.Busy("later", "wait")
+    assert fields(busy) == {
+        "message": "later", "code": "busy", "hint": "wait", "charged": "no", "retryable": True,
+    }  # fmt: skip
+    assert fields(imagen.Busy("later", charged="unknown"))["retryable"] is False
+    assert fields(imagen.Quota("empty"))["retryable"] is False
+    for flags, as_json in ((["--json"], True), (["-q"], False), (["--", "--json"], False)):
+        assert imagen.Terminal(flags).as_json is as_json
+
+
 TERMINAL_LOCALES = (
     {"LC_ALL": "C"},
     {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -24178,6 +24748,45 @@ def test_terminal_what_cannot_be_written_is_an_error(here: Box, words: str) -> N
 
 
 # === Commands: argparse and main() ===
+@pytest.fixture
+def inside(here: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """A command line, run inside this process in a hundredth of a second, as Box.run would.
+
+    `stdin` are the bytes that it reads, or lines that have a line of stdout each before they end.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def run(
+        *args: str,
+        stdin: bytes | list[bytes] = b"",
+        input: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> Done:
+        out = io.StringIO()
+        err = io.StringIO()
+        stdin = stdin or input.encode()
+        for name, value in {**here.environ, **(env or {})}.items():
+            monkeypatch.setenv(name, value)
+
+        def feed(lines: list[bytes]) -> Iterator[bytes]:
+            yield from [*lines, b"\n"]
+            eventually(lambda: out.getvalue().count("\n") >= len(lines))
+
+        source: Any = io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else None
+        monkeypatch.setattr(sys, "stdin", source or types.SimpleNamespace(buffer=feed([*stdin])))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = imagen.main(args)
+        for name in env or ():
+            monkeypatch.delenv(name)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    monkeypatch.chdir(here.root)
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_commands_a_batch_goes_on_where_it_was_killed_and_pays_for_nothing_twice(
     keyed: tuple[Box, OpenAIServer],
 ) -> None:
@@ -24244,19 +24853,24 @@ def test_commands_a_detached_command_outlives_the_shell_that_began_it(
 
 def test_commands_wait_ends_as_generate_would_have(keyed: tuple[Box, OpenAIServer]) -> None:
     box, server = keyed
-    server.script("moderation_input")
-    [refused] = box.run("generate", "a fox", "--detach").lines
-    done = box.run("wait", refused, "--json")
+    server.script("moderation_input", "moderation_input")
+    words = ("generate", "a fox", "--detach", "--key", "k", "-n", "2")
+    refused = box.run(*words).lines
+    done = box.run("wait", *refused, "--json")
     assert (done.code, done.json["error"]["code"], done.json["error"]["charged"]) == (
         5,
         "refused",
         "no",
     )
     assert done.json["error"]["hint"] == "reword the prompt"
+    # The same once more is made anew, since nothing was charged.
+    assert box.run(*words).lines == refused
+    made = box.run("wait", *refused)
+    assert (made.code, len(made.lines)) == (0, 2), made.err
     # Killed while its POST is out, by whoever kills everything.
     server.script(hold(threading.Event(), ok(b"")))
     [killed] = box.run("generate", "a fox", "--detach").lines
-    server.wait_seen(2)
+    server.wait_seen(5)
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if f"HOME={box.root}\0".encode() in environ.read_bytes():
@@ -24323,7 +24937,9 @@ def test_commands_what_is_far_too_large_for_a_batch_or_a_key_is_told(box: Box) -
     assert made.json["ok"] is True
 
 
-def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -> None:
+def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     broken = {
         '{"prompt": "a", "width": 3000000, "height": 1}': "row 2: size",
         '{"prompt": 7}': "row 2: prompt",
@@ -24335,39 +24951,43 @@ def test_commands_a_batch_tells_a_broken_row_before_anything_is_made(box: Box) -
         r'{"prompt": "a", "output": "\ud800"}': "row 2: '\\ud800': no file",
     }
     for row, expected in broken.items():
-        done = box.run("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
+        done = inside("batch", "-", "-b", "mock", input=f"a fox\n{row}\n")
         assert (done.code, done.out, expected in done.err) == (2, "", True), done.err
-    assert box.ledger() == []
-    missing = box.run("batch", "nothing.txt")
+    assert here.ledger() == []
+    missing = inside("batch", "nothing.txt")
     assert (missing.code, missing.err.count("nothing.txt")) == (2, 1)
     # However the folder is spelled, it is the same batch.
-    (box.root / "rows.txt").write_text("a fox\n")
-    spelled = [box.run("batch", "rows.txt", "-b", "mock", "-o", name) for name in ("all/", "./all")]
+    (here.root / "rows.txt").write_text("a fox\n")
+    spelled = [inside("batch", "rows.txt", "-b", "mock", "-o", name) for name in ("all/", "./all")]
     assert spelled[0].json["images"][0]["path"] == spelled[1].json["images"][0]["path"]
-    made = box.run("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
+    made = inside("batch", "-", "-b", "mock", input="\ufeffa fox\r\na hare\n")
     assert [json.loads(line)["images"][0]["prompt"] for line in made.lines] == ["a fox", "a hare"]
 
 
-def test_commands_serve_takes_numbers_within_bounds_alone(box: Box) -> None:
+def test_commands_serve_takes_numbers_within_bounds_alone(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     for flag, wrong in (("--port", "65536"), ("--port", "-1"), ("--parallel", "0")):
-        done = box.run("serve", f"{flag}={wrong}")
+        done = inside("serve", f"{flag}={wrong}")
         assert (done.code, "--port is 0 to 65535" in done.err) == (2, True)
     for flag, wrong in (("--parallel", "65"), ("--queue", "-1"), ("--queue", "1001")):
-        assert box.run("serve", f"{flag}={wrong}").code == 2
+        assert inside("serve", f"{flag}={wrong}").code == 2
 
 
-def test_commands_a_time_and_a_number_at_a_time_have_their_bounds(box: Box) -> None:
-    (box.root / "rows.txt").write_text("a fox\n")
+def test_commands_a_time_and_a_number_at_a_time_have_their_bounds(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    (here.root / "rows.txt").write_text("a fox\n")
     ident = str(uuid.uuid4())
     made = ("generate", "a fox", "-b", "mock")
     cases = [(made, "0"), (made, "nan"), (("batch", "rows.txt"), "-1"), (("wait", ident), "soon")]
     for command, wrong in cases:
-        done = box.run(*command, f"--timeout={wrong}")
+        done = inside(*command, f"--timeout={wrong}")
         assert (done.code, "more than 0 seconds" in done.err) == (2, True), (command, wrong)
     for wrong in ("0", "65"):
-        done = box.run("batch", "rows.txt", f"--parallel={wrong}")
+        done = inside("batch", "rows.txt", f"--parallel={wrong}")
         assert (done.code, "1 to 64" in done.err) == (2, True)
-    assert box.ledger() == []
+    assert here.ledger() == []
 
 
 def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> None:
@@ -24375,6 +24995,819 @@ def test_commands_a_prompt_that_is_no_utf8_is_told_with_its_byte(box: Box) -> No
     with (box.root / "prompt").open("rb") as prompt:
         done = box.run("generate", "-", "-b", "mock", stdin=prompt)
     assert (done.code, "byte 4" in done.err) == (2, True)
+
+
+def test_commands_setup_makes_an_environment_once_and_says_what_it_lacks(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = here.root / "programs"
+    programs.mkdir()
+    folder = here.root / ".local/share/imagen"
+    python = folder / "venv/bin/python"
+    log = here.root / "log"
+    # A Python and a uv that write down what they are called with; this uv makes such a Python.
+    noted = f'echo "${{0##*/}} $*" >>{log}'
+    plain = preview_script(programs / "python", noted)
+    make = f"/bin/mkdir -p {python.parent} && /bin/cp {plain} {python}"
+    uv = preview_script(programs / "uv", f'{noted}; case "$1" in venv) {make};; esac')
+    here.environ["PATH"] = str(programs)
+    monkeypatch.setattr(sys, "executable", plain)
+
+    def calls(*args: str) -> list[str]:
+        log.write_text("")
+        done = inside("setup", *args)
+        assert (done.code, done.lines) == (0, [f"{here.root}/.local/bin/imagen"])
+        assert f"{folder} has this copy and its packages" in done.err
+        return log.read_text().splitlines()
+
+    packages = "pyyaml>=6.0.2 pg8000>=1.31.2"
+    install = f"uv pip install --quiet --upgrade --python {python} {packages}"
+    assert calls("--with", "pillow", "--with", "jxl") == [
+        f"uv venv --quiet --clear --python {plain} {folder}/venv",
+        f"{install} pillow jxl",
+    ]
+    assert calls() == ["python -c import sys", install]
+    os.unlink(uv)
+    installed = f"python -m pip install --quiet --upgrade {packages}"
+    assert calls() == ["python -c import pip", installed]
+    assert (folder / "imagen.py").read_bytes() == HERE.read_bytes()
+    migrations = (HERE.parent / "migrations.sql").read_bytes()
+    assert (folder / "migrations.sql").read_bytes() == migrations
+    assert {path.name for path in folder.iterdir()} == {"imagen.py", "migrations.sql", "venv"}
+    launcher = (here.root / ".local/bin/imagen").read_text()
+    assert launcher.startswith(f"#!/bin/sh\n# the launcher of imagen.py\nexec {python} -P -c ")
+    assert f'  # {folder}/imagen.py\' "$@"\n' in launcher
+    # What fails is told by its last words.
+    preview_script(python, 'case "$2" in pip) echo "x$(/bin/seq 300)no network" >&2; exit 1;; esac')
+    done = inside("setup")
+    message, hint = done.err.splitlines()[0], done.err.splitlines()[-1]
+    assert (done.code, done.out) == (11, "")
+    assert message.startswith(f"imagen: {python} -m pip install …: ")
+    assert "no network" in done.err and "x1" not in done.err
+    assert hint.startswith("        → it needs the network")
+    shutil.rmtree(folder / "venv")
+    preview_script(programs / "python", 'echo "no ensurepip"; exit 1')
+    done = inside("setup")
+    version = "python{}.{}-venv".format(*sys.version_info)
+    assert done.code == 11
+    assert f"{plain} -m venv --clear …: no ensurepip\n" in done.err
+    assert f"sudo apt install {version}\n" in done.err
+    os.unlink(plain)
+    assert f"imagen: {plain}: [Errno 2]" in inside("setup").err
+
+
+def test_commands_uninstall_removes_what_setup_made_and_nothing_else(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    folder = here.root / ".local/share/imagen"
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "__pycache__").mkdir()
+    (folder / "imagen.py").touch()
+    (folder / "notes.txt").write_text("mine")
+    bin_ = here.root / ".local/bin"
+    here.environ["PATH"] = f"/usr/bin:{bin_}"
+    assert inside("install").err == ""  # it is on the PATH
+    unit = here.root / ".config/systemd/user/imagen-worker.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    config = here.configure(MOCK)
+    done = inside("uninstall", "--json")
+    removed = [f"{folder}/{name}" for name in ("venv", "__pycache__", "imagen.py")]
+    assert done.json == {"ok": True, "removed": [*removed, f"{bin_}/imagen"]}
+    first, second = done.err.splitlines()
+    assert first == f"4 removed; the images stay, and {here.state}, {config}"
+    assert second.endswith("systemctl --user disable --now imagen-worker")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    # Somebody else's program of that name stays; an empty folder of ours does not.
+    (bin_ / "imagen").write_text("#!/bin/sh\nexec other\n")
+    (folder / "notes.txt").rename(folder / "imagen.py")
+    unit.unlink()
+    assert inside("uninstall").lines == [f"{folder}/imagen.py"]
+    assert not folder.exists()
+    done = inside("uninstall")
+    assert (done.out, done.err.count("\n")) == ("", 1)
+    assert done.err.startswith("0 removed")
+    assert (bin_ / "imagen").exists()
+
+
+def test_commands_take_an_image_from_stdin_and_with_like_its_mask(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    photo = png(16, 16)
+    (here.root / "mask.png").write_bytes(inputs_mask(16))
+    made = inside("generate", "a hat", "-i", "-", "--mask", "mask.png", stdin=photo)
+    assert made.code == 0, made.err
+    sidecar = here.sidecar(made.lines[0])
+    assert [image["sha256"] for image in sidecar["inputs"]] == [hashlib.sha256(photo).hexdigest()]
+    again = inside("generate", "--like", "last", "-n", "2")
+    for path in again.lines:
+        repeated = here.sidecar(path)
+        assert repeated["inputs"][0]["sha256"] == sidecar["inputs"][0]["sha256"]
+        assert repeated["mask"]["sha256"] == sidecar["mask"]["sha256"]
+    assert "--like: prompt, " in again.err
+    assert f" from the record of {made.lines[0]}\n" in again.err
+    empty = inside("generate", "a hat", "-i", "-")
+    assert empty.code == 2, empty.err
+
+
+def test_commands_a_batch_is_checked_and_priced_before_anything_is_made(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    priced = {"type": "openai", "model": "a", "base_url": "http://127.0.0.1:9", "cost_usd": 0.25}
+    unpriced = {key: value for key, value in priced.items() if key != "cost_usd"}
+    here.configure({"priced": priced, "unknown": unpriced})
+    rows = b'{"prompt": "a fox", "n": 3}\n\na hare\n{"prompt": "x", "backend": "unknown"}\n'
+    done = inside("batch", "-", "--dry-run", stdin=rows)
+    assert done.lines == ["3 rows, 5 images, $1, 1 of unknown price"], done.err
+    document = {"rows": 3, "images": 5, "usd": 1.0, "unknown": 1}
+    done = inside("batch", "-", "--dry-run", "--json", stdin=rows)
+    assert done.json == {"ok": True, "dry_run": True, **document}
+    done = inside("batch", "-", "--dry-run", "-b", "unknown", stdin=b"a hare\n")
+    assert done.lines == ["1 rows, 1 images, $0, 1 of unknown price"]
+    for text, complaint in ((b"", "-: no rows"), (b" \n\n", "-: no rows")):
+        done = inside("batch", "-", stdin=text)
+        assert (done.code, complaint in done.err) == (2, True), done.err
+    done = inside("batch", "-", stdin=b'a fox\n\n{"prompt": "x", "pay_again": true}\n')
+    assert "row 3: pay_again is not for rows" in done.err
+    assert here.ledger() == []
+
+
+def commands_agent(place: str = "", **arguments: object) -> bytes:
+    """A line of MCP that calls `generate_image`; its id is the image's place or the backend."""
+    ident = place or arguments["backend"]
+    more = {"images": [place]} if place else {}
+    params = {"name": "generate_image", "arguments": {"prompt": "a fox", **arguments, **more}}
+    call = {"jsonrpc": "2.0", "id": ident, "method": "tools/call", "params": params}
+    return f"{json.dumps(call)}\n".encode()
+
+
+def test_commands_a_session_for_agents_spends_two_dollars_unless_somebody_says_otherwise(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    prices = {"cheap": 0.4, "dear": 1.5, "dearer": 2.1}
+
+    def refused(*flags: str, **budget: float) -> list[str]:
+        blocks = {name: {**block, "cost_usd": usd} for name, usd in prices.items()}
+        here.configure(blocks, budget=budget)
+        refused = []
+        for name in prices:
+            done = inside("mcp", *flags, stdin=[commands_agent(backend=name)])
+            assert (done.code, done.err) == (0, "")
+            answer = json.loads(done.out)["result"]["structuredContent"]
+            if answer.get("error", {}).get("code") == "quota":
+                refused.append(name)
+        return refused
+
+    with Remote(handler=lambda _: openai_images(png())) as remote:
+        block = {"type": "openai", "model": "a", "base_url": f"{remote.base}/v1"}
+        assert refused() == ["dearer"]
+        assert refused("--max-cost", "0.5") == ["dear", "dearer"]
+        assert refused(per_command=5.0) == []
+        assert refused("--max-cost", "2", per_command=5.0) == ["dearer"]
+    assert inside("mcp", "--max-cost", "-1").code == 2
+
+
+def test_commands_agents_take_images_from_here_the_output_folder_and_where_it_is_allowed(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    other = here.root.parent / f"{here.root.name}-other"
+    places = [here.root / "a.png", here.out / "a.png", other / "a.png"]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(png(16, 16))
+    lines = [commands_agent(str(place)) for place in places]
+    for flags, refused in (((), {str(places[2])}), (("--allow-path", str(other)), set())):
+        done = inside("mcp", *flags, stdin=lines)
+        answers = [json.loads(line) for line in done.lines]
+        assert {answer["id"] for answer in answers if answer["result"]["isError"]} == refused
+
+
+def test_commands_recover_says_what_it_did_with_each_entry(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    done = inside("recover")
+    assert (done.code, done.out, done.err) == (0, "", "nothing is unfinished\n")
+    here.configure(MOCK_SMALL)
+    begun, over, busy = (journal_entry(sent=False) for _ in range(3))
+    row, taken = (
+        next(row for row in imagen.entries() if ident in row.path) for ident in (over, busy)
+    )
+    entry = imagen.Entry.take(row.path)
+    assert entry
+    entry.note(over=True)
+    entry.unlock()
+    done = inside("recover")
+    assert done.err == "imagen recover ID, or --all; --forget ID closes one without looking\n"
+    assert {line.split()[0] for line in done.lines} == {begun, over, busy}
+    lock = imagen.Entry.take(taken.path)
+    assert lock
+    done = inside("recover", "--all")
+    assert done.code == 0
+    assert set(done.err.splitlines()) == {
+        "somebody works on 1 more",
+        f"{begun}: nothing had been sent; closed",
+        f"{over}: over; closed",
+    }
+    lock.unlock()
+    done = inside("recover", "--forget", busy[:13])
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"{busy}: closed, charged: no\n"
+    done = inside("recover", "--forget", busy)
+    assert (done.code, "no unfinished images begin so" in done.err) == (2, True)
+    assert here.unfinished() == []
+
+
+def test_commands_what_is_not_typed_has_the_value_that_the_help_tells() -> None:
+    expected: dict[str, dict[str, object]] = {
+        "generate": {"n": 1, "timeout": 600.0},
+        "batch": {"timeout": 600.0},
+        "wait": {"timeout": 86400.0},
+        "recover": {"timeout": 600.0},
+        "sign": {"expires": "1d"},
+        "list": {"n": 20},
+        "cost": {"by": "day"},
+        "install": {"folder": "~/.local/bin"},
+        "worker": {"name": "worker"},
+        "jobs add": {"n": 1},
+        "jobs list": {"n": 50},
+        "serve": {
+            "host": "127.0.0.1", "port": 8765, "token_env": "IMAGEN_SERVE_TOKEN", "parallel": 2,
+            "queue": 32,
+        },
+    }  # fmt: skip
+    for name in imagen.COMMANDS:
+        parser = imagen.parser_of(name, imagen.Terminal([]))
+        required = ["x"] * (name in ("batch", "sign"))
+        values = vars(parser.parse_args(required))
+        typed = {key: value for key, value in values.items() if value and value != "x"}
+        assert typed == expected.get(name, {}), name
+        assert imagen.parser_of(name, imagen.Terminal([])).prog == f"imagen {name}"
+    # Values come in the types and numbers that the help tells, several in their order.
+    parser = imagen.parser_of("generate", imagen.Terminal([]))
+    words = "--seed 5 --strength .5 --max-cost 2 --timeout 1.5 --tag a --tag b --format webp fox"
+    values = vars(parser.parse_args(words.split()))
+    assert {key: value for key, value in values.items() if value} == {
+        "seed": 5, "strength": 0.5, "max_cost": 2.0, "timeout": 1.5, "tag": ["a", "b"],
+        "format": "webp", "prompt": "fox", "n": 1,
+    }  # fmt: skip
+    parser = imagen.parser_of("worker", imagen.Terminal([]))
+    assert parser.parse_args(["--backend", "a", "b"]).backend == ["a", "b"]
+    for words in ("--format bmp fox", "--seed 1.5 fox", "--strength much fox", "--prev auto fox"):
+        with pytest.raises(imagen.BadRequest):
+            imagen.parser_of("generate", imagen.Terminal([])).parse_args(words.split())
+
+
+def test_commands_take_flags_before_and_behind_their_names(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    path = here.configure({"toy": MOCK_SMALL["mock"]})
+    own = str(path.rename(here.root / "own.yaml"))
+    shown = inside("--config", own, "config", "show", "--json").json
+    assert shown["config"]["default_backend"] == "toy"
+    for line in (
+        f"--json --config {own} config show",
+        f"config --json show --config {own}",
+        f"--config {own} config --json show",
+        f"--config={own} config show --json",
+    ):
+        assert inside(*line.split()).json == shown, line
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
+    version = {"ok": True, "version": imagen.__version__, "sha256": digest}
+    for line in ("-V --json", "--json --version", "--json -V list"):
+        assert inside(*line.split()).json == version
+    text = inside("--help", "--json").json["text"]
+    assert text.startswith("usage: imagen [--config FILE] COMMAND …\n\nimages:\n  generate ")
+    # --json behind -- is a word like any other, also for what goes wrong.
+    assert "imagen: " in inside("generate", "-b", "nobody", "--", "--json").err
+    slips = {
+        "config": 'imagen config "": no such action',
+        "config shwo": 'imagen config "shwo": no such action',
+        "config --json": "no such action",
+        "--json": "--json: no flag that can stand alone",
+        "-q -v": "-q: no flag that can stand alone",
+        "gnerate": 'command "gnerate" is unknown',
+        "--json gnerate": 'command "gnerate" is unknown',
+    }
+    for line, message in slips.items():
+        done = inside(*line.split())
+        told = done.json["error"]["message"] if "--json" in line else done.err
+        assert (done.code, message in told) == (2, True), (line, told)
+
+
+def test_commands_help_lists_each_command_with_what_it_does_in_a_column(
+    inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = inside("--help").out
+    for group, names in imagen.GROUPS.items():
+        block = text.partition(f"\n{group}:\n")[2].partition("\n\n")[0]
+        expected = [
+            f"  {name:<15}  {summary.splitlines()[0]}"
+            for first in names.split()
+            for name, (_, summary) in imagen.COMMANDS.items()
+            if name.split()[0] == first
+        ]
+        assert block.splitlines() == expected
+    of_jobs = inside("help", "jobs").out
+    assert of_jobs.startswith("usage: imagen jobs ACTION …\n\n  jobs add ")
+    assert "  recover " not in of_jobs
+    narrow = {"19": 20, "55": 55, "x": 80, "": 80}
+    for columns, width in narrow.items():
+        monkeypatch.setenv("COLUMNS", columns)
+        assert imagen.text_columns() == width
+    assert "claude mcp add imagen -- " in inside("help", "mcp").out
+    assert f'"args": ["{HERE}", "mcp"]' in inside("help", "mcp").out
+
+
+def test_commands_a_time_is_a_number_of_seconds_or_a_moment() -> None:
+    seconds = {"1": 1, "90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600}
+    seconds["999999999"] = 999_999_999
+    assert {text: imagen.duration(text) for text in seconds} == seconds
+    for wrong in ("", "0", "-1d", "1.5h", "d", "1 d", "1y", "1234567890", "٣d", "1d\n"):
+        assert imagen.duration(wrong) == 0, wrong
+    for sign in (1, -1):
+        at = datetime.fromisoformat(imagen.moment("2h", sign))
+        assert abs((at - datetime.now(UTC)).total_seconds() - sign * 7200) < 30
+    assert imagen.moment("2026-12-24T18:00+01:00", 1) == "2026-12-24T17:00:00Z"
+    assert imagen.moment("2026-12-24T18:00+01:00", -1) == "2026-12-24T17:00:00Z"
+    for wrong in ("soon", "9999999-01-01", "1969-12-31T00:00+00:00", "6400-01-01T00:00+00:00"):
+        with pytest.raises(imagen.BadRequest, match="not a time"):
+            imagen.moment(wrong, 1)
+    assert imagen.moment("6300-01-01T00:00+00:00", 1) == "6300-01-01T00:00:00Z"
+
+
+def test_commands_a_job_without_an_image_is_the_error_that_its_worker_met() -> None:
+    job = {
+        "id": "7",
+        "status": "failed",
+        "error": "no\nwait",
+        "error_code": "busy",
+        "receipt": None,
+    }
+    cases: list[tuple[dict[str, object], str, str, str, str]] = [
+        ({}, "busy", "7: no", "wait", "no"),
+        ({"receipt": {"attempt": 1}}, "busy", "7: no", "wait", "unknown"),
+        ({"status": "canceled", "error": None}, "interrupted", "7: canceled", "", "no"),
+        ({"status": "canceled", "receipt": {"a": 1}}, "interrupted", "7: no", "wait", "unknown"),
+        ({"error_code": "of a release to come"}, "failed", "7: no", "wait", "no"),
+        ({"error_code": None, "error": None}, "failed", "7: failed", "", "no"),
+    ]
+    for changes, code, message, hint, charged in cases:
+        error = imagen.job_error({**job, **changes})
+        assert (error.code, str(error), error.hint, error.charged) == (code, message, hint, charged)
+    left = imagen.jobs_left(["7", "8"], imagen.Unknown, "the line is cut")
+    assert str(left) == "7, 8: may be in the queue; the line is cut"
+    assert left.hint.endswith("imagen jobs cancel 7")
+    assert left.charged == "unknown"
+
+
+def test_commands_of_several_outcomes_the_one_that_may_have_cost_decides() -> None:
+    unknown = imagen.Unknown("u", charged="unknown")
+    interrupted = imagen.Interrupted("i")
+    refused = imagen.Refused("r", "reword")
+    cases: list[tuple[int, int, list[imagen.ImagenError], str]] = [
+        (2, 2, [], ""),
+        (2, 0, [refused, imagen.Quota("q")], "refused: r"),
+        (2, 1, [refused], "partial: 1 of 2 made; r"),
+        (3, 2, [refused, interrupted], "interrupted: i"),
+        (3, 1, [interrupted, unknown, refused], "unknown: u"),
+        (2, 2, [refused], "refused: r"),
+    ]
+    for count, made, errors, expected in cases:
+        runner = imagen.TerminalRunner(["x"] * count, imagen.Config(), imagen.Terminal([]), 1.0)
+        runner.errors = errors
+        runner.records = [imagen.MADE] * made
+        worst = runner.worst()
+        assert (f"{worst.code}: {worst}" if worst else "") == expected
+    runner.records = runner.records[:1]
+    partial = runner.worst()
+    assert partial and (partial.hint, partial.charged) == ("reword", "no")
+
+
+def test_commands_a_stop_waits_as_long_as_is_promised_and_says_what_it_left(
+    inside: Callable[..., Done], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = imagen.Config()
+    # How many items, images made, under way → what is said at the end.
+    cases: list[tuple[int, int, int, str]] = [
+        (3, 1, 0, "interrupted: 1 of 3 made"),
+        (3, 1, 2, "interrupted: 1 of 3 made, 2 did not end"),
+        (1, 0, 1, "interrupted: 0 of 1 made, 1 did not end"),
+        (1, 0, 0, ""),
+        (2, 2, 0, ""),
+    ]
+    for count, made, active, message in cases:
+        runner = imagen.TerminalRunner([], config, imagen.Terminal([]), 1.0)
+        runner.count = count
+        runner.records = [imagen.Record(path="/x.png", sidecar={})] * made
+        runner.active = {imagen.Run(): imagen.Progress() for _ in range(active)}
+        runner.stop("user")
+        assert runner.run() == (130 if message else 0)
+        assert capsys.readouterr().err == (f"imagen: {message}\n" if message else "")
+    for number, patience in ((signal.SIGTERM, config.worker.grace_s), (signal.SIGINT, 1e9)):
+        runner = imagen.TerminalRunner([], config, imagen.Terminal([]), 1.0)
+        run = imagen.Run()
+        runner.active[run] = imagen.Progress("sending")
+        before = time.monotonic()
+        runner.on_signal(number, None)
+        runner.on_signal(number, None)  # within a moment, as `timeout` signals a group
+        assert runner.stopped == "user"
+        assert before <= runner.stopped_at <= time.monotonic()
+        assert runner.pending == []
+        assert runner.leave_at() == runner.stopped_at + 5
+        run.stop_pending = True
+        assert runner.pending == [run]
+        assert runner.leave_at() == runner.stopped_at + patience
+
+
+def test_commands_wait_tells_what_became_of_each_id(here: Box, inside: Callable[..., Done]) -> None:
+    here.configure(MOCK_SMALL)
+    sent, unsent, refused, gone, foreign = (str(uuid.uuid4()) for _ in range(5))
+    journal_entry(ident=sent)
+    (made,) = inside(*SMALL, "--json").json["images"]
+    logs = {sent: "", unsent: "", refused: "", made["image_id"]: ""}
+    error = {"code": "refused", "message": "no foxes", "hint": "reword", "charged": "no"}
+    logs[refused] = f"a warning\n{json.dumps({'ok': False, 'error': error})}\n"
+    for ident, text in logs.items():
+        Path(imagen.state_path(f"detached-{ident}")).write_text(text)
+    cases = {
+        sent: (10, "unknown", "its process was killed", f"imagen recover {sent}", "unknown"),
+        unsent: (11, "failed", "its process was killed", f"imagen recover {unsent}", "no"),
+        refused: (5, "refused", "no foxes", "reword", "no"),
+        gone: (2, "usage", "nothing is known of it here", "imagen list; imagen recover", "no"),
+    }
+    for ident, (exit_code, code, message, hint, charged) in cases.items():
+        done = inside("wait", ident, "--json")
+        error = done.json["error"]
+        assert done.code == exit_code, (message, done.out)
+        assert (error["code"], error["hint"], error["charged"]) == (code, hint, charged)
+        assert error["message"].endswith(message)
+    with open(imagen.locked(imagen.state_path(f"detached-{foreign}"), os.O_CREAT)):
+        done = inside("wait", foreign, "--timeout", "1.01")
+    assert done.code == 7
+    assert done.err.splitlines() == [
+        f"imagen: {foreign}: still under way",
+        f"        → imagen wait {foreign}",
+    ]
+    done = inside("wait", made["image_id"], refused)
+    assert (done.code, done.lines) == (9, [made["path"]])
+    assert not os.path.exists(imagen.state_path(f"detached-{made['image_id']}"))
+    for words in ((), ("x",), (sent, "x")):
+        done = inside("wait", *words)
+        assert (done.code, "an id is missing" in done.err) == (2, True)
+
+
+def test_commands_cost_makes_rows_by_day_month_backend_model_and_owner(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    def line(day: str, charged: str, price: float | None, **more: Any) -> str:
+        sidecar = {"image_id": str(uuid.uuid4()), "prompt": "a", "backend": more.pop("backend")}
+        sidecar |= {"model": "m", "cost_usd_estimate": more.pop("usd", price)}
+        record = {"id": sidecar["image_id"], "at": f"{day}T10:00:00Z", "charged": charged}
+        return json.dumps({**record, "price": price, "sidecar": sidecar, **more})
+
+    lines = [
+        line("2026-01-02", "yes", 0.25, backend="a", path="/1.png"),
+        line("2026-01-31", "yes", 0.25, backend="b", path="/2.png", usd=0.125, owner="anna"),
+        line("2026-02-01", "unknown", 0.5, backend="a", owner="anna"),
+        line("2026-02-01", "yes", None, backend="a", path="/3.png"),
+        line("2026-02-01", "no", 7.0, backend="c"),
+    ]
+    here.state.mkdir(parents=True)
+    (here.state / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def rows(by: str, *flags: str) -> dict[str, list[object]]:
+        document = inside("cost", "--by", by, "--json", *flags).json
+        columns = ("images", "usd", "unknown", "reported", "estimated", "reserved")
+        every = [*document["rows"], {by: "total", **document["total"]}]
+        assert all(row.keys() == {by, *columns} for row in every)
+        return {row[by]: [row[name] for name in columns] for row in every}
+
+    total = [3, 0.375, 2, 0.125, 0.25, 0.5]
+    first = [1, 0.25, 0, 0, 0.25, 0]
+    second = [1, 0.125, 0, 0.125, 0, 0]
+    third = [1, 0, 2, 0, 0, 0.5]
+    assert rows("day") == {
+        "2026-01-02": first, "2026-01-31": second, "2026-02-01": third, "total": total,
+    }  # fmt: skip
+    january = [2, 0.375, 0, 0.125, 0.25, 0]
+    assert rows("month") == {"2026-01": january, "2026-02": third, "total": total}
+    assert rows("backend") == {"a": [2, 0.25, 2, 0, 0.25, 0.5], "b": second, "total": total}
+    assert rows("model") == {"m": total, "total": total}
+    assert rows("owner") == {
+        "": [2, 0.25, 1, 0, 0.25, 0], "anna": [1, 0.125, 1, 0.125, 0, 0.5], "total": total,
+    }  # fmt: skip
+    assert rows("day", "--since", "2026-01-31") == {
+        "2026-01-31": second, "2026-02-01": third, "total": [2, 0.125, 2, 0.125, 0, 0.5],
+    }  # fmt: skip
+    every = "$0.125 reported, $0.25 estimated, $0.5 reserved, 2 of unknown cost"
+    assert [re.split(" {2,}", line) for line in inside("cost", "--by", "month").lines] == [
+        ["2026-01", "2", "images", "$0.375", "$0.125 reported, $0.25 estimated"],
+        ["2026-02", "1", "images", "$0", "$0.5 reserved, 2 of unknown cost"],
+        ["total", "3", "images", "$0.375", every],
+    ]
+
+
+def test_commands_list_shows_when_with_what_for_how_much_and_where(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    assert inside("list", "-n", "0").code == 2
+    prompt = "a fox in snow, seen from above, at dusk, with a lantern in its mouth"
+    (first,) = inside("generate", prompt, "--seed", "5").lines
+    (second,) = inside("generate", "a hen").lines
+    line = inside("list", "--json").json["images"][1]
+    done = inside("list")
+    when, backend, price, path, shown = re.split(" {2,}", done.lines[1])
+    assert (when, backend, price) == (here.sidecar(first)["timestamp"][:16], "mock", "$0")
+    assert (path, shown) == (first, prompt[:60])
+    assert done.err == ""
+    assert line == {**here.sidecar(first), "path": first, "cloud": None}
+    assert [len(inside("list", "-n", n).lines) for n in ("1", "2", "3")] == [1, 2, 2]
+    assert second in inside("list", "-n", "1").out
+
+
+def test_commands_verbose_tells_what_the_backend_gets_and_each_command_how_many_it_makes(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    done = inside("generate", "a fox", "-n", "2", "-v", "--seed", "3", "--steps", "4")
+    lines = done.err.splitlines()
+    assert lines[0] == "mock, 2 to make"
+    name, _, sent = lines[1].partition(" gets ")
+    assert (name, json.loads(sent)["seed"]) == ("mock", 3)
+    assert "prompt" not in json.loads(sent)
+    assert lines.count("imagen: mock cannot take steps: ignored") == 2
+    words = ("generate", "a fox", "--key", "k", "--json")
+    (first,) = inside(*words).json["images"]
+    again = inside(*words)
+    assert again.json["images"] == [{**first, "reused": True}]
+    assert f"made at {first['timestamp']} for this key\n" in again.err
+    # `on` says so where nothing can show an image, so that it can be seen which word counts.
+    previews: list[tuple[str, tuple[str, ...], bool]] = [
+        ("auto", (), False),
+        ("auto", ("--preview", "on"), True),
+        ("auto", ("--preview", "on", "--no-preview"), False),
+        ("on", (), True),
+        ("on", ("--preview", "off"), False),
+        ("on", ("--no-preview",), False),
+    ]
+    for word, flags, shown in previews:
+        here.configure(MOCK_SMALL, output={"preview": word})
+        assert ("preview: " in inside("generate", "a fox", *flags).err) == shown, (word, flags)
+    # Without a backend that may be missing, nobody is told of another.
+    for flags, offered in (((), True), (("-b", "gone"), False)):
+        here.configure({"gone": {"type": "openai", "model": "m", "api_key_env": "UNSET_KEY"}})
+        done = inside("generate", "a fox", *flags)
+        assert (done.code, "or try -b mock" in done.err) == (3, offered)
+
+
+def test_commands_a_dry_run_shows_what_is_sent_where_it_goes_and_what_it_costs(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    blocks = {name: {"type": "mock"} for name in ("toy", "other")}
+    here.configure(blocks)
+    words = ("--seed", "7", "--negative", "blur", "--opt", "width=48", "--opt", "height=32")
+    done = inside("generate", "a fox", *words, "-n", "2", "--dry-run", "--json").json
+    first, second = done["plans"]
+    day = imagen.now_iso()[:10]
+    assert (done["ok"], done["dry_run"]) == (True, True)
+    assert first == {
+        "backend": "toy",
+        "prompt": "a fox",
+        "negative_prompt": "blur",
+        "parameters": {"width": 48, "height": 32, "seed": 7},
+        "file": f"{here.out}/{day}-a-fox-7.png",
+        "price_usd": 0.0,
+        "price_source": "free",
+    }
+    assert second["parameters"]["seed"] == 8
+    lines = inside("generate", "a fox", *words, "--dry-run").lines
+    told = [re.split(" {2,}", line) for line in lines]
+    assert told[:3] == [["backend", "toy"], ["prompt", "a fox"], ["negative_prompt", "blur"]]
+    assert told[3][0] == "parameters"
+    assert json.loads(told[3][1]) == first["parameters"]
+    assert told[4:] == [["file", first["file"]], ["price_usd", "0.0"], ["price_source", "free"]]
+    # What another backend would not know of does not go along with --like.
+    (made,) = inside("generate", "a fox", *words, "--tag", "a", "--tag", "b").lines
+    assert here.sidecar(made)["tags"] == ["a", "b"]
+    for flags, width in (((), 48), (("-b", "toy"), 48), (("-b", "other"), 1024)):
+        like = inside("generate", "--like", "last", *flags, "--dry-run", "--json").json["plans"][0]
+        assert (like["parameters"]["width"], like["negative_prompt"]) == (width, "blur")
+    options = imagen.options_from(["a=1", "b=x=y", "c=", 'd={"e": [true]}'])
+    assert options == {"a": 1, "b": "x=y", "c": "", "d": {"e": [True]}}
+    for wrong in ("=1", "a", ""):
+        with pytest.raises(imagen.BadRequest, match="not KEY=VALUE"):
+            imagen.options_from([wrong])
+    # What a command may spend is the flag's word, and the config's where there is none.
+    budget = imagen.BudgetConfig(per_command=0.3, per_day=7.0)
+    config = imagen.Config(budget=budget)
+    assert imagen.budgeted(config, None) == config
+    assert imagen.budgeted(config, 0.5).budget == budget._replace(per_command=0.5)
+    for most in (-1.0, math.nan):
+        with pytest.raises(imagen.BadRequest, match="--max-cost"):
+            imagen.budgeted(config, most)
+    skill = inside("skill", "--json").json["text"]
+    assert skill.startswith("---\nname: imagine\n")
+    assert skill == inside("skill").out.rstrip()
+
+
+def test_commands_backends_and_styles_show_what_is_configured(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    cloud = {"type": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    blocks = {"toy": {"type": "mock"}, "ai": {**cloud, "api_key_env": "SOME_KEY"}}
+    mine = {"suffix": "s", "negative": "n", "width": 64, "height": 32}
+    here.configure({**blocks, "bad": {"type": "openai"}}, styles={"mine": mine, "plain": "p"})
+    row = {
+        "name": "ai", "type": "openai", "default": False, "model": "m", "variable": "SOME_KEY",
+        "set": False, "said": "SOME_KEY not set",
+    }  # fmt: skip
+    toy = {**row, "name": "toy", "type": "mock", "default": True, "model": "", "variable": ""}
+    toy["said"] = ""
+    assert inside("backends", "ai", "toy", "--json").json == {"ok": True, "backends": [row, toy]}
+    done = inside("backends", "ai", "--json", env={"SOME_KEY": "k"})
+    assert done.json["backends"] == [{**row, "set": True, "said": "SOME_KEY set"}]
+    lines = [re.split(" {2,}", line) for line in inside("backends").lines]
+    assert ["* toy", "mock"] in lines
+    assert ["", "ai", "openai", "m", "SOME_KEY not set"] in lines
+    (bad,) = (line for line in lines if line[1] == "bad")
+    assert "model" in bad[-1]
+    assert 'did you mean "toy"' in inside("backends", "toi").err
+    # Of those that are named each counts, and what one can do something about counts most.
+    for names, code in ((("toy",), 0), (("ai",), 3), (("toy", "ai"), 3), ((), 0)):
+        done = inside("backends", *names, "--check", "--json")
+        assert done.code == code, names
+        said = {row["name"]: row["said"] for row in done.json["backends"]}
+        assert said.get("ai", "config: SOME").startswith("config: ")
+        assert said.get("toy", "ok: ").startswith("ok: ")
+    styles = dict(re.split(" {2,}", line, maxsplit=1) for line in inside("styles").lines)
+    assert (styles["mine"], styles["plain"]) == ("s / not: n [64x32]", "p")
+    shown = inside("styles", "--json").json["styles"]
+    assert shown["mine"] == mine
+    assert [*shown] == [*imagen.STYLES, "mine", "plain"]
+
+
+def test_commands_tell_of_each_image_and_each_error_as_it_comes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(call: Callable[[imagen.TerminalRunner], object], *flags: str, count: int = 1) -> Any:
+        terminal = imagen.Terminal(flags)
+        runner = imagen.TerminalRunner(["x"] * count, imagen.Config(), terminal, 1.0)
+        call(runner)
+        return capsys.readouterr()
+
+    sidecar = {"image_id": "7", "latency_ms": 1234, "cost_usd_estimate": 0.003, "seed": 0}
+    record: Any = {"path": "/x.png", "sidecar": sidecar, "object": "d/x.png", "row": True}
+    out, err = told(lambda runner: runner.on_image(record))
+    assert (out, err) == ("/x.png\n", "1.2 s, $0.003, seed 0\n")
+    out, err = told(lambda runner: runner.on_image(record), "--json")
+    assert (out, err) == ("", "1.2 s, $0.003, seed 0\n")
+    bare: Any = {"path": "/x.png", "sidecar": {"seed": None}}
+    assert told(lambda runner: runner.on_image(bare)) == ("/x.png\n", "0.0 s, $?\n")
+    line = "cloud: imagen.images.id=7 storage_path=d/x.png\n"
+    assert told(lambda runner: runner.on_delivered(record)) == ("", line)
+    for nothing in (None, bare):
+        assert told(lambda runner, it=nothing: runner.on_delivered(it)) == ("", "")
+    stopped = imagen.Interrupted("stopped")
+    dear = imagen.Interrupted("stopped", charged="unknown")
+    refused = imagen.Refused("stopped")
+    for error, count, shown in (
+        (stopped, 1, True), (stopped, 2, False), (dear, 2, True), (refused, 2, True),
+    ):  # fmt: skip
+        _, err = told(lambda runner, it=error: runner.on_error(it), count=count)
+        assert err == ("imagen: stopped\n" if shown else "")
+
+
+def test_commands_a_failure_of_several_is_told_with_each_and_by_rows(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    one = inside("generate", "a fox", "--opt", "fail=refused", "--json")
+    assert (one.code, "errors" in one.json) == (5, False)
+    two = inside("generate", "a fox", "--opt", "fail=refused", "-n", "2", "--json")
+    assert two.code == 5
+    assert [error["code"] for error in two.json["errors"]] == ["refused"] * 2
+    assert two.json["error"] == two.json["errors"][0]
+    bad = json.dumps({"prompt": "a fox", "backend_opts": {"fail": "refused"}})
+    rows = "\n".join([bad] * 51 + ["a hen"])
+    done = inside("batch", "-", "--parallel", "8", input=rows)
+    lines = [json.loads(line) for line in done.lines]
+    assert [line["row"] for line in lines] == [*range(1, 53)]
+    assert [line["ok"] for line in lines] == [False] * 51 + [True]
+    assert {line["error"]["code"] for line in lines[:51]} == {"refused"}
+    assert (lines[0]["images"], len(lines[51]["images"])) == ([], 1)
+    numbers = ", ".join(map(str, range(1, 51)))
+    assert done.code == 9
+    assert done.err.endswith(
+        "1 made, 51 failed, $0\n"
+        f"imagen: 51 of 52 rows failed: {numbers}\n"
+        "        → once that is mended, the same command again makes what is missing\n"
+    )
+    fine = inside("batch", "-", input="a hare\na cat\n")
+    assert (fine.code, fine.err) == (0, "2 made, 0 failed, $0\n")
+
+
+def test_commands_what_is_unfinished_is_listed_with_what_it_lacks(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    prompt = "a fox in snow, seen from above, at dusk, with a lantern in its mouth"
+    ident = journal_entry(prompt, id="p1")
+    (row,) = inside("recover", "--json").json["unfinished"]
+    at = row.pop("at")
+    assert row == {
+        "id": ident, "charged": "unknown", "path": None, "remote": {"id": "p1"},
+        "backend": "mock", "state": "sent", "prompt": prompt, "lacks": [],
+    }  # fmt: skip
+    (line,) = inside("recover").lines
+    assert re.split(" {2,}", line) == [ident, at, "mock", "sent", prompt[:60]]
+
+
+def test_commands_like_takes_a_styles_words_out_of_what_an_older_sidecar_says(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(
+        MOCK_SMALL, styles={"mine": {"suffix": "in ink", "negative": "colour"}, "other": "in oil"}
+    )
+    (made,) = inside("generate", "a fox", "--style", "mine", "--negative", "blur").lines
+    sidecar = here.sidecar(made)
+    assert sidecar["negative_prompt"] == "blur, colour"
+    sidecar["requested"].pop("negative_prompt", None)
+    old = here.root / "old.png"
+    old.write_bytes(png(8, 8, content=b"old"))
+    Path(f"{old}.json").write_text(json.dumps({**sidecar, "image_id": str(uuid.uuid4())}))
+    for flags, prompt, negative in (
+        ((), "a fox, in ink", "blur, colour"),
+        (("--style", "other"), "a fox, in oil", "blur"),
+    ):
+        done = inside("generate", "--like", f"{old}.json", *flags, "--dry-run", "--json")
+        (plan,) = done.json["plans"]
+        assert (plan["prompt"], plan["negative_prompt"]) == (prompt, negative)
+
+
+def test_commands_config_init_says_what_is_ready_and_validate_what_the_cloud_lacks(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = inside("config", "init")
+    assert done.code == 0
+    assert done.err.startswith("flux-schnell-local: ")
+    assert done.err.endswith("; ready: mock; the line that chooses: default_backend: mock\n")
+    variables = ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY")
+    unset = [f"{name} is not set: no cloud sync" for name in variables]
+    nobody = "owner_user_id is empty: no cloud sync"
+    for mode, expected in (("on", [*unset, nobody]), ("auto", [nobody]), ("off", [])):
+        path = here.configure(MOCK, output={"cloud_sync": mode})
+        done = inside("config", "validate", "--json")
+        assert done.json == {"ok": True, "path": str(path), "errors": [], "warnings": expected}
+        assert done.err.splitlines() == [f"imagen: warning: {line}" for line in expected]
+    assert inside("config", "validate").lines == [f"{path}: fine"]
+    here.configure(MOCK, outptu={})
+    done = inside("config", "validate", "--json")
+    assert (done.code, done.json["warnings"]) == (3, [])
+    assert [line for line in done.json["errors"] if "outptu: unknown" in line]
+    path.unlink()
+    assert inside("config", "validate").lines == ["no config file; the built-in defaults: fine"]
+
+
+def test_commands_what_the_cloud_says_when_it_is_asked_to_sign_delete_or_sync(
+    here: Box, inside: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.configure(MOCK_SMALL)
+    done = inside("delete", "x.png", "y.png", "--json")
+    assert (done.code, done.json["deleted"]) == (2, [])
+    assert "x.png" in done.json["error"]["message"]
+    assert "y.png" in inside("delete", "x.png", "y.png").err
+    with Remote(handler=lambda _: status(401, {"message": "Invalid JWT"})) as remote:
+        monkeypatch.setenv("SUPABASE_URL", remote.base)
+        monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", SUPABASE_KEYS["opaque"])
+        monkeypatch.setenv("IMAGEN_OWNER_USER_ID", str(uuid.UUID(int=1)))
+        done = inside("sign", "2026-01-02/a.png")
+        assert (done.code, "is not in the bucket" in done.err) == (3, False)
+        assert inside("sync", "--dry-run").err == "nothing to sync\n"
+        requests = len(remote.seen)
+        done = inside("sync")
+        assert done.code == 0
+        assert done.err.startswith("imagen: deletions: ")
+        assert done.err.endswith("\nnothing to sync\n")
+        assert len(remote.seen) == requests + 1
+
+
+def test_commands_serve_takes_only_origins_for_allow_origin(inside: Callable[..., Done]) -> None:
+    public = ("serve", "--host", "0.0.0.0")  # which takes a token, so it is refused
+    for origin in ("https://app.example", "http://localhost:3000"):
+        assert "--allow-origin" not in inside(*public, "--allow-origin", origin).err
+    for wrong in (
+        "app.example",
+        "https://app.example/",
+        "https://*.example",
+        "ftp://a",
+        "https://",
+    ):
+        done = inside(*public, "--allow-origin", "https://app.example", "--allow-origin", wrong)
+        assert (done.code, f'--allow-origin "{wrong}"' in done.err) == (2, True)
 
 
 COMMANDS = ["config init", "config validate", "jobs add", "jobs list", "setup", "uninstall"]
@@ -24397,9 +25830,9 @@ def commands_box(
     )
 
 
-def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]]:
+def commands_sizes(run: Callable[..., Done], *args: str, **options: Any) -> list[tuple[int, int]]:
     """The pixels that a dry run would ask for."""
-    done = box.run("generate", *args, "--dry-run", "--json", **options)
+    done = run("generate", *args, "--dry-run", "--json", **options)
     assert done.code == 0, done.err
     return [
         (plan["parameters"]["width"], plan["parameters"]["height"]) for plan in done.json["plans"]
@@ -24409,8 +25842,10 @@ def commands_sizes(box: Box, *args: str, **options: Any) -> list[tuple[int, int]
 @pytest.mark.parametrize(
     "given_as", ["--size 96x64", "--size 96X64", "--size=96×64", "--width 96 --height 64"]
 )
-def test_commands_a_size_is_given_in_any_of_its_forms(box: Box, given_as: str) -> None:
-    assert commands_sizes(box, "a fox", *given_as.split()) == [(96, 64)]
+def test_commands_a_size_is_given_in_any_of_its_forms(
+    here: Box, inside: Callable[..., Done], given_as: str
+) -> None:
+    assert commands_sizes(inside, "a fox", *given_as.split()) == [(96, 64)]
 
 
 def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
@@ -24433,10 +25868,12 @@ def test_commands_a_dash_reads_the_prompt_from_stdin(box: Box) -> None:
     ],
     ids=str,
 )
-def test_commands_behind_two_dashes_everything_is_the_prompt(box: Box, words: list[str]) -> None:
-    done = box.run("generate", "--size", "64x64", *words)
+def test_commands_behind_two_dashes_everything_is_the_prompt(
+    here: Box, inside: Callable[..., Done], words: list[str]
+) -> None:
+    done = inside("generate", "--size", "64x64", *words)
     assert done.code == 0, done.err
-    assert box.ledger()[-1]["sidecar"]["prompt"] == words[-1]
+    assert here.ledger()[-1]["sidecar"]["prompt"] == words[-1]
 
 
 @pytest.mark.parametrize(
@@ -24550,69 +25987,82 @@ def test_commands_options_of_the_backend_are_json_or_text(box: Box) -> None:
     assert box.sidecar(made.lines[0])["requested"]["backend_opts"] == {"width": 48, "height": 32}
 
 
-def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(box: Box) -> None:
-    box.configure(MOCK_SMALL)
-    first = box.fox("--seed", "5", "--aspect", "2:1", "--quality", "high", "--negative", "blur")
-    moved = box.root / "elsewhere.png"
+def test_commands_like_finds_an_image_by_its_bytes_and_reads_what_others_wrote(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    here.configure(MOCK_SMALL)
+    first = inside(
+        "generate",
+        "a fox",
+        "--seed",
+        "5",
+        "--aspect",
+        "2:1",
+        "--quality",
+        "high",
+        "--negative",
+        "blur",
+    )
+    moved = here.root / "elsewhere.png"
     Path(first.lines[0]).rename(moved)
     Path(f"{first.lines[0]}.json").unlink()
-    again = box.run("generate", "--like", str(moved))
+    again = inside("generate", "--like", str(moved))
     assert again.code == 0, again.err
-    sidecar = box.sidecar(again.lines[0])
+    sidecar = here.sidecar(again.lines[0])
     assert (sidecar["seed"], sidecar["requested"]["aspect"]) == (5, "2:1")
     assert sidecar["requested"]["quality"] == "high"
     assert f"from the record of {moved}" in again.err
-    square = box.run("generate", "--like", str(moved), "--size", "64x64")
-    wide = box.run("generate", "--like", square.lines[0], "--aspect", "2:1")
-    assert [box.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
+    square = inside("generate", "--like", str(moved), "--size", "64x64")
+    wide = inside("generate", "--like", square.lines[0], "--aspect", "2:1")
+    assert [here.sidecar(done.lines[0])["width"] for done in (square, wide)] == [64, 90]
     # What A1111 writes, and ComfyUI.
     text = "a fox,\nin snow\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 64x96, Model: x"
-    (box.root / "a1111.png").write_bytes(png(text={"parameters": text}))
-    (box.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
+    (here.root / "a1111.png").write_bytes(png(text={"parameters": text}))
+    (here.root / "a1111.jpg").write_bytes(images_exif(b"UNICODE\0" + text.encode("utf-16-be")))
     graph = flux_graph(text="a red hare", seed=12)
-    (box.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
-    (box.root / "plain.png").write_bytes(png())
+    (here.root / "comfy.png").write_bytes(png(text={"prompt": json.dumps(graph)}))
+    (here.root / "plain.png").write_bytes(png())
     for name, source in (("a1111.png", "A1111"), ("a1111.jpg", "A1111"), ("comfy.png", "ComfyUI")):
-        done = box.run("generate", "--like", name)
+        done = inside("generate", "--like", name)
         assert done.code == 0, done.err
         assert f"from the {source}" in done.err
-        sidecar = box.sidecar(done.lines[0])
+        sidecar = here.sidecar(done.lines[0])
         if source == "A1111":
             assert sidecar["prompt"] == "a fox,\nin snow"
             assert (sidecar["negative_prompt"], sidecar["seed"]) == ("blur", 5)
             assert sidecar["requested"] | {"steps": 0} == {"width": 64, "height": 96, "steps": 0}
         else:
             assert (sidecar["prompt"], sidecar["seed"], sidecar["width"]) == ("a red hare", 12, 64)
-    refused = box.run("generate", "--like", "plain.png")
+    refused = inside("generate", "--like", "plain.png")
     assert (refused.code, "tells of it" in refused.err) == (2, True)
 
 
-def test_commands_like_takes_last_an_image_or_its_sidecar(box: Box) -> None:
-    first = box.run(*SMALL, "--style", "ink", "--negative", "blur", "--opt", "delay_s=0.01").lines[
-        0
-    ]
+def test_commands_like_takes_last_an_image_or_its_sidecar(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    first = inside(*SMALL, "--style", "ink", "--negative", "blur", "--opt", "delay_s=0.01").lines[0]
     for what in ("last", first, f"{first}.json"):
-        (again,) = box.run("generate", "--like", what).lines
+        (again,) = inside("generate", "--like", what).lines
         assert again != first
         assert Path(again).read_bytes() == Path(first).read_bytes()
-    (other,) = box.run("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
-    original = box.sidecar(first)
-    changed = box.sidecar(other)
+    (other,) = inside("generate", "a hen", "--like", first, "--seed", "9", "--size", "32x32").lines
+    original = here.sidecar(first)
+    changed = here.sidecar(other)
     assert [changed[key] for key in ("prompt", "seed", "width", "style")] == ["a hen", 9, 32, "ink"]
     assert changed["negative_prompt"] == original["negative_prompt"] != ""
     assert changed["requested"]["backend_opts"] == {"delay_s": 0.01}
-    assert box.run("generate", "--like", str(HERE)).code == 2
+    assert inside("generate", "--like", str(HERE)).code == 2
 
 
-def test_commands_output_names_a_file_or_a_folder(box: Box) -> None:
-    cat = box.root / "cats" / "cat.jpg"
-    first, second = box.run(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
+def test_commands_output_names_a_file_or_a_folder(here: Box, inside: Callable[..., Done]) -> None:
+    cat = here.root / "cats" / "cat.jpg"
+    first, second = inside(*SMALL[:6], "-n", "2", "-o", str(cat)).lines
     assert {first, second} == {str(cat.with_suffix(".png")), str(cat.with_name("cat-2.png"))}
-    (filed,) = box.run(*SMALL, "-o", f"{box.root}/dogs/").lines
-    assert Path(filed).parent == box.root / "dogs"
+    (filed,) = inside(*SMALL, "-o", f"{here.root}/dogs/").lines
+    assert Path(filed).parent == here.root / "dogs"
     assert Path(filed).name.endswith("-a-fox-7.png")
-    (relative,) = box.run(*SMALL, "-o", "cats/relative.png").lines
-    assert relative == str(box.root / "cats" / "relative.png")
+    (relative,) = inside(*SMALL, "-o", "cats/relative.png").lines
+    assert relative == str(here.root / "cats" / "relative.png")
 
 
 @pytest.mark.parametrize(
@@ -24660,18 +26110,18 @@ JSON_DONE = [
 
 @pytest.mark.parametrize("args", JSON_DONE, ids=" ".join)
 def test_commands_with_json_a_command_answers_with_one_document(
-    box: Box, args: tuple[str, ...]
+    here: Box, inside: Callable[..., Done], args: tuple[str, ...]
 ) -> None:
-    commands_box(box)
-    box.run(*SMALL)
-    done = box.run(*args, "--json")
+    commands_box(here)
+    inside(*SMALL)
+    done = inside(*args, "--json")
     assert done.code == 0, done.err
     assert done.json["ok"] is True
     if args[:4] == SMALL[:4] and "-n" in args:
         assert done.json.keys() == {"ok", "images", "warnings"}
         assert done.json["warnings"] == []
         for image in done.json["images"]:
-            assert image == {**box.sidecar(image["path"]), "path": image["path"], "cloud": None}
+            assert image == {**here.sidecar(image["path"]), "path": image["path"], "cloud": None}
 
 
 JSON_FAILED = [
@@ -24688,14 +26138,14 @@ JSON_FAILED = [
     ("code", "args"), JSON_FAILED, ids=[f"{row[0]}: {' '.join(row[1])}" for row in JSON_FAILED]
 )
 def test_commands_with_json_a_failure_is_a_document_too(
-    box: Box, code: str, args: tuple[str, ...]
+    here: Box, inside: Callable[..., Done], code: str, args: tuple[str, ...]
 ) -> None:
     nobody = {"type": "openai", "model": "m", "base_url": f"http://127.0.0.1:{refused_port()}"}
     wrong: dict[str, Any] = (
         {"outptu": {}} if args in (("config", "validate"), ("config", "show")) else {}
     )
-    commands_box(box, {"x": nobody} if code == "unreachable" else None, **wrong)
-    done = box.run(*args, "--json")
+    commands_box(here, {"x": nobody} if code == "unreachable" else None, **wrong)
+    done = inside(*args, "--json")
     assert done.code == ERRORS_EXITS[code]
     assert done.json["ok"] is False
     assert len(done.lines) == 1
@@ -24708,8 +26158,10 @@ def test_commands_with_json_a_failure_is_a_document_too(
 
 
 @pytest.mark.parametrize("code", ERRORS_EXITS)
-def test_commands_each_error_has_its_exit_code_at_the_command_line(box: Box, code: str) -> None:
-    done = box.run(*SMALL, "--opt", f"fail={code}")
+def test_commands_each_error_has_its_exit_code_at_the_command_line(
+    here: Box, inside: Callable[..., Done], code: str
+) -> None:
+    done = inside(*SMALL, "--opt", f"fail={code}")
     assert (done.code, done.out) == (ERRORS_EXITS[code], "")
 
 
@@ -24752,9 +26204,9 @@ MISTAKES = [  # what was typed; the exit code; a word of the next step
     ("args", "code", "step"), MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES]
 )
 def test_commands_an_error_is_one_line_and_the_next_step(
-    box: Box, args: tuple[str, ...], code: int, step: str
+    here: Box, inside: Callable[..., Done], args: tuple[str, ...], code: int, step: str
 ) -> None:
-    done = box.run(*args, "-q")
+    done = inside(*args, "-q")
     assert (done.code, done.out) == (code, "")
     message, *steps = done.err.splitlines()
     assert message.startswith("imagen: ")
@@ -24763,12 +26215,14 @@ def test_commands_an_error_is_one_line_and_the_next_step(
     assert step in done.err
 
 
-def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(box: Box) -> None:
-    lines = box.fox("--size", "64x64").err.splitlines()
+def test_commands_without_a_config_a_placeholder_is_drawn_and_one_line_says_so(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    lines = inside("generate", "a fox", "--size", "64x64").err.splitlines()
     assert len([line for line in lines if "mock" in line and "imagen config init" in line]) == 1
-    assert "config init" not in box.run(*SMALL).err
-    box.configure(MOCK)
-    assert "config init" not in box.fox("--size", "64x64").err
+    assert "config init" not in inside(*SMALL).err
+    here.configure(MOCK)
+    assert "config init" not in inside("generate", "a fox", "--size", "64x64").err
 
 
 COMMAND_WORDS = [
@@ -24817,26 +26271,30 @@ def test_commands_no_command_line_is_a_bug(here: Box, args: list[str], command: 
 @pytest.mark.parametrize(
     "typed", ["--help", "-h", "help", "", "--config x --help", "generate --help", "generate -h"]
 )
-def test_commands_help_ends_with_three_examples_that_work(box: Box, typed: str) -> None:
-    done = box.run(*typed.split())
+def test_commands_help_ends_with_three_examples_that_work(
+    here: Box, inside: Callable[..., Done], typed: str
+) -> None:
+    done = inside(*typed.split())
     assert done.code == 0
     assert done.err == ""
     assert done.out.startswith("usage: imagen ")
     examples = re.findall(r"^  imagen (generate .*)", done.out, re.MULTILINE)
     assert len(examples) == 3
-    box.run(*SMALL)
+    inside(*SMALL)
     for line in examples:
-        assert box.run(*shlex.split(line), "--dry-run").code == 0, line
+        assert inside(*shlex.split(line), "--dry-run").code == 0, line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_every_command_tells_about_itself(box: Box, command: str) -> None:
-    done = box.run(*command.split(), "--help")
+def test_commands_every_command_tells_about_itself(
+    here: Box, inside: Callable[..., Done], command: str
+) -> None:
+    done = inside(*command.split(), "--help")
     assert done.code == 0
     assert f"usage: imagen {command}" in done.out
-    assert done.out == box.run("help", *command.split()).out
+    assert done.out == inside("help", *command.split()).out
     assert "--json" in done.out
-    assert re.search(rf"^  {command} +\w", box.run("--help").out, re.MULTILINE)
+    assert re.search(rf"^  {command} +\w", inside("--help").out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
@@ -24885,8 +26343,10 @@ def test_commands_help_stays_where_docstrings_are_stripped(box: Box) -> None:
         assert stripped.out == box.run(*args).out.replace("--no-help", "")
 
 
-def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(box: Box) -> None:
-    assert "imagen generate PROMPT" in box.run("list").err
+def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(
+    here: Box, inside: Callable[..., Done]
+) -> None:
+    assert "imagen generate PROMPT" in inside("list").err
     for args, near in (
         (("generat", "a fox"), "generate"),
         (("generate", "a fox", "--sedd", "7"), "--seed"),
@@ -24894,7 +26354,7 @@ def test_commands_an_empty_list_speaks_and_slips_get_the_nearest_name(box: Box) 
         (("config", "valdate"), "validate"),
         (("help", "stlyes"), "styles"),
     ):
-        done = box.run(*args)
+        done = inside(*args)
         assert done.code == 2
         assert near in done.err, args
 
@@ -24934,14 +26394,31 @@ def test_commands_a_batch_says_how_many_it_has_made(box: Box) -> None:
 
 
 def test_commands_jobs_say_migrate_where_the_database_has_no_tables(
-    box: Box, database: Database
+    here: Box, inside: Callable[..., Done], database: Database
 ) -> None:
-    box.configure(MOCK, owner_user_id=database.user("anna"))
-    box.environ["IMAGEN_DATABASE_URL"] = database.dsn("postgres")
+    here.configure(MOCK, owner_user_id=database.user("anna"))
+    here.environ["IMAGEN_DATABASE_URL"] = database.dsn("postgres")
     for args in (["add", "a fox"], ["add", "a fox", "--key", "k"], ["list"], ["stats"]):
-        done = box.run("jobs", *args)
+        done = inside("jobs", *args)
         assert done.code == 3, done.err
         assert "→ imagen migrate" in done.err
+
+
+def test_commands_a_batch_shows_on_a_terminal_how_far_it_is_and_how_long_it_will_take(
+    box: Box,
+) -> None:
+    box.configure({"mock": {"type": "mock", "width": 64, "height": 64, "delay_s": 0.4}})
+    (box.root / "rows.txt").write_text("a fox\na hen\na cat\n")
+    frames = terminal_frames(on_tty(box, "batch", "rows.txt", "--parallel", "1").err)
+    for made in range(3):
+        line = rf"{made} made, 0 failed, \$0  [━─]{{36}}  {made}/3  \d+\.\d s"
+        left = r"  \d+ s left" if made else ""
+        assert any(re.fullmatch(line + left, frame) for frame in frames), frames
+    # And its help is as wide as the terminal.
+    lines = on_tty(box, "help", "generate", columns=60, both=True).err.splitlines()
+    assert (
+        50 < max(map(len, itertools.takewhile(lambda line: "examples:" not in line, lines))) <= 60
+    )
 
 
 def test_commands_a_stop_of_many_is_told_once(box: Box) -> None:
@@ -24982,12 +26459,6 @@ def test_commands_setup_makes_what_the_unit_starts_and_uninstall_leaves_the_imag
     run = functools.partial(subprocess.run, env=box.environ, capture_output=True, text=True)
     made = run([launcher, "generate", "a fox", "--size", "64x64"])
     assert made.returncode == 0, made.stderr
-    # Once more, from its own place: an upgrade that keeps the environment.
-    python = folder / "venv/bin/python"
-    before = python.lstat()
-    again = run([launcher, "setup"])
-    assert again.returncode == 0, again.stderr
-    assert python.lstat() == before
     gone = run([launcher, "uninstall"])
     assert gone.returncode == 0, gone.stderr
     assert not folder.exists()
@@ -25005,10 +26476,12 @@ def test_commands_an_older_python_is_named_in_place_of_a_traceback() -> None:
     assert "3.11 or newer" in done.stderr
 
 
-def test_commands_install_names_the_line_that_this_shell_reads(box: Box) -> None:
+def test_commands_install_names_the_line_that_this_shell_reads(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     lines = {"/bin/bash": "~/.bashrc", "/usr/bin/zsh": "~/.zshrc", "/bin/sh": "~/.profile"}
     for shell, file in {**lines, "/usr/bin/fish": "fish_add_path ", "": "~/.profile"}.items():
-        assert file in box.run("install", env={"SHELL": shell}).err, shell
+        assert file in inside("install", env={"SHELL": shell}).err, shell
 
 
 def test_commands_a_package_that_is_missing_is_named_for_this_python(box: Box) -> None:
@@ -25030,10 +26503,12 @@ def test_commands_version_is_release_and_hash_of_this_very_file(box: Box) -> Non
     assert re.fullmatch(rf"imagen {re.escape(imagen.__version__)} \({digest[:12]}\)\n", version)
 
 
-def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(box: Box) -> None:
+def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     rows = {
         row["name"]: row
-        for row in box.run("backends", "--json", env={"OPENAI_API_KEY": "k"}).json["backends"]
+        for row in inside("backends", "--json", env={"OPENAI_API_KEY": "k"}).json["backends"]
     }
     assert [name for name, row in rows.items() if row["default"]] == ["mock"]
     assert (rows["gpt-image"]["type"], rows["gpt-image"]["model"]) == ("openai", "gpt-image-1-mini")
@@ -25042,17 +26517,17 @@ def test_commands_backends_says_which_is_the_default_and_whose_variable_is_set(b
         "REPLICATE_API_TOKEN",
         False,
     )
-    in_words = box.run("backends").out
+    in_words = inside("backends").out
     assert re.search(r"^\* mock ", in_words, re.MULTILINE)
     assert re.search(r"OPENAI_API_KEY (is )?not set", in_words)
 
 
-def test_commands_an_empty_variable_is_not_set(box: Box) -> None:
-    rows = box.run("backends", "--json", env={"OPENAI_API_KEY": ""}).json["backends"]
+def test_commands_an_empty_variable_is_not_set(here: Box, inside: Callable[..., Done]) -> None:
+    rows = inside("backends", "--json", env={"OPENAI_API_KEY": ""}).json["backends"]
     assert [row["set"] for row in rows if row["variable"] == "OPENAI_API_KEY"] == [False]
 
 
-def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
+def test_commands_backends_are_checked_side_by_side(here: Box, inside: Callable[..., Done]) -> None:
     both = threading.Barrier(2)
 
     def models(_: object) -> object:
@@ -25062,10 +26537,10 @@ def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
     with Remote(handler=models) as one, Remote(handler=models) as other:
         block = {"type": "openai", "model": "m"}
         commands_box(
-            box,
+            here,
             {"one": {**block, "base_url": one.base}, "other": {**block, "base_url": other.base}},
         )
-        done = box.run("backends", "--check")
+        done = inside("backends", "--check")
     assert done.code == 0, done.out
     assert len(done.lines) == 7
     assert all("ok" in line for line in done.lines)
@@ -25083,7 +26558,7 @@ def test_commands_backends_are_checked_side_by_side(box: Box) -> None:
     ],
 )
 def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
-    box: Box, bad: tuple[str, ...], code: int
+    here: Box, inside: Callable[..., Done], bad: tuple[str, ...], code: int
 ) -> None:
     with (
         Remote(401, repeat=True) as closed,
@@ -25096,13 +26571,13 @@ def test_commands_the_exit_code_of_a_check_is_the_worst_and_3_comes_before_4(
             "unset": {**block, "base_url": closed.base, "api_key_env": "UNSET_KEY"},
             "model": {**block, "base_url": without_model.base},
         }
-        commands_box(box, {name: faults[name] for name in bad})
-        done = box.run("backends", "--check", "--json")
+        commands_box(here, {name: faults[name] for name in bad})
+        done = inside("backends", "--check", "--json")
         # Unnamed, the others than the default one do not count.
         rows = done.json["backends"]
         (default,) = [row for row in rows if row["default"]]
         assert (done.code == 0) == default["ok"]
-        done = box.run("backends", "--check", "--json", *[row["name"] for row in rows])
+        done = inside("backends", "--check", "--json", *[row["name"] for row in rows])
     assert done.code == code
     assert [row["name"] for row in done.json["backends"] if not row["said"].startswith("ok")] == [
         *bad
@@ -25212,69 +26687,87 @@ def test_commands_config_show_names_the_file_and_what_the_environment_overrides_
     "command", ["config show", "config validate", "backends", "backends --check", "generate fox"]
 )
 def test_commands_a_key_pasted_into_the_config_is_not_shown(
-    box: Box, command: str, place: str
+    here: Box, inside: Callable[..., Done], command: str, place: str
 ) -> None:
     pasted = {
         "api_key_env": "sk-canary",
         "api_key": "sk-canary",
         "base_url": "http://me:sk-canary@127.0.0.1:1/v1",
     }
-    commands_box(box, {"ai": {"type": "openai", "model": "m", place: pasted[place]}})
+    commands_box(here, {"ai": {"type": "openai", "model": "m", place: pasted[place]}})
     for flags in ([], ["--json"]):
-        done = box.run(*command.split(), *flags)
+        done = inside(*command.split(), *flags)
         assert "canary" not in done.out + done.err
     assert done.code == (0 if command in ("config show", "backends") else 3)
 
 
-def test_commands_list_shows_the_last_images_that_hold_all_the_words(box: Box) -> None:
+def test_commands_list_shows_the_last_images_that_hold_all_the_words(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     for prompt in ("a red fox", "a blue fox", "a Red hen"):
-        box.run("generate", prompt, "--size", "64x64")
+        inside("generate", prompt, "--size", "64x64")
     matches = {
-        terms: box.run("list", *terms.split(), "--json").json["images"]
+        terms: inside("list", *terms.split(), "--json").json["images"]
         for terms in ("", "RED", "fox red")
     }
     assert [row["prompt"] for row in matches[""]] == ["a Red hen", "a blue fox", "a red fox"]
     assert [row["prompt"] for row in matches["RED"]] == ["a Red hen", "a red fox"]
     assert [row["prompt"] for row in matches["fox red"]] == ["a red fox"]
-    (line,) = box.run("list", "-n", "1").lines
+    (line,) = inside("list", "-n", "1").lines
     assert "a Red hen" in line
     assert "$0" in line
-    assert str(box.out) in line
-    nothing = box.run("list", "nothing", "such")
+    assert str(here.out) in line
+    nothing = inside("list", "nothing", "such")
     assert (nothing.code, nothing.out) == (0, "")
     assert "no image here has nothing and such" in nothing.err
 
 
-def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(box: Box) -> None:
+def test_commands_cost_adds_up_what_is_known_and_counts_the_rest_apart(
+    here: Box, inside: Callable[..., Done]
+) -> None:
     with OpenAIServer(key="") as server, OpenAIServer(key="", dialect="vllm") as local:
         block = {"type": "openai", "base_url": server.v1, "model": "gpt-image-1-mini"}
         other = {**block, "base_url": local.v1, "model": local.models[0]}
-        box.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
-        known = [box.sidecar(box.fox().lines[0])["cost_usd_estimate"] for _ in range(2)]
-        assert box.fox("-b", "local", "--size", "512x512").code == 0
-        assert box.fox("-b", "toy").code == 0
+        here.configure({"ai": block, "local": other, "toy": MOCK_SMALL["mock"]})
+        known = [
+            here.sidecar(
+                inside(
+                    "generate",
+                    "a fox",
+                ).lines[0]
+            )["cost_usd_estimate"]
+            for _ in range(2)
+        ]
+        assert inside("generate", "a fox", "-b", "local", "--size", "512x512").code == 0
+        assert inside("generate", "a fox", "-b", "toy").code == 0
         server.script("server_error", "moderation_input")
-        assert [box.fox().code for _ in "12"] == [10, 5]
+        assert [
+            inside(
+                "generate",
+                "a fox",
+            ).code
+            for _ in "12"
+        ] == [10, 5]
         assert (
-            box.run("recover", "--all").code == 10
+            inside("recover", "--all").code == 10
         )  # nobody keeps it, so the entry is closed: maybe charged
     assert known[0] > 0
     total = {"images": 4, "usd": pytest.approx(sum(known), abs=2e-6), "unknown": 2}
-    by_backend = box.run("cost", "--by", "backend", "--json").json
+    by_backend = inside("cost", "--by", "backend", "--json").json
     assert {key: by_backend["total"][key] for key in total} == total
     rows = {row["backend"]: (row["images"], row["unknown"]) for row in by_backend["rows"]}
     assert rows == {"ai": (2, 1), "local": (1, 1), "toy": (1, 0)}
-    records = box.ledger()
+    records = here.ledger()
     records[0]["at"] = "2001-02-03T04:05:06+00:00"
-    (box.state / "ledger.jsonl").write_text(
+    (here.state / "ledger.jsonl").write_text(
         "".join(f"{json.dumps(record)}\n" for record in records)
     )
-    days = box.run("cost", "--json").json["rows"]
+    days = inside("cost", "--json").json["rows"]
     assert [row["images"] for row in days] == [1, 3]
     assert days[0]["day"] == "2001-02-03"
-    assert box.run("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
-    assert box.run("cost", "--since", "2999-01-01", "--json").json["rows"] == []
-    in_words = box.run("cost").out
+    assert inside("cost", "--since", "2001-02-04", "--json").json["total"]["images"] == 3
+    assert inside("cost", "--since", "2999-01-01", "--json").json["rows"] == []
+    in_words = inside("cost").out
     assert "2 of unknown cost" in in_words
     assert "$0 " not in in_words
 
@@ -25422,8 +26915,10 @@ def jobs_listed(box: Box, *args: str) -> dict[str, str]:
     }
 
 
-def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_are_added_listed_canceled_and_repeated(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     flags = (
         "--size",
         "64x48",
@@ -25436,7 +26931,7 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
         "--steps",
         "4",
     )
-    done = box.run("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
+    done = inside("jobs", "add", "-n", "2", "--seed", "7", *flags, "a fox")
     assert done.code == 0
     assert len(done.lines) == 2
     assert done.err == ""
@@ -25458,32 +26953,40 @@ def test_commands_jobs_are_added_listed_canceled_and_repeated(box: Box, cloud: C
     assert expected.items() <= first.items()
     assert expected.items() <= second.items()
     assert (first["seed"], second["seed"]) == (7, 8)
-    (added,) = box.run("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
+    (added,) = inside("jobs", "add", "-", "--json", input="from stdin").json["jobs"]
     row = jobs_row(cloud.database, added["id"])
     assert (row["prompt"], row["seed"], added["status"]) == ("from stdin", None, "pending")
-    assert [*jobs_listed(box)] == [added["id"], *reversed(done.lines)]
-    canceled = box.run("jobs", "cancel", added["id"], "--json").json["jobs"]
+    assert [*jobs_listed(here)] == [added["id"], *reversed(done.lines)]
+    canceled = inside("jobs", "cancel", added["id"], "--json").json["jobs"]
     assert canceled == [{"id": added["id"], "status": "canceled"}]
-    assert box.run("jobs", "cancel", added["id"]).code == 2
-    assert jobs_listed(box, "--status", "canceled") == {added["id"]: "canceled"}
-    (again,) = box.run("jobs", "retry", first["id"]).lines
+    assert inside("jobs", "cancel", added["id"]).code == 2
+    assert jobs_listed(here, "--status", "canceled") == {added["id"]: "canceled"}
+    (again,) = inside("jobs", "retry", first["id"]).lines
     own = {"id", "seq", "created_at", "run_after"}
     repeated = jobs_row(cloud.database, again)
     assert {key for key in repeated if repeated[key] != first[key]} == own
-    assert box.run("worker", "--once").code == 0
-    assert jobs_listed(box, "--status", "done").keys() == {*done.lines, again}
-    lines = box.run("jobs", "list").lines
+    assert here.run("worker", "--once").code == 0
+    assert jobs_listed(here, "--status", "done").keys() == {*done.lines, again}
+    lines = inside("jobs", "list").lines
     assert len(lines) == 4
     assert lines[0].split()[0] == again
     assert "done" in lines[0]
     assert "a fox" in lines[0]
-    like = box.run("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
+    like = inside("jobs", "add", "--like", "last", "--seed", "9", "-b", "mock").lines[0]
     row = jobs_row(cloud.database, like)
     assert (row["prompt"], row["width"], row["style"], row["seed"]) == ("a fox", 64, "ink", 9)
+    with_key = ("jobs", "add", "a fox", "--key", "k")
+    assert inside(*with_key).lines == inside(*with_key).lines
+    assert inside("jobs", "add", "a hen", "--key", "k").code == 2
+    several = inside("jobs", "add", "a hen", "--key", "other", "-n", "2")
+    assert (several.code, "--key is for one job" in several.err) == (2, True)
+    assert inside("jobs", "list", "hen").out == ""
 
 
-def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_are_counted_retried_and_canceled_by_many(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     add = functools.partial(jobs_add, cloud.database)
     receipt = {"attempt": 1, "remote": {}}
     now = datetime.now(UTC)
@@ -25496,42 +26999,42 @@ def test_commands_jobs_are_counted_retried_and_canceled_by_many(box: Box, cloud:
     add(cloud.bert, status="running", started_at=now.isoformat())
     add(cloud.bert, backend="gpu", error_code="unreachable", handed_back_at=ago)
     add(cloud.anna, status="done", note="made, not in the cloud", finished_at=ago)
-    stats = box.run("jobs", "stats", "--json").json
+    stats = inside("jobs", "stats", "--json").json
     numbers = {key: stats[key] for key in stats if key not in ("groups", "oldest", "ok")}
     assert numbers == {
         "pending": 1, "running": 1, "failed_last_hour": 3, "paused": 1, "not_in_cloud": 1,
     }  # fmt: skip
     (paused,) = (row for row in stats["groups"] if row["what"] == "paused")
     assert (paused["backend"], paused["code"], paused["jobs"]) == ("gpu", "unreachable", 1)
-    lines = box.run("jobs", "stats").lines
+    lines = inside("jobs", "stats").lines
     assert any(re.match(r"paused +gpu +unreachable +1 ", line) for line in lines), lines
     # What failed, was not charged, and is not retried yet.
     retry = ("jobs", "retry", "--failed", "--code", "busy")
-    (again,) = box.run(*retry, "--since", "2h").lines
+    (again,) = inside(*retry, "--since", "2h").lines
     assert jobs_row(cloud.database, again)["prompt"] == "a red fox"
-    (older,) = box.run(*retry).lines
+    (older,) = inside(*retry).lines
     assert {again, older}.isdisjoint({busy, old, paid})
-    assert box.run(*retry).out == ""
-    refused = box.run("jobs", "retry", paid)
+    assert inside(*retry).out == ""
+    refused = inside("jobs", "retry", paid)
     assert refused.code == 2 and "--pay-again" in refused.err
-    (dear,) = box.run("jobs", "retry", paid, "--pay-again").lines
+    (dear,) = inside("jobs", "retry", paid, "--pay-again").lines
     for flags in (("--failed", paid), ("--failed", "--pay-again"), (paid, old, "--pay-again")):
-        assert box.run("jobs", "retry", *flags).code == 2
+        assert inside("jobs", "retry", *flags).code == 2
     # Those that are listed, and several at once that are canceled.
-    assert [*jobs_listed(box, "RED", "fox")] == [again, busy]
-    assert len(jobs_listed(box, "--owner", cloud.bert)) == 2
-    assert [*jobs_listed(box, "-n", "1")] == [dear]
-    assert any(line.endswith("unreachable: a fox") for line in box.run("jobs", "list").lines)
-    done = box.run("jobs", "cancel", again, busy, dear, "--json")
+    assert [*jobs_listed(here, "RED", "fox")] == [again, busy]
+    assert len(jobs_listed(here, "--owner", cloud.bert)) == 2
+    assert [*jobs_listed(here, "-n", "1")] == [dear]
+    assert any(line.endswith("unreachable: a fox") for line in inside("jobs", "list").lines)
+    done = inside("jobs", "cancel", again, busy, dear, "--json")
     assert done.code == 2 and f"{busy}: no job that waits" in done.json["error"]["message"]
     assert [job["id"] for job in done.json["jobs"]] == [again, dear]
-    (later,) = box.run("jobs", "add", "x", "--run-after", "2h", "--priority", "-3").lines
+    (later,) = inside("jobs", "add", "x", "--run-after", "2h", "--priority", "-3").lines
     row = jobs_row(cloud.database, later)
     assert row["priority"] == -3
     wait = datetime.fromisoformat(row["run_after"]) - now
     assert timedelta(hours=1.9) < wait < timedelta(hours=2.2)
     for flags in (("a", "b"), ("a", "--run-after", "soon"), ("a", "--run-after", "9999999-01-01")):
-        assert box.run("jobs", "add", *flags).code == 2
+        assert inside("jobs", "add", *flags).code == 2
 
 
 def test_commands_who_waits_for_a_job_ends_with_its_outcome(box: Box, cloud: Cloud) -> None:
@@ -25671,8 +27174,10 @@ def test_commands_who_waits_hears_that_no_worker_is_there_and_outlives_the_datab
     assert {*jobs_listed(box).values()} == {"done"}
 
 
-def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
-    cloud.join(box, worker={})
+def test_commands_jobs_that_cannot_be_meant(
+    here: Box, inside: Callable[..., Done], cloud: Cloud
+) -> None:
+    cloud.join(here, worker={})
     nobody = {"IMAGEN_OWNER_USER_ID": ""}
     nowhere = {"IMAGEN_DATABASE_URL": ""}
     closed = {"IMAGEN_DATABASE_URL": f"postgresql://x@127.0.0.1:{refused_port()}/x"}
@@ -25688,7 +27193,7 @@ def test_commands_jobs_that_cannot_be_meant(box: Box, cloud: Cloud) -> None:
         (("remove",), {}, 2, "no such action",), ((), {}, 2, "no such action",),
     ]  # fmt: skip
     for args, env, code, text in cases:
-        done = box.run("jobs", *args, "--json", env=env)
+        done = inside("jobs", *args, "--json", env=env)
         assert (done.code, done.json["ok"]) == (code, False) and text in done.json["error"][
             "message"
         ], args
