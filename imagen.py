@@ -909,14 +909,14 @@ def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
 def exif_orientation(file: BinaryIO) -> int:
     """How a camera held a JPEG: 1 is upright, 2 to 8 are turned or mirrored."""
     file.seek(0)
-    _, exif, tiff = file.read(1 << 16).partition(b"Exif\0\0")
+    _, _, tiff = file.read(1 << 16).partition(b"Exif\0\0")
     with suppress(struct.error):
         order = "<" if tiff[:2] == b"II" else ">"
         (start,) = struct.unpack_from(f"{order}4xI", tiff)
         (count,) = struct.unpack_from(f"{order}H", tiff, start)
         for number in range(count):
             tag, value = struct.unpack_from(f"{order}H6xH", tiff, start + 2 + 12 * number)
-            if exif and tag == 0x0112 and 1 <= value <= 8:
+            if tag == 0x0112 and 1 <= value <= 8:
                 return int(value)
     return 1
 

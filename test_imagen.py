@@ -4467,6 +4467,22 @@ def test_the_table_of_errors_is_true() -> None:
     assert {code: cls.exit_code for code, cls in imagen.ERRORS.items()} == ERRORS_EXITS
 
 
+def test_errors_whatever_is_raised_is_told_to_a_person_and_only_a_bug_wants_a_report() -> None:
+    own = imagen.Busy("slow down")
+    assert imagen.as_error(own) is own
+    disk = imagen.as_error(OSError(errno.ENOSPC, "No space left on device", "/x/fox.png"))
+    assert (type(disk), str(disk)) == (imagen.Disk, "/x/fox.png: No space left on device")
+    assert "make room" in disk.hint
+    assert str(imagen.as_error(OSError("odd"))) == "disk: odd"
+    bug = imagen.as_error(KeyError("z"))
+    assert (type(bug), bug.code, str(bug)) == (
+        imagen.ImagenError,
+        "bug",
+        "unexpected KeyError: 'z'",
+    )
+    assert "-v" in bug.hint
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(st.characters(), max_size=40))
 @example("red \x1b[31m\u202eand\x07\nÄrger \x9b2J")
@@ -4678,6 +4694,146 @@ def test_shapes_a_time_says_its_offset(monkeypatch: pytest.MonkeyPatch, zone: st
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_shapes_what_json_cannot_say_is_a_complaint() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    odd = (
+        datetime.now(UTC),
+        math.inf,
+        math.nan,
+        b"x",
+        circle,
+        "a\0b",
+        {"a": ["\ud800"]},
+        {"\0": 1},
+    )
+    for value in odd:
+        with pytest.raises(imagen.BadConfig, match=r"^whatever: .*cannot be written as JSON"):
+            imagen.from_mapping(ShapesOuter, {"name": "x", "whatever": value})
+    for value in ("\\u0000", "\\\\u0000", "ä🦊", {"a": [1.5, None, True]}):
+        shaped = imagen.from_mapping(ShapesOuter, {"name": "x", "whatever": value})
+        assert shaped.whatever == value
+
+
+@pytest.mark.parametrize("place", ["api_key", "Token", "my_secret", "password", "some_env", "fox"])
+def test_shapes_a_complaint_shows_no_value_of_a_place_for_keys(place: str) -> None:
+    name = {"some_env": "some_env", "fox": "fox"}.get(place, f"{place}s")
+
+    class Holder(NamedTuple):
+        count: int = 0
+
+    Holder.__annotations__ = {name: int}
+    Holder._field_defaults[name] = 0
+    for value, hidden in (("canary", place != "fox"), ("http://me:pw@host", True)):
+        with pytest.raises(imagen.BadConfig, match=f"^{name}: ") as caught:
+            imagen.from_mapping(Holder, {name: value})
+        shown = "the value" if hidden else f"'{value}'"
+        assert str(caught.value) == f"{name}: {shown} is not a whole number"
+
+
+def test_shapes_a_jwt_is_secret_in_its_parts_too_and_a_header_in_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, payload, signature = jwt({"role": "shapes"}).split(".")
+    imagen.Secret(f"{head}.{payload}.{signature}")
+    assert imagen.redact(f"{head} {payload} {signature}") == f"{head} *** ***"
+    imagen.Secret("eyJhbGci.1234abc.1234abcd")
+    assert imagen.redact("1234abc 1234abcd") == "1234abc ***"
+    imagen.Secret("canary.1234abx.1234abxy")
+    assert imagen.redact("1234abxy") == "1234abxy"
+    monkeypatch.setenv("MY_HEADER", "Bearer canary-of-a-header-01")
+    assert imagen.header_from("MY_HEADER").reveal() == "Bearer canary-of-a-header-01"
+    assert imagen.redact("Bearer canary-of-a-header-01, canary-of-a-header-01") == "***, ***"
+
+
+def test_shapes_mappings_are_laid_over_one_another_and_marks_replaced() -> None:
+    inner = ShapesInner(3)
+    outer = ShapesOuter("x", inner, many={"a": inner})
+    plain = {"level": 3, "key_env": ""}
+    document = imagen.as_mapping(outer)
+    assert (document["inner"], document["many"], document["share"]) == (plain, {"a": plain}, 0.5)
+    assert imagen.sparse(outer) == {"name": "x", "inner": inner, "many": {"a": inner}}
+    record = {"remote": {"id": 1, "since": "a"}, "n": 1, "x": {"a": 1}}
+    imagen.merge_line(record, {"remote": {"id": 2}, "n": {"x": 1}, "x": 5, "new": [1]})
+    assert record == {"remote": {"id": 2, "since": "a"}, "n": {"x": 1}, "x": 5, "new": [1]}
+    marks = {"{image}": "y", "{none}": None}
+    fields = {"a": "{image}", "b": ["{image}", "x"], "c": None, "d": "{none}", "e": ("{image}", 1)}
+    expected = {"a": "y", "b": ["y", "x"], "c": None, "e": ["y", 1]}
+    assert imagen.replaced(fields, marks) == expected
+    assert imagen.replaced({"in": fields}, marks) == {"in": expected}
+
+
+def test_shapes_what_a_remote_sent_is_read_as_far_as_it_is_what_it_should_be() -> None:
+    sent = {"a\0": ("x\0y", math.inf, -math.inf, math.nan), "b": [1.5, True, None, 0]}
+    assert imagen.cleaned(sent) == {"a": ["xy", None, None, None], "b": [1.5, True, None, 0]}
+    assert imagen.parsed(b'{"a": 1}') == {"a": 1}
+    for text in (b"", b"[1]", b"7", b'{"a"', b"[" * 10**5, b"\xff"):
+        assert imagen.parsed(text) == {}
+    assert imagen.mapping_of({"a": 1}) == {"a": 1}
+    assert imagen.mapping_of([1]) == imagen.mapping_of(None) == {}
+    assert imagen.mappings_in([{"a": 1}, 5, [], {}]) == [{"a": 1}, {}]
+    assert imagen.mappings_in({"a": 1}) == imagen.mappings_in(None) == []
+    # A key is taken out before it is cut, and a page begins with its head.
+    imagen.Secret(SHAPES_KEY)
+    assert imagen.excerpt(b"x" * 295 + SHAPES_KEY.encode()) == "x" * 295 + "***"
+    assert imagen.excerpt(b"x" * 199 + b"<html>", 500) == "x" * 199 + "<html>"
+    assert imagen.excerpt(b"x" * 195 + b"<html>") == "an HTML page"
+
+
+def test_shapes_json_of_ours_holds_any_text_and_hashes_are_those_of_the_bytes(
+    tmp_path: Path,
+) -> None:
+    odd = "é \udce9"
+    assert imagen.to_json({"a": odd, "b": Path("/x")}) == '{"a": "é \\udce9", "b": "/x"}'
+    assert json.loads(imagen.to_json(odd)) == odd
+    assert imagen.to_jsonb([odd]) == '["é ?"]'
+    for data in ("fox", b"fox"):
+        assert imagen.sha256_of(data) == hashlib.sha256(b"fox").hexdigest()
+    assert imagen.sha256_of("\ud800") == hashlib.sha256(b"\xed\xa0\x80").hexdigest()
+    path = tmp_path / "x"
+    path.write_bytes(b"a fox")
+    with path.open("rb") as file:
+        file.seek(2)
+        assert imagen.sha256_of(file) == hashlib.sha256(b"fox").hexdigest()
+    drawn = {imagen.new_uuid() for _ in range(100)}
+    assert len(drawn) == 100
+    assert all(imagen.is_uuid(text) and uuid.UUID(text).version == 4 for text in drawn)
+    assert {uuid.UUID(text).variant for text in drawn} == {uuid.RFC_4122}
+    before = time.time()
+    stamp = imagen.now_iso()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", stamp)
+    assert before - 0.002 <= datetime.fromisoformat(stamp).timestamp() <= time.time()
+
+
+def test_shapes_a_schema_names_every_kind_of_hint() -> None:
+    schema = imagen.schema(ShapesOuter)
+    inner = {
+        "type": "object",
+        "properties": {
+            "level": {"type": "integer", "minimum": 1, "maximum": 9},
+            "key_env": {"type": "string"},
+        },
+        "required": [],
+        "additionalProperties": False,
+    }
+    assert schema["required"] == ["name"]
+    assert schema["properties"] == {
+        "name": {"type": "string"},
+        "inner": inner,
+        "switch": {"enum": ["auto", "on", "off"]},
+        "share": {"type": "number"},
+        "words": {"type": "array", "items": {"type": "string"}},
+        "many": {"type": "object"},
+        "limit": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "plain": {"type": "boolean"},
+        "whatever": {},
+    }
+    assert imagen.nearest("x", []) == "known: none"
+    assert imagen.nearest("postr", ["photo", "poster"]) == 'did you mean "poster"?'
+    with pytest.raises(imagen.BadConfig, match=r"^styles\.a: a size needs width and height"):
+        imagen.from_mapping(imagen.Config, {"styles": {"a": {"width": 64}}})
 
 
 def test_shapes_an_excerpt_is_one_line_and_no_page() -> None:
@@ -4946,6 +5102,161 @@ def test_images_of_an_answer_the_named_one_counts_and_of_a_stream_the_last() -> 
     assert taken(one[:60]) == first[:44]
 
 
+def images_png(head: tuple[int, int, int, int], rows: Sequence[bytes], **chunks: bytes) -> bytes:
+    """A PNG of rows of samples, each row under the next of the five filters (RFC 2083)."""
+    width, height, depth, color = head
+    channels = {2: 3, 3: 1, 4: 2, 6: 4}[color]
+    pixel = max(1, channels * depth // 8)
+    packed = bytearray()
+    above = bytes(len(rows[0]))
+    for y, row in enumerate(rows):
+        packed.append(y % 5)
+        for x, value in enumerate(row):
+            left = row[x - pixel] if x >= pixel else 0
+            corner = above[x - pixel] if x >= pixel else 0
+            up = above[x]
+            guess = left + up - corner
+            nearest = min((left, up, corner), key=lambda sample: abs(guess - sample))
+            predicted = (0, left, up, (left + up) // 2, nearest)[y % 5]
+            packed.append((value - predicted) % 256)
+        above = row
+    body = imagen.PNG_MAGIC
+    parts = {"IHDR": struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0), **chunks}
+    for kind, data in {**parts, "IDAT": zlib.compress(packed), "IEND": b""}.items():
+        crc = zlib.crc32(kind.encode() + data)
+        body += struct.pack(">I", len(data)) + kind.encode() + data + struct.pack(">I", crc)
+    return body
+
+
+def test_images_alpha_is_read_through_every_filter_and_depth() -> None:
+    rng = random.Random(5)
+    for depth, color, channels in ((8, 6, 4), (8, 4, 2), (16, 6, 4), (16, 4, 2)):
+        size = channels * depth // 8
+        rows = [rng.randbytes(9 * size) for _ in range(15)]
+        last = size - depth // 8
+        plane = [*imagen.png_plane(io.BytesIO(images_png((9, 15, depth, color), rows)))]
+        assert plane == [row[last::size] for row in rows]
+    for depth in (1, 2, 4, 8):
+        colors = bytes(range(3 << depth & 0xFF or 12))[: 3 << depth]
+        table = rng.randbytes(1 << depth)
+        rows = [rng.randbytes((9 * depth + 7) // 8) for _ in range(15)]
+        data = images_png((9, 15, depth, 3), rows, PLTE=colors, tRNS=table)
+        expected = []
+        for row in rows:
+            bits = "".join(f"{byte:08b}" for byte in row)
+            places = [int(bits[i * depth : (i + 1) * depth], 2) for i in range(9)]
+            expected.append(bytes(table[place] for place in places))
+        assert [*imagen.png_plane(io.BytesIO(data))] == expected
+
+
+def test_images_without_alpha_and_broken_off_are_told_apart() -> None:
+    rows = [bytes(range(36))] * 5
+    data = images_png((9, 5, 8, 6), rows)
+    turned = bytearray(data)
+    turned[28] = 1
+    opaque = images_png((9, 5, 8, 2), [row[:27] for row in rows])
+    palette = images_png((9, 5, 8, 3), [bytes(9)] * 5, PLTE=b"abc", tRNS=b"\xff")
+    for other in (bytes(turned), opaque, palette, images_png((9, 5, 8, 3), [bytes(9)] * 5)):
+        with pytest.raises(ValueError, match=r"is needed|no transparent color"):
+            next(imagen.png_plane(io.BytesIO(other)))
+    short = images_png((9, 6, 8, 6), rows)
+    with pytest.raises(zlib.error, match="breaks off"):
+        [*imagen.png_plane(io.BytesIO(short))]
+    # One color of a picture without a palette may be transparent.
+    keyed = images_png((9, 5, 8, 2), [row[:27] for row in rows], tRNS=bytes(6))
+    assert imagen.background_of(io.BytesIO(keyed), "png") == ""
+
+
+def test_images_how_a_camera_held_it_is_read_in_either_byte_order() -> None:
+    for order, mark in (("<", b"II*\0"), (">", b"MM\0*")):
+        for value in range(11):
+            other = struct.pack(f"{order}HHIHH", 0x010F, 3, 1, 6, 0)
+            turned = struct.pack(f"{order}HHIHH", 0x0112, 3, 1, value, 0)
+            folder = struct.pack(f"{order}IHH", 10, 0, 2) + other + turned
+            data = b"\xff\xd8\xff\xe1\0\0Exif\0\0" + mark + folder
+            expected = value if 1 <= value <= 8 else 1
+            assert imagen.exif_orientation(io.BytesIO(data)) == expected
+            assert imagen.exif_orientation(io.BytesIO(data.replace(b"Exif", b"Exit"))) == 1
+            for end in range(len(data) - 2):
+                assert imagen.exif_orientation(io.BytesIO(data[:end])) == 1
+
+
+def test_images_what_a_jpeg_or_webp_may_have_beside_its_frame_changes_nothing() -> None:
+    whole = jpeg(640, 33)
+    place = whole.index(b"\xff\xc0")
+    for marker in range(0xC0, 0xD0):
+        framed = whole[: place + 1] + bytes([marker]) + whole[place + 2 :]
+        expected = (0, 0) if marker in (0xC4, 0xC8, 0xCC) else (640, 33)
+        assert imagen.sniff(io.BytesIO(framed)) == ("jpg", *expected, expected != (0, 0))
+        if expected == (0, 0):
+            segment = bytes([0xFF, marker, 0, 11]) + bytes(range(9))
+            scan = whole.index(b"\xff\xda")
+            assert imagen.sniff(io.BytesIO(whole[:scan] + segment + whole[scan:]))[1:3] == (640, 33)
+    for stray in (b"\0", b"\1\2\3", b"\xff\xff"):
+        data = whole[:place] + stray + whole[place:]
+        assert imagen.sniff(io.BytesIO(data)) == ("jpg", 640, 33, True)
+    start = whole.index(b"\xff\xda") + 10
+    for length in range(65534, 65538):
+        body = whole[:start] + bytes(length)
+        assert imagen.sniff(io.BytesIO(body + b"\xff\xd9")) == ("jpg", 640, 33, True)
+        assert imagen.sniff(io.BytesIO(body + b"\xff")) == ("jpg", 640, 33, False)
+    extended = (
+        b"VP8X\n\0\0\0\0\0\0\0" + (69999).to_bytes(3, "little") + (1 << 16).to_bytes(3, "little")
+    )
+    lossy = b"VP8 \n\0\0\0\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 640 | 0x4000, 480 | 0x8000)
+    for chunk, size in ((extended, (70000, 65537)), (lossy, (640, 480))):
+        data = b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+        assert imagen.sniff(io.BytesIO(data)) == ("webp", *size, True)
+        assert imagen.sniff(io.BytesIO(data[:-1]))[3] is False
+    assert imagen.sniff(io.BytesIO(webp(16384, 5))) == ("webp", 16384, 5, True)
+
+
+def test_images_base64_in_json_is_decoded_however_it_is_written_and_cut() -> None:
+    rng = random.Random(2)
+
+    def decoded(text: bytes) -> bytes:
+        return imagen.decode_base64(text, io.BytesIO()).read()
+
+    for size in range(40):
+        data = rng.randbytes(size)
+        text = base64.b64encode(data)
+        for spelled in (text, text.rstrip(b"="), base64.urlsafe_b64encode(data)):
+            assert decoded(spelled) == data
+        escaped = b"\\r\\n".join(text[i : i + 7] for i in range(0, len(text), 7))
+        assert decoded(escaped.replace(b"/", b"\\/").replace(b"+", b"\\u002B")) == data
+    data = rng.randbytes(800_000)
+    text = base64.b64encode(data)
+    for ahead in range(13, 20):  # an escape lies across the end of the first megabyte
+        edge = (1 << 20) - ahead
+        odd = b"".join(b"\\u00%02x" % char for char in text[edge : edge + 4])
+        assert decoded(text[:edge] + odd + text[edge + 4 :]) == data
+    packed = gzip.compress(text)
+    assert imagen.inflated(packed) == text
+    assert text.startswith(imagen.inflated(packed[:90_000]))
+    assert len(imagen.inflated(packed[:90_000])) > 50_000
+    for plain in (b"", b"\x1f", text, b"\x1f\x8bno gzip"):
+        assert imagen.inflated(plain) == plain
+
+
+def test_images_text_of_a_png_is_read_from_each_kind_of_chunk() -> None:
+    rows = [bytes(4)]
+    packed = zlib.compress("größe".encode("latin-1"))
+    wide = "größe 狐".encode()
+    chunks = {
+        "tEXt": b"a\0gr\xf6\xdfe",
+        "zTXt": b"b\0\0" + zlib.compress(b"plain"),
+        "iTXt": b"c\0\1\0de\0titel\0" + zlib.compress(wide),
+    }
+    data = images_png((1, 1, 8, 6), rows, **chunks)
+    texts = [imagen.png_text(data, key) for key in "abcd"]
+    assert texts == ["größe", "plain", "größe 狐", ""]
+    plain = images_png((1, 1, 8, 6), rows, iTXt=b"c\0\0\0de\0titel\0" + wide)
+    assert imagen.png_text(plain, "c") == "größe 狐"
+    broken = images_png((1, 1, 8, 6), rows, zTXt=b"b\0\0" + packed[:4], iTXt=b"b\0\0\0\0\0next")
+    assert imagen.png_text(broken, "b") == "next"
+    assert imagen.png_text(data[1:], "a") == imagen.png_text(b"", "a") == ""
+
+
 def test_images_parameters_are_read_out_of_png_and_jpeg() -> None:
     text = "größe, 狐\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 512x768"
     for encoding in ("utf-16-be", "utf-16-le"):
@@ -5189,6 +5500,189 @@ def test_contract_an_adapter_that_stumbles_over_an_answer_loses_no_image_in_it()
     ctx.remote(id="7")
     with pytest.raises(imagen.Failed):
         asked(TypeError("a"))
+
+
+def test_contract_a_size_and_an_aspect_mean_pixels() -> None:
+    for size in ((0, 0), (16, 16), (16, 8192), (8192, 16), (8192, 8192)):
+        assert imagen.size_fault(*size) == ""
+    for size in ((0, 64), (64, 0)):
+        assert imagen.size_fault(*size) == "a size needs width and height"
+    for size in ((15, 64), (64, 15), (8193, 64), (64, 8193)):
+        assert imagen.size_fault(*size) == f"size {size[0]}x{size[1]}: 16 to 8192 pixels"
+    spelled = {"auto": (0, 0), "1024x768": (1024, 768), "7X99999": (7, 99999), "10×20": (10, 20)}
+    for text, (width, height) in spelled.items():
+        assert imagen.size_fields(text) == {"width": width, "height": height}
+    for text in ("", "1024", "0x10", "10x0", "100000x1", "1x100000", "1024x768 ", "axb", "autox1"):
+        with pytest.raises(imagen.BadRequest, match="not WxH") as caught:
+            imagen.size_fields(text)
+        assert "1024x768" in caught.value.hint
+    assert (imagen.ratio_of("16:9"), imagen.ratio_of("1360x680")) == (16 / 9, 2.0)
+    # By the factor, not by the difference.
+    assert imagen.nearest_aspect(0.6, ("3:10", "1:1")) == "1:1"
+    assert imagen.nearest_aspect(1 / 0.6, ("10:3", "1:1")) == "1:1"
+    assert imagen.off_by(2, 1) == imagen.off_by(1, 2) == 2
+    for aspect in imagen.ASPECTS:
+        width, height = imagen.Request("a", aspect=aspect).pixels(1024)
+        assert (width % 16, height % 16) == (0, 0)
+        assert 0.95 < width * height / 1024**2 < 1.05
+        assert imagen.off_by(width / height, imagen.ratio_of(aspect)) < 1.03
+    sizes = {"1000:1": (16000, 16), "1:1000": (16, 2016), "1:1": (64, 64)}
+    for aspect, size in sizes.items():
+        assert imagen.Request("a", aspect=aspect).pixels(64) == size
+    assert imagen.Request("a", aspect="3:2").pixels(100, 1) == (123, 82)
+    assert imagen.Request("a", width=64, height=32, aspect="3:2").pixels(1024) == (64, 32)
+    assert imagen.Request("a").pixels(1024) == (0, 0)
+
+
+def test_contract_a_request_says_where_its_images_go_and_what_is_not_honoured() -> None:
+    first, second, mask = (contract_input(number) for number in range(3))
+    request = imagen.Request("a", images=(first, second), mask=mask)
+    assert request.marks() == {"{image}": first, "{image2}": second, "{mask}": mask}
+    assert imagen.Request("a").marks() == {}
+    looks = imagen.Request("a", aspect="1:1", format="webp", background="opaque", quality="high")
+    assert imagen.Takes().unmet(looks) == ["format", "background", "quality"]
+    assert imagen.Takes(ignores=()).unmet(looks) == []
+    few = imagen.Takes(ignores=("quality",), makes=("jpeg",))
+    assert few.unmet(looks) == ["quality", "format"]
+    assert few.unmet(imagen.Request("a", format="jpeg")) == few.unmet(imagen.Request("a")) == []
+    order = imagen.Order("a fox", images=("x.png",), mask="y.png", n=3, steps=4, aspect="1:1")
+    assert order.request() == imagen.Request("a fox", steps=4, aspect="1:1")
+    assert imagen.request_of({"prompt": "b", "odd": 1}) == imagen.Request("b")
+    assert imagen.request_of(None) == imagen.request_of([1]) == imagen.Request("")
+    prices = [
+        imagen.Price(),
+        imagen.Price(0.5),
+        imagen.Price(worst=2.0),
+        imagen.Price(0.0, "", 2.0),
+    ]
+    assert [price.most() for price in prices] == [None, 0.5, 2.0, 0.0]
+
+
+def contract_input(number: int) -> imagen.Input:
+    return imagen.Input(f"/x/{number}", f"{number}.png", f"{number:064}", 64, 64, "image/png")
+
+
+def test_contract_a_context_passes_on_progress_warnings_and_why_it_ended() -> None:
+    events: list[Any] = []
+    ctx = imagen.Context(7e9, on_progress=events.append, on_warning=events.append)
+    ctx.progress("a\x1b", 1, 4)
+    ctx.progress("b", 0.5, 1.0)
+    ctx.progress("c", 1)
+    ctx.progress("d", "1", 2)  # type: ignore[arg-type]
+    ctx.warn("w")
+    steps = [imagen.Progress("a", 1, 4), imagen.Progress("b", 0.5, 1.0)]
+    assert events == [*steps, imagen.Progress("c"), imagen.Progress("d"), "w"]
+    assert (ctx.timeout, 1e5 < ctx.left() <= 1e6) == (7e9, True)
+    ctx.remote(id="7")
+    ctx.remote(url="x")
+    ctx.settle("yes")
+    ctx.keep_answer(b"x")
+    assert (ctx.remote_ids, ctx.charged, ctx.kept_answer()) == ({"id": "7", "url": "x"}, "yes", b"")
+    messages = {
+        "user": "interrupted",
+        "released": "interrupted; the job there goes on",
+        "lost": "stopped: the job was lost",
+        "deadline": "not done within 9 s",
+    }
+    for why, message in messages.items():
+        ctx = imagen.Context(9)
+        ctx.stop(why)
+        with pytest.raises((imagen.Interrupted, imagen.Failed)) as caught:
+            ctx.check()
+        assert str(caught.value) == message
+        assert ("--timeout" in caught.value.hint) == (why == "deadline")
+
+
+def test_contract_a_stop_shuts_the_sockets_that_are_watched_then_or_later() -> None:
+    def ends(sock: socket.socket) -> bool:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            return sock.recv(1) == b""
+        return False
+
+    with contextlib.ExitStack() as stack:
+        pairs = [[*map(stack.enter_context, socket.socketpair())] for _ in range(3)]
+        (before, far), (during, far_during), (late, far_late) = pairs
+        ctx = imagen.Context()
+        with ctx.watching(before):
+            pass
+        with ctx.watching(during):
+            assert not ends(far_during)
+            ctx.stop("user")
+            assert ends(far_during)
+        with ctx.watching(late):
+            assert ends(far_late)
+        assert not ends(far)
+
+
+def test_contract_what_an_adapter_does_not_say_has_a_default() -> None:
+    class Priced(NamedTuple):
+        cost_usd: float | None = None
+
+    backend = imagen.Backend("cloud", None)
+    ctx = imagen.Context()
+    request = imagen.Request("a fox", width=64, height=32, steps=3, seed=7)
+    plan = {"width": 64, "height": 32, "steps": 3, "seed": 7}
+    assert backend.plan(None, request) == plan
+    assert backend.takes(None) == imagen.Takes(0, False, False, ignores=imagen.LOOKS)
+    assert backend.check(ctx) == "ready"
+    assert backend.price(Priced(0.5), request) == imagen.Price(0.5, "config")
+    assert backend.price(Priced(), request) == imagen.Price(None, "")
+    with pytest.raises(imagen.BadConfig, match="Backend makes no images"):
+        backend.generate(ctx, request)
+    with pytest.raises(imagen.Unknown, match="cannot be cancelled"):
+        backend.cancel(ctx, {})
+    with pytest.raises(imagen.Ended, match="keeps no results"):
+        backend.resume(ctx, {}, request)
+    stumbled = imagen.adapter_error(KeyError("data"))
+    assert type(stumbled) is imagen.Failed
+    assert "KeyError: 'data'" in str(stumbled) and "base_url" in stumbled.hint
+    assert isinstance(imagen.adapter_error(OSError(28, "full", "x")), imagen.Disk)
+    assert imagen.adapter_error(NameError("x")).code == "bug"
+
+
+def test_contract_a_login_and_headers_come_from_the_environment_and_never_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONTRACT_LOGIN", "me:canary-pass")
+    monkeypatch.setenv("CONTRACT_HEADER", "Token canary-header-1")
+    block = {
+        "type": "comfyui",
+        "model": "x",
+        "basic_auth_env": "CONTRACT_LOGIN",
+        "headers_env": {"X-Key": "CONTRACT_HEADER"},
+        "ca_file": "/x/ca.pem",
+    }
+    backend = imagen.open_backend("box", {"box": block})
+    login = b64(b"me:canary-pass")
+    assert backend.headers == {"Authorization": f"Basic {login}", "X-Key": "Token canary-header-1"}
+    assert backend.ca_file == "/x/ca.pem"
+    shown = imagen.redact(f"{login} me:canary-pass canary-header-1")
+    assert shown == "*** *** ***"
+    monkeypatch.delenv("CONTRACT_LOGIN")
+    with pytest.raises(imagen.KeyMissing, match='backend "box": CONTRACT_LOGIN is not set'):
+        imagen.open_backend("box", {"box": block})
+    for field, value in (
+        ("headers_env", {"X": "a b"}),
+        ("basic_auth_env", "me:pw"),
+        ("ca_file", 5),
+    ):
+        with pytest.raises(imagen.BadConfig, match=f'^backend "box": {field}'):
+            imagen.open_backend("box", {"box": {**block, field: value}})
+
+
+@pytest.mark.parametrize("kind", ["openai", "replicate"])
+def test_contract_a_requests_extra_sets_nothing_that_price_record_or_block_decide(
+    kind: str,
+) -> None:
+    block = {"type": kind, "model": "a/b", "extra": {"placed": "{seed}", "plain": "x"}}
+    cls = imagen.BACKENDS[kind]
+    _, options = imagen.options_of("x", {"x": block}, {"extra": {"plain": "y", "more": 1}})
+    assert options.extra == {"placed": "{seed}", "plain": "y", "more": 1}
+    for field in ("prompt", "seed", *cls.OWN_FIELDS.split(), *cls.Options._fields, "placed"):
+        with pytest.raises(imagen.BadRequest, match=f"extra.{field}: ") as caught:
+            imagen.options_of("x", {"x": block}, {"extra": {field: 1}})
+        assert caught.value.hint == "use its own option"
 
 
 def test_contract_what_is_paid_has_an_unknown_price_and_what_is_free_costs_nothing() -> None:
