@@ -6775,6 +6775,185 @@ def test_http_the_wait_that_a_remote_asks_for_is_read(
     assert imagen.retry_after(http_answer(429, headers, body)) == seconds
 
 
+def http_input(path: Path, data: bytes) -> imagen.Input:
+    path.write_bytes(data)
+    return imagen.Input(str(path), path.name, "ab" * 32, 8, 8, "image/png")
+
+
+def test_http_a_form_holds_its_fields_and_files_and_says_how_long_it_is(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(70_000)
+    picture = http_input(tmp_path / "in.png", data)
+    form = imagen.Multipart({"text": "größe", "n": 1, "seed": None}, [("image[]", picture)] * 2)
+    body = b"".join(form)
+    assert body == b"".join(form)
+    assert form.headers["Content-Length"] == str(len(body))
+    seen = Seen("POST", "/", {"content-type": form.headers["Content-Type"]}, body)
+    fields = [("text", "größe".encode()), ("n", b"1"), ("seed", b"null")]
+    name = f"{'ab' * 8}.png"
+    assert form_parts(seen) == [*fields, (f"image[]={name}", data), (f"image[]={name}", data)]
+    text = body.decode("latin-1")
+    assert f'filename="{name}"\r\nContent-Type: image/png\r\n\r\n' in text
+    assert text.count("filename=") == 2
+    assert imagen.data_uri(picture) == "data:image/png;base64," + b64(data)
+
+
+HTTP_MEANINGS: list[tuple[int, dict[str, str], bytes, type[imagen.ImagenError], str]] = [
+    (400, {}, b"why", imagen.BadRequest, ""),
+    (401, {}, b"why", imagen.BadConfig, "check the key"),
+    (402, {}, b"why", imagen.Quota, ""),
+    (403, {}, b"why", imagen.BadConfig, "headers_env"),
+    (404, {}, b"why", imagen.BadConfig, "base_url and model"),
+    (405, {}, b"why", imagen.BadRequest, ""),
+    (408, {}, b"why", imagen.Failed, ""),
+    (409, {}, b"why", imagen.Failed, ""),
+    (422, {}, b"why", imagen.BadRequest, ""),
+    (429, {"Retry-After": "7"}, b"why", imagen.Busy, ""),
+    (499, {}, b"why", imagen.BadRequest, ""),
+    (500, {"Retry-After": "7"}, b"why", imagen.Failed, ""),
+    (503, {}, b"why", imagen.Failed, ""),
+    (503, {"Retry-After": "7"}, b"why", imagen.Busy, ""),
+    (503, {}, b"at capacity why", imagen.Busy, ""),
+    (503, {}, b"Too many; why", imagen.Busy, ""),
+    (302, {"Location": "https://x/images"}, b"", imagen.BadConfig, "put that into base_url"),
+    (399, {"Location": "/sso/start"}, b"", imagen.BadConfig, "wants a login"),
+    (300, {"Location": "/Log-In"}, b"", imagen.BadConfig, "basic_auth_env"),
+]
+
+
+@pytest.mark.parametrize(("code", "headers", "body", "kind", "hint"), HTTP_MEANINGS, ids=str)
+def test_http_a_status_means_an_error_with_its_cure(
+    code: int, headers: dict[str, str], body: bytes, kind: type[imagen.ImagenError], hint: str
+) -> None:
+    answer = http_answer(code, headers, body)
+    error = imagen.explain_status(answer)
+    assert type(error) is kind
+    assert str(error).startswith(f"{code}: ")
+    assert ("why" if body else headers["Location"]) in str(error)
+    assert hint in error.hint
+    assert error.after == (7 if kind is imagen.Busy and headers else 0)
+    assert imagen.not_accepted(answer) is (code > 399 and kind is not imagen.Failed)
+    if body:
+        assert str(imagen.explain_status(answer, "a detail")) == f"{code}: a detail"
+
+
+def test_http_times_waits_and_broken_connections_are_read_as_they_are_written() -> None:
+    for body, seconds in (
+        (b'{"retry_after": 5}', 5),
+        (b'{"retry_after": 2.5, "x": 1}', 2.5),
+        (b'"retryDelay": "12s"', 12),
+        (b'"retryDelay":"1.5s"}', 1.5),
+        (b"again in ~3 s", 3),
+        (b"again in 3 s", 0),
+        (b"x" * 1990 + b"~3 s", 3),
+        (b"x" * 2000 + b"~3 s", 0),
+    ):
+        assert imagen.retry_after(http_answer(429, {}, body)) == seconds, body[-30:]
+    assert imagen.epoch("1970-01-01T00:00:10Z") == imagen.epoch("1970-01-01T01:00:10+01:00") == 10
+    assert imagen.epoch("Thu, 01 Jan 1970 00:01:00 GMT") == 60
+    for odd in ("", "None", "soon", "9999999"):
+        assert imagen.epoch(odd) == 0
+    wrapped = urllib.error.URLError(OSError(111, "Connection refused"))
+    lost = imagen.TransportError(wrapped, sent=True)
+    assert (str(lost), lost.sent) == ("Connection refused", True)
+    assert str(imagen.TransportError(TimeoutError(), False)) == "TimeoutError"
+    assert str(imagen.TransportError("the image breaks off", True)) == "the image breaks off"
+    assert http_answer(200, {}, b'{"a": 1}').mapping() == {"a": 1}
+    for body in (b"[1]", b"nothing here", b"[" * 10**5):
+        with pytest.raises(imagen.Failed, match="the server answered 200 with"):
+            http_answer(200, {}, body).mapping()
+
+
+def test_http_addresses_are_checked_and_keys_in_them_never_shown() -> None:
+    assert imagen.origin("http://H.test/x") == ("http", "h.test", 80)
+    assert imagen.origin("https://h.test") == ("https", "h.test", 443)
+    assert imagen.origin("https://h.test:8443/x") == ("https", "h.test", 8443)
+    for odd in ("ftp://h", "h.test", "http://", "http://h:0", "http://h:x", "http://[::1", "/x"):
+        with pytest.raises(imagen.Failed, match="no http address"):
+            imagen.origin(odd)
+    with pytest.raises(imagen.Failed, match=f"^{'x' * 20}:… is"):
+        imagen.origin("x" * 30)
+    assert imagen.joined("http://h/a/b", "../c") == "http://h/c"
+    with pytest.raises(imagen.Failed, match="no http address"):
+        imagen.joined("http://h", "http://[x")
+    addresses = {
+        "http://h": "http://h/v1",
+        "http://h/": "http://h/v1",
+        "http://h:1": "http://h:1/v1",
+        "http://h/v2/": "http://h/v2",
+        "https://h/a/b": "https://h/a/b",
+    }
+    for base, expected in addresses.items():
+        assert imagen.checked_url(base, "/v1") == expected
+    assert imagen.checked_url("http://h/") == "http://h"
+    for odd in (
+        "http://me:canary@h",
+        "http://h?canary",
+        "http://h/#canary",
+        "canary",
+        "http://h /",
+    ):
+        with pytest.raises(imagen.BadConfig, match=r"^link: not an address") as caught:
+            imagen.checked_url(odd, name="link")
+        assert "canary" not in str(caught.value)
+        assert "environment" in caught.value.hint
+    with pytest.raises(imagen.BadConfig, match=r"^base_url: "):
+        imagen.checked_url("http://h\x07")
+
+
+def test_http_a_file_of_authorities_is_read_or_named(tmp_path: Path) -> None:
+    assert imagen.tls_context("") is None
+    path = tmp_path / "ca.pem"
+    path.write_text(HTTP_PEM)
+    context = imagen.tls_context(str(path))
+    assert (context.verify_mode, len(context.get_ca_certs())) == (ssl.CERT_REQUIRED, 1)
+    path.write_text("no certificate")
+    for name in (str(path), "/not/there.pem"):
+        with pytest.raises(imagen.BadConfig, match=f"^ca_file: {name}: "):
+            imagen.tls_context(name)
+
+
+def test_http_a_page_in_place_of_json_is_a_login(wired: Box) -> None:
+    with Remote(html(text="<html>Sign in</html>"), ok({"a": 1}), ok([1])) as remote:
+        http = http_gate(imagen.Context(5), remote.base)
+        with pytest.raises(imagen.BadConfig, match="answers with a page") as caught:
+            http.get_json("/x")
+        assert "headers_env" in caught.value.hint
+        assert http.get_json("/x") == {"a": 1}
+        with pytest.raises(imagen.Failed):
+            http.get_json("/x")
+
+
+def test_http_what_is_sent_again_or_paid_goes_out_as_json_files_or_a_form(
+    wired: Box, tmp_path: Path
+) -> None:
+    picture = http_input(tmp_path / "in.png", b"bytes")
+    with Remote(ok({"fine": 1}), repeat=True) as remote:
+        ctx = imagen.Context(5)
+        http = http_gate(ctx, remote.base + "/")
+        http.send("PATCH", "/a", {"x": "é\ud800"}, x_upsert="true")
+        http.send("PUT", "/b", io.BytesIO(b"data"), Content_Type="text/x")
+        http.upload("/c", imagen.Multipart({"a": "b"}, [("image", picture)]))
+        assert (ctx.charged, ctx.identity) == ("no", {})
+        http.pay("/d", {"prompt": "p", "seed": 7, "n": 1})
+        assert (ctx.charged, ctx.identity) == ("unknown", {"prompt": "p", "seed": 7})
+        http.pay("/e", {"input": {"prompt": "q"}}, [("image", picture)])
+        assert ctx.identity == {"prompt": "q"}
+        patch, put, form, paid, paid_form = remote.seen
+    assert [seen.method for seen in remote.seen] == ["PATCH", "PUT", "POST", "POST", "POST"]
+    assert [seen.path for seen in remote.seen] == ["/a", "/b", "/c", "/d", "/e"]
+    assert (patch.json, patch.headers["x-upsert"]) == ({"x": "é?"}, "true")
+    assert patch.headers["content-type"] == "application/json"
+    assert (put.body, put.headers["content-type"]) == (b"data", "text/x")
+    assert (put.headers["content-length"], "transfer-encoding" in put.headers) == ("4", False)
+    name = f"image={'ab' * 8}.png"
+    assert form_parts(form) == [("a", b"b"), (name, b"bytes")]
+    assert paid.json == {"prompt": "p", "seed": 7, "n": 1}
+    assert form_parts(paid_form) == [("input", b'{"prompt": "q"}'), (name, b"bytes")]
+    for seen in remote.seen:
+        assert seen.headers["authorization"] == f"Bearer {HTTP_KEY}"
+        assert seen.headers["user-agent"] == f"imagen/{imagen.__version__}"
+
+
 def test_http_a_wait_until_a_date_is_read() -> None:
     date = email.utils.formatdate(time.time() + 90, usegmt=True)
     assert 85 < imagen.retry_after(http_answer(429, {"Retry-After": date})) <= 90
@@ -9895,6 +10074,145 @@ def test_replicate_the_status_counts_and_not_the_http_code_and_the_seed_is_that_
     assert box.sidecar(done.lines[0])["seed"] == 41823
 
 
+def test_replicate_images_mask_strength_and_shape_go_where_the_model_takes_them() -> None:
+    picture = imagen.Input("", "", "", 16, 16, "image/png")
+    one = {"images": (picture,)}
+    two = {"images": (picture, picture), "mask": picture, "strength": 0.5}
+
+    def words(model: str, **fields: Any) -> dict[str, Any]:
+        inputs, _ = replicate_words(f"model={model}", **fields)
+        return {key: inputs[key] for key in inputs.keys() - {"prompt", "seed", "output_format"}}
+
+    flux = "black-forest-labs/flux"
+    assert words(f"{flux}-dev", **one, strength=0.5) == {
+        "image": "{image}",
+        "prompt_strength": 0.5,
+    }
+    assert words(f"{flux}-dev", **one) == {"image": "{image}"}
+    assert words(f"{flux}-schnell", **two) == {}
+    assert words(f"{flux}-fill-pro", **two) == {"image": "{image}", "mask": "{mask}"}
+    assert words(f"{flux}-fill-pro", **one) == {"image": "{image}"}
+    assert words(f"{flux}-kontext-pro", **one, aspect="16:9") == {
+        "input_image": "{image}",
+        "aspect_ratio": "16:9",
+    }
+    assert words("google/nano-banana", **two) == {"image_input": ["{image}", "{image2}"]}
+    assert words(f"{flux}-2-pro:abc", **one) == {"input_images": ["{image}"]}
+    assert words("google/nano-banana") == {}
+    assert words("a/b", **two, aspect="3:2") == {"aspect_ratio": "3:2"}
+    # Where there is a size too, that counts.
+    assert words(f"{flux}-dev", aspect="3:2", width=64, height=64)["aspect_ratio"] == "1:1"
+    jpeg_wanted, _ = replicate_words("output_format=webp", format="jpeg")
+    assert jpeg_wanted["output_format"] == "jpg"
+    with pytest.raises(imagen.BadRequest, match="num_outputs") as caught:
+        replicate_words('extra={"num_outputs":2}')
+    assert "-n N" in caught.value.hint
+    assert replicate_words('extra={"num_outputs":1}')[0]["num_outputs"] == 1
+
+
+def test_replicate_takes_what_the_table_knows_or_extra_has_a_place_for() -> None:
+    replicate = imagen.BACKENDS["replicate"]
+
+    def takes(model: str, **extra: Any) -> tuple[Any, ...]:
+        known = replicate.takes(replicate.Options(model=model, extra=extra))
+        assert known.ignores == ("background", "quality")
+        return (known.images, known.mask, known.strength, bool(known.aspects))
+
+    flux = "black-forest-labs/flux"
+    assert takes(f"{flux}-schnell") == (0, False, False, True)
+    assert takes(f"{flux}-dev") == (1, False, True, True)
+    assert takes(f"{flux}-fill-pro") == (1, True, False, True)
+    assert takes(f"{flux}-2-pro") == (14, False, False, True)
+    assert takes("google/nano-banana:abc") == (14, False, False, True)
+    assert takes("a/b") == (0, False, False, False)
+    assert takes("a/b", image="{image}", more=["{image2}"]) == (2, False, False, False)
+    assert takes("a/b", mask="{mask}") == (0, True, False, False)
+
+
+def test_replicate_a_lost_create_is_over_only_once_nothing_is_kept_there(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = imagen.Request("a fox", seed=7)
+
+    def since(age_s: float) -> dict[str, Any]:
+        stamp = datetime.fromtimestamp(time.time() - age_s, UTC)
+        return {"since": stamp.isoformat(), "body": {"prompt": "a fox", "seed": 7}}
+
+    with ReplicateServer() as server:
+        backend = replicate_open(server, monkeypatch)
+
+        def outcome(remote: dict[str, Any], act: str = "resume") -> imagen.ImagenError:
+            more = [request] if act == "resume" else []
+            with pytest.raises(imagen.ImagenError) as caught:
+                getattr(backend, act)(AdapterContext(), remote, *more)
+            return caught.value
+
+        for age_s, kind in ((60, imagen.Unknown), (3500, imagen.Unknown), (3700, imagen.Ended)):
+            error = outcome(since(age_s))
+            assert (type(error), "replicate.com/predictions" in error.hint) == (kind, True)
+            assert "nothing like it" in str(error)
+        gone = outcome({"id": "nothere", **since(60)})
+        assert (type(gone), "not known there" in str(gone)) == (imagen.Ended, True)
+        assert type(outcome({}, "cancel")) is imagen.Unknown
+        # Somebody else's, another prompt, one that is taken, and one without its inputs.
+        other = server.plant({**REPLICATE_FOX, "prompt": "a hare"})
+        ours = server.plant(dict(REPLICATE_FOX))
+        assert type(outcome({**since(1800), "taken": [ours]})) is imagen.Unknown
+        ctx = AdapterContext()
+        assert backend.resume(ctx, {**since(1800), "taken": [other]}, request).image.read()
+        assert (ctx.remote_ids, ctx.charged) == ({"id": ours}, "yes")
+        assert type(outcome({"id": ours}, "cancel")) is imagen.Unknown
+        server.predictions[ours].update(input={}, data_removed=True)
+        gone = outcome(since(1800))
+        assert (type(gone), "inputs are gone" in str(gone)) == (imagen.Ended, True)
+        server.answer_next(status(401, {"title": "Unauthenticated", "detail": "no token"}))
+        server.get_faults.append(status(401, {"detail": "no token"}))
+        refused = outcome({"id": ours})
+        assert (type(refused), "401" in str(refused)) == (imagen.BadConfig, True)
+
+
+REPLICATE_OUTPUTS: list[tuple[dict[str, Any], Any]] = [
+    ({"status": "succeeded", "output": "https://x/a.png"}, "https://x/a.png"),
+    ({"status": "succeeded", "output": [{"url": "http://x/é"}]}, "http://x/é"),
+    ({"status": "succeeded", "output": ["text", "data:image/png;base64,AA=="]}, "data:image/png"),
+    ({"status": "succeeded", "output": None}, imagen.Ended),
+    ({"status": "succeeded", "output": ["a text"]}, imagen.Ended),
+    ({"status": "succeeded", "data_removed": True, "output": "https://x/a"}, imagen.Ended),
+    ({"status": "failed", "error": "out of memory"}, imagen.Ended),
+    ({"status": "canceled"}, imagen.Ended),
+    ({"status": "aborted"}, imagen.Ended),
+    *(
+        ({"status": "failed", "error": error}, imagen.Refused)
+        for error in (
+            "NSFW",
+            "flagged as sensitive",
+            "Safety",
+            "moderated",
+            "content policy",
+            "E005",
+        )
+    ),
+    ({"status": "resting"}, imagen.Unknown),
+    ({}, imagen.Unknown),
+]
+
+
+@pytest.mark.parametrize(("prediction", "outcome"), REPLICATE_OUTPUTS, ids=str)
+def test_replicate_the_image_of_an_ended_prediction_is_found_or_said_to_be_none(
+    prediction: dict[str, Any], outcome: Any
+) -> None:
+    if isinstance(outcome, str):
+        assert imagen.replicate_image(prediction).startswith(outcome)
+        return
+    with pytest.raises(imagen.ImagenError) as caught:
+        imagen.replicate_image({"id": "p1", **prediction})
+    assert type(caught.value) is outcome
+    if outcome is imagen.Refused:
+        assert caught.value.hint == "reword the prompt"
+    if prediction.get("status") == "canceled":
+        assert str(caught.value) == "prediction p1 ended as canceled"
+
+
 def test_replicate_polls_go_to_our_own_address_whatever_the_answer_says_and_tell_the_steps(
     here: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -10298,6 +10616,256 @@ def test_openai_says_before_what_an_image_may_cost_at_most() -> None:
     assert low.most() == pytest.approx(272 * 8e-6)
     priced = openai.Options(model=mini, cost_usd=0.5)
     assert openai.price(priced, imagen.Request("a")) == imagen.Price(0.5, "config")
+
+
+def test_openai_a_size_is_said_as_the_server_wants_it_and_inputs_too(tmp_path: Path) -> None:
+    def size(options: str, **fields: Any) -> dict[str, Any]:
+        body, _ = openai_words(options, **fields)
+        return {
+            key: body[key] for key in ("size", "width", "height", "aspect_ratio") if key in body
+        }
+
+    both = {"width": 1024, "height": 576}
+    assert size("") == size("size_as=none", **both) == size("size_as=none", aspect="1:1") == {}
+    assert size("", **both) == {"size": "1024x576"}
+    assert size("", aspect="16:9") == {"size": "1360x768"}
+    assert size("size_as=width_height", **both) == both
+    assert size("size_as=aspect_ratio", **both) == {"aspect_ratio": "16:9"}
+    assert size("size_as=aspect_ratio", aspect="21:9") == {"aspect_ratio": "21:9"}
+    for aspect, text in (("1:1", "1024x1024"), ("3:2", "1536x1024"), ("2:3", "1024x1536")):
+        assert size("model=gpt-image-1-mini", aspect=aspect) == {"size": text}
+    path = tmp_path / "in.png"
+    path.write_bytes(b"x")
+    picture = imagen.Input(str(path), "", "", 16, 16, "image/png")
+    request = imagen.Request("a", images=(picture, picture), mask=picture)
+    link = "data:image/png;base64,eA=="
+    typed = {"type": "image_url", "url": link}
+    assert imagen.openai_inputs("images", request) == {
+        "images": [{"image_url": link}] * 2,
+        "mask": {"image_url": link},
+    }
+    request = request._replace(mask=None)
+    assert imagen.openai_inputs("image", request) == {"image": [link] * 2}
+    assert imagen.openai_inputs("image_object", request) == {"images": [typed] * 2}
+    wrapped = {"type": "image_url", "image_url": {"url": link}}
+    assert imagen.openai_inputs("input_references", request) == {"input_references": [wrapped] * 2}
+    request = request._replace(images=(picture,))
+    assert imagen.openai_inputs("image_url", request) == {"image_url": link}
+
+
+def test_openai_sizes_that_a_model_makes_are_fine_up_to_the_last_pixel() -> None:
+    check = imagen.openai_check_size
+    fine = {
+        "gpt-image-1": ((1024, 1024), (1536, 1024), (1024, 1536)),
+        "gpt-image-2": ((640, 1024), (1024, 640), (3840, 2160), (2160, 3840), (1536, 512)),
+        "somebody-s": ((17, 5000),),
+    }
+    bad = {
+        "gpt-image-1": ((1024, 1040), (2048, 2048)),
+        "gpt-image-2": (
+            (640, 1008),
+            (3840, 2176),
+            (3856, 2144),
+            (1552, 512),
+            (1001, 1024),
+            (1024, 1001),
+        ),
+    }
+    for model, sizes in fine.items():
+        for size in sizes:
+            check(model, *size)
+    for model, sizes in bad.items():
+        for width, height in sizes:
+            with pytest.raises(imagen.BadRequest, match=f"^size {width}x{height}: not made by"):
+                check(model, width, height)
+
+
+def test_openai_looks_formats_and_fidelity_go_out_under_their_own_names() -> None:
+    looks = {"format": "jpeg", "background": "opaque", "quality": "high"}
+    body, ignored = openai_words("output_format=webp quality=low moderation=low", **looks)
+    assert {key: body[key] for key in ("output_format", "background", "quality")} == {
+        "output_format": "jpeg",
+        "background": "opaque",
+        "quality": "high",
+    }
+    assert (body["moderation"], ignored) == ("low", ())
+    picture = imagen.Input("", "", "", 16, 16, "image/png")
+    for model, images, expected in (
+        ("gpt-image-1.5", (picture,), "high"),
+        ("gpt-image-1.5", (), None),
+        ("gpt-image-2", (picture,), None),
+    ):
+        body, _ = openai_words(f"model={model} input_fidelity=high", images=images)
+        assert body.get("input_fidelity") == expected
+    for extra in ('{"n":2}', '{"n":null}'):
+        with pytest.raises(imagen.BadRequest, match=r"^n: one request") as caught:
+            openai_words(f"extra={extra}")
+        assert "-n N" in caught.value.hint
+    with pytest.raises(imagen.BadRequest, match=r"^output_format bmp: ") as caught:
+        openai_words("output_format=bmp")
+    assert caught.value.hint == "png, jpeg or webp"
+
+
+OPENAI_MEANINGS: list[tuple[int, Any, type[imagen.ImagenError], str, str]] = [
+    (
+        400,
+        {"error": {"code": "moderation_blocked", "message": "m"}},
+        imagen.Refused,
+        "no",
+        "reword",
+    ),
+    (400, {"error": {"type": "content_policy", "message": "m"}}, imagen.Refused, "no", "reword"),
+    (500, {"error": {"message": "our safety system says m"}}, imagen.Refused, "no", "reword"),
+    (
+        400,
+        {
+            "error": {
+                "code": "moderation_blocked",
+                "message": "m",
+                "moderation_details": {"moderation_stage": "output"},
+            }
+        },
+        imagen.Refused,
+        "yes",
+        "reword",
+    ),
+    (429, {"error": {"code": "insufficient_quota", "message": "m"}}, imagen.Quota, "no", "billing"),
+    (
+        400,
+        {"error": {"code": "billing_hard_limit_reached", "message": "m"}},
+        imagen.Quota,
+        "no",
+        "billing",
+    ),
+    (
+        404,
+        {"error": {"code": "model_not_found", "message": "m"}},
+        imagen.BadConfig,
+        "no",
+        "--check",
+    ),
+    (400, {"message": "m (size)", "code": "x"}, imagen.BadRequest, "no", ""),
+    (400, {"error": {"message": "m", "param": "size"}}, imagen.BadRequest, "no", ""),
+    (429, {"error": {"message": "m"}}, imagen.Busy, "no", ""),
+]
+
+
+@pytest.mark.parametrize(("code", "body", "kind", "charged", "hint"), OPENAI_MEANINGS, ids=str)
+def test_openai_an_error_says_what_it_means_whatever_its_status(
+    code: int, body: Any, kind: type[imagen.ImagenError], charged: str, hint: str
+) -> None:
+    backend = imagen.OpenAI("x", imagen.OpenAI.Options(model="m", base_url="http://h"))
+    answer = http_answer(code, {"x-request-id": "req_1"}, json.dumps(body).encode())
+    error = backend.explain(answer)
+    assert (type(error), error.charged) == (kind, charged)
+    assert hint in error.hint
+    assert str(error).startswith(f"{code}: ") and str(error).endswith(" [req_1]")
+    assert ("(size)" in str(error)) == ("size" in str(body))
+    assert "m" in str(error).partition(": ")[2]
+    plain = backend.explain(http_answer(code, {}, json.dumps(body).encode()))
+    assert "[" not in str(plain)
+
+
+def test_openai_a_cost_is_what_is_reported_or_counted_and_else_unknown() -> None:
+    cost = imagen.openai_cost
+    usage = {
+        "input_tokens": 110,
+        "output_tokens": 1000,
+        "input_tokens_details": {"image_tokens": 100},
+    }
+    assert cost("gpt-image-1-mini", usage) == round((10 * 2 + 100 * 2.5 + 1000 * 8) / 1e6, 6)
+    assert cost("gpt-image-1.5-x", usage) == round((10 * 5 + 100 * 8 + 1000 * 32) / 1e6, 6)
+    assert cost("gpt-image-2", {"output_tokens": 1000}) == 0.03
+    for model, odd in (
+        ("other", usage),
+        ("gpt-image-2", {}),
+        ("gpt-image-2", {"output_tokens": 0, "input_tokens": 5}),
+        ("gpt-image-2", {**usage, "input_tokens_details": [1]}),
+        ("gpt-image-2", {"output_tokens": "many"}),
+    ):
+        assert cost(model, odd) is None
+    reported = imagen.openai_reported
+    assert reported({"cost": 0.5}, {}) == 0.5
+    assert reported({"cost_in_usd_ticks": 200_000_000, "cost": 9}, {}) == 0.02
+    assert reported({}, {"x-litellm-response-cost": "0.25"}) == 0.25
+    assert reported({"cost": 0}, {"x-litellm-response-cost": "0.25"}) == 0.0
+    for odd, headers in (({}, {}), ({"cost": "much"}, {}), ({"cost_in_usd_ticks": None}, {})):
+        assert reported(odd, headers) is None
+
+
+def test_openai_the_json_of_an_answer_is_read_without_its_image() -> None:
+    class Spooled(imagen.Context):
+        pass
+
+    image = png(16, 16)
+    item = {"b64_json": b64(image), "revised_prompt": "r"}
+
+    def read(body: bytes) -> tuple[Any, Any]:
+        document, spool = imagen.openai_answer(body, Spooled())
+        return document, spool and spool.read()
+
+    whole = {"created": 5, "data": [item]}
+    bare = {"data": [{"b64_json": "", "revised_prompt": "r"}]}
+    assert read(json.dumps(whole).encode()) == ({"created": 5, **bare}, image)
+    assert read(gzip.compress(json.dumps(whole).encode())) == ({"created": 5, **bare}, image)
+    assert read(json.dumps([item]).encode()) == (bare, image)
+    assert read(image) == ({}, image)
+    assert read(b'{"data": [{"url": "x"}]}') == ({"data": [{"url": "x"}]}, None)
+    assert read(b"[7]") == ({"data": [7]}, None)
+    assert read(b"no") == read(b"7") == ({}, None)
+    events = [{"type": "a", "b64_json": b64(png())}, {"type": "done", "b64_json": b64(image)}]
+    stream = "".join(f"event: x\ndata: {json.dumps(event)}\n\n" for event in events)
+    assert read(stream.encode()) == ({"type": "done", "b64_json": ""}, image)
+    assert imagen.openai_data({"data": [{"a": 1}, 5]}) == [{"a": 1}]
+    assert imagen.openai_data({}) == imagen.openai_data([1]) == []
+
+
+def test_openai_what_was_kept_of_an_answer_or_its_link_gives_the_image(wired: Box) -> None:
+    class Kept(imagen.Context):
+        body = b""
+
+        def kept_answer(self) -> bytes:
+            return self.body
+
+    image = png(16, 16)
+    with Remote(ok(image)) as remote:
+        options = imagen.OpenAI.Options(model="m", base_url=remote.base, path="/make")
+        backend = imagen.OpenAI("x", options)
+        assert backend.base == f"{remote.base}/v1"
+        request = imagen.Request("a fox", seed=7, steps=3)
+        ctx = Kept(20)
+        result = backend.resume(ctx, {"url": "/files/x"}, request)
+        assert (result.image.read(), result.model, result.ignored) == (image, "m", ("steps",))
+        assert remote.seen[0].path == "/files/x"
+        usage = {"cost": 0.25}
+        ctx.body = json.dumps({"data": [{"b64_json": b64(image)}], "usage": usage}).encode()
+        result = backend.resume(ctx, {}, request)
+        assert (result.image.read(), result.cost_usd, result.cost_source) == (
+            image,
+            0.25,
+            "reported",
+        )
+        assert (result.steps, result.mime_type, ctx.charged) == (None, "image/png", "yes")
+        ctx = Kept(20)
+        with pytest.raises(imagen.Ended, match="keeps no results"):
+            backend.resume(ctx, {}, request)
+        for body, kind, charged in (
+            ({"data": []}, imagen.Ended, "no"),
+            ({"data": [], "usage": {"output_tokens": 5}}, imagen.Ended, "yes"),
+            ({"data": [{"error": "moderation"}], "usage": {"cost": 0}}, imagen.Refused, "no"),
+            ({"data": [{"respect_moderation": False}]}, imagen.Refused, "no"),
+            ({"data": [{"respect_moderation": True}]}, imagen.Ended, "no"),
+        ):
+            ctx = Kept(20)
+            ctx.body = json.dumps(body).encode()
+            with pytest.raises(kind) as caught:
+                backend.resume(ctx, {}, request)
+            assert (type(caught.value), ctx.charged) == (kind, charged)
+        ctx = Kept(0.3)
+        ctx.body = json.dumps({"data": [{"url": "http://127.0.0.1:9/x"}]}).encode()
+        with pytest.raises(imagen.Unknown, match="made, but its link could not be fetched"):
+            backend.resume(ctx, {}, request)
+        assert (ctx.charged, ctx.remote_ids) == ("yes", {"url": "http://127.0.0.1:9/x"})
 
 
 def test_openai_takes_what_its_way_of_inputs_can_carry() -> None:
@@ -11165,6 +11733,182 @@ def test_gemini_a_process_killed_at_any_event_leaves_what_recover_fetches(box: B
         assert {image["charged"] for image in done.json["images"]} == {"yes"}
         again = box.run("recover", "--all")
         assert (again.code, box.unfinished()) == (0, [])
+
+
+def test_gemini_a_request_becomes_a_body_and_a_size_the_nearest_that_there_is(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "in.png"
+    path.write_bytes(b"x")
+    picture = imagen.Input(str(path), "", "", 16, 16, "image/png")
+
+    def body(request: imagen.Request, **options: Any) -> dict[str, Any]:
+        return dict(imagen.gemini_body(imagen.Gemini.Options(model="m", **options), request))
+
+    plain = {
+        "model": "m",
+        "input": [{"type": "text", "text": "a fox"}],
+        "response_format": {"type": "image"},
+        "generation_config": {"seed": 7},
+        "stream": True,
+        "store": True,
+    }
+    fox = imagen.Request("a fox", seed=7)
+    assert body(fox) == plain
+    assert body(fox, extra={"store": None, "more": 1}) == {
+        key: value for key, value in {**plain, "more": 1}.items() if key != "store"
+    }
+    sent = body(fox._replace(images=(picture,)))["input"]
+    assert sent[1:] == [{"type": "image", "data": "eA==", "mime_type": "image/png"}]
+
+    def form(**fields: Any) -> tuple[Any, ...]:
+        made = body(fox._replace(**fields), image_size="2K")["response_format"]
+        return made.get("aspect_ratio"), made["image_size"]
+
+    assert form() == (None, "2K")
+    assert form(aspect="16:9") == ("16:9", "2K")
+    sizes = {
+        (512, 512): ("1:1", "512"),
+        (724, 724): ("1:1", "512"),
+        (725, 725): ("1:1", "1K"),
+        (1448, 1448): ("1:1", "1K"),
+        (1920, 1080): ("16:9", "1K"),
+        (2896, 2896): ("1:1", "2K"),
+        (2897, 2897): ("1:1", "4K"),
+        (8192, 8192): ("1:1", "4K"),
+        (1024, 4096): ("1:4", "2K"),
+        (2000, 500): ("4:1", "1K"),
+    }
+    for (width, height), expected in sizes.items():
+        assert form(width=width, height=height, aspect="3:2") == expected
+    takes = imagen.Gemini.takes(None)
+    assert (takes.images, takes.mask, takes.makes, len(takes.aspects)) == (14, False, ("jpeg",), 14)
+    assert takes.ignores == ("background", "quality", "steps", "negative_prompt")
+
+
+def test_gemini_the_last_image_that_was_made_counts_and_none_that_was_thought_of() -> None:
+    def item(data: str) -> dict[str, Any]:
+        return {"type": "image", "data": data, "mime_type": "image/png"}
+
+    def read(*events: Any) -> dict[str, Any]:
+        lines = "".join(f"event: x\ndata: {json.dumps(event)}\n\n" for event in events)
+        return dict(imagen.gemini_document(lines.encode()))
+
+    text = {"type": "text", "text": "He"}
+    steps = [
+        {"type": "thought", "content": [item("draft")]},
+        {"type": "model_output", "content": [item("one"), text, item("two")]},
+        {"type": "thought", "content": [item("later"), text]},
+    ]
+    whole = {"id": "i1", "status": "completed", "steps": steps}
+    document = imagen.gemini_document(json.dumps(whole).encode())
+    assert (document["image"], document["text"], document["id"]) == (item("two"), "He", "i1")
+    streamed = read(
+        {"interaction": {"id": "i1", "status": "in_progress"}},
+        {"step": {"type": "thought"}},
+        {"delta": item("draft")},
+        {"step": {"type": "model_output"}},
+        {"delta": item("one")},
+        {"delta": {"type": "text", "text": "l"}},
+        {"delta": {"type": "text", "text": "o"}},
+        {"interaction": {"status": "completed", "usage": {"a": 1}}},
+    )
+    assert (streamed["image"], streamed["text"]) == (item("one"), "lo")
+    assert (streamed["id"], streamed["status"], streamed["usage"]) == ("i1", "completed", {"a": 1})
+    assert "image" not in read({"step": {"type": "thought"}}, {"delta": item("draft")})
+    failed = read({"step": {"type": "model_output", "error": {"message": "blocked"}}})
+    assert failed["error"] == {"message": "blocked"}
+    assert imagen.gemini_document(b"") == {"text": ""}
+
+
+@pytest.mark.parametrize(
+    ("document", "kind", "message"),
+    [
+        ({"status": "completed", "text": "I would rather not"}, imagen.Refused, "rather not"),
+        ({"status": "failed", "errors": [{"m": "SAFETY"}], "text": ""}, imagen.Refused, "SAFETY"),
+        (
+            {"status": "failed", "error": {"m": "recitation"}, "text": ""},
+            imagen.Refused,
+            "recitation",
+        ),
+        ({"status": "failed", "error": {"m": "boom"}, "text": ""}, imagen.Ended, "as failed: {'m'"),
+        ({"status": "cancelled", "text": ""}, imagen.Ended, "ended as cancelled"),
+    ],
+)
+def test_gemini_an_interaction_without_an_image_was_refused_or_is_over(
+    document: dict[str, Any], kind: type[imagen.ImagenError], message: str
+) -> None:
+    error = imagen.gemini_failure(document)
+    assert type(error) is kind
+    assert message in str(error)
+    assert (error.hint == "reword the prompt") == (kind is imagen.Refused)
+
+
+def test_gemini_a_cost_is_that_of_the_images_tokens() -> None:
+    rows = [{"modality": "text", "tokens": 9}, {"modality": "IMAGE", "tokens": 1120}]
+    usage = {"output_tokens_by_modality": rows}
+    assert imagen.gemini_cost("gemini-3.1-flash-image-preview", usage) == 0.0672
+    assert imagen.gemini_cost("gemini-3-pro-image", usage) == 0.1344
+    assert imagen.gemini_cost("gemini-2.5-flash-image", usage) == 0.0336
+    for model, odd in (
+        ("gemini-9", usage),
+        ("gemini-3-pro-image", {}),
+        ("gemini-3-pro-image", {"output_tokens_by_modality": rows[:1]}),
+        ("gemini-3-pro-image", {"output_tokens_by_modality": [{"modality": "image"}]}),
+        (
+            "gemini-3-pro-image",
+            {"output_tokens_by_modality": [{"modality": "image", "tokens": "x"}]},
+        ),
+    ):
+        assert imagen.gemini_cost(model, odd) is None
+
+
+def test_gemini_what_is_not_there_is_over_only_after_a_while(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fox = imagen.Request("a fox", seed=7)
+    missing_one = status(404, {"error": {"message": "no such interaction"}})
+    done = {"id": "i1", "status": "completed", "usage": {"total_output_tokens": 5}}
+    answers = (missing_one, missing_one, ok(b""), ok(done), ok(b""), ok({"status": "cancelled"}))
+    with Remote(*answers) as remote:
+        backend = http_adapter("gemini", remote.base)
+
+        def resumed(age_s: float) -> imagen.ImagenError:
+            stamp = datetime.fromtimestamp(time.time() - age_s, UTC).isoformat()
+            with pytest.raises(imagen.ImagenError) as caught:
+                backend.resume(imagen.Context(9), {"id": "i1", "since": stamp}, fox)
+            return caught.value
+
+        assert type(resumed(30)) is imagen.BadConfig
+        gone = resumed(90)
+        assert (type(gone), "not known there" in str(gone)) == (imagen.Ended, True)
+        ctx = imagen.Context(9)
+        with pytest.raises(imagen.Unknown, match="completed before"):
+            backend.cancel(ctx, {"id": "i1"})
+        assert ctx.charged == "yes"
+        ctx = imagen.Context(9)
+        backend.cancel(ctx, {"id": "i1"})
+        assert ctx.charged == "no"
+        assert [seen.path.rpartition("/v1")[2] for seen in remote.seen[2:4]] == [
+            "/interactions/i1/cancel",
+            "/interactions/i1",
+        ]
+    with pytest.raises(imagen.Ended, match="keeps no results"):
+        backend.resume(imagen.Context(9), {}, fox)
+    for body, kind in (
+        ({"error": {"message": "API key not valid"}}, imagen.BadConfig),
+        ({"error": {"message": "m", "quotaId": "RequestsPerDay"}}, imagen.Quota),
+        ({"error": {"message": "m"}}, imagen.Busy),
+    ):
+        error = backend.explain(http_answer(429, {}, json.dumps(body).encode()))
+        assert type(error) is kind
+        assert body["error"]["message"] in str(error)
+    assert (
+        "api_key_env"
+        in backend.explain(
+            http_answer(400, {}, b'{"error": {"message": "API key not valid"}}')
+        ).hint
+    )
 
 
 def test_gemini_odd_fields_beside_an_image_lose_no_image() -> None:
