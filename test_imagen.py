@@ -8828,6 +8828,250 @@ def test_comfyui_the_image_that_is_meant_is_the_last_one_saved(case: str) -> Non
             imagen.comfy_outcome(entry)
 
 
+def test_comfyui_a_size_is_the_requests_or_the_shape_of_the_first_image() -> None:
+    def size(edge: int = 1024, **fields: Any) -> tuple[int, int]:
+        return imagen.comfy_size(
+            imagen.COMFY_SDXL._replace(edge=edge), imagen.Request("a", **fields)
+        )
+
+    def image(width: int, height: int) -> imagen.Input:
+        return imagen.Input("", "", "", width, height, "image/png")
+
+    assert size() == (1024, 1024)
+    assert size(512) == (512, 512)
+    assert size(512, width=100, height=60) == (100, 60)
+    assert size(512, aspect="2:1") == (736, 368)
+    assert size(images=(image(2000, 1000), image(64, 64))) == (1456, 720)
+    assert size(images=(image(640, 480),)) == (640, 480)
+    assert size(images=(image(100, 100),)) == (96, 96)
+    assert size(images=(image(20, 20),)) == (64, 64)
+    assert size(images=(image(8000, 100),)) == (8000, 96)
+    assert size(images=(image(8000, 200),), width=64, height=32) == (64, 32)
+
+
+def test_comfyui_what_a_graph_names_that_the_server_lacks_is_a_fault_each() -> None:
+    graph = {
+        "1": {"class_type": "Load", "inputs": {"name": "a.sft", "seed": 5, "image": "{image}"}},
+        "2": {"class_type": "Load", "inputs": {"name": "b.sft", "mode": "fats", "link": ["1", 0]}},
+        "3": {"class_type": "Gone", "inputs": {}},
+        "4": {"class_type": "Load", "inputs": {"image": "{mask}", "free": "any", "name": "a.sft"}},
+    }
+    required = {"name": [["a.sft", "bb.sft"], {}], "image": [["x.png"]], "free": ["STRING"]}
+    info = {"Load": {"input": {"required": required, "optional": {"mode": [["fast", "slow"]]}}}}
+    assert imagen.comfy_faults(graph, info) == [
+        'node 2 (Load) name: "b.sft" is not there, did you mean "bb.sft"?',
+        'node 2 (Load) mode: "fats" is not there, did you mean "fast"?',
+        "node 3: Gone is not installed",
+    ]
+    assert imagen.comfy_faults(graph, {"Load": {"input": {}}, "Gone": {"input": {}}}) == []
+    many = {"Load": {"input": {"required": {"name": [["x" * 50] * 9]}}}}
+    (fault,) = imagen.comfy_faults({"1": graph["1"]}, many)
+    assert (len(fault), fault[:31]) == (300, 'node 1 (Load) name: "a.sft" is ')
+
+
+COMFY_COMPLAINTS: list[tuple[dict[str, Any], type[imagen.ImagenError], list[str]]] = [
+    (
+        {"type": "value_bigger_than_max", "message": "too big", "details": "max 9"},
+        imagen.BadRequest,
+        ["node 3 (KSampler) steps: too big (max 9)"],
+    ),
+    (
+        {"type": "value_smaller_than_min", "message": "too small", "details": "min 9"},
+        imagen.BadRequest,
+        ["steps: too small (min 9)"],
+    ),
+    (
+        {
+            "type": "value_not_in_list",
+            "extra_info": {"received_value": "heum", "input_config": [["heun", "euler"]]},
+        },
+        imagen.BadConfig,
+        ['steps: "heum" is not installed, did you mean "heun"?'],
+    ),
+    (
+        {"type": "value_not_in_list", "extra_info": {"received_value": "x"}},
+        imagen.BadConfig,
+        ['steps: "x" is not installed'],
+    ),
+    (
+        {"type": "exception_during_validation", "message": "odd", "details": "/home/secret"},
+        imagen.BadConfig,
+        ["steps: odd"],
+    ),
+    ({"type": "other", "message": "odd", "details": "why"}, imagen.BadConfig, ["odd (why)"]),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "texts"), COMFY_COMPLAINTS, ids=str)
+def test_comfyui_a_complaint_of_a_node_names_node_input_and_value(
+    error: dict[str, Any], kind: type[imagen.ImagenError], texts: list[str]
+) -> None:
+    extra = {"input_name": "steps", **error.get("extra_info", {})}
+    spec = {"class_type": "KSampler", "errors": [{**error, "extra_info": extra}]}
+
+    def meant(*specs: dict[str, Any]) -> imagen.ImagenError:
+        errors = {str(number): spec for number, spec in enumerate(specs, 3)}
+        body = {"error": {"message": "Prompt outputs failed validation"}, "node_errors": errors}
+        return imagen.comfy_error(http_answer(400, {}, json.dumps(body).encode()))
+
+    complaint = meant(spec)
+    assert type(complaint) is kind
+    assert all(text in str(complaint) for text in texts)
+    assert "secret" not in str(complaint)
+    both = meant(spec, spec)
+    assert (type(both), str(both).count("; node 4 (KSampler)")) == (kind, 1)
+    # What only another workflow cures is no matter of the request.
+    other = {"class_type": "X", "errors": [{"type": "missing", "message": "m", "details": "d"}]}
+    assert type(meant(spec, other)) is imagen.BadConfig
+
+
+def test_comfyui_an_error_without_nodes_says_its_message_and_what_to_install() -> None:
+    def meant(**error: str) -> imagen.ImagenError:
+        return imagen.comfy_error(http_answer(400, {}, json.dumps({"error": error}).encode()))
+
+    plain = meant(message="no prompt", details="at all")
+    assert (type(plain), str(plain), plain.hint) == (
+        imagen.BadConfig,
+        "400: no prompt at all",
+        "",
+    )
+    assert "custom node" in meant(message="Node 'X' not found").hint
+    for body in (b"[]", b"{}", b'{"error": 5}', b"no"):
+        with pytest.raises((AttributeError, KeyError)):
+            imagen.comfy_error(http_answer(400, {}, body))
+
+
+COMFY_OVER: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "gone from queue and history", ""),
+    (
+        {"status": {"messages": [["execution_interrupted", {}]]}},
+        "interrupted on the server",
+        "again",
+    ),
+    (
+        {
+            "status": {
+                "status_str": "error",
+                "messages": [["execution_error", {"node_type": "VAE"}]],
+            }
+        },
+        "VAE failed: no reason given",
+        "traceback",
+    ),
+    (
+        {
+            "status": {
+                "status_str": "error",
+                "messages": [
+                    ["execution_start", {}],
+                    [
+                        "execution_error",
+                        {
+                            "exception_type": "torch.OutOfMemoryError",
+                            "exception_message": "full\n x",
+                        },
+                    ],
+                ],
+            }
+        },
+        "a node failed: full x",
+        "smaller size",
+    ),
+    ({"status": {"status_str": "error"}}, "a node failed: no reason given", "traceback"),
+    ({"outputs": {}, "status": None}, "the server returned no images", "SaveImage"),
+    ({"outputs": None, "status": {}}, "the server returned no images", "SaveImage"),
+    ({"outputs": {"1": {"images": [{"filename": "a.tiff"}]}}}, "made only a.tiff", "SaveImage"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message", "hint"), COMFY_OVER, ids=str)
+def test_comfyui_a_run_without_an_image_says_why(
+    entry: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(imagen.Ended) as caught:
+        imagen.comfy_outcome(entry)
+    assert message in str(caught.value)
+    assert hint in caught.value.hint
+
+
+def test_comfyui_odd_lists_in_a_history_are_passed_over() -> None:
+    outputs = {
+        "1": {"text": "a", "images": [5, {}, {"filename": "a.PNG"}], "x": {"filename": "no.png"}},
+        "2": {"gifs": [{"filename": "b.jpeg", "type": "output"}, {"filename": ""}]},
+    }
+    files = [*imagen.comfy_files({"outputs": outputs})]
+    assert [(node, file["filename"]) for node, file in files] == [("1", "a.PNG"), ("2", "b.jpeg")]
+    meant, *others = imagen.comfy_outcome({"outputs": outputs})
+    assert (meant["filename"], [file["filename"] for file in others]) == ("b.jpeg", ["a.PNG"])
+    (named,) = imagen.comfy_outcome({"outputs": outputs}, "1")
+    assert named["filename"] == "a.PNG"
+    with pytest.raises(imagen.Ended):
+        imagen.comfy_outcome({"outputs": outputs}, "3")
+
+
+def test_comfyui_an_image_and_a_mask_go_to_their_places_in_a_workflow(tmp_path: Path) -> None:
+    graph = flux_graph()
+    graph["70"] = {"class_type": "LoadImage", "inputs": {"image": "old.png"}}
+    graph["71"] = {"class_type": "LoadImage", "inputs": {"image": "older.png"}}
+    graph["72"] = {"class_type": "LoadImageMask", "inputs": {"image": "mask.png"}}
+    path = comfy_file(tmp_path, graph)
+    nodes = {"image": ["70.image", "71.image"], "mask": "72.image"}
+    workflow = imagen.comfy_workflow(path, nodes)
+    places = [workflow.graph[node]["inputs"]["image"] for node in ("70", "71", "72")]
+    assert places == ["{image}", "{image2}", "{mask}"]
+    options = imagen.ComfyUI.Options(workflow=path, nodes=nodes)
+    assert imagen.ComfyUI.takes(options) == imagen.Takes(2, True)
+    assert imagen.ComfyUI.takes(imagen.ComfyUI.Options(workflow=path)) == imagen.Takes(0, False)
+    for model, expected in (
+        ("sd_xl_base_1.0.safetensors", imagen.Takes(1, mask=True, strength=True)),
+        ("nobody-knows.safetensors", imagen.Takes(1, mask=True, strength=True)),
+        ("flux2-dev.safetensors", imagen.Takes(8)),
+        ("qwen_image_edit_2509.safetensors", imagen.Takes(3)),
+    ):
+        assert imagen.ComfyUI.takes(imagen.ComfyUI.Options(model=model)) == expected
+    (tmp_path / "in.png").write_bytes(png())
+    picture = imagen.Input(str(tmp_path / "in.png"), "in.png", "ab" * 32, 8, 8, "image/png")
+    with ComfyWith() as comfy:
+        comfy.instead["POST /upload"] = [
+            ok({"name": "a.png", "subfolder": "sub"}),
+            ok({"name": "b.png"}),
+            ok({"name": "c.png", "subfolder": ""}),
+        ]
+        http = imagen.Http(imagen.Context(9), comfy.base)
+        request = imagen.Request("a", images=(picture, picture), mask=picture)
+        filled = json.loads(json.dumps(workflow.graph))
+        imagen.comfy_upload(http, filled, request)
+        places = [filled[node]["inputs"]["image"] for node in ("70", "71", "72")]
+        assert places == ["sub/a.png", "b.png", "c.png"]
+        fields = form_parts(comfy.seen[0])
+        assert fields[:2] == [("type", b"input"), ("overwrite", b"true")]
+        assert fields[2][1] == png()
+        with pytest.raises(
+            imagen.BadRequest, match=r"a place for {image}, and the request"
+        ) as caught:
+            imagen.comfy_upload(http, workflow.graph, imagen.Request("a"))
+        assert "--image" in caught.value.hint
+    with pytest.raises(imagen.BadConfig, match="model: missing"):
+        imagen.ComfyUI("x", imagen.ComfyUI.Options())
+
+
+def test_comfyui_a_prompt_that_never_stays_is_given_up_and_one_that_was_lost_is_looked_for(
+    here: Box,
+) -> None:
+    with ComfyWith() as comfy:
+        backend = imagen.open_backend("gpu", comfy_block(comfy))
+        ctx = AdapterContext()
+        comfy.instead["POST /prompt"] = [hangup()] * 3
+        with pytest.raises(imagen.Unreachable, match="breaks off, 3 times") as caught:
+            backend.generate(ctx, imagen.Request("fox", seed=7, width=64, height=64))
+        assert "server's log" in caught.value.hint
+        assert ctx.remote_ids == {}
+        assert sum(seen.path == "/prompt" for seen in comfy.seen) == 3
+        comfy.instead["POST /prompt"] = [ok("hello")]
+        with pytest.raises(imagen.Failed, match="is that a ComfyUI"):
+            comfy_make(comfy)
+
+
 def test_comfyui_a_saver_that_takes_a_folder_gets_a_prefix_without_one(tmp_path: Path) -> None:
     graph = flux_graph()
     graph["9"]["inputs"]["output_path"] = "[time(%Y)]"
@@ -24803,6 +25047,263 @@ def test_mcp_speaks_with_and_without_a_handshake(box: Box) -> None:
     assert "same" in make["inputSchema"]["properties"]["request_id"]["description"]
     assert make["annotations"]["destructiveHint"] is False
     assert make["annotations"]["openWorldHint"] is True
+
+
+class McpSession:
+    """An Mcp in this process: `ask` gives a method's answer, `lines` all that it sent."""
+
+    def __init__(self, config: imagen.Config, folders: Sequence[str] = ()) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.changed = threading.Condition()
+        self.session = imagen.Mcp(config, self.take, folders, ("",))
+        self.numbers = itertools.count(1)
+
+    def take(self, line: str) -> None:
+        with self.changed:
+            self.lines.append(json.loads(line))
+            self.changed.notify_all()
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        ident = next(self.numbers)
+        message = {"jsonrpc": "2.0", "id": ident, "method": method, "params": params}
+        self.session.line(json.dumps(message).encode())
+        with self.changed:
+            assert self.changed.wait_for(
+                lambda: any(row.get("id") == ident for row in self.lines), 30
+            )
+        (answer,) = (row for row in self.lines if row.get("id") == ident)
+        assert answer.pop("jsonrpc") == "2.0"
+        del answer["id"]
+        return answer
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        result = self.ask("tools/call", name=tool, arguments=arguments)["result"]
+        assert result["isError"] is not result["structuredContent"]["ok"]
+        return dict(result["structuredContent"])
+
+
+def test_mcp_each_method_answers_as_the_protocol_says(here: Box) -> None:
+    talk = McpSession(imagen.Config(backends=MOCK_SMALL))
+    version = "io.modelcontextprotocol/protocolVersion"
+    name = {"name": "imagen", "version": imagen.__version__}
+    for requested in ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05", "2026-07-28", "x"):
+        begun = talk.ask("initialize", protocolVersion=requested)["result"]
+        known = requested if requested.startswith(("2025", "2024")) else "2025-11-25"
+        assert (begun["protocolVersion"], begun["serverInfo"]) == (known, name)
+        assert begun["capabilities"] == {"tools": {}}
+        assert "request_id" in begun["instructions"]
+    versions = ["2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05"]
+    found = talk.ask("server/discover", _meta={version: "2026-07-28"})["result"]
+    assert (found["supportedVersions"], found["resultType"]) == (versions, "complete")
+    assert found["_meta"] == {"io.modelcontextprotocol/serverInfo": name}
+    assert (found["ttlMs"], found["cacheScope"]) == (3_600_000, "private")
+    listed = talk.ask("tools/list")["result"]
+    assert (listed["cacheScope"], "resultType" in listed) == ("private", False)
+    assert talk.ask("ping") == {"result": {}}
+    assert talk.ask("ping", _meta={version: "2025-11-25"}) == {"result": {"resultType": "complete"}}
+    unknown = talk.ask("ping", _meta={version: "3000-01-01"})["error"]
+    assert (unknown["code"], unknown["data"]) == (
+        -32022,
+        {"supported": versions, "requested": "3000-01-01"},
+    )
+    odd = talk.ask("x" * 90)["error"]
+    assert odd == {"code": -32601, "message": f"{'x' * 80}: no such method"}
+    lacking = talk.ask("tools/call", name="generate_imag")["error"]
+    assert (lacking["code"], '"generate_image"' in lacking["message"]) == (-32602, True)
+    before = len(talk.lines)
+    for line in (b'{"method": "notifications/initialized"}', b'{"id": 5, "result": {}}'):
+        talk.session.line(line)
+    assert len(talk.lines) == before
+    too_long = json.dumps({"id": 1, "method": "ping", "params": {"x": "y" * (1 << 20)}}).encode()
+    for line, message in ((b"{", "no request in JSON"), (too_long, "the line is too long")):
+        talk.session.line(line)
+        error = {"code": -32700, "message": message}
+        assert talk.lines[-1] == {"jsonrpc": "2.0", "id": None, "error": error}
+    fits = json.dumps({"id": 99, "method": "ping", "params": {"x": ""}})
+    fits = fits[:-3] + "y" * ((1 << 20) - len(fits)) + fits[-3:]
+    talk.session.line(fits.encode())
+    assert talk.lines[-1]["id"] == 99
+
+
+def test_mcp_each_tool_says_what_it_takes_and_whether_it_only_looks() -> None:
+    tools = {name: imagen.mcp_tool(name) for name in imagen.MCP_TOOLS}
+    looks = {"generate_image": False, "list_images": True, "recover_images": False}
+    for name, tool in tools.items():
+        only = {**looks, "list_backends": True}[name]
+        assert tool["annotations"] == {
+            "readOnlyHint": only,
+            "destructiveHint": False,
+            "idempotentHint": only,
+            "openWorldHint": not only,
+        }
+        assert (tool["name"], bool(tool["description"])) == (name, True)
+        made = tool["outputSchema"]
+        assert (made["type"], made["required"]) == ("object", ["ok", "images"])
+        text = {"type": "string"}
+        image = {"type": "object", "properties": {"path": text, "id": text}}
+        assert made["properties"] == {
+            "ok": {"type": "boolean"},
+            "images": {"type": "array", "items": image},
+            "error": {"type": "object"},
+            "backends": {"type": "array"},
+        }
+    taken = tools["generate_image"]["inputSchema"]["properties"]
+    assert taken["n"] == {"type": "integer", "minimum": 1, "maximum": 10} | {
+        "description": imagen.MCP_FIELDS["n"]
+    }
+    assert taken["max_cost"]["type"] == "number"
+    described = {name for name in taken if "description" in taken[name]}
+    assert described == imagen.MCP_FIELDS.keys() - {"query"}
+    query = tools["list_images"]["inputSchema"]["properties"]
+    assert (query["limit"], query["query"]["type"]) == (
+        {"type": "integer", "minimum": 1, "maximum": 100},
+        "string",
+    )
+    for charged, retryable, advice in (
+        ("no", imagen.Busy, "you may call again with the same request_id"),
+        ("no", imagen.Refused, "do not call again unchanged"),
+        ("yes", imagen.Busy, "do not call again: use recover_images"),
+        ("unknown", imagen.Failed, "do not call again: use recover_images"),
+    ):
+        error = retryable("m", "h", charged=charged)
+        assert imagen.mcp_error(error) == {
+            "code": error.code,
+            "message": "m",
+            "hint": "h",
+            "charged": charged,
+            "advice": advice,
+        }
+
+
+def test_mcp_an_image_is_told_with_all_that_an_agent_may_know() -> None:
+    sidecar = {"image_id": "i", "prompt": "p", "backend": "mock", "mime_type": "image/webp"}
+    more = {"seed": 7, "cost_usd_estimate": 0.5, "charged": "yes", "deviations": {"a": "b"}}
+    full = {"path": "/x", "id": "i", "prompt": "p", "backend": "mock", "mime_type": "image/webp"}
+    full |= {"seed": 7, "cost_usd": 0.5, "charged": "yes", "deviations": {"a": "b"}, "reused": True}
+    record: Any = {"path": "/x", "sidecar": sidecar | more, "reused": True}
+    assert imagen.mcp_image(record) == full
+    bare: Any = {"path": "/x", "sidecar": {"image_id": "i", "prompt": "p"}}
+    assert imagen.mcp_image(bare) == {
+        "path": "/x",
+        "id": "i",
+        "prompt": "p",
+        "backend": "None",
+        "mime_type": "image/png",
+        "seed": None,
+        "cost_usd": None,
+        "charged": "no",
+    }
+
+
+def test_mcp_money_images_and_backends_are_checked_before_a_call_makes_anything(here: Box) -> None:
+    paid = {"type": "openai", "model": "x", "base_url": "http://127.0.0.1:9", "cost_usd": 0.25}
+    broken = {"type": "openai", "size_as": "nothing"}
+    blocks = {"mock": MOCK_SMALL["mock"], "paid": paid, "broken": broken}
+    config = imagen.Config(
+        default_backend="mock",
+        backends=blocks,
+        budget=imagen.BudgetConfig(per_command=0.5),
+        output=imagen.OutputConfig(directory=str(here.out), cloud_sync="off"),
+    )
+    inside = here.root / "in.png"
+    inside.write_bytes(png(64, 64))
+    talk = McpSession(config, [str(here.root)])
+    rows = {row["name"]: row for row in talk.call("list_backends")["backends"]}
+    takes = {"images": 16, "mask": True, "strength": True}
+    assert rows["mock"] == {
+        "name": "mock",
+        "default": True,
+        "paid": False,
+        "usd": 0.0,
+        "model": None,
+        **takes,
+    }
+    assert rows["paid"] == {
+        "name": "paid",
+        "default": False,
+        "paid": True,
+        "usd": 0.25,
+        "model": "x",
+        **takes,
+        "strength": False,
+    }
+    assert rows["broken"].keys() == {"name", "default", "error"}
+
+    def error(**arguments: Any) -> dict[str, Any]:
+        document = talk.call("generate_image", **{"prompt": "a", **arguments})
+        assert (document["ok"], document["images"]) == (False, [])
+        return dict(document["error"])
+
+    dear = error(backend="paid", n=3)
+    assert (dear["code"], dear["charged"]) == ("quota", "no")
+    assert "$0.75 are more than the $0.5 that are left" in dear["message"]
+    assert "--max-cost" in dear["hint"]
+    assert "$0.25 are more than the $0.2" in error(backend="paid", max_cost=0.2)["message"]
+    talk.session.spent["earlier"] = 0.3
+    assert "than the $0.2 that are left" in error(backend="paid")["message"]
+    talk.session.spent["earlier"] = 0.9
+    assert "than the $0 that are left" in error(backend="paid")["message"]
+    # Nobody listens there, so nothing is paid; it was let go.
+    talk.session.spent.clear()
+    assert error(backend="paid", n=2, max_cost=0.5)["code"] == "unreachable"
+    for source in ("last", "6f9619ff-8b86-4011-b42d-00c04fc964ff"):
+        assert "no image of that id" in error(images=[source])["message"]
+    outside = error(images=[str(inside)], mask="/etc/hosts")
+    assert ("open to agents" in outside["message"], "--allow-path" in outside["hint"]) == (
+        True,
+        True,
+    )
+    made = talk.call("generate_image", prompt="a fox", images=[str(inside)], n=2, size="32x16")
+    assert made["ok"] is True
+    first, second = sorted(made["images"], key=lambda image: image["seed"])
+    assert imagen.sniff(io.BytesIO(Path(first["path"]).read_bytes()))[1:3] == (32, 16)  # type: ignore[index]
+    assert second["seed"] == first["seed"] + 1
+    again = talk.call("generate_image", prompt="b", images=["last", first["id"]])
+    assert Path(again["images"][0]["path"]).exists()
+    assert len(talk.call("list_images", query="fox", limit=1)["images"]) == 1
+    assert len(talk.call("list_images", query="fox")["images"]) == 2
+    assert talk.call("list_images", query="hare") == {"ok": True, "images": []}
+    assert talk.call("recover_images") == {"ok": True, "images": []}
+    assert talk.session.calls == {}
+
+
+def test_mcp_progress_is_told_where_it_is_wanted_and_a_client_that_goes_ends_what_is_free(
+    here: Box,
+) -> None:
+    blocks = {"slow": {"type": "mock", "delay_s": 1.2, "width": 64, "height": 64}}
+    blocks["slower"] = {"type": "mock", "delay_s": 60}
+    output = imagen.OutputConfig(directory=str(here.out), cloud_sync="off")
+    config = imagen.Config(default_backend="slow", backends=blocks, output=output)
+    talk = McpSession(config)
+    arguments = {"prompt": "a"}
+    answer = talk.ask(
+        "tools/call", name="generate_image", arguments=arguments, _meta={"progressToken": "t"}
+    )
+    result = answer["result"]
+    link = result["content"][1]
+    path = result["structuredContent"]["images"][0]["path"]
+    assert link == {
+        "type": "resource_link",
+        "uri": f"file://{urllib.parse.quote(path)}",
+        "name": Path(path).name,
+        "mimeType": "image/png",
+    }
+    notes = [row for row in talk.lines if row.get("method") == "notifications/progress"]
+    assert 1 <= len(notes) <= 3
+    assert {note["params"]["progressToken"] for note in notes} == {"t"}
+    assert notes[0]["params"]["message"] == "drawing, 0 made"
+    assert 0.4 < notes[0]["params"]["progress"] < 2
+    before = len(talk.lines)
+    message = {"id": "gone", "method": "tools/call"}
+    params = {"name": "generate_image", "arguments": {"prompt": "b", "backend": "slower"}}
+    talk.session.line(json.dumps({**message, "params": params}).encode())
+    eventually(lambda: talk.session.calls)
+    talk.session.stop()
+    eventually(lambda: not talk.session.calls)
+    with talk.changed:
+        assert talk.changed.wait_for(lambda: len(talk.lines) > before, 30)
+    (over,) = talk.lines[before:]
+    assert over["result"]["structuredContent"]["error"]["code"] == "interrupted"
 
 
 def test_mcp_help_prints_what_each_client_wants_to_know(box: Box) -> None:
