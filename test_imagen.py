@@ -5838,6 +5838,25 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
     assert "preview: " not in box.run(*make, "--no-preview", env=environ).err
 
 
+def test_config_yaml_may_share_what_several_blocks_have(here: Box) -> None:
+    path = here.root / "imagen.yaml"
+    path.write_text(
+        "backends:\n  a: &a {type: mock, width: 64}\n  b: {<<: *a, height: 32}\n"
+        "worker: {lease_s: 30, heartbeat_s: 10}\n"
+    )
+    config = imagen.load_config(str(path))
+    assert config.backends["b"] == {"type": "mock", "width": 64, "height": 32}
+    assert imagen.complaints(imagen.config_data(str(path)), str(path), thorough=True) == []
+    path.write_text("worker: {lease_s: 30, heartbeat_s: 10.1}\n")
+    (complaint,) = imagen.complaints(imagen.config_data(str(path)), str(path), thorough=True)
+    assert "heartbeat_s 10.1: a third of lease_s" in complaint
+    for odd in ("\0", "a\ud800"):
+        with pytest.raises(imagen.BadRequest, match="no file can have this name"):
+            imagen.full_path(odd)
+    assert imagen.full_path("~/x") == str(here.root / "x")
+    assert imagen.full_path("\udc80\udcff").endswith("\udc80\udcff")  # a name of the disk's own
+
+
 def test_config_on_and_off_may_be_booleans(here: Box) -> None:
     meant = {
         "on": "on",
@@ -12343,6 +12362,106 @@ def test_output_a_slug_transliterates_letters_and_joins_the_rest(text: str, name
     assert imagen.slug(text) == name
 
 
+def test_output_an_image_takes_the_first_free_name_with_its_sidecar(tmp_path: Path) -> None:
+    hidden = tmp_path / ".imagen-1"
+    note = tmp_path / ".imagen-1.json"
+    claims: list[str] = []
+
+    def published(name: str = "fox.png", sidecar: str | None = '{"a": 1}') -> str:
+        path = imagen.publish(str(hidden), str(tmp_path / name), "png", sidecar, claims.append)
+        assert Path(path).samefile(hidden)
+        return Path(path).name
+
+    hidden.write_bytes(b"image")
+    assert published() == "fox.png"
+    assert (tmp_path / "fox.png.json").read_text() == '{"a": 1}'
+    assert (tmp_path / "fox.png.json").samefile(note)
+    assert published() == "fox.png"  # as an earlier, killed call has left it
+    assert published("alone.png", None) == "alone.png"
+    assert not (tmp_path / "alone.png.json").exists()
+    # Somebody's image, or somebody's sidecar, has the name.
+    for name in ("hare.png", "owl.png.json", "elk.png", "elk-2.png.json"):
+        (tmp_path / name).write_text("somebody's")
+    assert [published(name) for name in ("hare.png", "owl.png", "elk.png")] == [
+        "hare-2.png",
+        "owl-2.png",
+        "elk-3.png",
+    ]
+    assert (tmp_path / "owl-2.png.json").read_text() == '{"a": 1}'
+    # An image alone may stand beside a sidecar that is somebody's.
+    assert published("owl.png", None) == "owl.png"
+    # Killed between its two names, and then the second was taken.
+    os.link(note, tmp_path / "cat.png.json")
+    (tmp_path / "cat.png").write_text("somebody's")
+    assert published("cat.png") == "cat-2.png"
+    assert not (tmp_path / "cat.png.json").exists()
+    assert (tmp_path / "cat-2.png.json").read_text() == '{"a": 1}'
+    # Where the sidecar cannot be written, the image is.
+    note.unlink()
+    note.mkdir()
+    assert published("dog.png") == "dog.png"
+    assert not (tmp_path / "dog.png.json").exists()
+    assert claims == []
+    with pytest.raises(FileNotFoundError):
+        published("folder/x.png", None)
+
+
+def test_output_what_a_killed_claim_left_is_undone_and_nothing_else(tmp_path: Path) -> None:
+    def left(path: bytes | None, beside: bytes | None, locked: bool = False) -> tuple[bool, bool]:
+        image, sidecar = tmp_path / "fox.png", tmp_path / "fox.png.json"
+        for file, data in ((image, path), (sidecar, beside)):
+            file.unlink(missing_ok=True)
+            if data is not None:
+                file.write_bytes(data)
+        with contextlib.ExitStack() as stack:
+            if locked:
+                stack.callback(os.close, imagen.locked(str(image)))
+            imagen.release_claim(str(image), "ours")
+        return image.exists(), sidecar.exists()
+
+    ours, other = b'{"image_id": "ours"}', b'{"image_id": "other"}'
+    assert left(None, None) == (False, False)
+    assert left(b"", b"") == (False, False)
+    assert left(b"", ours) == (False, False)
+    assert left(b"", other) == (False, True)
+    assert left(None, ours) == (False, False)
+    assert left(b"image", ours) == (True, True)
+    assert left(b"image", b"") == (True, False)
+    assert left(b"", None, locked=True) == (True, False)
+    path = tmp_path / "x"
+    assert imagen.is_locked(str(path)) is False
+    fd = imagen.locked(str(path), os.O_CREAT | os.O_EXCL)
+    assert imagen.is_locked(str(path)) is True
+    with pytest.raises(BlockingIOError):
+        imagen.locked(str(path))
+    os.close(fd)
+    assert imagen.is_locked(str(path)) is False
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert imagen.same_file(str(path), str(path))
+    assert not imagen.same_file(str(path), str(tmp_path / "y"))
+    assert imagen.read_bytes(str(tmp_path / "y")) == b""
+    imagen.write_file(str(path), "größe", 0o640)
+    assert (imagen.read_bytes(str(path)), stat.S_IMODE(path.stat().st_mode)) == (
+        "größe".encode(),
+        0o640,
+    )
+
+
+def test_output_a_folder_is_made_and_one_that_cannot_be_is_an_error_of_the_disk(
+    tmp_path: Path,
+) -> None:
+    imagen.prepare_folder(str(tmp_path / "a" / "b"))
+    imagen.prepare_folder(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(imagen.Disk, match=f"^{folder}: ") as caught:
+            imagen.prepare_folder(str(folder))
+        assert "output.directory" in caught.value.hint
+    with pytest.raises(imagen.Disk, match=r"^x: full"), imagen.or_disk("x", "cure"):
+        raise OSError(28, "full", "y")
+
+
 def test_output_a_template_s_fields_are_filled_in() -> None:
     at = datetime(2026, 11, 20, 7, 8, 9).timestamp()
     request = imagen.Request("Größe", seed=7, backend="../my backend")
@@ -13087,6 +13206,23 @@ def test_preview_iterm_and_wezterm_get_the_exact_png(box: Box, program: str) -> 
     assert keys["inline"] == "1"
     assert keys["size"] == str(len(image))
     assert base64.b64decode(match[1], validate=True) == image
+
+
+def test_preview_pictures_are_sent_in_the_words_of_each_terminal() -> None:
+    for size in (10, 3072, 3073, 9000):
+        data = imagen.PNG_MAGIC + random.Random(size).randbytes(size - 8)
+        text = base64.b64encode(data)
+        sent = imagen.kitty_image(data)
+        pieces = re.findall(rb"\x1b_G(?:a=T,f=100,q=2,)?m=([01]);([^\x1b]*)\x1b\\", sent)
+        assert sent.startswith(b"\x1b_Ga=T,f=100,q=2,m=")
+        assert sent.count(b"\x1b_G") == len(pieces) == -(-len(text) // 4096)
+        assert b"".join(piece for _, piece in pieces) == text
+        assert [more for more, _ in pieces] == [b"1"] * (len(pieces) - 1) + [b"0"]
+        assert max(len(piece) for _, piece in pieces) <= 4096
+        head = b"\x1b]1337;File=inline=1;size=%d:" % size
+        assert imagen.iterm_image(data) == head + text + b"\a"
+    with pytest.raises(ValueError, match="PNG alone"):
+        imagen.kitty_image(jpeg())
 
 
 def test_preview_kitty_is_sent_no_jpeg(box: Box) -> None:
