@@ -2872,7 +2872,7 @@ class Lora(NamedTuple):
 
 
 @register("comfyui")
-class ComfyUI(Backend):
+class ComfyUI(HttpBackend):
     """Post a graph, poll /history, fetch /view. Servers from 0.3.64 to 0.33.0.
 
     https://docs.comfy.org/development/comfyui-server/comms_routes
@@ -2910,7 +2910,6 @@ class ComfyUI(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url)
         if not options.model and not options.workflow:
             raise BadConfig("model: missing (or name a workflow file)")
         self.workflow: ComfyWorkflow | None = None
@@ -2945,7 +2944,7 @@ class ComfyUI(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
         comfy_upload(http, graph, request)
@@ -2986,7 +2985,7 @@ class ComfyUI(Backend):
         """
         from urllib.parse import urlencode
 
-        http = self._http(ctx)
+        http = self.http(ctx)
         prompt_id = remote["prompt_id"]
         while True:
             place, entry = self._state(http, prompt_id)
@@ -3036,7 +3035,7 @@ class ComfyUI(Backend):
 
         Returns once it is gone from both.
         """
-        http = self._http(ctx)
+        http = self.http(ctx)
         prompt_id = remote["prompt_id"]
         # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless
         # ours is what runs.
@@ -3053,7 +3052,7 @@ class ComfyUI(Backend):
 
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         system = http.get_json("/system_stats")["system"]
         version = system.get("comfyui_version", "of unknown version")
         graph = self._graph(http, Request("a fox", seed=0)).graph
@@ -3065,9 +3064,9 @@ class ComfyUI(Backend):
             model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, comfy_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of ComfyUI's means."""
+        return comfy_error(response)
 
     def _graph(self, http: Http, request: Request) -> ComfyGraph:
         options = self.options

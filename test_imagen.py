@@ -5618,6 +5618,9 @@ def test_contract_a_context_passes_on_progress_warnings_and_why_it_ended() -> No
     steps = [imagen.Progress("a", 1, 4), imagen.Progress("b", 0.5, 1.0)]
     assert events == [*steps, imagen.Progress("c"), imagen.Progress("d"), "w"]
     assert (ctx.timeout, 1e5 < ctx.left() <= 1e6) == (7e9, True)
+    done = threading.Event()
+    thread = imagen.in_thread(done.set)
+    assert done.wait(9) and thread.daemon  # who wants to leave is not held up
     ctx.remote(id="7")
     ctx.remote(url="x")
     ctx.settle("yes")
@@ -5887,9 +5890,10 @@ def test_config_yaml_may_share_what_several_blocks_have(here: Box) -> None:
     path = here.root / "imagen.yaml"
     path.write_text(
         "backends:\n  a: &a {type: mock, width: 64}\n  b: {<<: *a, height: 32}\n"
-        "worker: {lease_s: 30, heartbeat_s: 10}\n"
+        "worker: {lease_s: 30, heartbeat_s: 10}\nstyles: {plain: in oil, empty: {}}\n"
     )
     config = imagen.load_config(str(path))
+    assert config.styles == {"plain": ("in oil", "", 0, 0), "empty": ("", "", 0, 0)}
     assert config.backends["b"] == {"type": "mock", "width": 64, "height": 32}
     assert imagen.complaints(imagen.config_data(str(path)), str(path), thorough=True) == []
     path.write_text("worker: {lease_s: 30, heartbeat_s: 10.1}\n")
@@ -11159,6 +11163,39 @@ def test_openai_the_json_of_an_answer_is_read_without_its_image() -> None:
     assert read(stream.encode()) == ({"type": "done", "b64_json": ""}, image)
     assert imagen.openai_data({"data": [{"a": 1}, 5]}) == [{"a": 1}]
     assert imagen.openai_data({}) == imagen.openai_data([1]) == []
+
+
+def test_openai_images_go_along_in_a_form_or_as_json_to_the_path_of_their_kind(
+    wired: Box, tmp_path: Path
+) -> None:
+    picture = http_input(tmp_path / "in.png", png())
+    image = png(16, 16)
+    one = imagen.Request("a fox", images=(picture,))
+    two = one._replace(images=(picture, picture), mask=picture)
+    with Remote(ok(openai_images(image)), repeat=True) as remote:
+
+        def sent(request: imagen.Request, **options: Any) -> tuple[str, Any]:
+            block = {"type": "openai", "model": "m", "base_url": remote.base, **options}
+            backend = imagen.open_backend("x", {"x": block})
+            assert backend.generate(AdapterContext(), request).image.read() == image
+            seen = remote.seen[-1]
+            if "json" in seen.headers["content-type"]:
+                return seen.path, sorted(seen.json)
+            return seen.path, [name.partition("=")[0] for name, _ in form_parts(seen)]
+
+        form = ["model", "prompt", "n", "response_format"]
+        plain = sorted(form)
+        made, edits = "/v1/images/generations", "/v1/images/edits"
+        assert sent(imagen.Request("a fox")) == (made, plain)
+        assert sent(one) == (edits, [*form, "image"])
+        assert sent(two) == (edits, [*form, "image[]", "image[]", "mask"])
+        assert sent(two, inputs_as="images") == (edits, sorted([*form, "images", "mask"]))
+        assert sent(one, inputs_as="image_object") == (edits, sorted([*form, "images"]))
+        assert sent(one, inputs_as="image") == (made, sorted([*form, "image"]))
+        assert sent(one, inputs_as="image_url") == (made, sorted([*form, "image_url"]))
+        query = {"api-version": "1 2", "x": "y"}
+        path, _ = sent(imagen.Request("a"), query=query, path="/make")
+        assert path == "/v1/make?api-version=1+2&x=y"
 
 
 def test_openai_what_was_kept_of_an_answer_or_its_link_gives_the_image(wired: Box) -> None:
