@@ -10080,6 +10080,41 @@ def test_comfyui_live_steps_arrive_and_those_of_others_do_not() -> None:
     assert {total for _, done, total in ctx.notes if done} == {9}
 
 
+@pytest.mark.parametrize("tls", [False, True])
+def test_comfyui_frames_of_every_size_are_read_from_its_websocket(
+    wired: Box, tmp_path: Path, tls: bool
+) -> None:
+    sizes = (0, 1, 125, 126, 127, 300, 65535, 65536)
+
+    def frame(kind: int, payload: bytes) -> bytes:
+        size = len(payload)
+        if size < 126:
+            return bytes([kind, size]) + payload
+        if size < 65536:
+            return bytes([kind, 126]) + size.to_bytes(2) + payload
+        return bytes([kind, 127]) + size.to_bytes(8) + payload
+
+    def play(wire: Wire) -> None:
+        wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n")
+        for size in sizes:
+            wire.send(frame(0x81, b"x" * size) + frame(0x82, b"picture") + frame(0x89, b""))
+
+    pem = tmp_path / "ca.pem"
+    remote = HttpTLS(pem, Answer(play)) if tls else Remote(Answer(play))
+    with remote:
+        options = imagen.ComfyUI.Options(model="m", base_url=f"{remote.base}/sub/")
+        backend = imagen.ComfyUI("x", options)
+        backend.headers = {"X-Login": "me"}
+        backend.ca_file = str(pem) if tls else ""
+        texts = imagen.websocket_texts(imagen.Context(9), backend, "/ws?clientId=1")
+        assert [len(text) for text in texts] == [*sizes]
+        seen = remote.seen[0]
+    assert (seen.method, seen.path) == ("GET", "/sub/ws?clientId=1")
+    headers = {"upgrade": "websocket", "connection": "Upgrade", "sec-websocket-version": "13"}
+    assert seen.headers.items() >= {**headers, "x-login": "me"}.items()
+    assert len(base64.b64decode(seen.headers["sec-websocket-key"])) == 16
+
+
 def test_comfyui_a_prompt_is_posted_once_the_socket_stands() -> None:
     early = list[Any]()
 
