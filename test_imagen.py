@@ -8346,6 +8346,57 @@ def test_mock_pictures_stay_the_same_from_release_to_release(tmp_path: Path) -> 
     assert [picture(*request) for request in requests] == MOCK_FROZEN
 
 
+def test_mock_keeps_what_the_mask_covers_of_a_picture_of_its_own(tmp_path: Path) -> None:
+    width, height = 64, 32
+
+    def stored(name: str, data: bytes, size: tuple[int, int] = (width, height)) -> imagen.Input:
+        (tmp_path / name).write_bytes(data)
+        return imagen.Input(str(tmp_path / name), name, "ab" * 32, *size, "image/png")
+
+    def parts(data: bytes) -> tuple[bytes, list[bytes]]:
+        chunks = dict(imagen.png_chunks(data))
+        rows = zlib.decompress(chunks[b"IDAT"])
+        step = width + 1
+        return chunks[b"PLTE"], [
+            rows[start + 1 : start + step] for start in range(0, len(rows), step)
+        ]
+
+    first = imagen.mock_picture(imagen.Request("first", seed=1), width, height)[0]
+    alpha = [bytes((x + y) % 3 * 127 // 126 for x in range(width)) for y in range(height)]
+    assert {*b"".join(alpha)} == {0, 1, 2}
+    mask_rows = [bytes(byte for a in row for byte in (9, 9, 9, a)) for row in alpha]
+    mask = stored("mask.png", images_png((width, height, 8, 6), mask_rows))
+    request = imagen.Request("second", seed=2, images=(stored("first.png", first),))
+    bare, kept = imagen.mock_picture(request, width, height)
+    assert kept is False
+    edited, kept = imagen.mock_picture(request._replace(mask=mask), width, height)
+    assert kept is True
+    palette, rows = parts(edited)
+    assert palette == parts(first)[0]
+    for y in range(height):
+        old, new = parts(first)[1][y], parts(bare)[1][y]
+        expected = bytes(old[x] if alpha[y][x] else new[x] for x in range(width))
+        assert rows[y] == expected
+    # Of another size, or not one of ours, nothing can be put back.
+    for other in (stored("b.png", first, (width, 48)), stored("c.png", png(width, height))):
+        changed = request._replace(images=(other,), mask=mask)
+        assert imagen.mock_picture(changed, width, height)[1] is False
+    assert imagen.mock_picture(request._replace(mask=mask), width, 48)[1] is False
+    assert imagen.mock_picture(request._replace(mask=mask), 48, height)[1] is False
+    # The first image gives the size where nobody names one.
+    plan = imagen.Mock.plan(imagen.Mock.Options(), request)
+    assert plan == {"width": width, "height": height, "seed": 2}
+    sizes = {(1, 9000): (16, 8192), (9000, 1): (8192, 16)}
+    for given_size, made in sizes.items():
+        odd = request._replace(images=(stored("d.png", first, given_size),))
+        assert tuple(imagen.Mock.plan(imagen.Mock.Options(), odd).values())[:2] == made
+    aspect = imagen.Mock.plan(imagen.Mock.Options(), imagen.Request("a", aspect="2:1"))
+    assert (aspect["width"], aspect["height"]) == (1448, 724)
+    assert imagen.Mock.takes(imagen.Mock.Options()) == imagen.Takes(
+        16, mask=True, strength=True, formats=("png", "jpg", "webp", "gif")
+    )
+
+
 def test_mock_two_prompts_differ_in_layout() -> None:
     edges = []
     for prompt in MOCK_PROMPTS:
