@@ -8067,8 +8067,9 @@ def http_aged(server: Any, seconds: float) -> str:
     return str(ident)
 
 
-@pytest.mark.parametrize("ahead_s", [-300, 0, 300])
-@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize(
+    ("create", "ahead_s"), [(True, -300), (True, 0), (True, 300), (False, 300)]
+)
 def test_http_recover_finds_a_lost_create_and_takes_no_older_equal_one(
     box: Box, create: bool, ahead_s: float
 ) -> None:
