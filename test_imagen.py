@@ -6488,8 +6488,11 @@ def test_twelve_styles_are_built_in() -> None:
     assert "" not in {style.suffix for style in styles}
     assert len({style.suffix for style in styles}) == len(styles)
     assert all(bool(style.width) == bool(style.height) for style in styles)
-    assert any(style.width for style in styles)
-    assert any(style.negative for style in styles)
+    sizes = {name: (s.width, s.height) for name, s in imagen.STYLES.items() if s.width}
+    assert sizes == {"blog-header": (1536, 1024), "icon": (1024, 1024), "poster": (1024, 1536)}
+    assert all(style.height == 0 for style in styles if not style.width)
+    painted = ("illustration", "watercolor")
+    assert {imagen.STYLES[name].negative for name in painted} == {"photograph"}
 
 
 @pytest.mark.parametrize("name", STYLES_NAMED)
@@ -8385,7 +8388,8 @@ def test_mock_keeps_what_the_mask_covers_of_a_picture_of_its_own(tmp_path: Path)
     assert imagen.mock_picture(request._replace(mask=mask), width, 48)[1] is False
     assert imagen.mock_picture(request._replace(mask=mask), 48, height)[1] is False
     # The first image gives the size where nobody names one.
-    plan = imagen.Mock.plan(imagen.Mock.Options(), request)
+    two = (*request.images, stored("e.png", first, (80, 96)))
+    plan = imagen.Mock.plan(imagen.Mock.Options(), request._replace(images=two))
     assert plan == {"width": width, "height": height, "seed": 2}
     sizes = {(1, 9000): (16, 8192), (9000, 1): (8192, 16)}
     for given_size, made in sizes.items():
