@@ -2718,7 +2718,7 @@ class Mock(Backend):
             image=io.BytesIO(image),
             mime_type="image/png",
             model="mock",
-            seed=request.seed or 0,
+            seed=request.seed,
             cost_usd=0.0,
             ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
             metadata=metadata,
