@@ -5481,6 +5481,16 @@ def test_contract_a_request_asks_for_nothing_by_itself() -> None:
     fields |= {"backend_opts": {}, "images": (), "mask": None, "strength": 0.0}
     fields |= dict.fromkeys(imagen.LOOKS, "")
     assert imagen.Request("a fox")._asdict() == {"prompt": "a fox", **fields}
+    private = {"output": "", "cloud": "", "tags": (), "key": "", "caller": "", "pay_again": False}
+    order = {**fields, "mask": "", "strict": False, "n": 1, **private}
+    assert imagen.Order("a fox")._asdict() == {"prompt": "a fox", **order}
+    taken = imagen.Takes()._asdict()
+    assert taken["formats"] == ("png", "jpg", "webp")
+    assert taken["makes"] == ("png", "jpeg", "webp")
+    assert (taken["images"], taken["mask"], taken["strength"]) == (0, False, False)
+    assert (taken["aspects"], taken["most_bytes"]) == ((), 50 * 1024**2)
+    empty = {"headers_env": {}, "basic_auth_env": "", "ca_file": "", "fallback": ""}
+    assert imagen.access_of(None)._asdict() == empty
     result = imagen.Result(io.BytesIO(), "image/png")
     assert result[2:] == (None, None, None, None, (), {}, (), "")
     for shared in (imagen.Request("x").backend_opts, result.metadata):
@@ -25639,8 +25649,9 @@ def test_mcp_progress_is_told_where_it_is_wanted_and_a_client_that_goes_ends_wha
     message = {"id": "gone", "method": "tools/call"}
     params = {"name": "generate_image", "arguments": {"prompt": "b", "backend": "slower"}}
     talk.session.line(json.dumps({**message, "params": params}).encode())
-    eventually(lambda: talk.session.calls)
+    (runner,) = eventually(lambda: [*talk.session.calls])
     talk.session.stop()
+    assert not runner.busy  # it was waited for
     eventually(lambda: not talk.session.calls)
     with talk.changed:
         assert talk.changed.wait_for(lambda: len(talk.lines) > before, 30)
