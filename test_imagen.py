@@ -5896,6 +5896,41 @@ def test_config_a_flag_beats_the_environment(box: Box) -> None:
     assert "preview: " not in box.run(*make, "--no-preview", env=environ).err
 
 
+def test_config_without_limits_anything_goes_and_numbers_have_their_ranges() -> None:
+    config = imagen.Config()
+    assert config.limits == ((), (0, 0, None))
+    assert config.budget == (None, None, None, None, "allow")
+    assert (config.owner_user_id, config.env_file, config.styles) == ("", "", {})
+    ranges = {
+        "worker": {
+            "concurrency": (1, 64),
+            "poll_s": (0.1, 3600),
+            "lease_s": (1, 3600),
+            "heartbeat_s": (0.1, 1200),
+            "grace_s": (0, 86400),
+            "job_timeout_s": (1, 86400),
+            "give_up_s": (0, 1e7),
+        },
+        "budget": dict.fromkeys(("per_image", "per_command", "per_day", "per_month"), (0, 1e6)),
+        "limits.per_owner": {
+            "pending": (0, 1_000_000),
+            "running": (0, 1_000_000),
+            "usd_per_day": (0, 1e6),
+        },
+    }
+    for place, fields in ranges.items():
+        for field, (low, high) in fields.items():
+            for value, fine in ((low, True), (high, True), (low - 1, False), (high + 1, False)):
+                data: dict[str, Any] = {field: value}
+                for part in reversed(place.split(".")):
+                    data = {part: data}
+                if fine:
+                    assert imagen.from_mapping(imagen.Config, data)
+                    continue
+                with pytest.raises(imagen.BadConfig, match=rf"^{place}.{field}: .* is not in "):
+                    imagen.from_mapping(imagen.Config, data)
+
+
 def test_config_yaml_may_share_what_several_blocks_have(here: Box) -> None:
     path = here.root / "imagen.yaml"
     path.write_text(
