@@ -7129,6 +7129,25 @@ def test_http_contract_a_wait_longer_than_the_deadline_ends_as_busy_at_once(
         assert ctx.charged == "no"
 
 
+def test_http_a_long_wait_is_told_and_a_short_one_is_not(wired: Box) -> None:
+    class Impatient(HttpContext):
+        def progress(self, note: str, *steps: Any) -> None:
+            super().progress(note)
+            self.stop("user")
+
+    slow, soon = (status(429, "wait", {"Retry-After": seconds}) for seconds in ("30", "0.05"))
+    with Remote(soon, ok("fine"), slow) as remote:
+        ctx = Impatient(100)
+        assert http_gate(ctx, remote.base).get("/x").body == b"fine"
+        assert ctx.told == []
+        with pytest.raises(imagen.Interrupted):
+            http_gate(ctx, remote.base).get("/x")
+    (note,) = ctx.told
+    seconds = re.fullmatch(r"busy, again in (\d+) s", note)
+    # Each client waits a little longer, up to a quarter, or all would come back at once.
+    assert seconds and 30 <= int(seconds[1]) <= 38
+
+
 def test_http_a_stop_ends_a_wait(wired: Box) -> None:
     with Remote(status(429, "Slow down.", {"Retry-After": "20"}), repeat=True) as remote:
         ctx = HttpContext(60)
