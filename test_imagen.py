@@ -8387,6 +8387,8 @@ MOCK_FROZEN = [
     "c01c608533a0705e",
     "22a532ee90fdbc16",
     "26ada322cfd14571",
+    "6bdebf49e72801ae",
+    "f4bdf3f6d1245ffc",
 ]
 
 
@@ -8410,6 +8412,8 @@ def test_mock_pictures_stay_the_same_from_release_to_release(tmp_path: Path) -> 
         (imagen.Request("a lighthouse at dusk, watercolor " * 20, seed=2), 300, 700),
         (imagen.Request("a", seed=None), 33, 17),
         (imagen.Request("three", seed=3, images=inputs), 40, 64),
+        (imagen.Request("one line", seed=4), 256, 40),
+        (imagen.Request("a fox", seed=5), 34, 96),
     ]
     assert [picture(*request) for request in requests] == MOCK_FROZEN
 
