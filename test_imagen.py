@@ -9150,6 +9150,31 @@ def test_comfyui_a_complaint_of_a_node_names_node_input_and_value(
     assert type(meant(spec, other)) is imagen.BadConfig
 
 
+def test_comfyui_what_a_switch_turns_off_is_not_in_the_graph() -> None:
+    both = {"on_true": ["8", 0], "on_false": ["9", 0]}
+    inputs: dict[str, dict[str, Any]] = {
+        "1": {"switch": True, **both},
+        "2": {"switch": False, **both},
+        "3": {"switch": ["5", 0], **both},
+        "4": {"switch": ["6", 0], **both},
+        "5": {"value": False},
+        "6": {"value": True},
+        "7": {"switch": "maybe", **both},
+        "8": {"text": "a"},
+        "9": {"text": "b", "odd": ["gone", 0], "three": ["8", 0, 1]},
+    }
+    graph = {node: {"class_type": "X", "inputs": fields} for node, fields in inputs.items()}
+    live = imagen.comfy_switched(graph)
+    ways = {node: {*live[node]["inputs"]} & {*both} for node in ("1", "2", "3", "4", "7")}
+    on, off = {"on_true"}, {"on_false"}
+    assert ways == {"1": on, "2": off, "3": off, "4": on, "7": {*both}}
+    assert graph["1"]["inputs"].keys() == {"switch", *both}
+    assert imagen.comfy_links(graph, "3") == {"switch": "5", "on_true": "8", "on_false": "9"}
+    assert imagen.comfy_links(graph, "9") == {}
+    assert imagen.comfy_upstream(graph, "3", "switch|on_false") == ["5", "9"]
+    assert imagen.comfy_upstream(live, "4", ".*") == ["6", "8"]
+
+
 def test_comfyui_an_error_without_nodes_says_its_message_and_what_to_install() -> None:
     def meant(**error: str) -> imagen.ImagenError:
         return imagen.comfy_error(http_answer(400, {}, json.dumps({"error": error}).encode()))
