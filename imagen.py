@@ -911,14 +911,14 @@ def png_unfiltered(kind: int, line: bytes, above: bytes) -> bytes:
 def exif_orientation(file: BinaryIO) -> int:
     """How a camera held a JPEG: 1 is upright, 2 to 8 are turned or mirrored."""
     file.seek(0)
-    _, exif, tiff = file.read(1 << 16).partition(b"Exif\0\0")
+    _, _, tiff = file.read(1 << 16).partition(b"Exif\0\0")
     with suppress(struct.error):
         order = "<" if tiff[:2] == b"II" else ">"
         (start,) = struct.unpack_from(f"{order}4xI", tiff)
         (count,) = struct.unpack_from(f"{order}H", tiff, start)
         for number in range(count):
             tag, value = struct.unpack_from(f"{order}H6xH", tiff, start + 2 + 12 * number)
-            if exif and tag == 0x0112 and 1 <= value <= 8:
+            if tag == 0x0112 and 1 <= value <= 8:
                 return int(value)
     return 1
 
@@ -2722,7 +2722,7 @@ class Mock(Backend):
             image=io.BytesIO(image),
             mime_type="image/png",
             model="mock",
-            seed=request.seed or 0,
+            seed=request.seed,
             cost_usd=0.0,
             ignored=tuple(name for name in ("negative_prompt", "steps") if getattr(request, name)),
             metadata=metadata,
@@ -2876,7 +2876,7 @@ class Lora(NamedTuple):
 
 
 @register("comfyui")
-class ComfyUI(Backend):
+class ComfyUI(HttpBackend):
     """Post a graph, poll /history, fetch /view. Servers from 0.3.64 to 0.33.0.
 
     https://docs.comfy.org/development/comfyui-server/comms_routes
@@ -2914,7 +2914,6 @@ class ComfyUI(Backend):
 
     def __init__(self, name: str, options: Options) -> None:
         super().__init__(name, options)
-        self.base = checked_url(options.base_url)
         if not options.model and not options.workflow:
             raise BadConfig("model: missing (or name a workflow file)")
         self.workflow: ComfyWorkflow | None = None
@@ -2949,7 +2948,7 @@ class ComfyUI(Backend):
 
     def generate(self, ctx: Context, request: Request) -> Result:
         """Submit under an id of our own, watch, fetch."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         graph, model, steps, ignored = self._graph(http, request)
         prompt_id = new_uuid()
         comfy_upload(http, graph, request)
@@ -2990,7 +2989,7 @@ class ComfyUI(Backend):
         """
         from urllib.parse import urlencode
 
-        http = self._http(ctx)
+        http = self.http(ctx)
         prompt_id = remote["prompt_id"]
         while True:
             place, entry = self._state(http, prompt_id)
@@ -3040,7 +3039,7 @@ class ComfyUI(Backend):
 
         Returns once it is gone from both.
         """
-        http = self._http(ctx)
+        http = self.http(ctx)
         prompt_id = remote["prompt_id"]
         # Servers before 0.3.56 interrupt whatever runs, so nothing is interrupted unless
         # ours is what runs.
@@ -3057,7 +3056,7 @@ class ComfyUI(Backend):
 
     def check(self, ctx: Context) -> str:
         """The server's version, and that it has the model."""
-        http = self._http(ctx)
+        http = self.http(ctx)
         system = http.get_json("/system_stats")["system"]
         version = system.get("comfyui_version", "of unknown version")
         graph = self._graph(http, Request("a fox", seed=0)).graph
@@ -3069,9 +3068,9 @@ class ComfyUI(Backend):
             model = " in ".join(comfy_find(http, self.options.model, *COMFY_MODELS))
         return f"ComfyUI {version}, {model}"
 
-    def _http(self, ctx: Context) -> Http:
-        timeout = self.options.timeout
-        return Http(ctx, self.base, self.headers, comfy_error, timeout, self.ca_file)
+    def explain(self, response: HttpResponse) -> ImagenError:
+        """What an error of ComfyUI's means."""
+        return comfy_error(response)
 
     def _graph(self, http: Http, request: Request) -> ComfyGraph:
         options = self.options
