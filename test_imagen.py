@@ -18366,21 +18366,37 @@ def test_worker_attempts_end_where_another_could_pay_twice(tmp_path: Path) -> No
     assert imagen.attempts_allowed(run, free) == 0
 
 
+class WorkerLog(list[tuple[str, int]]):
+    """What a worker tells, each line with its priority."""
+
+    def __call__(self, text: str, priority: int = 6) -> None:
+        self.append((text, priority))
+
+
+def worker_log(worker: imagen.Worker) -> list[tuple[str, int]]:
+    """What it has told since the last look."""
+    log: Any = worker.say
+    lines = [*log]
+    log.clear()
+    return lines
+
+
 @pytest.fixture
 def worker_alone(here: Box) -> Iterator[imagen.Worker]:
     """A worker between two turns, at the time 1000, for 3 jobs; with no database."""
-    said: list[tuple[str, int]] = []
     config = imagen.load_config()
     worker = imagen.Worker(
         config._replace(worker=config.worker._replace(lease_s=36.0)),
-        lambda text, priority=6: said.append((text, priority)),
+        WorkerLog(),
         concurrency=3,
         name="alone",
         backends=(),
     )
     worker._last_heartbeat = 1000.0
     worker._poll_at = 1005.0
+    worker._backlog_at = math.inf
     worker._more_expected = False
+    worker_log(worker)
     yield worker
     worker._bell.close()
     worker._bell_rope.close()
@@ -18565,6 +18581,376 @@ def test_worker_hands_back_after_its_grace_but_not_what_it_paid_without_an_id(
     for run in (free, paid, found):
         worker.forget(run)
     assert worker.is_over
+
+
+def test_worker_tells_of_outcomes_and_forgets_what_was_written_or_fenced_off(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+    done, fenced, again = (worker_attempt(worker) for _ in range(3))
+    pairs: list[tuple[imagen.Attempt, imagen.Outcome]] = [
+        (done, {"status": "done"}),
+        (fenced, {"status": "done"}),
+        (again, {"status": "pending", "error": "busy", "delay": 2.0}),
+    ]
+    worker.outcomes = [*pairs]
+    rows = imagen.no_rows()
+    for run, attempt, status in ((done, 1, "done"), (fenced, 2, "done"), (again, 1, "pending")):
+        rows["settled"].append({"id": run.job, "attempt": attempt, "status": status})
+    worker._poll_at = math.inf
+    began = time.monotonic()
+    worker.apply_turn(rows, imagen.turn_of_outcomes(pairs))
+    assert began + 2 <= worker._poll_at <= time.monotonic() + 2  # when it may run again
+    assert worker_log(worker) == [
+        (f"{done.job}: done", 6),
+        (f"{fenced.job}: its lease was lost: not written", 6),
+        (f"{again.job}: pending busy", 6),
+    ]
+    assert [run.was_ours for run in (done, fenced, again)] == [True, False, True]
+    assert all(run.settled.is_set() for run in (done, fenced, again))
+    assert worker.running == {}
+    assert worker.outcomes == []
+
+
+def test_worker_a_lease_that_is_not_renewed_is_lost_and_its_receipt_with_it(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+    runs = [worker_attempt(worker) for _ in range(2)]
+    for run in runs:
+        run.begun = True
+        entry: Any = types.SimpleNamespace(record={"at": "2026-01-02T03:04:05Z"})
+        run.entry = entry
+        run.renew_receipt()
+    mine, lost = runs
+    row = {"id": mine.job, "stands": True}
+    began = time.monotonic()
+    turn = imagen.renewing(runs)
+    assert began <= mine.receipt.sent_at <= time.monotonic()
+    late = mine.renew_receipt()  # after the heartbeat: nobody has heard of it
+    worker.apply_turn({**imagen.no_rows(), "renewed": [row]}, turn)
+    assert (mine.receipt_sent.row, mine.receipt_sent.answered.is_set()) == (row, True)
+    assert not late.answered.is_set()
+    assert (lost.receipt.row, lost.receipt.answered.is_set()) == ({}, True)
+    assert (mine.why, lost.why, worker.running) == ("", "lost", {mine.job: mine})
+    assert worker_log(worker) == [(f"{lost.job}: its lease was lost", 4)]
+    # Who has the job anew is another run, and stays.
+    worker.forget(lost)
+    assert worker.running == {mine.job: mine}
+
+
+def test_worker_does_what_else_a_turn_brings(worker_alone: imagen.Worker) -> None:
+    worker = worker_alone
+    drawing, drawn = (worker_attempt(worker) for _ in range(2))
+    drawn.image_exists = True
+    worker.delivered = {"job": "image", "other": "image"}
+    rows = imagen.no_rows()
+    rows["to_cancel"] = [{"id": drawing.job}, {"id": drawn.job}, {"id": "of nobody here"}]
+    rows["rescued"] = [{"id": "r", "status": "pending", "delay": 8.0}]
+    rows["waiting"] = [{"number": 7}]
+    rows["delivered"] = [{"id": "job"}]
+    worker._poll_at = math.inf
+    began = time.monotonic()
+    worker.apply_turn(rows, imagen.Turn({}))
+    assert (drawing.why, drawn.why) == ("user", "")
+    assert worker_log(worker) == [("r: its worker was lost; pending", 4)]
+    assert began + 8 <= worker._poll_at <= time.monotonic() + 8
+    assert (worker.waiting, worker.delivered) == (7, {"other": "image"})
+    # What was handed back at once is due at once.
+    rows = {**imagen.no_rows(), "disowned": [{"id": "d", "status": "pending"}]}
+    worker.apply_turn(rows, imagen.Turn({}))
+    assert worker._poll_at <= time.monotonic()
+    # New jobs begin by priority, then by age, however the database sorts them.
+    rows = imagen.no_rows()
+    for ident, priority, seq in (("c", 0, 1), ("b", 5, 3), ("a", 5, 2)):
+        row = {"id": ident, "priority": priority, "seq": seq, "attempt": 2, "max_attempts": 3}
+        rows["claimed"].append({**row, "lost": 0, "fields": "{"})
+    worker_log(worker)
+    worker.apply_turn(rows, imagen.Turn({}))
+    assert [*worker.running][2:] == ["a", "b", "c"]
+    log = worker_log(worker)
+    assert [line for line in log if line[0].endswith("claimed, attempt 2 of 3")] == [
+        (f"{ident}: claimed, attempt 2 of 3", 6) for ident in "abc"
+    ]
+    # A row that nobody can read fails by itself.
+    eventually(lambda: len(worker.outcomes) == 3)
+    assert {outcome["status"] for _, outcome in worker.outcomes} == {"failed"}
+    assert {outcome["error_code"] for _, outcome in worker.outcomes} == {"bug"}
+    worker.apply_turn(imagen.no_rows(), imagen.turn_of_outcomes([*worker.outcomes]))
+    for thread in worker._threads:
+        thread.join(10)
+    assert not worker.running.keys() & {"a", "b", "c"}
+
+
+def test_worker_says_how_it_is_and_a_failure_once(
+    worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_alone
+    variables = "SUPABASE_URL is not set; SUPABASE_SERVICE_ROLE_KEY is not set"
+    config = worker.config
+    other = imagen.Worker(config, worker.say, 1, "other", ())
+    other._bell.close()
+    other._bell_rope.close()
+    os.close(other._slot_lock)
+    assert worker_log(worker) == [(f"not in the cloud: {variables}", 4)]
+    asked_for = config._replace(output=config.output._replace(cloud_sync="on"))
+    with pytest.raises(imagen.BadConfig, match="cloud_sync is on: SUPABASE_URL is not set"):
+        imagen.Worker(asked_for, worker.say, 1, "other", ())
+    run = worker_attempt(worker)
+    worker.waiting = 3
+    assert worker.status() == f"1 running, 3 pending; not in the cloud: {variables}"
+    worker.uncloudy = ""
+    worker.paused = {"": "disk", "far": "quota"}
+    assert worker.status() == "1 running, 3 pending; paused: all (disk); paused: far (quota)"
+    worker.forget(run)
+    # The way to the database: told when it is lost, and when it is there again.
+    worker.reached()
+    worker.reached()
+    worker.failed("gone", "; next try in 1 s")
+    worker.failed("gone", "; next try in 2 s")
+    worker.failed("locked")
+    worker.reached()
+    assert worker_log(worker) == [
+        ("connected, listening (0 failures so far)", 6),
+        ("gone; next try in 1 s (failure 1)", 4),
+        ("locked (failure 3)", 4),
+        ("connected, listening (3 failures so far)", 6),
+    ]
+    worker._failure_at -= imagen.REPEAT_S  # after a while it is told again
+    worker.failed("locked")
+    assert worker_log(worker) == [("locked (failure 4)", 4)]
+    # Steady is a server that was reached again and again, with no pause of a third of a lease.
+    began = worker._steady_since
+    worker.reached()
+    assert worker._steady_since == began
+    worker._reached_at -= 11.9
+    worker.reached()
+    assert worker._steady_since == began
+    worker._reached_at -= 12.1
+    worker.reached()
+    assert began < worker._steady_since == worker._reached_at
+    now = worker._reached_at
+    worker._poll_at = 0
+    worker._steady_since = now - 36
+    assert worker.plan_turn(now).parts["rescued"] == {"steady": False}
+    worker._poll_at = 0
+    assert worker.plan_turn(now + 0.1).parts["rescued"] == {"steady": True}
+
+
+def test_worker_a_paid_post_waits_for_its_receipt_and_stays_without_one(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+
+    def outcome(**row: Any) -> Any:
+        """What becomes of a POST of 0.04 USD whose receipt gets this answer."""
+        run = worker_attempt(worker)
+        run.begun = True
+        entry: Any = types.SimpleNamespace(record={"at": "2026-01-02T03:04:05Z"})
+        run.entry = entry
+        run.price = imagen.Price(0.04)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run.fence)
+            eventually(lambda: not run.receipt.answered.is_set())
+            [heartbeat] = json.loads(imagen.renewing([run]).parts["renewed"]["heartbeats"])
+            assert json.loads(heartbeat["receipt"]) == {
+                "attempt": 1, "at": "2026-01-02T03:04:05Z", "remote": {}, "usd": 0.04
+            }  # fmt: skip
+            run.receipt.sent_at -= row.pop("age", 0)
+            run.receipt.row = row
+            run.receipt.answered.set()
+        error = future.exception()
+        return error and (type(error).__name__, str(error), getattr(error, "hint", "")), run.why
+
+    assert outcome(stands=True) == outcome(stands=True, left=None, age=35) == (None, "")
+    lost = (("Interrupted", "stopped: the job was lost", ""), "lost")
+    assert outcome(stands=False) == outcome() == outcome(stands=True, age=36) == lost
+    message = "limits.per_owner.usd_per_day: $0.01 are left, and not $0.04"
+    tomorrow = "2026-01-03T00:00:00+00:00"
+    over = (("OverBudget", message, f"more at {tomorrow}"), "")
+    assert outcome(stands=False, left=0.01, until=tomorrow) == over
+    assert outcome(left=0, until="x")[0][1].endswith("$0 are left, and not $0.04")
+    # Who is stopped meanwhile does not wait for the database.
+    run = worker_attempt(worker)
+    entry: Any = types.SimpleNamespace(record={"at": ""})
+    run.entry = entry
+    run.stop("released")
+    with pytest.raises(imagen.Interrupted):
+        run.fence()
+
+
+def test_worker_reads_a_row_in_the_jobs_own_thread(worker_alone: imagen.Worker) -> None:
+    worker = worker_alone
+    ident = "00000000-0000-4000-8000-00000000abcd"
+    columns: dict[str, Any] = {"id": ident, "owner_user_id": "anna", "receipt": None}
+    run = worker_attempt(worker, 2, id=ident, fields=json.dumps(columns | {"prompt": "a fox"}))
+    run.read_row()
+    assert run.order == imagen.Order("a fox", seed=0xABCD)
+    assert (run.inputs, run.mask, run.owner, run.earlier_receipt) == ([], "", "anna", None)
+    # Its image has one id, whoever makes it; each attempt's entry has another.
+    assert run.image_id == imagen.job_uuid(ident, "image") != run.id == imagen.job_uuid(ident, 2)
+    full = {"prompt": "a hare", "seed": 0, "steps": 4, "inputs": ["a.png"], "mask": "m.png"}
+    columns |= {**full, "receipt": {"attempt": 1}, "style": None}
+    run = worker_attempt(worker, id=ident, fields=json.dumps(columns))
+    run.read_row()
+    assert run.order == imagen.Order("a hare", seed=0, steps=4)
+    assert (run.inputs, run.mask, run.earlier_receipt) == (["a.png"], "m.png", {"attempt": 1})
+    for wrong in ("{", "[" * 100_000):
+        run = worker_attempt(worker, id=ident, fields=wrong)
+        with pytest.raises(imagen.BadRequest, match="the row cannot be read"):
+            run.read_row()
+    # What its adapter says goes into the log, its progress into the row.
+    run.warn("slow")
+    assert worker_log(worker)[-1] == (f"{ident}: slow", 4)
+    for done, total, share in ((1, 3, 0.3333), (5, 4, 1.0), (-1, 4, 0.0), (1, 0, None), (0, 4, 0)):
+        run.progress("x" * 300, done, total)
+        assert run.shown == {"note": "x" * 200, "progress": share}
+    run.progress("waiting")
+    assert run.shown == {"note": "waiting", "progress": None}
+
+
+def test_worker_has_written_what_an_attempt_cost_once_it_is_known(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+
+    def settled(outcome: imagen.Outcome, **record: Any) -> Any:
+        run = worker_attempt(worker)
+        run.begun = bool(record)
+        entry: Any = types.SimpleNamespace(record={"at": "", **record})
+        run.entry = entry
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run.settle_job, outcome)
+            eventually(lambda: worker.outcomes)
+            assert worker.outcomes.pop() == (run, outcome)
+            run.was_ours = True
+            run.settled.set()
+            assert future.result() is True
+        return outcome.get("usd")
+
+    sidecar = {"cost_usd_estimate": 0.05}
+    assert settled({"charged": True}, charged="yes", price=0.04, sidecar=sidecar) == 0.05
+    assert settled({"charged": True}, charged="unknown", price=0.04, sidecar=sidecar) is None
+    assert settled({"charged": False}, charged="yes", price=0.04, sidecar=sidecar) is None
+    assert settled({"charged": True}) is None
+
+
+def test_worker_of_a_turn_that_the_database_refuses_each_part_is_tried_alone(
+    worker_alone: imagen.Worker,
+) -> None:
+    worker = worker_alone
+    one, two, beating = (worker_attempt(worker) for _ in range(3))
+    finished: list[tuple[imagen.Attempt, imagen.Outcome]] = [
+        (one, {"status": "done"}),
+        (two, {"status": "failed"}),
+    ]
+    parts = {**imagen.turn_of_outcomes(finished).parts, **imagen.renewing([beating]).parts}
+    claim = {"free": 2, "alone": False, "backends": None}
+    turn = imagen.Turn({**parts, "waiting": {}, "claimed": claim}, finished, [beating], free=2)
+    alone = turn.split()
+    assert [[*part.parts] for part in alone] == [
+        ["settled"], ["settled"], ["renewed"], ["waiting"], ["claimed"]
+    ]  # fmt: skip
+    assert [part.finished for part in alone[:2]] == [[finished[0]], [finished[1]]]
+    assert alone[2].renewed == [beating]
+    assert (alone[4].parts["claimed"], alone[4].free) == (claim, 2)
+    assert len(alone[4].split()) == 1
+
+
+def test_worker_what_the_database_refuses_is_written_with_less_and_less(
+    queue_env: Env, database: Database, worker_alone: imagen.Worker
+) -> None:
+    database.migrate()
+    worker = worker_alone
+    anna = database.user("anna")
+    database.sql(QUEUE_JOBS, anna, 5)
+    with queue_opened(queue_env, database.dsn()) as connection:
+        queue = imagen.Queue(connection, **queue_always(me=worker.me))
+        rows = queue.turn(claimed={"free": 5})["claimed"]
+        rows.sort(key=lambda row: row["seq"])
+        runs = [worker_attempt(worker, **row) for row in rows]
+        good, imageless, odd, hopeless, beating = runs
+        image = json.dumps({"id": str(uuid.uuid4()), "owner_user_id": None, "prompt": "a fox"})
+        outcomes: list[Any] = [
+            {"status": "done", "charged": False, "error": "fine"},
+            {"status": "done", "charged": False, "image": image},
+            {"status": "pending", "charged": False, "error": "a\0b", "delay": 50.0},
+            {"status": "no such status", "charged": False, "error_code": "bug"},
+        ]
+        worker.outcomes = [*zip(runs, outcomes, strict=False)]
+        beating.progress("a\ud800b")
+        beating.shown = {"note": "a\0b", "progress": None}
+        worker._last_heartbeat = -math.inf
+        turn = worker.plan_turn(time.monotonic())
+        assert sorted(turn.parts) == ["claimed", "disowned", "renewed", "rescued", "settled",
+                                      "to_cancel", "waiting"]  # fmt: skip
+        worker.run_turn(queue, turn)
+        assert worker.outcomes == []
+        assert (worker.running, beating.why, worker.waiting) == ({}, "lost", 0)
+        texts = [(run.was_ours, jobs_row(database, run.job)) for run in runs]
+        told = [(ours, row["status"], row["error"], row["error_code"]) for ours, row in texts]
+        refused = told[1][2]
+        assert refused.startswith("imagen.images: 23502 null value in column")
+        assert told == [
+            (True, "done", "fine", None),
+            (True, "done", refused, None),
+            (True, "failed", "", "bug"),
+            (False, "running", None, None),
+            (False, "running", None, None),
+        ]
+        log = "\n".join(text for text, priority in worker_log(worker) if priority == 4)
+        assert "refused by the database: settled: 23502" in log
+        # A connection that is gone is another matter: the outcome waits for the next one.
+        worker.running[good.job] = good
+        worker.outcomes = [(good, {"status": "done"})]
+        database.sql(QUEUE_KILL)
+        with pytest.raises(imagen.Unreachable), queue_opened(queue_env, database.dsn()):
+            worker.run_turn(queue, worker.plan_turn(time.monotonic()))
+        assert len(worker.outcomes) == 1
+
+
+def test_worker_a_turn_says_whether_more_is_to_be_expected(
+    queue_env: Env, database: Database, worker_alone: imagen.Worker
+) -> None:
+    database.migrate()
+    worker = worker_alone
+    anna = database.user("anna")
+    with queue_opened(queue_env, database.dsn()) as connection:
+        queue = imagen.Queue(connection, **queue_always(me=worker.me))
+
+        def turned(**parts: Any) -> bool:
+            worker.run_turn(queue, imagen.Turn(parts, free=parts.get("claimed", {}).get("free", 0)))
+            return worker._more_expected
+
+        assert not turned(claimed={"free": 2})
+        assert not turned(waiting={})
+        database.sql(QUEUE_JOBS, anna, 3)
+        database.sql("update imagen.jobs set backend = 'of no worker here'")
+        assert turned(claimed={"free": 2})  # all slots were filled: there may be more
+        assert not turned(claimed={"free": 2})
+        # What is handed back is due again, here too.
+        assert turned(disowned={"mine": []})
+        # One that another has locked is looked for again soon.
+        database.sql("update imagen.jobs set status = 'pending', claimed_by = null")
+        worker._poll_at = math.inf
+        with database.session() as other:
+            other.sql("begin")
+            other.sql("select from imagen.jobs for update")
+            assert not turned(claimed={"free": 2})
+            assert worker._poll_at <= time.monotonic() + 0.05
+            other.sql("rollback")
+        # Of a limit an owner's next job was waiting for the one that has just ended.
+        run = worker_attempt(worker)
+        finished: list[tuple[imagen.Attempt, imagen.Outcome]] = [(run, {"status": "done"})]
+        for running, expected in ((0, False), (1, True)):
+            limits = worker.config.limits
+            owners = limits.per_owner._replace(running=running)
+            worker.config = worker.config._replace(limits=limits._replace(per_owner=owners))
+            worker.outcomes += finished
+            worker.run_turn(queue, imagen.turn_of_outcomes(finished))
+            assert worker._more_expected is expected
+    eventually(lambda: len(worker.outcomes) == len(worker._threads))
+    worker.apply_turn(imagen.no_rows(), imagen.turn_of_outcomes([*worker.outcomes]))
 
 
 class JobsWorker:
