@@ -18869,7 +18869,7 @@ def test_worker_what_the_database_refuses_is_written_with_less_and_less(
         rows = queue.turn(claimed={"free": 5})["claimed"]
         rows.sort(key=lambda row: row["seq"])
         runs = [worker_attempt(worker, **row) for row in rows]
-        good, imageless, odd, hopeless, beating = runs
+        good, *_, beating = runs
         image = json.dumps({"id": str(uuid.uuid4()), "owner_user_id": None, "prompt": "a fox"})
         outcomes: list[Any] = [
             {"status": "done", "charged": False, "error": "fine"},
@@ -18951,6 +18951,321 @@ def test_worker_a_turn_says_whether_more_is_to_be_expected(
             assert worker._more_expected is expected
     eventually(lambda: len(worker.outcomes) == len(worker._threads))
     worker.apply_turn(imagen.no_rows(), imagen.turn_of_outcomes([*worker.outcomes]))
+
+
+def worker_did(worker: imagen.Worker, run: imagen.Attempt, ours: bool = True) -> imagen.Outcome:
+    """The outcome of a job, for which this is the database; `ours`: whether it was written."""
+    thread = imagen.in_thread(worker.work, run)
+    outcomes = []
+    while thread.is_alive():
+        worker._poll_at = math.inf
+        turn = worker.plan_turn(time.monotonic())
+        rows = imagen.no_rows()
+        rows["renewed"] = [{"id": other.job, "stands": True} for other in turn.renewed]
+        for other, outcome in turn.finished:
+            outcomes.append(outcome)
+            row = {"id": other.job, "attempt": other.number, "status": outcome["status"]}
+            rows["settled"] += [row] * ours
+        worker.apply_turn(rows, turn)
+        thread.join(0.01)
+    [outcome] = outcomes
+    return outcome
+
+
+def worker_job(worker: imagen.Worker, number: int = 1, ident: str = "", **row: Any) -> Any:
+    """A job of anna's for a small fox."""
+    ident = ident or str(uuid.uuid4())
+    fox = {"id": ident, "prompt": "a fox", "width": 16, "height": 16, "receipt": None}
+    fields = json.dumps({**fox, "owner_user_id": CONFIG_OWNER, **row})
+    return worker_attempt(worker, number, id=ident, fields=fields)
+
+
+WORKER_CLOUD: dict[str, object] = {
+    "PUT": {"Key": "imagen-generated/x"},
+    "POST": status(201, [{"id": "x", "storage_path": "x"}]),
+    "GET": [],
+}
+
+
+@contextlib.contextmanager
+def worker_cloud(monkeypatch: pytest.MonkeyPatch, **answers: object) -> Iterator[Remote]:
+    """A project that takes everything, but for these answers by method."""
+    script = {**WORKER_CLOUD, **answers}
+    with Remote(handler=lambda seen: script[seen.method]) as remote:
+        monkeypatch.setenv("SUPABASE_URL", remote.base)
+        monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", SUPABASE_KEYS["opaque"])
+        yield remote
+
+
+def test_worker_hands_an_image_in_with_its_outcome(
+    wired: Box, worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_alone
+    # 1. Without a cloud it is done, and stays here.
+    run = worker_job(worker)
+    done = {"status": "done", "charged": False, "image": None}
+    assert worker_did(worker, run) == done | {"note": "made, not in the cloud"}
+    [line] = wired.ledger()
+    assert (line["job"], line["sidecar"]["image_id"]) == (run.job, run.image_id)
+    assert (f"{run.job}: made, not in the cloud: {line['path']}", 4) in worker_log(worker)
+    # 2. With one, the object goes there, and the row with the outcome.
+    with worker_cloud(monkeypatch) as cloud:
+        run = worker_job(worker)
+        outcome = worker_did(worker, run)
+        row = json.loads(outcome.pop("image") or "")
+        assert outcome == {"status": "done", "charged": False}
+        assert (row["id"], row["owner_user_id"]) == (run.image_id, CONFIG_OWNER)
+        assert [seen.method for seen in cloud.seen] == ["PUT"]
+        assert cloud.seen[0].path.endswith(row["storage_path"])
+        record = wired.ledger()[-1]
+        assert (record["job"], record["row"], "refused" in record) == (run.job, True, False)
+        # 3. Whose outcome was fenced off keeps the image here, and nobody hands it in.
+        run = worker_job(worker)
+        worker_did(worker, run, ours=False)
+        record = wired.ledger()[-1]
+        assert (record["job"], record["refused"], "row" in record) == (run.job, True, False)
+        assert Path(record["path"]).exists()
+    assert wired.unfinished() == []
+
+
+def test_worker_hands_in_later_what_the_cloud_would_not_take(
+    wired: Box, worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_alone
+    with worker_cloud(monkeypatch, PUT=status(403, {"message": "not now"})):
+        runs = [worker_job(worker) for _ in range(2)]
+        for run in runs:
+            outcome = worker_did(worker, run)
+            assert (outcome["image"], outcome["note"]) == (None, "made, not in the cloud")
+        assert any("not now" in text for text, priority in worker_log(worker) if priority == 4)
+    paths = {run.job: run.entry.path for run in runs}
+    with worker_cloud(monkeypatch) as cloud:
+        worker.ring()
+        worker._bell.recv(9)
+        worker.find_backlog()
+        assert worker.undelivered == paths
+        assert worker._bell.recv(9)  # the database has to say which of them are over
+        assert [seen.path for seen in cloud.seen] == ["/rest/v1/rpc/objects_to_delete"]
+        worker.deliver_backlog([paths[runs[0].job], str(wired.state / "open/of-nobody.jsonl")])
+        assert worker.delivered == {runs[0].job: runs[0].image_id}
+        assert worker._bell.recv(9)
+    [left] = wired.unfinished()
+    assert left["job"] == runs[1].job
+    # The look is taken once a minute, and not while its result waits.
+    worker.undelivered = {}
+    worker._backlog_at = time.monotonic()
+    worker.apply_turn(imagen.no_rows(), imagen.Turn({}))
+    assert 59 < worker._backlog_at - time.monotonic() <= imagen.BACKLOG_S
+    eventually(lambda: worker.undelivered == {runs[1].job: paths[runs[1].job]})
+    worker._backlog_at = 0
+    worker.apply_turn(imagen.no_rows(), imagen.Turn({}))
+    assert worker._backlog_at == 0
+    with worker_cloud(monkeypatch):
+        worker.delivered.clear()
+        ended = {**imagen.no_rows(), "ended": [{"id": runs[1].job}]}
+        worker._backlog_at = math.inf
+        worker.apply_turn(ended, imagen.Turn({"ended": {}}))
+        eventually(lambda: worker.delivered == {runs[1].job: runs[1].image_id})
+        assert worker.undelivered == {}
+    eventually(lambda: not wired.unfinished())
+
+
+def test_worker_a_job_starts_from_what_its_owner_may_read(
+    wired: Box, worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_alone
+    files = {"a.png": png(16, 16), "mask.png": inputs_mask()}
+
+    def answer(seen: Seen) -> object:
+        _, _, name = seen.path.partition(f"/object/imagen-generated/{CONFIG_OWNER}/")
+        if name in files:
+            return files[name]
+        return WORKER_CLOUD[seen.method]
+
+    with Remote(handler=answer) as cloud:
+        monkeypatch.setenv("SUPABASE_URL", cloud.base)
+        monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", SUPABASE_KEYS["opaque"])
+        places = [f"{CONFIG_OWNER}/{name}" for name in files]
+        run = worker_job(worker, inputs=places[:1], mask=places[1])
+        sidecar = json.loads(worker_did(worker, run)["image"] or "")["sidecar"]
+        digests = [hashlib.sha256(data).hexdigest() for data in files.values()]
+        assert [sidecar["inputs"][0]["sha256"], sidecar["mask"]["sha256"]] == digests
+        for place in ("somebody else's/a.png", f"{CONFIG_OWNER}/../b.png"):
+            outcome = worker_did(worker, worker_job(worker, inputs=[place]))
+            assert (outcome["status"], outcome["error_code"]) == ("failed", "usage")
+    assert {file.name for file in (wired.state / "inputs").iterdir()} == set(digests)
+
+
+def worker_left(plan: imagen.Plan, job: str, number: int, sent: bool, image: bytes) -> None:
+    """What an attempt that was killed has left on this host."""
+    run = imagen.Run()
+    run.id = imagen.job_uuid(job, number)
+    run.image_id = imagen.job_uuid(job, "image")
+    run.job = job
+    run.begin(plan)
+    if sent:
+        run.sending()
+    if image:
+        Path(run.hidden).write_bytes(image)
+    run.entry.unlock()
+
+
+def test_worker_pays_for_no_image_that_an_earlier_attempt_may_have_paid(
+    wired: Box, worker_alone: imagen.Worker
+) -> None:
+    worker = worker_alone
+    with Remote(ok(openai_images(png(16, 16))), repeat=True) as remote:
+        block = {"type": "openai", "model": "gpt-image-1-mini", "base_url": f"{remote.base}/v1"}
+        block["api_key_env"] = "HTTP_TEST_KEY"
+        worker.config = worker.config._replace(default_backend="ai", backends={"ai": block})
+        size = {"width": 1024, "height": 1024}
+
+        def attempt(number: int, ident: str = "", **row: Any) -> Any:
+            return worker_job(worker, number, ident, **size, **row)
+
+        def leave(job: str, number: int, sent: bool, image: bytes = b"") -> None:
+            order = imagen.Order("a fox", seed=7, **size)
+            worker_left(imagen.plans_of(order, worker.config)[0], job, number, sent, image)
+
+        receipt = {"attempt": 1, "at": "2026-01-02T03:04:05Z", "remote": {}}
+        # 1. The first attempt pays, under its receipt.
+        run = attempt(1)
+        assert worker_did(worker, run)["charged"] is True
+        assert json.loads(run.receipt.text)["attempt"] == 1
+        assert len(remote.seen) == 1
+        # 2. Sent from this host, and nothing came of it: not again.
+        job = str(uuid.uuid4())
+        leave(job, 1, sent=True)
+        outcome = worker_did(worker, attempt(2, job))
+        assert (outcome["status"], outcome["error_code"]) == ("failed", "unknown")
+        # 3. Sent from another host: its receipt counts as if we had sent it.
+        run = attempt(2, receipt=receipt)
+        outcome = worker_did(worker, run)
+        assert (outcome["status"], outcome["error_code"]) == ("failed", "unknown")
+        assert (run.record["sending"], run.record["charged"]) == (receipt["at"], "unknown")
+        assert run.id == imagen.job_uuid(run.job, 2)
+        assert len(remote.seen) == 1
+        # 4. What is here is handed in, and somebody else's entry is left alone.
+        job = str(uuid.uuid4())
+        leave(str(uuid.uuid4()), 1, sent=True)
+        leave(job, 1, sent=True, image=png(16, 16))
+        run = attempt(2, job, receipt=receipt)
+        assert worker_did(worker, run)["status"] == "done"
+        assert (run.id, len(remote.seen)) == (imagen.job_uuid(job, 1), 1)
+        # 5. Who wrote the receipt was on this host, and never sent: paid by this attempt, whose
+        # receipt may stand in place of the other.
+        job = str(uuid.uuid4())
+        leave(job, 1, sent=False)
+        run = attempt(2, job, receipt=receipt)
+        assert worker_did(worker, run)["status"] == "done"
+        assert (run.unpaid, len(remote.seen)) == ([2, 1], 2)
+        assert run.id == imagen.job_uuid(job, 2)
+        # 6. An entry of an attempt that did not write it says nothing of it.
+        job = str(uuid.uuid4())
+        leave(job, 2, sent=False)
+        run = attempt(3, job, receipt=receipt)
+        assert worker_did(worker, run)["error_code"] == "unknown"
+        assert (run.unpaid, len(remote.seen)) == ([3], 2)
+        # 7. Nor does one that somebody works on, or a first attempt's.
+        run = attempt(1, job)
+        assert worker_did(worker, run)["status"] == "done"
+        assert len(remote.seen) == 3
+    assert len(wired.unfinished()) == 1  # the other job's
+
+
+def test_worker_that_is_broken_hands_back_pauses_and_goes_on_when_it_is_mended(
+    wired: Box, worker_alone: imagen.Worker, tmp_path: Path
+) -> None:
+    worker = worker_alone
+    full = tmp_path / "full"
+    full.write_bytes(b"")  # no folder
+    config = worker.config
+    with Remote(status(401, {"error": {"message": "no"}}), ok({"id": "m"}), repeat=True) as remote:
+        block = {"type": "openai", "model": "m", "base_url": f"{remote.base}/v1"}
+        block["api_key_env"] = "HTTP_TEST_KEY"
+        output = config.output._replace(directory=str(full))
+        backends = {**config.backends, "far": block}
+        worker.config = config._replace(backends=backends, output=output)
+
+        def outcome(error: imagen.ImagenError, backend: str = "", **fields: Any) -> Any:
+            run = worker_attempt(worker)
+            run.order = imagen.Order("a fox", backend=backend)
+            for name, value in fields.items():
+                setattr(run, name, value)
+            return worker.failure(run, error)
+
+        back = {"status": "pending", "uncounted": 1, "charged": False, "handed_back": True}
+        back |= {"error": "handed back: no worker is able to, so far"}
+        # The job's own fault, or one that no pause would mend.
+        wrong = imagen.BadConfig("wrong key")
+        assert outcome(wrong, "mock")["status"] == "failed"
+        assert outcome(imagen.OverBudget("spent"), "far")["status"] == "failed"
+        assert outcome(wrong, "far", charged="yes")["status"] == "failed"
+        assert outcome(wrong, "far", why="user")["status"] == "canceled"
+        assert (worker.paused, remote.seen) == ({}, [])
+        assert worker_log(worker) == []
+        # The backend's, and the disk's: looked into once, and told once.
+        for _ in range(2):
+            assert outcome(wrong, "far") == back | {"error_code": "config"}
+            assert outcome(imagen.Disk("full")) == back | {"error_code": "disk"}
+        assert worker.paused == {"far": "config", "": "disk"}
+        assert len(remote.seen) == 1
+        log = worker_log(worker)
+        assert [(text.split(": ")[:2], priority) for text, priority in log] == [
+            (["far", "paused"], 4),
+            (["all backends", "paused"], 4),
+        ]
+        full.unlink()
+        worker._more_expected = False
+        eventually(lambda: worker.paused == {})
+        eventually(lambda: len(worker.say) == 2)  # type: ignore[arg-type]
+        assert sorted(worker_log(worker)) == [
+            ("all backends: works again", 4),
+            ("far: works again", 4),
+        ]
+        assert worker._more_expected
+        assert worker._bell.recv(9)
+        assert [*full.iterdir()] == []
+    far = {"far": {"type": "nothing that there is"}}
+    worker.config = config._replace(backends=far)
+    assert isinstance(worker.broken("far"), imagen.BadConfig)
+
+
+def test_worker_tells_systemd_where_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    imagen.sd_notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    imagen.sd_notify("READY=1")
+    name = f"imagen-{uuid.uuid4()}"
+    for address, variable in (
+        (f"{tmp_path}/notify", f"{tmp_path}/notify"),
+        (f"\0{name}", f"@{name}"),
+    ):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(address)
+            systemd.settimeout(5)
+            monkeypatch.setenv("NOTIFY_SOCKET", variable)
+            imagen.sd_notify("STATUS=fine ä")
+            assert systemd.recv(99).decode() == "STATUS=fine ä"
+
+
+def test_worker_of_a_name_has_a_slot_that_is_its_own_while_it_lives(here: Box) -> None:
+    first, lock = imagen.take_slot("a")
+    second, other_lock = imagen.take_slot("a")
+    assert first != second
+    os.close(lock)
+    again, lock = imagen.take_slot("a")
+    assert again == first  # whoever had it before is dead
+    names = [f"worker-a{number}.lock" for number in ("", "-2")]
+    assert sorted(file.name for file in here.state.glob("worker-*")) == sorted(names)
+    place = (here.state / names[0]).stat()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    text = f"{boot}:{place.st_dev}:{place.st_ino}"
+    assert first == hashlib.sha256(text.encode()).hexdigest()
+    os.close(lock)
+    os.close(other_lock)
 
 
 class JobsWorker:
