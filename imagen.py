@@ -6961,7 +6961,7 @@ class Run(Context):
         # where we do not. Copied, not moved, so that a full disk loses nothing.
         if self.charged == "no" or self._cleaned or self.record.get("path"):
             return True
-        name = self.record["name"].replace("{ext}", "bin")
+        name = f"{self.record['name']}-{self.id[:8]}"
         for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
@@ -6969,7 +6969,7 @@ class Run(Context):
                 sniffed = sniff(source)
                 ending = sniffed.format if sniffed else "bin"
                 number = 1
-                while os.path.lexists(place := numbered(f"{name}-{self.id[:8]}", ending, number)):
+                while os.path.lexists(place := numbered(name, ending, number)):
                     number += 1
                 try:
                     with Spool(place, place) as spool:

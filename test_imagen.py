@@ -15705,6 +15705,476 @@ def test_pipeline_who_is_killed_with_the_key_of_an_image_that_is_made_costs_noth
     assert server.posts == 1
 
 
+PIPELINE_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": " \n"}, "the prompt is empty"),
+    ({"prompt": "x" * 32_001}, "32001 characters; 32,000 are the most"),
+    ({"prompt": "a\0b"}, "prompt: a NUL stands behind 'a'"),
+    ({"prompt": "a fox \ud800"}, "prompt: no valid Unicode behind 'a fox '"),
+    ({"negative_prompt": "a\0"}, "negative_prompt: a NUL"),
+    ({"quality": "\ud800"}, "quality: no valid Unicode"),
+    ({"tags": ("x" * 201,)}, "a tag has at most 200 characters"),
+    ({"tags": ("fine", "a\0")}, "tags: a NUL"),
+    ({"n": 0}, "n is 1 to 1000"),
+    ({"n": 1001}, "n is 1 to 1000"),
+    ({"images": ("a.png",) * 17}, "17 images to start from; 16 are the most"),
+    ({"key": "k" * 201}, "key: 1 to 200 printable characters"),
+    ({"key": "a\x1bb"}, "key: 1 to 200 printable characters"),
+    ({"seed": -1}, "seed -1: 0 to 2\\^63-1"),
+    ({"seed": 2**63}, "0 to 2\\^63-1"),
+    ({"seed": 2**63 - 3, "n": 4}, "0 to 2\\^63-1"),
+    ({"steps": -1}, "steps -1: 0 to 500"),
+    ({"steps": 501}, "steps 501: 0 to 500"),
+    ({"aspect": "8.001:1"}, "not W:H from 1:8 to 8:1"),
+    ({"aspect": "1:8.001"}, "not W:H from 1:8 to 8:1"),
+    ({"aspect": "0:1"}, "not W:H"),
+    ({"aspect": "16x9"}, "not W:H"),
+    ({"aspect": "1.2345:1"}, "not W:H"),
+    ({"format": "jpeg", "background": "transparent"}, "jpeg: has no transparent background"),
+]
+PIPELINE_TAKEN: list[dict[str, Any]] = [
+    {"prompt": "x" * 32_000},
+    {"tags": ("x" * 200, "y" * 200)},
+    {"n": 1},
+    {"n": 1000},
+    {"images": ("a.png",) * 16},
+    {"key": "k" * 200},
+    {"seed": 0},
+    {"seed": 2**63 - 1},
+    {"seed": 2**63 - 4, "n": 4},
+    {"steps": 500},
+    {"aspect": "8:1"},
+    {"aspect": "1:8"},
+    {"aspect": "1.5:1"},
+    {"aspect": "9999:9998.999"},
+    {"format": "png", "background": "transparent"},
+    {"format": "jpeg", "background": "opaque"},
+]
+
+
+def test_pipeline_an_order_is_within_its_bounds_or_told_which_it_breaks() -> None:
+    for fields, message in PIPELINE_REFUSED:
+        with pytest.raises(imagen.BadRequest, match=message):
+            imagen.check_order(imagen.Order(**{"prompt": "a fox", **fields}))
+    for fields in PIPELINE_TAKEN:
+        imagen.check_order(imagen.Order(**{"prompt": "a fox", **fields}))
+    limits = imagen.LimitsConfig(backends=("mock", "far"))
+    for backend, taken in (("", True), ("far", True), ("near", False)):
+        for some in (limits, imagen.LimitsConfig()):
+            order = imagen.Order("a fox", backend=backend)
+            if taken or not some.backends:
+                imagen.check_limits(order, some)
+            else:
+                with pytest.raises(imagen.BadRequest, match='"near": not one that a request may'):
+                    imagen.check_limits(order, some)
+
+
+def test_pipeline_a_name_is_a_file_a_folder_or_what_the_config_says(here: Box) -> None:
+    config = imagen.OutputConfig(directory=str(here.out), naming="{seed}.{ext}")
+    request = imagen.Request("a fox", seed=7)
+    (here.root / "folder").mkdir()
+    for output, expected in {
+        "": f"{here.out}/7.{{ext}}",
+        f"{here.root}/a.png": f"{here.root}/a.png",
+        f"{here.root}/a.{{ext}}": f"{here.root}/a.{{ext}}",
+        f"{here.root}/new/": f"{here.root}/new/7.{{ext}}",
+        f"{here.root}/folder": f"{here.root}/folder/7.{{ext}}",
+        "~/a.png": f"{here.root}/a.png",
+    }.items():
+        assert imagen.image_name(output, request, config, time.time()) == expected
+    with pytest.raises(imagen.BadRequest, match="known too late for a folder"):
+        imagen.image_name(f"{here.root}/{{ext}}/a.png", request, config, time.time())
+
+
+def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(wired: Box) -> None:
+    blocks: dict[str, Any] = {
+        "mock": {"type": "mock", "parallel": 3},
+        "ai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "HTTP_TEST_KEY"},
+        "dear": {"type": "openai", "model": "m", "api_key_env": "HTTP_TEST_KEY", "cost_usd": 0.5},
+    }
+    config = imagen.Config(default_backend="mock", backends=blocks, owner_user_id=CONFIG_OWNER)
+    order = imagen.Order("a fox", seed=7, n=3, tags=("a", "b"), key="k")
+    plans = imagen.plans_of(order, config)
+    assert [plan.request.seed for plan in plans] == [7, 8, 9]
+    assert [plan.styled.seed for plan in plans] == [7, 8, 9]
+    assert [plan.parallel for plan in plans] == [3, 3, 3]
+    assert [plan.record["id"] for plan in plans] == [imagen.keyed_id("", "k", n) for n in range(3)]
+    record = plans[0].record
+    known = {"paid": False, "price": 0.0, "owner": CONFIG_OWNER, "private": False, "storage": ""}
+    known |= {"sidecar_wanted": True, "strict": False, "unmet": [], "key": "k"}
+    assert known.items() <= record.items()
+    assert record["sidecar"]["tags"] == ["a", "b"]
+    assert "cost_source" not in record["sidecar"]
+    order_ai = imagen.Order(
+        "a fox", backend="ai", cloud="off", quality="low", width=1024, height=1024
+    )
+    [plan] = imagen.plans_of(order_ai, config)
+    assert plan.record["private"] is plan.record["paid"] is True
+    assert plan.record["sidecar"]["cost_source"] == "table"
+    assert {"id", "key", "ordered"}.isdisjoint(plan.record)
+    [plan] = imagen.plans_of(imagen.Order("a fox", backend="dear", cloud="on", strict=True), config)
+    assert plan.record["sidecar"]["cost_source"] == "config"
+    assert (plan.record["price"], plan.record["strict"]) == (0.5, True)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d/a-fox-\d+", plan.record["storage"])
+    # A key's seed is its own, the same each time.
+    seeds = [imagen.plans_of(imagen.Order("x", key=key), config)[0].request.seed for key in "aab"]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert seeds[0] == int(imagen.keyed_id("", "a", 0)[-8:], 16) >> 1
+    # How many, where to, how private and how strict make no other order of it; all else does.
+    first = record["ordered"]
+    for same in ({"n": 1}, {"cloud": "off"}, {"strict": True}, {"output": f"{wired.root}/x.png"}):
+        assert imagen.plans_of(order._replace(**same), config)[0].record["ordered"] == first
+    for other in ({"prompt": "a hare"}, {"seed": 8}, {"tags": ()}, {"steps": 4}, {"aspect": "1:1"},
+                  {"backend": "mock"}, {"backend_opts": {"width": 64}}):  # fmt: skip
+        assert imagen.plans_of(order._replace(**other), config)[0].record["ordered"] != first
+    for name, files in {"images": ("a", "b"), "mask": ("a",)}.items():
+        hashes = set()
+        for file in files:
+            sidecar: Any = {
+                "images": {"inputs": [{"sha256": file}]},
+                "mask": {"mask": {"sha256": file}},
+            }
+            hashes.add(imagen.order_hash(order, sidecar[name]))
+        assert len(hashes | {imagen.order_hash(order, {})}) == len(files) + 1
+
+
+def keyed_plan(**order: Any) -> imagen.Plan:
+    """The plan of a free order with a key."""
+    config = imagen.load_config("")
+    fields = {"key": "k", "backend": "mock", "width": 16, "height": 16, **order}
+    return imagen.plans_of(imagen.Order("a fox", **fields), config)[0]
+
+
+KEYED_AT = itertools.count()
+
+
+def keyed_line(plan: imagen.Plan, **fields: Any) -> None:
+    """A line of the ledger that an earlier attempt at this plan has left."""
+    at = f"2026-01-02T03:04:{next(KEYED_AT):02d}.000+00:00"
+    record = {**plan.record, "at": at, **fields}
+    record["sidecar"] = {"image_id": record["id"], "timestamp": "", **record["sidecar"]}
+    imagen.add_to_ledger({name: value for name, value in record.items() if value is not None})
+
+
+def keyed_outcome(plan: imagen.Plan) -> tuple[str, imagen.Run]:
+    """What comes of an order whose key may be known: the image's path, `made now`, or the error."""
+    run = imagen.Run(30)
+    try:
+        record = imagen.earlier_image(plan, imagen.load_config(""), run)
+    except imagen.ImagenError as problem:
+        return f"{type(problem).__name__}: {problem}; {problem.charged}", run
+    if not record:
+        assert run.record["ordered"] == plan.record["ordered"]
+        run.entry.unlock()
+        return "made now", run
+    assert record["reused"]
+    return record["path"], run
+
+
+# The lines that the ledger has of a key, the older first; and what an order with it gets.
+KEYED_LINES: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
+    ([], {}, "made now"),
+    ([{}], {}, "made now"),
+    ([{"charged": "no"}], {}, "made now"),
+    ([{"path": "IMAGE", "charged": "yes"}], {}, "IMAGE"),
+    ([{"path": "IMAGE"}], {}, "IMAGE"),
+    ([{"path": "IMAGE", "charged": "yes"}], {"pay_again": True}, "IMAGE"),
+    ([{"path": "IMAGE", "charged": "unknown"}, {"charged": "no"}], {}, "IMAGE"),
+    ([{"path": "/gone.png", "charged": "yes"}], {}, "Disk: /gone.png: made for this key at"),
+    ([{"charged": "unknown"}], {}, "Unknown: the images of this key were sent for at"),
+    ([{"charged": "yes"}], {}, "Unknown: the images of this key were sent for at"),
+    ([{"charged": "unknown"}, {"charged": "no"}], {}, "Unknown: the images of this key were sent"),
+    ([{"charged": "unknown"}], {"pay_again": True}, "made now"),
+    ([{"ordered": "other"}], {}, "KeyConflict: the key k was used for another request"),
+    ([{"ordered": "other", "path": "IMAGE"}], {}, "KeyConflict: the key k was used for another"),
+    ([{"ordered": "other", "charged": "unknown"}], {"pay_again": True}, "KeyConflict: the key k"),
+    # Who was killed before it wrote what was ordered, and sent nothing, says nothing.
+    ([{"path": "IMAGE", "charged": "yes"}, {"ordered": None}], {}, "IMAGE"),
+    ([{"ordered": None}], {}, "made now"),
+    ([{"ordered": None, "charged": "yes"}], {}, "KeyConflict"),
+    ([{"charged": 7}], {}, "Unknown: the ledger has a damaged line with"),
+    ([{}, {"charged": 7}], {}, "Unknown: the ledger has a damaged line with"),
+    ([{"path": "IMAGE", "charged": "yes"}, {"charged": 7}], {}, "IMAGE"),
+]  # fmt: skip
+
+
+def test_pipeline_what_the_ledger_knows_of_a_key_decides_what_is_made(here: Box) -> None:
+    image = here.root / "image.png"
+    image.write_bytes(png())
+    for lines, order, expected in KEYED_LINES:
+        plan = keyed_plan(**order)
+        for line in lines:
+            place = {"path": str(image)} if line.get("path") == "IMAGE" else {}
+            keyed_line(plan, **{**line, **place})
+        outcome, run = keyed_outcome(plan)
+        assert outcome.replace(str(image), "IMAGE").startswith(expected), (lines, outcome)
+        made = expected == "made now"
+        assert (run.begun and os.path.exists(run.entry.path)) == made
+        assert len(here.unfinished()) == made
+        if outcome.startswith("Unknown: the images"):
+            assert outcome.endswith(lines[0]["charged"])
+        shutil.rmtree(here.state)
+
+
+def test_pipeline_an_open_entry_of_a_key_is_ended_waited_for_or_told(here: Box) -> None:
+    image = here.root / "image.png"
+    image.write_bytes(png())
+    plan = keyed_plan()
+
+    def left(ordered: str = "", **fields: Any) -> imagen.Entry:
+        """An entry that somebody who died has left."""
+        run = imagen.Run()
+        run.begin(plan)
+        if ordered:
+            run.entry.note(ordered=ordered)
+        run.entry.note(**fields)
+        run.entry.unlock()
+        return run.entry
+
+    # Never sent: made anew, behind a new entry.
+    left()
+    assert keyed_outcome(plan)[0] == "made now"
+    shutil.rmtree(here.state)
+    # Made, and not yet delivered.
+    plan = keyed_plan()
+    left(path=str(image))
+    outcome, run = keyed_outcome(plan)
+    assert (outcome, run.is_open) == (str(image), True)
+    run.entry.unlock()
+    shutil.rmtree(here.state)
+    # Over, for good: closed, and then as the ledger says.
+    for charged, expected in (("no", "made now"), ("unknown", "Unknown: the images of this key")):
+        plan = keyed_plan()
+        left(over=True, charged=charged)
+        assert keyed_outcome(plan)[0].startswith(expected)
+        shutil.rmtree(here.state)
+    # Maybe charged: with --pay-again it is closed, and another one made.
+    plan = keyed_plan(pay_again=True)
+    left(charged="unknown")
+    outcome, run = keyed_outcome(plan)
+    assert (outcome, run.charged) == ("made now", "no")
+    assert [line["charged"] for line in here.ledger()] == ["unknown"]
+    shutil.rmtree(here.state)
+    # Of another order: told, and left for whoever goes on with it.
+    plan = keyed_plan()
+    entry = left("another", charged="unknown")
+    assert keyed_outcome(plan)[0].startswith("KeyConflict")
+    again = imagen.Entry.take(entry.path)
+    assert again
+    # Somebody works on it: waited for, until it is over or we are stopped.
+    notes: list[str] = []
+    for why in ("", "user"):
+        run = imagen.Run(30, on_progress=lambda progress: notes.append(progress.note))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(imagen.earlier_image, plan, imagen.load_config(""), run)
+            eventually(lambda: notes)
+            if why:
+                run.stop(why)
+                assert isinstance(future.exception(), imagen.Interrupted)
+                continue
+            again.note(ordered=plan.record["ordered"], charged="no")
+            again.to_ledger()
+            assert future.result() is None
+            again = run.entry  # and now we are who works on it
+        assert {*notes} == {"waiting for who has the same key"}
+        notes.clear()
+    again.unlock()
+    # Not readable: it may have been paid for.
+    Path(again.path).write_text('{"charged": 7}')
+    assert keyed_outcome(plan)[0].startswith(f"Unknown: {again.path}: cannot be read")
+
+
+def test_pipeline_what_failed_is_open_or_closed_by_what_may_still_come_of_it(here: Box) -> None:
+    # charged, remote ids, begun elsewhere, error; its kind and whether the entry is closed.
+    known = {"id": "p1"}
+    cases: list[tuple[imagen.Charged, dict[str, Any], bool, imagen.ImagenError, type, bool]] = [
+        ("no", {}, False, imagen.BadRequest("x"), imagen.BadRequest, True),
+        ("no", {}, False, imagen.Unreachable("x"), imagen.Unreachable, True),
+        ("no", {}, False, imagen.Busy("x"), imagen.Busy, True),
+        ("no", known, False, imagen.Busy("x"), imagen.Failed, True),
+        ("no", known, False, imagen.Unreachable("x"), imagen.Failed, False),
+        ("no", known, False, imagen.Failed("x"), imagen.Failed, False),
+        ("no", known, False, imagen.Ended("x"), imagen.Ended, True),
+        ("yes", known, False, imagen.Ended("x"), imagen.Ended, True),
+        ("yes", {}, False, imagen.Refused("x"), imagen.Refused, True),
+        ("unknown", {}, False, imagen.Unreachable("x"), imagen.Unknown, False),
+        ("unknown", known, False, imagen.Failed("x"), imagen.Unknown, False),
+        ("unknown", {}, False, imagen.BadRequest("x"), imagen.Unknown, False),
+        ("unknown", {}, False, imagen.Interrupted("x"), imagen.Interrupted, False),
+        ("unknown", {}, False, imagen.Disk("x"), imagen.Disk, False),
+        ("unknown", {}, False, imagen.Ended("x"), imagen.Ended, True),
+        ("unknown", {}, True, imagen.Ended("x"), imagen.Unknown, True),
+        ("yes", {}, True, imagen.Ended("x"), imagen.Ended, True),
+    ]
+    outcomes = {"no": "not charged", "yes": "charged", "unknown": "maybe charged"}
+    for charged, ids, elsewhere, error, kind, closed in cases:
+        run = imagen.Run()
+        run.begin(keyed_plan(key=""))
+        run.entry.note(charged=charged, sending="2026-01-02T03:04:05Z")
+        run.charged = charged
+        run.remote_ids = ids
+        run.began_elsewhere = elsewhere
+        run.paid = True
+        failed = run._record_failure(error, None)
+        assert (type(failed), failed.charged) == (kind, charged), (charged, ids, error)
+        assert os.path.exists(run.entry.path) != closed
+        assert not run.entry.is_locked
+        expected = f"mock: x; {outcomes[charged]}"
+        if ids and not isinstance(error, imagen.Ended):
+            expected = f"mock: x (p1); {outcomes[charged]}"
+        assert str(failed) == f"{run.id[:8]}, {expected}" if elsewhere else expected
+        if not closed:
+            assert failed.hint == f"imagen recover {run.id}"
+            record = imagen.read_entry(run.entry.path)
+            assert record["error"] == {"code": failed.code, "message": str(failed)}
+        elif kind is imagen.Unknown:
+            assert failed.hint.startswith("sent 2026-01-02T03:04:05Z: ")
+    # A complete image on disk keeps it open, whatever the remote says.
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    here.out.mkdir()
+    Path(run.hidden).write_bytes(png())
+    run._record_failure(imagen.Ended("x", "look"), None)
+    assert os.path.exists(run.entry.path)
+    # What is to be reported stays for `deliver`, and is over.
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    run.entry.note(paid=True, storage="2026-01-02/a-fox-7")
+    run.charged = "yes"
+    run._record_failure(imagen.Refused("x"), None)
+    assert (run.record["over"], run.record["charged"], run.is_open) == (True, "yes", True)
+    run.entry.unlock()
+
+
+def test_pipeline_what_comes_back_is_an_image_or_told_by_what_it_cost(here: Box) -> None:
+    text = b"sign in, please " * 99
+
+    def finished(image: Any, paid: bool, elsewhere: bool = False) -> tuple[Any, imagen.Run]:
+        warnings: list[str] = []
+        run = imagen.Run(on_warning=warnings.append)
+        run.begin(keyed_plan(key=""))
+        here.out.mkdir(exist_ok=True)
+        run.paid = paid
+        run.charged = "unknown" if paid else "no"
+        run.began_elsewhere = elsewhere
+        try:
+            record = imagen.finish(run, imagen.Result(image=image, mime_type="image/png"))
+        except imagen.ImagenError as problem:
+            return problem, run
+        assert Path(record["path"]).read_bytes() == png(16, 16)[: run.record["sidecar"]["bytes"]]
+        return (
+            record["sidecar"]["charged"],
+            record["sidecar"].get("complete", True),
+            warnings,
+        ), run
+
+    for image in (png(16, 16), bytearray(png(16, 16)), io.BytesIO(png(16, 16))):
+        outcome, run = finished(image, paid=False)
+        assert outcome == ("no", True, [])
+        assert 0 <= (run.record["sidecar"]["latency_ms"] or 0) < 30_000
+        assert run.record["sidecar"]["latency_ms"] is not None
+    outcome, run = finished(png(16, 16), paid=True, elsewhere=True)
+    assert (outcome, run.record["sidecar"]["latency_ms"]) == (("yes", True, []), None)
+    outcome, _ = finished(png(16, 16)[:-20], paid=True)
+    assert outcome[:2] == ("yes", False)
+    assert outcome[2] == ["the image breaks off; it was paid for, so what there is of it is kept"]
+    outcome, _ = finished(png(16, 16)[:-20], paid=False)
+    assert (type(outcome), "that breaks off" in str(outcome)) == (imagen.Ended, True)
+    for paid, kind in ((False, imagen.Ended), (True, imagen.Unknown)):
+        outcome, run = finished(text, paid=paid)
+        assert (type(outcome), outcome.charged) == (kind, "yes" if paid else "no")
+        assert "sent no image but sign in, please" in str(outcome)
+        assert len(str(outcome)) < 200
+        assert os.path.exists(run.entry.path) == paid
+
+
+def test_pipeline_bytes_that_were_paid_for_get_a_name_before_their_entry_closes(here: Box) -> None:
+    here.out.mkdir()
+
+    def closed(charged: imagen.Charged, **files: bytes) -> tuple[list[str], bool, list[str]]:
+        """The names that are new, whether the entry is gone, and what was warned of."""
+        warnings: list[str] = []
+        run = imagen.Run(on_warning=warnings.append)
+        run.begin(keyed_plan(key="", output=f"{here.out}/fox.{{ext}}"))
+        run.charged = charged
+        for name, data in files.items():
+            Path(getattr(run, name)).write_bytes(data)
+        run.close()
+        assert not run.entry.is_locked
+        left = [path.name.replace(run.id[:8], "ID") for path in here.out.iterdir()]
+        gone = not os.path.exists(run.entry.path)
+        if gone:
+            assert here.ledger()[-1]["charged"] == charged
+        for path in here.out.iterdir():
+            path.unlink() if path.is_file() else path.rmdir()
+        return sorted(left), gone, warnings
+
+    assert closed("no", part=b"half", answer=b"{}") == ([], True, [])
+    names, gone, warnings = closed("unknown", part=png()[:-9], answer=b"{}", fallback=b"")
+    assert (names, gone) == (["fox.bin-ID.bin", "fox.png-ID.png"], True)
+    assert all("the bytes that were paid for are kept in" in line for line in warnings)
+    assert len(warnings) == 2
+    names, gone, _ = closed("yes", answer=b"{}", answer_fallback=b"{")
+    assert (names, gone) == (["fox.bin-ID-2.bin", "fox.bin-ID.bin"], True)
+
+
+def test_pipeline_recover_ends_an_entry_by_what_is_left_of_it(here: Box) -> None:
+    here.out.mkdir()
+    config = imagen.load_config("")
+
+    def recovered(record: Mapping[str, Any] = imagen.EMPTY, **files: bytes) -> Any:
+        run = imagen.Run()
+        run.begin(keyed_plan(key=""))
+        run.entry.note(**record)
+        for name, data in files.items():
+            Path(getattr(run, name)).write_bytes(data)
+        run.entry.unlock()
+        entry = imagen.Entry.take(run.entry.path)
+        assert entry
+        run = imagen.Run()
+        outcome = imagen.recover(entry, config, run)
+        left = [path for path in run.hidden_files if os.path.exists(path)]
+        assert left == []
+        closed = not os.path.exists(entry.path)
+        entry.unlock()
+        return outcome, closed, run
+
+    assert recovered()[:2] == (None, True)
+    assert recovered({"over": True})[:2] == (None, False)
+    image = here.out / "image.png"
+    image.write_bytes(png())
+    outcome, closed, _ = recovered({"path": str(image)}, part=b"half", answer=b"{}")
+    assert (outcome["path"], closed) == (str(image), False)
+    for name in ("hidden", "part", "fallback"):
+        for paid, charged in ((False, "no"), (True, "yes")):
+            record = {"paid": paid, "charged": "unknown" if paid else "no"}
+            outcome, closed, run = recovered(record, **{name: png()})
+            assert Path(outcome["path"]).read_bytes() == png()
+            assert (outcome["sidecar"]["charged"], run.charged, closed) == (charged, charged, False)
+            assert outcome["image"]["sha256"] == hashlib.sha256(png()).hexdigest()
+    # A name that was taken for it, on a disk without hard links; and one that is another's by now.
+    facts = {"sha256": hashlib.sha256(png()).hexdigest(), "bytes": len(png())}
+    image.write_bytes(png())
+    outcome, closed, _ = recovered({"claim": str(image), "image": facts})
+    assert (outcome["path"], outcome["sidecar"]["sha256"], closed) == (
+        str(image),
+        facts["sha256"],
+        False,
+    )
+    image.write_bytes(png(9, 9))
+    assert recovered({"claim": str(image), "image": facts})[:2] == (None, True)
+    assert image.read_bytes() == png(9, 9)
+    # The folder is away: whatever may be in it is waited for.
+    run = imagen.Run()
+    run.begin(keyed_plan(key="", output=f"{here.root}/away/fox.png"))
+    run.entry.note(charged="unknown", sending="x")
+    run.entry.unlock()
+    entry = imagen.Entry.take(run.entry.path)
+    assert entry
+    with pytest.raises(imagen.Disk, match="away: not there, and may hold the image"):
+        imagen.recover(entry, config, imagen.Run())
+    assert not entry.is_locked
+
+
 CLOCK = """
 import os, time
 began = time.monotonic()
