@@ -15788,7 +15788,7 @@ def test_pipeline_a_name_is_a_file_a_folder_or_what_the_config_says(here: Box) -
 def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(wired: Box) -> None:
     blocks: dict[str, Any] = {
         "mock": {"type": "mock", "parallel": 3},
-        "ai": {"type": "openai", "model": "gpt-image-1-mini", "api_key_env": "HTTP_TEST_KEY"},
+        "flux": {"type": "replicate", "model": "black-forest-labs/flux-schnell"},
         "dear": {"type": "openai", "model": "m", "api_key_env": "HTTP_TEST_KEY", "cost_usd": 0.5},
     }
     config = imagen.Config(default_backend="mock", backends=blocks, owner_user_id=CONFIG_OWNER)
@@ -15804,10 +15804,7 @@ def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(wired: Box) ->
     assert known.items() <= record.items()
     assert record["sidecar"]["tags"] == ["a", "b"]
     assert "cost_source" not in record["sidecar"]
-    order_ai = imagen.Order(
-        "a fox", backend="ai", cloud="off", quality="low", width=1024, height=1024
-    )
-    [plan] = imagen.plans_of(order_ai, config)
+    [plan] = imagen.plans_of(imagen.Order("a fox", backend="flux", cloud="off"), config)
     assert plan.record["private"] is plan.record["paid"] is True
     assert plan.record["sidecar"]["cost_source"] == "table"
     assert {"id", "key", "ordered"}.isdisjoint(plan.record)
