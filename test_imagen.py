@@ -12014,6 +12014,245 @@ def test_journal_a_ledger_of_many_blocks_is_read_newest_first_and_searched_whole
         assert found and found["path"] == f"/{number}.png"
 
 
+def test_journal_an_entry_is_one_of_its_name_and_leaves_nothing_else(here: Box) -> None:
+    entry = imagen.Entry.create(
+        {"id": "x", "paid": True, "name": "/a", "claim": "/b", "storage": "c"}
+    )
+    assert os.listdir(here.state / "open") == ["x.jsonl"]
+    with pytest.raises(imagen.Busy, match="x: somebody works on it"):
+        imagen.Entry.create({"id": "x"})
+    assert os.listdir(here.state / "open") == ["x.jsonl"]
+    entry.note(remote={"a": 1})
+    entry.note(durable=True, remote={"b": 2}, charged="yes")
+    known = {"id": "x", "paid": True, "remote": {"a": 1, "b": 2}, "charged": "yes"}
+    opened = known | {"name": "/a", "claim": "/b", "storage": "c"}
+    assert entry.record == imagen.read_entry(entry.path) == opened
+    state = imagen.journal_state()
+    entry.to_ledger()  # without what mattered while it was open
+    assert (here.ledger(), os.listdir(here.state / "open")) == ([known], [])
+    assert imagen.journal_state() != state
+    assert not entry.is_locked
+    entry.unlock()
+    # What came of nothing leaves no line.
+    imagen.Entry.create({"id": "y"}).discard()
+    assert (here.ledger(), os.listdir(here.state / "open")) == ([known], [])
+    assert imagen.Entry.take(str(here.state / "open" / "y.jsonl")) is None
+    # Whoever was killed before its entry had its name has sent nothing; who lives is left alone.
+    for name in (".dead", ".alive"):
+        (here.state / "open" / name).write_bytes(b'{"id": "z"}\n')
+    alive = imagen.Entry.take(str(here.state / "open" / ".alive"))
+    assert alive
+    imagen.sweep_journal()
+    assert os.listdir(here.state / "open") == [".alive"]
+    alive.unlock()
+
+
+def test_journal_a_state_folder_has_ids_of_its_own(here: Box) -> None:
+    first = imagen.keyed_id("caller", "key", 0)
+    assert uuid.UUID(first).version == 5
+    assert imagen.keyed_id("caller", "key", 0) == first
+    namespace = uuid.UUID((here.state / "namespace").read_text())
+    assert first == str(uuid.uuid5(namespace, '["caller", "key", 0]'))
+    others = [("caller", "key", 1), ("caller", "other", 0), ("", "key", 0)]
+    assert len({first, *(imagen.keyed_id(*other) for other in others)}) == 4
+    assert (here.state / "namespace").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in here.state.iterdir() if path.is_file()] == ["namespace"]
+    # Of another folder, and of this one after it was emptied, they are others.
+    (here.state / "namespace").unlink()
+    assert imagen.keyed_id("caller", "key", 0) != first
+
+
+def test_journal_entries_have_a_state_and_those_of_the_living_are_not_unfinished(
+    here: Box,
+) -> None:
+    records: dict[str, Any] = {
+        "begun": {"at": "4"},
+        "sent": {"at": "3", "sending": "x"},
+        "known": {"at": "2", "remote": {"id": "x"}},
+        "made": {"at": "1", "path": "/x.png", "sidecar": {"image_id": "made", "prompt": "x"}},
+        "over": {"at": "0", "over": True, "sending": "x"},
+    }
+    for ident, record in records.items():
+        imagen.Entry.create({"id": ident, **record}).unlock()
+    (here.state / "open" / "odd.jsonl").write_text('{"at": 7}')
+    (here.state / "open" / "begun.answer").write_text("{}")
+    states = {row.record["id"]: row.state for row in imagen.entries()}
+    assert states == {
+        "odd": "cannot be read", "over": "to deliver", "made": "to deliver", "known": "sent",
+        "sent": "sent", "begun": "begun",
+    }  # fmt: skip
+    dated = [row.record["id"] for row in imagen.entries() if "at" in row.record]
+    assert dated == ["over", "made", "known", "sent", "begun"]  # oldest first
+    alive = imagen.Entry.take(str(here.state / "open" / "sent.jsonl"))
+    assert alive
+    assert {row.record["id"] for row in imagen.unfinished()} == states.keys() - {"sent"}
+    alive.unlock()
+    fault = imagen.journal_fault()
+    assert "odd.jsonl: cannot be read" in str(fault)
+    (here.state / "open" / "odd.jsonl").unlink()
+    assert imagen.journal_fault() is None
+
+
+# What an attempt counts as: charged, reserved, price, the sidecar's cost, with an image or without.
+JOURNAL_COSTS: list[tuple[dict[str, Any], float | None, tuple[str, float]]] = [
+    ({}, None, ("estimated", 0.0)),
+    ({"charged": "no", "price": 0.04}, 0.04, ("estimated", 0.0)),
+    ({"charged": "no", "price": 0.04, "path": "/x"}, 0.04, ("estimated", 0.04)),
+    ({"charged": "yes", "price": 0.04}, 0.04, ("estimated", 0.04)),
+    ({"charged": "yes", "price": 0.04}, 0.05, ("reported", 0.05)),
+    ({"charged": "yes", "price": None}, 0.05, ("reported", 0.05)),
+    ({"charged": "yes", "reserved": 0.1, "price": 0.04}, None, ("reserved", 0.1)),
+    ({"charged": "yes", "price": 0.04}, None, ("reserved", 0.04)),
+    ({"charged": "yes", "price": None}, None, ("reserved", 0.0)),
+    ({"charged": "unknown", "reserved": 0.1, "price": 0.04}, 0.05, ("reserved", 0.1)),
+    ({"charged": "unknown", "reserved": None, "price": 0.04}, 0.05, ("reserved", 0.04)),
+]
+
+
+def test_journal_what_an_attempt_counts_as_is_reported_estimated_or_reserved(here: Box) -> None:
+    for fields, usd, expected in JOURNAL_COSTS:
+        record: Any = {**fields, "sidecar": {"cost_usd_estimate": usd}}
+        assert imagen.cost_of(record) == expected, record
+    assert imagen.cost_of({"charged": "yes", "price": 0.04}) == ("reserved", 0.04)
+    # An open entry counts once it was sent, or where its process is about to send.
+    for charged, reserved, alive, expected in (
+        ("no", None, True, "no"),
+        ("no", 0.04, False, "no"),
+        ("no", 0.04, True, "unknown"),
+        ("unknown", 0.04, False, "unknown"),
+        ("yes", None, False, "yes"),
+    ):
+        fields: Any = {"charged": charged, "reserved": reserved}
+        entry = imagen.Entry.create({"id": "x", "sidecar": {"image_id": "x"}, **fields})
+        if not alive:
+            entry.unlock()
+        [row] = imagen.entries()
+        assert imagen.may_cost(row) is (expected != "no")
+        assert row.record["charged"] == expected
+        listed = [*imagen.attempts(under_way=True)]
+        assert len(listed) == (expected != "no")
+        assert [*imagen.attempts()] == []
+        entry.discard()
+
+
+def test_journal_images_are_listed_newest_first_by_owner_words_and_backend(here: Box) -> None:
+    def made(number: int, **fields: Any) -> Any:
+        ident = f"0000000{number}-0000-4000-8000-000000000000"
+        sidecar = {"image_id": ident, "prompt": f"Fox {number}", "backend": "mock", "seed": number}
+        sidecar |= {"style": "ink", **fields.pop("sidecar", {})}
+        record = {"id": ident, "at": f"2026-01-0{number}", "path": f"/{number}.png"}
+        return {**record, **fields, "sidecar": sidecar}
+
+    for record in (
+        made(1), made(2, owner="anna"), made(3, sidecar={"backend": "far"}),
+        {"id": "failed", "at": "2026-01-04", "charged": "yes"}, made(5), made(6),
+    ):  # fmt: skip
+        imagen.add_to_ledger(record)
+    imagen.add_to_ledger({**made(5), "deleted": "2026-01-06"})
+    opened = [imagen.Entry.create(made(number)) for number in (7, 8)]
+
+    def numbers(**query: Any) -> str:
+        images = imagen.images_made(**query)
+        return "".join(record["sidecar"]["prompt"][-1] for record in images)
+
+    ids = {number: made(number)["id"] for number in range(1, 9)}
+    assert numbers() == "876321"
+    assert numbers(owners=("anna",)) == "2"
+    assert numbers(owners=("anna", "")) == "876321"
+    assert numbers(owners=("bert",)) == ""
+    assert numbers(backend="far") == "3"
+    assert numbers(terms=["INK", "fox 2"]) == "2"
+    assert numbers(terms=["ink fox"]) == ""
+    assert numbers(before=ids[8]) == "76321"
+    assert numbers(before=ids[7]) == "6321"
+    assert numbers(before=ids[3]) == "21"
+    assert numbers(before=ids[5]) == "321"  # though it was deleted
+    assert numbers(before=ids[1]) == numbers(before=str(uuid.uuid4())) == ""
+    config = imagen.Config(owner_user_id="anna")
+    assert imagen.shown_owners(config, everybody=True) == ()
+    assert imagen.shown_owners(config, everybody=False) == ("", "anna")
+    for entry in opened:
+        entry.unlock()
+
+
+def test_journal_an_image_is_found_by_path_sidecar_id_bytes_or_as_the_last(here: Box) -> None:
+    here.out.mkdir()
+    path = here.out / "a.png"
+    path.write_bytes(png())
+    ident = "00000001-0000-4000-8000-000000000000"
+    sidecar = {"image_id": ident, "prompt": "a fox", "sha256": hashlib.sha256(png()).hexdigest()}
+    sidecar["timestamp"] = "2026-01-02"
+    assert (
+        imagen.find_image("last")
+        is imagen.find_image(ident)
+        is imagen.find_image(str(path))
+        is None
+    )
+    beside = here.out / "a.png.json"
+    beside.write_text(json.dumps(sidecar))
+    # Known by its sidecar alone.
+    alone = {"id": ident, "at": "2026-01-02", "path": str(path), "sidecar": sidecar}
+    assert imagen.find_image(str(path)) == imagen.find_image(str(beside)) == alone
+    beside.unlink()
+    record = {"id": "e", "at": "x", "path": str(path), "sidecar": sidecar}
+    imagen.add_to_ledger(record)
+    imagen.add_to_ledger({"id": "failed", "at": "y", "charged": "yes", "sidecar": sidecar})
+    for name in ("last", ident, str(path), "~/pictures/a.png"):
+        assert imagen.find_image(name) == record, name
+    # Moved, with its sidecar or without.
+    moved = here.root / "b.png"
+    path.rename(moved)
+    assert imagen.find_image(str(moved)) == {**record, "path": str(moved)}
+    (here.root / "b.png.json").write_text(json.dumps(sidecar))
+    for name in (str(moved), f"{moved}.json"):
+        assert imagen.find_image(name) == {**record, "path": str(moved)}
+    # What is no sidecar of ours says nothing; nor does a file that is no image of ours.
+    (here.root / "b.png.json").write_text('{"image_id": 7}')
+    assert imagen.find_image(str(moved)) == {**record, "path": str(moved)}
+    moved.write_bytes(png(9, 9))
+    (here.root / "b.png.json").unlink()
+    assert imagen.find_image(str(moved)) is None
+    assert imagen.find_image(str(path)) == record  # gone, and known
+
+
+def test_journal_the_first_sidecar_says_what_was_asked_for(here: Box) -> None:
+    digest = "0" * 64
+    image = imagen.Input(path="/secret/a.png", name="a.png", sha256=digest, width=4, height=5,
+                         mime_type="image/png", image_id="", orientation=1)  # fmt: skip
+    request = imagen.Request("a fox", style="ink", backend="ai", seed=7)
+    styled = request._replace(prompt="a fox in ink", negative_prompt="blur")
+    plain = imagen.first_sidecar(request, styled, "m", 0.04)
+    assert plain == {
+        "prompt": "a fox",
+        "style": "ink",
+        "styled_prompt": "a fox in ink",
+        "negative_prompt": "blur",
+        "backend": "ai",
+        "model": "m",
+        "seed": 7,
+        "steps": None,
+        "requested": {"width": 0, "height": 0, "steps": 0},
+        "cost_usd_estimate": 0.04,
+        "imagen_version": imagen.__version__,
+    }
+    more: dict[str, Any] = {"width": 64, "height": 48, "steps": 4, "aspect": "4:3", "strength": 0.5}
+    request = request._replace(**more, images=(image,), mask=image, backend_opts={"a": 1})
+    full = imagen.first_sidecar(request, request, None, None)
+    fields = {name: full.get(name) for name in full.keys() - plain.keys()}
+    known = {"name": "a.png", "sha256": digest, "width": 4, "height": 5, "mime_type": "image/png"}
+    assert fields == {"width": 64, "height": 48, "inputs": [known], "mask": known, "strength": 0.5}
+    assert (full["steps"], full["model"], full["cost_usd_estimate"]) == (4, None, None)
+    assert full["requested"] == {
+        "width": 64, "height": 48, "steps": 4, "aspect": "4:3", "backend_opts": {"a": 1}
+    }  # fmt: skip
+    # And an adapter that goes on with it sees the same request again.
+    again = imagen.styled_request(full)
+    assert (again.prompt, again.steps, again.strength, again.aspect) == ("a fox", 4, 0.5, "4:3")
+    folder = str(here.state / "inputs" / digest)
+    assert [item.path for item in (*again.images, again.mask)] == [folder] * 2  # type: ignore[union-attr]
+    assert again.images[0]._replace(path="/secret/a.png") == image
+
+
 def test_journal_what_a_backend_says_of_its_image_stands_in_the_sidecar() -> None:
     result = {
         "model": "m",
@@ -16172,6 +16411,346 @@ def test_pipeline_recover_ends_an_entry_by_what_is_left_of_it(here: Box) -> None
     assert not entry.is_locked
 
 
+def test_pipeline_inputs_are_copied_checked_and_said_to_be_takable_by_others(
+    inputs_here: Box,
+) -> None:
+    config = imagen.load_config()
+    stray = inputs_here.state / "inputs" / ("0" * 64)
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"old")
+    os.utime(stray, (1e9, 1e9))
+    order = imagen.Order("a fox", backend="mock", images=("a.png", "b.jpg"), mask="mask.png")
+    [plan] = imagen.plans_of(order._replace(strength=0.5), config)
+    assert [image.name for image in plan.request.images] == ["a.png", "b.jpg"]
+    assert plan.request.mask
+    assert (plan.request.mask.name, plan.request.strength) == ("mask.png", 0.5)
+    assert plan.styled.images == plan.request.images
+    copies = {Path(image.path) for image in (*plan.request.images, plan.request.mask)}
+    assert {*stray.parent.iterdir()} == copies
+    with pytest.raises(imagen.BadRequest) as caught:
+        imagen.plans_of(order._replace(backend="flux2"), config)
+    assert str(caught.value) == "flux2 cannot take a mask"
+    names = caught.value.hint.removeprefix("backends that can: ").split(", ")
+    assert {"mock", "gpt"} == INPUTS_BLOCKS.keys() & {*names}
+    with pytest.raises(
+        imagen.BadRequest, match="schnell cannot take 2 images \\(at most 0\\), a m"
+    ):
+        imagen.plans_of(order._replace(backend="schnell"), config)
+
+
+def test_pipeline_what_is_not_reached_is_made_by_another_once(wired: Box) -> None:
+    asleep = {"type": "mock", "fail": "unreachable", "fallback": "cloud"}
+    blocks: dict[str, Any] = {"asleep": asleep, "first": {**asleep, "fallback": "asleep"}}
+    blocks["alone"] = {**asleep, "fallback": ""}
+
+    def made(backend: str) -> Any:
+        order = imagen.Order("a fox", backend=backend, seed=7, tags=("t",), key=backend,
+                             width=16, height=16, quality="high")  # fmt: skip
+        [plan] = imagen.plans_of(order, config)
+        warnings: list[str] = []
+        run = imagen.Run(on_warning=warnings.append)
+        try:
+            record = imagen.finish(run, imagen.make(plan, config, run))
+        except imagen.ImagenError as problem:
+            assert not run.entry.is_locked
+            return problem, warnings, plan
+        run.close()
+        return record, warnings, plan
+
+    with Remote(ok(openai_images(png(16, 16)))) as remote:
+        cloud = {"type": "openai", "model": "m", "cost_usd": 0.5, "base_url": f"{remote.base}/v1"}
+        blocks["cloud"] = {**cloud, "api_key_env": "HTTP_TEST_KEY"}
+        config = imagen.load_config("")._replace(backends=blocks)
+        record, [warning], plan = made("asleep")
+    assert warning.endswith("; cloud makes it instead")
+    sidecar = record["sidecar"]
+    assert (sidecar["backend"], sidecar["fallback_from"]) == ("cloud", "asleep")
+    assert (sidecar["prompt"], sidecar["seed"], sidecar["tags"]) == ("a fox", 7, ["t"])
+    assert (record["paid"], record["price"], record["charged"]) == (True, 0.5, "yes")
+    assert (sidecar["cost_usd_estimate"], sidecar["cost_source"]) == (0.5, "config")
+    assert (plan.record["unmet"], record["unmet"]) == (["quality"], [])
+    same = ("id", "key", "ordered", "owner", "name")
+    assert {name: record[name] for name in same} == {name: plan.record[name] for name in same}
+    # The attempt that was not sent leaves a line, and costs nothing.
+    assert [(line["charged"], "path" in line) for line in wired.ledger()] == [
+        ("no", False), ("yes", True)
+    ]  # fmt: skip
+    # Of those that stand in, none has one itself; and who has none fails.
+    for backend, expected in (("first", ["asleep makes it instead"]), ("alone", [])):
+        problem, warnings, _ = made(backend)
+        assert isinstance(problem, imagen.Unreachable)
+        assert [line.rpartition("; ")[2] for line in warnings] == expected
+    assert wired.unfinished() == []
+
+
+def test_pipeline_further_images_of_a_job_have_entries_of_their_own(here: Box) -> None:
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    run.entry.note(charged="yes")
+    run.remote(id="p1")
+    entry = imagen.open_further(run, {"id": "p1", "number": 1})
+    assert entry.is_locked
+    assert entry.record["id"] == entry.record["sidecar"]["image_id"] != run.id
+    assert (entry.record["remote"], entry.record["charged"]) == ({"id": "p1", "number": 1}, "yes")
+    assert run.record["remote"] == {"id": "p1"}
+    assert run.record["sidecar"]["image_id"] == run.id
+    same = ("name", "price", "owner", "at")
+    assert all(entry.record[name] == run.record[name] for name in same)
+    assert len(here.unfinished()) == 2
+    entry.unlock()
+    run.entry.unlock()
+
+
+def test_pipeline_a_run_knows_what_its_entry_says(here: Box) -> None:
+    run = imagen.Run()
+    assert not run.is_open
+    run.job = "j"
+    run.begin(keyed_plan(key=""))
+    facts = (run.is_open, run.began_elsewhere, run.paid, run.charged, run.record["job"])
+    assert facts == (True, False, False, "no", "j")
+    assert run.record["host"] == socket.gethostname()
+    assert run.record["sidecar"]["image_id"] == run.image_id == run.id
+    assert run.record["sidecar"]["timestamp"] == run.record["at"]
+    assert Path(run.hidden).parent == here.out
+    run.note_best_effort(charged="yes", remote={"id": "p"}, paid=True)
+    run.entry.unlock()
+    assert not run.is_open
+    entry = imagen.Entry.take(run.entry.path)
+    assert entry
+    other = imagen.Run()
+    other.adopt(entry)
+    facts = (other.is_open, other.began_elsewhere, other.paid, other.charged, other.job)
+    assert facts == (True, True, True, "yes", "j")
+    assert (other.id, other.image_id, other.hidden) == (run.id, run.id, run.hidden)
+    assert other.remote_ids == {"id": "p"}
+    entry.discard()
+    # One of whose lines nothing can be read.
+    torn = here.state / "open" / "torn.jsonl"
+    torn.write_bytes(b'{"id": "')
+    entry = imagen.Entry.take(str(torn))
+    assert entry
+    other.adopt(entry)
+    assert (other.id, other.image_id, other.job) == ("torn", "torn", "")
+    assert (other.paid, other.charged, other.remote_ids) == (False, "no", {})
+    entry.unlock()
+
+
+def test_pipeline_a_stop_waits_for_the_id_of_what_was_paid(here: Box) -> None:
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    run.charged = "unknown"
+    run.stop("user")
+    assert (run.why, run.stop_pending) == ("", True)
+    run.remote(url="x")
+    assert run.why == ""
+    run.remote(id="p1")
+    assert run.why == "user"
+    assert imagen.read_entry(run.entry.path)["remote"] == {"url": "x", "id": "p1"}
+    # What has another reason, or an id already, or cost nothing, is stopped at once.
+    for why, charged, ids in (("lost", "unknown", {}), ("user", "unknown", {"id": "p"}),
+                              ("user", "no", {}), ("user", "yes", {})):  # fmt: skip
+        other = imagen.Run()
+        other.charged = charged  # type: ignore[assignment]
+        other.remote_ids = dict(ids)
+        other.stop(why)
+        assert (other.why, other.stop_pending) == (why, False)
+    # The delivery has a deadline of its own, and the same stop.
+    for why, expected in (("", ""), ("deadline", ""), ("user", "user")):
+        other = imagen.Run(1)
+        other.why = why
+        delivery = other.delivery()
+        assert (delivery.why, delivery.timeout) == (expected, imagen.DELIVERY_S)
+    other = imagen.Run()
+    delivery = other.delivery()
+    other.stop("deadline")
+    assert delivery.why == ""
+    other.stop("lost")
+    assert delivery.why == "lost"
+    run.entry.unlock()
+
+
+def test_pipeline_what_cannot_be_noted_is_warned_of_and_goes_on(here: Box) -> None:
+    warnings: list[str] = []
+    run = imagen.Run(on_warning=warnings.append)
+    run.begin(keyed_plan(key=""))
+    assert run.note_best_effort(image={"bytes": 1})
+    nested: list[Any] = []
+    nested.append(nested)
+    assert not run.note_best_effort(metadata=nested)
+    assert "metadata" not in run.record  # or no later line could be written
+    os.close(run.entry.fd)
+    run.entry.fd = os.open(run.entry.path, os.O_RDONLY)
+    assert not run.note_best_effort(image={"file": "x"})
+    assert run.record["image"] == {"bytes": 1, "file": "x"}  # known here all the same
+    assert len(warnings) == 2
+    assert all(line.startswith(f"journal: {run.entry.path}: ") for line in warnings)
+    assert warnings[1].endswith("Bad file descriptor")
+    run.entry.unlock()
+    # A paid answer that has no room anywhere is in memory alone; half of it takes no room either.
+    run.answer_fallback = f"{here.root}/nowhere/a"
+    run.answer = f"{here.root}/nowhere/b"
+    run.keep_answer(b"{}")
+    assert warnings[2].endswith("the answer is in memory alone")
+    assert run.kept_answer() == b""
+    imagen.Secret("sk-of-this-test-1")
+    run.answer = f"{here.root}/answer"
+    run.keep_answer(bytearray(b'{"key": "sk-of-this-test-1"}'))
+    assert run.kept_answer() == b'{"key": "***"}'
+    # Where the target's folder is gone, what comes lands in the state folder.
+    with run.spool() as spool:
+        assert spool.path == run.fallback
+    here.out.mkdir()
+    with run.spool() as spool:
+        assert spool.path == run.part
+        spool.write(png()[:-9])
+    assert run.complete_image_path() == ""
+    Path(run.fallback).write_bytes(png())
+    assert run.complete_image_path() == run.fallback
+    Path(run.part).write_bytes(png())
+    assert run.complete_image_path() == run.part
+    run.clean()
+    assert here.hidden() == []
+
+
+def test_pipeline_what_the_cloud_lacks_follows_from_the_record() -> None:
+    made = {"storage": "x", "path": "/x"}
+    paid = {**made, "paid": True, "object": "x", "row": True}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"path": "/x", "paid": True, "charged": "yes"}, ""),
+        ({"storage": "x"}, ""),
+        (made, "object row"),
+        ({**made, "object": "x"}, "row"),
+        ({**made, "object": "x", "row": True}, ""),
+        ({**made, "refused": True}, ""),
+        ({**made, "charged": "yes"}, "object row"),
+        ({**paid, "charged": "no"}, ""),
+        ({**paid, "charged": "yes"}, "usage"),
+        ({**paid, "charged": "unknown"}, "usage"),
+        ({**paid, "charged": "yes", "usage": "yes"}, ""),
+        ({**paid, "charged": "yes", "usage": "unknown"}, "usage"),
+        ({**paid, "charged": "no", "usage": "unknown"}, "usage"),
+        ({**paid, "charged": "yes", "usage": "for good"}, ""),
+        ({"storage": "x", "paid": True, "charged": "unknown"}, "usage"),
+        ({"storage": "x", "paid": True}, ""),
+        ({**made, "refused": True, "paid": True, "charged": "yes"}, "usage"),
+    ]
+    for record, expected in cases:
+        missing_parts: Any = record
+        assert " ".join(imagen.missing_uploads(missing_parts)) == expected, record
+
+
+def delivered(here: Box, **fields: Any) -> tuple[imagen.Run, str]:
+    """A delivery of an image whose record has these fields, and the error in which it ended."""
+    here.out.mkdir(exist_ok=True)
+    image = here.out / f"{uuid.uuid4()}.png"
+    image.write_bytes(png())
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    digest = hashlib.sha256(png()).hexdigest()
+    sidecar = {"mime_type": "image/png", "sha256": digest, **fields.pop("sidecar", {})}
+    sidecar.setdefault("storage_path", imagen.object_path("2026-01-02/fox-7", run.id, "png"))
+    base = {"storage": "2026-01-02/fox-7", "path": str(image), "owner": CONFIG_OWNER}
+    run.entry.note(**{**base, **fields}, sidecar=sidecar)
+    run.charged = run.record.get("charged", "no")
+    run.began_elsewhere = fields.pop("elsewhere", False)
+    try:
+        imagen.deliver(run, imagen.load_config(""))
+    except imagen.ImagenError as problem:
+        assert not run.entry.is_locked
+        return run, f"{type(problem).__name__}: {problem} ({problem.hint})"
+    assert not run.entry.is_locked
+    return run, ""
+
+
+def test_pipeline_a_delivery_goes_on_where_it_stopped_and_says_what_failed(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def line() -> dict[str, Any]:
+        return wired.ledger()[-1]
+
+    with worker_cloud(monkeypatch) as cloud:
+
+        def sent() -> list[str]:
+            calls = [f"{seen.method} {seen.path.split('?')[0]}" for seen in cloud.seen]
+            cloud.seen.clear()
+            return [call.replace("/storage/v1/object/imagen-generated/", "") for call in calls]
+
+        # 1. Object, row, usage; or what of them is missing.
+        run, error = delivered(wired, paid=True, charged="yes")
+        place = f"2026-01-02/fox-7-{run.id[:8]}.png"
+        assert (error, os.path.exists(run.entry.path)) == ("", False)
+        assert sent() == [f"PUT {place}", "POST /rest/v1/images", "POST /rest/v1/imagen_usage"]
+        assert (line()["row"], line()["object"], line()["usage"]) == (True, "x", "yes")
+        run, error = delivered(wired, object="2026/x-7-of-another.png", row=True)
+        assert (error, sent(), os.path.exists(run.entry.path)) == ("", [], False)
+        # 2. Without an owner; an image that is gone, or another; and one whose folder is away.
+        run, error = delivered(wired, owner="")
+        assert error.startswith("BadConfig: cloud sync: owner_user_id is empty")
+        assert error.endswith("later: imagen sync)")
+        assert os.path.exists(run.entry.path)
+        run, error = delivered(wired, path=str(wired.out / "gone.png"))
+        assert error.startswith("BadRequest: cloud sync: ")
+        assert "gone.png is gone" in error and "later" not in error
+        assert (line()["refused"], os.path.exists(run.entry.path)) == (True, False)
+        run, error = delivered(wired, path=str(wired.root / "away" / "a.png"))
+        assert (error.split(":")[0], os.path.exists(run.entry.path)) == ("Disk", True)
+        changed = {"sha256": "0" * 64}
+        _, error = delivered(wired, sidecar=changed, elsewhere=True)
+        assert "was changed since it was made" in error
+        assert delivered(wired, sidecar={"sha256": None}, elsewhere=True)[1] == ""
+        assert delivered(wired, sidecar=changed)[1] == ""  # this process has just made it
+        sent()
+        # 3. Of a sidecar that came alone, or of release 0.1.0: its row tells where it is.
+        run, error = delivered(wired, sidecar={"storage_path": "2026/fox-7.png"})
+        place = f"PUT 2026-01-02/fox-7-{run.id[:8]}.png"
+        assert (error, sent()) == ("", ["GET /rest/v1/images", place, "POST /rest/v1/images"])
+        run, error = delivered(wired, object="2026/fox-7.png", sidecar={"storage_path": None})
+        calls = ["GET /rest/v1/images", "GET /rest/v1/images", place, "POST /rest/v1/images"]
+        calls[2] = f"PUT 2026-01-02/fox-7-{run.id[:8]}.png"
+        assert (error, sent()) == ("", calls)
+    row = [{"id": "x", "storage_path": "2026/elsewhere.png"}]
+    with worker_cloud(monkeypatch, GET=row) as cloud:
+        run, error = delivered(wired, sidecar={"storage_path": "2026/fox-7.png"})
+        assert (error, line()["object"], line()["row"]) == ("", "2026/elsewhere.png", True)
+        assert [seen.method for seen in cloud.seen] == ["GET"]
+
+
+def test_pipeline_what_the_cloud_refuses_is_over_and_what_it_cannot_take_waits(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Refused for good: no later repeat, and the object that has no row goes; usage goes on.
+    refusal = status(400, {"code": "23503", "message": "no such user"})
+    with worker_cloud(monkeypatch, POST=refusal, DELETE={}) as cloud:
+        run, error = delivered(wired, paid=True, charged="yes")
+        assert error.startswith("BadRequest: cloud sync: 400 23503: no such user (owner_user_id")
+        assert [seen.method for seen in cloud.seen] == ["PUT", "POST", "DELETE", "POST"]
+        assert (
+            wired.ledger()[-1]["refused"],
+            wired.ledger()[-1]["object"],
+            wired.ledger()[-1]["usage"],
+        ) == (True, "", "for good")
+        run, error = delivered(wired, paid=True, charged="yes", row=True, object="x")
+        assert error.startswith("BadRequest: usage: 400 23503")
+    # What may pass later stays open, and nothing after it is tried.
+    with worker_cloud(monkeypatch, PUT=status(401, {"message": "no"})) as cloud:
+        run, error = delivered(wired, paid=True, charged="yes")
+        assert error.startswith("BadConfig: cloud sync: 401 : no (check the service key")
+        assert error.endswith("; later: imagen sync)")
+        assert len(cloud.seen) == 1
+        assert {"refused", "usage", "object"}.isdisjoint(imagen.read_entry(run.entry.path))
+    # An attempt of unknown outcome stays open, once it is reported.
+    with worker_cloud(monkeypatch):
+        run = imagen.Run()
+        run.begin(keyed_plan(key=""))
+        run.entry.note(paid=True, charged="unknown", storage="x", owner=CONFIG_OWNER)
+        run.charged = "unknown"
+        imagen.deliver(run, imagen.load_config(""))
+        assert imagen.read_entry(run.entry.path)["usage"] == "unknown"
+        assert not run.is_open
+        imagen.deliver(run, imagen.load_config(""))  # it is nobody's now
+
+
 CLOCK = """
 import os, time
 began = time.monotonic()
@@ -19458,7 +20037,13 @@ WORKER_CLOUD: dict[str, object] = {
 def worker_cloud(monkeypatch: pytest.MonkeyPatch, **answers: object) -> Iterator[Remote]:
     """A project that takes everything, but for these answers by method."""
     script = {**WORKER_CLOUD, **answers}
-    with Remote(handler=lambda seen: script[seen.method]) as remote:
+
+    def answer(seen: Seen) -> object:
+        if "/imagen_usage" in seen.path and "POST" not in answers:
+            return status(201)
+        return script[seen.method]
+
+    with Remote(handler=answer) as remote:
         monkeypatch.setenv("SUPABASE_URL", remote.base)
         monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", SUPABASE_KEYS["opaque"])
         yield remote
