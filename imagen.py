@@ -6097,7 +6097,7 @@ def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
                 copy_into(file, spool)
         except OSError as problem:
             raise BadRequest(f"{place}: {problem.strerror}") from None
-    if spool.tell() > most:
+    if spool.seek(0, os.SEEK_END) > most:
         raise BadRequest(f"{place[:100]}: more than {most >> 20} MB")
 
 

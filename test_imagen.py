@@ -12794,6 +12794,115 @@ def test_inputs_and_outputs_are_paths_that_a_file_can_have(inputs_here: Box) -> 
     assert plan.request.images[0].name == odd
 
 
+def test_inputs_are_within_the_bounds_that_are_told(
+    inputs_here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = imagen.Context(5)
+    most = imagen.Takes().most_bytes
+    assert most == 50 << 20
+    just = inputs_here.root / "just.png"
+    for size, taken in ((most, True), (most + 1, False)):
+        just.write_bytes(png(16, 16))
+        os.truncate(just, size)
+        if taken:
+            assert imagen.input_of("just.png", ctx).width == 16
+        else:
+            with pytest.raises(imagen.BadRequest, match=r"^just.png: no file of at most 50 MB$"):
+                imagen.input_of("just.png", ctx)
+    data = f"data:image/png;base64,{b64(just.read_bytes())}"
+    with pytest.raises(imagen.BadRequest, match=r"^data:image/png;base64,.{78}: more than 50 MB$"):
+        imagen.input_of(data, ctx)
+
+    def shown(width: int, height: int) -> bytes:
+        sizes = struct.pack(">II", 16, 16), struct.pack(">II", width, height)
+        return png(16, 16).replace(*sizes)
+
+    for width, height, taken in ((8000, 8000, True), (8000, 8001, False)):
+        (inputs_here.root / "wide.png").write_bytes(shown(width, height))
+        if taken:
+            assert imagen.input_of("wide.png", ctx).height == height
+        else:
+            with pytest.raises(imagen.BadRequest, match="8000x8001 is more than 64 megapixels"):
+                imagen.input_of("wide.png", ctx)
+    mask = imagen.input_of("mask.png", ctx)
+    image = imagen.input_of("a.png", ctx)
+    imagen.check_mask(mask, image)
+    large = {"width": 4000, "height": 4000}
+    imagen.check_mask(mask._replace(**large), image._replace(**large))
+    large["height"] += 1
+    with pytest.raises(imagen.BadRequest, match="the mask has more than 16 megapixels"):
+        imagen.check_mask(mask._replace(**large), image._replace(**large))
+    with pytest.raises(imagen.BadRequest, match="the mask is 16x16, the image 16x17"):
+        imagen.check_mask(mask, image._replace(height=17))
+    # What a backend takes: how large, and of which kind.
+    request = imagen.Request("a", backend="b", images=(image,))
+    bytes_ = os.path.getsize(image.path)
+    imagen.check_inputs(request, imagen.Takes(1, most_bytes=bytes_), ())
+    with pytest.raises(imagen.BadRequest, match=r"a\.png: b takes 0 MB an image"):
+        imagen.check_inputs(request, imagen.Takes(1, most_bytes=bytes_ - 1), ())
+    with pytest.raises(imagen.BadRequest, match=r"a\.png: b takes jpg, webp alone"):
+        imagen.check_inputs(request, imagen.Takes(1, formats=("jpg", "webp")), ())
+    with pytest.raises(imagen.BadRequest) as caught:
+        imagen.check_inputs(request._replace(mask=mask, strength=0.5), imagen.Takes(0), ())
+    assert str(caught.value) == "b cannot take 1 images (at most 0), a mask, a strength"
+    assert caught.value.hint == "backends that can: none"
+
+
+def test_inputs_have_the_name_that_they_came_by_and_the_id_of_an_image_of_ours(
+    inputs_here: Box,
+) -> None:
+    ctx = imagen.Context(5)
+    made = inputs_here.fox("-b", "mock", "--size", "64x64").lines[0]
+    last = imagen.input_of("last", ctx)
+    assert (last.image_id, last.name) == (inputs_here.sidecar(made)["image_id"], Path(made).name)
+    assert imagen.input_of(last.image_id, ctx) == last
+    assert imagen.input_of(last, ctx) is last
+    plain = imagen.input_of(made, ctx)
+    assert (plain.image_id, plain.sha256) == ("", last.sha256)
+    assert Path(plain.path) == inputs_here.state / "inputs" / plain.sha256
+    assert imagen.input_of(f"data:image/png;base64,{b64(png())}", ctx).name == "data"
+    part = inputs_here.state / "inputs" / ".part"
+    part.write_bytes(png())
+    assert imagen.input_of(str(part), ctx).name == "data"
+    rotated = struct.pack("<IHHHIHH", 8, 1, 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + rotated
+    jpg = jpeg()[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg()[2:]
+    (inputs_here.root / "b.jpg").write_bytes(jpg)
+    known = imagen.input_of("b.jpg", ctx)
+    assert (known.orientation, known.mime_type, plain.orientation) == (6, "image/jpeg", 1)
+    # What a sidecar names is found by its bytes, and by nothing else.
+    fields = {"sha256": known.sha256, "name": "b.jpg"}
+    folder = str(inputs_here.root)
+    assert imagen.input_again(fields, folder) == known.path
+    Path(known.path).unlink()
+    assert imagen.input_again(fields, folder) == f"{folder}/b.jpg"
+    assert imagen.input_again({"sha256": plain.sha256, "name": "x"}, folder) == plain.path
+    Path(plain.path).unlink()
+    assert imagen.input_again({"sha256": plain.sha256, "name": "x"}, folder) == made
+    (inputs_here.root / "b.jpg").write_bytes(png())
+    with pytest.raises(imagen.BadRequest, match=r"b\.jpg: this input is not here any more"):
+        imagen.input_again(fields, folder)
+    # Copies stay for a day, and for as long as an open entry names them.
+    copies = inputs_here.state / "inputs"
+    for file in copies.iterdir():
+        file.unlink()
+    now = time.time()
+    for name, age in (("young", 86000), ("old", 87000), ("named", 87000)):
+        (copies / name).write_bytes(b"")
+        os.utime(copies / name, (now - age, now - age))
+    imagen.Entry.create({"id": "x", "body": {"of": "named"}}).unlock()
+    imagen.sweep_inputs()
+    assert {file.name for file in copies.iterdir()} == {"young", "named"}
+    shutil.rmtree(copies)
+    imagen.sweep_inputs()
+    with imagen.hidden_inputs() as hidden:
+        paths = [Path(hidden()) for _ in "12"]
+        assert len({*paths}) == 2
+        paths[0].write_bytes(b"")
+        assert copies.stat().st_mode & 0o777 == 0o700
+    assert not paths[0].exists()
+
+
 def test_inputs_stand_in_what_a_dry_run_shows(inputs_here: Box) -> None:
     photo = ("-i", "a.png", "-b", "mock", "--dry-run", "--json")
     (plan,) = inputs_here.run("generate", "a fox", "--mask", "mask.png", *photo).json["plans"]
@@ -13163,6 +13272,153 @@ def test_supabase_a_path_that_some_server_would_fold_is_refused_before_anything_
             with pytest.raises(imagen.BadRequest):
                 call(supabase(remote.base))
         assert remote.seen == []
+
+
+def test_supabase_what_is_missing_for_it_is_told_by_its_variables(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_URL", " ")
+    monkeypatch.setenv("MY_KEY", "k")
+    block = imagen.SupabaseConfig(url_env="MY_URL", service_key_env="MY_KEY")
+    config = imagen.Config(supabase=block)
+    missing_ones = ["MY_URL is not set", "owner_user_id is empty"]
+    assert imagen.cloud_settings_missing(config) == missing_ones
+    with pytest.raises(imagen.KeyMissing, match="MY_URL is not set") as caught:
+        imagen.Supabase(imagen.Context(), block)
+    assert caught.value.hint == "export MY_URL=https://….supabase.co"
+    monkeypatch.setenv("MY_URL", "https://x.supabase.co")
+    assert imagen.cloud_settings_missing(config._replace(owner_user_id="anna")) == []
+
+
+def test_supabase_an_owner_reads_their_own_folder_and_images_and_nothing_else(
+    supabase: SupabaseAt, tmp_path: Path
+) -> None:
+    rows: list[Any] = []
+
+    def answer(seen: Seen) -> object:
+        if "/rest/v1/images" in seen.path:
+            return rows
+        return status(404, {"error": "NoSuchKey"}) if "gone" in seen.path else png()
+
+    with Remote(handler=answer) as remote:
+        client = supabase(remote.base)
+        place = tmp_path / "copy"
+        client.fetch("anna/in put/a.png", "anna", str(place))
+        assert place.read_bytes() == png()
+        assert [seen.path for seen in remote.seen] == [f"{SUPABASE_AT}anna/in%20put/a.png"]
+        for path in ("anna2/a.png", "bert/a.png", "2026-01-02/x+y.png"):
+            with pytest.raises(imagen.BadRequest, match="not one that this job's owner may read"):
+                client.fetch(path, "anna", str(place))
+        assert remote.seen[-1].query == {
+            "owner_user_id": "eq.anna", "storage_path": "eq.2026-01-02/x+y.png", "limit": "1",
+            "select": "id,storage_path",
+        }  # fmt: skip
+        rows.append({"id": "x", "storage_path": "2026-01-02/x.png"})
+        client.fetch("2026-01-02/x.png", "anna", str(place))
+        with pytest.raises(imagen.BadRequest, match=r"anna/gone\.png: cannot be fetched: 404"):
+            client.fetch("anna/gone.png", "anna", str(tmp_path / "none"))
+        assert not (tmp_path / "none").exists()
+
+
+def test_supabase_what_is_deleted_is_the_row_and_the_object_that_it_alone_names(
+    supabase: SupabaseAt,
+) -> None:
+    nothing = status(400, {"statusCode": "404", "code": "NoSuchKey", "message": "gone"})
+    forbidden = status(400, {"statusCode": "403", "code": "AccessDenied", "message": "no"})
+
+    def calls(*answers: object) -> tuple[Any, list[str]]:
+        with Remote(*answers) as remote:
+            outcome: Any = None
+            try:
+                outcome = supabase(remote.base).delete_image(SUPABASE_ID)
+            except imagen.ImagenError as problem:
+                outcome = type(problem)
+            return outcome, [f"{seen.method} {seen.path.partition('?')[0]}" for seen in remote.seen]
+
+    row = ["GET /rest/v1/images", "DELETE /rest/v1/images", "GET /rest/v1/images"]
+    there = f"DELETE {SUPABASE_AT}{SUPABASE_PATH}"
+    gone = status(204)
+    assert calls([]) == (False, row[:1])
+    assert calls(SUPABASE_ROWS, gone, [], {}) == (True, [*row, there])
+    assert calls(SUPABASE_ROWS, gone, SUPABASE_ROWS) == (True, row)  # another row names it too
+    assert calls(SUPABASE_ROWS, gone, [], nothing) == (True, [*row, there])
+    assert calls(SUPABASE_ROWS, gone, [], forbidden) == (imagen.BadConfig, [*row, there])
+    # What was deleted by its row alone waits in a table, until the object is gone too.
+    odd = {"image_id": "a", "storage_path": "../x"}
+    outbox = [odd, {"image_id": SUPABASE_ID, "storage_path": SUPABASE_PATH}]
+    with Remote(outbox, gone, {}, gone) as remote:
+        supabase(remote.base).empty_outbox()
+        done = [(seen.method, seen.path.partition("?")[0]) for seen in remote.seen]
+        assert done == [
+            ("GET", "/rest/v1/rpc/objects_to_delete"),
+            ("PATCH", "/rest/v1/deletions"),
+            ("DELETE", f"{SUPABASE_AT}{SUPABASE_PATH}"),
+            ("PATCH", "/rest/v1/deletions"),
+        ]
+        assert remote.seen[1].query == {"image_id": "eq.a"}
+        assert remote.seen[3].json == {"object_deleted_at": "now"}
+    for answer, raised in ((status(404, {"code": "PGRST202"}), False), (status(401, {}), True)):
+        with Remote(answer) as remote:
+            context = pytest.raises(imagen.BadConfig) if raised else contextlib.nullcontext()
+            with context:
+                supabase(remote.base).empty_outbox()
+
+
+def test_supabase_a_row_that_is_there_keeps_its_place_and_a_table_of_usage_its_columns(
+    supabase: SupabaseAt,
+) -> None:
+    row = imagen.image_row(typing_record(supabase_record(tags=["a"])))
+    assert row["tags"] == ["a"]
+    other = [{"id": SUPABASE_ID, "storage_path": "2025/other.png"}]
+    for answers, expected in (
+        ((status(201, other),), "2025/other.png"),
+        ((status(201, []), other), "2025/other.png"),
+        ((status(201, []), []), SUPABASE_PATH),
+    ):
+        with Remote(*answers) as remote:
+            assert supabase(remote.base).add_image(row) == expected
+            prefer = remote.seen[0].headers["prefer"]
+            assert prefer == "return=representation,resolution=ignore-duplicates"
+    usage = imagen.usage_row(typing_record(supabase_record()))
+    unknown = status(
+        400, {"code": "PGRST204", "message": "Could not find the 'host' column of 'x'"}
+    )
+    known = status(400, {"code": "PGRST204", "message": "Column 'charged' of relation"})
+    typed = status(400, {"code": "22P02", "message": "invalid input syntax for type bigint"})
+    with Remote(unknown, known, typed, status(201)) as remote:
+        assert not supabase(remote.base).add_usage(usage)
+        rows = [seen.json for seen in remote.seen]
+        assert [usage.keys() - row.keys() for row in rows] == [
+            set(), {"host"}, {"host", "charged"}, {"host", "charged", "id"}
+        ]  # fmt: skip
+        assert [seen.query for seen in remote.seen] == [{"on_conflict": "id"}] * 3 + [{}]
+        assert remote.seen[3].headers["prefer"] == "return=minimal,resolution=merge-duplicates"
+    for answers in ((typed, typed), (status(400, {"code": "23514", "message": "x"}),)):
+        with Remote(*answers) as remote, pytest.raises(imagen.BadRequest):
+            supabase(remote.base).add_usage(usage)
+    with Remote(ok("<html>")) as remote, pytest.raises(imagen.Failed, match="not PostgREST's"):
+        supabase(remote.base).add_usage(usage)
+    assert usage["image_id"] == SUPABASE_ID
+    record = typing_record(supabase_record())
+    del record["path"]
+    assert imagen.usage_row(record)["image_id"] is None
+    empty = imagen.usage_row({"id": "x"})
+    assert (empty["owner_user_id"], empty["prompt_hash"]) == (None, hashlib.sha256(b"").hexdigest())
+
+
+def test_supabase_no_word_of_the_prompt_is_in_what_it_says() -> None:
+    for text in ("a red fox", "a  red\nfox", "a\\nred\\tfox", "a\\u0020red fox"):
+        assert imagen.without("a red fox", f"bad: {text}!") == "bad: …!"
+    assert imagen.without('ein "Fuchß"', 'x ein \\"Fuchß\\" y') == "x … y"
+    assert imagen.without("Größe", "x Gr\\u00f6\\u00dfe y") == "x … y"
+    assert imagen.without(" ", "as it is") == imagen.without("", "as it is") == "as it is"
+    assert imagen.without("a.b", "axb a.b") == "axb …"
+
+
+def typing_record(record: Mapping[str, Any]) -> imagen.Record:
+    """A record of the tests as the type of it."""
+    made: Any = dict(record)
+    return imagen.Record(**made)
 
 
 def supabase_get(url: str) -> bytes:
