@@ -16609,6 +16609,81 @@ def test_pipeline_bytes_that_were_paid_for_get_a_name_before_their_entry_closes(
     assert (names, gone) == (["fox.bin-ID-2.bin", "fox.bin-ID.bin"], True)
 
 
+def test_pipeline_a_sidecar_is_whole_though_nothing_came_back_with_the_image(here: Box) -> None:
+    here.out.mkdir()
+
+    def described(data: bytes, **record: Any) -> dict[str, Any]:
+        run = imagen.Run()
+        run.begin(keyed_plan(key="", seed=7))
+        run.entry.note(**record)
+        run.charged = "yes"
+        run.paid = record.get("paid", False)
+        Path(run.hidden).write_bytes(data)
+        ending, sidecar = imagen.describe(run, run.hidden)
+        run.clean()
+        run.entry.discard()
+        assert [*sidecar] == sorted(sidecar, key=[*imagen.Sidecar.__annotations__].index)
+        assert sidecar["image_id"] == run.id
+        return {**sidecar, "ending": ending, "own": run.id[:8]}
+
+    known = described(png(16, 16))
+    expected = {
+        "prompt": "a fox", "style": "", "styled_prompt": "a fox", "negative_prompt": "",
+        "backend": "mock", "model": None, "seed": 7, "steps": None, "width": 16, "height": 16,
+        "requested": {"width": 16, "height": 16, "steps": 0}, "mime_type": "image/png",
+        "bytes": len(png(16, 16)), "sha256": hashlib.sha256(png(16, 16)).hexdigest(),
+        "latency_ms": None, "cost_usd_estimate": 0.0, "charged": "yes", "ignored": [],
+        "storage_path": None, "metadata": {}, "imagen_version": imagen.__version__, "ending": "png",
+    }  # fmt: skip
+    assert {
+        name: known[name] for name in known if name not in ("image_id", "timestamp", "own")
+    } == expected
+    other = described(jpeg(9, 8), paid=True, private=True, storage="2026-01-02/a-fox-7")
+    assert (other["ending"], other["mime_type"], other["private"]) == ("jpg", "image/jpeg", True)
+    assert other["seed"] is None  # nobody knows which was used
+    assert other["storage_path"] == f"2026-01-02/a-fox-7-{other['own']}.jpg"
+    assert other["deviations"] == {"size": "asked 16x16, got 9x8"}
+    half = described(
+        png(16, 16)[:-20], paid=True, sidecar={"ignored": ["steps"], "metadata": {"a": 1}}
+    )
+    assert (half["complete"], half["seed"], half["metadata"]) == (False, 7, {"a": 1})
+    assert "complete" not in known.keys() | other.keys()
+
+
+def test_pipeline_an_image_is_named_once_though_a_step_before_was_killed(here: Box) -> None:
+    here.out.mkdir()
+    for name in ("fallback", "part", "hidden"):
+        run = imagen.Run()
+        run.begin(keyed_plan(key="", output=f"{here.out}/{name}.{{ext}}"))
+        Path(getattr(run, name)).write_bytes(png(16, 16))
+        if name == "fallback":
+            here.out.rmdir() if not [*here.out.iterdir()] else None
+        record = imagen.save(run, getattr(run, name))
+        assert record["path"] == f"{here.out}/{name}.png"
+        assert Path(record["path"]).read_bytes() == png(16, 16)
+        assert here.sidecar(record["path"]) == record["sidecar"]
+        assert record["image"] == {
+            "file": run.hidden, "sha256": record["sidecar"]["sha256"], "bytes": len(png(16, 16))
+        }  # fmt: skip
+        assert here.hidden() == []
+        assert not os.path.exists(run.fallback)
+        run.close()
+    # What a killed call took on a disk without hard links is given back: empty, and ours.
+    warnings: list[str] = []
+    run = imagen.Run(on_warning=warnings.append)
+    run.begin(keyed_plan(key="", output=f"{here.out}/fox.png"))
+    claim = here.out / "claimed.png"
+    claim.write_bytes(b"")
+    run.entry.note(claim=str(claim), sidecar_wanted=False)
+    Path(run.hidden).write_bytes(png(9, 8))
+    record = imagen.save(run, run.hidden)
+    assert not claim.exists()
+    assert (record["path"], warnings) == (f"{here.out}/fox.png", ["asked 16x16, got 9x8"])
+    assert not (here.out / "fox.png.json").exists()
+    run.close()
+    assert here.unfinished() == []
+
+
 def test_pipeline_recover_ends_an_entry_by_what_is_left_of_it(here: Box) -> None:
     here.out.mkdir()
     config = imagen.load_config("")
@@ -17034,6 +17109,194 @@ def set_budget(box: Box, server: OpenAIServer, **budget: Any) -> None:
     tokens = {**cloud, "model": "gpt-image-1-mini"}
     backends = {"cloud": {**cloud, "cost_usd": 0.04}, "unpriced": cloud, "tokens": tokens}
     box.configure(backends, budget=budget)
+
+
+def budget_reserved(
+    usd: float | None, most: float | None = None, key: str = "", **budget: Any
+) -> Any:
+    """What a run says of a price, and what its entry has reserved."""
+    run = imagen.Run()
+    run.begin(keyed_plan(key=key))
+    run.price = imagen.Price(usd, "", most)
+    run.budget = imagen.BudgetConfig(**budget)
+    run.spent.update(before=0.02, gone=0.01)
+    run.spent[run.id] = 7.0  # of a POST that was turned away
+    outcome: Any = None
+    try:
+        run.reserve()
+        outcome = run.record.get("reserved", "free")
+        if outcome != "free":
+            assert run.spent[run.id] == (outcome or 0.0)
+    except imagen.OverBudget as problem:
+        outcome = f"{problem} ({problem.hint})"
+    run.entry.discard()
+    return outcome
+
+
+def test_pipeline_a_budget_caps_an_image_and_a_command_by_the_worst_price(here: Box) -> None:
+    reserved = budget_reserved
+    cap = "--max-cost, or budget, says how much"
+    assert reserved(0.04, per_image=0.04) == 0.04
+    assert reserved(0.04, per_image=0.03) == (
+        f"budget.per_image: $0.04 of the $0.03 that are left ({cap})"
+    )
+    assert reserved(None, 0.05, per_image=0.05) == 0.05
+    assert reserved(None, 0.05, per_image=0.04).startswith("budget.per_image: $0.05 of")
+    assert reserved(0.04, per_command=0.07) == 0.04
+    assert reserved(0.04, per_command=0.06).startswith("budget.per_command: $0.04 of the $0.03")
+    assert reserved(0.04, per_command=0.02).startswith("budget.per_command: $0.04 of the $0 that")
+    # Without a price it passes as long as anything is left, or not at all.
+    assert reserved(None, per_command=0.031) is None
+    assert reserved(None, per_command=0.03).startswith("budget.per_command: $0 of the $0 that")
+    assert reserved(None, unknown="refuse") == (
+        "nobody knows the price before (budget.unknown: allow)"
+    )
+    assert reserved(0.04) == reserved(0.0, per_image=0.0) == reserved(None) == "free"
+
+
+def test_pipeline_a_budget_counts_what_was_spent_in_its_period_and_is_told(here: Box) -> None:
+    reserved = budget_reserved
+    today = imagen.now_iso()
+    midnight = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).astimezone()
+    yesterday = (midnight - timedelta(seconds=1)).isoformat()
+    first = midnight.replace(day=1)
+    tomorrow = (midnight + timedelta(hours=36)).replace(hour=0)
+    next_month = (first + timedelta(days=32)).replace(day=1)
+
+    def spent(usd: float, at: str, **fields: Any) -> None:
+        record = {"id": str(uuid.uuid4()), "at": at, "paid": True, "charged": "yes", **fields}
+        sidecar = {"cost_usd_estimate": usd, "image_id": "x", "prompt": "x"}
+        imagen.add_to_ledger({"price": 0.5, **record, "sidecar": sidecar})
+
+    # The day and the month; what is later than now counts, too.
+    spent(0.10, yesterday)
+    spent(0.20, today)
+    spent(0.05, (midnight + timedelta(days=60)).isoformat())
+    more = f"more from {tomorrow:%Y-%m-%d} 00:00 on"
+    assert reserved(0.05, per_day=0.30) == 0.05
+    assert reserved(0.05, per_day=0.29) == (
+        f"budget.per_day: $0.05 of the $0.04 that are left ({more})"
+    )
+    month = 0.25 + 0.10 * (datetime.fromisoformat(yesterday) >= first)
+    assert reserved(0.05, per_month=month + 0.05) == 0.05
+    assert reserved(0.05, per_month=month + 0.04).endswith(
+        f"$0.05 of the $0.04 that are left (more from {next_month:%Y-%m-%d} 00:00 on)"
+    )
+    # It counts for the day on which it was sent; what is free or was never charged does not count.
+    spent(0.30, yesterday, sending=today)
+    spent(9.0, today, charged="no")
+    spent(9.0, today, paid=False)
+    assert reserved(0.05, per_day=0.60) == 0.05
+    assert reserved(0.05, per_day=0.59).startswith("budget.per_day: $0.05 of the $0.04")
+    # Of a key the earlier attempts count, though they have its id; and others of the same moment.
+    spent(0.10, today, id=imagen.keyed_id("", "k", 0))
+    assert reserved(0.05, key="k", per_day=0.70) == 0.05
+    assert reserved(0.05, key="k", per_day=0.69).startswith("budget.per_day: $0.05 of the $0.04")
+    # Where an entry cannot be read, nobody knows what was spent.
+    (here.state / "open" / "odd.jsonl").write_text('{"charged": 7}')
+    with pytest.raises(imagen.Disk, match=r"odd\.jsonl: cannot be read"):
+        reserved(0.05, per_day=9.0)
+    assert reserved(0.05, per_image=9.0) == 0.05
+
+
+class RunnerLog(imagen.Runner):
+    """A Runner that keeps what its hooks hear."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.log: list[str] = []
+
+    def on_warning(self, text: str) -> None:
+        self.log.append(f"warning {text}")
+
+    def on_image(self, record: imagen.Record) -> None:
+        self.log.append("image")
+
+    def on_error(self, error: imagen.ImagenError) -> None:
+        self.log.append(f"error {error.code}")
+
+    def on_delivered(self, record: imagen.Record | None) -> None:
+        self.log.append(f"delivered {bool(record)}")
+
+
+def test_pipeline_a_runner_makes_what_waits_and_stops_where_all_would_fail_alike(
+    here: Box,
+) -> None:
+    config = imagen.load_config("")
+
+    def ran(count: int = 3, stop: str = "", parallel: int = 1, **order: Any) -> RunnerLog:
+        fields = {"backend": "mock", "width": 16, "height": 16, "n": count, **order}
+        runner = RunnerLog(imagen.plans_of(imagen.Order("a fox", **fields), config), config,
+                           timeout=30, parallel=parallel)  # fmt: skip
+        assert (runner.left, runner.busy) == (count, False)
+        if stop:
+            runner.stop(stop)
+        runner.start()
+        assert runner._making <= min(parallel, count)
+        with runner.changed:
+            assert runner.changed.wait_for(lambda: not runner.busy, 30)
+        assert (runner.left, runner.active, runner._undelivered) == (
+            0 if not stop else count,
+            {},
+            [],
+        )
+        return runner
+
+    runner = ran(parallel=2)
+    assert [len(runner.records), runner.errors] == [3, []]
+    assert collections.Counter(runner.log) == {"image": 3, "delivered True": 3}
+    # What would fail for all ends all; what may be of one alone does not.
+    for code, errors in {"config": 1, "usage": 1, "disk": 1, "quota": 1, "refused": 3, "busy": 3,
+                         "failed": 3, "bug": 3}.items():  # fmt: skip
+        runner = ran(backend_opts={"fail": code})
+        assert [error.code for error in runner.errors] == [code] * errors
+        log = {f"error {code}": errors, "delivered False": errors}
+        assert collections.Counter(runner.log) == log
+    runner = ran(stop="user")
+    assert (runner.records, runner.errors, runner.log) == ([], [], [])
+    # A strict image that came otherwise is an image, and an error too.
+    runner = ran(count=1, strict=True)
+    assert runner.log == ["image", "delivered True"]
+    record = {**runner.records[0], "strict": True}
+    sidecar = {**record["sidecar"], "deviations": {"size": "asked 1x1, got 2x2"}}
+    strict: Any = {**record, "sidecar": sidecar}
+    partial = imagen.strict_error(strict)
+    assert str(partial) == f"{record['path']}: asked 1x1, got 2x2"
+    assert partial and partial.charged == "no"
+    assert imagen.strict_error(strict | {"strict": False}) is None
+    # Whoever stops it stops what is at work, and what is being delivered.
+    plans = imagen.plans_of(imagen.Order("a fox", backend="mock", n=2,
+                                         backend_opts={"delay_s": 30}), config)  # fmt: skip
+    runner = RunnerLog(plans, config, parallel=2)
+    runner.start()
+    eventually(lambda: any(progress.note for progress in [*runner.active.values()]))
+    assert runner.busy
+    assert runner.left == 2
+    runner.stop("user")
+    runner.stop("lost")
+    with runner.changed:
+        assert runner.changed.wait_for(lambda: not runner.busy, 30)
+    assert {error.code for error in runner.errors} == {"interrupted"}
+    assert runner.stopped == "user"
+    assert here.unfinished() == []
+
+
+def test_pipeline_what_somebody_works_on_is_not_deleted(here: Box) -> None:
+    config = imagen.load_config("")
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    here.out.mkdir()
+    image = here.out / "a.png"
+    image.write_bytes(png())
+    run.entry.note(path=str(image))
+    with pytest.raises(imagen.Busy, match="somebody works on it"):
+        imagen.delete_image(str(image), local=True, config=config)
+    run.entry.unlock()
+    deleted = imagen.delete_image(str(image), local=True, config=config)
+    assert deleted == {"image_id": run.id, "cloud": False, "path": str(image)}
+    assert not image.exists()
+    [line] = here.ledger()
+    assert (line["refused"], bool(line["deleted"])) == (True, True)
 
 
 def test_pipeline_eight_at_once_spend_no_more_than_what_is_left_for_three(
