@@ -13355,6 +13355,8 @@ def test_supabase_what_is_deleted_is_the_row_and_the_object_that_it_alone_names(
             ("DELETE", f"{SUPABASE_AT}{SUPABASE_PATH}"),
             ("PATCH", "/rest/v1/deletions"),
         ]
+        schemas = [seen.headers.get("content-profile") for seen in remote.seen]
+        assert schemas == ["imagen", "imagen", None, "imagen"]
         assert remote.seen[1].query == {"image_id": "eq.a"}
         assert remote.seen[3].json == {"object_deleted_at": "now"}
     for answer, raised in ((status(404, {"code": "PGRST202"}), False), (status(401, {}), True)):
@@ -13367,8 +13369,15 @@ def test_supabase_what_is_deleted_is_the_row_and_the_object_that_it_alone_names(
 def test_supabase_a_row_that_is_there_keeps_its_place_and_a_table_of_usage_its_columns(
     supabase: SupabaseAt,
 ) -> None:
-    row = imagen.image_row(typing_record(supabase_record(tags=["a"])))
-    assert row["tags"] == ["a"]
+    made = supabase_record(tags=["a"], model="m", width=16, height=8, steps=4, latency_ms=5)
+    row = imagen.image_row(typing_record(made))
+    assert row == {
+        "id": SUPABASE_ID, "owner_user_id": CONFIG_OWNER, "prompt": "a fox", "backend": "mock",
+        "model": "m", "seed": 7, "steps": 4, "width": 16, "height": 8, "latency_ms": 5,
+        "cost_usd_estimate": None, "storage_path": SUPABASE_PATH, "tags": ["a"],
+        "prompt_hash": hashlib.sha256(b"a fox").hexdigest(),
+        "sidecar": {**made["sidecar"], "storage_path": SUPABASE_PATH},
+    }  # fmt: skip
     other = [{"id": SUPABASE_ID, "storage_path": "2025/other.png"}]
     for answers, expected in (
         ((status(201, other),), "2025/other.png"),
@@ -13379,7 +13388,15 @@ def test_supabase_a_row_that_is_there_keeps_its_place_and_a_table_of_usage_its_c
             assert supabase(remote.base).add_image(row) == expected
             prefer = remote.seen[0].headers["prefer"]
             assert prefer == "return=representation,resolution=ignore-duplicates"
-    usage = imagen.usage_row(typing_record(supabase_record()))
+    used = supabase_record(model="m", width=16, height=8, steps=4, latency_ms=5)
+    used["sidecar"]["cost_usd_estimate"] = 0.04
+    usage = imagen.usage_row(typing_record({**used, "host": "box"}))
+    assert usage == {
+        "id": SUPABASE_ID, "created_at": "2026-11-20T08:00:00+01:00", "charged": "yes",
+        "owner_user_id": CONFIG_OWNER, "image_id": SUPABASE_ID, "model": "m", "width": 16,
+        "height": 8, "steps": 4, "latency_ms": 5, "cost_usd_estimate": 0.04, "backend": "mock",
+        "prompt_hash": hashlib.sha256(b"a fox").hexdigest(), "host": "box",
+    }  # fmt: skip
     unknown = status(
         400, {"code": "PGRST204", "message": "Could not find the 'host' column of 'x'"}
     )
@@ -16684,6 +16701,38 @@ def test_pipeline_an_image_is_named_once_though_a_step_before_was_killed(here: B
     assert here.unfinished() == []
 
 
+def test_pipeline_what_is_looked_for_is_nobody_elses(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two equal attempts: one knows its id, and the other's answer was lost."""
+    with output_replicate(here) as server:
+        monkeypatch.setenv("REPLICATE_API_TOKEN", server.token)
+        config = imagen.load_config()
+        here.out.mkdir()
+        for number, closed in itertools.product(range(2), (True, False)):
+            fox = {"prompt": f"fox {number} {closed}", "seed": 7}
+            planted = [server.plant(fox, image=png()) for _ in "12"]
+            lost = journal_entry(fox["prompt"])
+            other = imagen.Run()
+            other.begin(imagen.plans_of(imagen.Order("x"), config)[0])
+            other.remote(id=planted[number])
+            if closed:
+                other.charged = "yes"
+                other.entry.note(path="/x.png", charged="yes")
+                other.close()
+            else:
+                other.entry.unlock()
+            entry = imagen.Entry.take(str(here.state / "open" / f"{lost}.jsonl"))
+            assert entry
+            run = imagen.Run(30)
+            record = imagen.recover(entry, config, run)
+            assert record
+            assert record["remote"]["id"] == planted[1 - number]
+            assert record["sidecar"]["metadata"]["id"] == planted[1 - number]
+            run.close()
+        assert server.created == 0
+
+
 def test_pipeline_recover_ends_an_entry_by_what_is_left_of_it(here: Box) -> None:
     here.out.mkdir()
     config = imagen.load_config("")
@@ -18061,6 +18110,120 @@ def queue_workers(queue_env: Env, database: Database, count: int) -> Iterator[li
             imagen.Queue(link, **queue_always(slot=f"slot {number}"))
             for number, link in enumerate(links)
         ]
+
+
+def test_queue_who_makes_for_some_backends_takes_what_names_them_or_none(
+    queue_env: Env, database: Database
+) -> None:
+    database.migrate()
+    anna = database.user("anna")
+    for backends, expected in (
+        (["mock"], [None, "", "mock"]),
+        (["far"], ["far"]),
+        (["far", "mock"], [None, "", "far", "mock"]),
+        (None, [None, "", "far", "mock", "near"]),
+    ):
+        database.sql("delete from imagen.jobs")
+        for backend in (None, "", "mock", "far", "near"):
+            jobs_add(database, anna, backend=backend)
+        with queue_opened(queue_env, database.dsn()) as connection:
+            queue = imagen.Queue(connection, **queue_always(backends=backends))
+            rows = queue.turn(claimed={"free": 9})["claimed"]
+            names = [json.loads(row["fields"])["backend"] for row in rows]
+            assert sorted(names, key=str) == sorted(expected, key=str)
+            # A turn may name fewer than its worker does: those that are not paused.
+            database.sql("update imagen.jobs set status = 'pending', claimed_by = null")
+            rows = queue.turn(claimed={"free": 9, "backends": ["near"]})["claimed"]
+            assert [json.loads(row["fields"])["backend"] for row in rows] == ["near"]
+
+
+# What a server says by SQLSTATE; what it is to us, and what the person is told to do.
+QUEUE_ERRORS: dict[str, tuple[type[imagen.ImagenError], str]] = {
+    "08006": (imagen.Unreachable, "H"),
+    "25006": (imagen.Unreachable, "H"),
+    "53300": (imagen.Unreachable, "H"),
+    "57P01": (imagen.Unreachable, "H"),
+    "58030": (imagen.Unreachable, "H"),
+    "XX000": (imagen.Unreachable, "H"),
+    "28P01": (imagen.BadConfig, "H"),
+    "3D000": (imagen.BadConfig, "H"),
+    "3F000": (imagen.BadConfig, "imagen migrate"),
+    "42P01": (imagen.BadConfig, "imagen migrate"),
+    "42703": (imagen.BadConfig, "imagen migrate"),
+    "42501": (imagen.BadConfig, "H"),
+    "PT429": (imagen.Busy, "H"),
+    "23505": (imagen.Failed, "H"),
+    "40001": (imagen.Failed, "H"),
+}
+
+
+def test_queue_what_a_server_says_is_an_error_of_ours_by_its_code() -> None:
+    for code, (kind, hint) in QUEUE_ERRORS.items():
+        error = imagen.postgres_error("Postgres at h:1", {"C": code, "M": "words", "H": "H"})
+        assert (type(error), error.hint) == (kind, hint), code
+        assert str(error) == f"Postgres at h:1: words ({code})"
+    for schema in ("storage", "auth"):
+        for text in (f'schema "{schema}" does not exist', f'relation "{schema}.objects" does not'):
+            error = imagen.postgres_error("p", {"C": "3F000", "M": text})
+            assert error.hint.startswith("this is no Supabase project")
+    error = imagen.postgres_error("p", {"C": "XX000", "M": "Tenant or user not found"})
+    assert isinstance(error, imagen.BadConfig)
+    assert error.hint.startswith("its user is postgres.<ref>")
+    assert imagen.postgres_error("p", {}).hint == ""
+
+
+def test_queue_tls_is_what_sslmode_and_the_certificates_say(here: Box) -> None:
+    base = dict.fromkeys(("sslrootcert", "sslcert", "sslkey"), "") | {"host": "h"}
+
+    def modes(mode: str, **options: str) -> list[tuple[bool, int] | bool]:
+        contexts = imagen.postgres_tls({**base, "sslmode": mode, **options})
+        return [context and (context.check_hostname, context.verify_mode) for context in contexts]
+
+    anybody = (False, ssl.CERT_NONE)
+    assert modes("disable") == modes("require", host="/run") == [False]
+    assert modes("allow") == [False, anybody]
+    assert modes("prefer") == [anybody, False]
+    assert modes("require") == [anybody]
+    system = {"sslrootcert": "system"}
+    assert modes("verify-full", **system) == [(True, ssl.CERT_REQUIRED)]
+    assert modes("verify-ca", **system) == [(False, ssl.CERT_REQUIRED)]
+    missing_file = str(here.root / "none.crt")
+    for mode, options in (("require", {"sslrootcert": missing_file}), ("verify-ca", {}),
+                          ("verify-full", {}), ("require", {"sslcert": missing_file})):  # fmt: skip
+        with pytest.raises(imagen.BadConfig, match=f"sslmode {mode}: the certificates cannot be"):
+            modes(mode, **options)
+    # Where the usual file is, it counts without being named.
+    usual = here.root / ".postgresql" / "root.crt"
+    usual.parent.mkdir()
+    usual.write_text("no certificate")
+    with pytest.raises(imagen.BadConfig, match="the certificates cannot be read"):
+        modes("require")
+
+
+def test_queue_a_stream_reads_exactly_and_tells_what_has_arrived() -> None:
+    pair, far = socket.socketpair()
+    with imagen.PgSocket(fileno=pair.detach()) as near, far:
+        stream = near.makefile("rb")
+        assert near.stream is stream
+        assert not stream.arrived()
+        far.sendall(b"abcdef")
+        assert (stream.read(2), stream.arrived()) == (b"ab", True)
+        assert (stream.read(4), stream.arrived(), stream.read(0)) == (b"cdef", False, b"")
+        stream.write(b"x")
+        stream.write(b"y")
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            far.recv(9)
+        stream.flush()
+        assert far.recv(9) == b"xy"
+        stream.flush()
+        with pytest.raises(BlockingIOError):
+            far.recv(9)
+        far.close()
+        with pytest.raises(ConnectionError, match="the server closed the connection"):
+            stream.read(1)
+        stream.write(b"late")
+        stream.flush()  # why it hung up is read next
 
 
 QUEUE_JOBS = "insert into imagen.jobs (owner_user_id, prompt) select $1, 'a fox' from generate_series(1, $2::text::int)"
@@ -20737,7 +20900,7 @@ def test_worker_pays_for_no_image_that_an_earlier_attempt_may_have_paid(
         run = attempt(3, job, receipt=receipt)
         assert worker_did(worker, run)["error_code"] == "unknown"
         assert (run.unpaid, len(remote.seen)) == ([3], 2)
-        # 7. Nor does one that somebody works on, or a first attempt's.
+        # 7. A first attempt has no earlier one.
         run = attempt(1, job)
         assert worker_did(worker, run)["status"] == "done"
         assert len(remote.seen) == 3
@@ -20837,6 +21000,101 @@ def test_worker_of_a_name_has_a_slot_that_is_its_own_while_it_lives(here: Box) -
     assert first == hashlib.sha256(text.encode()).hexdigest()
     os.close(lock)
     os.close(other_lock)
+
+
+def test_worker_fetches_what_another_host_paid_for_by_the_ids_in_its_receipt(
+    wired: Box, worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_alone
+    with ReplicateServer() as server:
+        monkeypatch.setenv("REPLICATE_API_TOKEN", server.token)
+        server.script(always=True, polls=1, image=png(16, 16))
+        block = {"type": "replicate", "model": "black-forest-labs/flux-schnell"}
+        backends = {"flux": {**block, "base_url": server.v1}}
+        worker.config = worker.config._replace(default_backend="flux", backends=backends)
+        run = worker_job(worker)
+        assert worker_did(worker, run)["charged"] is True
+        [ident] = server.predictions
+        receipt = json.loads(run.receipt.text)
+        assert (receipt["attempt"], receipt["remote"]["id"]) == (1, ident)
+        # Its successor elsewhere has the receipt alone.
+        shutil.rmtree(wired.state)
+        (wired.state / "open").mkdir(parents=True)
+        run = worker_job(worker, 2, run.job, receipt=receipt)
+        assert worker_did(worker, run)["status"] == "done"
+        assert wired.ledger()[0]["remote"]["id"] == ident
+        assert server.created == 1
+        # What has failed there is over, and is not paid again.
+        gone = server.plant({"prompt": "a fox"}, status="failed", error="boom")
+        run = worker_job(worker, 2, receipt={**receipt, "remote": {"id": gone}})
+        outcome = worker_did(worker, run)
+        assert (outcome["status"], server.created) == ("failed", 1)
+        # An entry that somebody on this host works on is left to them; the receipt still counts.
+        job = str(uuid.uuid4())
+        order = imagen.Order("a fox", seed=7)
+        worker_left(imagen.plans_of(order, worker.config)[0], job, 1, sent=True, image=b"")
+        entry = imagen.Entry.take(str(wired.state / "open" / f"{imagen.job_uuid(job, 1)}.jsonl"))
+        assert entry
+        run = worker_job(worker, 2, job, receipt={**receipt, "remote": {"id": ident}})
+        assert worker_did(worker, run)["status"] == "done"
+        assert server.created == 1
+        entry.unlock()
+    assert imagen.Attempt(worker, run.row).receipt.text == ""
+
+
+def test_worker_makes_anew_what_was_free_and_is_lost_with_its_server(
+    wired: Box, worker_alone: imagen.Worker
+) -> None:
+    worker = worker_alone
+    with Comfy() as comfy:
+        worker.config = worker.config._replace(default_backend="gpu", backends=comfy_block(comfy))
+        wired.out.mkdir()
+        job = str(uuid.uuid4())
+        plan = imagen.plans_of(imagen.Order("a fox", width=64, height=64), worker.config)[0]
+        run = imagen.Run()
+        run.id = imagen.job_uuid(job, 1)
+        run.job = job
+        run.begin(plan)
+        run.remote(prompt_id=str(uuid.uuid4()))
+        run.entry.unlock()
+        again = worker_job(worker, 2, job, width=64, height=64)
+        outcome = worker_did(worker, again)
+        assert outcome["status"] == "done", outcome
+        assert again.id == imagen.job_uuid(job, 2)
+        assert len(comfy.submitted) == 1
+    assert wired.unfinished() == []
+
+
+def test_worker_that_can_take_nothing_does_not_spin(
+    queue_env: Env, database: Database, worker_alone: imagen.Worker
+) -> None:
+    database.migrate()
+    worker = worker_alone
+    anna = database.user("anna")
+    with JobsSystemd() as systemd:
+        queue_env.setenv("NOTIFY_SOCKET", systemd.path)
+        queue_env.setenv("IMAGEN_DATABASE_URL", database.dsn())
+        thread = imagen.in_thread(worker.serve)
+        eventually(lambda: "READY=1" in "".join(systemd.receive(0.1)))
+        assert worker_log(worker)[0] == ("connected, listening (0 failures so far)", 6)
+        job = jobs_add(database, anna, backend="of no worker here")
+        assert jobs_until(database, job)["error_code"] == "usage"
+        eventually(lambda: not worker.running)
+        worker.paused = {"": "disk"}
+        while systemd.receive(0.2):  # until it rests
+            pass
+        job = jobs_add(database, anna)
+        assert len(systemd.receive(1.0)) < 5
+        assert len(systemd.receive(0.3)) < 5
+        assert jobs_row(database, job)["status"] == "pending"
+        worker.paused = {}
+        worker._more_expected = True
+        worker.ring()
+        assert jobs_until(database, job)["status"] == "done"
+        worker.on_signal()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert systemd.receive(0)[-1] == "STOPPING=1"
 
 
 class JobsWorker:
