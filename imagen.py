@@ -6188,7 +6188,7 @@ def sweep_inputs() -> None:
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
 # Codes of what no repeat can mend.
-FINAL_CODES = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
+FINAL_CODES = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23514")
 
 
 def cloud_settings_missing(config: Config) -> list[str]:
@@ -6684,7 +6684,8 @@ def check_limits(order: Order, limits: LimitsConfig) -> None:
 
 def refuse_keys(order: Order, config: Config) -> None:
     """BadRequest where an order holds a key in use: what is written is kept and sent unchanged."""
-    variables = {config.supabase.service_key_env}
+    # One that no block has to name.
+    variables = {config.supabase.service_key_env, "OPENAI_API_KEY"}
     for block in config.backends.values():
         if cls := BACKENDS.get(str((block or {}).get("type"))):
             for field in marked(cls.Options, KEY):

@@ -16244,6 +16244,31 @@ def test_pipeline_an_order_is_within_its_bounds_or_told_which_it_breaks() -> Non
                     imagen.check_limits(order, some)
 
 
+def test_pipeline_an_order_with_a_key_in_use_is_refused(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: dict[str, Any] = {
+        "usual": {"type": "openai", "model": "m"},
+        "named": {"type": "openai", "model": "m", "api_key_env": "NAMED"},
+        "login": {"type": "mock", "basic_auth_env": "LOGIN", "headers_env": {"X": "HEADER"}},
+        "unset": {"type": "replicate", "model": "a/b", "api_token_env": "NOT_SET"},
+        "strange": {"type": "nothing that there is"},
+        "empty": None,
+    }
+    config = imagen.Config(backends=blocks)
+    variables = ("OPENAI_API_KEY", "NAMED", "LOGIN", "HEADER", "SUPABASE_SERVICE_ROLE_KEY")
+    for variable in variables:
+        monkeypatch.setenv(variable, f" a-secret-key-of-{variable.lower()} \n")
+    for variable in variables:
+        key = f"a-secret-key-of-{variable.lower()}"
+        for fields in ({"prompt": f"x {key}"}, {"negative_prompt": key}, {"tags": (key,)},
+                       {"backend_opts": {"x": [key]}}):  # fmt: skip
+            order = imagen.Order(**{"prompt": "a fox", **fields})  # type: ignore[arg-type]
+            with pytest.raises(imagen.BadRequest, match="holds a key that is in use"):
+                imagen.refuse_keys(order, config)
+    imagen.refuse_keys(imagen.Order("a secret key of named, and None"), config)
+
+
 def test_pipeline_a_name_is_a_file_a_folder_or_what_the_config_says(here: Box) -> None:
     config = imagen.OutputConfig(directory=str(here.out), naming="{seed}.{ext}")
     request = imagen.Request("a fox", seed=7)
@@ -16261,7 +16286,9 @@ def test_pipeline_a_name_is_a_file_a_folder_or_what_the_config_says(here: Box) -
         imagen.image_name(f"{here.root}/{{ext}}/a.png", request, config, time.time())
 
 
-def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(wired: Box) -> None:
+def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks: dict[str, Any] = {
         "mock": {"type": "mock", "parallel": 3},
         "flux": {"type": "replicate", "model": "black-forest-labs/flux-schnell"},
@@ -16288,6 +16315,15 @@ def test_pipeline_a_plan_says_what_will_be_sent_recorded_and_paid(wired: Box) ->
     assert plan.record["sidecar"]["cost_source"] == "config"
     assert (plan.record["price"], plan.record["strict"]) == (0.5, True)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d/a-fox-\d+", plan.record["storage"])
+    # To the cloud goes what is asked to, or whatever there is a cloud for.
+    for variable in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY"):
+        for mode in ("", "auto", "on", "off"):
+            [plan] = imagen.plans_of(imagen.Order("a fox", cloud=mode), config)
+            assert bool(plan.record["storage"]) == (mode == "on")
+        monkeypatch.setenv(variable, "https://x.supabase.co")
+    for mode in ("", "auto", "on", "off"):
+        [plan] = imagen.plans_of(imagen.Order("a fox", cloud=mode), config)
+        assert bool(plan.record["storage"]) == (mode != "off")
     # A key's seed is its own, the same each time.
     seeds = [imagen.plans_of(imagen.Order("x", key=key), config)[0].request.seed for key in "aab"]
     assert seeds[0] == seeds[1] != seeds[2]
@@ -16458,7 +16494,7 @@ def test_pipeline_an_open_entry_of_a_key_is_ended_waited_for_or_told(here: Box) 
 
 def test_pipeline_what_failed_is_open_or_closed_by_what_may_still_come_of_it(here: Box) -> None:
     # charged, remote ids, begun elsewhere, error; its kind and whether the entry is closed.
-    known = {"id": "p1"}
+    known = {"id": "p1", "url": "http://x"}
     cases: list[tuple[imagen.Charged, dict[str, Any], bool, imagen.ImagenError, type, bool]] = [
         ("no", {}, False, imagen.BadRequest("x"), imagen.BadRequest, True),
         ("no", {}, False, imagen.Unreachable("x"), imagen.Unreachable, True),
@@ -16675,6 +16711,7 @@ def test_pipeline_what_is_looked_for_is_nobody_elses(
         here.out.mkdir()
         for number, closed in itertools.product(range(2), (True, False)):
             fox = {"prompt": f"fox {number} {closed}", "seed": 7}
+            server.plant(fox, image=png(), age_s=3600)  # before it was sent
             planted = [server.plant(fox, image=png()) for _ in "12"]
             lost = journal_entry(fox["prompt"])
             other = imagen.Run()
@@ -16856,7 +16893,11 @@ def test_pipeline_a_run_knows_what_its_entry_says(here: Box) -> None:
     assert run.record["sidecar"]["image_id"] == run.image_id == run.id
     assert run.record["sidecar"]["timestamp"] == run.record["at"]
     assert Path(run.hidden).parent == here.out
-    run.note_best_effort(charged="yes", remote={"id": "p"}, paid=True)
+    run.settle("no")  # as it was: nothing to be noted
+    assert "charged" not in run.record
+    run.settle("yes")
+    assert imagen.read_entry(run.entry.path)["charged"] == run.charged == "yes"
+    run.note_best_effort(remote={"id": "p"}, paid=True)
     run.entry.unlock()
     assert not run.is_open
     entry = imagen.Entry.take(run.entry.path)
@@ -16944,9 +16985,14 @@ def test_pipeline_what_cannot_be_noted_is_warned_of_and_goes_on(here: Box) -> No
     with run.spool() as spool:
         assert spool.path == run.fallback
     here.out.mkdir()
+    first = run.spool()
     with run.spool() as spool:
+        assert first.closed
         assert spool.path == run.part
         spool.write(png()[:-9])
+    assert run.complete_image_path() == ""
+    run.answer = run.hidden_files[3]
+    run.keep_answer(png())  # an answer is no image, whatever it looks like
     assert run.complete_image_path() == ""
     Path(run.fallback).write_bytes(png())
     assert run.complete_image_path() == run.fallback
@@ -16992,7 +17038,12 @@ def delivered(here: Box, **fields: Any) -> tuple[imagen.Run, str]:
     run = imagen.Run()
     run.begin(keyed_plan(key=""))
     digest = hashlib.sha256(png()).hexdigest()
-    sidecar = {"mime_type": "image/png", "sha256": digest, **fields.pop("sidecar", {})}
+    sidecar = {
+        "prompt": "a fox",
+        "mime_type": "image/png",
+        "sha256": digest,
+        **fields.pop("sidecar", {}),
+    }
     sidecar.setdefault("storage_path", imagen.object_path("2026-01-02/fox-7", run.id, "png"))
     base = {"storage": "2026-01-02/fox-7", "path": str(image), "owner": CONFIG_OWNER}
     run.entry.note(**{**base, **fields}, sidecar=sidecar)
@@ -17033,6 +17084,11 @@ def test_pipeline_a_delivery_goes_on_where_it_stopped_and_says_what_failed(
         assert error.startswith("BadConfig: cloud sync: owner_user_id is empty")
         assert error.endswith("later: imagen sync)")
         assert os.path.exists(run.entry.path)
+        monkeypatch.setenv("IMAGEN_OWNER_USER_ID", CONFIG_OWNER.replace("1", "9"))
+        for owner, expected in (("", CONFIG_OWNER.replace("1", "9")), (CONFIG_OWNER, CONFIG_OWNER)):
+            assert delivered(wired, owner=owner)[1] == ""
+            assert cloud.seen[-1].json["owner_user_id"] == expected
+        monkeypatch.delenv("IMAGEN_OWNER_USER_ID")
         run, error = delivered(wired, path=str(wired.out / "gone.png"))
         assert error.startswith("BadRequest: cloud sync: ")
         assert "gone.png is gone" in error and "later" not in error
@@ -17064,10 +17120,10 @@ def test_pipeline_what_the_cloud_refuses_is_over_and_what_it_cannot_take_waits(
     wired: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Refused for good: no later repeat, and the object that has no row goes; usage goes on.
-    refusal = status(400, {"code": "23503", "message": "no such user"})
+    refusal = status(400, {"code": "23503", "message": "no user a fox"})
     with worker_cloud(monkeypatch, POST=refusal, DELETE={}) as cloud:
         run, error = delivered(wired, paid=True, charged="yes")
-        assert error.startswith("BadRequest: cloud sync: 400 23503: no such user (owner_user_id")
+        assert error.startswith("BadRequest: cloud sync: 400 23503: no user … (owner_user_id")
         assert [seen.method for seen in cloud.seen] == ["PUT", "POST", "DELETE", "POST"]
         assert (
             wired.ledger()[-1]["refused"],
@@ -17165,6 +17221,21 @@ def test_pipeline_a_budget_caps_an_image_and_a_command_by_the_worst_price(here: 
         "nobody knows the price before (budget.unknown: allow)"
     )
     assert reserved(0.04) == reserved(0.0, per_image=0.0) == reserved(None) == "free"
+    # No paid POST leaves before that.
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    run.price = imagen.Price(0.04)
+    run.budget = imagen.BudgetConfig(per_image=0.03)
+    with pytest.raises(imagen.OverBudget):
+        run.sending()
+    assert (run.charged, "sending" in run.record) == ("no", False)
+    run.budget = imagen.BudgetConfig()
+    run.identity = {"seed": 7}
+    run.sending()
+    record = imagen.read_entry(run.entry.path)
+    assert (record["charged"], record["body"], run.charged) == ("unknown", {"seed": 7}, "unknown")
+    assert record["sending"] >= record["at"]
+    run.entry.discard()
 
 
 def test_pipeline_a_budget_counts_what_was_spent_in_its_period_and_is_told(here: Box) -> None:
@@ -17265,8 +17336,25 @@ def test_pipeline_a_runner_makes_what_waits_and_stops_where_all_would_fail_alike
         assert [error.code for error in runner.errors] == [code] * errors
         log = {f"error {code}": errors, "delivered False": errors}
         assert collections.Counter(runner.log) == log
+    # An order with a key that is made already gets that image; what it reserved counts as it cost.
+    first = ran(count=1, key="k")
+    again = ran(count=1, key="k")
+    assert again.records[0]["reused"]
+    assert again.records[0]["path"] == first.records[0]["path"]
+    assert first.spent == {}
     runner = ran(stop="user")
     assert (runner.records, runner.errors, runner.log) == ([], [], [])
+    # An entry that somebody has left is ended, by the same way.
+    here.out.mkdir(exist_ok=True)
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    Path(run.hidden).write_bytes(png(16, 16))
+    runner = RunnerLog([run.entry], config)
+    runner.start()
+    with runner.changed:
+        assert runner.changed.wait_for(lambda: not runner.busy, 30)
+    assert [record["id"] for record in runner.records] == [run.id]
+    assert runner.log == ["image", "delivered True"]
     # A strict image that came otherwise is an image, and an error too.
     runner = ran(count=1, strict=True)
     assert runner.log == ["image", "delivered True"]
@@ -17277,7 +17365,10 @@ def test_pipeline_a_runner_makes_what_waits_and_stops_where_all_would_fail_alike
     assert str(partial) == f"{record['path']}: asked 1x1, got 2x2"
     assert partial and partial.charged == "no"
     assert imagen.strict_error(strict | {"strict": False}) is None
-    # Whoever stops it stops what is at work, and what is being delivered.
+
+
+def test_pipeline_a_runner_that_is_stopped_stops_what_is_at_work(here: Box) -> None:
+    config = imagen.load_config("")
     plans = imagen.plans_of(imagen.Order("a fox", backend="mock", n=2,
                                          backend_opts={"delay_s": 30}), config)  # fmt: skip
     runner = RunnerLog(plans, config, parallel=2)
@@ -17294,17 +17385,43 @@ def test_pipeline_a_runner_makes_what_waits_and_stops_where_all_would_fail_alike
     assert here.unfinished() == []
 
 
-def test_pipeline_what_somebody_works_on_is_not_deleted(here: Box) -> None:
+def test_pipeline_what_a_command_spent_is_what_it_cost_once_that_is_known(wired: Box) -> None:
+    refusal = status(400, {"error": {"code": "moderation_blocked", "message": "no"}})
+    with Remote(ok(openai_images(png(16, 16))), refusal, status(500, b"boom")) as remote:
+        block = {"type": "openai", "model": "m", "base_url": f"{remote.base}/v1", "cost_usd": 0.5}
+        blocks = {"ai": {**block, "api_key_env": "HTTP_TEST_KEY"}}
+        config = imagen.load_config("")._replace(
+            backends=blocks, default_backend="ai", budget=imagen.BudgetConfig(per_command=2.0)
+        )
+        runner = RunnerLog(imagen.plans_of(imagen.Order("a fox", n=3), config), config, 30)
+        runner.start()
+        with runner.changed:
+            assert runner.changed.wait_for(lambda: not runner.busy, 30)
+    assert [*runner.spent.values()] == [0.5, 0.0, 0.5]
+    assert [error.code for error in runner.errors] == ["refused", "unknown"]
+
+
+def test_pipeline_what_somebody_works_on_is_not_deleted(
+    wired: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = wired
     config = imagen.load_config("")
     run = imagen.Run()
     run.begin(keyed_plan(key=""))
     here.out.mkdir()
     image = here.out / "a.png"
     image.write_bytes(png())
-    run.entry.note(path=str(image))
+    sidecar = {"sha256": hashlib.sha256(png()).hexdigest()}
+    run.entry.note(path=str(image), sidecar=sidecar)
     with pytest.raises(imagen.Busy, match="somebody works on it"):
         imagen.delete_image(str(image), local=True, config=config)
     run.entry.unlock()
+    with pytest.raises(imagen.BadRequest, match="no image with a sidecar, and none that the"):
+        imagen.delete_image("nothing.png", local=True, config=config)
+    with worker_cloud(monkeypatch), pytest.raises(imagen.BadRequest, match="is not in the cloud"):
+        imagen.delete_image(str(image), local=False, config=config)
+    monkeypatch.delenv("SUPABASE_URL")
+    assert image.exists()
     deleted = imagen.delete_image(str(image), local=True, config=config)
     assert deleted == {"image_id": run.id, "cloud": False, "path": str(image)}
     assert not image.exists()
@@ -20216,6 +20333,12 @@ def test_worker_an_error_decides_whether_and_when_a_job_runs_again(
         "error_code": wrong.code,
         "charged": False,
     }
+    # What tells of this machine is for the log alone.
+    worker_log(worker)
+    private = outcome(imagen.BadRequest("/home/a/b.png: full", "look"))
+    assert private["error"] == "…: full\nlook"
+    [(text, priority)] = worker_log(worker)
+    assert (text.partition(": ")[2], priority) == ("/home/a/b.png: full\nlook", 4)
     assert (outcome(busy)["status"], outcome(busy)["delay"]) == ("pending", 2.0)
     assert outcome(busy, 2)["delay"] == 4.0
     assert outcome(slow)["delay"] == 100.0
@@ -20645,15 +20768,20 @@ def test_worker_a_turn_says_whether_more_is_to_be_expected(
     worker.apply_turn(imagen.no_rows(), imagen.turn_of_outcomes([*worker.outcomes]))
 
 
-def worker_did(worker: imagen.Worker, run: imagen.Attempt, ours: bool = True) -> imagen.Outcome:
-    """The outcome of a job, for which this is the database; `ours`: whether it was written."""
+def worker_did(
+    worker: imagen.Worker, run: imagen.Attempt, ours: bool = True, stands: bool = True
+) -> imagen.Outcome:
+    """The outcome of a job, for which this is the database.
+
+    `ours`: whether it is written. `stands`: whether its receipts are.
+    """
     thread = imagen.in_thread(worker.work, run)
     outcomes = []
     while thread.is_alive():
         worker._poll_at = math.inf
         turn = worker.plan_turn(time.monotonic())
         rows = imagen.no_rows()
-        rows["renewed"] = [{"id": other.job, "stands": True} for other in turn.renewed]
+        rows["renewed"] = [{"id": other.job, "stands": stands} for other in turn.renewed]
         for other, outcome in turn.finished:
             outcomes.append(outcome)
             row = {"id": other.job, "attempt": other.number, "status": outcome["status"]}
@@ -20730,12 +20858,13 @@ def test_worker_hands_in_later_what_the_cloud_would_not_take(
     wired: Box, worker_alone: imagen.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = worker_alone
-    with worker_cloud(monkeypatch, PUT=status(403, {"message": "not now"})):
+    with worker_cloud(monkeypatch, PUT=status(403, {"message": "not now"})) as cloud:
         runs = [worker_job(worker) for _ in range(2)]
         for run in runs:
             outcome = worker_did(worker, run)
             assert (outcome["image"], outcome["note"]) == (None, "made, not in the cloud")
         assert any("not now" in text for text, priority in worker_log(worker) if priority == 4)
+        assert len(cloud.seen) == 2  # once for each, and later
     paths = {run.job: run.entry.path for run in runs}
     with worker_cloud(monkeypatch) as cloud:
         worker.ring()
@@ -20831,6 +20960,8 @@ def test_worker_pays_for_no_image_that_an_earlier_attempt_may_have_paid(
         assert worker_did(worker, run)["charged"] is True
         assert json.loads(run.receipt.text)["attempt"] == 1
         assert len(remote.seen) == 1
+        lost = worker_did(worker, attempt(1), stands=False)
+        assert (lost["status"], lost["charged"], len(remote.seen)) == ("pending", True, 1)
         # 2. Sent from this host, and nothing came of it: not again.
         job = str(uuid.uuid4())
         leave(job, 1, sent=True)
