@@ -16698,6 +16698,15 @@ def test_pipeline_an_image_is_named_once_though_a_step_before_was_killed(here: B
     assert (record["path"], warnings) == (f"{here.out}/fox.png", ["asked 16x16, got 9x8"])
     assert not (here.out / "fox.png.json").exists()
     run.close()
+    # An image without its sidecar is better than none, and told.
+    run = imagen.Run(on_warning=warnings.append)
+    run.begin(keyed_plan(key="", output=f"{here.out}/hare.png"))
+    os.mkdir(f"{run.hidden}.json")
+    Path(run.hidden).write_bytes(png(16, 16))
+    path = imagen.save(run, run.hidden)["path"]
+    assert warnings[1:] == [f"{path}.json: the sidecar could not be written"]
+    os.rmdir(f"{run.hidden}.json")
+    run.close()
     assert here.unfinished() == []
 
 
@@ -16886,11 +16895,12 @@ def test_pipeline_a_run_knows_what_its_entry_says(here: Box) -> None:
     run = imagen.Run()
     assert not run.is_open
     run.job = "j"
+    run.image_id = str(uuid.uuid4())
     run.begin(keyed_plan(key=""))
     facts = (run.is_open, run.began_elsewhere, run.paid, run.charged, run.record["job"])
     assert facts == (True, False, False, "no", "j")
     assert run.record["host"] == socket.gethostname()
-    assert run.record["sidecar"]["image_id"] == run.image_id == run.id
+    assert run.record["sidecar"]["image_id"] == run.image_id != run.id == run.record["id"]
     assert run.record["sidecar"]["timestamp"] == run.record["at"]
     assert Path(run.hidden).parent == here.out
     run.settle("no")  # as it was: nothing to be noted
@@ -16906,7 +16916,7 @@ def test_pipeline_a_run_knows_what_its_entry_says(here: Box) -> None:
     other.adopt(entry)
     facts = (other.is_open, other.began_elsewhere, other.paid, other.charged, other.job)
     assert facts == (True, True, True, "yes", "j")
-    assert (other.id, other.image_id, other.hidden) == (run.id, run.id, run.hidden)
+    assert (other.id, other.image_id, other.hidden) == (run.id, run.image_id, run.hidden)
     assert other.remote_ids == {"id": "p"}
     entry.discard()
     # One of whose lines nothing can be read.
@@ -17418,6 +17428,24 @@ def test_pipeline_what_somebody_works_on_is_not_deleted(
     run.entry.unlock()
     with pytest.raises(imagen.BadRequest, match="no image with a sidecar, and none that the"):
         imagen.delete_image("nothing.png", local=True, config=config)
+    # Uploaded, with no row yet: the object goes too.
+    other = imagen.Run()
+    other.begin(keyed_plan(key=""))
+    sidecar = {"prompt": "a fox", "mime_type": "image/png", "storage_path": None}
+    place = f"2026/fox-{other.id[:8]}.png"
+    other.entry.note(path=str(here.out / "b.png"), object=place, storage="x", sidecar=sidecar)
+    other.entry.unlock()
+    with worker_cloud(monkeypatch, DELETE={}) as cloud:
+        imagen.delete_image(other.image_id, local=True, config=config)
+        assert [f"{seen.method} {seen.path.partition('?')[0]}" for seen in cloud.seen] == [
+            "GET /rest/v1/images", f"DELETE {SUPABASE_AT}{place}"
+        ]  # fmt: skip
+    monkeypatch.delenv("SUPABASE_URL")
+    # Of what is in a cloud that is out of reach nothing is deleted here.
+    imagen.add_to_ledger({**other.record, "row": True, "at": "x"})
+    with pytest.raises(imagen.KeyMissing):
+        imagen.delete_image(other.image_id, local=True, config=config)
+    (here.state / "ledger.jsonl").unlink()
     with worker_cloud(monkeypatch), pytest.raises(imagen.BadRequest, match="is not in the cloud"):
         imagen.delete_image(str(image), local=False, config=config)
     monkeypatch.delenv("SUPABASE_URL")
