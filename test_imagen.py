@@ -12253,6 +12253,31 @@ def test_journal_the_first_sidecar_says_what_was_asked_for(here: Box) -> None:
     assert again.images[0]._replace(path="/secret/a.png") == image
 
 
+def test_journal_a_record_of_release_0_1_0_is_one_of_today() -> None:
+    request = {"prompt": "a fox", "width": 64, "height": 48, "seed": 7, "backend": "ai"}
+    old = {"id": "e", "at": "2026-01-02", "price": 0.04, "backend": "ai", "request": request}
+    plain: Any = imagen.from_release_before({**old})
+    assert plain["sidecar"].items() >= {
+        "image_id": "e", "timestamp": "2026-01-02", "prompt": "a fox", "styled_prompt": "a fox",
+        "model": None, "seed": 7, "cost_usd_estimate": 0.04, "backend": "ai", "width": 64,
+    }.items()  # fmt: skip
+    assert plain.keys() == {"id", "at", "price", "sidecar"}
+    styled = {**request, "prompt": "a fox in ink", "width": 128}
+    result = {"seed": 8, "model": "other", "latency_ms": 5, "cost_usd": 0.05}
+    sidecar = {"sha256": "x", "latency_ms": 6}
+    more = {"styled": styled, "model": "m", "image_id": "i", "result": result, "sidecar": sidecar}
+    full: Any = imagen.from_release_before({**old, **more})
+    assert full["sidecar"].items() >= {
+        "image_id": "i", "styled_prompt": "a fox in ink", "prompt": "a fox", "model": "other",
+        "seed": 8, "latency_ms": 6, "cost_usd_estimate": 0.05, "sha256": "x", "width": 128,
+    }.items()  # fmt: skip
+    assert full.keys() == plain.keys()
+    bare: Any = imagen.from_release_before({**old, "model": "m"})
+    assert bare["sidecar"]["model"] == "m"
+    today: Any = {"id": "e", "sidecar": {"prompt": "a fox"}, "backend": "b"}
+    assert imagen.from_release_before({**today}) == today
+
+
 def test_journal_what_a_backend_says_of_its_image_stands_in_the_sidecar() -> None:
     result = {
         "model": "m",
@@ -16622,6 +16647,16 @@ def test_pipeline_bytes_that_were_paid_for_get_a_name_before_their_entry_closes(
     assert (names, gone) == (["fox.bin-ID.bin", "fox.png-ID.png"], True)
     assert all("the bytes that were paid for are kept in" in line for line in warnings)
     assert len(warnings) == 2
+    # Where the ledger has no room the entry stays open, and a complete image where it is.
+    (here.state / "ledger.jsonl").rename(here.root / "ledger")
+    (here.state / "ledger.jsonl").mkdir()
+    names, gone, warnings = closed("no", hidden=png(), part=b"half")
+    assert (len(names), gone) == (2, False)
+    assert warnings[0].endswith("the entry stays open")
+    names, gone, warnings = closed("no", part=b"half")
+    assert (names, gone, len(warnings)) == ([], False, 1)
+    (here.state / "ledger.jsonl").rmdir()
+    (here.root / "ledger").rename(here.state / "ledger.jsonl")
     names, gone, _ = closed("yes", answer=b"{}", answer_fallback=b"{")
     assert (names, gone) == (["fox.bin-ID-2.bin", "fox.bin-ID.bin"], True)
 
@@ -16940,7 +16975,8 @@ def test_pipeline_a_stop_waits_for_the_id_of_what_was_paid(here: Box) -> None:
     assert run.why == ""
     run.remote(id="p1")
     assert run.why == "user"
-    assert imagen.read_entry(run.entry.path)["remote"] == {"url": "x", "id": "p1"}
+    assert run.remote_ids == {"url": "x", "id": "p1"}
+    assert imagen.read_entry(run.entry.path)["remote"] == run.remote_ids
     # What has another reason, or an id already, or cost nothing, is stopped at once.
     for why, charged, ids in (("lost", "unknown", {}), ("user", "unknown", {"id": "p"}),
                               ("user", "no", {}), ("user", "yes", {})):  # fmt: skip
@@ -17445,6 +17481,9 @@ def test_pipeline_what_somebody_works_on_is_not_deleted(
     imagen.add_to_ledger({**other.record, "row": True, "at": "x"})
     with pytest.raises(imagen.KeyMissing):
         imagen.delete_image(other.image_id, local=True, config=config)
+    small = Path(imagen.thumbnail_path(run.image_id))
+    small.parent.mkdir(parents=True)
+    small.write_bytes(b"")
     (here.state / "ledger.jsonl").unlink()
     with worker_cloud(monkeypatch), pytest.raises(imagen.BadRequest, match="is not in the cloud"):
         imagen.delete_image(str(image), local=False, config=config)
@@ -17453,6 +17492,7 @@ def test_pipeline_what_somebody_works_on_is_not_deleted(
     deleted = imagen.delete_image(str(image), local=True, config=config)
     assert deleted == {"image_id": run.id, "cloud": False, "path": str(image)}
     assert not image.exists()
+    assert not small.exists()
     closed, line = here.ledger()
     assert (closed["refused"], "deleted" in closed) == (True, False)
     assert line == {**closed, "deleted": line["deleted"]}
@@ -20869,6 +20909,7 @@ def test_worker_hands_an_image_in_with_its_outcome(
         outcome = worker_did(worker, run)
         row = json.loads(outcome.pop("image") or "")
         assert outcome == {"status": "done", "charged": False}
+        assert run.image_exists  # too late to cancel it
         assert (row["id"], row["owner_user_id"]) == (run.image_id, CONFIG_OWNER)
         assert [seen.method for seen in cloud.seen] == ["PUT"]
         assert cloud.seen[0].path.endswith(row["storage_path"])
