@@ -8679,7 +8679,9 @@ def test_comfyui_no_graph_makes_the_walk_loop_or_fail(graph: Graph) -> None:
     assert all(texts)
 
 
-def test_comfyui_equal_images_are_refused_before_the_first(box: Box, tmp_path: Path) -> None:
+def test_comfyui_equal_images_are_refused_by_the_pipeline_before_the_first(
+    box: Box, tmp_path: Path
+) -> None:
     graph = flux_graph()
     graph["31"]["inputs"]["seed"] = ["99", 0]
     with Comfy() as comfy:
@@ -21228,6 +21230,89 @@ def test_worker_makes_anew_what_was_free_and_is_lost_with_its_server(
         assert again.id == imagen.job_uuid(job, 2)
         assert len(comfy.submitted) == 1
     assert wired.unfinished() == []
+
+
+def test_worker_without_a_database_waits_less_than_its_lease_and_leaves_when_told(
+    queue_env: Env, worker_alone: imagen.Worker
+) -> None:
+    worker = worker_alone
+    queue_env.setenv("IMAGEN_DATABASE_URL", f"postgresql://u@127.0.0.1:{refused_port()}/d")
+    with JobsSystemd() as systemd:
+        queue_env.setenv("NOTIFY_SOCKET", systemd.path)
+        thread = imagen.in_thread(worker.serve)
+        systemd.until("STATUS=no database; 0 running")
+        eventually(lambda: worker._failures > 3)
+        assert worker._pause > 0.2  # twice as long each time
+        [(text, priority)] = worker_log(worker)
+        assert text.startswith(f"Postgres at 127.0.0.1:{refused_port()}: ")
+        assert re.search(r"; next try in 0\.\d s \(failure 1\)$", text)
+        assert priority == 4
+        worker.on_signal()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert systemd.receive(0.1)[-1] == "STOPPING=1"
+    # Before there ever was a database, one that can never be is told at once; later it may be mended.
+    queue_env.setenv("IMAGEN_DATABASE_URL", "mysql://h/d")
+    worker.stops = 0
+    with pytest.raises(imagen.BadConfig, match="the database's address is not"):
+        worker.serve()
+    worker.begun = True
+    worker._pause = 0.05
+    thread = imagen.in_thread(worker.serve)
+    eventually(lambda: any("is not postgresql" in text for text, _ in [*worker.say]))  # type: ignore[misc]
+    # What runs is handed back after its grace, and what it paid without an id has its own time.
+    free = worker_attempt(worker)
+    paid = worker_attempt(worker)
+    paid.charged = "unknown"
+    worker.config = worker.config._replace(worker=worker.config.worker._replace(grace_s=0.2))
+    worker.on_signal()
+    eventually(lambda: free.why == "released")
+    assert paid.why == ""
+    assert thread.is_alive()
+    paid.deadline = time.monotonic()
+    eventually(lambda: paid.why)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_worker_a_connection_that_breaks_costs_no_job_and_no_outcome(
+    queue_env: Env, database: Database, worker_alone: imagen.Worker
+) -> None:
+    database.migrate()
+    worker = worker_alone
+    anna = database.user("anna")
+    queue_env.setenv("IMAGEN_DATABASE_URL", database.dsn())
+    lost, held = (jobs_add(database, anna) for _ in range(2))
+    # One that this process had claimed, though the answer never came.
+    columns = "status = 'running', claimed_by = $1::uuid, attempt = 1, lease_until = now()"
+    database.sql(f"update imagen.jobs set {columns} where id = $2::uuid", worker.me, lost)
+    database.sql(f"update imagen.jobs set {columns} where id = $2::uuid", worker.me, held)
+    run = worker_attempt(worker, id=held)
+    worker.outcomes = [(run, {"status": "failed", "error": "as it is", "charged": False})]
+    worker.serve(once=True)
+    assert jobs_row(database, held)["error"] == "as it is"
+    row = jobs_row(database, lost)
+    assert (row["status"], row["attempt"], row["max_attempts"]) == ("done", 2, 4)
+    assert (worker.begun, worker.running, worker.outcomes) == (True, {}, [])
+    log = [text for text, _ in worker_log(worker)]
+    assert log[0] == f"{lost}: its worker was lost; pending"
+    assert f"{held}: failed as it is" in log
+    # Once more, though its connection is gone in the middle.
+    later = jobs_add(database, anna, backend="of no worker here")
+    thread = imagen.in_thread(worker.serve)
+    assert jobs_until(database, later)["status"] == "failed"
+    database.sql(QUEUE_KILL)
+    again = jobs_add(database, anna, backend="of no worker here")
+    assert jobs_until(database, again)["status"] == "failed"
+    worker.on_signal()
+    thread.join(20)
+    assert not thread.is_alive()
+    database.sql("drop table imagen.jobs cascade")
+    worker.begun = False
+    worker.stops = 0
+    with pytest.raises(imagen.BadConfig) as caught:
+        worker.serve(once=True)
+    assert caught.value.hint == "imagen migrate"
 
 
 def test_worker_that_can_take_nothing_does_not_spin(
