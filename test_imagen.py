@@ -12239,7 +12239,8 @@ def test_journal_the_first_sidecar_says_what_was_asked_for(here: Box) -> None:
     }
     more: dict[str, Any] = {"width": 64, "height": 48, "steps": 4, "aspect": "4:3", "strength": 0.5}
     request = request._replace(**more, images=(image,), mask=image, backend_opts={"a": 1})
-    full = imagen.first_sidecar(request, request, None, None)
+    styled = request._replace(prompt="a fox in ink")
+    full = imagen.first_sidecar(request, styled, None, None)
     fields = {name: full.get(name) for name in full.keys() - plain.keys()}
     known = {"name": "a.png", "sha256": digest, "width": 4, "height": 5, "mime_type": "image/png"}
     assert fields == {"width": 64, "height": 48, "inputs": [known], "mask": known, "strength": 0.5}
@@ -12249,7 +12250,9 @@ def test_journal_the_first_sidecar_says_what_was_asked_for(here: Box) -> None:
     }  # fmt: skip
     # And an adapter that goes on with it sees the same request again.
     again = imagen.styled_request(full)
-    assert (again.prompt, again.steps, again.strength, again.aspect) == ("a fox", 4, 0.5, "4:3")
+    assert (again.prompt, again.steps, again.strength, again.aspect) == (
+        "a fox in ink", 4, 0.5, "4:3"
+    )  # fmt: skip
     folder = str(here.state / "inputs" / digest)
     assert [item.path for item in (*again.images, again.mask)] == [folder] * 2  # type: ignore[union-attr]
     assert again.images[0]._replace(path="/secret/a.png") == image
@@ -13436,6 +13439,8 @@ def test_supabase_a_row_that_is_there_keeps_its_place_and_a_table_of_usage_its_c
             set(), {"host"}, {"host", "charged"}, {"host", "charged", "id"}
         ]  # fmt: skip
         assert [seen.query for seen in remote.seen] == [{"on_conflict": "id"}] * 3 + [{}]
+        paths = {seen.path.partition("?")[0] for seen in remote.seen}
+        assert paths == {"/rest/v1/imagen_usage"}
         assert remote.seen[3].headers["prefer"] == "return=minimal,resolution=merge-duplicates"
     for answers in ((typed, typed), (status(400, {"code": "23514", "message": "x"}),)):
         with Remote(*answers) as remote, pytest.raises(imagen.BadRequest):
@@ -16581,6 +16586,35 @@ def test_pipeline_what_failed_is_open_or_closed_by_what_may_still_come_of_it(her
     run.entry.unlock()
 
 
+def test_pipeline_what_a_person_stops_is_cancelled_there_and_nothing_else_is(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with output_replicate(here) as server:
+        monkeypatch.setenv("REPLICATE_API_TOKEN", server.token)
+        config = imagen.load_config()
+        [plan] = imagen.plans_of(imagen.Order("a fox"), config)
+        backend = imagen.open_backend("flux", config.backends)
+        for why, planted, closed in (("lost", True, False), ("user", True, True),
+                                     ("user", False, False)):  # fmt: skip
+            warnings: list[str] = []
+            run = imagen.Run(on_warning=warnings.append)
+            run.begin(plan)
+            ident = "unknown-there"
+            if planted:
+                ident = server.plant({"prompt": "a fox"}, polls=999)
+            run.charged = "unknown"
+            run.remote(id=ident)
+            run.why = why
+            error = run._record_failure(imagen.Interrupted("interrupted"), backend)
+            assert server.canceled == [ident] * closed
+            assert ("cancelled there" in str(error)) == closed
+            assert os.path.exists(run.entry.path) != closed
+            assert bool(warnings) != planted
+            if warnings:
+                assert warnings[0].startswith("flux: could not be cancelled: ")
+            server.canceled.clear()
+
+
 def test_pipeline_what_comes_back_is_an_image_or_told_by_what_it_cost(here: Box) -> None:
     text = b"sign in, please " * 99
 
@@ -16649,6 +16683,13 @@ def test_pipeline_bytes_that_were_paid_for_get_a_name_before_their_entry_closes(
     assert (names, gone) == (["fox.bin-ID.bin", "fox.png-ID.png"], True)
     assert all("the bytes that were paid for are kept in" in line for line in warnings)
     assert len(warnings) == 2
+    # A name that was claimed on a disk without hard links is free again.
+    run = imagen.Run()
+    run.begin(keyed_plan(key=""))
+    (here.out / "claimed.png").write_bytes(b"")
+    run.entry.note(claim=str(here.out / "claimed.png"))
+    run.close()
+    assert [*here.out.iterdir()] == []
     # Where the ledger has no room the entry stays open, and a complete image where it is.
     (here.state / "ledger.jsonl").rename(here.root / "ledger")
     (here.state / "ledger.jsonl").mkdir()
@@ -16823,6 +16864,9 @@ def test_pipeline_recover_ends_an_entry_by_what_is_left_of_it(here: Box) -> None
         facts["sha256"],
         False,
     )
+    assert recovered({"claim": str(image)})[:2] == (None, True)
+    assert recovered({"image": facts})[:2] == (None, True)
+    assert recovered({"claim": f"{image}.gone", "image": facts})[:2] == (None, True)
     image.write_bytes(png(9, 9))
     assert recovered({"claim": str(image), "image": facts})[:2] == (None, True)
     assert image.read_bytes() == png(9, 9)
@@ -17197,6 +17241,13 @@ def test_pipeline_what_the_cloud_refuses_is_over_and_what_it_cannot_take_waits(
         assert imagen.read_entry(run.entry.path)["usage"] == "unknown"
         assert not run.is_open
         imagen.deliver(run, imagen.load_config(""))  # it is nobody's now
+        # What is over is closed with that.
+        run = imagen.Run()
+        run.begin(keyed_plan(key=""))
+        run.entry.note(paid=True, charged="yes", storage="x", owner=CONFIG_OWNER, over=True)
+        run.charged = "yes"
+        imagen.deliver(run, imagen.load_config(""))
+        assert not os.path.exists(run.entry.path)
 
 
 CLOCK = """
