@@ -5618,8 +5618,7 @@ def state_uuid(name: str) -> str:
         hidden = f"{path}.{new_uuid()}"
         with or_disk(path, "make room for it"):
             write_file(hidden, new_uuid(), 0o600)
-            if not _take_names([(hidden, path)], str):
-                unlink_quietly(hidden)
+            _take_names([(hidden, path)], str)  # or somebody else did
         unlink_quietly(hidden)
         value = read_bytes(path).decode()
     return value

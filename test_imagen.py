@@ -16649,6 +16649,22 @@ def test_pipeline_what_comes_back_is_an_image_or_told_by_what_it_cost(here: Box)
     assert outcome[2] == ["the image breaks off; it was paid for, so what there is of it is kept"]
     outcome, _ = finished(png(16, 16)[:-20], paid=False)
     assert (type(outcome), "that breaks off" in str(outcome)) == (imagen.Ended, True)
+    # Its folder is gone: it waits beside the journal, and is saved once there is one.
+    run = imagen.Run()
+    run.begin(keyed_plan(key="", output=f"{here.root}/away/fox.png"))
+    with pytest.raises(imagen.Disk, match="the image waits in") as caught:
+        imagen.finish(run, imagen.Result(image=png(16, 16), mime_type="image/png"))
+    assert run.fallback in str(caught.value)
+    assert Path(run.fallback).read_bytes() == png(16, 16)
+    assert not run.entry.is_locked
+    (here.root / "away").mkdir()
+    entry = imagen.Entry.take(run.entry.path)
+    assert entry
+    saved = imagen.recover(entry, imagen.load_config(""), imagen.Run())
+    assert saved
+    assert saved["path"] == f"{here.root}/away/fox.png"
+    assert not os.path.exists(run.fallback)
+    entry.unlock()
     for paid, kind in ((False, imagen.Ended), (True, imagen.Unknown)):
         outcome, run = finished(text, paid=paid)
         assert (type(outcome), outcome.charged) == (kind, "yes" if paid else "no")
@@ -16683,6 +16699,16 @@ def test_pipeline_bytes_that_were_paid_for_get_a_name_before_their_entry_closes(
     assert (names, gone) == (["fox.bin-ID.bin", "fox.png-ID.png"], True)
     assert all("the bytes that were paid for are kept in" in line for line in warnings)
     assert len(warnings) == 2
+    # Where it cannot be kept, nothing is closed or lost.
+    warned: list[str] = []
+    run = imagen.Run(on_warning=warned.append)
+    run.begin(keyed_plan(key="", output=f"{here.root}/away/fox.png"))
+    run.charged = "unknown"
+    Path(run.answer).write_bytes(b"{}")
+    run.close()
+    assert (len(warned), run.entry.is_locked, run.kept_answer()) == (1, False, b"{}")
+    assert warned[0].endswith(f"what was paid for waits in {run.answer}")
+    assert os.path.exists(run.entry.path)
     # A name that was claimed on a disk without hard links is free again.
     run = imagen.Run()
     run.begin(keyed_plan(key=""))
