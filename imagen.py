@@ -9176,7 +9176,7 @@ class Worker:
             pause = min(60.0, pause * 2)
         self.paused = {key: code for key, code in self.paused.items() if key != name}
         self.say(f"{name or 'all backends'}: works again", 4)
-        self._more_expected = True
+        self._poll_at = 0.0
         self.ring()
 
     def find_backlog(self) -> None:

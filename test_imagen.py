@@ -21194,14 +21194,14 @@ def test_worker_that_is_broken_hands_back_pauses_and_goes_on_when_it_is_mended(
             (["all backends", "paused"], 4),
         ]
         full.unlink()
-        worker._more_expected = False
+        worker._poll_at = math.inf
         eventually(lambda: worker.paused == {})
         eventually(lambda: len(worker.say) == 2)  # type: ignore[arg-type]
         assert sorted(worker_log(worker)) == [
             ("all backends: works again", 4),
             ("far: works again", 4),
         ]
-        assert worker._more_expected
+        assert worker._poll_at == 0  # at once
         assert worker._bell.recv(9)
         assert [*full.iterdir()] == []
     far = {"far": {"type": "nothing that there is"}}
@@ -21392,11 +21392,13 @@ def test_worker_a_connection_that_breaks_costs_no_job_and_no_outcome(
     assert caught.value.hint == "imagen migrate"
 
 
-def test_worker_that_can_take_nothing_does_not_spin(
+def test_worker_that_can_take_nothing_rests_and_goes_on_at_once_when_it_can(
     queue_env: Env, database: Database, worker_alone: imagen.Worker
 ) -> None:
     database.migrate()
     worker = worker_alone
+    seconds = worker.config.worker._replace(lease_s=600.0, poll_s=600.0)
+    worker.config = worker.config._replace(worker=seconds)
     anna = database.user("anna")
     with JobsSystemd() as systemd:
         queue_env.setenv("NOTIFY_SOCKET", systemd.path)
@@ -21417,10 +21419,8 @@ def test_worker_that_can_take_nothing_does_not_spin(
             turns += len(systemd.receive(0.1))
         assert turns < 10
         assert jobs_row(database, job)["status"] == "pending"
-        worker.paused = {}
-        worker._more_expected = True
-        worker.ring()
-        assert jobs_until(database, job)["status"] == "done"
+        imagen.in_thread(worker.resume, "")
+        assert jobs_until(database, job)["status"] == "done"  # long before the next poll
         worker.on_signal()
         thread.join(30)
         assert not thread.is_alive()
