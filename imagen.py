@@ -5621,8 +5621,7 @@ def state_uuid(name: str) -> str:
         hidden = f"{path}.{new_uuid()}"
         with or_disk(path, "make room, or let it be written"):
             write_file(hidden, new_uuid(), 0o600)
-            if not _take_names([(hidden, path)], str):
-                unlink_quietly(hidden)
+            _take_names([(hidden, path)], str)  # or somebody else did
         unlink_quietly(hidden)
         value = read_bytes(path).decode()
     return value
@@ -6100,7 +6099,7 @@ def fetch_input(place: str, spool: Spool, ctx: Context) -> None:
                 copy_into(file, spool)
         except OSError as problem:
             raise BadRequest(f"{place}: {problem.strerror}") from None
-    if spool.tell() > most:
+    if spool.seek(0, os.SEEK_END) > most:
         raise BadRequest(f"{place[:100]}: more than {most >> 20} MB")
 
 
@@ -6191,7 +6190,7 @@ def sweep_inputs() -> None:
 # === Supabase: objects in a private bucket, rows that tell of them, signed links ===
 
 # Codes of what no repeat can mend.
-FINAL_CODES = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23503", "23514")
+FINAL_CODES = ("InvalidKey", "PGRST102", "22003", "22P02", "22P05", "23502", "23514")
 
 
 def cloud_settings_missing(config: Config) -> list[str]:
@@ -6687,7 +6686,8 @@ def check_limits(order: Order, limits: LimitsConfig) -> None:
 
 def refuse_keys(order: Order, config: Config) -> None:
     """BadRequest where an order holds a key in use: what is written is kept and sent unchanged."""
-    variables = {config.supabase.service_key_env}
+    # One that no block has to name.
+    variables = {config.supabase.service_key_env, "OPENAI_API_KEY"}
     for block in config.backends.values():
         if cls := BACKENDS.get(str((block or {}).get("type"))):
             for field in marked(cls.Options, KEY):
@@ -6964,7 +6964,7 @@ class Run(Context):
         # where we do not. Copied, not moved, so that a full disk loses nothing.
         if self.charged == "no" or self._cleaned or self.record.get("path"):
             return True
-        name = self.record["name"].replace("{ext}", "bin")
+        name = f"{self.record['name']}-{self.id[:8]}"
         for path in self.hidden_files:
             if not os.path.exists(path) or not os.path.getsize(path):
                 continue
@@ -6972,7 +6972,7 @@ class Run(Context):
                 sniffed = sniff(source)
                 ending = sniffed.format if sniffed else "bin"
                 number = 1
-                while os.path.lexists(place := numbered(f"{name}-{self.id[:8]}", ending, number)):
+                while os.path.lexists(place := numbered(name, ending, number)):
                     number += 1
                 try:
                     with Spool(place, place) as spool:
@@ -9179,7 +9179,7 @@ class Worker:
             pause = min(60.0, pause * 2)
         self.paused = {key: code for key, code in self.paused.items() if key != name}
         self.say(f"{name or 'all backends'}: works again", 4)
-        self._more_expected = True
+        self._poll_at = 0.0
         self.ring()
 
     def find_backlog(self) -> None:
