@@ -2424,7 +2424,7 @@ class Http:
                 if sent or self.ctx.why not in ("", "deadline"):
                     self.ctx.check()
                 if self.ctx.why:
-                    problem = TimeoutError("no connection in time")
+                    raise TransportError("no connection in time", False) from None
                 raise TransportError(problem, bool(sent)) from None
 
         with ExitStack() as stack:
