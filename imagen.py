@@ -5831,7 +5831,7 @@ def attempts(
     """
     rows = reversed(entries())
     opened = [row.record for row in rows if "path" in row.record or (under_way and may_cost(row))]
-    ids = [record["sidecar"]["image_id"] for record in opened]
+    ids = [record.get("sidecar", EMPTY).get("image_id") for record in opened]
     if before in ids:
         opened = opened[ids.index(before) + 1 :]
         before = ""

@@ -14056,6 +14056,9 @@ def test_journal_what_an_attempt_counts_as_is_reported_estimated_or_reserved(her
         assert len(listed) == (expected != "no")
         assert [*imagen.attempts()] == []
         entry.discard()
+    # One that has lost its sidecar counts as well, and keeps nobody from the others.
+    imagen.Entry.create({"id": "x", "charged": "unknown", "price": 0.04})
+    assert [*map(imagen.cost_of, imagen.attempts(under_way=True))] == [("reserved", 0.04)]
 
 
 def test_journal_images_are_listed_newest_first_by_owner_words_and_backend(here: Box) -> None:
