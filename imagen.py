@@ -11620,6 +11620,8 @@ class Mcp:
     def outcome(self, runner: Runner) -> JsonObject:
         """What a runner made, and its worst error."""
         errors = worst_first(runner.errors)
+        if not errors and runner.waiting:  # so it was stopped
+            errors = [Interrupted(f"{len(runner.waiting)} images did not begin")]
         document: JsonObject = {"ok": not errors, "images": [*map(mcp_image, runner.records)]}
         if errors:
             document["error"] = mcp_error(errors[0])

@@ -29110,10 +29110,9 @@ def test_mcp_progress_is_told_where_it_is_wanted_and_a_client_that_goes_ends_wha
         "mimeType": "image/png",
     }
     notes = [row for row in talk.lines if row.get("method") == "notifications/progress"]
-    assert 1 <= len(notes) <= 3
     assert {note["params"]["progressToken"] for note in notes} == {"t"}
     assert notes[0]["params"]["message"] == "drawing, 0 made"
-    assert 0.4 < notes[0]["params"]["progress"] < 2
+    assert notes[0]["params"]["progress"] > 0.4
     before = len(talk.lines)
     message = {"id": "gone", "method": "tools/call"}
     params = {"name": "generate_image", "arguments": {"prompt": "b", "backend": "slower"}}
@@ -29126,6 +29125,12 @@ def test_mcp_progress_is_told_where_it_is_wanted_and_a_client_that_goes_ends_wha
         assert talk.changed.wait_for(lambda: len(talk.lines) > before, 30)
     (over,) = talk.lines[before:]
     assert over["result"]["structuredContent"]["error"]["code"] == "interrupted"
+    # Also what had no time to begin.
+    runner = imagen.Runner(imagen.plans_of(imagen.Order("c"), config), config)
+    runner.stop("user")
+    runner.start()
+    eventually(lambda: not runner.busy)
+    assert talk.session.outcome(runner)["error"]["code"] == "interrupted"
 
 
 def test_mcp_help_prints_what_each_client_wants_to_know(box: Box) -> None:
