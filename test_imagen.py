@@ -3395,13 +3395,9 @@ class Postgres:
         kept.end(how)
 
     @contextlib.contextmanager
-    def database(self) -> Iterator[Database]:
+    def database(self, template: str = "supabase") -> Iterator[Database]:
         """A fresh database; at its end it is dropped, and roles are again as they were."""
-        database = Database(self, f"imagen_{next(self._count)}")
-        self._admin(
-            f"create database {database.name} template supabase",
-            f"grant all on database {database.name} to postgres, imagen_migrator",
-        )
+        database = self._made(f"imagen_{next(self._count)}", template)
         try:
             yield database
         finally:
@@ -3413,6 +3409,21 @@ class Postgres:
                 row["rolname"] for row in self._admin("select rolname from pg_roles")
             } - self._roles
             self._admin(*(f'drop role "{name}"' for name in made))
+
+    @functools.cached_property
+    def migrated(self) -> str:
+        """A template with migrations.sql in it, so that most tests need not wait for that."""
+        database = self._made("migrated", "supabase")
+        database.migrate()
+        database.close()
+        return database.name
+
+    def _made(self, name: str, template: str) -> Database:
+        self._admin(
+            f"create database {name} template {template}",
+            f"grant all on database {name} to postgres, imagen_migrator",
+        )
+        return Database(self, name)
 
     def _admin(self, *statements: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -3460,9 +3471,10 @@ def postgres16() -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def database(postgres: Postgres) -> Iterator[Database]:
-    """A fresh database of a Supabase project, before migrations.sql."""
-    with postgres.database() as database:
+def database(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A fresh database of a Supabase project: before migrations.sql, or after it where a test has a cloud."""
+    template = postgres.migrated if "cloud" in request.fixturenames else "supabase"
+    with postgres.database(template) as database:
         yield database
 
 
@@ -4221,7 +4233,6 @@ class Cloud(Server):
 @pytest.fixture
 def cloud(database: Database) -> Iterator[Cloud]:
     """A Supabase project with migrations.sql applied and two users, anna and bert."""
-    database.migrate()
     with Cloud(database) as cloud:
         yield cloud
 
