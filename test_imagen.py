@@ -2797,7 +2797,8 @@ class GeminiServer(Server):
     def _shown(self, ident: str) -> dict[str, Any]:
         if self._polls[ident] > 0:
             self._polls[ident] -= 1
-            return {"id": ident, "status": "in_progress", "object": "interaction"}
+            now = "queued" if self._polls[ident] else "in_progress"
+            return {"id": ident, "status": now, "object": "interaction"}
         return self.interactions[ident]
 
     def _create(self, seen: Seen) -> Answer:
@@ -31445,6 +31446,23 @@ def test_commands_a_batch_says_how_many_it_has_made(box: Box) -> None:
     assert done.code == 130
     assert done.err.count("interrupted") == done.err.count("1 of 3 made") == 1
     assert "the same command again" in done.err
+
+
+def test_commands_a_batch_keeps_all_images_of_a_row_that_got_more_than_one(
+    box: Box, tmp_path: Path
+) -> None:
+    graph = flux_graph(text="{prompt}")
+    graph["27"]["inputs"]["batch_size"] = 2
+    workflow = comfy_file(tmp_path, graph)
+    with ComfyWith() as comfy:
+        block = {"type": "comfyui", "base_url": comfy.base, "workflow": str(workflow)}
+        box.configure({"gpu": {**block, "all_images": True}})
+        (box.root / "rows.txt").write_text("a fox\n")
+        done = box.run("batch", "rows.txt")
+        assert (done.code, len(comfy.submitted)) == (0, 1), done.err
+    assert json.loads(done.lines[0])["ok"] is True
+    assert len([*box.out.glob("*.png")]) == len([*box.out.glob("*.json")]) == 2
+    assert box.unfinished() == []
 
 
 def test_commands_jobs_say_migrate_where_the_database_has_no_tables(
