@@ -26176,6 +26176,24 @@ def test_server_what_may_come_in_has_its_limit_to_the_byte_and_says_it(here: Box
             assert answer.startswith(b"HTTP/1.1 %d " % expected), (expected, answer[:99])
 
 
+def test_server_tells_of_a_key_that_was_refused_until_it_works(
+    here: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    with output_openai(here) as openai, ServingInside() as serving:
+        body = {"prompt": "a fox", "size": "1024x1024"}
+
+        def fault() -> str:
+            return str(serving.get("/api/options").json["faults"].get("gpt", ""))
+
+        assert fault() == ""
+        openai.script(status(401, {"error": {"message": "no such key"}}))
+        assert serving.make(body).status == 424
+        assert "no such key" in fault()
+        assert serving.make(body).status == 200
+        assert fault() == ""
+
+
 def test_server_tells_what_it_is_has_and_does(here: Box) -> None:
     here.configure({**MOCK_SMALL, "gone": {"type": "openai", "model": "m", "api_key_env": "NOKEY"}})
     with ServingInside() as serving:
