@@ -7534,6 +7534,25 @@ def test_http_tls_through_a_tunnel_keeps_the_key_from_the_proxy(
         assert ctx.sendings == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "most"), [("json", 64 << 20), ("image", 384 << 20)], ids=["an answer", "an image"]
+)
+def test_http_what_says_that_it_is_too_large_is_not_read(wired: Box, path: str, most: int) -> None:
+    def announced(size: int) -> Answer:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n{{}}"
+        return Answer(lambda wire: wire.send(head.encode()))
+
+    with Remote(announced(most), announced(most + 1), repeat=True) as remote:
+        gate = http_gate(HttpContext(), remote.base)
+        ask = {"json": gate.get, "image": gate.download}[path]
+        remote.answers = [announced(most + 1)]
+        with pytest.raises(imagen.Failed, match=f"^the answer is larger than {most >> 20} MB$"):
+            ask("/x")
+        remote.answers = [announced(most)]
+        with pytest.raises(imagen.Unreachable, match=f"breaks off after 2 of {most} bytes"):
+            ask("/x")
+
+
 def test_http_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_sent(
     wired: Box, tmp_path: Path
 ) -> None:
@@ -11068,6 +11087,13 @@ def test_live_replicate_makes_an_image(box: Box) -> None:
     )
 
 
+def test_replicate_a_version_of_a_model_has_its_price() -> None:
+    for model in ("black-forest-labs/flux-dev", "black-forest-labs/flux-dev:0f1e"):
+        options = imagen.Replicate.Options(model=model)
+        known = imagen.REPLICATE_MODELS["black-forest-labs/flux-dev"].usd
+        assert imagen.Replicate.price(options, imagen.Request("a")).usd == known > 0
+
+
 def test_replicate_half_a_megapixel_is_where_the_small_size_ends() -> None:
     known = imagen.REPLICATE_MODELS["black-forest-labs/flux-schnell"]
     assert imagen.replicate_size(known, 1024, 512)["megapixels"] == "0.25"
@@ -12335,6 +12361,8 @@ def test_gemini_a_request_becomes_a_body_and_a_size_the_nearest_that_there_is(
     }
     fox = imagen.Request("a fox", seed=7)
     assert body(fox) == plain
+    shown = imagen.Gemini.plan(imagen.Gemini.Options(model="m"), fox._replace(images=(picture,)))
+    assert shown == plain  # an image is no text to look at
     assert body(fox, extra={"store": None, "more": 1}) == {
         key: value for key, value in {**plain, "more": 1}.items() if key != "store"
     }
@@ -14071,6 +14099,19 @@ def test_journal_what_an_attempt_counts_as_is_reported_estimated_or_reserved(her
     # One that has lost its sidecar counts as well, and keeps nobody from the others.
     imagen.Entry.create({"id": "x", "charged": "unknown", "price": 0.04})
     assert [*map(imagen.cost_of, imagen.attempts(under_way=True))] == [("reserved", 0.04)]
+
+
+def test_journal_is_in_another_state_after_each_change(here: Box) -> None:
+    entry = imagen.Entry.create({"id": "x", "sidecar": {"image_id": "x"}})
+    states = [imagen.journal_state()]
+    entry.note(charged="no")
+    states.append(imagen.journal_state())
+    imagen.add_to_ledger({"id": "y"})
+    states.append(imagen.journal_state())
+    assert states[-1] == imagen.journal_state()
+    entry.discard()
+    states.append(imagen.journal_state())
+    assert all(one != other for one, other in itertools.combinations(states, 2))
 
 
 def test_journal_images_are_listed_newest_first_by_owner_words_and_backend(here: Box) -> None:
@@ -26220,6 +26261,14 @@ def test_server_tells_what_it_is_has_and_does(here: Box) -> None:
         paths = "/ /healthz /login /v1/models /v1/models/auto /api/options /api/images /api/calls"
         for path in paths.split():
             assert serving.get(path).status == serving.ask("HEAD", path).status == 200
+        slow = {"prompt": "a hen", "delay_s": 3600}
+        call = serving.make(slow, prefer="respond-async").json["id"]
+        canceled = serving.ask("DELETE", f"/api/calls/{call}")
+        assert (canceled.status, canceled.json["id"], canceled.json["prompt"]) == (
+            200,
+            call,
+            "a hen",
+        )
         ident = serving.make({}).json["data"][0]["imagen"]["id"]
         for method, path in (("GET", "images"), ("GET", "thumbs"), ("DELETE", "api/images")):
             assert serving.ask(method, f"/{path}/{ident}").status == 200
