@@ -26217,6 +26217,22 @@ def test_server_what_may_come_in_has_its_limit_to_the_byte_and_says_it(here: Box
             assert answer.startswith(b"HTTP/1.1 %d " % expected), (expected, answer[:99])
 
 
+def test_server_takes_an_edit_for_a_repeat_only_if_its_images_are_the_same(here: Box) -> None:
+    here.configure(MOCK_SMALL)
+    with ServingInside() as serving:
+
+        def made(image: bytes) -> str:
+            link = f"data:image/png;base64,{b64(image)}"
+            edit = {"prompt": "a hat", "images": [{"image_url": link}]}
+            answer = serving.ask("POST", "/v1/images/edits", edit, x_stainless_retry_count="1")
+            assert answer.status == 200
+            return str(answer.json["data"][0]["imagen"]["id"])
+
+        first = made(png(16, 16))
+        assert made(png(16, 16)) == first
+        assert made(png(16, 16, content=b"another")) != first
+
+
 def test_server_tells_of_a_key_that_was_refused_until_it_works(
     here: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
