@@ -9991,6 +9991,7 @@ class Server:
             open_backend(name, self.config.backends)
         except ImagenError as problem:
             return str(problem).removeprefix(f'backend "{name}": ')
+        # What only its last request could tell: a key that is refused, an empty account.
         return self.faults.get(name, "")
 
     def answer_generations(self, client: Connection) -> None:
@@ -10071,6 +10072,7 @@ class Server:
         inputs = plans[0].record["sidecar"]
         body |= {"images": inputs.get("inputs"), "mask": inputs.get("mask"), "kind": kind}
         body["key"] = key
+        # Who asks counts too: two people with the same words get an image each.
         key = sha256_of(f"{asker}{json.dumps(body, sort_keys=True)}")
         with self._lock:
             call = self._same_call(key, request)
@@ -10316,6 +10318,7 @@ class Server:
             backend=query.get("backend", ""),
         )
         images = [shown_fields(record) for record in itertools.islice(records, limit)]
+        # A page that is full may be the last one: then the next is empty.
         following = None
         if len(images) == limit:
             following = images[-1]["id"]
@@ -10351,6 +10354,7 @@ class Server:
         return states
 
     def _usd_today(self) -> float:
+        # The day of this machine, which its files are named by.
         day = now_iso()[:10]
         usd = 0.0
         for record in filter(self._is_shown, attempts(needle=day)):
@@ -10368,6 +10372,7 @@ class Server:
             call = next((call for call in self.calls if call.id == call_id), None)
         if not call:
             raise HttpError(404, "no request has this id, or it is over")
+        # A person said so: what is paid ends too, as far as its backend can take it back.
         call.cancel(even_paid=True)
         call.followed = False
         client.json(200, call.state(0))
